@@ -1,0 +1,59 @@
+"""qjax: quantization of language models in JAX, and its evaluation.
+
+Names are imported when first used, so that `import qjax` and `qjax --help` stay fast.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    # formats and quantized tensors
+    "Format": "formats",
+    "parse_format": "formats",
+    "QTensor": "qtensor",
+    "dequantize": "qtensor",
+    "dequantize_tree": "qtensor",
+    "nbytes": "qtensor",
+    "matmul": "kernels.matmul",
+    # roundings
+    "Info": "rounding.info",
+    "rtn": "rounding.nearest",
+    # recipes and the driver
+    "Recipe": "recipe",
+    "parse_recipe": "recipe",
+    "parse_rule": "rules",
+    "quantize": "driver",
+    "quantize_flax": "driver",
+    "apply_flax": "driver",
+    "dequantize_flax": "driver",
+    # models
+    "Model": "models.model",
+    "DecoderConfig": "models.config",
+    "apply": "models.model",
+    "load": "loading",
+    "save": "checkpoints.packed",
+    "save_huggingface": "checkpoints.huggingface",
+    # evaluation
+    "load_corpus": "evaluate.corpora",
+    "parse_convention": "evaluate.perplexity",
+    "perplexity": "evaluate.perplexity",
+    # sweeps
+    "Sweep": "sweep.runner",
+    "run_sweep": "sweep.runner",
+    # errors
+    "QjaxError": "errors",
+}
+__all__ = [*_PUBLIC]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'qjax' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"qjax.{_PUBLIC[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

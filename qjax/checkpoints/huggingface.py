@@ -1,0 +1,207 @@
+"""Hugging Face checkpoint folders: config.json, model.safetensors (one file, or shards with an index), tokenizer.json.
+
+Weights keep the checkpoint's type; (out, in) matrices become (in, out). Everything that can be checked before reading the
+weights is checked then, and all offenders are named at once. Only safetensors is read: pickle files can run code.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
+
+from qjax.checkpoints.tensors import FLOATS, Header, read_headers, read_tensor, write_tensors
+from qjax.errors import QjaxError
+from qjax.files import listing, prepare_output_folder, read_json, write_atomically
+from qjax.models.config import DecoderConfig
+from qjax.models.families import FAMILIES, Family, StoredTensor, head_name, read_config, stored_tensors, write_config
+from qjax.models.model import Model
+from qjax.models.parameters import check_parameters, flatten, parameter_shapes, unflatten
+from qjax.models.tokenizer import Tokenizer, load_tokenizer
+from qjax.qtensor import dequantize, is_quantized
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+HUB_FILES = [CONFIG, WEIGHTS, INDEX, "model-*.safetensors", TOKENIZER]
+
+
+def load_huggingface(folder: str | Path) -> Model:
+    """The model in a folder; its parameters are jax arrays in the checkpoint's type, its name the folder's.
+
+    The tokenizer is None where there is no tokenizer.json. Raises QjaxError, one line that names the file or all tensors
+    at fault, for whatever is missing, corrupt, misshapen, not finite or not supported.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise QjaxError(f"{folder} is a file; give its folder" if folder.exists() else f"{folder}: no such folder")
+    if not (folder / CONFIG).exists():
+        raise QjaxError(f"{folder} has no {CONFIG}: it is not a Hugging Face checkpoint folder")
+    content = read_json(folder / CONFIG)
+    try:
+        config = read_config(content)
+    except QjaxError as error:
+        raise QjaxError(f"{folder / CONFIG}: {error}") from error
+    family = FAMILIES[config.family]
+    tensors = stored_tensors(family, parameter_shapes(config))
+    headers = _canonical(family, tensors, read_headers(weight_files(folder)))
+    _check(folder, family, config, tensors, headers)
+    tokenizer = load_folder_tokenizer(folder, config)
+    return Model(config, _read_parameters(folder, tensors, headers), tokenizer, folder.resolve().name)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint. Raises QjaxError when there are none, or shards are missing."""
+    if (folder / WEIGHTS).exists():
+        return [folder / WEIGHTS]
+    if (folder / INDEX).exists():
+        shards = read_json(folder / INDEX).get("weight_map")
+        shards = sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else []
+        if not shards or any(Path(shard).name != shard for shard in shards):
+            raise QjaxError(f"{folder / INDEX}: expected a weight_map from tensors to files of this folder")
+        if missing := [shard for shard in shards if not (folder / shard).exists()]:
+            raise QjaxError(f"{folder} lacks {listing(missing)}, which {INDEX} names; copy or download them")
+        return [folder / shard for shard in shards]
+    if pickles := sorted({path.name for pattern in PICKLES for path in folder.glob(pattern)}):
+        raise QjaxError(
+            f"{folder} holds its weights as pickle ({listing(pickles)}), which can run code and is never loaded; convert it "
+            "where you trust it: transformers' from_pretrained(folder) and save_pretrained(new_folder) write safetensors"
+        )
+    raise QjaxError(f"{folder} has no weights: expected {WEIGHTS}, or {INDEX} and its shards")
+
+
+def _canonical(family: Family, tensors: list[StoredTensor], headers: Mapping[str, Header]) -> dict[str, Header]:
+    """Headers under their full names, where a checkpoint leaves the family's prefix out."""
+    known = {tensor.name for tensor in tensors}
+
+    def full(name: str) -> str:
+        long = family.prefix + name
+        return long if long in known and long not in headers else name
+
+    return {full(name): header for name, header in headers.items() if not re.search(family.ignored, name)}
+
+
+def _check(
+    folder: Path, family: Family, config: DecoderConfig, tensors: list[StoredTensor], headers: dict[str, Header]
+) -> None:
+    """Names, shapes and types of all tensors against the configuration."""
+    expected = {tensor.name: tensor for tensor in tensors}
+    head = headers.get(head_name(family))
+    if config.tied and head is not None:
+        table = next(tensor.name for tensor in tensors if tensor.parts[0][0] == "embed/tokens/embedding")
+        headers.pop(head.name)
+        if table in headers and not np.array_equal(read_tensor(head), read_tensor(headers[table])):
+            raise QjaxError(
+                f"{head.file}: {head.name} differs from the embedding, but {CONFIG} ties them; "
+                "set tie_word_embeddings to false to use both"
+            )
+    problems = [f"missing {name}" for name in expected if name not in headers]
+    problems += [f"unexpected {name}" for name in headers if name not in expected]
+    for name, header in headers.items():
+        if name in expected and header.shape != expected[name].shape:
+            problems.append(f"{name} has shape {header.shape}, expected {expected[name].shape}")
+        if name in expected and header.dtype not in FLOATS:
+            problems.append(f"{name} has type {header.dtype}, expected {', '.join(FLOATS)}")
+    if problems:
+        raise QjaxError(f"{folder}: the weights do not fit {CONFIG}: {listing(problems)}; get the files that belong together")
+
+
+def _read_parameters(folder: Path, tensors: list[StoredTensor], headers: Mapping[str, Header]) -> PyTree:
+    leaves, broken = {}, []
+    for tensor in tensors:
+        array = read_tensor(headers[tensor.name])
+        if not np.isfinite(array).all():
+            broken.append(headers[tensor.name].name)
+        array = array.T if tensor.transposed else array
+        bounds = np.cumsum([shape[-1] for _, shape in tensor.parts])[:-1]
+        pieces = np.split(array, bounds, axis=-1)
+        leaves.update({path: jnp.asarray(piece) for (path, _), piece in zip(tensor.parts, pieces, strict=True)})
+    if broken:
+        raise QjaxError(f"{folder}: NaN or infinite weights in {listing(broken)}; get an intact checkpoint")
+    return unflatten(leaves)
+
+
+def load_folder_tokenizer(folder: Path, config: DecoderConfig) -> Tokenizer | None:
+    """The folder's tokenizer or None. Raises QjaxError when it is corrupt or has more tokens than the embedding."""
+    path = folder / TOKENIZER
+    if not path.exists():
+        return None
+    tokenizer = load_tokenizer(path, bos_id=config.bos_id, eos_id=config.eos_id)
+    if tokenizer.vocabulary_size > config.vocabulary_size:
+        raise QjaxError(
+            f"{path} has {tokenizer.vocabulary_size} tokens, the model's embedding only {config.vocabulary_size}; "
+            "get the tokenizer that belongs to the model"
+        )
+    return tokenizer
+
+
+def download(name: str) -> Path:
+    """Fetches a model of the Hugging Face hub (or finds it in the hub's cache); the folder with its files.
+
+    Raises QjaxError when there is no such model or no network.
+    """
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES))
+    except Exception as error:  # the hub's, HTTP's and the network's own families of exceptions, all to the same effect
+        cause = (str(error).splitlines() or [type(error).__name__])[0]
+        raise QjaxError(
+            f"{name!r} is no folder here and could not be fetched from the Hugging Face hub ({cause}); "
+            "give a folder, or check the name and the network"
+        ) from error
+
+
+def save_huggingface(folder: str | Path, model: Model, *, overwrite: bool = False) -> None:
+    """Writes a folder that `load_huggingface` and the transformers library read; config.json comes last.
+
+    QTensors are written as the values they stand for, in the checkpoint's type. Raises QjaxError for a folder that is not
+    empty (unless `overwrite`) or cannot be written, and for a model that its family's files cannot express.
+    """
+    config = write_config(model.config)
+    shapes = parameter_shapes(model.config)
+    leaves = flatten(model.params)
+    check_parameters(leaves, shapes)
+    dtype = checkpoint_dtype(leaves)
+    config["torch_dtype"] = np.dtype(dtype).name
+    folder = prepare_output_folder(
+        folder,
+        overwrite=overwrite,
+        replaces=("qjax.json", CONFIG, INDEX, "model-*.safetensors", TOKENIZER, TOKENIZER_CONFIG),
+    )
+    tensors = {}
+    for tensor in stored_tensors(FAMILIES[model.config.family], shapes):
+        parts = [_to_numpy(leaves[path], dtype) for path, _ in tensor.parts]
+        array = np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
+        tensors[tensor.name] = array.T if tensor.transposed else array
+    write_tensors(folder / WEIGHTS, tensors)
+    if model.tokenizer is not None:
+        write_atomically(folder / TOKENIZER, model.tokenizer.to_json())
+        write_atomically(folder / TOKENIZER_CONFIG, json.dumps(_tokenizer_config(model.tokenizer), indent=1) + "\n")
+    write_atomically(folder / CONFIG, json.dumps(config, indent=1) + "\n")
+
+
+def checkpoint_dtype(leaves: Mapping[str, object]) -> DTypeLike:
+    """The type of the unquantized weights: the token embedding's, or the first plain leaf's; float32 if there is none."""
+    plain = {path: leaf for path, leaf in leaves.items() if not is_quantized(leaf)}
+    first = plain.get("embed/tokens/embedding", next(iter(plain.values()), None))
+    return np.dtype(np.float32) if first is None else np.dtype(first.dtype)
+
+
+_dequantize = jax.jit(dequantize, static_argnums=1)
+
+
+def _to_numpy(leaf: object, dtype: DTypeLike) -> np.ndarray:
+    return np.asarray(_dequantize(leaf, dtype) if is_quantized(leaf) else leaf)
+
+
+def _tokenizer_config(tokenizer: Tokenizer) -> dict[str, str]:
+    """What the transformers library needs to read tokenizer.json as it is."""
+    names = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+    tokens = {name: tokenizer.inner.id_to_token(i) for name, i in names.items() if i is not None}
+    return {"tokenizer_class": "PreTrainedTokenizerFast", **{name: token for name, token in tokens.items() if token}}

@@ -1,0 +1,175 @@
+"""qjax's own folders: packed codes in model.safetensors, and qjax.json that says what they are. They load back bit-equal.
+
+    model.safetensors   block_0/attention/q/kernel.codes, .scales, .zeros of a QTensor; doubly quantized scales as
+                        .scales.codes, .scales.scales, .scales.offset; every other parameter under its path
+    qjax.json           version, name, recipe, config, and per QTensor its format and in_features; written last, so a
+                        folder that has it is complete
+    tokenizer.json      where the model has one
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import keystr
+
+from qjax.checkpoints.huggingface import load_folder_tokenizer
+from qjax.checkpoints.tensors import FLOATS, Header, read_headers, read_tensor, write_tensors
+from qjax.errors import QjaxError
+from qjax.files import listing, prepare_output_folder, read_json, write_atomically
+from qjax.formats import Format, parse_format
+from qjax.models.config import DecoderConfig, LinearScaling, Llama3Scaling
+from qjax.models.model import Model
+from qjax.models.parameters import check_parameters, flatten, parameter_shapes, unflatten
+from qjax.qtensor import FLOAT_DTYPES, QTensor, from_codes, is_quantized
+
+DESCRIPTION, WEIGHTS, TOKENIZER = "qjax.json", "model.safetensors", "tokenizer.json"
+VERSION = 1
+SCALINGS = {"llama3": Llama3Scaling, "linear": LinearScaling}
+TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8"}
+
+
+def save(folder: str | Path, model: Model, *, overwrite: bool = False) -> None:
+    """Writes the model, packed, into `folder`.
+
+    Raises QjaxError for a folder that is not empty (unless `overwrite`) or cannot be written (read-only, full).
+    """
+    leaves = flatten(model.params)
+    check_parameters(leaves, parameter_shapes(model.config))
+    quantized = {path: leaf for path, leaf in leaves.items() if is_quantized(leaf)}
+    description = {
+        "version": VERSION,
+        "name": model.name,
+        "recipe": model.recipe,
+        "config": config_to_dict(model.config),
+        "quantized": {
+            path: {"format": str(leaf.format), "in_features": leaf.in_features} for path, leaf in quantized.items()
+        },
+    }
+    folder = prepare_output_folder(
+        folder,
+        overwrite=overwrite,
+        replaces=(DESCRIPTION, "config.json", "model.safetensors.index.json", "model-*.safetensors", "tokenizer*.json"),
+    )
+    write_tensors(folder / WEIGHTS, {name: np.asarray(array) for name, array in _stored(leaves).items()})
+    if model.tokenizer is not None:
+        write_atomically(folder / TOKENIZER, model.tokenizer.to_json())
+    write_atomically(folder / DESCRIPTION, json.dumps(description, indent=1) + "\n")
+
+
+def load_packed(folder: str | Path) -> Model:
+    """The model that `save` wrote, bit-equal. Raises QjaxError, one line, for whatever is missing or malformed."""
+    folder = Path(folder).expanduser()
+    description = read_json(folder / DESCRIPTION)
+    try:
+        if (version := description.get("version")) != VERSION:
+            raise QjaxError(f"version {version!r} is not supported, expected {VERSION}; use the qjax that wrote it")
+        config = config_from_dict(_entry(description, "config", dict))
+        name, recipe = _entry(description, "name", str), _entry(description, "recipe", str)
+        templates = _templates(config, _entry(description, "quantized", dict))
+    except QjaxError as error:
+        raise QjaxError(f"{folder / DESCRIPTION}: {error}") from error
+    headers = read_headers([folder / WEIGHTS])
+    _check(folder / WEIGHTS, templates, headers)
+    leaves = {}
+    for path, template in templates.items():
+        arrays = [jnp.asarray(read_tensor(headers[key])) for key in _stored({path: template})]
+        leaves[path] = jax.tree.unflatten(jax.tree.structure(template), arrays)
+    return Model(config, unflatten(leaves), load_folder_tokenizer(folder, config), name, recipe)
+
+
+def _stored(leaves: Mapping[str, object]) -> dict[str, object]:
+    """Arrays by the key they are stored under: the path, and for a field of a QTensor its name after a dot."""
+    return {
+        path + keystr(field): array
+        for path, leaf in leaves.items()
+        for field, array in jax.tree_util.tree_flatten_with_path(leaf)[0]
+    }
+
+
+def _templates(config: DecoderConfig, quantized: dict) -> dict[str, object]:
+    """Every leaf with ShapeDtypeStructs for arrays; the type of plain leaves is left open as float32."""
+    templates = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in parameter_shapes(config).items()}
+    for path, record in quantized.items():
+        if path not in templates or len(shape := templates[path].shape) != 2:
+            raise QjaxError(f"'quantized' names {path!r}, which is no matrix of this model")
+        try:
+            fmt, in_features = parse_format(_entry(record, "format", str)), _entry(record, "in_features", int)
+        except QjaxError as error:
+            raise QjaxError(f"{path}: {error}") from error
+        if in_features != shape[0]:
+            raise QjaxError(f"{path} has in_features {in_features}, expected {shape[0]}")
+        templates[path] = _template(fmt, *shape)
+    return templates
+
+
+@functools.lru_cache(maxsize=64)
+def _template(fmt: Format, in_features: int, out_features: int) -> QTensor:
+    if fmt.is_float:
+        codes = jax.ShapeDtypeStruct((in_features, out_features), FLOAT_DTYPES[fmt.grid])
+        return QTensor(codes, None, None, fmt, in_features)
+    codes = jax.ShapeDtypeStruct((in_features, out_features), jnp.uint8)
+    parameters = jax.ShapeDtypeStruct(fmt.parameter_shape(in_features, out_features), jnp.float32)
+    zeros = parameters if fmt.is_affine else None
+    return jax.eval_shape(functools.partial(from_codes, fmt=fmt), codes, parameters, zeros)
+
+
+def _check(file: Path, templates: Mapping[str, object], headers: Mapping[str, Header]) -> None:
+    """Keys, shapes and types of all tensors against the description."""
+    expected = _stored(templates)
+    problems = [f"missing {key}" for key in expected if key not in headers]
+    problems += [f"unexpected {key}" for key in headers if key not in expected]
+    for key, template in expected.items():
+        if key not in headers:
+            continue
+        header, types = headers[key], FLOATS if key in templates else (TYPES[str(template.dtype)],)
+        if header.shape != template.shape or header.dtype not in types:
+            problems.append(
+                f"{key} is {header.dtype} {header.shape}, expected {' or '.join(types)} {tuple(template.shape)}"
+            )
+    if problems:
+        raise QjaxError(f"{file} does not fit {DESCRIPTION}: {listing(problems)}; quantize the model again")
+
+
+def config_to_dict(config: DecoderConfig) -> dict:
+    """The configuration as JSON values; `rope_scaling` carries its kind."""
+    scaling = config.rope_scaling
+    kinds = {cls: kind for kind, cls in SCALINGS.items()}
+    tagged = None if scaling is None else {"kind": kinds[type(scaling)], **dataclasses.asdict(scaling)}
+    return {**dataclasses.asdict(config), "rope_scaling": tagged}
+
+
+def config_from_dict(values: dict) -> DecoderConfig:
+    """The inverse of `config_to_dict`. Raises QjaxError for unknown, missing or malformed entries."""
+    if (tagged := values.get("rope_scaling")) is not None:
+        if not isinstance(tagged, dict) or tagged.get("kind") not in SCALINGS:
+            raise QjaxError(f"'rope_scaling' is {tagged!r}; its kind must be one of {', '.join(SCALINGS)}")
+        scaling = {key: value for key, value in tagged.items() if key != "kind"}
+        values = {**values, "rope_scaling": _build(SCALINGS[tagged["kind"]], scaling)}
+    return _build(DecoderConfig, values)
+
+
+def _build(cls: type, values: dict) -> object:
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    required = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
+    problems = [f"unknown entry {name!r}" for name in values if name not in fields]
+    problems += [f"missing entry {name!r}" for name in required if name not in values]
+    for name in values.keys() & fields.keys():
+        kind = int | float if fields[name].type is float else fields[name].type
+        if not isinstance(values[name], kind):
+            problems.append(f"{name!r} is {values[name]!r}")
+    if problems:
+        raise QjaxError(f"{cls.__name__}: {listing(problems)}")
+    return cls(**values)
+
+
+def _entry(values: object, key: str, kind: type) -> object:
+    value = values.get(key) if isinstance(values, dict) else None
+    if not isinstance(value, kind):
+        raise QjaxError(f"{key!r} must be {kind.__name__}, got {'nothing' if value is None else repr(value)}")
+    return value

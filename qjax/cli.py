@@ -1,0 +1,289 @@
+"""The command line: parse, call, print. Exit code 2 and one line for a user's mistake; 130 when interrupted."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qjax.errors import QjaxError
+
+app = typer.Typer(
+    name="qjax",
+    help="Quantize language models and measure what it costs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ModelName = Annotated[
+    str, typer.Argument(metavar="[MODEL]", help="Hugging Face folder or hub name, folder qjax saved, or 'bundled'.")
+]
+Data = Annotated[
+    list[str], typer.Option("--data", help="python-docs, wikitext2, ptb, c4, text:PATH or jsonl:PATH; may be repeated.")
+]
+ConventionName = Annotated[
+    str, typer.Option("--convention", help="windows-N[-bos], sliding-N-STRIDE or llama.cpp-N.", metavar="NAME")
+]
+Rules = Annotated[
+    list[str] | None,
+    typer.Option("--rule", help="PATTERN=RECIPE (or =none): recipe of the kernels whose path matches; may be repeated."),
+]
+MaxWindows = Annotated[int | None, typer.Option("--max-windows", min=1, help="Measure the first N windows only.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Write into a folder that is not empty.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder to write.")]
+DEFAULT_WINDOWS = 128  # of the bundled text: enough for a standard error of 2 %, paired differences of 0.1 %
+
+
+@app.command()
+def sweep(
+    model: ModelName = "bundled",
+    recipes: Annotated[str, typer.Option(help="Comma-separated recipes; see `qjax recipes`.")] = "",
+    methods: Annotated[str, typer.Option(help="Comma-separated methods or codebooks, times --bits.")] = "rtn,nf4",
+    bits: Annotated[str, typer.Option(help="Comma-separated bits per code.")] = "8,4,3,2",
+    group: Annotated[str | None, typer.Option(help="Weights per scale: a number, channel or tensor.")] = None,
+    data: Data = ["python-docs"],  # noqa: B006
+    convention: ConventionName = "windows-2048",
+    max_windows: MaxWindows = None,
+    rule: Rules = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    out: Out = Path("qjax-results"),
+) -> None:
+    """Measure perplexity of a model in many formats; table and figure go to --out."""
+    from qjax.evaluate.perplexity import parse_convention
+    from qjax.loading import load
+    from qjax.report.figures import write_reports
+    from qjax.sweep.grid import canonical, expand
+    from qjax.sweep.runner import Sweep, load_corpora, run_sweep
+
+    names = canonical(_split(recipes)) if recipes else expand(_split(methods), _numbers(bits), group)
+    measured = parse_convention(convention)
+    _prepare(out)
+    corpora = load_corpora(data)
+    loaded = load(model)
+    if max_windows is None and model == "bundled" and data == ["python-docs"]:
+        max_windows = DEFAULT_WINDOWS
+    plan = Sweep(tuple(names), corpora, measured, max_windows, tuple(rule or ()), seed)
+    with _live_sweep() as watcher:
+        rows = run_sweep(loaded, plan, out, watcher)
+    _print_tables(rows)
+    for path in write_reports(out, rows):
+        typer.echo(path)
+
+
+@app.command()
+def quantize(
+    model: ModelName,
+    recipe: Annotated[str, typer.Option(help="For example rtn:int4-g128; see `qjax recipes`.")],
+    out: Out,
+    rule: Rules = None,
+    report: Annotated[bool, typer.Option("--report", help="Print a line for every layer.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Quantize a model and save it packed; `qjax eval` and qjax.load read the folder back bit-equal."""
+    from qjax import driver
+    from qjax.checkpoints.packed import save
+    from qjax.files import prepare_output_folder
+    from qjax.loading import load
+    from qjax.report.tables import layers_table, to_rich
+
+    prepare_output_folder(out, overwrite=overwrite)
+    loaded = load(model)
+    with _progress() as progress:
+        task = progress.add_task("quantizing", total=None)
+        quantized, done = driver.quantize(loaded, recipe, rules=rule or (), on_layer=lambda _: progress.advance(task))
+    save(out, quantized, overwrite=True)
+    if report:
+        _console().print(to_rich(layers_table(done.layers)))
+    typer.echo(
+        f"{out}: {quantized.recipe}, {done.bits_per_weight:.3f} bits per quantized weight, "
+        f"{done.model_bits_per_weight:.3f} over the whole model, {done.size_bytes:,} bytes"
+    )
+
+
+@app.command("eval")
+def evaluate(
+    model: ModelName,
+    data: Data = ["python-docs"],  # noqa: B006
+    convention: ConventionName = "windows-2048",
+    max_windows: MaxWindows = None,
+    packed: Annotated[bool, typer.Option("--packed", help="Multiply with packed weights.")] = False,
+) -> None:
+    """Perplexity of one model, quantized or not."""
+    from qjax.evaluate.perplexity import parse_convention, perplexity
+    from qjax.loading import load
+    from qjax.sweep.runner import load_corpora
+
+    measured = parse_convention(convention)
+    corpora = load_corpora(data)
+    loaded = load(model)
+    for corpus in corpora:
+        with _progress() as progress:
+            task = progress.add_task(corpus.name, total=None)
+            result = perplexity(
+                loaded,
+                corpus,
+                measured,
+                max_windows=max_windows,
+                packed=packed,
+                on_batch=lambda done, total, task=task: progress.update(task, completed=done, total=total),
+            )
+        typer.echo(
+            f"{loaded.name} ({loaded.recipe}) on {result.corpus}: perplexity {result.value:.4f} ± {result.stderr:.4f}, "
+            f"{result.nll:.5f} nats a token, {result.bits_per_byte:.4f} bits a byte "
+            f"[{result.convention}, {result.tokens:,} tokens, {result.tokens_per_second:,.0f} tokens/s]"
+        )
+
+
+@app.command()
+def info(
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="A model, as for sweep.")] = None,
+    parameters: Annotated[float | None, typer.Option(help="Instead of a model: its number of parameters, as 7e9.")] = None,
+) -> None:
+    """The memory table: exact bytes of a model in every precision."""
+    from qjax.report.memory import memory_table, parameters_table
+    from qjax.report.tables import to_rich
+
+    if (model is None) == (parameters is None):
+        raise QjaxError("info: give either a model or --parameters, for example `qjax info --parameters 7e9`")
+    if model is None:
+        _console().print(to_rich(parameters_table(parameters)))
+        return
+    from qjax.driver import kernel_shapes
+    from qjax.loading import load
+
+    _console().print(to_rich(memory_table(*kernel_shapes(load(model)), title=model)))
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="A folder with rows.jsonl.")],
+) -> None:
+    """Tables and figures of a finished or unfinished sweep, from its rows alone."""
+    from qjax.report.figures import write_reports
+    from qjax.sweep.store import ROWS, read_rows
+
+    rows = read_rows(folder / ROWS)
+    if not rows:
+        raise QjaxError(f"{folder / ROWS} holds no rows; `qjax sweep --out {folder}` writes them")
+    _print_tables(rows)
+    for path in write_reports(folder, rows):
+        typer.echo(path)
+
+
+@app.command()
+def formats() -> None:
+    """Every number format, with exact bits per weight."""
+    from qjax.report.tables import formats_table, to_rich
+
+    _console().print(to_rich(formats_table()))
+
+
+@app.command()
+def recipes() -> None:
+    """Every method, with its options."""
+    from qjax.report.tables import recipes_table, to_rich
+
+    _console().print(to_rich(recipes_table()))
+
+
+def main() -> None:
+    """Entry point: runs the command and turns a user's mistake into one line and exit code 2."""
+    try:
+        app()
+    except QjaxError as error:
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.filename or 'file'}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        typer.echo("interrupted; finished rows are kept, run the same command again to go on", err=True)
+        sys.exit(130)
+
+
+def _fail(message: str) -> None:
+    typer.echo("error: " + " ".join(message.split()), err=True)
+    sys.exit(2)
+
+
+def _split(text: str) -> list[str]:
+    parts, depth, current = [], 0, ""
+    for letter in text + ",":
+        if letter == "," and depth == 0:
+            parts.append(current.strip())
+            current = ""
+            continue
+        depth += {"(": 1, ")": -1}.get(letter, 0)
+        current += letter
+    return [part for part in parts if part]
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in _split(text)]
+    except ValueError:
+        raise QjaxError(f"--bits {text!r}: expected whole numbers separated by commas, for example 8,4,3,2") from None
+
+
+def _prepare(folder: Path) -> None:
+    """Makes the output folder and proves that it can be written before anything is computed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".probe-{os.getpid()}"
+    probe.write_bytes(b"")
+    probe.unlink()
+
+
+def _console():
+    from rich.console import Console
+
+    return Console()
+
+
+def _progress():
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    from rich.console import Console
+
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+@contextlib.contextmanager
+def _live_sweep() -> Iterator[object]:
+    """A live display of the cells of a sweep."""
+    from qjax.sweep.runner import Watcher
+
+    with _progress() as progress:
+        cells = progress.add_task("cells")
+        work = progress.add_task("")
+
+        class Live(Watcher):
+            def cell(self, number, total, recipe, corpus):
+                progress.update(cells, completed=number - 1, total=total)
+                progress.update(work, description=f"{recipe}: quantizing", completed=0, total=None)
+                self.label = f"{recipe} on {corpus}"
+
+            def layer(self, record):
+                progress.advance(work)
+
+            def batch(self, done, total):
+                progress.update(work, description=self.label, completed=done, total=total)
+
+            def row(self, row, is_new):
+                note = "" if is_new else " (measured before)"
+                progress.console.print(
+                    f"{row['recipe']:<28} {row['bits_per_weight']:7.3f} bits  {row['corpus']:<14} "
+                    f"perplexity {row['perplexity']:.4f}{note}",
+                    highlight=False,
+                )
+
+        yield Live()
+
+
+def _print_tables(rows: list[dict[str, object]]) -> None:
+    from qjax.report.tables import perplexity_table, split_tables, to_rich
+
+    for part in split_tables(rows):
+        _console().print(to_rich(perplexity_table(part)))

@@ -1,0 +1,1 @@
+"""Measurements of a model: corpora, perplexity and what is compared with it."""

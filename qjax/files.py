@@ -1,0 +1,94 @@
+"""Reading and writing files so that a reader sees a whole file or none, and a person sees one line when it fails."""
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from qjax.errors import QjaxError
+
+
+def reason(error: OSError) -> str:
+    """What went wrong, without the errno and the path that str(error) would add."""
+    return error.strerror or str(error).splitlines()[0]
+
+
+def write_atomically(path: str | Path, content: bytes | str | Callable[[Path], None]) -> None:
+    """Writes `path` through a temporary file in the same folder, on disk before it takes the name.
+
+    content: bytes, text (as UTF-8), or a function that writes the file whose path it is given.
+    Raises QjaxError when the folder is missing, read-only or full; the earlier file, if any, is then untouched.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        try:
+            if callable(content):
+                content(temporary)
+            else:
+                temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+            _sync(temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        if os.name == "posix":  # elsewhere a folder cannot be opened
+            _sync(path.parent)
+    except OSError as error:
+        raise QjaxError(f"cannot write {path}: {reason(error)}; choose a writable folder with free space") from error
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def prepare_output_folder(path: str | Path, *, overwrite: bool = False, replaces: Iterable[str] = ()) -> Path:
+    """The folder `path`, made if need be.
+
+    replaces: glob patterns of files that what comes next takes the place of; with `overwrite` they are removed, so that
+    no reader mistakes them for a part of it. Raises QjaxError for a folder that holds anything, unless `overwrite`.
+    """
+    path = Path(path).expanduser()
+    if path.exists() and not path.is_dir():
+        raise QjaxError(f"cannot write into {path}: it is a file; name a folder")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if any(path.iterdir()):
+            if not overwrite:
+                raise QjaxError(f"{path} is not empty; name a new folder or ask to overwrite")
+            for pattern in replaces:
+                for old in path.glob(pattern):
+                    old.unlink()
+    except OSError as error:
+        raise QjaxError(f"cannot write into {path}: {reason(error)}; choose a writable folder") from error
+    return path
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """The file's content. Raises QjaxError when it is missing or unreadable."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise QjaxError(f"cannot read {path}: {reason(error)}") from error
+
+
+def read_json(path: str | Path) -> dict:
+    """The JSON object in a file. Raises QjaxError when it is missing, unreadable, no JSON or no object."""
+    content = read_bytes(path)
+    try:
+        value = json.loads(content)
+    except ValueError as error:  # bad JSON and bad UTF-8 alike
+        raise QjaxError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise QjaxError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def listing(items: Iterable[object], limit: int = 5) -> str:
+    """The items joined by "; ", the rest of a long list as a count."""
+    items = [str(item) for item in items]
+    rest = len(items) - limit
+    return "; ".join(items[:limit]) + (f"; and {rest} more" if rest > 0 else "")

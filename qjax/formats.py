@@ -1,0 +1,352 @@
+"""Number formats as data, and the grammar of their names.
+
+A format says which values a code can stand for and which weights share a scale:
+
+    int4-g128        affine (zero point) 4-bit integers, groups of 128 along the input axis, float16 scales
+    int4-g128-sym    symmetric: codes -8..7, scale = max|w| / 7.5, so that the outermost cell ends at max|w| (bound `edge`)
+    int4-g128-sym-max    symmetric with scale = max|w| / 7 (bound `max`: the outermost code is max|w| itself)
+    nf4-g64-dq       NormalFloat4, float32 scales that are quantized in turn to 8 bits in blocks of 256
+    nf4-b64          blocks of 64 over the flattened weight, the layout of bitsandbytes
+    fp8_e4m3-channel one scale per output channel; `tensor` is one scale for all
+    int3-g128-bf16   scales stored as bfloat16 (or fp16, fp32)
+    bf16             no codes at all: the weight in another floating-point type
+
+Order of the parts: grid, granularity, then in any order sym, the bound, the scale type, dq. `str(format)` is canonical: parts that
+are the grid's default are left out. Bound and tie rule are part of a format because they change 2- and 3-bit results a lot:
+integers round half to even; NF4 and bitsandbytes' FP4 ties go to the smaller value, as in bitsandbytes' CPU library; FP4-E2M1 and
+FP8 ties go to the even code (OCP MX specification 1.0, 2023).
+
+NF4: Dettmers et al. 2023 (arXiv 2305.14314); FP8: Micikevicius et al. 2022 (2209.05433).
+"""
+
+import dataclasses
+import difflib
+import functools
+import math
+import re
+
+import numpy as np
+
+from qjax.errors import QjaxError
+
+SCALE_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+FLOATS = {"fp32": 32, "bf16": 16, "fp16": 16}
+INTEGERS = {f"int{bits}": bits for bits in range(1, 9)}
+DOUBLE_QUANT_BLOCK = 256
+
+# Normal quantiles: 8 positive and 7 negative ones evenly spaced in probability, and zero (QLoRA, appendix E).
+NF4_VALUES = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+FP4_BNB_MAGNITUDES = (0.0, 0.0625 / 12, 2 / 12, 3 / 12, 4 / 12, 6 / 12, 8 / 12, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Codebook:
+    """Sorted values; a weight divided by its scale gets the code = number of thresholds strictly below it.
+
+    `bound` is the value that the largest magnitude of a group is scaled to.
+    """
+
+    values: tuple[float, ...]
+    thresholds: tuple[float, ...]
+    bound: float
+
+
+def _middle_codebook(values: tuple[float, ...]) -> Codebook:
+    """Sorted `values` up to 1; thresholds are their middles, computed in float32 as bitsandbytes does."""
+    array = np.array(values, np.float32)
+    return Codebook(_floats(array), _floats((array[:-1] + array[1:]) / np.float32(2)), 1.0)
+
+
+def _even_code_codebook(magnitudes: np.ndarray) -> Codebook:
+    """Mirror of `magnitudes` (sorted, from 0, in code order) whose ties go to the magnitude with the even code."""
+    middles = ((magnitudes[:-1] + magnitudes[1:]) / 2).astype(np.float32)  # exact for few-bit floats
+    # The tie between magnitudes k and k + 1 belongs to k + 1 when k is odd. As a value must exceed a threshold to pass it,
+    # a threshold whose tie belongs to the upper side moves one float down.
+    odd = np.arange(len(middles)) % 2 == 1
+    positive = np.where(odd, np.nextafter(middles, np.float32(0)), middles)
+    negative = np.where(odd, -middles, np.nextafter(-middles, np.float32(-np.inf)))
+    values = np.concatenate([-magnitudes[:0:-1], magnitudes])
+    return Codebook(_floats(values), _floats(np.concatenate([negative[::-1], positive])), float(magnitudes[-1]))
+
+
+def _floats(array: np.ndarray) -> tuple[float, ...]:
+    return tuple(float(value) for value in array)
+
+
+def _fp_magnitudes(exponent_bits: int, mantissa_bits: int, bias: int, largest: float) -> np.ndarray:
+    """All non-negative values of a small float in code order, up to `largest`."""
+    steps = 2**mantissa_bits
+    codes = np.arange(2 ** (exponent_bits + mantissa_bits))
+    exponent, mantissa = codes // steps, codes % steps
+    subnormal = exponent == 0
+    values = np.where(subnormal, mantissa, steps + mantissa) / steps * 2.0 ** (np.maximum(exponent, 1) - bias)
+    return values[values <= largest]
+
+
+@functools.cache
+def codebooks() -> dict[str, Codebook]:
+    """Every codebook by its grid name."""
+    return {
+        "nf4": _middle_codebook(NF4_VALUES),
+        "fp4_e2m1": _even_code_codebook(_fp_magnitudes(2, 1, bias=1, largest=6.0)),
+        "fp4_bnb": _middle_codebook((*(-m for m in FP4_BNB_MAGNITUDES[:0:-1]), *FP4_BNB_MAGNITUDES)),
+        "fp8_e4m3": _even_code_codebook(_fp_magnitudes(4, 3, bias=7, largest=448.0)),
+        "fp8_e5m2": _even_code_codebook(_fp_magnitudes(5, 2, bias=15, largest=57344.0)),
+    }
+
+
+@functools.cache
+def dynamic_map() -> np.ndarray:
+    """The 256 values in [-1, 1] that quantize scales when they are doubly quantized.
+
+    Seven decades, decade i with 2^i values per sign at the middles of equal parts of [0.1, 1], then 0 and 1
+    (dynamic tree quantization; Dettmers 2015, arXiv 1511.04561). float32 at each step, to be bitsandbytes' map bit for bit.
+    """
+    values = [0.0, 1.0]
+    for decade in range(7):
+        parts = 2**decade
+        index = np.arange(parts + 1)
+        low, high, step = np.float32(0.1), np.float32(1), np.float32(np.float32(0.9) / np.float32(parts))
+        # torch.linspace: from the nearer end, multiply and add rounded once.
+        edges = np.where(2 * index < parts, float(low) + float(step) * index, float(high) - float(step) * (parts - index))
+        edges = edges.astype(np.float32)
+        middles = (edges[:-1] + edges[1:]) / np.float32(2) * np.float32(10.0 ** (decade - 6))
+        values += [*middles, *-middles]
+    return np.sort(np.array(values, np.float32))
+
+
+GRIDS = {  # name -> bits of a code
+    **INTEGERS,
+    "nf4": 4,
+    "fp4_e2m1": 4,
+    "fp4_bnb": 4,
+    "fp8_e4m3": 8,
+    "fp8_e5m2": 8,
+    **FLOATS,
+}
+ALIASES = {"fp4": "fp4_e2m1"}
+DEFAULT_GRANULARITY = {"nf4": "g64", "fp4_e2m1": "g64", "fp4_bnb": "g64"}  # the block of QLoRA
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A number format; build it with `parse_format`, print its name with `str`.
+
+    granularity: "tensor" | "channel" | "group" (of `group` weights along the input axis) | "block" (of `group` weights over
+    the flattened weight, output channel after output channel) | "none" (plain floating point).
+    bound: "max" | "edge", symmetric integers only. scale_dtype: a NumPy name.
+    """
+
+    grid: str
+    granularity: str = "none"
+    group: int = 0
+    symmetric: bool = False
+    bound: str = ""
+    scale_dtype: str = "float32"
+    double_quantized: bool = False
+
+    @property
+    def bits(self) -> int:
+        """Bits of one code."""
+        return GRIDS[self.grid]
+
+    @property
+    def is_float(self) -> bool:
+        """True for fp32, bf16 and fp16: the weight itself is stored."""
+        return self.grid in FLOATS
+
+    @property
+    def is_affine(self) -> bool:
+        """True for integers with a zero point."""
+        return self.grid in INTEGERS and not self.symmetric
+
+    @property
+    def codebook(self) -> Codebook | None:
+        """The codebook, or None where codes are integers. One-bit symmetric integers are the two values -1 and 1."""
+        if self.grid == "int1" and self.symmetric:
+            return Codebook((-1.0, 1.0), (0.0,), 2.0 if self.bound == "edge" else 1.0)
+        return codebooks().get(self.grid)
+
+    @property
+    def largest_code(self) -> int:
+        """Codes run from 0 to here."""
+        return len(self.codebook.values) - 1 if self.codebook else 2**self.bits - 1
+
+    def nbytes(self, in_features: int, out_features: int) -> int:
+        """Exact bytes of an (in_features, out_features) weight in this format: codes, scales, zero points, everything."""
+        if self.is_float:
+            return self.bits // 8 * in_features * out_features
+        scales = self.groups(in_features, out_features)
+        size = packed_rows(in_features, self.bits) * out_features
+        if self.double_quantized:
+            size += scales + 4 * math.ceil(scales / DOUBLE_QUANT_BLOCK) + 4
+        else:
+            size += scales * np.dtype(self.scale_dtype if self.scale_dtype != "bfloat16" else "float16").itemsize
+        if self.is_affine:  # zero points are codes too, packed along the output axis
+            rows, columns = self.parameter_shape(in_features, out_features)
+            rows, columns = (1, rows * columns) if self.granularity == "block" else (rows, columns)
+            size += rows * packed_rows(columns, self.bits)
+        return size
+
+    def bits_per_weight(self, in_features: int = 4096, out_features: int = 4096) -> float:
+        """Exact bits per weight of an (in_features, out_features) weight."""
+        return 8 * self.nbytes(in_features, out_features) / (in_features * out_features)
+
+    def parameter_shape(self, in_features: int, out_features: int) -> tuple[int, int]:
+        """(rows, columns) of the scales before a block format flattens them."""
+        match self.granularity:
+            case "tensor":
+                return 1, 1
+            case "channel":
+                return 1, out_features
+            case "block" if in_features % self.group:
+                return math.ceil(in_features * out_features / self.group), 1
+            case _:
+                return math.ceil(in_features / self.group), out_features
+
+    def groups(self, in_features: int, out_features: int) -> int:
+        """How many scales a weight has."""
+        return math.prod(self.parameter_shape(in_features, out_features))
+
+    def __str__(self) -> str:
+        if self.is_float:
+            return self.grid
+        sizes = {"group": f"g{self.group}", "block": f"b{self.group}"}
+        parts = [self.grid, sizes.get(self.granularity, self.granularity)]
+        if self.symmetric:
+            parts.append("sym")
+            if self.bound == "max":
+                parts.append("max")
+        if self.scale_dtype != default_scale_dtype(self.grid):
+            parts.append(next(short for short, dtype in SCALE_DTYPES.items() if dtype == self.scale_dtype))
+        return "-".join(parts + ["dq"] * self.double_quantized)
+
+
+def default_scale_dtype(grid: str) -> str:
+    """float16 for integers (GPTQ's and AWQ's files), float32 for codebooks (bitsandbytes')."""
+    return "float16" if grid in INTEGERS else "float32"
+
+
+def packed_rows(count: int, bits: int) -> int:
+    """Bytes that hold `count` codes of `bits` bits, in whole packing units (`packing.unit`)."""
+    unit = 8 // math.gcd(8, bits)
+    return math.ceil(count / unit) * unit * bits // 8
+
+
+@functools.lru_cache(maxsize=1024)
+def parse_format(text: str) -> Format:
+    """The format named `text`, for example "int4-g128", "nf4-g64-dq", "fp8_e4m3-channel".
+
+    Raises QjaxError that names the part that is wrong and lists what is allowed.
+    """
+    if isinstance(text, Format):
+        return text
+    head, *parts = text.strip().split("-")
+    grid = ALIASES.get(head, head)
+    if grid not in GRIDS:
+        near = difflib.get_close_matches(head, [*GRIDS, *ALIASES], n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise QjaxError(f"format {text!r}: unknown grid {head!r}; {hint}allowed: {', '.join([*GRIDS, *ALIASES])}")
+    if grid in FLOATS:
+        if parts:
+            raise QjaxError(f"format {text!r}: {grid} takes no further parts, got {parts[0]!r}")
+        return Format(grid)
+    if not parts or not _is_granularity(parts[0]):
+        if grid not in DEFAULT_GRANULARITY:
+            got = f"got {parts[0]!r}" if parts else "got none"
+            raise QjaxError(
+                f"format {text!r}: after {head!r} comes who shares a scale, {got}; "
+                "allowed: tensor, channel, gN (N weights along the input axis), bN (N of the flattened weight)"
+            )
+        parts = [DEFAULT_GRANULARITY[grid], *parts]
+    granularity, group = _granularity(text, parts[0])
+    options = {"granularity": granularity, "group": group, "scale_dtype": default_scale_dtype(grid)}
+    integer = grid in INTEGERS
+    seen = set()
+    for part in parts[1:]:
+        kind = "scale type" if part in SCALE_DTYPES else "bound" if part in ("max", "edge") else part
+        if kind in seen:
+            raise QjaxError(f"format {text!r}: {kind} given twice")
+        seen.add(kind)
+        if part == "sym" and integer:
+            options["symmetric"] = True
+        elif part in ("max", "edge") and integer:
+            options["bound"] = part
+        elif part in SCALE_DTYPES:
+            options["scale_dtype"] = SCALE_DTYPES[part]
+        elif part == "dq":
+            options["double_quantized"] = True
+        else:
+            allowed = [*(["sym", "sym-max", "sym-edge"] if integer else []), *SCALE_DTYPES, "dq"]
+            raise QjaxError(f"format {text!r}: unknown part {part!r} for {grid}; allowed: {', '.join(allowed)}")
+    if "bound" in options and not options.get("symmetric"):
+        raise QjaxError(f"format {text!r}: the bound {options['bound']!r} goes with sym (affine grids span min..max)")
+    if options.get("double_quantized") and "scale type" in seen:
+        raise QjaxError(f"format {text!r}: dq stores scales as 8-bit codes; leave the scale type out")
+    if options.get("double_quantized"):
+        options["scale_dtype"] = default_scale_dtype(grid)
+    if options.get("symmetric"):
+        options.setdefault("bound", "edge")
+    return Format(grid, **options)
+
+
+def _is_granularity(part: str) -> bool:
+    return part in ("tensor", "channel") or re.fullmatch(r"[gb]\d+", part) is not None
+
+
+def _granularity(text: str, part: str) -> tuple[str, int]:
+    if part in ("tensor", "channel"):
+        return part, 0
+    size = int(part[1:])
+    if size < 1:
+        raise QjaxError(f"format {text!r}: a group needs at least 1 weight, got {part!r}")
+    return {"g": "group", "b": "block"}[part[0]], size
+
+
+EXAMPLES = (
+    ("fp32", "IEEE float32: the baseline"),
+    ("bf16", "bfloat16"),
+    ("fp16", "IEEE float16"),
+    ("int8-channel", "8-bit affine, one scale and zero point per output channel"),
+    ("int8-channel-sym-max", "8-bit symmetric, scale max|w|/127: LLM.int8's and SmoothQuant's weights"),
+    ("int8-g128", "8-bit affine in groups of 128"),
+    ("int6-g128", "6-bit affine"),
+    ("int5-g128", "5-bit affine"),
+    ("int4-channel", "4-bit affine, one scale per output channel (the GPTQ paper's main tables)"),
+    ("int4-g128", "4-bit affine in groups of 128 (GPTQ and AWQ checkpoints)"),
+    ("int4-g64", "4-bit affine in groups of 64"),
+    ("int4-g32", "4-bit affine in groups of 32"),
+    ("int4-g128-sym", "4-bit symmetric, scale max|w|/7.5 (compressed-tensors, torchao)"),
+    ("int4-g128-sym-max", "4-bit symmetric, scale max|w|/7 (QuaRot, AutoAWQ)"),
+    ("int4-g64-dq", "4-bit affine, 8-bit scales"),
+    ("int3-g128", "3-bit affine in groups of 128"),
+    ("int3-channel", "3-bit affine per output channel"),
+    ("int2-g128", "2-bit affine in groups of 128"),
+    ("int2-g64", "2-bit affine in groups of 64"),
+    ("int1-g64-sym", "binary: -1 or 1 times the scale"),
+    ("nf4-g64", "NormalFloat4 (QLoRA), groups of 64 along the input axis"),
+    ("nf4-g64-dq", "NormalFloat4 with doubly quantized scales"),
+    ("nf4-b64", "NormalFloat4 in bitsandbytes' flat blocks"),
+    ("nf4-b64-dq", "the same, doubly quantized"),
+    ("fp4_e2m1-g64", "FP4: 0 .5 1 1.5 2 3 4 6 and their negatives (`fp4` for short)"),
+    ("fp4_bnb-g64", "bitsandbytes' FP4 table, which is not E2M1"),
+    ("fp8_e4m3-channel", "FP8 with 4 exponent and 3 mantissa bits, largest 448"),
+    ("fp8_e5m2-channel", "FP8 with 5 exponent and 2 mantissa bits, largest 57344"),
+)
+
+
+def format_table(in_features: int = 4096, out_features: int = 4096) -> list[dict[str, object]]:
+    """One record per documented format, with exact bits per weight of an (in_features, out_features) weight."""
+    return [
+        {
+            "format": name,
+            "bits_per_weight": parse_format(name).bits_per_weight(in_features, out_features),
+            "ratio_to_fp16": 16 / parse_format(name).bits_per_weight(in_features, out_features),
+            "what": what,
+        }
+        for name, what in EXAMPLES
+    ]

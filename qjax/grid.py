@@ -1,0 +1,193 @@
+"""The arithmetic of a format: the scale and zero point of a group of weights, the codes of weights, the values of codes.
+
+    symmetric, codebook:  scale = max|w| * shrink / bound,                  code = nearest(w / scale)
+    affine:               scale = (max(w, 0) - min(w, 0)) * shrink / (2^b - 1),  zero = round(-min(w, 0) * shrink / scale),
+                          code = clip(round(w / scale) + zero, 0, 2^b - 1)
+    value = grid value(code) * scale, or (code - zero) * scale
+
+Zero is always representable (the range of an affine group is widened to hold it, as in GPTQ). Everything works on groups:
+(groups, size, columns) arrays whose middle axis shares a scale, with scales and zeros (groups, columns). `to_groups` and
+`from_groups` go between that view and the (in, out) weight. Every rounding method is built from these few functions.
+
+A scale is rounded to the type it is stored in before it is used, so codes are chosen for the scale that decoding will see.
+`block` formats follow bitsandbytes where it departs from this: they multiply with the reciprocal of the scale, and with dq they
+code weights with the exact maximum, which is quantized afterwards (with a table of 2^16 steps instead of the nearest code).
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, UInt8
+
+from qjax.formats import DOUBLE_QUANT_BLOCK, Format, dynamic_map
+
+FLOAT8 = {"fp8_e4m3": jnp.float8_e4m3fn, "fp8_e5m2": jnp.float8_e5m2}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QuantizedScales:
+    """Doubly quantized scales of QLoRA: dynamic_map[codes] * scales + offset, in blocks of 256 scales.
+
+    Scales are flattened output channel after output channel. codes: (scales,) uint8; scales: (blocks,) float32, the
+    largest |scale - offset| of each block; offset: () float32, the mean scale.
+    """
+
+    codes: jax.Array
+    scales: jax.Array
+    offset: jax.Array
+
+
+class Parameters(NamedTuple):
+    """The grid of every group.
+
+    scale: (groups, columns) float32, what weights are divided by. zero: (groups, columns) float32 integers, or None.
+    stored: the scales in the form a QTensor holds, see `store_scales`.
+    """
+
+    scale: jax.Array
+    zero: jax.Array | None
+    stored: jax.Array | QuantizedScales
+
+
+def to_groups(weight: Float[Array, "in out"], fmt: Format) -> Float[Array, "groups size columns"]:
+    """The weight (or codes) with the axis that shares a scale in the middle, padded with zeros to whole groups."""
+    rows, columns = weight.shape
+    match fmt.granularity:
+        case "tensor":
+            return weight.reshape(1, -1, 1)
+        case "channel":
+            return weight[None]
+        case "block" if rows % fmt.group:
+            flat = weight.T.reshape(-1)
+            size = min(fmt.group, flat.size)
+            return jnp.pad(flat, (0, -flat.size % size)).reshape(-1, size, 1)
+        case _:
+            size = min(fmt.group, rows)
+            return jnp.pad(weight, ((0, -rows % size), (0, 0))).reshape(-1, size, columns)
+
+
+def from_groups(
+    groups: Float[Array, "groups size columns"], fmt: Format, rows: int, columns: int
+) -> Float[Array, "in out"]:
+    """The inverse of `to_groups` for an (in=rows, out=columns) weight."""
+    if fmt.granularity == "block" and rows % fmt.group:
+        return groups.reshape(-1)[: rows * columns].reshape(columns, rows).T
+    return groups.reshape(-1, columns)[:rows]
+
+
+def padding_mask(groups: Float[Array, "groups size columns"], weights: int) -> Bool[Array, "groups size 1"] | None:
+    """True where `to_groups` of a weight with `weights` elements put weights, not padding; None where it did not pad."""
+    if groups.size == weights:
+        return None
+    count, size, columns = groups.shape
+    return (jnp.arange(count * size) < weights // columns).reshape(count, size, 1)
+
+
+def find_range(
+    groups: Float[Array, "groups size columns"],
+) -> tuple[Float[Array, "groups columns"], Float[Array, "groups columns"]]:
+    """(min, max) of every group, widened to hold zero."""
+    return jnp.minimum(jnp.min(groups, axis=1), 0), jnp.maximum(jnp.max(groups, axis=1), 0)
+
+
+def find_parameters(
+    groups: Float[Array, "groups size columns"], fmt: Format, shrink: float | Float[Array, "groups columns"] = 1.0
+) -> Parameters:
+    """The grid of every group that spans its range times `shrink`."""
+    return range_parameters(*find_range(groups), fmt, shrink)
+
+
+def range_parameters(
+    low: Float[Array, "groups columns"],
+    high: Float[Array, "groups columns"],
+    fmt: Format,
+    shrink: float | Float[Array, "groups columns"] = 1.0,
+) -> Parameters:
+    """The grid of every group whose weights span low <= 0 <= high, both times `shrink`."""
+    low, high = low * shrink, high * shrink
+    if fmt.is_affine:
+        exact = high / fmt.largest_code - low / fmt.largest_code  # the difference itself could overflow
+    else:
+        bound = fmt.codebook.bound if fmt.codebook else 2 ** (fmt.bits - 1) - (1.0 if fmt.bound == "max" else 0.5)
+        exact = jnp.maximum(high, -low) / bound
+    stored = store_scales(exact, fmt)
+    scale = exact if fmt.double_quantized and fmt.granularity == "block" else load_scales(stored, fmt, exact.shape)
+    zero = jnp.clip(jnp.round(-low / _nonzero(scale)), 0, fmt.largest_code) if fmt.is_affine else None
+    return Parameters(scale, zero, stored)
+
+
+def encode(
+    values: Float[Array, "..."], scale: Float[Array, "..."], zero: Float[Array, "..."] | None, fmt: Format
+) -> UInt8[Array, "..."]:
+    """Nearest codes of values, elementwise; scale and zero broadcast against values. A scale of 0 gives the code of 0."""
+    scaled = values * (1 / _nonzero(scale)) if fmt.granularity == "block" else values / _nonzero(scale)
+    scaled = jnp.where(scale == 0, 0.0, scaled)
+    book = fmt.codebook
+    if book is None:
+        zero = 2 ** (fmt.bits - 1) if zero is None else zero
+        return jnp.clip(jnp.round(scaled) + zero, 0, fmt.largest_code).astype(jnp.uint8)
+    if fmt.grid in FLOAT8:  # the cast rounds to nearest, ties to even, like 252 thresholds but at once
+        bits = jnp.clip(scaled, -book.bound, book.bound).astype(FLOAT8[fmt.grid])
+        bits = jax.lax.bitcast_convert_type(bits, jnp.uint8)
+        magnitude, middle = bits & 127, len(book.values) // 2
+        return jnp.where(bits > 127, middle - magnitude, middle + magnitude).astype(jnp.uint8)
+    codes = jnp.zeros(scaled.shape, jnp.uint8)
+    for threshold in book.thresholds:
+        codes += (scaled > jnp.float32(threshold)).astype(jnp.uint8)
+    return codes
+
+
+def decode(
+    codes: UInt8[Array, "..."], scale: Float[Array, "..."], zero: Float[Array, "..."] | None, fmt: Format
+) -> Float[Array, "..."]:
+    """float32 values of codes, elementwise; scale and zero broadcast against codes."""
+    if fmt.codebook is None:
+        zero = 2 ** (fmt.bits - 1) if zero is None else zero
+        return (codes.astype(jnp.float32) - zero) * scale
+    first, *others = fmt.codebook.values
+    if len(others) > 16:
+        return jnp.array(fmt.codebook.values, jnp.float32)[codes.astype(jnp.int32)] * scale
+    values = jnp.float32(first)
+    for code, value in enumerate(others, 1):  # selects become vector instructions, a table look-up does not
+        values = jnp.where(codes >= code, jnp.float32(value), values)
+    return values * scale
+
+
+def store_scales(scale: Float[Array, "groups columns"], fmt: Format) -> jax.Array | QuantizedScales:
+    """Scales in the form a QTensor holds: (groups, columns), flat for block formats, QuantizedScales for dq.
+
+    A scale above the largest number of its type becomes that number.
+    """
+    if not fmt.double_quantized:
+        scale = jnp.minimum(scale, jnp.finfo(fmt.scale_dtype).max).astype(fmt.scale_dtype)
+        return scale.T.reshape(-1) if fmt.granularity == "block" else scale
+    flat = scale.T.reshape(-1)
+    offset = jnp.mean(flat)
+    blocks = jnp.pad(flat - offset, (0, -flat.size % DOUBLE_QUANT_BLOCK)).reshape(-1, DOUBLE_QUANT_BLOCK)
+    largest = jnp.max(jnp.abs(blocks), axis=1)
+    scaled = blocks * (1 / _nonzero(largest))[:, None]
+    if fmt.granularity == "block":
+        step = jnp.floor((scaled + 1) * 0.5 * 65535 + 0.5)
+        scaled = 2 * step / 65535 - 1
+    table = jnp.array(dynamic_map())
+    codes = jnp.searchsorted((table[:-1] + table[1:]) / 2, scaled, side="left").astype(jnp.uint8)
+    return QuantizedScales(codes.reshape(-1)[: flat.size], largest, offset)
+
+
+def load_scales(
+    stored: jax.Array | QuantizedScales, fmt: Format, shape: tuple[int, int]
+) -> Float[Array, "groups columns"]:
+    """float32 scales of `shape` (groups, columns) from what `store_scales` gave."""
+    if isinstance(stored, QuantizedScales):
+        values = jnp.array(dynamic_map())[stored.codes]
+        scales = jnp.repeat(stored.scales, DOUBLE_QUANT_BLOCK)[: values.size]
+        stored = values * scales + stored.offset
+    flat = stored.astype(jnp.float32)
+    return flat if flat.ndim == 2 else flat.reshape(shape[::-1]).T
+
+
+def _nonzero(scale: Float[Array, "..."]) -> Float[Array, "..."]:
+    return jnp.where(scale == 0, 1.0, scale)

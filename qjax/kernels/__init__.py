@@ -1,0 +1,1 @@
+"""Multiplication with quantized weights."""

@@ -1,0 +1,35 @@
+"""load(name): a model from wherever it is."""
+
+import importlib.resources
+from pathlib import Path
+
+from qjax.checkpoints.huggingface import download, load_huggingface
+from qjax.checkpoints.packed import DESCRIPTION, load_packed
+from qjax.errors import QjaxError
+from qjax.models.model import Model
+
+BUNDLED = "bundled"
+
+
+def load(name: str | Path) -> Model:
+    """The model called `name`.
+
+    name: "bundled" (the small model that comes with qjax), a folder that `save` wrote, a Hugging Face checkpoint folder, or
+    the name of a model on the Hugging Face hub. Raises QjaxError, one line that says what to do, when it cannot be loaded.
+    """
+    if str(name) == BUNDLED:
+        with importlib.resources.as_file(importlib.resources.files("qjax.models") / BUNDLED) as folder:
+            if not folder.is_dir():
+                raise QjaxError("this copy of qjax has no bundled model; install qjax anew or name another model")
+            return load_huggingface(folder)._replace(name=BUNDLED)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return load_packed(folder) if (folder / DESCRIPTION).exists() else load_huggingface(folder)
+    if folder.exists() or _looks_like_a_path(name):
+        return load_huggingface(folder)  # says what is wrong with it
+    return load_huggingface(download(str(name)))._replace(name=str(name))
+
+
+def _looks_like_a_path(name: str | Path) -> bool:
+    text = str(name)
+    return isinstance(name, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text

@@ -1,0 +1,75 @@
+"""Everything that distinguishes one decoder-only language model from another, as data.
+
+A family (Llama, GPT-2, ...) is a mapping from its own configuration file to `DecoderConfig` plus a map of parameter names
+(`families.py`); the decoder itself (`decoder.py`) knows no family.
+"""
+
+import dataclasses
+
+from qjax.errors import QjaxError
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama3Scaling:
+    """Llama 3.1's stretching of rotary frequencies (Grattafiori et al. 2024, arXiv 2407.21783)."""
+
+    factor: float
+    low_frequency_factor: float
+    high_frequency_factor: float
+    original_context: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearScaling:
+    """Position interpolation (Chen et al. 2023, arXiv 2306.15595): positions are divided by `factor`."""
+
+    factor: float
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Shape and switches of a decoder. Sizes count elements; `context` counts tokens."""
+
+    family: str
+    vocabulary_size: int
+    hidden_size: int
+    mlp_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    context: int
+    norm: str = "rms"  # rms | layer
+    norm_epsilon: float = 1e-5
+    activation: str = "silu"  # silu | gelu | gelu_tanh | relu
+    gated: bool = True  # gate/up/down (SwiGLU) or up/down
+    positions: str = "rope"  # rope | learned
+    rope_theta: float = 10000.0
+    rope_scaling: Llama3Scaling | LinearScaling | None = None
+    qkv_bias: bool = False
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
+    sliding_window: int | None = None  # a token sees itself and the window - 1 before it
+    tied: bool = False  # the head multiplies with the embedding table
+    bos_id: int | None = None
+    eos_id: int | None = None
+
+    def __post_init__(self):
+        sizes = ("vocabulary_size", "hidden_size", "mlp_size", "layers", "heads", "kv_heads", "head_dim", "context")
+        bad = {name: value for name in sizes if not isinstance(value := getattr(self, name), int) or value < 1}
+        if bad:
+            raise QjaxError(f"model configuration: sizes must be positive integers, got {bad}")
+        choices = {
+            "norm": ("rms", "layer"),
+            "activation": ("silu", "gelu", "gelu_tanh", "relu"),
+            "positions": ("rope", "learned"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise QjaxError(f"model configuration: {name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
+        if self.heads % self.kv_heads:
+            raise QjaxError(
+                f"model configuration: {self.heads} heads cannot share {self.kv_heads} key/value heads evenly"
+            )
+        if self.positions == "rope" and self.head_dim % 2:
+            raise QjaxError(f"model configuration: rotary positions need an even head size, got {self.head_dim}")

@@ -1,0 +1,134 @@
+"""Entries of a Hugging Face config.json, checked one by one: what several families share in reading and writing it.
+
+Both generations of rotary settings are read: `rope_theta` with `rope_scaling`, and `rope_parameters`. The older one, which
+every version of the transformers library understands, is written. Every function raises QjaxError that names the entry.
+"""
+
+from qjax.errors import QjaxError
+from qjax.models.config import DecoderConfig, LinearScaling, Llama3Scaling
+
+ACTIVATIONS = {  # config.json -> DecoderConfig
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "relu": "relu",
+}
+ACTIVATION_NAMES = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu"}
+
+_REQUIRED = object()
+
+
+def get(config: dict, key: str, kind: type, default=_REQUIRED):
+    """config[key], checked; null counts as missing. Integers are accepted for float."""
+    value = config.get(key) if isinstance(config, dict) else None
+    if value is None and default is not _REQUIRED:
+        return default
+    kinds = (int, float) if kind is float else kind
+    if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
+        got = "nothing" if value is None else repr(value)
+        raise QjaxError(f"{key!r} must be {'a number' if kind is float else kind.__name__}, got {got}")
+    return value
+
+
+def require(config: dict, key: str, default: object, allowed: object) -> None:
+    """An entry that changes the arithmetic must have the one value that the decoder implements."""
+    if (value := config.get(key, default)) not in (allowed, None):
+        raise QjaxError(f"{key!r} is {value!r}; the decoder can only do {allowed!r}")
+
+
+def activation(config: dict, key: str, default: str) -> str:
+    """DecoderConfig's name of an activation function."""
+    name = get(config, key, str, default)
+    if name not in ACTIVATIONS:
+        raise QjaxError(f"{key!r} is {name!r}; supported: {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+def head_dim(hidden: int, heads: int) -> int:
+    """The size of a head where config.json does not say it."""
+    if heads < 1 or hidden % heads:
+        raise QjaxError(f"a hidden size of {hidden} does not divide into {heads} heads")
+    return hidden // heads
+
+
+def token_ids(config: dict) -> dict[str, int | None]:
+    """bos_id and eos_id of DecoderConfig. Where config.json lists several ends of text, the first."""
+    ids = {}
+    for name in ("bos", "eos"):
+        value = config.get(f"{name}_token_id")
+        value = value[0] if isinstance(value, list) and value else value
+        ids[f"{name}_id"] = value if isinstance(value, int) and value >= 0 else None
+    return ids
+
+
+def rope(config: dict) -> dict[str, object]:
+    """rope_theta and rope_scaling of DecoderConfig, from either generation of names."""
+    parameters = get(config, "rope_parameters", dict, None) or get(config, "rope_scaling", dict, None) or {}
+    if nested := [key for key, value in parameters.items() if isinstance(value, dict)]:
+        raise QjaxError(f"rotary settings of their own for {nested} are not supported; supported: the same in all layers")
+    theta = get(parameters, "rope_theta", float, None) or get(config, "rope_theta", float, 10000.0)
+    for source in (config, parameters):
+        require(source, "partial_rotary_factor", 1.0, 1.0)
+    match kind := parameters.get("rope_type", parameters.get("type", "default")):
+        case "default":
+            scaling = None
+        case "linear":
+            scaling = LinearScaling(float(get(parameters, "factor", float)))
+        case "llama3":
+            scaling = Llama3Scaling(
+                factor=float(get(parameters, "factor", float)),
+                low_frequency_factor=float(get(parameters, "low_freq_factor", float)),
+                high_frequency_factor=float(get(parameters, "high_freq_factor", float)),
+                original_context=get(parameters, "original_max_position_embeddings", int),
+            )
+        case _:
+            raise QjaxError(f"rotary scaling {kind!r} is not supported; supported: default, linear, llama3")
+    return {"rope_theta": float(theta), "rope_scaling": scaling}
+
+
+def write_rope(config: DecoderConfig) -> dict:
+    """The inverse of `rope`."""
+    match config.rope_scaling:
+        case None:
+            scaling = None
+        case LinearScaling(factor):
+            scaling = {"rope_type": "linear", "factor": factor}
+        case Llama3Scaling(factor, low, high, original):
+            scaling = {
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": low,
+                "high_freq_factor": high,
+                "original_max_position_embeddings": original,
+            }
+    return {"rope_theta": config.rope_theta, "rope_scaling": scaling}
+
+
+def window(config: dict, default: int | None) -> int | None:
+    """The sliding window: how many tokens, itself included, a token sees."""
+    size = get(config, "sliding_window", int, default)
+    if size is not None and size < 1:
+        raise QjaxError(f"'sliding_window' must be at least 1, got {size}")
+    return size
+
+
+def window_of_all_layers(config: dict, window: int | None, *, first: int) -> int | None:
+    """The sliding window that all layers share, or None; `first` is the first layer with one where layer_types is silent."""
+    if window is None:
+        return None
+    layers = get(config, "num_hidden_layers", int)
+    default = ["full_attention"] * min(first, layers) + ["sliding_attention"] * (layers - first)
+    kinds = list(map(str, get(config, "layer_types", list, default)))
+    if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
+        raise QjaxError(f"'layer_types' has {sorted(unknown)}; supported: full_attention, sliding_attention")
+    if "full_attention" not in kinds:
+        return window
+    if "sliding_attention" not in kinds or window >= get(config, "max_position_embeddings", int):
+        return None  # no layer has it, or no text is long enough to meet it
+    raise QjaxError(
+        f"a sliding window in {kinds.count('sliding_attention')} of {len(kinds)} layers is not supported; "
+        "supported: in all layers or in none"
+    )

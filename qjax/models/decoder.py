@@ -1,0 +1,183 @@
+"""One config-driven decoder in Flax Linen: embed -> block (repeated) -> head.
+
+The three stages are separate modules so that each can be compiled once and reused: all blocks have equal shapes, so a
+model of any depth costs one block's compilation, and quantization holds one block in memory at a time.
+
+    block:  x <- x + o(attention(q(n), k(n), v(n))),  n = norm(x)
+            x <- x + down(activation(gate(m)) * up(m)),  m = norm(x)        (gated; else down(activation(up(m))))
+
+Vaswani et al. 2017 (arXiv 1706.03762); Llama: Touvron et al. 2023 (2302.13971); rotary positions: Su et al. 2021
+(2104.09864), in Hugging Face's half-split order; grouped queries: Ainslie et al. 2023 (2305.13245).
+Every linear layer is an `nn.Dense` whose kernel is (in, out), so `interception.py` serves it as it does any user's model.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from qjax.models.config import DecoderConfig, LinearScaling, Llama3Scaling
+
+ACTIVATIONS = {
+    "silu": nn.silu,
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
+    "relu": nn.relu,
+}
+
+
+def rope_frequencies(config: DecoderConfig) -> Float[Array, " half"]:
+    """Angular frequency of each rotated pair, radians per position, after the config's scaling."""
+    half = config.head_dim // 2
+    frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    match config.rope_scaling:
+        case None:
+            return frequencies
+        case LinearScaling(factor):
+            return frequencies / factor
+        case Llama3Scaling(factor, low, high, original):
+            turns = original * frequencies / (2 * math.pi)  # full turns within the original context
+            keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)  # 1: fast pairs stay; 0: slow pairs are stretched
+            return frequencies * (keep + (1 - keep) / factor)
+
+
+def rotate(
+    x: Float[Array, "batch time heads dim"], cos: Float[Array, "time half"], sin: Float[Array, "time half"]
+) -> Float[Array, "batch time heads dim"]:
+    """Rotates pairs (x[i], x[i + dim/2]) by each position's angles."""
+    first, second = jnp.split(x, 2, axis=-1)
+    cos, sin = cos[None, :, None, :], sin[None, :, None, :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def make_norm(config: DecoderConfig, dtype: DTypeLike, name: str) -> nn.Module:
+    """The family's normalisation, computed in float32."""
+    if config.norm == "rms":
+        return nn.RMSNorm(epsilon=config.norm_epsilon, dtype=dtype, name=name)
+    return nn.LayerNorm(epsilon=config.norm_epsilon, use_fast_variance=False, dtype=dtype, name=name)
+
+
+class Embed(nn.Module):
+    """Tokens (batch, time) -> hidden states (batch, time, hidden), with learned positions where the family has them."""
+
+    config: DecoderConfig
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time hidden"]:
+        c = self.config
+        x = nn.Embed(c.vocabulary_size, c.hidden_size, dtype=self.dtype, name="tokens")(tokens)
+        if c.positions == "learned":
+            x = x + nn.Embed(c.context, c.hidden_size, dtype=self.dtype, name="positions")(jnp.arange(tokens.shape[1]))
+        return x
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped key/value heads; softmax in float32."""
+
+    config: DecoderConfig
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch time hidden"]) -> Float[Array, "batch time hidden"]:
+        c = self.config
+        batch, time, _ = x.shape
+
+        def project(heads: int, name: str) -> Float[Array, "batch time heads dim"]:
+            y = nn.Dense(heads * c.head_dim, use_bias=c.qkv_bias, dtype=self.dtype, name=name)(x)
+            return y.reshape(batch, time, heads, c.head_dim)
+
+        q, k, v = project(c.heads, "q"), project(c.kv_heads, "k"), project(c.kv_heads, "v")
+        position = jnp.arange(time)
+        if c.positions == "rope":
+            angles = position[:, None] * rope_frequencies(c)  # (time, half)
+            cos, sin = jnp.cos(angles).astype(self.dtype), jnp.sin(angles).astype(self.dtype)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+
+        distance = position[:, None] - position[None, :]  # (query, key)
+        visible = distance >= 0
+        if c.sliding_window is not None:
+            visible &= distance < c.sliding_window
+        # Queries that share a key head stand in one matrix: XLA's CPU matmul is twice as fast on (group * time, dim).
+        group = c.heads // c.kv_heads
+        q = (q * c.head_dim**-0.5).reshape(batch, time, c.kv_heads, group, c.head_dim)
+        q = q.transpose(0, 2, 3, 1, 4).reshape(batch, c.kv_heads, group * time, c.head_dim)
+        k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # (batch, kv_heads, time, dim)
+        scores = jnp.einsum("bkqd,bksd->bkqs", q, k, preferred_element_type=jnp.float32)
+        scores = scores.reshape(batch, c.kv_heads, group, time, time)
+        weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1).astype(self.dtype)
+        mixed = jnp.einsum("bkqs,bksd->bkqd", weights.reshape(batch, c.kv_heads, group * time, time), v)
+        mixed = mixed.reshape(batch, c.heads, time, c.head_dim).transpose(0, 2, 1, 3).reshape(batch, time, -1)
+        return nn.Dense(c.hidden_size, use_bias=c.attention_output_bias, dtype=self.dtype, name="o")(mixed)
+
+
+class MLP(nn.Module):
+    """down(activation(gate(x)) * up(x)), or down(activation(up(x))) where the family has no gate."""
+
+    config: DecoderConfig
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch time hidden"]) -> Float[Array, "batch time hidden"]:
+        c = self.config
+        activation = ACTIVATIONS[c.activation]
+        up = nn.Dense(c.mlp_size, use_bias=c.mlp_bias, dtype=self.dtype, name="up")(x)
+        if c.gated:
+            inner = activation(nn.Dense(c.mlp_size, use_bias=c.mlp_bias, dtype=self.dtype, name="gate")(x)) * up
+        else:
+            inner = activation(up)
+        return nn.Dense(c.hidden_size, use_bias=c.mlp_bias, dtype=self.dtype, name="down")(inner)
+
+
+class Block(nn.Module):
+    """One transformer block on hidden states (batch, time, hidden)."""
+
+    config: DecoderConfig
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch time hidden"]) -> Float[Array, "batch time hidden"]:
+        c = self.config
+        x = x + Attention(c, self.dtype, name="attention")(make_norm(c, self.dtype, "attention_norm")(x))
+        return x + MLP(c, self.dtype, name="mlp")(make_norm(c, self.dtype, "mlp_norm")(x))
+
+
+class Head(nn.Module):
+    """Hidden states -> float32 logits (batch, time, vocabulary); `table` is the embedding (vocabulary, hidden) when tied."""
+
+    config: DecoderConfig
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch time hidden"], table: Float[Array, "vocabulary hidden"] | None = None
+    ) -> Float[Array, "batch time vocabulary"]:
+        c = self.config
+        x = make_norm(c, self.dtype, "norm")(x)
+        if c.tied:
+            return jnp.einsum("btd,vd->btv", x, table.astype(self.dtype), preferred_element_type=jnp.float32)
+        output = nn.Dense(c.vocabulary_size, use_bias=False, dtype=self.dtype, name="output")
+        return output(x).astype(jnp.float32)
+
+
+class Decoder(nn.Module):
+    """The whole model, tokens (batch, time) int32 -> logits (batch, time, vocabulary) float32: for training and tests."""
+
+    config: DecoderConfig
+    dtype: DTypeLike = jnp.float32
+
+    def setup(self):
+        c = self.config
+        self.embed = Embed(c, self.dtype)
+        self.blocks = [Block(c, self.dtype, name=f"block_{i}") for i in range(c.layers)]
+        self.head = Head(c, self.dtype)
+
+    def __call__(self, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time vocabulary"]:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        table = self.embed.variables["params"]["tokens"]["embedding"] if self.config.tied else None
+        return self.head(x, table)

@@ -1,0 +1,107 @@
+"""A model as a value (configuration, parameters, tokenizer) and its forward pass.
+
+Parameters stay in the type they were stored in, so bytes are exact; they are cast to the compute type inside the compiled
+stages. Each stage (embed, block, head) is compiled once per configuration and kernel formats and serves every layer.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, PyTree
+
+from qjax.errors import QjaxError
+from qjax.interception import quantized_kernels
+from qjax.models.config import DecoderConfig
+from qjax.models.decoder import Block, Embed, Head
+from qjax.models.tokenizer import Tokenizer
+
+LOGITS_AT_ONCE = 2**23  # elements
+
+
+class Model(NamedTuple):
+    """A decoder with its weights. `recipe` is what its kernels were quantized with; "none" for the unquantized model."""
+
+    config: DecoderConfig
+    params: PyTree
+    tokenizer: Tokenizer | None
+    name: str
+    recipe: str = "none"
+
+
+class Stages(NamedTuple):
+    """Compiled functions of parameters and values; `head` also takes the embedding table when the model ties it."""
+
+    embed: object  # (params, tokens (batch, time)) -> hidden (batch, time, hidden)
+    block: object  # (params, hidden) -> hidden
+    head: object  # (params, hidden, table or None) -> logits (batch, time, vocabulary) float32
+    losses: object  # (params, hidden, table or None, targets (batch, time)) -> -ln p of the targets, float32
+
+
+def compute_dtype() -> DTypeLike:
+    """float32 on CPU, where XLA's bfloat16 matmul is slow; bfloat16 on accelerators."""
+    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+
+
+@functools.lru_cache(maxsize=8)
+def stages(config: DecoderConfig, dtype: DTypeLike) -> Stages:
+    """The compiled stages of a configuration, computing in `dtype`."""
+
+    def run(module):
+        def call(params, *args):
+            with quantized_kernels():
+                return module.apply({"params": params}, *args)
+
+        return jax.jit(call)
+
+    head = run(Head(config, dtype))
+
+    @jax.jit
+    def losses(params, x, table, targets):
+        def row(piece):
+            logits = head(params, piece[0][None], table)[0]
+            return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, piece[1][:, None], axis=-1)[:, 0]
+
+        # A few sequences at a time: the logits of a whole batch would be the largest array of the program.
+        pieces = max(1, LOGITS_AT_ONCE // (x.shape[1] * config.vocabulary_size))
+        return jax.lax.map(row, (x, targets), batch_size=pieces)
+
+    return Stages(run(Embed(config, dtype)), run(Block(config, dtype)), head, losses)
+
+
+def embedding_table(model: Model) -> Float[Array, "vocabulary hidden"] | None:
+    """What a tied head multiplies with; None for a model with a head of its own."""
+    return model.params["embed"]["tokens"]["embedding"] if model.config.tied else None
+
+
+def hidden_states(model: Model, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time hidden"]:
+    """Hidden states before the head, layer by layer through one compiled block."""
+    if tokens.ndim != 2 or tokens.shape[1] > model.config.context:
+        raise QjaxError(
+            f"tokens of shape {tokens.shape}: expected (batch, time) with time at most {model.config.context}, "
+            f"the context of {model.name}"
+        )
+    run = stages(model.config, compute_dtype())
+    x = run.embed(model.params["embed"], tokens)
+    for layer in range(model.config.layers):
+        x = run.block(model.params[f"block_{layer}"], x)
+    return x
+
+
+def apply(model: Model, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time vocabulary"]:
+    """Float32 logits (batch, time, vocabulary) of int32 tokens (batch, time); quantized kernels run as they are.
+
+    Raises QjaxError when the time is longer than the model's context.
+    """
+    x = hidden_states(model, jnp.asarray(tokens))
+    return stages(model.config, compute_dtype()).head(model.params["head"], x, embedding_table(model))
+
+
+def losses(
+    model: Model, x: Float[Array, "batch time hidden"], targets: Int[Array, "batch time"]
+) -> Float[Array, "batch time"]:
+    """-ln p of the target tokens (batch, time) at hidden states (batch, time, hidden), in nats, float32."""
+    run = stages(model.config, compute_dtype())
+    return run.losses(model.params["head"], x, embedding_table(model), targets)

@@ -1,0 +1,114 @@
+"""QTensor: a quantized weight as a pytree, and its way back to floating point.
+
+    codes   uint8 (bytes, out): codes packed along the input axis (`packing.py`); the weight itself for fp32, bf16, fp16
+    scales  (groups, out) in the format's scale type; flat for block formats; QuantizedScales when doubly quantized; or None
+    zeros   uint8 (groups, bytes): zero points packed along the output axis; or None
+    format, in_features   static
+
+Every field may carry leading axes (a stack of layers under vmap or scan); no full shape is kept, so none goes stale.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, PyTree, UInt8
+
+from qjax import grid, packing
+from qjax.formats import Format
+
+FLOAT_DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16}
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("codes", "scales", "zeros"),
+    meta_fields=("format", "in_features"),
+)
+@dataclasses.dataclass(frozen=True)
+class QTensor:
+    """A quantized (in, out) weight. Build it with a rounding method, or from codes with `from_codes`."""
+
+    codes: jax.Array
+    scales: jax.Array | grid.QuantizedScales | None
+    zeros: jax.Array | None
+    format: Format
+    in_features: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(..., in, out) of the weight that this stands for."""
+        return (*self.codes.shape[:-2], self.in_features, self.codes.shape[-1])
+
+    @property
+    def nbytes(self) -> int:
+        """Exact bytes of codes, scales and zero points."""
+        return nbytes((self.codes, self.scales, self.zeros))
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Exact bits per weight, everything included."""
+        weights = self.in_features * self.codes.size // self.codes.shape[-2]
+        return 8 * self.nbytes / weights
+
+
+def from_codes(codes: UInt8[Array, "in out"], parameters: grid.Parameters, fmt: Format) -> QTensor:
+    """Packs unpacked codes with the parameters of their groups."""
+    zeros = None
+    if parameters.zero is not None:
+        zero = parameters.zero.astype(jnp.uint8)
+        zero = zero.T.reshape(1, -1) if fmt.granularity == "block" else zero
+        zeros = packing.pack(zero.T, fmt.bits).T
+    return QTensor(packing.pack(codes, fmt.bits), parameters.stored, zeros, fmt, codes.shape[0])
+
+
+def unpack_codes(q: QTensor) -> UInt8[Array, "in out"]:
+    """Codes, one per byte."""
+    return packing.unpack(q.codes, q.format.bits, q.in_features)
+
+
+def unpack_parameters(q: QTensor) -> tuple[Float[Array, "groups columns"], Float[Array, "groups columns"] | None]:
+    """float32 scales and zero points (or None) of shape fmt.parameter_shape(in, out)."""
+    shape = q.format.parameter_shape(*q.shape)
+    scale = grid.load_scales(q.scales, q.format, shape)
+    if q.zeros is None:
+        return scale, None
+    flat = q.format.granularity == "block"
+    columns = shape[0] * shape[1] if flat else shape[1]
+    zero = packing.unpack(q.zeros.T, q.format.bits, columns).T.astype(jnp.float32)
+    return scale, zero.reshape(shape[::-1]).T if flat else zero
+
+
+def dequantize(q: QTensor, dtype: DTypeLike = jnp.float32) -> Float[Array, "*batch in out"]:
+    """The (..., in, out) weight in floating point; values are computed in float32, then cast to `dtype`."""
+    if q.codes.ndim > 2:
+        return jax.vmap(functools.partial(dequantize, dtype=dtype))(q)
+    if q.format.is_float:
+        return q.codes.astype(dtype)
+    scale, zero = unpack_parameters(q)
+    codes = grid.to_groups(unpack_codes(q), q.format)
+    values = grid.decode(codes, scale[:, None], None if zero is None else zero[:, None], q.format)
+    return grid.from_groups(values, q.format, *q.shape).astype(dtype)
+
+
+def is_quantized(leaf: object) -> bool:
+    """True for a QTensor: use as `is_leaf` when mapping over a tree of parameters."""
+    return isinstance(leaf, QTensor)
+
+
+def nbytes(tree: PyTree) -> int:
+    """Exact bytes of all arrays in a tree."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def dequantize_tree(tree: PyTree, dtype: DTypeLike | None = jnp.float32) -> PyTree:
+    """Every QTensor of a tree as a floating-point array, other leaves cast too (dtype None leaves them as they are)."""
+
+    def convert(leaf):
+        if is_quantized(leaf):
+            return dequantize(leaf, jnp.float32 if dtype is None else dtype)
+        return leaf if dtype is None or not jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.astype(dtype)
+
+    return jax.tree.map(convert, tree, is_leaf=is_quantized)

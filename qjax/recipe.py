@@ -1,0 +1,196 @@
+"""Recipes: what is done to a weight, as a string and as a value, and the registry of methods.
+
+    rtn:int4-g128                       rounding : format
+    rtn(clip=mse):int3-g128             options in parentheses
+    awq+gptq(damp=0.05):int3-g128       transforms + rounding : format
+    smoothquant:int8-channel/int8-token format of the weights / of the activations
+    nf4                                 a format alone is rounded to nearest
+    bf16                                storage in another floating-point type, of the whole model
+    none                                the model as it is
+
+`str(recipe)` is canonical: options that are the default are dropped, so equal recipes have equal names.
+
+A method is a function of a weight and a format; its keyword-only arguments are its options, with the default's type and, where the
+annotation is a Literal, its choices. Arguments named like a statistic (`STATISTICS`) are filled from calibration instead. To add a
+method write the function in a file of its own and a line in the registry below.
+"""
+
+import dataclasses
+import difflib
+import functools
+import importlib
+import inspect
+import re
+import typing
+from collections.abc import Callable
+
+from qjax.errors import QjaxError
+from qjax.formats import Format, parse_format
+
+STATISTICS = ("hessian", "abs_mean", "abs_max")
+ROUNDINGS = {"rtn": "qjax.rounding.nearest:rtn"}
+TRANSFORMS: dict[str, str] = {}
+UNQUANTIZED = "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A method with the options that differ from its defaults, sorted by name."""
+
+    name: str
+    options: tuple[tuple[str, object], ...] = ()
+
+    def __str__(self) -> str:
+        inner = ",".join(f"{name}={_show(value)}" for name, value in self.options)
+        return f"{self.name}({inner})" if inner else self.name
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Transforms, then a rounding, to a weight format and perhaps an activation format; build it with `parse_recipe`."""
+
+    transforms: tuple[Stage, ...]
+    rounding: Stage
+    format: Format
+    activation: Format | None = None
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """Names of the calibration statistics its methods take."""
+        needed = set()
+        for stage in (*self.transforms, self.rounding):
+            needed |= set(inspect.signature(method(stage.name)).parameters) & set(STATISTICS)
+        return tuple(name for name in STATISTICS if name in needed)
+
+    @property
+    def is_cast(self) -> bool:
+        """True for fp32, bf16 and fp16: a change of storage type, not a quantization."""
+        return self.format.is_float
+
+    def __str__(self) -> str:
+        if self.is_cast:
+            return str(self.format)
+        stages = [str(stage) for stage in self.transforms]
+        if not stages or self.rounding != Stage("rtn"):
+            stages.append(str(self.rounding))
+        activation = f"/{self.activation}" if self.activation else ""
+        return f"{'+'.join(stages)}:{self.format}{activation}"
+
+
+@functools.cache
+def method(name: str) -> Callable:
+    """The function of a registered rounding or transform."""
+    module, function = {**ROUNDINGS, **TRANSFORMS}[name].split(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def options_of(name: str) -> dict[str, inspect.Parameter]:
+    """Options of a method: its keyword-only arguments that are not statistics."""
+    parameters = inspect.signature(method(name)).parameters.values()
+    return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in STATISTICS}
+
+
+@functools.lru_cache(maxsize=1024)
+def parse_recipe(text: str) -> Recipe | None:
+    """The recipe named `text`; None for "none", the unquantized model.
+
+    Raises QjaxError that names the wrong part and what is allowed in its place.
+    """
+    text = text.strip()
+    if text == UNQUANTIZED:
+        return None
+    *head, formats = re.split(r":(?![^(]*\))", text)
+    if len(head) > 1:
+        raise QjaxError(f"recipe {text!r}: expected METHODS:FORMAT, got {len(head)} colons")
+    stages = [_parse_stage(text, part) for part in _split_stages(head[0])] if head else [Stage("rtn")]
+    if stages[-1].name in TRANSFORMS:
+        stages.append(Stage("rtn"))
+    late = [stage.name for stage in stages[:-1] if stage.name in ROUNDINGS]
+    if late:
+        raise QjaxError(f"recipe {text!r}: {late[0]!r} is a rounding and must come last, after the transforms")
+    if not head and re.split(r"[(\-:/]", formats)[0] in (*ROUNDINGS, *TRANSFORMS):
+        raise QjaxError(f"recipe {text!r}: a method needs a format, for example {formats}:int4-g128")
+    weights, *activation = formats.split("/")
+    if len(activation) > 1:
+        raise QjaxError(f"recipe {text!r}: expected FORMAT or WEIGHT-FORMAT/ACTIVATION-FORMAT, got {formats!r}")
+    recipe = Recipe(
+        tuple(stages[:-1]),
+        stages[-1],
+        _parse_format(text, weights),
+        _parse_format(text, activation[0]) if activation else None,
+    )
+    if recipe.is_cast and (recipe.transforms or recipe.rounding != Stage("rtn")):
+        raise QjaxError(f"recipe {text!r}: {recipe.format} is a cast and takes no method; write {str(recipe.format)!r}")
+    if recipe.activation:
+        raise QjaxError(f"recipe {text!r}: activation formats are not supported yet; leave out /{recipe.activation}")
+    return recipe
+
+
+def _parse_format(recipe: str, text: str) -> Format:
+    try:
+        return parse_format(text)
+    except QjaxError as error:
+        raise QjaxError(f"recipe {recipe!r}: {error}") from None
+
+
+def _split_stages(text: str) -> list[str]:
+    return re.split(r"\+(?![^(]*\))", text)
+
+
+def _parse_stage(recipe: str, text: str) -> Stage:
+    match = re.fullmatch(r"\s*([A-Za-z_]\w*)\s*(?:\((.*)\))?\s*", text)
+    known = [*ROUNDINGS, *TRANSFORMS]
+    name = match.group(1) if match else text
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise QjaxError(f"recipe {recipe!r}: unknown method {name!r}; {hint}allowed: {', '.join(known)}")
+    allowed = options_of(name)
+    options = {}
+    for item in filter(None, (match.group(2) or "").split(",")):
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not equals or key not in allowed:
+            known_options = ", ".join(f"{option}={_show(allowed[option].default)}" for option in allowed)
+            raise QjaxError(
+                f"recipe {recipe!r}: {name} has no option {item.strip()!r}; allowed, with defaults: {known_options or 'none'}"
+            )
+        options[key] = _convert(recipe, name, allowed[key], value)
+    changed = {key: value for key, value in options.items() if value != allowed[key].default}
+    return Stage(name, tuple(sorted(changed.items())))
+
+
+def _convert(recipe: str, name: str, option: inspect.Parameter, text: str) -> object:
+    choices = typing.get_args(option.annotation) if typing.get_origin(option.annotation) is typing.Literal else ()
+    kind = type(option.default)
+    try:
+        value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+    except (ValueError, KeyError):
+        raise QjaxError(
+            f"recipe {recipe!r}: {name}({option.name}=...) expects {kind.__name__}, got {text!r}"
+        ) from None
+    if choices and value not in choices:
+        raise QjaxError(
+            f"recipe {recipe!r}: {name}({option.name}=...) is one of {', '.join(map(str, choices))}, got {text!r}"
+        )
+    return value
+
+
+def _show(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def method_table() -> list[dict[str, str]]:
+    """One record per registered method: name, kind, options with defaults, statistics, first line of its docstring."""
+    kinds = [(name, "rounding") for name in ROUNDINGS] + [(name, "transform") for name in TRANSFORMS]
+    return [
+        {
+            "method": name,
+            "kind": kind,
+            "options": ", ".join(f"{o.name}={_show(o.default)}" for o in options_of(name).values()),
+            "needs": ", ".join(set(inspect.signature(method(name)).parameters) & set(STATISTICS)) or "no data",
+            "what": inspect.getdoc(inspect.getmodule(method(name))).splitlines()[0],
+        }
+        for name, kind in kinds
+    ]
+
+

@@ -1,0 +1,153 @@
+"""The tables qjax prints and writes, as functions of rows (flat dicts, one per measured cell; `sweep/record.py` makes them).
+
+Rows of different models, texts or conventions are never put in one table: `split_tables` groups them.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+
+from qjax.errors import QjaxError
+from qjax.formats import format_table
+from qjax.recipe import UNQUANTIZED, method_table
+from qjax.report.numbers import MISSING, byte_unit, fixed, number, with_error
+from qjax.report.rendering import Column, Row, Table, columns_of, decimals, digits, to_csv, to_latex, to_markdown, to_rich
+
+__all__ = [
+    "Column", "Row", "Table", "formats_table", "layers_table", "perplexity_table", "recipes_table", "split_tables",
+    "to_csv", "to_latex", "to_markdown", "to_rich",
+]  # fmt: skip
+
+GROUP_KEYS = ("model", "fingerprint", "corpus", "corpus_fingerprint", "convention", "windows")
+# What a measurement gives and where it was made; all other keys of a row say what was measured.
+MEASURED = frozenset(
+    "key time bits_per_weight model_bits_per_weight size_bytes perplexity perplexity_stderr perplexity_ratio "
+    "perplexity_ratio_stderr nll nll_stderr nll_delta nll_delta_stderr tokens bits_per_byte weight_error seconds_quantize "
+    "seconds_evaluate tokens_per_second peak_rss_bytes versions code window_nll window_tokens".split()
+)
+NOISE = 2  # paired standard errors within which a difference from the unquantized model counts as none
+
+
+def is_baseline(row: Row) -> bool:
+    """Whether the row is the unquantized model's."""
+    return row["recipe"] == UNQUANTIZED
+
+
+def within_noise(row: Row) -> bool:
+    """Whether a quantized model's loss differs from the unquantized one's by less than two paired standard errors."""
+    return not is_baseline(row) and abs(number(row, "nll_delta")) < NOISE * number(row, "nll_delta_stderr")
+
+
+def split_tables(rows: Iterable[Row]) -> list[list[Row]]:
+    """Rows that may stand in one table, in order of first appearance.
+
+    Of rows that measured the same thing (again, with another version of the code) the last one counts.
+    """
+    groups: dict[tuple, dict[str, Row]] = {}
+    for row in rows:
+        identity = json.dumps({key: value for key, value in row.items() if key not in MEASURED}, sort_keys=True)
+        groups.setdefault(_group(row), {})[identity] = row
+    return [list(group.values()) for group in groups.values()]
+
+
+def require_one_group(rows: Sequence[Row]) -> None:
+    """Raises QjaxError for no rows, and for rows of different models, texts or conventions; the message lists the values."""
+    if not rows:
+        raise QjaxError("a table or figure needs rows, got none; `qjax sweep` measures some")
+    mixed = {key: list(dict.fromkeys(str(row.get(key)) for row in rows)) for key in GROUP_KEYS}
+    mixed = [f"{key} {', '.join(values)}" for key, values in mixed.items() if len(values) > 1]
+    if mixed:
+        raise QjaxError(f"rows that cannot be compared in one table: {'; '.join(mixed)}; group them with split_tables")
+
+
+def in_order(rows: Iterable[Row]) -> list[Row]:
+    """Unquantized first, then by descending bits per weight, recipe and seed."""
+    return sorted(
+        rows, key=lambda row: (not is_baseline(row), -number(row, "bits_per_weight"), row["recipe"], str(row.get("seed")))
+    )
+
+
+def describe(row: Row) -> str:
+    """Model, text and convention of a row, as a title."""
+    return f"{row['model']} on {row['corpus']} ({row['convention']})"
+
+
+def perplexity_table(rows: Sequence[Row]) -> Table:
+    """Perplexity, size and speed of every recipe on one model, text and convention.
+
+    Raises QjaxError when there are no rows or rows of more than one model, text or convention.
+    """
+    require_one_group(rows)
+    rows = in_order(rows)
+    unit, unit_bytes = byte_unit([number(row, "size_bytes") for row in rows])
+    columns = [
+        Column("recipe", "recipe", text=True),
+        *([Column("seed", "seed")] if len({row.get("seed") for row in rows}) > 1 else []),
+        Column("bits_per_weight", "bits per\nweight", decimals(3)),
+        Column("model_bits_per_weight", "whole\nmodel", decimals(3), rank=1),
+        Column("size_bytes", f"size\n({unit})", lambda row, key: fixed(number(row, key) / unit_bytes, 2)),
+        Column("perplexity", "perplexity", _perplexity, error="perplexity_stderr"),
+        Column("perplexity_ratio", "change\n(%)", _change, error="perplexity_ratio_stderr"),
+        Column("weight_error", "weight\nerror", digits(2), rank=2),
+        Column("seconds_quantize", "quantize\n(s)", digits(2), rank=4),
+        Column("tokens_per_second", "tokens\nper s", decimals(0), rank=3),
+    ]
+    first = rows[0]
+    counts = [f"{first[key]:,} {key}" for key in ("windows", "tokens") if key in first]
+    notes = ["±: standard error over windows; of the change, of the difference from the unquantized model window by window."]
+    if any(within_noise(row) for row in rows):
+        notes.append(f"≈: within {NOISE} such standard errors of the unquantized model.")
+    devices = sorted({str(row["device"]) for row in rows if "device" in row})
+    notes += [f"Measured on {' and '.join(devices)}."] if devices else []
+    title = ", ".join([f"Perplexity of {describe(first)}", *counts])
+    return Table(title, columns_of(rows, columns), tuple(rows), tuple(notes))
+
+
+def formats_table() -> Table:
+    """Every documented number format, with exact bits per weight of a 4096 x 4096 matrix."""
+    columns = (
+        Column("format", "format", text=True),
+        Column("bits_per_weight", "bits per\nweight", decimals(3)),
+        Column("ratio_to_fp16", "times smaller\nthan FP16", decimals(2)),
+        Column("what", "what", text=True),
+    )
+    notes = ("Bits per weight count the codes, scales and zero points of a 4096 × 4096 matrix.",)
+    return Table("Number formats", columns, tuple(format_table()), notes)
+
+
+def recipes_table() -> Table:
+    """Every registered rounding and transform, with its options and the statistics it needs."""
+    columns = tuple(Column(key, key, text=True) for key in ("method", "kind", "options", "needs", "what"))
+    notes = ("A recipe is METHOD[+METHOD...]:FORMAT, options in parentheses: rtn(clip=mse):int4-g128.",)
+    return Table("Methods", columns, tuple(method_table()), notes)
+
+
+def layers_table(layers: Iterable[tuple]) -> Table:
+    """One line per linear kernel. layers: the driver's `LayerRecord`s."""
+    columns = (
+        Column("path", "kernel", text=True),
+        Column("recipe", "recipe", text=True),
+        Column("in_features", "inputs"),
+        Column("out_features", "outputs"),
+        Column("bits_per_weight", "bits per\nweight", decimals(3)),
+        Column("weight_error", "weight\nerror", digits(2)),
+        Column("clipped", "clipped", digits(2), rank=1),
+        Column("seconds", "seconds", digits(2), rank=2),
+    )
+    notes = ("Weight error: squared error over squared weights. Clipped: fraction of weights outside their group's grid.",)
+    return Table("Layers", columns, tuple(layer._asdict() for layer in layers), notes)
+
+
+def _perplexity(row: Row, key: str) -> str:
+    return with_error(number(row, key), number(row, "perplexity_stderr"))
+
+
+def _change(row: Row, key: str) -> str:
+    if is_baseline(row):
+        return MISSING
+    change, error = 100 * (number(row, key) - 1), 100 * number(row, "perplexity_ratio_stderr")
+    return ("≈ " if within_noise(row) else "") + with_error(change, error, sign="+")
+
+
+def _group(row: Row) -> tuple[str, ...]:
+    return tuple(str(row.get(key)) for key in GROUP_KEYS)

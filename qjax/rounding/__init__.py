@@ -1,0 +1,1 @@
+"""Roundings: how codes are chosen for a format. One method, one file."""

@@ -1,0 +1,19 @@
+"""Diagnostics that every rounding method returns beside its QTensor."""
+
+from typing import NamedTuple
+
+import jax
+
+
+class Info(NamedTuple):
+    """How good a quantized weight is; float32 scalars, None where the method had nothing to measure it with.
+
+    weight_error: ||W' - W||^2 / ||W||^2. clipped: the fraction of weights beyond the outermost values of their group's grid.
+    proxy_loss: tr(dW^T H dW). output_error: proxy_loss / tr(W^T H W). damp: the damping used.
+    """
+
+    weight_error: jax.Array
+    clipped: jax.Array
+    proxy_loss: jax.Array | None = None
+    output_error: jax.Array | None = None
+    damp: jax.Array | None = None

@@ -1,0 +1,1 @@
+"""Sweeps: cells, resumable runs, rows."""

@@ -1,0 +1,39 @@
+"""The cells of a sweep: from methods x bits x groups to recipe strings, and from recipe strings to canonical recipes."""
+
+from collections.abc import Iterable, Sequence
+
+from qjax.errors import QjaxError
+from qjax.formats import ALIASES, FLOATS, GRIDS, INTEGERS
+from qjax.recipe import UNQUANTIZED, parse_recipe
+
+BITS = (8, 4, 3, 2)
+
+
+def expand(methods: Iterable[str], bits: Sequence[int] = BITS, group: str | None = None) -> list[str]:
+    """Canonical recipes of every method at every number of bits.
+
+    A method is a recipe without its format ("rtn", "rtn(clip=mse)", "awq+gptq") and becomes METHOD:intB-gGROUP for each B; or a codebook
+    grid ("nf4", "nf4-dq", "fp8_e4m3"), which appears once, if bits holds its own number; or a cast ("bf16") or "none", which appear
+    always. group: a size, "channel" or "tensor"; None is 128 for integers and the codebook's own default.
+    """
+    unknown = [b for b in bits if b not in INTEGERS.values()]
+    if unknown:
+        raise QjaxError(f"bits {', '.join(map(str, unknown))}: allowed are {', '.join(map(str, INTEGERS.values()))}")
+    sharing = None if group is None else f"g{group}" if group.isdigit() else group
+    recipes = []
+    for method in methods:
+        head, *parts = method.split("-")
+        grid = ALIASES.get(head, head)
+        if grid in FLOATS or grid == UNQUANTIZED:
+            recipes.append(method)
+        elif grid in GRIDS:
+            recipes += ["-".join([grid, *([sharing] if sharing else []), *parts])] if GRIDS[grid] in bits else []
+        else:
+            recipes += [f"{method}:int{b}-{sharing or 'g128'}" for b in bits]
+    return canonical(recipes)
+
+
+def canonical(recipes: Iterable[str]) -> list[str]:
+    """Canonical names in order, each once; every recipe is checked before anything is computed."""
+    names = [str(parse_recipe(recipe) or UNQUANTIZED) for recipe in recipes]
+    return list(dict.fromkeys(names))

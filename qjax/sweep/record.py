@@ -1,0 +1,141 @@
+"""What a row says and where it comes from: its schema, its key and the provenance of a run.
+
+A row's key is a hash of everything that can change its figures: model weights, recipe, text, convention, seed and the source code of
+everything below the command line and the reports. Equal keys mean equal figures on the same kind of machine.
+"""
+
+import datetime
+import functools
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import resource
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from qjax.evaluate.perplexity import PerplexityResult, ratio_stderr
+from qjax.models.model import Model
+from qjax.driver import Report
+from qjax.recipe import Recipe
+
+PACKAGE = Path(__file__).parents[1]
+PRESENTATION = ("cli.py", "report")  # parts of the package that no measured figure depends on
+LIBRARIES = ("qjax", "jax", "jaxlib", "flax", "numpy", "tokenizers")
+
+
+def digest(*parts: object) -> str:
+    """16 hexadecimal digits of a SHA-256 over JSON-able parts."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def model_fingerprint(model: Model) -> str:
+    """Digest of a model's configuration, vocabulary and every parameter's path, type, shape and bytes."""
+    total = hashlib.sha256(repr(model.config).encode())
+    if model.tokenizer is not None:
+        total.update(model.tokenizer.to_json().encode())
+    for path, leaf in sorted(flatten_dict(model.params, sep="/").items()):
+        for array in jax.tree.leaves(leaf):
+            total.update(f"{path} {array.dtype} {array.shape}".encode())
+            total.update(np.asarray(array).tobytes())
+    return total.hexdigest()[:16]
+
+
+@functools.cache
+def code_fingerprint() -> str:
+    """Digest of the package's source, leaving out what only presents results."""
+    total = hashlib.sha256()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        relative = path.relative_to(PACKAGE)
+        if relative.parts[0] not in PRESENTATION:
+            total.update(str(relative).encode() + path.read_bytes())
+    return total.hexdigest()[:16]
+
+
+@functools.cache
+def provenance() -> dict[str, object]:
+    """Versions, code and device of this process."""
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES]
+    device = jax.devices()[0]
+    kind = device.device_kind if device.platform != "cpu" else f"{platform.machine()} x{os.cpu_count()}"
+    return {
+        "versions": ", ".join([f"python {platform.python_version()}", *versions]),
+        "code": code_fingerprint(),
+        "device": f"{device.platform}: {kind}",
+    }
+
+
+def method_name(recipe: Recipe | None) -> str:
+    """The method a figure draws a line for: stages without options; the grid for nearest rounding to a codebook."""
+    if recipe is None:
+        return "none"
+    if recipe.is_cast:
+        return str(recipe.format)
+    stages = [stage.name for stage in recipe.transforms]
+    codebook = not recipe.format.grid.startswith("int")
+    if not stages and recipe.rounding.name == "rtn" and codebook:
+        return recipe.format.grid
+    return "+".join(stages if stages and recipe.rounding.name == "rtn" else [*stages, recipe.rounding.name])
+
+
+def make_row(
+    identity: dict[str, object],
+    recipe: Recipe | None,
+    report: Report,
+    result: PerplexityResult,
+    baseline: dict[str, object] | None,
+) -> dict[str, object]:
+    """One measured cell, flat. `baseline`: the row of the unquantized model on the same windows, None for itself."""
+    errors = [layer.weight_error for layer in report.layers if layer.weight_error is not None]
+    row = identity | {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "method": method_name(recipe),
+        "options": ",".join(map(str, (*recipe.transforms, recipe.rounding))) if recipe else "",
+        "format": str(recipe.format) if recipe else "none",
+        "bits": recipe.format.bits if recipe else None,
+        "convention": result.convention,
+        "windows": len(result.window_nll),
+        "bits_per_weight": report.bits_per_weight,
+        "model_bits_per_weight": report.model_bits_per_weight,
+        "size_bytes": report.size_bytes,
+        "perplexity": result.value,
+        "perplexity_stderr": result.stderr,
+        "nll": result.nll,
+        "nll_stderr": result.nll_stderr,
+        "tokens": result.tokens,
+        "bits_per_byte": result.bits_per_byte,
+        "weight_error": float(np.mean(errors)) if errors else 0.0,
+        "seconds_quantize": report.seconds,
+        "seconds_evaluate": result.seconds,
+        "tokens_per_second": result.tokens_per_second,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "window_nll": [round(nll, 5) for nll in result.window_nll],
+        "window_tokens": list(result.window_tokens),
+        **provenance(),
+    }
+    return row | compare(row, baseline or row)
+
+
+def compare(row: dict[str, object], baseline: dict[str, object]) -> dict[str, float]:
+    """Difference from the baseline, its standard error paired over windows: the text's difficulty cancels."""
+    change = np.asarray(row["window_nll"]) - np.asarray(baseline["window_nll"])
+    counts = np.asarray(row["window_tokens"])
+    delta, stderr = float(row["nll"] - baseline["nll"]), ratio_stderr(change, counts)
+    ratio = math.exp(delta) if delta < 700 else math.inf
+    return {
+        "nll_delta": delta,
+        "nll_delta_stderr": stderr,
+        "perplexity_ratio": ratio,
+        "perplexity_ratio_stderr": ratio * stderr,
+    }
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident memory of this process so far, bytes."""
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,1 @@
+"""Training with optax: the bundled model, and later quantization-aware training."""

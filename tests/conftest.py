@@ -1,0 +1,59 @@
+"""Models and tokenizers small enough to make in a test."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from qjax.models.config import DecoderConfig
+from qjax.models.decoder import Decoder
+from qjax.models.model import Model
+
+
+def byte_tokenizer(bos: bool = False):
+    """A byte-level tokenizer of 256 tokens (257 with <s>, which it then puts before every text)."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, processors
+
+    from qjax.models.tokenizer import wrap_tokenizer
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = tokenizers.Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    if bos:
+        inner.add_special_tokens(["<s>"])
+        inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
+    return wrap_tokenizer(inner)
+
+
+def tiny_config(**changes) -> DecoderConfig:
+    """A Llama of 2 layers and 32 features, context 32, 257 tokens."""
+    base = {
+        "family": "llama",
+        "vocabulary_size": 257,
+        "hidden_size": 32,
+        "mlp_size": 48,
+        "layers": 2,
+        "heads": 4,
+        "kv_heads": 2,
+        "head_dim": 8,
+        "context": 32,
+    }
+    return DecoderConfig(**(base | changes))
+
+
+def random_model(config: DecoderConfig, tokenizer=None, seed: int = 0, dtype=jnp.float32) -> Model:
+    """A model with random weights of the size that gives logits of order one; biases and norms are not trivial."""
+    params = Decoder(config).init(jax.random.key(seed), jnp.zeros((1, 4), jnp.int32))["params"]
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    leaves = [
+        (leaf + 0.1 * jax.random.normal(key, leaf.shape)).astype(dtype) for key, leaf in zip(keys, leaves, strict=True)
+    ]
+    return Model(config, jax.tree.unflatten(tree, leaves), tokenizer, "random")
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Model:
+    """A random Llama with an untied head and a byte-level tokenizer."""
+    return random_model(tiny_config(), byte_tokenizer())

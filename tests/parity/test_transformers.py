@@ -1,0 +1,158 @@
+"""Our decoder against the transformers library, both in float32: equal logits from the same checkpoint folder, both ways.
+
+The measure is the largest difference of any logit divided by the root mean square of the logits: the absolute error on
+logits scaled to order one.
+"""
+
+import gzip
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from qjax.checkpoints.huggingface import load_huggingface, save_huggingface  # noqa: E402
+from qjax.models.model import apply  # noqa: E402
+
+pytestmark = pytest.mark.peer
+
+SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+TOLERANCE = 1e-5
+SHAPE = dict(
+    vocab_size=97,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    initializer_range=0.2,
+)
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+MODELS = {  # name -> (configuration class, its arguments beside SHAPE)
+    "llama": ("Llama", {}),
+    "llama-tied": ("Llama", {"tie_word_embeddings": True}),
+    "llama-rope-llama3": ("Llama", {"rope_parameters": LLAMA3}),
+    "llama-rope-linear": ("Llama", {"rope_parameters": LINEAR}),
+    "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-head-dim": ("Llama", {"head_dim": 16}),
+    "llama-gelu": ("Llama", {"hidden_act": "gelu_pytorch_tanh"}),
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "mistral-window": ("Mistral", {"sliding_window": 7}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2-tied": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0}),
+    "gpt2": ("GPT2", {}),
+    "gpt2-inner": ("GPT2", {"n_inner": 100, "activation_function": "relu"}),
+    "gpt2-untied": ("GPT2", {"tie_word_embeddings": False}),
+}
+
+
+def build(name):
+    """A random model of the transformers library, biases and norms random too."""
+    family, options = MODELS[name]
+    shape = {key: value for key, value in SHAPE.items() if family != "GPT2" or key not in ("num_key_value_heads", "intermediate_size")}
+    config = getattr(transformers, f"{family}Config")(**{**shape, **options})
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "norm" in key or "ln_" in key or key.endswith("bias"):
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def theirs(model, tokens):
+    with torch.no_grad():
+        return model(torch.from_numpy(np.asarray(tokens, np.int64))).logits.numpy()
+
+
+def difference(ours, reference):
+    return np.max(np.abs(np.asarray(ours) - reference)) / np.sqrt(np.mean(reference**2))
+
+
+def reload(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_random_model(name, tmp_path):
+    peer = build(name)
+    tokens = np.random.default_rng(0).integers(0, SHAPE["vocab_size"], (2, 40))
+    reference = theirs(peer, tokens)
+    peer.save_pretrained(tmp_path / "theirs")
+    model = load_huggingface(tmp_path / "theirs")
+    error = difference(apply(model, jnp.asarray(tokens)), reference)
+    print(f"{name}: {error:.2e}")
+    assert error < TOLERANCE
+    save_huggingface(tmp_path / "ours", model)
+    assert difference(theirs(reload(tmp_path / "ours"), tokens), reference) == 0
+
+
+def test_bfloat16_weights_survive(tmp_path):
+    peer = build("llama").bfloat16()
+    peer.save_pretrained(tmp_path / "theirs")
+    save_huggingface(tmp_path / "ours", load_huggingface(tmp_path / "theirs"))
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert back.dtype == torch.bfloat16
+    for (name, a), (other, b) in zip(peer.state_dict().items(), back.state_dict().items(), strict=True):
+        assert name == other and torch.equal(a, b)
+
+
+def test_older_configuration_names(tmp_path):
+    peer = build("llama-rope-llama3")
+    peer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    scaling = config.pop("rope_parameters")
+    config |= {"rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tokens = np.arange(40)[None]
+    assert difference(apply(load_huggingface(tmp_path), tokens), theirs(peer, tokens)) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["stories260K-hf", "babyllama-hf"])
+def test_trained_model(name, tmp_path):
+    folder = SHARED / "models" / name
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there")
+    text = (SHARED / "text" / "tinystories_val.txt").read_text()[:20000]
+    model = load_huggingface(folder)
+    ids, counts = model.tokenizer.encode_with_bytes(text)
+    assert counts.sum() == len(text.encode())
+    tokens = ids[: 4 * model.config.context].reshape(4, -1)
+    reference = theirs(reload(folder), tokens)
+    error = difference(apply(model, tokens), reference)
+    print(f"{name}: {error:.2e}, largest logit {np.abs(reference).max():.1f}")
+    assert error < TOLERANCE
+    save_huggingface(tmp_path, model)
+    assert difference(theirs(reload(tmp_path), tokens), reference) == 0
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded(text[:2000])["input_ids"] == model.tokenizer.encode(text[:2000], special_tokens=True).tolist()
+
+
+def test_gpt2_tokenizer_counts():
+    folder = SHARED / "tokenizers" / "gpt2"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    from qjax.models.tokenizer import wrap_tokenizer
+
+    inner = Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = wrap_tokenizer(inner)
+    text = gzip.decompress((SHARED / "text" / "calib" / "c4.utf8.gz").read_bytes()).decode()[:100_000]
+    ids, counts = tokenizer.encode_with_bytes(text)
+    assert counts.sum() == len(text.encode()) and tokenizer.decode(ids) == text

@@ -1,0 +1,158 @@
+"""Quantized kernels in Linen models that know nothing of quantization."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qjax
+from qjax.interception import linear_layers
+from qjax.qtensor import is_quantized
+
+
+class Mixed(nn.Module):
+    """Every kind of linear layer that is served, kernels with one, two and permuted axes."""
+
+    @nn.compact
+    def __call__(self, x):  # (batch, 7)
+        x = nn.Dense(16, name="dense")(x)
+        x = nn.DenseGeneral((4, 8), name="split")(x)  # kernel (16, 4, 8)
+        x = nn.DenseGeneral(16, axis=(-1, -2), use_bias=False, name="join")(x)  # kernel (8, 4, 16), axes swapped
+        x = nn.Einsum((2, 16, 8), "bd,hdk->bkh", name="permuted")(x)  # out axes around the in axis, result permuted
+        x = nn.Einsum((8, 2, 5), "...kh,khd->...d", use_bias=False, name="dots")(x)
+        return nn.tanh(x)
+
+
+class Scanned(nn.Module):
+    """A stack of layers under nn.scan: the kernel has a leading layer axis outside and none inside."""
+
+    @nn.compact
+    def __call__(self, x):
+        body = nn.scan(
+            lambda layer, carry, _: (nn.tanh(layer(carry)), None),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=3,
+        )
+        return body(nn.Dense(7, name="layers"), x, None)[0]
+
+
+@pytest.fixture
+def x():
+    return jax.random.normal(jax.random.key(1), (3, 7))
+
+
+def initialise(module, x):
+    params = module.init(jax.random.key(0), x)["params"]
+    return jax.tree.map(lambda leaf: leaf + 0.01, params)  # no zero biases
+
+
+def test_views_are_exact_inverses(x):
+    module = Mixed()
+    params = initialise(module, x)
+    linears = linear_layers(module, params, x)
+    assert set(linears.views) == {f"{name}/kernel" for name in ("dense", "split", "join", "permuted", "dots")}
+    assert not linears.refused
+    for path, view in linears.views.items():
+        kernel = params[path.split("/")[0]]["kernel"]
+        np.testing.assert_array_equal(view.to_kernel(view.to_matrix(kernel)), kernel)
+    assert linears.views["permuted/kernel"].to_matrix(params["permuted"]["kernel"]).shape == (16, 16)
+
+
+@pytest.mark.parametrize("recipe", ["rtn:int8-g4", "rtn:int3-channel", "nf4"])
+def test_quantized_model_equals_dequantized_model(x, recipe):
+    module = Mixed()
+    params = initialise(module, x)
+    quantized, report = qjax.quantize_flax(module, params, recipe, batches=[(x,)])
+    assert all(is_quantized(quantized[name]["kernel"]) for name in params)
+    assert len(report.layers) == 5
+    decoded = qjax.dequantize_flax(module, quantized, x)
+    assert jax.tree.map(jnp.shape, decoded) == jax.tree.map(jnp.shape, params)
+    got = jax.jit(lambda p: qjax.apply_flax(module, p, x))(quantized)
+    np.testing.assert_allclose(got, module.apply({"params": decoded}, x), atol=1e-6)
+    assert float(jnp.max(jnp.abs(got - module.apply({"params": params}, x)))) > 1e-4
+
+
+def test_float_model_is_untouched(x):
+    module = Mixed()
+    params = initialise(module, x)
+    np.testing.assert_array_equal(qjax.apply_flax(module, params, x), module.apply({"params": params}, x))
+
+
+def test_gradient_reaches_the_input_through_packed_kernels(x):
+    module = Mixed()
+    quantized, _ = qjax.quantize_flax(module, initialise(module, x), "rtn:int8-g4", batches=[(x,)])
+    decoded = qjax.dequantize_flax(module, quantized, x)
+    got = jax.grad(lambda x: qjax.apply_flax(module, quantized, x).sum())(x)
+    expected = jax.grad(lambda x: module.apply({"params": decoded}, x).sum())(x)
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_layers_under_scan_run_quantized(x):
+    module = Scanned()
+    params = initialise(module, x)
+    kernel = params["layers"]["kernel"]  # (3, 7, 7)
+    stacked = jax.vmap(lambda weight: qjax.rtn(weight, "int4-g4")[0])(kernel)
+    got = qjax.apply_flax(module, {"layers": params["layers"] | {"kernel": stacked}}, x)
+    decoded = {"layers": params["layers"] | {"kernel": qjax.dequantize(stacked)}}
+    np.testing.assert_allclose(got, module.apply({"params": decoded}, x), atol=1e-6)
+
+
+def test_rules_leave_layers_out(x):
+    module = Mixed()
+    params = initialise(module, x)
+    quantized, _ = qjax.quantize_flax(module, params, "rtn:int8-g4", batches=[(x,)], rules=["dense=none", "dots=nf4"])
+    assert not is_quantized(quantized["dense"]["kernel"])
+    assert str(quantized["dots"]["kernel"].format) == "nf4-g64"
+    with pytest.raises(qjax.QjaxError, match="match no kernel"):
+        qjax.quantize_flax(module, params, "rtn:int8-g4", batches=[(x,)], rules=["nothing=none"])
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "why"),
+    [
+        (nn.DenseGeneral(5, batch_dims=(0,), name="batched"), (3, 7), "batch_dims"),
+        (nn.Einsum((3, 7, 5), "bd,bde->be", name="batched"), (3, 7), "not a matrix product"),
+        (nn.Dense(5, dot_general=jax.lax.dot_general, name="own"), (3, 7), "dot_general"),
+    ],
+)
+def test_layers_that_cannot_be_served_are_named(layer, shape, why):
+    x = jnp.ones(shape)
+
+    class Wrapper(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(2, name="good")(layer.clone(parent=self)(x))
+
+    params = Wrapper().init(jax.random.key(0), x)["params"]
+    with pytest.raises(qjax.QjaxError, match=f"{layer.name}.*{why}"):
+        qjax.quantize_flax(Wrapper(), params, "rtn:int8-channel", batches=[(x,)])
+    quantized, _ = qjax.quantize_flax(
+        Wrapper(), params, "rtn:int8-channel", batches=[(x,)], rules=[f"{layer.name}=none"]
+    )
+    assert is_quantized(quantized["good"]["kernel"])
+    assert not is_quantized(quantized[layer.name]["kernel"])
+
+
+def test_quantized_leaf_in_another_layer_is_an_error_that_names_it():
+    class Convolution(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Conv(4, (3,), name="conv")(x)
+
+    x = jnp.ones((1, 8, 4))
+    params = Convolution().init(jax.random.key(0), x)["params"]
+    kernel, _ = qjax.rtn(params["conv"]["kernel"].reshape(-1, 4), "int8-channel")
+    with pytest.raises(qjax.QjaxError, match="conv.*Conv cannot run"):
+        qjax.apply_flax(Convolution(), {"conv": params["conv"] | {"kernel": kernel}}, x)
+
+    table, _ = qjax.rtn(jnp.ones((4, 4)), "int8-channel")
+
+    class Embedding(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Embed(4, 4, name="embed")(x)
+
+    with pytest.raises(qjax.QjaxError, match="embed.*quantized embedding"):
+        qjax.apply_flax(Embedding(), {"embed": {"embedding": table}}, jnp.zeros((1, 2), jnp.int32))

@@ -1,0 +1,144 @@
+"""Perplexity: conventions against brute-force oracles, invariance to batching, errors."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from qjax.errors import QjaxError
+from qjax.evaluate import perplexity as module
+from qjax.evaluate.corpora import Corpus
+from qjax.evaluate.perplexity import corpus_windows, cut_windows, parse_convention, perplexity, ratio_stderr
+from qjax.models.model import apply
+
+from .conftest import byte_tokenizer, random_model, tiny_config
+
+TEXT = "The quick brown fox jumps over the lazy dog. Größe, naïveté, 漢字! " * 3
+CORPUS = Corpus("test", (TEXT[:50], TEXT[50:]), "0")
+
+
+def log_probability(model, context: list[int], token: int) -> float:
+    """-ln p(token | context), one position at a time: the oracle."""
+    logits = np.asarray(apply(model, np.array([context], np.int32)))[0, -1].astype(np.float64)
+    return float(np.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits[token])
+
+
+def oracle(model, ids: list[int], convention: str, bos: int | None) -> list[float]:
+    """Losses in the order of the text, by the definition of each convention."""
+    kind, *sizes = convention.removesuffix("-bos").rsplit("-", 2 if convention.startswith("sliding") else 1)
+    window = int(sizes[0])
+    losses = []
+    if kind == "sliding":
+        stride, done, start = int(sizes[1]), 1, 0
+        while done < len(ids):
+            stop = min(start + window, len(ids))
+            losses += [log_probability(model, ids[start:t], ids[t]) for t in range(max(done, start + 1), stop)]
+            done, start = stop, start + stride
+        return losses
+    prefix = [bos] if convention.endswith("-bos") else []
+    step = window - len(prefix)
+    for start in range(0, len(ids) - step + 1, step):
+        piece = prefix + ids[start : start + step]
+        if kind == "llama.cpp" and bos is not None:
+            piece = [bos, *piece[1:]]
+        first = window // 2 + 1 if kind == "llama.cpp" else 1
+        losses += [log_probability(model, piece[:t], piece[t]) for t in range(first, window)]
+    return losses
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("name", ["windows-32", "windows-16", "windows-16-bos", "sliding-24-7", "sliding-16-16", "llama.cpp-16"])
+def test_conventions_equal_their_definition(name, bos):
+    if name.endswith("-bos") and not bos:
+        pytest.skip("needs a beginning of text")
+    tokenizer = byte_tokenizer(bos)
+    model = random_model(tiny_config(), tokenizer)
+    text = TEXT[:60]
+    ids = tokenizer.encode(text).tolist()
+    if bos and not name.endswith("-bos") and not name.startswith("llama.cpp"):
+        ids = [256, *ids]
+    expected = oracle(model, ids, name, 256 if bos else None)
+    result = perplexity(model, Corpus("test", (text,), "0"), name)
+    assert result.tokens == len(expected)
+    assert result.nll == pytest.approx(np.mean(expected), rel=1e-5)
+    assert result.value == pytest.approx(math.exp(np.mean(expected)), rel=1e-5)
+    assert result.convention == name
+
+
+def test_documents_are_joined_with_blank_lines(tiny_model):
+    joined = Corpus("test", ("\n\n".join(CORPUS.documents),), "0")
+    assert perplexity(tiny_model, CORPUS, "windows-16").nll == perplexity(tiny_model, joined, "windows-16").nll
+
+
+def test_bytes_are_those_of_the_scored_tokens(tiny_model):
+    ids, nbytes = tiny_model.tokenizer.encode_with_bytes(TEXT)
+    windows = cut_windows(ids, nbytes, parse_convention("sliding-16-4"), None, False)
+    # Sliding windows score every token but the first exactly once.
+    assert windows.nbytes.sum() == len(TEXT.encode()) - nbytes[0]
+    assert windows.scored.sum() == len(ids) - 1
+    result = perplexity(tiny_model, CORPUS, "sliding-16-4")
+    assert result.bits_per_byte == pytest.approx(result.nll * result.tokens / math.log(2) / result.nbytes)
+
+
+def test_windows_are_clipped_to_the_context_and_the_name_says_so(tiny_model):
+    result = perplexity(tiny_model, CORPUS, "gptq-2048")
+    assert result.convention == "windows-32"
+    assert set(result.window_tokens) == {31}
+
+
+@pytest.mark.parametrize("tokens_at_once", [32, 96, 4096])
+def test_batching_does_not_change_losses(tiny_model, monkeypatch, tokens_at_once):
+    windows = corpus_windows(tiny_model, CORPUS, parse_convention("windows-32"))
+    whole = module.score(tiny_model, windows.tokens)
+    monkeypatch.setattr(module, "BATCH_TOKENS", tokens_at_once)
+    seen = []
+    losses = module.score(tiny_model, windows.tokens, on_batch=lambda done, total: seen.append((done, total)))
+    np.testing.assert_allclose(losses, whole, atol=1e-5)
+    assert seen[-1] == (len(windows.tokens),) * 2
+    assert np.all(losses[:, 0] == 0)
+
+
+def test_losses_are_those_of_the_logits(tiny_model):
+    tokens = jax.random.randint(jax.random.key(0), (5, 32), 0, 257)
+    logits = np.asarray(apply(tiny_model, tokens), np.float64)
+    losses = module.score(tiny_model, np.asarray(tokens))
+    target = np.take_along_axis(logits[:, :-1], np.asarray(tokens)[:, 1:, None], axis=-1)[..., 0]
+    np.testing.assert_allclose(losses[:, 1:], np.log(np.exp(logits[:, :-1]).sum(-1)) - target, atol=1e-5)
+
+
+def test_standard_error_is_that_of_the_mean_over_windows():
+    rng = np.random.default_rng(0)
+    counts = np.full(400, 31)
+    estimates, errors = [], []
+    for _ in range(300):
+        totals = rng.normal(2.0, 0.3, size=400) * counts
+        estimates.append(totals.sum() / counts.sum())
+        errors.append(ratio_stderr(totals, counts))
+    assert np.mean(errors) == pytest.approx(np.std(estimates), rel=0.1)
+    assert math.isnan(ratio_stderr(np.array([3.0]), np.array([2])))
+
+
+@pytest.mark.parametrize("name", ["windows", "windows-2", "windows-16-4", "sliding-16", "sliding-16-17", "llama.cpp-16-bos", "ppl"])
+def test_bad_conventions(name):
+    with pytest.raises(QjaxError, match="allowed are windows-N"):
+        parse_convention(name)
+
+
+def test_names_round_trip():
+    for name in ("windows-2048", "windows-512-bos", "sliding-512-128", "llama.cpp-512"):
+        assert str(parse_convention(name)) == name
+
+
+def test_errors(tiny_model):
+    with pytest.raises(QjaxError, match=r"test: the text has 5 tokens, fewer than one window of 32"):
+        perplexity(tiny_model, Corpus("test", ("short",), "0"), "windows-2048")
+    with pytest.raises(QjaxError, match="no beginning-of-text"):
+        perplexity(tiny_model, CORPUS, "windows-16-bos")
+    with pytest.raises(QjaxError, match=r"no tokenizer\.json"):
+        perplexity(tiny_model._replace(tokenizer=None), CORPUS)
+    broken = jax.tree.map(lambda leaf: leaf * np.nan, tiny_model.params)
+    with pytest.raises(QjaxError, match="not finite"):
+        perplexity(tiny_model._replace(params=broken), CORPUS, "windows-16")
+    with pytest.raises(QjaxError, match="context"):
+        apply(tiny_model, np.zeros((1, 33), np.int32))

@@ -1,0 +1,30 @@
+"""Methods x bits x group -> canonical recipes."""
+
+import pytest
+
+from qjax.errors import QjaxError
+from qjax.sweep.grid import canonical, expand
+
+
+def test_methods_times_bits():
+    assert expand(["rtn", "nf4"], [4, 2]) == ["rtn:int4-g128", "rtn:int2-g128", "rtn:nf4-g64"]
+
+
+def test_group_applies_to_every_method():
+    assert expand(["rtn(clip=mse)", "nf4-dq"], [4], "32") == ["rtn(clip=mse):int4-g32", "rtn:nf4-g32-dq"]
+    assert expand(["rtn"], [3], "channel") == ["rtn:int3-channel"]
+
+
+def test_codebooks_appear_at_their_own_bits_and_casts_always():
+    assert expand(["nf4", "fp4", "bf16", "none"], [3]) == ["bf16", "none"]
+    assert expand(["fp8_e4m3"], [8, 4], "channel") == ["rtn:fp8_e4m3-channel"]
+
+
+def test_duplicates_are_dropped_and_every_recipe_is_checked():
+    assert canonical(["nf4", "rtn:nf4-g64", "none"]) == ["rtn:nf4-g64", "none"]
+    with pytest.raises(QjaxError, match="gptqq"):
+        canonical(["nf4", "gptqq:int4-g128"])
+    with pytest.raises(QjaxError, match="bits 9"):
+        expand(["rtn"], [9])
+    with pytest.raises(QjaxError, match="'wide'"):
+        expand(["rtn"], [4], "wide")
