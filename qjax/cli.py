@@ -1,15 +1,21 @@
-"""The command line: parse, call, print. Exit code 2 and one line for a user's mistake; 130 when interrupted."""
+"""The command line: parse, call, print. Exit code 2 and one line for a user's mistake; 130 when interrupted.
+
+JAX and everything that needs it is imported inside the commands, so that `qjax --help` answers at once.
+"""
 
 import contextlib
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qjax.errors import QjaxError
+
+if TYPE_CHECKING:
+    from qjax.models.model import Model
 
 app = typer.Typer(
     name="qjax",
@@ -54,7 +60,6 @@ def sweep(
 ) -> None:
     """Measure perplexity of a model in many formats; table and figure go to --out."""
     from qjax.evaluate.perplexity import parse_convention
-    from qjax.loading import load
     from qjax.report.figures import write_reports
     from qjax.sweep.grid import canonical, expand
     from qjax.sweep.runner import Sweep, load_corpora, run_sweep
@@ -63,12 +68,16 @@ def sweep(
     measured = parse_convention(convention)
     _prepare(out)
     corpora = load_corpora(data)
-    loaded = load(model)
+    loaded = _load(model)
     if max_windows is None and model == "bundled" and data == ["python-docs"]:
         max_windows = DEFAULT_WINDOWS
     plan = Sweep(tuple(names), corpora, measured, max_windows, tuple(rule or ()), seed)
-    with _live_sweep() as watcher:
-        rows = run_sweep(loaded, plan, out, watcher)
+    try:
+        with _live_sweep() as watcher:
+            rows = run_sweep(loaded, plan, out, watcher)
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted; finished rows are in {out}, the same command goes on from there", err=True)
+        raise typer.Exit(130) from None
     _print_tables(rows)
     for path in write_reports(out, rows):
         typer.echo(path)
@@ -87,11 +96,11 @@ def quantize(
     from qjax import driver
     from qjax.checkpoints.packed import save
     from qjax.files import prepare_output_folder
-    from qjax.loading import load
-    from qjax.report.tables import layers_table, to_rich
+    from qjax.report.rendering import to_rich
+    from qjax.report.tables import layers_table
 
     prepare_output_folder(out, overwrite=overwrite)
-    loaded = load(model)
+    loaded = _load(model)
     with _progress() as progress:
         task = progress.add_task("quantizing", total=None)
         quantized, done = driver.quantize(loaded, recipe, rules=rule or (), on_layer=lambda _: progress.advance(task))
@@ -114,12 +123,11 @@ def evaluate(
 ) -> None:
     """Perplexity of one model, quantized or not."""
     from qjax.evaluate.perplexity import parse_convention, perplexity
-    from qjax.loading import load
     from qjax.sweep.runner import load_corpora
 
     measured = parse_convention(convention)
     corpora = load_corpora(data)
-    loaded = load(model)
+    loaded = _load(model)
     for corpus in corpora:
         with _progress() as progress:
             task = progress.add_task(corpus.name, total=None)
@@ -145,7 +153,7 @@ def info(
 ) -> None:
     """The memory table: exact bytes of a model in every precision."""
     from qjax.report.memory import memory_table, parameters_table
-    from qjax.report.tables import to_rich
+    from qjax.report.rendering import to_rich
 
     if (model is None) == (parameters is None):
         raise QjaxError("info: give either a model or --parameters, for example `qjax info --parameters 7e9`")
@@ -153,9 +161,8 @@ def info(
         _console().print(to_rich(parameters_table(parameters)))
         return
     from qjax.driver import kernel_shapes
-    from qjax.loading import load
 
-    _console().print(to_rich(memory_table(*kernel_shapes(load(model)), title=model)))
+    _console().print(to_rich(memory_table(*kernel_shapes(_load(model)), title=model)))
 
 
 @app.command()
@@ -177,7 +184,8 @@ def report(
 @app.command()
 def formats() -> None:
     """Every number format, with exact bits per weight."""
-    from qjax.report.tables import formats_table, to_rich
+    from qjax.report.rendering import to_rich
+    from qjax.report.tables import formats_table
 
     _console().print(to_rich(formats_table()))
 
@@ -185,27 +193,37 @@ def formats() -> None:
 @app.command()
 def recipes() -> None:
     """Every method, with its options."""
-    from qjax.report.tables import recipes_table, to_rich
+    from qjax.report.rendering import to_rich
+    from qjax.report.tables import recipes_table
 
     _console().print(to_rich(recipes_table()))
 
 
-def main() -> None:
-    """Entry point: runs the command and turns a user's mistake into one line and exit code 2."""
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: runs the command and turns a user's mistake into one line and exit code 2.
+
+    arguments: words of the command line, None for those of this process.
+    """
     try:
-        app()
+        app(arguments)
     except QjaxError as error:
         _fail(str(error))
     except OSError as error:
         _fail(f"{error.filename or 'file'}: {error.strerror or error}")
-    except KeyboardInterrupt:
-        typer.echo("interrupted; finished rows are kept, run the same command again to go on", err=True)
-        sys.exit(130)
 
 
 def _fail(message: str) -> None:
     typer.echo("error: " + " ".join(message.split()), err=True)
     sys.exit(2)
+
+
+def _load(name: str) -> "Model":
+    """The named model, with compiled programs kept between runs."""
+    from qjax.cache import enable_compilation_cache
+    from qjax.loading import load
+
+    enable_compilation_cache()
+    return load(name)
 
 
 def _split(text: str) -> list[str]:
@@ -283,7 +301,8 @@ def _live_sweep() -> Iterator[object]:
 
 
 def _print_tables(rows: list[dict[str, object]]) -> None:
-    from qjax.report.tables import perplexity_table, split_tables, to_rich
+    from qjax.report.rendering import to_rich
+    from qjax.report.tables import perplexity_table, split_tables
 
     for part in split_tables(rows):
         _console().print(to_rich(perplexity_table(part)))

@@ -4,6 +4,7 @@ By default the linear layers inside the blocks are quantized; embeddings, norms 
 names them. The casts fp32, bf16 and fp16 are storage types of the whole model: every floating-point leaf is cast.
 """
 
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -59,22 +60,37 @@ def quantize(
     on_layer is called with each layer's record as it is done. Raises QjaxError for a bad recipe or rule, and when the
     model is quantized already.
     """
-    recipe = parse_recipe(recipe) if isinstance(recipe, str) else recipe
-    rules = tuple(parse_rule(rule) if isinstance(rule, str) else rule for rule in rules)
+    recipe, rules = _parsed(recipe, rules)
+    placed = placement(model, recipe, rules)
     flat = flatten_dict(model.params, sep="/")
-    if any(is_quantized(leaf) for leaf in flat.values()):
-        raise QjaxError(f"{model.name} is quantized already ({model.recipe}); start from the unquantized model")
-    kernels = [path for path in flat if path.endswith("/kernel")]
-    is_cast = recipe is not None and recipe.is_cast
-    placed = place(kernels, recipe, rules, kernels if is_cast else [path for path in kernels if path.startswith("block_")])
     started = time.perf_counter()
-    views = {path: _matrix_view(flat[path].shape) for path in kernels}
+    views = {path: KernelView(flat[path].shape, (0,), (1,)) for path in placed}
     flat, records = _quantize_kernels(flat, placed, views, on_layer)
-    if is_cast:
+    if recipe is not None and recipe.is_cast:
         flat |= {path: _cast(leaf, recipe) for path, leaf in flat.items() if path not in placed}
     name = "; ".join([str(recipe or UNQUANTIZED), *map(str, rules)])
     result = model._replace(params=unflatten_dict(flat, sep="/"), recipe=name)
     return result, _report(result.params, records, time.perf_counter() - started)
+
+
+def placement(model: Model, recipe: str | Recipe | None, rules: Iterable[str | Rule] = ()) -> dict[str, Recipe | None]:
+    """What `quantize` would do to every linear kernel, by path; None leaves it. Raises what `quantize` raises."""
+    recipe, rules = _parsed(recipe, rules)
+    flat = flatten_dict(model.params, sep="/")
+    if any(is_quantized(leaf) for leaf in flat.values()):
+        raise QjaxError(f"{model.name} is quantized already ({model.recipe}); start from the unquantized model")
+    kernels = [path for path in flat if path.endswith("/kernel")]
+    everywhere = recipe is not None and recipe.is_cast
+    return place(kernels, recipe, rules, kernels if everywhere else [path for path in kernels if path.startswith("block_")])
+
+
+def kernel_shapes(model: Model) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """(in, out) of the kernels that are quantized, or would be by default, and (elements, bytes of one) of every other leaf."""
+    flat = flatten_dict(model.params, sep="/")
+    in_block = re.compile("block_.*/kernel")
+    linear = {path for path, leaf in flat.items() if is_quantized(leaf) or in_block.fullmatch(path)}
+    others = [(leaf.size, leaf.dtype.itemsize) for path, leaf in flat.items() if path not in linear]
+    return [flat[path].shape for path in flat if path in linear], others
 
 
 def quantize_flax(
@@ -88,11 +104,10 @@ def quantize_flax(
     """Quantizes the kernels of any Linen model: nn.Dense, nn.DenseGeneral and nn.Einsum layers, found by tracing it.
 
     params: the "params" collection. batches: arguments of module.apply, each a tuple; the first is used to trace.
-    Run the result with `apply_flax`. Raises QjaxError when no layer can be quantized or a rule names none, and lists layers that
-    cannot run with a quantized kernel unless a rule "PATTERN=none" leaves them out.
+    Run the result with `apply_flax`. Raises QjaxError when no layer can be quantized or a rule names none, and lists layers
+    that cannot run with a quantized kernel unless a rule "PATTERN=none" leaves them out.
     """
-    recipe = parse_recipe(recipe) if isinstance(recipe, str) else recipe
-    rules = tuple(parse_rule(rule) if isinstance(rule, str) else rule for rule in rules)
+    recipe, rules = _parsed(recipe, rules)
     views, refused = linear_layers(module, params, *batches[0])
     placed = place([*views, *refused], recipe, rules)
     blocked = [refused[path] for path in refused if placed[path] is not None]
@@ -149,8 +164,9 @@ def round_weight(weight: Float[Array, "in out"], recipe: Recipe) -> tuple[QTenso
     return method(recipe.rounding.name)(weight, recipe.format, **dict(recipe.rounding.options))
 
 
-def _matrix_view(shape: tuple[int, ...]) -> KernelView:
-    return KernelView(shape, (0,), (1,))
+def _parsed(recipe: str | Recipe | None, rules: Iterable[str | Rule]) -> tuple[Recipe | None, tuple[Rule, ...]]:
+    recipe = parse_recipe(recipe) if isinstance(recipe, str) else recipe
+    return recipe, tuple(parse_rule(rule) if isinstance(rule, str) else rule for rule in rules)
 
 
 def _cast(leaf: Array, recipe: Recipe) -> Array:

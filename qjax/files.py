@@ -28,7 +28,7 @@ def write_atomically(path: str | Path, content: bytes | str | Callable[[Path], N
             else:
                 temporary.write_bytes(content.encode() if isinstance(content, str) else content)
             _sync(temporary)
-            os.replace(temporary, path)
+            temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
         if os.name == "posix":  # elsewhere a folder cannot be opened

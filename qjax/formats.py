@@ -11,10 +11,10 @@ A format says which values a code can stand for and which weights share a scale:
     int3-g128-bf16   scales stored as bfloat16 (or fp16, fp32)
     bf16             no codes at all: the weight in another floating-point type
 
-Order of the parts: grid, granularity, then in any order sym, the bound, the scale type, dq. `str(format)` is canonical: parts that
-are the grid's default are left out. Bound and tie rule are part of a format because they change 2- and 3-bit results a lot:
-integers round half to even; NF4 and bitsandbytes' FP4 ties go to the smaller value, as in bitsandbytes' CPU library; FP4-E2M1 and
-FP8 ties go to the even code (OCP MX specification 1.0, 2023).
+Order of the parts: grid, granularity, then in any order sym, the bound, the scale type, dq. `str(format)` is canonical: parts
+that are the grid's default are left out. Bound and tie rule are part of a format because they change 2- and 3-bit results a
+lot: integers round half to even; NF4 and bitsandbytes' FP4 ties go to the smaller value, as in bitsandbytes' CPU library;
+FP4-E2M1 and FP8 ties go to the even code (OCP MX specification 1.0, 2023).
 
 NF4: Dettmers et al. 2023 (arXiv 2305.14314); FP8: Micikevicius et al. 2022 (2209.05433).
 """
@@ -238,8 +238,8 @@ def packed_rows(count: int, bits: int) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def parse_format(text: str) -> Format:
-    """The format named `text`, for example "int4-g128", "nf4-g64-dq", "fp8_e4m3-channel".
+def parse_format(text: str | Format) -> Format:
+    """The format named `text`, for example "int4-g128", "nf4-g64-dq", "fp8_e4m3-channel"; a Format is returned as it is.
 
     Raises QjaxError that names the part that is wrong and lists what is allowed.
     """
@@ -255,56 +255,58 @@ def parse_format(text: str) -> Format:
         if parts:
             raise QjaxError(f"format {text!r}: {grid} takes no further parts, got {parts[0]!r}")
         return Format(grid)
-    if not parts or not _is_granularity(parts[0]):
-        if grid not in DEFAULT_GRANULARITY:
-            got = f"got {parts[0]!r}" if parts else "got none"
-            raise QjaxError(
-                f"format {text!r}: after {head!r} comes who shares a scale, {got}; "
-                "allowed: tensor, channel, gN (N weights along the input axis), bN (N of the flattened weight)"
-            )
+    if grid in DEFAULT_GRANULARITY and not (parts and _is_granularity(parts[0])):
         parts = [DEFAULT_GRANULARITY[grid], *parts]
-    granularity, group = _granularity(text, parts[0])
-    options = {"granularity": granularity, "group": group, "scale_dtype": default_scale_dtype(grid)}
-    integer = grid in INTEGERS
-    seen = set()
-    for part in parts[1:]:
-        kind = "scale type" if part in SCALE_DTYPES else "bound" if part in ("max", "edge") else part
-        if kind in seen:
-            raise QjaxError(f"format {text!r}: {kind} given twice")
-        seen.add(kind)
-        if part == "sym" and integer:
-            options["symmetric"] = True
-        elif part in ("max", "edge") and integer:
-            options["bound"] = part
-        elif part in SCALE_DTYPES:
-            options["scale_dtype"] = SCALE_DTYPES[part]
-        elif part == "dq":
-            options["double_quantized"] = True
-        else:
-            allowed = [*(["sym", "sym-max", "sym-edge"] if integer else []), *SCALE_DTYPES, "dq"]
-            raise QjaxError(f"format {text!r}: unknown part {part!r} for {grid}; allowed: {', '.join(allowed)}")
-    if "bound" in options and not options.get("symmetric"):
-        raise QjaxError(f"format {text!r}: the bound {options['bound']!r} goes with sym (affine grids span min..max)")
-    if options.get("double_quantized") and "scale type" in seen:
-        raise QjaxError(f"format {text!r}: dq stores scales as 8-bit codes; leave the scale type out")
-    if options.get("double_quantized"):
-        options["scale_dtype"] = default_scale_dtype(grid)
-    if options.get("symmetric"):
-        options.setdefault("bound", "edge")
-    return Format(grid, **options)
+    granularity, group = _parse_granularity(text, head, parts[0] if parts else "")
+    return Format(grid, granularity, group, **_parse_options(text, grid, parts[1:]))
 
 
 def _is_granularity(part: str) -> bool:
-    return part in ("tensor", "channel") or re.fullmatch(r"[gb]\d+", part) is not None
+    return part in ("tensor", "channel") or re.fullmatch(r"[gb][0-9]+", part) is not None
 
 
-def _granularity(text: str, part: str) -> tuple[str, int]:
+def _parse_granularity(text: str, head: str, part: str) -> tuple[str, int]:
+    if not _is_granularity(part):
+        raise QjaxError(
+            f"format {text!r}: after {head!r} comes who shares a scale, got {repr(part) if part else 'nothing'}; "
+            "allowed: tensor, channel, gN (N weights along the input axis), bN (N of the flattened weight)"
+        )
     if part in ("tensor", "channel"):
         return part, 0
     size = int(part[1:])
     if size < 1:
         raise QjaxError(f"format {text!r}: a group needs at least 1 weight, got {part!r}")
     return {"g": "group", "b": "block"}[part[0]], size
+
+
+def _parse_options(text: str, grid: str, parts: list[str]) -> dict[str, object]:
+    """The fields of a Format after its granularity."""
+    integer = grid in INTEGERS
+    given = {}  # field -> value
+    for part in parts:
+        if part == "sym" and integer:
+            field, value = "symmetric", True
+        elif part in ("max", "edge") and integer:
+            field, value = "bound", part
+        elif part in SCALE_DTYPES:
+            field, value = "scale_dtype", SCALE_DTYPES[part]
+        elif part == "dq":
+            field, value = "double_quantized", True
+        else:
+            allowed = [*(["sym", "sym-max", "sym-edge"] if integer else []), *SCALE_DTYPES, "dq"]
+            raise QjaxError(
+                f"format {text!r}: unknown part {part!r} for {grid}; "
+                f"allowed after tensor, channel, gN or bN: {', '.join(allowed)}"
+            )
+        if field in given:
+            raise QjaxError(f"format {text!r}: {part!r} comes after another part of its kind; give one")
+        given[field] = value
+    if "bound" in given and "symmetric" not in given:
+        raise QjaxError(f"format {text!r}: the bound {given['bound']!r} goes with sym (affine grids span min..max)")
+    if {"double_quantized", "scale_dtype"} <= given.keys():
+        raise QjaxError(f"format {text!r}: dq stores scales as 8-bit codes; leave the scale type out")
+    bound = {"bound": "edge"} if "symmetric" in given else {}
+    return {"scale_dtype": default_scale_dtype(grid), **bound, **given}
 
 
 EXAMPLES = (

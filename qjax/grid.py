@@ -10,8 +10,8 @@ Zero is always representable (the range of an affine group is widened to hold it
 `from_groups` go between that view and the (in, out) weight. Every rounding method is built from these few functions.
 
 A scale is rounded to the type it is stored in before it is used, so codes are chosen for the scale that decoding will see.
-`block` formats follow bitsandbytes where it departs from this: they multiply with the reciprocal of the scale, and with dq they
-code weights with the exact maximum, which is quantized afterwards (with a table of 2^16 steps instead of the nearest code).
+`block` formats with dq follow bitsandbytes, which departs from this: it codes weights with the exact maximum and quantizes that
+afterwards, with a table of 2^16 equal steps instead of the nearest code.
 """
 
 import dataclasses
@@ -56,9 +56,7 @@ def to_groups(weight: Float[Array, "in out"], fmt: Format) -> Float[Array, "grou
     """The weight (or codes) with the axis that shares a scale in the middle, padded with zeros to whole groups."""
     rows, columns = weight.shape
     match fmt.granularity:
-        case "tensor":
-            return weight.reshape(1, -1, 1)
-        case "channel":
+        case "tensor" | "channel":
             return weight[None]
         case "block" if rows % fmt.group:
             flat = weight.T.reshape(-1)
@@ -69,9 +67,7 @@ def to_groups(weight: Float[Array, "in out"], fmt: Format) -> Float[Array, "grou
             return jnp.pad(weight, ((0, -rows % size), (0, 0))).reshape(-1, size, columns)
 
 
-def from_groups(
-    groups: Float[Array, "groups size columns"], fmt: Format, rows: int, columns: int
-) -> Float[Array, "in out"]:
+def from_groups(groups: Float[Array, "groups size columns"], fmt: Format, rows: int, columns: int) -> Float[Array, "in out"]:
     """The inverse of `to_groups` for an (in=rows, out=columns) weight."""
     if fmt.granularity == "block" and rows % fmt.group:
         return groups.reshape(-1)[: rows * columns].reshape(columns, rows).T
@@ -87,24 +83,27 @@ def padding_mask(groups: Float[Array, "groups size columns"], weights: int) -> B
 
 
 def find_range(
-    groups: Float[Array, "groups size columns"],
-) -> tuple[Float[Array, "groups columns"], Float[Array, "groups columns"]]:
-    """(min, max) of every group, widened to hold zero."""
-    return jnp.minimum(jnp.min(groups, axis=1), 0), jnp.maximum(jnp.max(groups, axis=1), 0)
+    groups: Float[Array, "groups size columns"], fmt: Format
+) -> tuple[Float[Array, "groups channels"], Float[Array, "groups channels"]]:
+    """(min, max) of every group, widened to hold zero; shape fmt.parameter_shape."""
+    low, high = jnp.min(groups, axis=1), jnp.max(groups, axis=1)
+    if fmt.granularity == "tensor":
+        low, high = jnp.min(low, axis=1, keepdims=True), jnp.max(high, axis=1, keepdims=True)
+    return jnp.minimum(low, 0), jnp.maximum(high, 0)
 
 
 def find_parameters(
-    groups: Float[Array, "groups size columns"], fmt: Format, shrink: float | Float[Array, "groups columns"] = 1.0
+    groups: Float[Array, "groups size columns"], fmt: Format, shrink: float | Float[Array, "groups channels"] = 1.0
 ) -> Parameters:
     """The grid of every group that spans its range times `shrink`."""
-    return range_parameters(*find_range(groups), fmt, shrink)
+    return range_parameters(*find_range(groups, fmt), fmt, shrink)
 
 
 def range_parameters(
-    low: Float[Array, "groups columns"],
-    high: Float[Array, "groups columns"],
+    low: Float[Array, "groups channels"],
+    high: Float[Array, "groups channels"],
     fmt: Format,
-    shrink: float | Float[Array, "groups columns"] = 1.0,
+    shrink: float | Float[Array, "groups channels"] = 1.0,
 ) -> Parameters:
     """The grid of every group whose weights span low <= 0 <= high, both times `shrink`."""
     low, high = low * shrink, high * shrink
@@ -123,8 +122,8 @@ def encode(
     values: Float[Array, "..."], scale: Float[Array, "..."], zero: Float[Array, "..."] | None, fmt: Format
 ) -> UInt8[Array, "..."]:
     """Nearest codes of values, elementwise; scale and zero broadcast against values. A scale of 0 gives the code of 0."""
-    scaled = values * (1 / _nonzero(scale)) if fmt.granularity == "block" else values / _nonzero(scale)
-    scaled = jnp.where(scale == 0, 0.0, scaled)
+    # By the reciprocal, like bitsandbytes; XLA would make that of a division, but only when it compiles.
+    scaled = jnp.where(scale == 0, 0.0, values * (1 / _nonzero(scale)))
     book = fmt.codebook
     if book is None:
         zero = 2 ** (fmt.bits - 1) if zero is None else zero
@@ -148,15 +147,18 @@ def decode(
         zero = 2 ** (fmt.bits - 1) if zero is None else zero
         return (codes.astype(jnp.float32) - zero) * scale
     first, *others = fmt.codebook.values
-    if len(others) > 16:
-        return jnp.array(fmt.codebook.values, jnp.float32)[codes.astype(jnp.int32)] * scale
+    if fmt.grid in FLOAT8:
+        middle = jnp.int16(len(others) // 2)
+        codes = codes.astype(jnp.int16)
+        bits = jnp.where(codes < middle, 128 + middle - codes, codes - middle).astype(jnp.uint8)
+        return jax.lax.bitcast_convert_type(bits, FLOAT8[fmt.grid]).astype(jnp.float32) * scale
     values = jnp.float32(first)
     for code, value in enumerate(others, 1):  # selects become vector instructions, a table look-up does not
         values = jnp.where(codes >= code, jnp.float32(value), values)
     return values * scale
 
 
-def store_scales(scale: Float[Array, "groups columns"], fmt: Format) -> jax.Array | QuantizedScales:
+def store_scales(scale: Float[Array, "groups channels"], fmt: Format) -> jax.Array | QuantizedScales:
     """Scales in the form a QTensor holds: (groups, columns), flat for block formats, QuantizedScales for dq.
 
     A scale above the largest number of its type becomes that number.
@@ -177,9 +179,7 @@ def store_scales(scale: Float[Array, "groups columns"], fmt: Format) -> jax.Arra
     return QuantizedScales(codes.reshape(-1)[: flat.size], largest, offset)
 
 
-def load_scales(
-    stored: jax.Array | QuantizedScales, fmt: Format, shape: tuple[int, int]
-) -> Float[Array, "groups columns"]:
+def load_scales(stored: jax.Array | QuantizedScales, fmt: Format, shape: tuple[int, int]) -> Float[Array, "groups channels"]:
     """float32 scales of `shape` (groups, columns) from what `store_scales` gave."""
     if isinstance(stored, QuantizedScales):
         values = jnp.array(dynamic_map())[stored.codes]

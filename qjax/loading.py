@@ -6,6 +6,7 @@ from pathlib import Path
 from qjax.checkpoints.huggingface import download, load_huggingface
 from qjax.checkpoints.packed import DESCRIPTION, load_packed
 from qjax.errors import QjaxError
+from qjax.files import reason
 from qjax.models.model import Model
 
 BUNDLED = "bundled"
@@ -22,6 +23,13 @@ def load(name: str | Path) -> Model:
             if not folder.is_dir():
                 raise QjaxError("this copy of qjax has no bundled model; install qjax anew or name another model")
             return load_huggingface(folder)._replace(name=BUNDLED)
+    try:
+        return _load(name)
+    except OSError as error:  # a folder that may not be entered, a name too long for a file
+        raise QjaxError(f"cannot read {name}: {reason(error)}") from error
+
+
+def _load(name: str | Path) -> Model:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return load_packed(folder) if (folder / DESCRIPTION).exists() else load_huggingface(folder)

@@ -1,7 +1,7 @@
 """Codes of 1 to 8 bits <-> bytes: a little-endian bit stream along the input axis, one stream per output column.
 
-With b bits, 8 / gcd(8, b) codes fill b / gcd(8, b) bytes exactly; the axis is padded with zeros to whole such units. For 1, 2, 4
-and 8 bits a byte holds 8 / b codes, the first in the lowest bits; for the others codes straddle bytes. Read as 32-bit
+With b bits, 8 / gcd(8, b) codes fill b / gcd(8, b) bytes exactly; the axis is padded with zeros to whole such units. For 1, 2,
+4 and 8 bits a byte holds 8 / b codes, the first in the lowest bits; for the others codes straddle bytes. Read as 32-bit
 little-endian words this is the layout of GPTQ's `qweight` and of compressed-tensors' dense `weight_packed`.
 """
 

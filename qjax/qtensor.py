@@ -69,7 +69,7 @@ def unpack_codes(q: QTensor) -> UInt8[Array, "in out"]:
     return packing.unpack(q.codes, q.format.bits, q.in_features)
 
 
-def unpack_parameters(q: QTensor) -> tuple[Float[Array, "groups columns"], Float[Array, "groups columns"] | None]:
+def unpack_parameters(q: QTensor) -> tuple[Float[Array, "groups channels"], Float[Array, "groups channels"] | None]:
     """float32 scales and zero points (or None) of shape fmt.parameter_shape(in, out)."""
     shape = q.format.parameter_shape(*q.shape)
     scale = grid.load_scales(q.scales, q.format, shape)

@@ -10,9 +10,9 @@
 
 `str(recipe)` is canonical: options that are the default are dropped, so equal recipes have equal names.
 
-A method is a function of a weight and a format; its keyword-only arguments are its options, with the default's type and, where the
-annotation is a Literal, its choices. Arguments named like a statistic (`STATISTICS`) are filled from calibration instead. To add a
-method write the function in a file of its own and a line in the registry below.
+A method is a function of a weight and a format; its keyword-only arguments are its options, with the default's type
+and, where the annotation is a Literal, its choices. Arguments named like a statistic (`STATISTICS`) are filled from
+calibration instead. To add a method write the function in a file of its own and a line in the registry below.
 """
 
 import dataclasses
@@ -47,7 +47,8 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Transforms, then a rounding, to a weight format and perhaps an activation format; build it with `parse_recipe`."""
+    """Transforms, then a rounding, to a weight format and perhaps an activation format; build it with
+    `parse_recipe`."""
 
     transforms: tuple[Stage, ...]
     rounding: Stage
@@ -150,10 +151,8 @@ def _parse_stage(recipe: str, text: str) -> Stage:
     for item in filter(None, (match.group(2) or "").split(",")):
         key, equals, value = (part.strip() for part in item.partition("="))
         if not equals or key not in allowed:
-            known_options = ", ".join(f"{option}={_show(allowed[option].default)}" for option in allowed)
-            raise QjaxError(
-                f"recipe {recipe!r}: {name} has no option {item.strip()!r}; allowed, with defaults: {known_options or 'none'}"
-            )
+            defaults = ", ".join(f"{option}={_show(allowed[option].default)}" for option in allowed) or "none"
+            raise QjaxError(f"recipe {recipe!r}: {name} has no option {item.strip()!r}; allowed, with defaults: {defaults}")
         options[key] = _convert(recipe, name, allowed[key], value)
     changed = {key: value for key, value in options.items() if value != allowed[key].default}
     return Stage(name, tuple(sorted(changed.items())))
@@ -165,13 +164,9 @@ def _convert(recipe: str, name: str, option: inspect.Parameter, text: str) -> ob
     try:
         value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
     except (ValueError, KeyError):
-        raise QjaxError(
-            f"recipe {recipe!r}: {name}({option.name}=...) expects {kind.__name__}, got {text!r}"
-        ) from None
+        raise QjaxError(f"recipe {recipe!r}: {name}({option.name}=...) expects {kind.__name__}, got {text!r}") from None
     if choices and value not in choices:
-        raise QjaxError(
-            f"recipe {recipe!r}: {name}({option.name}=...) is one of {', '.join(map(str, choices))}, got {text!r}"
-        )
+        raise QjaxError(f"recipe {recipe!r}: {name}({option.name}=...) is one of {', '.join(map(str, choices))}, got {text!r}")
     return value
 
 
@@ -187,10 +182,8 @@ def method_table() -> list[dict[str, str]]:
             "method": name,
             "kind": kind,
             "options": ", ".join(f"{o.name}={_show(o.default)}" for o in options_of(name).values()),
-            "needs": ", ".join(set(inspect.signature(method(name)).parameters) & set(STATISTICS)) or "no data",
+            "needs": ", ".join(s for s in STATISTICS if s in inspect.signature(method(name)).parameters) or "no data",
             "what": inspect.getdoc(inspect.getmodule(method(name))).splitlines()[0],
         }
         for name, kind in kinds
     ]
-
-

@@ -1,8 +1,9 @@
 """Placement: which kernels get which recipe, by path, strictly.
 
-A rule is "PATTERN=RECIPE": a regular expression searched in a kernel's path ("block_3/mlp/down/kernel", "head/output/kernel") and a
-recipe, or "none" to leave the kernel as it is. The first rule that matches decides; where none does, the default decides. A rule that
-matches nothing is an error, and so is one that matches only leaves that cannot be quantized: nothing is skipped silently.
+A rule is "PATTERN=RECIPE": a regular expression searched in a kernel's path ("block_3/mlp/down/kernel",
+"head/output/kernel") and a recipe, or "none" to leave the kernel as it is. The first rule that matches decides; where
+none does, the default decides. A rule that matches nothing is an error, and so is one that matches only leaves that
+cannot be quantized: nothing is skipped silently.
 """
 
 import re

@@ -128,9 +128,7 @@ def test_layers_that_cannot_be_served_are_named(layer, shape, why):
     params = Wrapper().init(jax.random.key(0), x)["params"]
     with pytest.raises(qjax.QjaxError, match=f"{layer.name}.*{why}"):
         qjax.quantize_flax(Wrapper(), params, "rtn:int8-channel", batches=[(x,)])
-    quantized, _ = qjax.quantize_flax(
-        Wrapper(), params, "rtn:int8-channel", batches=[(x,)], rules=[f"{layer.name}=none"]
-    )
+    quantized, _ = qjax.quantize_flax(Wrapper(), params, "rtn:int8-channel", batches=[(x,)], rules=[f"{layer.name}=none"])
     assert is_quantized(quantized["good"]["kernel"])
     assert not is_quantized(quantized[layer.name]["kernel"])
 
@@ -144,7 +142,7 @@ def test_quantized_leaf_in_another_layer_is_an_error_that_names_it():
     x = jnp.ones((1, 8, 4))
     params = Convolution().init(jax.random.key(0), x)["params"]
     kernel, _ = qjax.rtn(params["conv"]["kernel"].reshape(-1, 4), "int8-channel")
-    with pytest.raises(qjax.QjaxError, match="conv.*Conv cannot run"):
+    with pytest.raises(qjax.QjaxError, match=r"conv.*Conv cannot run"):
         qjax.apply_flax(Convolution(), {"conv": params["conv"] | {"kernel": kernel}}, x)
 
     table, _ = qjax.rtn(jnp.ones((4, 4)), "int8-channel")
@@ -154,5 +152,5 @@ def test_quantized_leaf_in_another_layer_is_an_error_that_names_it():
         def __call__(self, x):
             return nn.Embed(4, 4, name="embed")(x)
 
-    with pytest.raises(qjax.QjaxError, match="embed.*quantized embedding"):
+    with pytest.raises(qjax.QjaxError, match=r"embed.*quantized embedding"):
         qjax.apply_flax(Embedding(), {"embed": {"embedding": table}}, jnp.zeros((1, 2), jnp.int32))

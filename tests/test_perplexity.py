@@ -48,7 +48,9 @@ def oracle(model, ids: list[int], convention: str, bos: int | None) -> list[floa
 
 
 @pytest.mark.parametrize("bos", [False, True])
-@pytest.mark.parametrize("name", ["windows-32", "windows-16", "windows-16-bos", "sliding-24-7", "sliding-16-16", "llama.cpp-16"])
+@pytest.mark.parametrize(
+    "name", ["windows-32", "windows-16", "windows-16-bos", "sliding-24-7", "sliding-16-16", "llama.cpp-16"]
+)
 def test_conventions_equal_their_definition(name, bos):
     if name.endswith("-bos") and not bos:
         pytest.skip("needs a beginning of text")
@@ -119,7 +121,9 @@ def test_standard_error_is_that_of_the_mean_over_windows():
     assert math.isnan(ratio_stderr(np.array([3.0]), np.array([2])))
 
 
-@pytest.mark.parametrize("name", ["windows", "windows-2", "windows-16-4", "sliding-16", "sliding-16-17", "llama.cpp-16-bos", "ppl"])
+@pytest.mark.parametrize(
+    "name", ["windows", "windows-2", "windows-16-4", "sliding-16", "sliding-16-17", "llama.cpp-16-bos", "ppl"]
+)
 def test_bad_conventions(name):
     with pytest.raises(QjaxError, match="allowed are windows-N"):
         parse_convention(name)

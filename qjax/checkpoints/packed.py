@@ -5,6 +5,8 @@
     qjax.json           version, name, recipe, config, and per QTensor its format and in_features; written last, so a
                         folder that has it is complete
     tokenizer.json      where the model has one
+
+Keys, shapes and types are checked against the description before anything is read.
 """
 
 import dataclasses
@@ -18,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr
 
+from qjax import grid
 from qjax.checkpoints.huggingface import load_folder_tokenizer
 from qjax.checkpoints.tensors import FLOATS, Header, read_headers, read_tensor, write_tensors
 from qjax.errors import QjaxError
@@ -47,9 +50,7 @@ def save(folder: str | Path, model: Model, *, overwrite: bool = False) -> None:
         "name": model.name,
         "recipe": model.recipe,
         "config": config_to_dict(model.config),
-        "quantized": {
-            path: {"format": str(leaf.format), "in_features": leaf.in_features} for path, leaf in quantized.items()
-        },
+        "quantized": {path: {"format": str(leaf.format), "in_features": leaf.in_features} for path, leaf in quantized.items()},
     }
     folder = prepare_output_folder(
         folder,
@@ -110,13 +111,16 @@ def _templates(config: DecoderConfig, quantized: dict) -> dict[str, object]:
 
 @functools.lru_cache(maxsize=64)
 def _template(fmt: Format, in_features: int, out_features: int) -> QTensor:
+    """Shapes and types of a QTensor's fields; nothing is computed."""
     if fmt.is_float:
         codes = jax.ShapeDtypeStruct((in_features, out_features), FLOAT_DTYPES[fmt.grid])
         return QTensor(codes, None, None, fmt, in_features)
-    codes = jax.ShapeDtypeStruct((in_features, out_features), jnp.uint8)
-    parameters = jax.ShapeDtypeStruct(fmt.parameter_shape(in_features, out_features), jnp.float32)
-    zeros = parameters if fmt.is_affine else None
-    return jax.eval_shape(functools.partial(from_codes, fmt=fmt), codes, parameters, zeros)
+
+    def quantize(weight):
+        parameters = grid.find_parameters(grid.to_groups(weight, fmt), fmt)
+        return from_codes(weight.astype(jnp.uint8), parameters, fmt)
+
+    return jax.eval_shape(quantize, jax.ShapeDtypeStruct((in_features, out_features), jnp.float32))
 
 
 def _check(file: Path, templates: Mapping[str, object], headers: Mapping[str, Header]) -> None:
@@ -129,9 +133,7 @@ def _check(file: Path, templates: Mapping[str, object], headers: Mapping[str, He
             continue
         header, types = headers[key], FLOATS if key in templates else (TYPES[str(template.dtype)],)
         if header.shape != template.shape or header.dtype not in types:
-            problems.append(
-                f"{key} is {header.dtype} {header.shape}, expected {' or '.join(types)} {tuple(template.shape)}"
-            )
+            problems.append(f"{key} is {header.dtype} {header.shape}, expected {' or '.join(types)} {tuple(template.shape)}")
     if problems:
         raise QjaxError(f"{file} does not fit {DESCRIPTION}: {listing(problems)}; quantize the model again")
 

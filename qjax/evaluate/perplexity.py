@@ -2,19 +2,19 @@
 
     perplexity = exp(mean over scored tokens of -ln p(token | the tokens before it in its window))
 
-How a text is joined, cut into windows and scored changes the figure more than a 4-bit weight does, so it has a name, which every
-row carries, and figures of different conventions are never put in one table:
+How a text is joined, cut into windows and scored changes the figure more than a 4-bit weight does, so it has a name,
+which every row carries, and figures of different conventions are never put in one table:
 
-    windows-2048          documents joined with blank lines; non-overlapping windows; every token but a window's first is scored; the
-                          tail is dropped. GPTQ's and most papers' WikiText-2 (Frantar et al. 2022, arXiv 2210.17323)
-    windows-2048-bos      the same with the beginning-of-text token put before each window
-    sliding-2048-512      windows every 512 tokens, each scores what no earlier window scored (Hugging Face's documentation)
-    llama.cpp-512         non-overlapping windows, the first token replaced by the beginning of text where the tokenizer adds one, the
-                          second half scored (llama.cpp's perplexity tool)
+    windows-2048       documents joined with blank lines; non-overlapping windows; every token but a window's first is
+                       scored; the tail is dropped. GPTQ's and most papers' WikiText-2 (Frantar et al. 2022, 2210.17323)
+    windows-2048-bos   the same with the beginning-of-text token put before each window
+    sliding-2048-512   windows every 512 tokens, each scores what no earlier window scored (Hugging Face's documentation)
+    llama.cpp-512      non-overlapping windows, the first token replaced by the beginning of text where the tokenizer adds
+                       one, the second half scored (llama.cpp's perplexity tool)
 
-A window longer than the model's context is cut to it, and the name says so: windows-2048 on a model of 512 tokens is windows-512.
-`windows` and `sliding` put one beginning of text before the whole text where the tokenizer would, as the originals do.
-The standard error treats windows as independent clusters (ratio estimator).
+A window longer than the model's context is cut to it, and the name says so: windows-2048 on a model of 512 tokens is
+windows-512. `windows` and `sliding` put one beginning of text before the whole text where the tokenizer would, as the
+originals do. The standard error treats windows as independent clusters (ratio estimator).
 """
 
 import dataclasses
@@ -24,13 +24,12 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from qjax.errors import QjaxError
 from qjax.evaluate.corpora import Corpus, load_corpus
-from qjax.models.model import Model, compute_dtype, embedding_table, hidden_states, losses
+from qjax.models.model import Model, compute_dtype, hidden_states, losses
 from qjax.qtensor import dequantize_tree
 
 JOINING = "\n\n"
@@ -160,9 +159,9 @@ def perplexity(
 ) -> PerplexityResult:
     """Perplexity of a model on a corpus (a `Corpus` or a name such as "python-docs", "text:PATH").
 
-    packed: multiply with packed kernels as they are; else every kernel is decoded once first, so that all recipes of a sweep
-    share one compiled forward pass. on_batch(done, total) reports windows. Raises QjaxError for an unknown convention or corpus,
-    a model without tokenizer, and a text shorter than a window.
+    packed: multiply with packed kernels as they are; else every kernel is decoded once first, so that all recipes of a
+    sweep share one compiled forward pass. on_batch(done, total) reports windows. Raises QjaxError for an unknown convention
+    or corpus, a model without tokenizer, and a text shorter than a window.
     """
     corpus = load_corpus(corpus) if isinstance(corpus, str) else corpus
     convention = parse_convention(convention).clipped(model.config.context)

@@ -63,9 +63,7 @@ class Tokenizer:
         return self.inner.to_str(pretty=True)
 
 
-def wrap_tokenizer(
-    inner: "tokenizers.Tokenizer", *, bos_id: int | None = None, eos_id: int | None = None
-) -> Tokenizer:
+def wrap_tokenizer(inner: "tokenizers.Tokenizer", *, bos_id: int | None = None, eos_id: int | None = None) -> Tokenizer:
     """A Tokenizer from the library's. bos_id, eos_id: what the model's configuration says; the post-processor, which
     knows what stands before a text, has the last word on bos_id. Truncation and padding are switched off."""
     inner.no_truncation()

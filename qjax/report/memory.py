@@ -2,8 +2,8 @@
 
     bytes = sum over linear kernels of Format.nbytes(in, out) + bytes of everything else (embeddings, norms, head, biases)
 
-Quantized formats hold the linear kernels; everything else stays as it is stored. The rows FP32 and FP16/BF16 are the whole model in
-that type. Activations and the key-value cache are not weights and are not counted.
+Quantized formats hold the linear kernels, everything else stays as it is stored. The rows FP32 and FP16 are the whole model
+in that type. Activations and the key-value cache are not weights and are not counted.
 """
 
 from collections.abc import Iterable, Sequence
@@ -28,7 +28,7 @@ def memory_table(
 ) -> Table:
     """Memory of a model in every precision.
 
-    shapes: (in_features, out_features) of the linear kernels. others: (elements, bytes of one) of all other parameters, as stored.
+    shapes: (in_features, out_features) of the linear kernels. others: (elements, bytes of one) of all other parameters.
     title: the model's name. Raises QjaxError for an unknown format or a model without linear kernels.
     """
     if not shapes:
@@ -60,7 +60,7 @@ def parameters_table(parameters: float, *, formats: Sequence[str] = MEMORY_FORMA
         size = round(Fraction(count * fmt.nbytes(rows, columns), rows * columns))
         measured.append(_row(str(fmt), _precision(fmt), size, count, fmt.bits_per_weight(rows, columns)))
     title = f"Memory of {_count(count)} parameters, every one quantized"
-    shape = " × ".join(map(str, REFERENCE_SHAPE))
+    shape = " x ".join(map(str, REFERENCE_SHAPE))
     return _table(title, measured, (f"Bits per weight are those of a {shape} matrix; real models keep embeddings at 16 bits.",))
 
 

@@ -7,7 +7,7 @@ standard error is known (None or nan) the value gets four significant digits and
 import math
 from collections.abc import Mapping, Sequence
 
-INFINITY, MISSING = "∞", "–"
+INFINITY, MISSING = "∞", "-"
 BYTE_UNITS = (("B", 1), ("kB", 10**3), ("MB", 10**6), ("GB", 10**9), ("TB", 10**12))  # decimal, as disks and papers count
 SCIENTIFIC_ABOVE = 1e6
 MOST_DECIMALS = 8
@@ -34,7 +34,7 @@ def with_error(value: float, error: float, *, sign: str = "") -> str:
 
 
 def significant(value: float, digits: int = 3, *, sign: str = "") -> str:
-    """`digits` significant digits: 0.0301, 12.35, 3.01e-5, 1.24e6; ∞ for infinity and – for nan."""
+    """`digits` significant digits: 0.0301, 12.35, 3.01e-5, 1.24e6; ∞ for infinity and - for nan."""
     if math.isnan(value):
         return MISSING
     if math.isinf(value):
@@ -50,7 +50,7 @@ def significant(value: float, digits: int = 3, *, sign: str = "") -> str:
 
 
 def fixed(value: float, decimals: int) -> str:
-    """`decimals` decimal places; ∞ for infinity and – for nan."""
+    """`decimals` decimal places; ∞ for infinity and - for nan."""
     return f"{value:.{decimals}f}" if math.isfinite(value) else significant(value)
 
 

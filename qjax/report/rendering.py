@@ -95,8 +95,6 @@ _LATEX_ESCAPES = {
     "±": r"$\pm$",
     "≈": r"$\approx$",
     "∞": r"$\infty$",
-    "×": r"$\times$",
-    "–": "--",
 }
 
 
@@ -149,7 +147,7 @@ def to_csv(table: Table) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class RichTable:
-    """A table for rich consoles: numbers right-aligned; where the console is narrow, columns of the highest rank are left out."""
+    """A table for rich consoles; on a narrow one columns of the highest rank are left out, and the caption says which."""
 
     table: Table
 

@@ -4,7 +4,6 @@ Rows of different models, texts or conventions are never put in one table: `spli
 """
 
 import json
-import math
 from collections.abc import Iterable, Sequence
 
 from qjax.errors import QjaxError
@@ -21,10 +20,14 @@ __all__ = [
 GROUP_KEYS = ("model", "fingerprint", "corpus", "corpus_fingerprint", "convention", "windows")
 # What a measurement gives and where it was made; all other keys of a row say what was measured.
 MEASURED = frozenset(
-    "key time bits_per_weight model_bits_per_weight size_bytes perplexity perplexity_stderr perplexity_ratio "
-    "perplexity_ratio_stderr nll nll_stderr nll_delta nll_delta_stderr tokens bits_per_byte weight_error seconds_quantize "
-    "seconds_evaluate tokens_per_second peak_rss_bytes versions code window_nll window_tokens".split()
-)
+    (
+        "key", "time", "versions", "code",
+        "bits_per_weight", "model_bits_per_weight", "size_bytes", "weight_error",
+        "perplexity", "perplexity_stderr", "perplexity_ratio", "perplexity_ratio_stderr",
+        "nll", "nll_stderr", "nll_delta", "nll_delta_stderr", "bits_per_byte", "tokens", "window_nll", "window_tokens",
+        "seconds_quantize", "seconds_evaluate", "tokens_per_second", "peak_rss_bytes",
+    )
+)  # fmt: skip
 NOISE = 2  # paired standard errors within which a difference from the unquantized model counts as none
 
 
@@ -84,7 +87,7 @@ def perplexity_table(rows: Sequence[Row]) -> Table:
         Column("recipe", "recipe", text=True),
         *([Column("seed", "seed")] if len({row.get("seed") for row in rows}) > 1 else []),
         Column("bits_per_weight", "bits per\nweight", decimals(3)),
-        Column("model_bits_per_weight", "whole\nmodel", decimals(3), rank=1),
+        Column("model_bits_per_weight", "model bits\nper weight", decimals(3), rank=1),
         Column("size_bytes", f"size\n({unit})", lambda row, key: fixed(number(row, key) / unit_bytes, 2)),
         Column("perplexity", "perplexity", _perplexity, error="perplexity_stderr"),
         Column("perplexity_ratio", "change\n(%)", _change, error="perplexity_ratio_stderr"),
@@ -111,7 +114,7 @@ def formats_table() -> Table:
         Column("ratio_to_fp16", "times smaller\nthan FP16", decimals(2)),
         Column("what", "what", text=True),
     )
-    notes = ("Bits per weight count the codes, scales and zero points of a 4096 × 4096 matrix.",)
+    notes = ("Bits per weight count the codes, scales and zero points of a 4096 x 4096 matrix.",)
     return Table("Number formats", columns, tuple(format_table()), notes)
 
 

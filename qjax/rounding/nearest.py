@@ -49,7 +49,7 @@ def _rtn(weight: Float[Array, "in out"], fmt: Format, clip: Clip) -> tuple[QTens
     present = grid.padding_mask(groups, weight.size)
     shrink = search_shrink(groups, present, fmt) if clip == "mse" else 1.0
     parameters = grid.find_parameters(groups, fmt, shrink)
-    low, high = grid.find_range(groups)
+    low, high = grid.find_range(groups, fmt)
     per_unit = _per_unit(jnp.maximum(jnp.max(high), -jnp.min(low)))
 
     def round_piece(piece, present, scale, zero):
@@ -68,12 +68,12 @@ def _rtn(weight: Float[Array, "in out"], fmt: Format, clip: Clip) -> tuple[QTens
 
 def search_shrink(
     groups: Float[Array, "groups size columns"], importance: Shaped[Array, "groups size _"] | None, fmt: Format
-) -> Float[Array, "groups columns"]:
+) -> Float[Array, "groups channels"]:
     """The shrink of every group's range with the least sum(importance * error^2), of equals the largest.
 
     importance: (groups, size, columns) or (groups, size, 1), None for all equal. Double quantization comes after the search.
     """
-    low, high = grid.find_range(groups)
+    low, high = grid.find_range(groups, fmt)
     searched = dataclasses.replace(fmt, double_quantized=False)
 
     def piece_error(piece, importance, scale, zero):
@@ -84,6 +84,7 @@ def search_shrink(
         shrink = 1 - step / 100
         parameters = grid.range_parameters(low, high, searched, shrink)
         error = map_pieces(piece_error, (groups, importance), (parameters.scale, parameters.zero)).sum(axis=1)
+        error = error.reshape(*low.shape, -1).sum(axis=-1)  # over all columns where they share a scale
         better = error < best[0]
         return (jnp.where(better, error, best[0]), jnp.where(better, shrink, best[1])), None
 

@@ -16,7 +16,7 @@ PIECE = 2**19  # weights
 def map_pieces(
     function: Callable[..., PyTree],
     groups: tuple[Shaped[Array, "groups size _"] | None, ...],
-    parameters: tuple[Shaped[Array, "groups columns"] | None, ...],
+    parameters: tuple[Shaped[Array, "groups channels"] | None, ...],
 ) -> PyTree:
     """function(*pieces of groups, *parameters) for every piece, stacked over two new leading axes (groups, pieces of a group).
 

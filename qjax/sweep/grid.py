@@ -1,4 +1,5 @@
-"""The cells of a sweep: from methods x bits x groups to recipe strings, and from recipe strings to canonical recipes."""
+"""The cells of a sweep: from methods x bits x groups to recipe strings, and from recipe strings to canonical
+recipes."""
 
 from collections.abc import Iterable, Sequence
 
@@ -12,9 +13,10 @@ BITS = (8, 4, 3, 2)
 def expand(methods: Iterable[str], bits: Sequence[int] = BITS, group: str | None = None) -> list[str]:
     """Canonical recipes of every method at every number of bits.
 
-    A method is a recipe without its format ("rtn", "rtn(clip=mse)", "awq+gptq") and becomes METHOD:intB-gGROUP for each B; or a codebook
-    grid ("nf4", "nf4-dq", "fp8_e4m3"), which appears once, if bits holds its own number; or a cast ("bf16") or "none", which appear
-    always. group: a size, "channel" or "tensor"; None is 128 for integers and the codebook's own default.
+    A method is a recipe without its format ("rtn", "rtn(clip=mse)", "awq+gptq") and becomes METHOD:intB-gGROUP for each B;
+    or a codebook grid ("nf4", "nf4-dq", "fp8_e4m3"), which appears once, if bits holds its own number; or a cast ("bf16")
+    or "none", which appear always. group: a size, "channel" or "tensor"; None is 128 for integers and the codebook's own
+    default.
     """
     unknown = [b for b in bits if b not in INTEGERS.values()]
     if unknown:

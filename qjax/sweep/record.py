@@ -1,7 +1,8 @@
 """What a row says and where it comes from: its schema, its key and the provenance of a run.
 
-A row's key is a hash of everything that can change its figures: model weights, recipe, text, convention, seed and the source code of
-everything below the command line and the reports. Equal keys mean equal figures on the same kind of machine.
+A row's key is a hash of everything that can change its figures: model weights, recipe, text, convention, seed and the
+source code of everything below the command line and the reports. Equal keys mean equal figures on the same kind of
+machine.
 """
 
 import datetime
@@ -19,14 +20,15 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+import qjax
+from qjax.driver import Report
 from qjax.evaluate.perplexity import PerplexityResult, ratio_stderr
 from qjax.models.model import Model
-from qjax.driver import Report
 from qjax.recipe import Recipe
 
 PACKAGE = Path(__file__).parents[1]
 PRESENTATION = ("cli.py", "report")  # parts of the package that no measured figure depends on
-LIBRARIES = ("qjax", "jax", "jaxlib", "flax", "numpy", "tokenizers")
+LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "tokenizers")
 
 
 def digest(*parts: object) -> str:
@@ -64,7 +66,7 @@ def provenance() -> dict[str, object]:
     device = jax.devices()[0]
     kind = device.device_kind if device.platform != "cpu" else f"{platform.machine()} x{os.cpu_count()}"
     return {
-        "versions": ", ".join([f"python {platform.python_version()}", *versions]),
+        "versions": ", ".join([f"qjax {qjax.__version__}", f"python {platform.python_version()}", *versions]),
         "code": code_fingerprint(),
         "device": f"{device.platform}: {kind}",
     }

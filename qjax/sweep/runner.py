@@ -1,19 +1,18 @@
 """The resumable loop: every recipe on every corpus, one row as soon as one is measured.
 
-All cells share the loaded weights, the tokenized windows and one compiled forward pass. A cell whose key is already in the rows file
-is skipped, so running the same sweep again finishes what an interruption left.
+All cells share the loaded weights, the tokenized windows and one compiled forward pass. A cell whose key is already in
+the rows file is skipped, so running the same sweep again finishes what an interruption left.
 """
 
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from qjax.driver import LayerRecord, placement, quantize
 from qjax.evaluate.corpora import Corpus, load_corpus
 from qjax.evaluate.perplexity import Convention, corpus_windows, measure
 from qjax.models.model import Model
-from qjax.driver import LayerRecord, quantize
 from qjax.recipe import UNQUANTIZED, parse_recipe
-from qjax.rules import parse_rule
 from qjax.sweep.grid import canonical
 from qjax.sweep.record import digest, make_row, model_fingerprint, provenance
 from qjax.sweep.store import ROWS, append_row, read_rows
@@ -54,9 +53,9 @@ def run_sweep(model: Model, sweep: Sweep, folder: Path, watcher: Watcher | None 
     anything is computed.
     """
     watcher = watcher or Watcher()
-    recipes = canonical([UNQUANTIZED, *sweep.recipes])
-    for rule in sweep.rules:
-        parse_rule(rule)
+    recipes = canonical([UNQUANTIZED, *sweep.recipes])  # the baseline comes first
+    for recipe in recipes[1:]:
+        placement(model, recipe, sweep.rules)
     convention = sweep.convention.clipped(model.config.context)
     windows = {corpus.name: corpus_windows(model, corpus, convention, sweep.max_windows) for corpus in sweep.corpora}
     path = folder / ROWS

@@ -35,7 +35,7 @@ def append_row(path: Path, row: Mapping[str, object]) -> None:
     """Appends one row and waits until it is on disk; an unfinished last line is cut off first."""
     line = json.dumps(row, allow_nan=True).encode() + b"\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab+") as file:
+    with path.open("ab+") as file:
         end = file.seek(0, os.SEEK_END)
         file.seek(0)
         finished = file.read().rfind(b"\n") + 1 if end else 0

@@ -1,0 +1,60 @@
+"""From rows to the lines of a figure: which measurements belong together, and what the line is called."""
+
+import dataclasses
+import math
+from collections.abc import Iterable
+
+from qjax.formats import INTEGERS, parse_format
+from qjax.report.numbers import number
+from qjax.report.rendering import Row
+from qjax.report.tables import is_baseline
+
+
+@dataclasses.dataclass(frozen=True)
+class Series:
+    """One line: the measurements of a method with fixed options and grouping, by ascending bits per weight.
+
+    variant: how many lines of the same method come before it.
+    """
+
+    label: str
+    method: str
+    variant: int
+    rows: tuple[Row, ...]
+
+
+def group_series(rows: Iterable[Row]) -> list[Series]:
+    """The lines of a figure. Integer formats of all widths make a line per grouping; a codebook makes one over its groupings.
+
+    The grouping is part of the labels where integer formats have more than one.
+    """
+    lines: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        if not is_baseline(row):
+            lines.setdefault((str(row["method"]), *_name_and_grouping(row)), []).append(row)
+    several = len({grouping for _, _, grouping in lines} - {""}) > 1
+    series, counts = [], dict.fromkeys((method for method, _, _ in lines), 0)
+    for (method, name, grouping), members in sorted(lines.items()):
+        ordered = tuple(sorted(members, key=lambda row: number(row, "bits_per_weight")))
+        series.append(Series(f"{name} {grouping}" if several and grouping else name, method, counts[method], ordered))
+        counts[method] += 1
+    return series
+
+
+def _name_and_grouping(row: Row) -> tuple[str, str]:
+    """("rtn(clip=mse)", "g128-sym") of rtn(clip=mse):int4-g128-sym; ("nf4 dq", "") of nf4-g64-dq."""
+    recipe, rule, rules = str(row["recipe"]).partition("; ")
+    stages, method, _ = recipe.rpartition(":")
+    fmt = parse_format(str(row["format"]))
+    grouping, _, others = str(fmt).partition("-")[2].partition("-")
+    placed = f" with {rules}" if rule else ""
+    if fmt.grid in INTEGERS:
+        return (stages if method else str(row["method"])) + placed, "-".join(filter(None, (grouping, others)))
+    stages = "" if stages == "rtn" or fmt.is_float else stages
+    return " ".join(filter(None, (stages, fmt.grid, others))) + placed, ""
+
+
+def increase(row: Row) -> float:
+    """By how many percent perplexity is above the unquantized model's; nan where that is not known."""
+    delta = number(row, "nll_delta")
+    return 100 * math.expm1(delta) if delta < 700 else number(row, "perplexity_ratio")

@@ -1,0 +1,63 @@
+"""Handmade rows for the tests of tables and figures: round numbers, no model."""
+
+import math
+
+from qjax.formats import parse_format
+
+BASELINE = 10.0
+
+
+def measured_row(recipe: str, delta: float = 0.0, stderr: float = 0.01, **changes: object) -> dict[str, object]:
+    """A row of `recipe` whose loss is `delta` nats above the unquantized model's perplexity of 10."""
+    stages, _, name = recipe.rpartition(":")
+    fmt = None if recipe == "none" else parse_format(name)
+    bits = fmt.bits_per_weight(256, 512) if fmt else 16.0
+    codebook = fmt and not fmt.grid.startswith("int")
+    ratio = math.exp(delta)
+    return {
+        "key": recipe,
+        "time": "2026-01-01T00:00:00+00:00",
+        "model": "toy",
+        "fingerprint": "0123456789abcdef",
+        "recipe": recipe,
+        "method": "none" if fmt is None else fmt.grid if codebook and stages in ("", "rtn") else stages.partition("(")[0],
+        "format": str(fmt or "none"),
+        "corpus": "python-docs",
+        "corpus_fingerprint": "fedcba9876543210",
+        "convention": "windows-512",
+        "windows": 8,
+        "seed": 0,
+        "bits_per_weight": bits,
+        "model_bits_per_weight": 0.75 * bits + 4.0,
+        "size_bytes": int(250_000 * bits),
+        "perplexity": BASELINE * ratio,
+        "perplexity_stderr": 0.25 * ratio,
+        "nll": math.log(BASELINE) + delta,
+        "nll_delta": delta,
+        "nll_delta_stderr": stderr if fmt else 0.0,
+        "perplexity_ratio": ratio,
+        "perplexity_ratio_stderr": ratio * stderr if fmt else 0.0,
+        "tokens": 4088,
+        "weight_error": 4.0 ** -(fmt.bits if fmt else math.inf),
+        "seconds_quantize": 0.125,
+        "tokens_per_second": 7300.4,
+        "device": "cpu: x86_64 x2",
+        "code": "c0de",
+        **changes,
+    }
+
+
+def sweep_rows() -> list[dict[str, object]]:
+    """A small sweep: one recipe within noise, one far off."""
+    return [
+        measured_row("rtn:int2-g128", 1.5, 0.05),
+        measured_row("none"),
+        measured_row("rtn(clip=mse):int4-g128", 0.02, 0.004),
+        measured_row("nf4-g64", 0.001, 0.002),
+    ]
+
+
+def infinite_row() -> dict[str, object]:
+    """A row whose perplexity is too large for a float."""
+    infinite = dict.fromkeys(("perplexity", "perplexity_stderr", "perplexity_ratio", "perplexity_ratio_stderr"), math.inf)
+    return measured_row("rtn:int2-g128", 0.0, math.nan) | infinite | {"nll": 802.3, "nll_delta": 800.0}

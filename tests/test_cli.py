@@ -1,0 +1,200 @@
+"""The command line: what a person sees, and that every mistake is one line and exit code 2."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from qjax import cli
+from qjax.checkpoints.huggingface import save_huggingface
+
+from .conftest import byte_tokenizer, random_model, tiny_config
+
+TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 8
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """A tiny Hugging Face folder and a text beside it."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    save_huggingface(folder / "tiny", random_model(tiny_config(), byte_tokenizer()))
+    (folder / "text.txt").write_text(TEXT)
+    return folder
+
+
+def fails(capsys, *arguments) -> str:
+    """The one line that a failing command prints."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([str(argument) for argument in arguments])
+    assert stopped.value.code == 2
+    captured = capsys.readouterr()
+    *before, last = captured.err.splitlines()
+    assert last.startswith("error: ")
+    # Before the error there may be lines of finished cells, nothing else.
+    assert all(" bits " in line for line in before), captured.err
+    return last
+
+
+def succeeds(capsys, *arguments) -> str:
+    """What a successful command prints to stdout."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    assert stopped.value.code in (0, None), captured.err
+    return captured.out
+
+
+def sweep_arguments(checkpoint, out, *more):
+    data = ["--data", f"text:{checkpoint / 'text.txt'}"]
+    return ["sweep", checkpoint / "tiny", *data, "--out", out, *more]
+
+
+def test_sweep_prints_a_table_and_writes_rows_tables_and_figures(checkpoint, tmp_path, capsys):
+    printed = succeeds(capsys, *sweep_arguments(checkpoint, tmp_path, "--recipes", "rtn:int8-channel,nf4"))
+    assert "rtn:int8-channel" in printed
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["recipe"] for row in rows] == ["none", "rtn:int8-channel", "rtn:nf4-g64"]
+    assert {path.suffix for path in tmp_path.iterdir()} >= {".jsonl", ".md", ".tex", ".csv", ".png", ".pdf"}
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    succeeds(capsys, "report", tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before  # from rows alone, the same bytes
+
+
+def test_methods_bits_and_group(checkpoint, tmp_path, capsys):
+    succeeds(capsys, *sweep_arguments(checkpoint, tmp_path, "--methods", "rtn,nf4", "--bits", "4,2", "--group", "16"))
+    rows = [json.loads(line)["recipe"] for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert rows == ["none", "rtn:int4-g16", "rtn:int2-g16", "rtn:nf4-g16"]
+
+
+def test_quantize_then_eval_equals_the_sweep(checkpoint, tmp_path, capsys):
+    data = ["--data", f"text:{checkpoint / 'text.txt'}"]
+    printed = succeeds(capsys, "quantize", checkpoint / "tiny", "--recipe", "rtn:int3-g16", "--out", tmp_path / "q", "--report")
+    assert "block_1/mlp/down/kernel" in printed.replace("\n", "")
+    succeeds(capsys, *sweep_arguments(checkpoint, tmp_path / "sweep", "--recipes", "rtn:int3-g16"))
+    row = json.loads((tmp_path / "sweep" / "rows.jsonl").read_text().splitlines()[1])
+    for packed in ([], ["--packed"]):
+        printed = succeeds(capsys, "eval", tmp_path / "q", *data, *packed)
+        assert f"perplexity {row['perplexity']:.4f}" in printed
+    assert "not empty" in fails(capsys, "quantize", checkpoint / "tiny", "--recipe", "nf4", "--out", tmp_path / "q")
+
+
+def test_information(checkpoint, capsys):
+    assert "6.74" in succeeds(capsys, "info", "--parameters", "6.738e9").replace("\n", " ")
+    assert "INT3" in succeeds(capsys, "info", checkpoint / "tiny")
+    assert "int4-g128" in succeeds(capsys, "formats")
+    assert "clip=none" in succeeds(capsys, "recipes").replace("\n", " ")
+    assert "either a model or --parameters" in fails(capsys, "info")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["sweep", "no/such/folder/"], "no/such/folder"),
+        (["sweep", "TINY", "--data", "text:missing.txt"], "missing.txt"),
+        (["sweep", "TINY", "--data", "wikitex2"], "wikitext2"),
+        (["sweep", "TINY", "--recipes", "rtn:int4-q"], "'q'"),
+        (["sweep", "TINY", "--recipes", "qptq:int4-g128"], "qptq"),
+        (["sweep", "TINY", "--methods", "rtn", "--bits", "4,x"], "--bits '4,x'"),
+        (["sweep", "TINY", "--methods", "rtn", "--bits", "12"], "bits 12"),
+        (["sweep", "TINY", "--convention", "ppl"], "allowed are windows-N"),
+        (["sweep", "TINY", "--data", "DATA", "--rule", "nothing=none"], "match no kernel"),
+        (["sweep", "TINY", "--data", "SHORT"], "fewer than one window"),
+        (["sweep", "TINY", "--data", "EMPTY"], "empty"),
+        (["quantize", "TINY", "--recipe", "rtn"], "needs a format"),
+        (["report", "TINY"], "holds no rows"),
+        (["info", "--parameters", "0"], "at least 1"),
+    ],
+)
+def test_mistakes_are_one_line(checkpoint, tmp_path, capsys, arguments, named):
+    (tmp_path / "short.txt").write_text("short")
+    (tmp_path / "empty.txt").write_text("")
+    texts = {"DATA": checkpoint / "text.txt", "SHORT": tmp_path / "short.txt", "EMPTY": tmp_path / "empty.txt"}
+    arguments = [f"text:{texts[a]}" if a in texts else str(checkpoint / "tiny") if a == "TINY" else a for a in arguments]
+    out = ["--out", tmp_path / "out"] if arguments[0] in ("sweep", "quantize") else []
+    assert named in fails(capsys, *arguments, *out)
+
+
+def damage(folder: Path, name: str) -> None:
+    """Breaks a checkpoint in one of the ways that happen."""
+    weights = folder / "model.safetensors"
+    match name:
+        case "no config":
+            (folder / "config.json").unlink()
+        case "truncated":
+            weights.write_bytes(weights.read_bytes()[:-100])
+        case "pickle only":
+            weights.rename(folder / "pytorch_model.bin")
+        case "unknown architecture":
+            config = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps(config | {"model_type": "xyz", "architectures": ["XyzLM"]}))
+        case "missing tensor" | "wrong shape" | "nan":
+            tensors = load_file(weights)
+            key = next(key for key in tensors if "up_proj" in key)
+            tensor = tensors.pop(key)
+            if name == "wrong shape":
+                tensors[key] = tensor[:-1].copy()
+            if name == "nan":
+                tensor[0, 0] = float("nan")
+                tensors[key] = tensor
+            save_file(tensors, weights)
+
+
+@pytest.mark.parametrize(
+    ("how", "named"),
+    [
+        ("no config", "config.json"),
+        ("truncated", "model.safetensors"),
+        ("pickle only", "pickle"),
+        ("unknown architecture", "xyz"),
+        ("missing tensor", "up_proj"),
+        ("wrong shape", "up_proj"),
+        ("nan", "up_proj"),
+    ],
+)
+def test_broken_checkpoints_are_one_line(tmp_path, capsys, how, named):
+    save_huggingface(tmp_path / "broken", random_model(tiny_config(), byte_tokenizer()))
+    damage(tmp_path / "broken", how)
+    assert named.lower() in fails(capsys, "eval", tmp_path / "broken").lower()
+
+
+def test_output_that_cannot_be_written_is_found_before_work(checkpoint, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    assert "file" in fails(capsys, *sweep_arguments(checkpoint, tmp_path / "file"))
+    if Path("/dev/full").exists() and os.name == "posix":
+        assert "/dev/full" in fails(capsys, *sweep_arguments(checkpoint, "/dev/full"))
+        assert "/proc" in fails(capsys, *sweep_arguments(checkpoint, "/proc/qjax"))
+
+
+def test_rows_survive_a_disk_that_fills_up(checkpoint, tmp_path, capsys, monkeypatch):
+    from qjax.sweep import runner
+
+    append, written = runner.append_row, []
+
+    def fill_up(path, row):
+        if written:
+            raise OSError(28, "No space left on device", str(path))
+        written.append(row)
+        append(path, row)
+
+    monkeypatch.setattr(runner, "append_row", fill_up)
+    assert "No space left" in fails(capsys, *sweep_arguments(checkpoint, tmp_path, "--recipes", "nf4"))
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 1
+
+
+def test_help_is_fast_and_imports_no_jax():
+    script = "import sys, qjax.cli; assert not {'jax', 'numpy', 'flax'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True)
+    shown = subprocess.run(
+        [sys.executable, "-c", "import sys; sys.argv = ['qjax', '--help']; from qjax.cli import main; main()"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    for command in ("sweep", "quantize", "eval", "info", "report", "formats", "recipes"):
+        assert command in shown

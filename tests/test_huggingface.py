@@ -1,0 +1,484 @@
+"""checkpoints/huggingface.py, checkpoints/tensors.py and loading.py: Hugging Face folders both ways, and every bad one."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from qjax.checkpoints import huggingface
+from qjax.checkpoints.huggingface import load_huggingface, save_huggingface
+from qjax.errors import QjaxError
+from qjax.formats import parse_format
+from qjax.loading import load
+from qjax.models.config import LinearScaling, Llama3Scaling
+from qjax.models.decoder import Decoder
+from qjax.models.model import apply
+from qjax.models.parameters import flatten, unflatten
+from qjax.qtensor import dequantize
+from qjax.rounding.nearest import rtn
+from tests.conftest import byte_tokenizer, random_model, tiny_config
+from tests.random_weights import weights_model
+
+SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+GPT2 = {
+    "family": "gpt2",
+    "mlp_size": 128,
+    "kv_heads": 4,
+    "norm": "layer",
+    "activation": "gelu_tanh",
+    "gated": False,
+    "positions": "learned",
+    "qkv_bias": True,
+    "attention_output_bias": True,
+    "mlp_bias": True,
+    "tied": True,
+}
+CONFIGS = {
+    "llama": tiny_config(),
+    "llama-tied": tiny_config(tied=True, rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 16), bos_id=1, eos_id=2),
+    "llama-biases": tiny_config(
+        qkv_bias=True, attention_output_bias=True, mlp_bias=True, head_dim=6, rope_scaling=LinearScaling(2.0)
+    ),
+    "mistral": tiny_config(family="mistral", sliding_window=5, norm_epsilon=1e-6),
+    "qwen2": tiny_config(family="qwen2", qkv_bias=True, rope_theta=1e6),
+    "gpt2": tiny_config(**GPT2),
+    "gpt2-untied": tiny_config(**GPT2 | {"tied": False}),
+}
+
+
+def assert_equal_trees(a, b):
+    a, b = flatten(a), flatten(b)
+    assert a.keys() == b.keys()
+    for path in a:
+        assert a[path].dtype == b[path].dtype, path
+        np.testing.assert_array_equal(np.asarray(a[path]).view(np.uint8), np.asarray(b[path]).view(np.uint8), path)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A folder with an untied Llama and its tokenizer; tests copy it before they break it."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "model"
+    save_huggingface(folder, weights_model(tiny_config(), byte_tokenizer()))
+    return folder
+
+
+@pytest.fixture
+def folder(source, tmp_path):
+    """A copy to break."""
+    return Path(shutil.copytree(source, tmp_path / "model"))
+
+
+def edit_weights(folder, change):
+    """Rewrites model.safetensors after change(tensors)."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, folder / "model.safetensors")
+
+
+def edit_config(folder, **entries):
+    config = json.loads((folder / "config.json").read_text()) | entries
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def shard(folder, parts=3):
+    """Splits model.safetensors into shards with an index; their names."""
+    tensors = load_file(folder / "model.safetensors")
+    names = [f"model-{i + 1:05}-of-{parts:05}.safetensors" for i in range(parts)]
+    placed = {name: names[i % parts] for i, name in enumerate(sorted(tensors))}
+    for file in names:
+        save_file({name: tensors[name] for name, where in placed.items() if where == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
+    (folder / "model.safetensors").unlink()
+    return names
+
+
+def refuse(folder, *parts):
+    """Loading the folder fails with one line that holds all the parts."""
+    with pytest.raises(QjaxError) as error:
+        load_huggingface(folder)
+    message = str(error.value)
+    assert "\n" not in message
+    assert [part for part in parts if part not in message] == [], message
+
+
+# Round trips
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_saving_and_loading_is_bit_equal(name, dtype, tmp_path):
+    model = weights_model(CONFIGS[name], byte_tokenizer(), dtype=dtype)
+    save_huggingface(tmp_path / "somewhere", model)
+    back = load_huggingface(tmp_path / "somewhere")
+    assert back.config == model.config
+    assert (back.name, back.recipe) == ("somewhere", "none")
+    assert_equal_trees(back.params, model.params)
+    assert back.tokenizer.to_json() == model.tokenizer.to_json()
+    assert sorted(path.name for path in (tmp_path / "somewhere").iterdir()) == [
+        *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    ]
+
+
+def test_mixed_types_survive(tmp_path):
+    model = weights_model(tiny_config(), dtype=jnp.bfloat16)
+    leaves = {path: leaf.astype(jnp.float32) if "norm" in path else leaf for path, leaf in flatten(model.params).items()}
+    model = model._replace(params=unflatten(leaves))
+    save_huggingface(tmp_path / "a", model)
+    back = load_huggingface(tmp_path / "a")
+    assert_equal_trees(back.params, model.params)
+    assert back.tokenizer is None
+
+
+def test_matrices_are_stored_out_in(source):
+    stored = load_file(source / "model.safetensors")
+    params = load_huggingface(source).params
+    up = params["block_1"]["mlp"]["up"]["kernel"]
+    assert up.shape == (32, 48)
+    np.testing.assert_array_equal(stored["model.layers.1.mlp.up_proj.weight"], up.T)
+    np.testing.assert_array_equal(stored["model.embed_tokens.weight"], params["embed"]["tokens"]["embedding"])
+
+
+def test_gpt2_fuses_q_k_v_and_keeps_in_out(tmp_path):
+    model = weights_model(CONFIGS["gpt2"])
+    save_huggingface(tmp_path / "a", model)
+    stored = load_file(tmp_path / "a" / "model.safetensors")
+    attention = model.params["block_0"]["attention"]
+    fused = np.concatenate([attention[name]["kernel"] for name in "qkv"], axis=1)
+    np.testing.assert_array_equal(stored["transformer.h.0.attn.c_attn.weight"], fused)
+    np.testing.assert_array_equal(stored["transformer.h.0.attn.c_attn.bias"][32:64], attention["k"]["bias"])
+    assert stored["transformer.h.0.mlp.c_fc.weight"].shape == (32, 128)
+
+
+def test_quantized_kernels_are_written_as_their_values(tmp_path):
+    model = weights_model(tiny_config(), dtype=jnp.bfloat16)
+    leaves = flatten(model.params)
+    q, _ = rtn(leaves["block_0/mlp/up/kernel"].astype(jnp.float32), parse_format("int4-g16"))
+    save_huggingface(tmp_path / "a", model._replace(params=unflatten(leaves | {"block_0/mlp/up/kernel": q})))
+    back = load_huggingface(tmp_path / "a").params["block_0"]["mlp"]["up"]["kernel"]
+    assert back.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(back, dequantize(q, jnp.bfloat16))
+
+
+def test_shards(folder, source):
+    shard(folder)
+    assert_equal_trees(load_huggingface(folder).params, load_huggingface(source).params)
+
+
+def test_loaded_models_compute(tmp_path):
+    save_huggingface(tmp_path, random_model(CONFIGS["qwen2"]))
+    model = load_huggingface(tmp_path)
+    tokens = jnp.arange(12).reshape(2, 6)
+    expected = Decoder(model.config).apply({"params": model.params}, tokens)
+    np.testing.assert_allclose(apply(model, tokens), expected, atol=1e-5)
+
+
+def test_load_finds_folders_by_path(source, monkeypatch):
+    assert load(source).name == load(str(source)).name == "model"
+    monkeypatch.chdir(source)
+    assert load("./").name == load(".").name == "model"
+
+
+# Variants of checkpoints
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_names_without_the_prefix(name, tmp_path):
+    model = weights_model(CONFIGS[name])
+    save_huggingface(tmp_path, model)
+
+    def strip(tensors):
+        for key in list(tensors):
+            tensors[key.removeprefix("model.").removeprefix("transformer.")] = tensors.pop(key)
+
+    edit_weights(tmp_path, strip)
+    assert_equal_trees(load_huggingface(tmp_path).params, model.params)
+
+
+def test_constants_among_the_weights_are_ignored(folder, tmp_path):
+    edit_weights(folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float64)}))
+    load_huggingface(folder)
+    save_huggingface(tmp_path / "gpt2", weights_model(CONFIGS["gpt2"]))
+    mask = np.ones((1, 1, 32, 32), np.uint8)
+    masks = {"transformer.h.0.attn.bias": mask, "h.1.attn.bias": mask, "h.1.attn.masked_bias": np.float32([-1e4])}
+    edit_weights(tmp_path / "gpt2", lambda t: t.update(masks))
+    assert_equal_trees(load_huggingface(tmp_path / "gpt2").params, weights_model(CONFIGS["gpt2"]).params)
+
+
+def test_a_tied_head_may_be_stored_too(tmp_path):
+    save_huggingface(tmp_path, weights_model(CONFIGS["llama-tied"]))
+    edit_weights(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"]}))
+    assert "output" not in load_huggingface(tmp_path).params["head"]
+    edit_weights(tmp_path, lambda t: t.update({"lm_head.weight": t["lm_head.weight"] + 1}))
+    refuse(tmp_path, "lm_head.weight differs from the embedding", "tie_word_embeddings")
+
+
+# Bad folders
+
+
+def test_missing_folder(tmp_path):
+    refuse(tmp_path / "nowhere", "nowhere: no such folder")
+
+
+def test_a_file_is_no_folder(source):
+    refuse(source / "config.json", "is a file; give its folder")
+    with pytest.raises(QjaxError, match="is a file; give its folder"):
+        load(source / "model.safetensors")
+
+
+def test_folder_without_config(tmp_path):
+    refuse(tmp_path, "has no config.json")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"[1]", b"\x80\x04K\x01."])
+def test_broken_config(folder, content):
+    (folder / "config.json").write_bytes(content)
+    refuse(folder, "config.json")
+
+
+def test_unreadable_files(folder):
+    (folder / "config.json").unlink()
+    (folder / "config.json").mkdir()
+    refuse(folder, "cannot read", "config.json: Is a directory")
+
+
+def test_unreadable_weights(folder, monkeypatch):
+    def refuse_to_open(*args, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("qjax.checkpoints.tensors.safe_open", refuse_to_open)
+    refuse(folder, "cannot read", "model.safetensors: Permission denied")
+
+
+def test_unknown_architecture(folder):
+    edit_config(folder, model_type="mamba", architectures=["MambaForCausalLM"])
+    refuse(folder, "config.json", "unknown architecture", "'mamba'", "supported: llama", "gpt2")
+
+
+def test_no_weights(folder):
+    (folder / "model.safetensors").unlink()
+    refuse(folder, "has no weights: expected model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt"])
+def test_pickle_is_never_loaded(folder, name):
+    (folder / "model.safetensors").rename(folder / name)
+    refuse(folder, name, "pickle", "never loaded", "convert")
+
+
+@pytest.mark.parametrize("kept", [0, 5, 40, 2000, -1])
+def test_truncated_weights(folder, kept):
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:kept])
+    refuse(folder, "model.safetensors is truncated or corrupt", "again")
+
+
+def test_weights_that_are_no_safetensors(folder):
+    (folder / "model.safetensors").write_bytes(b"\x80\x04\x95" + bytes(range(200)))
+    refuse(folder, "model.safetensors is truncated or corrupt")
+
+
+def test_index_without_shard(folder):
+    names = shard(folder)
+    (folder / names[0]).unlink()
+    (folder / names[2]).unlink()
+    refuse(folder, "lacks", names[0], names[2], "model.safetensors.index.json")
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"weight_map": []}', '{"weight_map": {"a": "../model.safetensors"}}'])
+def test_broken_index(folder, content):
+    shard(folder)
+    (folder / "model.safetensors.index.json").write_text(content)
+    refuse(folder, "model.safetensors.index.json")
+
+
+def test_a_tensor_in_two_shards(folder):
+    names = shard(folder)
+    shutil.copy(folder / names[0], folder / names[1])
+    refuse(folder, names[1], "is also in", names[0])
+
+
+def test_missing_tensors_are_all_named(folder):
+    def drop(tensors):
+        del tensors["lm_head.weight"], tensors["model.layers.1.mlp.up_proj.weight"]
+
+    edit_weights(folder, drop)
+    refuse(folder, "missing lm_head.weight", "missing model.layers.1.mlp.up_proj.weight")
+
+
+def test_long_lists_are_cut(folder):
+    edit_config(folder, num_hidden_layers=4)
+    refuse(folder, "missing model.layers.2", "and 13 more")
+
+
+def test_unexpected_tensors(folder):
+    edit_weights(folder, lambda t: t.update({"model.layers.0.self_attn.q_norm.weight": np.ones(8, np.float32)}))
+    refuse(folder, "unexpected model.layers.0.self_attn.q_norm.weight")
+
+
+def test_wrong_shapes(folder):
+    edit_config(folder, vocab_size=300)
+    refuse(folder, "model.embed_tokens.weight has shape (257, 32), expected (300, 32)", "lm_head.weight has shape")
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.int8])
+def test_unsupported_types(folder, dtype):
+    edit_weights(folder, lambda t: t.update({"model.norm.weight": t["model.norm.weight"].astype(dtype)}))
+    refuse(folder, "model.norm.weight has type", "expected F32, F16, BF16")
+
+
+def test_fp8_weights(folder):
+    content = (folder / "model.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["model.norm.weight"] |= {"dtype": "F8_E4M3", "shape": [128]}  # as many bytes as 32 of F32
+    header = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
+    refuse(folder, "model.norm.weight has type F8_E4M3, expected F32, F16, BF16")
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite(value, dtype, tmp_path):
+    leaves = flatten(weights_model(tiny_config(), dtype=dtype).params)
+    for path in ("block_0/mlp/up/kernel", "head/norm/scale"):
+        leaves[path] = leaves[path].at[(3,) * leaves[path].ndim].set(value)
+    save_huggingface(tmp_path, weights_model(tiny_config())._replace(params=unflatten(leaves)))
+    refuse(tmp_path, "NaN or infinite", "model.layers.0.mlp.up_proj.weight", "model.norm.weight")
+
+
+def test_tokenizer_larger_than_the_embedding(tmp_path):
+    save_huggingface(tmp_path, weights_model(tiny_config(vocabulary_size=200), byte_tokenizer()))
+    refuse(tmp_path, "tokenizer.json has 256 tokens", "only 200")
+
+
+def test_corrupt_tokenizer(folder):
+    (folder / "tokenizer.json").write_text("{}")
+    refuse(folder, "tokenizer.json is not a tokenizer")
+
+
+# Names
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere", "~/nowhere", "a/b/c", "../nowhere"])
+def test_paths_are_not_looked_for_on_the_hub(name, monkeypatch):
+    monkeypatch.setattr("qjax.loading.download", lambda name: pytest.fail(f"looked for {name}"))
+    with pytest.raises(QjaxError, match="no such folder"):
+        load(name)
+
+
+def test_folders_that_may_not_be_entered(source, monkeypatch):
+    def refuse_to_look(*args, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_dir", refuse_to_look)
+    with pytest.raises(QjaxError, match="cannot read .*: Permission denied"):
+        load(source)
+
+
+def test_hub_names_are_downloaded(source, monkeypatch):
+    monkeypatch.setattr("qjax.loading.download", lambda name: source)
+    assert load("someone/some-model").name == "someone/some-model"
+
+
+@pytest.mark.parametrize("error", [OSError("[Errno -2] Name or service not known\nmore"), ValueError("bad name"), KeyError()])
+def test_no_network(error, monkeypatch):
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(QjaxError, match="'someone/some-model' is no folder here and could not be fetched") as caught:
+        load("someone/some-model")
+    assert "\n" not in str(caught.value)
+
+
+def test_only_needed_files_are_downloaded(monkeypatch, source):
+    seen = {}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: seen.update(options) or str(source))
+    huggingface.download("a/b")
+    assert all(name.endswith((".json", ".safetensors")) for name in seen["allow_patterns"])
+
+
+# Writing
+
+
+def test_a_folder_in_use_is_not_overwritten_unasked(folder):
+    before = (folder / "model.safetensors").read_bytes()
+    with pytest.raises(QjaxError, match="is not empty"):
+        save_huggingface(folder, weights_model(tiny_config(), seed=1))
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_overwriting_leaves_nothing_of_the_old_model(folder):
+    shard(folder)
+    (folder / "qjax.json").write_text("{}")
+    (folder / "notes.txt").write_text("mine")
+    model = weights_model(CONFIGS["gpt2"])
+    save_huggingface(folder, model, overwrite=True)
+    assert_equal_trees(load(folder).params, model.params)
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors", "notes.txt"]
+
+
+def test_output_folder_that_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(QjaxError, match=r"cannot write into .*file"):
+            save_huggingface(folder, weights_model(tiny_config()))
+
+
+def test_parameters_of_another_model_are_not_written(tmp_path):
+    model = weights_model(tiny_config())
+    with pytest.raises(QjaxError, match=r"missing block_2/.*; and 4 more"):
+        save_huggingface(tmp_path, model._replace(config=dataclasses.replace(model.config, layers=3)))
+    assert list(tmp_path.iterdir()) == []
+
+
+# Memory and the models at hand
+
+
+# VmHWM rather than ru_maxrss, which a new process inherits from the one that started it.
+PEAK = """
+import sys
+from pathlib import Path
+from qjax.checkpoints.huggingface import load_huggingface
+import jax.numpy as jnp
+jnp.zeros(3).block_until_ready()
+def kib(name):
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+before = kib("VmRSS:")
+model = load_huggingface(sys.argv[1])
+print(kib("VmHWM:") - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_memory_is_the_model_and_little_more(tmp_path):
+    config = tiny_config(hidden_size=512, mlp_size=1536, heads=8, kv_heads=8, head_dim=64, layers=8)
+    save_huggingface(tmp_path, weights_model(config))
+    size = (tmp_path / "model.safetensors").stat().st_size  # 109 MB, the largest tensor 3 MB
+    script = [sys.executable, "-c", PEAK, str(tmp_path)]
+    output = subprocess.run(script, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]).stdout
+    assert int(output) * 1024 < 1.4 * size
+
+
+@pytest.mark.parametrize("name", ["stories260K-hf", "babyllama-hf"])
+def test_a_real_model(name, tmp_path):
+    folder = SHARED / "models" / name
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there")
+    model = load(folder)
+    text = (SHARED / "text" / "tinystories_val.txt").read_text()[:1200]
+    ids = model.tokenizer.encode(text, special_tokens=True)[None, : model.config.context]
+    logits = jax.nn.log_softmax(apply(model, jnp.asarray(ids)))
+    nll = -np.mean(np.take_along_axis(np.asarray(logits)[0, :-1], ids[0, 1:, None], axis=-1))
+    assert nll < {"stories260K-hf": 1.7, "babyllama-hf": 1.0}[name]  # nats a token
+    save_huggingface(tmp_path / "copy", model)
+    assert_equal_trees(load(tmp_path / "copy").params, model.params)

@@ -1,0 +1,330 @@
+"""checkpoints/packed.py and files.py: quantized models on disk, bit-equal, and every bad folder."""
+
+import dataclasses
+import errno
+import json
+import os
+import resource
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from qjax import files
+from qjax.checkpoints.packed import config_from_dict, config_to_dict, load_packed, save
+from qjax.errors import QjaxError
+from qjax.files import prepare_output_folder, read_json, write_atomically
+from qjax.formats import parse_format
+from qjax.loading import load
+from qjax.models.config import LinearScaling, Llama3Scaling
+from qjax.models.model import apply
+from qjax.models.parameters import flatten, unflatten
+from qjax.qtensor import QTensor, is_quantized
+from qjax.rounding.nearest import rtn
+from tests.conftest import byte_tokenizer, tiny_config
+from tests.random_weights import weights_model
+
+FORMATS = [
+    *("int4-g16", "int3-channel", "int2-g12", "int8-tensor-sym", "int1-g16-sym", "int5-g16-bf16", "int4-b16", "int4-b24"),
+    *("nf4-g16", "nf4-b16-dq", "nf4-g16-dq", "int4-g16-dq", "fp4_e2m1-g16", "fp8_e4m3-channel", "bf16", "fp16", "fp32"),
+]
+NESTED = (".scales.codes", ".scales.scales", ".scales.offset")
+
+
+def quantized_model(*formats, dtype=jnp.bfloat16, tokenizer=None, config=None):
+    """A model whose kernels take turns with the formats."""
+    model = weights_model(config or tiny_config(), tokenizer, dtype=dtype)
+    leaves = flatten(model.params)
+    kernels = [path for path in leaves if path.startswith("block_") and path.endswith("kernel")]
+    for i, path in enumerate(kernels):
+        fmt = parse_format(formats[i % len(formats)])
+        leaves[path], _ = rtn(leaves[path].astype(jnp.float32), fmt)
+    return model._replace(params=unflatten(leaves), recipe=f"rtn:{formats[0]}", name="tiny")
+
+
+def assert_equal_models(a, b):
+    assert (a.config, a.name, a.recipe) == (b.config, b.name, b.recipe)
+    assert jax.tree.structure(a.params) == jax.tree.structure(b.params)  # formats and in_features too
+    for x, y in zip(jax.tree.leaves(a.params), jax.tree.leaves(b.params), strict=True):
+        assert (x.dtype, x.shape) == (y.dtype, y.shape)
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A folder with a model in two formats; tests copy it before they break it."""
+    folder = tmp_path_factory.mktemp("packed") / "model"
+    save(folder, quantized_model("int4-g16", "nf4-g16-dq", tokenizer=byte_tokenizer()))
+    return folder
+
+
+@pytest.fixture
+def folder(source, tmp_path):
+    """A copy to break."""
+    return Path(shutil.copytree(source, tmp_path / "model"))
+
+
+def edit(folder, change):
+    """Rewrites qjax.json after change(description)."""
+    description = json.loads((folder / "qjax.json").read_text())
+    change(description)
+    (folder / "qjax.json").write_text(json.dumps(description))
+
+
+def edit_weights(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def refuse(folder, *parts):
+    with pytest.raises(QjaxError) as error:
+        load_packed(folder)
+    message = str(error.value)
+    assert "\n" not in message
+    assert [part for part in parts if part not in message] == [], message
+
+
+# Round trips
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_saving_and_loading_is_bit_equal(fmt, tmp_path):
+    model = quantized_model(fmt)
+    save(tmp_path / "a", model)
+    assert_equal_models(load_packed(tmp_path / "a"), model)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_plain_leaves_keep_their_type(dtype, tmp_path):
+    model = weights_model(tiny_config(tied=True), dtype=dtype)
+    save(tmp_path, model)
+    assert_equal_models(load_packed(tmp_path), model)
+
+
+def test_a_mixture_with_tokenizer(source):
+    model = quantized_model("int4-g16", "nf4-g16-dq", tokenizer=byte_tokenizer())
+    back = load(source)
+    assert_equal_models(back, model)
+    assert back.tokenizer.to_json() == model.tokenizer.to_json()
+    tokens = jnp.arange(10)[None]
+    np.testing.assert_array_equal(apply(back, tokens), apply(model, tokens))
+
+
+def test_the_file_holds_the_packed_bytes_and_no_more(source):
+    model = quantized_model("int4-g16", "nf4-g16-dq")
+    stored = load_file(source / "model.safetensors")
+    assert sum(array.nbytes for array in stored.values()) == sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
+    for name, fields in {"q": (".codes", ".scales", ".zeros"), "v": (".codes", *NESTED)}.items():
+        path = f"block_0/attention/{name}/kernel"
+        assert {key for key in stored if key.startswith(path)} == {path + field for field in fields}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        tiny_config(),
+        tiny_config(rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 16), sliding_window=3, bos_id=1),
+        tiny_config(rope_scaling=LinearScaling(2.0), tied=True, norm="layer"),
+    ],
+)
+def test_configurations_survive_json(config):
+    assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
+
+
+# Bad folders
+
+
+def test_missing_description(folder):
+    (folder / "qjax.json").unlink()
+    refuse(folder, "qjax.json: No such file")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '"text"'])
+def test_broken_description(folder, content):
+    (folder / "qjax.json").write_text(content)
+    refuse(folder, "qjax.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(version=2), "version 2 is not supported, expected 1"),
+        (lambda d: d.pop("version"), "version None"),
+        (lambda d: d.pop("config"), "'config' must be dict, got nothing"),
+        (lambda d: d.pop("name"), "'name' must be str"),
+        (lambda d: d.update(recipe=3), "'recipe' must be str, got 3"),
+        (lambda d: d.update(quantized=[]), "'quantized' must be dict"),
+        (lambda d: d["config"].pop("heads"), "missing entry 'heads'"),
+        (lambda d: d["config"].update(colour="red"), "unknown entry 'colour'"),
+        (lambda d: d["config"].update(layers="2"), "'layers' is '2'"),
+        (lambda d: d["config"].update(layers=0), "sizes must be positive"),
+        (lambda d: d["config"].update(activation="mish"), "activation is 'mish'"),
+        (lambda d: d["config"].update(norm="batch"), "norm is 'batch'"),
+        (lambda d: d["config"].update(rope_scaling={"kind": "yarn"}), "'rope_scaling' is {'kind': 'yarn'}"),
+        (lambda d: d["config"].update(rope_scaling={"kind": "linear"}), "LinearScaling: missing entry 'factor'"),
+        (lambda d: d["quantized"]["block_0/mlp/up/kernel"].update(format="int9-g16"), "kernel: format 'int9-g16'"),
+        (lambda d: d["quantized"]["block_0/mlp/up/kernel"].pop("format"), "block_0/mlp/up/kernel: 'format' must be str"),
+        (lambda d: d["quantized"]["block_0/mlp/up/kernel"].update(in_features=31), "in_features 31, expected 32"),
+        (lambda d: d["quantized"].update({"block_0/mlp/up/kernel": None}), "block_0/mlp/up/kernel: 'format' must be str"),
+        (lambda d: d["quantized"].update({"block_7/mlp/up/kernel": {}}), "'block_7/mlp/up/kernel', which is no matrix"),
+        (lambda d: d["quantized"].update({"head/norm/scale": {}}), "'head/norm/scale', which is no matrix"),
+    ],
+)
+def test_malformed_description(folder, change, message):
+    edit(folder, change)
+    refuse(folder, "qjax.json: ", message)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("block_0/attention/q/kernel.codes"), "missing block_0/attention/q/kernel.codes"),
+        (lambda t: t.pop("block_0/attention/v/kernel.scales.offset"), "missing block_0/attention/v/kernel.scales.offset"),
+        (lambda t: t.pop("head/norm/scale"), "missing head/norm/scale"),
+        (lambda t: t.update(extra=np.ones(3, np.float32)), "unexpected extra"),
+        (
+            lambda t: t.update({"block_0/attention/q/kernel.codes": np.zeros((15, 32), np.uint8)}),
+            "block_0/attention/q/kernel.codes is U8 (15, 32), expected U8 (16, 32)",
+        ),
+        (
+            lambda t: t.update({"block_0/attention/q/kernel.scales": np.zeros((2, 32), np.float32)}),
+            "block_0/attention/q/kernel.scales is F32 (2, 32), expected F16 (2, 32)",
+        ),
+        (lambda t: t.update({"head/norm/scale": np.zeros(32, np.uint8)}), "head/norm/scale is U8 (32,), expected F32 or F16"),
+    ],
+)
+def test_malformed_weights(folder, change, message):
+    edit_weights(folder, change)
+    refuse(folder, "model.safetensors does not fit qjax.json", message)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 60, 3000, -1])
+def test_truncated_weights(folder, kept):
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:kept])
+    refuse(folder, "model.safetensors is truncated or corrupt")
+
+
+def test_missing_weights(folder):
+    (folder / "model.safetensors").unlink()
+    refuse(folder, "model.safetensors: No such file")
+
+
+def test_tokenizer_larger_than_the_embedding(folder):
+    inner = byte_tokenizer().inner
+    inner.add_tokens(["one", "two"])
+    inner.save(str(folder / "tokenizer.json"))
+    refuse(folder, "tokenizer.json has 258 tokens", "only 257")
+
+
+# Writing
+
+
+def test_a_folder_in_use_is_not_overwritten_unasked(folder):
+    with pytest.raises(QjaxError, match="is not empty"):
+        save(folder, quantized_model("int8-channel"))
+    assert_equal_models(load_packed(folder), quantized_model("int4-g16", "nf4-g16-dq"))
+    save(folder, quantized_model("int8-channel"), overwrite=True)
+    assert_equal_models(load_packed(folder), quantized_model("int8-channel"))
+    assert sorted(path.name for path in folder.iterdir()) == ["model.safetensors", "qjax.json"]
+
+
+def test_what_has_no_place_in_a_file_is_refused(tmp_path):
+    model = quantized_model("int4-g16")
+    leaves = flatten(model.params) | {"head/norm/scale": "text", "head/more": jnp.ones(3)}
+    with pytest.raises(QjaxError, match="unexpected head/more; head/norm/scale is a str"):
+        save(tmp_path, model._replace(params=unflatten(leaves)))
+
+
+@pytest.mark.parametrize("fails_at", [1, 2, 3])
+def test_a_crash_leaves_no_folder_that_loads(fails_at, tmp_path, monkeypatch):
+    """Whichever file is being put in place: also when an older model is there, nothing half-written is mistaken for one."""
+    save(tmp_path, quantized_model("int4-g16", tokenizer=byte_tokenizer()))
+    replace, calls = os.replace, []
+
+    def crash(*args):
+        calls.append(args)
+        if len(calls) == fails_at:
+            raise KeyboardInterrupt
+        replace(*args)
+
+    monkeypatch.setattr(os, "replace", crash)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, quantized_model("int8-channel", tokenizer=byte_tokenizer()), overwrite=True)
+    assert not (tmp_path / "qjax.json").exists()
+    assert [path for path in tmp_path.iterdir() if path.suffix == ".tmp"] == []
+    refuse(tmp_path, "qjax.json: No such file")
+
+
+def test_full_disk(tmp_path):
+    """A limit on file sizes fails a write as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(QjaxError, match=r"cannot write .*model\.safetensors: .*choose a writable folder") as error:
+            save(tmp_path / "out", quantized_model("int8-channel"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(error.value)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC, errno.EACCES])
+def test_files_that_cannot_be_written(tmp_path, monkeypatch, number):
+    (tmp_path / "a.txt").write_text("old")
+
+    def fail(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(QjaxError, match=rf"cannot write .*a\.txt: {os.strerror(number)}"):
+        write_atomically(tmp_path / "a.txt", "new")
+    assert (tmp_path / "a.txt").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_read_only_folder(tmp_path, monkeypatch):
+    def fail(*args, **options):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "mkdir", fail)
+    with pytest.raises(QjaxError, match=r"cannot write into .*out: Read-only file system"):
+        save(tmp_path / "out", weights_model(tiny_config()))
+
+
+def test_writing_bytes_text_and_by_function(tmp_path):
+    write_atomically(tmp_path / "a", b"\x00\xff")
+    write_atomically(tmp_path / "b", "é")
+    write_atomically(str(tmp_path / "c"), lambda path: path.write_text("by function"))
+    assert (tmp_path / "a").read_bytes() == b"\x00\xff"
+    assert (tmp_path / "b").read_bytes() == b"\xc3\xa9"
+    assert (tmp_path / "c").read_text() == "by function"
+    with pytest.raises(QjaxError, match="No such file or directory"):
+        write_atomically(tmp_path / "missing" / "a", b"")
+
+
+def test_output_folders(tmp_path):
+    assert prepare_output_folder(tmp_path / "a" / "b").is_dir()
+    assert prepare_output_folder(str(tmp_path / "a" / "b")) == tmp_path / "a" / "b"  # empty: again
+    (tmp_path / "a" / "b" / "old.txt").write_text("")
+    (tmp_path / "a" / "b" / "mine.md").write_text("")
+    prepare_output_folder(tmp_path / "a" / "b", overwrite=True, replaces=("*.txt",))
+    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["mine.md"]
+
+
+def test_listing_and_json(tmp_path):
+    assert files.listing("abc") == "a; b; c"
+    assert files.listing("abcdefgh") == "a; b; c; d; e; and 3 more"
+    (tmp_path / "a.json").write_text('{"a": 1}')
+    assert read_json(tmp_path / "a.json") == {"a": 1}
+
+
+def test_fields_of_a_qtensor_are_what_is_stored():
+    """A field added to QTensor needs a new version of the files."""
+    assert [field.name for field in dataclasses.fields(QTensor)] == ["codes", "scales", "zeros", "format", "in_features"]
+    assert is_quantized(quantized_model("int4-g16").params["block_0"]["mlp"]["up"]["kernel"])

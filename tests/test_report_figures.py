@@ -1,0 +1,237 @@
+"""Figures: lines and names, every odd row, the same bytes again, and names that do not overlap."""
+
+import io
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from qjax.errors import QjaxError
+from qjax.report.figures import log_ticks, perplexity_figure, report_names, save_figure, tick_text, write_reports
+from qjax.report.series import group_series
+from qjax.report.style import METHOD_STYLES, WIDTHS, ink, method_style
+from tests.report_rows import infinite_row, measured_row, sweep_rows
+
+DAMAGE = {8: 0.0005, 4: 0.02, 3: 0.12, 2: 1.4}
+METHODS = {"rtn": 1.0, "rtn(clip=mse)": 0.8, "gptq": 0.45, "awq": 0.55, "awq+gptq": 0.35}
+
+
+def many_rows() -> list[dict[str, object]]:
+    """Five methods at four widths, and four codebooks that nearly coincide."""
+    rows = [measured_row("none")]
+    rows += [
+        measured_row(f"{method}:int{bits}-g128", factor * damage)
+        for (method, factor), (bits, damage) in itertools.product(METHODS.items(), DAMAGE.items())
+    ]
+    return rows + [measured_row(name, 0.015) for name in ("nf4-g64", "nf4-g64-dq", "fp4_e2m1-g64", "fp4_bnb-g64")]
+
+
+def texts(figure) -> dict[str, object]:
+    return {text.get_text(): text for text in figure.axes[0].texts}
+
+
+def test_a_line_per_method_options_and_grouping():
+    rows = [
+        measured_row(name, 0.1)
+        for name in ("none", "rtn:int4-g128", "rtn:int3-g128", "rtn:int3-g64", "rtn(clip=mse):int3-g64", "rtn:int3-g64-sym")
+    ]
+    found = {line.label: (line.method, line.variant, len(line.rows)) for line in group_series(rows)}
+    assert found == {
+        "rtn g128": ("rtn", 0, 2),
+        "rtn g64": ("rtn", 1, 1),
+        "rtn g64-sym": ("rtn", 2, 1),
+        "rtn(clip=mse) g64": ("rtn", 3, 1),
+    }
+
+
+def test_codebooks_are_named_by_their_grid():
+    names = ("nf4-g64", "nf4-g128", "nf4-g64-dq", "gptq:nf4-g64", "rtn(clip=mse):nf4-g64", "bf16", "gptq:int4-g64")
+    lines = group_series([measured_row(name, 0.1) for name in names])
+    assert sorted(line.label for line in lines) == ["bf16", "gptq", "gptq nf4", "nf4", "nf4 dq", "rtn(clip=mse) nf4"]
+    assert [row["format"] for row in lines[[line.label for line in lines].index("nf4")].rows] == ["nf4-g128", "nf4-g64"]
+
+
+def test_rules_make_a_line_of_their_own():
+    row = measured_row("rtn:int4-g128", 0.1)
+    placed = row | {"recipe": "rtn:int4-g128; mlp/down=rtn:int8-g128"}
+    assert [line.label for line in group_series([row, placed])] == ["rtn", "rtn with mlp/down=rtn:int8-g128"]
+
+
+def test_a_method_looks_the_same_in_every_figure():
+    assert len(set(METHOD_STYLES.values())) == len(METHOD_STYLES)
+    assert method_style("gptq") == METHOD_STYLES["gptq"]
+    assert method_style("somebody's") == ("#117733", ">")  # pinned: a hash must not change with the process
+
+
+@pytest.mark.parametrize("colour", ["#56B4E9", "#E69F00", "#000000"])
+def test_text_is_legible_on_white(colour):
+    channels = np.array([int(ink(colour)[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    luminance = np.where(channels <= 0.03928, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722]
+    assert 1.05 / (luminance + 0.05) >= 4.1  # contrast ratio of WCAG 2; 4.5 is its grade AA
+
+
+@pytest.mark.parametrize("value", ["perplexity", "increase"])
+@pytest.mark.parametrize("width", ["single", "double"])
+def test_points_are_the_rows(value, width):
+    figure = perplexity_figure(sweep_rows(), value=value, width=width)
+    assert figure.get_size_inches()[0] == WIDTHS[width]
+    points = {tuple(np.round(xy, 6)) for line in figure.axes[0].lines for xy in line.get_xydata()}
+    for row in sweep_rows()[2:]:
+        y = row["perplexity"] if value == "perplexity" else 100 * (row["perplexity_ratio"] - 1)
+        assert (round(row["bits_per_weight"], 6), round(y, 6)) in points
+    assert {"rtn", "rtn(clip=mse)", "nf4"} <= set(texts(figure))
+    assert ("unquantized 10.00" in texts(figure)) == (value == "perplexity")
+
+
+def test_error_bars_are_one_paired_standard_error():
+    rows = [measured_row("none"), measured_row("rtn:int3-g128", 0.1, 0.02, perplexity_stderr=99.0)]
+    (bars,) = perplexity_figure(rows).axes[0].containers
+    (segment,) = bars.lines[2][0].get_segments()
+    perplexity = 10 * math.exp(0.1)
+    np.testing.assert_allclose(segment[:, 1], [perplexity * 0.98, perplexity * 1.02])
+
+
+def test_axis_is_logarithmic_where_the_range_is_large():
+    assert perplexity_figure(sweep_rows()).axes[0].get_yscale() == "log"
+    assert perplexity_figure(sweep_rows()[1:]).axes[0].get_yscale() == "linear"
+    assert perplexity_figure([*sweep_rows(), measured_row("bf16")]).axes[0].get_xscale() == "log"
+
+
+@pytest.mark.parametrize("value", ["perplexity", "increase"])
+@pytest.mark.parametrize("width", ["single", "double"])
+def test_names_overlap_neither_each_other_nor_the_border(value, width):
+    figure = perplexity_figure(many_rows(), value=value, width=width)
+    renderer = figure.canvas.get_renderer()
+    boxes = {name: text.get_window_extent(renderer) for name, text in texts(figure).items()}
+    assert len(boxes) == 9 + (value == "perplexity")
+    for (name, box), (other, second) in itertools.combinations(boxes.items(), 2):
+        width_shared = min(box.x1, second.x1) - max(box.x0, second.x0)
+        height_shared = min(box.y1, second.y1) - max(box.y0, second.y0)
+        assert min(width_shared, height_shared) < 0.5, f"{name} overlaps {other}"
+    frame = figure.bbox
+    assert all(
+        frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1 for box in boxes.values()
+    )
+
+
+def test_axis_labels_are_inside_the_page():
+    figure = perplexity_figure([measured_row("none"), measured_row("rtn:int8-g128", 1e-5)])  # ticks of many digits
+    box = figure.axes[0].get_tightbbox(figure.canvas.get_renderer())
+    assert box.x0 >= 0
+    assert box.y0 >= 0
+    assert box.x1 <= figure.bbox.x1
+    assert box.y1 <= figure.bbox.y1
+
+
+@pytest.mark.parametrize("value", ["perplexity", "increase"])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [measured_row("none")],
+        [measured_row("rtn:int4-g128", 0.1)],
+        [measured_row("none"), measured_row("rtn:int4-g128", 0.1, math.nan)],
+        [measured_row("none"), measured_row("rtn:int4-g128", 0.1, nll_delta_stderr=None)],
+        [infinite_row()],
+        [measured_row("none"), infinite_row(), measured_row("rtn:int3-g128", 0.1)],
+        [measured_row("none"), measured_row("rtn:int8-g128", -0.001), measured_row("rtn:int4-g128", 0.1)],
+        [measured_row("gptq:int3-g128", 0.1 + 0.01 * seed, seed=seed) for seed in range(3)],
+        [measured_row("none", model="somebody/a-model-with-a-very-long-name-" * 3)],
+        [measured_row("none"), measured_row("rtn:int1-g64-sym", 11.0), measured_row("rtn:int8-g128", 0.0)],
+    ],
+    ids=["baseline", "one", "no-error", "null-error", "only-infinite", "infinite", "better", "seeds", "long-name", "huge"],
+)
+def test_odd_rows(rows, value):
+    figure = perplexity_figure(rows, value=value)
+    figure.savefig(io.BytesIO(), format="png", dpi=50)
+    named = {line.label for line in group_series(rows)}
+    assert named <= set(texts(figure))
+
+
+def test_what_the_axis_cannot_show_is_at_its_end():
+    axes = perplexity_figure([measured_row("none"), infinite_row(), measured_row("rtn:int3-g128", 0.1)]).axes[0]
+    (mark,) = [line for line in axes.lines if line.get_marker() == r"$\infty$"]
+    assert list(mark.get_ydata()) == [axes.get_ylim()[1]]
+    better = [measured_row("none"), measured_row("rtn:int8-g128", -0.001), measured_row("rtn:int4-g128", 0.1)]
+    axes = perplexity_figure(better, value="increase").axes[0]
+    (mark,) = [line for line in axes.lines if line.get_marker() == "v"]
+    assert list(mark.get_ydata()) == [axes.get_ylim()[0]]
+
+
+def test_figures_refuse_what_tables_refuse():
+    with pytest.raises(QjaxError, match="convention"):
+        perplexity_figure([*sweep_rows(), measured_row("rtn:int8-g128", convention="windows-1024")])
+    with pytest.raises(QjaxError, match="needs rows"):
+        perplexity_figure([])
+    with pytest.raises(QjaxError, match="allowed are perplexity and increase"):
+        perplexity_figure(sweep_rows(), value="nll")
+
+
+def test_reports_are_written_and_written_again_equal(tmp_path):
+    rows = [*sweep_rows(), measured_row("none", corpus="text:a b.txt", corpus_fingerprint="other")]
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    paths = write_reports(first, rows)
+    again = write_reports(second, list(reversed(rows[:4])) + rows[4:])
+    assert [path.name for path in paths] == [
+        *(f"toy-python-docs-windows-512.{suffix}" for suffix in ("md", "tex", "csv", "png", "pdf")),
+        *(f"toy-python-docs-windows-512-increase.{suffix}" for suffix in ("png", "pdf")),
+        *(f"toy-text-a-b.txt-windows-512.{suffix}" for suffix in ("md", "tex", "csv", "png", "pdf")),
+    ]
+    assert sorted(path.name for path in first.iterdir()) == sorted(path.name for path in paths)
+    assert [path.read_bytes() for path in paths] == [path.read_bytes() for path in again]
+
+
+def test_pdf_has_truetype_fonts_and_no_date(tmp_path):
+    pdf = save_figure(perplexity_figure(sweep_rows()), tmp_path, "figure")[1].read_bytes()
+    assert b"/FontFile2" in pdf
+    assert b"/Type3" not in pdf
+    assert b"CreationDate" not in pdf
+
+
+def test_png_is_sharp_enough_to_print(tmp_path):
+    png = save_figure(perplexity_figure(sweep_rows()), tmp_path, "figure")[0].read_bytes()
+    assert int.from_bytes(png[16:20]) >= 200 * WIDTHS["single"]
+
+
+def test_equal_names_are_told_apart():
+    rows = [measured_row("none"), measured_row("none", fingerprint="retrained")]
+    names = report_names([[row] for row in rows])
+    assert len(set(names)) == 2
+    assert all(name.startswith("toy-python-docs-windows-512-") for name in names)
+
+
+def test_unwritable_folder(tmp_path):
+    with pytest.raises(QjaxError, match="cannot write"):
+        write_reports(tmp_path / "missing", sweep_rows())
+
+
+def test_pyplot_is_left_alone():
+    import sys
+
+    perplexity_figure(sweep_rows())
+    assert "matplotlib.pyplot" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (9, 60, [10, 15, 20, 30, 50]),
+        (1, 1000, [1, 10, 100, 1000]),
+        (0.02, 300, [0.1, 1, 10, 100]),
+        (3.2, 9.6, [3.5, 4.5, 5.5, 6.5, 7.5, 8.5, 9.5]),
+    ],
+)
+def test_ticks_are_round(low, high, ticks):
+    assert log_ticks(low, high) == ticks
+
+
+def test_many_decades_get_at_most_eight_ticks():
+    assert 4 <= len(log_ticks(1e-3, 1e20)) <= 8
+
+
+def test_tick_text():
+    assert [tick_text(tick) for tick in (0.003, 12, 99999, 1e5, 3e6, 1e-5)] == [
+        "0.003", "12", "99999", "$10^{5}$", r"$3 \cdot 10^{6}$", "$10^{-5}$",
+    ]  # fmt: skip

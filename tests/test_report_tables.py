@@ -1,0 +1,219 @@
+"""Tables: golden text of a small sweep, what may not be mixed, what a terminal of some width shows."""
+
+import csv
+import io
+import math
+import subprocess
+import sys
+from typing import NamedTuple
+
+import pytest
+
+from qjax.errors import QjaxError
+from qjax.report.rendering import Column, Table, latex_escape
+from qjax.report.tables import (
+    formats_table,
+    layers_table,
+    perplexity_table,
+    recipes_table,
+    split_tables,
+    to_csv,
+    to_latex,
+    to_markdown,
+    to_rich,
+)
+from tests.report_rows import infinite_row, measured_row, sweep_rows
+
+MARKDOWN = """\
+**Perplexity of toy on python-docs (windows-512), 8 windows, 4,088 tokens**
+
+| recipe                  | bits per weight | model bits per weight | size (MB) |   perplexity |     change (%) | weight error | quantize (s) | tokens per s |
+| :---------------------- | --------------: | --------------------: | --------: | -----------: | -------------: | -----------: | -----------: | -----------: |
+| none                    |          16.000 |                16.000 |      4.00 | 10.00 ± 0.25 |              - |            0 |         0.12 |         7300 |
+| nf4-g64                 |           4.500 |                 7.375 |      1.12 | 10.01 ± 0.25 | ≈ +0.10 ± 0.20 |       0.0039 |         0.12 |         7300 |
+| rtn(clip=mse):int4-g128 |           4.156 |                 7.117 |      1.04 | 10.20 ± 0.26 |   +2.02 ± 0.41 |       0.0039 |         0.12 |         7300 |
+| rtn:int2-g128           |           2.141 |                 5.605 |      0.54 |   44.8 ± 1.1 |      +348 ± 22 |        0.062 |         0.12 |         7300 |
+
+±: standard error over windows; of the change, of the difference from the unquantized model window by window. \
+≈: within 2 such standard errors of the unquantized model. Measured on cpu: x86_64 x2.
+"""  # noqa: E501
+
+LATEX = r"""% \usepackage{booktabs}
+\begin{table}
+\centering
+\small
+\caption{Perplexity of toy on python-docs (windows-512), 8 windows, 4,088 tokens. $\pm$: standard error over windows; of the change, of the difference from the unquantized model window by window. $\approx$: within 2 such standard errors of the unquantized model. Measured on cpu: x86\_64 x2.}
+\begin{tabular}{lrrrrrrrr}
+\toprule
+recipe & bits per weight & model bits per weight & size (MB) & perplexity & change (\%) & weight error & quantize (s) & tokens per s \\
+\midrule
+none & 16.000 & 16.000 & 4.00 & 10.00 $\pm$ 0.25 & - & 0 & 0.12 & 7300 \\
+nf4-g64 & 4.500 & 7.375 & 1.12 & 10.01 $\pm$ 0.25 & $\approx$ +0.10 $\pm$ 0.20 & 0.0039 & 0.12 & 7300 \\
+rtn(clip=mse):int4-g128 & 4.156 & 7.117 & 1.04 & 10.20 $\pm$ 0.26 & +2.02 $\pm$ 0.41 & 0.0039 & 0.12 & 7300 \\
+rtn:int2-g128 & 2.141 & 5.605 & 0.54 & 44.8 $\pm$ 1.1 & +348 $\pm$ 22 & 0.062 & 0.12 & 7300 \\
+\bottomrule
+\end{tabular}
+\end{table}
+"""  # noqa: E501
+
+CSV = """\
+recipe,bits_per_weight,model_bits_per_weight,size_bytes,perplexity,perplexity_stderr,perplexity_ratio,\
+perplexity_ratio_stderr,weight_error,seconds_quantize,tokens_per_second
+none,16.0,16.0,4000000,10.0,0.25,1.0,0.0,0.0,0.125,7300.4
+"""
+
+
+def shown(table: Table, width: int) -> list[str]:
+    from rich.console import Console
+
+    text = io.StringIO()
+    Console(file=text, width=width).print(to_rich(table))
+    return text.getvalue().splitlines()
+
+
+def test_markdown_is_golden():
+    assert to_markdown(perplexity_table(sweep_rows())) == MARKDOWN
+
+
+def test_latex_is_golden():
+    assert to_latex(perplexity_table(sweep_rows())) == LATEX
+
+
+def test_csv_keeps_every_digit():
+    rows = sweep_rows()
+    text = to_csv(perplexity_table(rows))
+    assert text.startswith(CSV)
+    for read in csv.DictReader(io.StringIO(text)):
+        (row,) = [row for row in rows if row["recipe"] == read["recipe"]]
+        assert all(float(read[key]) == row[key] for key in read if key != "recipe")
+
+
+def test_order_of_rows_given_does_not_matter():
+    rows = sweep_rows()
+    assert to_markdown(perplexity_table(rows[::-1])) == to_markdown(perplexity_table(rows))
+
+
+def test_infinite_and_missing_figures():
+    rows = [
+        measured_row("none", perplexity_stderr=math.nan),
+        infinite_row(),
+        measured_row("rtn:int3-g128", 0.1, math.nan, weight_error=None),
+    ]
+    lines = to_markdown(perplexity_table(rows)).splitlines()
+    assert "| 10.00 |" in " ".join(lines[4].split())
+    assert "11.05 ± 0.28 | +10.52 | -" in " ".join(lines[5].split())
+    assert "∞ | ∞" in " ".join(lines[6].split())
+    assert r"$\infty$" in to_latex(perplexity_table(rows))
+
+
+def test_only_differences_beyond_noise_are_unmarked():
+    rows = [measured_row("rtn:int4-g128", 0.019, 0.01), measured_row("rtn:int3-g128", 0.021, 0.01)]
+    lines = to_markdown(perplexity_table(rows)).splitlines()
+    assert "≈" in lines[4]
+    assert "≈" not in lines[5]
+    assert "≈" not in to_markdown(perplexity_table(rows[1:]))  # no mark, no explanation
+
+
+def test_seed_is_a_column_where_it_differs():
+    rows = [measured_row("gptq:int3-g128", 0.1, seed=seed) for seed in (0, 1)]
+    assert "| seed |" in to_markdown(perplexity_table(rows))
+    assert "seed" not in to_markdown(perplexity_table(rows[:1]))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("convention", "sliding-512-256"),
+        ("corpus_fingerprint", "other"),
+        ("model", "toy2"),
+        ("fingerprint", "f"),
+        ("windows", 4),
+    ],
+)
+def test_what_cannot_be_compared_is_not_mixed(key, value):
+    rows = [*sweep_rows(), measured_row("rtn:int8-g128", **{key: value})]
+    with pytest.raises(QjaxError, match=f"{key} .*{value}.*split_tables"):
+        perplexity_table(rows)
+    first, second = split_tables(rows)
+    assert first == rows[:-1]
+    assert second == rows[-1:]
+
+
+def test_no_rows():
+    assert split_tables([]) == []
+    with pytest.raises(QjaxError, match="needs rows"):
+        perplexity_table([])
+
+
+def test_the_last_measurement_of_a_cell_counts():
+    old, new = measured_row("rtn:int4-g128", 0.2), measured_row("rtn:int4-g128", 0.1, code="beef", key="k2")
+    other = measured_row("rtn:int4-g128", 0.3, calibration="c4")  # another cell: something else was measured
+    assert split_tables([old, other, new]) == [[new, other]]
+
+
+@pytest.mark.parametrize("width", [40, 80, 100, 140])
+def test_terminal_table_fits_and_says_what_it_leaves_out(width):
+    table = perplexity_table(sweep_rows())
+    lines = shown(table, width)
+    assert max(map(len, lines)) <= width
+    assert ("Too narrow for: " in " ".join(" ".join(lines).split())) == (width < 110)
+    if width >= 80:
+        assert all(any(line.startswith(f"{row['recipe']} ") for line in lines) for row in table.rows)
+        assert any("10.20 ± 0.26" in line and "+2.02 ± 0.41" in line for line in lines)
+        assert "…" not in " ".join(lines)
+
+
+def test_terminal_numbers_are_right_aligned():
+    lines = [line for line in shown(perplexity_table(sweep_rows()), 140) if line.startswith(("none", "nf4", "rtn"))]
+    assert len({len(line.rstrip()) for line in lines}) == 1
+
+
+def test_markup_is_escaped():
+    row = {"name": "a|b_c[red]", "value": -3.0e-5}
+    table = Table("50% & more", (Column("name", "x_y", text=True), Column("value", "v", lambda row, key: "-3.0e-5")), (row,))
+    assert r"| a\|b_c[red] | -3.0e-5 |" in to_markdown(table)
+    assert r"a\textbar{}b\_c[red] & $-3.0\times10^{-5}$ \\" in to_latex(table)
+    assert r"\caption{50\% \& more.}" in to_latex(table)
+    assert "a|b_c[red]" in "\n".join(shown(table, 80))
+    assert latex_escape("a\\b^~{}") == r"a\textbackslash{}b\textasciicircum{}\textasciitilde{}\{\}"
+
+
+def test_formats_table():
+    text = to_markdown(formats_table())
+    assert "| int4-g128 " in text
+    assert "4.156" in text
+    assert r"max\|w\|/7.5" in text
+    assert max(map(len, shown(formats_table(), 80))) <= 80
+
+
+def test_recipes_table():
+    text = to_markdown(recipes_table())
+    assert "| rtn " in text
+    assert "clip=none" in text
+
+
+def test_layers_table():
+    class Record(NamedTuple):
+        path: str
+        recipe: str
+        in_features: int
+        out_features: int
+        bits_per_weight: float
+        weight_error: float | None = None
+        clipped: float | None = None
+        seconds: float = 0.0
+
+    records = [
+        Record("block_0/mlp/up/kernel", "rtn:int4-g128", 128, 256, 4.15625, 0.01, 0.0, 0.5),
+        Record("head/output/kernel", "none", 128, 512, 16.0),
+    ]
+    lines = to_markdown(layers_table(records)).splitlines()
+    squeezed = [" ".join(line.split()) for line in lines]
+    assert squeezed[4] == "| block_0/mlp/up/kernel | rtn:int4-g128 | 128 | 256 | 4.156 | 0.010 | 0 | 0.50 |"
+    assert squeezed[5] == "| head/output/kernel | none | 128 | 512 | 16.000 | - | - | 0 |"
+
+
+def test_importing_reports_is_light():
+    code = "import sys, qjax.report.figures, qjax.report.memory; print({'jax', 'matplotlib', 'rich'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

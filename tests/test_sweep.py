@@ -1,0 +1,155 @@
+"""The sweep loop: rows, resuming, provenance, a kill at any moment, one compilation for all cells."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from qjax.errors import QjaxError
+from qjax.evaluate.corpora import Corpus
+from qjax.evaluate.perplexity import parse_convention
+from qjax.models.model import stages
+from qjax.sweep.record import compare, digest, method_name, model_fingerprint
+from qjax.sweep.runner import Sweep, Watcher, run_sweep
+from qjax.sweep.store import ROWS, read_rows
+
+TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 8
+CORPORA = (Corpus("dickens", (TEXT,), "f1"), Corpus("reversed", (TEXT[::-1],), "f2"))
+REQUIRED = {
+    *("recipe", "model", "corpus", "convention", "bits_per_weight", "model_bits_per_weight", "size_bytes", "perplexity"),
+    *("perplexity_stderr", "perplexity_ratio", "nll", "tokens", "bits_per_byte", "seconds_quantize", "seconds_evaluate"),
+    *("tokens_per_second", "peak_rss_bytes", "seed", "versions", "device", "fingerprint", "key", "corpus_fingerprint"),
+}
+
+
+def plan(*recipes, **changes):
+    options = {"corpora": CORPORA, "convention": parse_convention("windows-32")}
+    return Sweep(recipes=tuple(recipes), **(options | changes))
+
+
+def measured(rows):
+    """What must be equal between runs: everything but times and memory."""
+    noisy = ("time", "seconds_quantize", "seconds_evaluate", "tokens_per_second", "peak_rss_bytes")
+    return [{key: value for key, value in row.items() if key not in noisy} for row in rows]
+
+
+def test_rows_are_flat_complete_and_on_disk(tiny_model, tmp_path):
+    rows = run_sweep(tiny_model, plan("rtn:int8-channel", "rtn:int2-channel"), tmp_path)
+    assert [(row["recipe"], row["corpus"]) for row in rows] == [
+        (recipe, corpus) for recipe in ("none", "rtn:int8-channel", "rtn:int2-channel") for corpus in ("dickens", "reversed")
+    ]
+    assert json.loads(json.dumps(rows)) == read_rows(tmp_path / ROWS)
+    for row in rows:
+        assert set(row) >= REQUIRED
+        assert row["tokens"] == sum(row["window_tokens"])
+        assert not any(isinstance(value, dict) for value in row.values())
+    baseline, _, int8, _, int2, _ = rows
+    assert (baseline["perplexity_ratio"], baseline["nll_delta_stderr"]) == (1.0, 0.0)
+    assert baseline["bits_per_weight"] == 32
+    assert abs(int8["perplexity_ratio"] - 1) < 0.01
+    assert abs(int2["perplexity_ratio"] - 1) > 0.01
+    assert int8["perplexity_ratio"] == pytest.approx(int8["perplexity"] / baseline["perplexity"])
+    assert int2["size_bytes"] < int8["size_bytes"] < baseline["size_bytes"]
+
+
+def test_running_again_measures_nothing(tiny_model, tmp_path):
+    first = run_sweep(tiny_model, plan("nf4"), tmp_path)
+    seen = []
+
+    class Log(Watcher):
+        def row(self, row, is_new):
+            seen.append(is_new)
+
+    assert run_sweep(tiny_model, plan("nf4"), tmp_path, Log()) == first
+    assert seen == [False] * 4
+    assert len(read_rows(tmp_path / ROWS)) == 4
+    # Another seed, text, convention or model is another cell.
+    other = tiny_model._replace(params=jax.tree.map(lambda leaf: leaf * 1.01, tiny_model.params))
+    assert model_fingerprint(other) != model_fingerprint(tiny_model)
+    smaller = {"convention": parse_convention("windows-16")}
+    for model, changed in ((tiny_model, {"seed": 1}), (tiny_model, smaller), (other, {})):
+        run_sweep(model, plan("nf4", corpora=CORPORA[:1], **changed), tmp_path)
+    assert len({row["key"] for row in read_rows(tmp_path / ROWS)}) == 10
+
+
+def test_two_runs_agree_to_the_last_bit(tiny_model, tmp_path):
+    rows = [run_sweep(tiny_model, plan("rtn:int3-g16", "nf4-dq"), tmp_path / name) for name in ("a", "b")]
+    assert measured(rows[0]) == measured(rows[1])
+
+
+def test_all_cells_share_one_compiled_forward_pass(tiny_model, tmp_path):
+    run = stages(tiny_model.config, np.float32)
+    run_sweep(tiny_model, plan("rtn:int4-g16"), tmp_path / "a")
+    before = [stage._cache_size() for stage in (run.embed, run.block, run.losses)]
+    run_sweep(tiny_model, plan("rtn:int3-g8", "nf4", "rtn:int8-channel"), tmp_path / "b")
+    assert [stage._cache_size() for stage in (run.embed, run.block, run.losses)] == before
+
+
+def test_errors_come_before_any_work(tiny_model, tmp_path):
+    class Fail(Watcher):
+        def cell(self, *args):
+            raise AssertionError("a cell began")
+
+    for wrong, named in (
+        (plan("rtn:int4-q"), "'q'"),
+        (plan("nf4", rules=("nothing=none",)), "match no kernel"),
+        (plan("nf4", corpora=(Corpus("short", ("abc",), "f3"),)), "short: the text has 3 tokens"),
+    ):
+        with pytest.raises(QjaxError, match=named):
+            run_sweep(tiny_model, wrong, tmp_path, Fail())
+
+
+def test_paired_difference():
+    base = {"nll": 2.0, "window_nll": [20.0, 22.0, 18.0], "window_tokens": [10, 10, 10]}
+    worse = {"nll": 2.1, "window_nll": [21.0, 23.0, 19.0], "window_tokens": [10, 10, 10]}
+    change = compare(worse, base)
+    assert change["nll_delta"] == pytest.approx(0.1)
+    assert change["nll_delta_stderr"] == pytest.approx(0.0, abs=1e-12)  # every window is worse by the same amount
+    assert change["perplexity_ratio"] == pytest.approx(np.exp(0.1))
+
+
+def test_method_names():
+    from qjax.recipe import parse_recipe
+
+    names = {"rtn(clip=mse):int3-g128": "rtn", "nf4": "nf4", "fp4": "fp4_e2m1", "bf16": "bf16", "none": "none"}
+    assert {text: method_name(parse_recipe(text)) for text in names} == names
+    assert digest("a", 1) != digest("a", 2)
+
+
+def test_kill_loses_at_most_the_cell_in_progress(tmp_path):
+    """A real process killed with SIGKILL in the middle; the next run finishes and equals an undisturbed one."""
+    script = textwrap.dedent(
+        """
+        import sys, pathlib
+        from tests.conftest import byte_tokenizer, random_model, tiny_config
+        from tests.test_sweep import plan
+        from qjax.sweep.runner import run_sweep
+        model = random_model(tiny_config(), byte_tokenizer())
+        run_sweep(model, plan("rtn:int8-channel", "rtn:int4-channel", "rtn:int3-channel", "nf4"), pathlib.Path(sys.argv[1]))
+        """
+    )
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-c", script]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    killed = tmp_path / "killed"
+    process = subprocess.Popen([*command, str(killed)], env=environment, cwd=root)
+    deadline = time.time() + 120
+    while len(read_rows(killed / ROWS)) < 3 and time.time() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    survivors = read_rows(killed / ROWS)
+    assert len(survivors) >= 3
+    for folder in (killed, tmp_path / "whole"):
+        subprocess.run([*command, str(folder)], env=environment, cwd=root, check=True)
+    rows, expected = read_rows(killed / ROWS), read_rows(tmp_path / "whole" / ROWS)
+    assert rows[: len(survivors)] == survivors
+    assert measured(rows) == measured(expected)
