@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, UInt8
+from jaxtyping import Array, Bool, Float, Shaped, UInt8
 
 from qjax.formats import DOUBLE_QUANT_BLOCK, Format, dynamic_map
 
@@ -52,7 +52,7 @@ class Parameters(NamedTuple):
     stored: jax.Array | QuantizedScales
 
 
-def to_groups(weight: Float[Array, "in out"], fmt: Format) -> Float[Array, "groups size columns"]:
+def to_groups(weight: Shaped[Array, "in out"], fmt: Format) -> Shaped[Array, "groups size columns"]:
     """The weight (or codes) with the axis that shares a scale in the middle, padded with zeros to whole groups."""
     rows, columns = weight.shape
     match fmt.granularity:
@@ -67,14 +67,14 @@ def to_groups(weight: Float[Array, "in out"], fmt: Format) -> Float[Array, "grou
             return jnp.pad(weight, ((0, -rows % size), (0, 0))).reshape(-1, size, columns)
 
 
-def from_groups(groups: Float[Array, "groups size columns"], fmt: Format, rows: int, columns: int) -> Float[Array, "in out"]:
+def from_groups(groups: Shaped[Array, "groups size width"], fmt: Format, rows: int, columns: int) -> Shaped[Array, "in out"]:
     """The inverse of `to_groups` for an (in=rows, out=columns) weight."""
     if fmt.granularity == "block" and rows % fmt.group:
         return groups.reshape(-1)[: rows * columns].reshape(columns, rows).T
     return groups.reshape(-1, columns)[:rows]
 
 
-def padding_mask(groups: Float[Array, "groups size columns"], weights: int) -> Bool[Array, "groups size 1"] | None:
+def padding_mask(groups: Shaped[Array, "groups size columns"], weights: int) -> Bool[Array, "groups size 1"] | None:
     """True where `to_groups` of a weight with `weights` elements put weights, not padding; None where it did not pad."""
     if groups.size == weights:
         return None
@@ -93,7 +93,7 @@ def find_range(
 
 
 def find_parameters(
-    groups: Float[Array, "groups size columns"], fmt: Format, shrink: float | Float[Array, "groups channels"] = 1.0
+    groups: Float[Array, "groups size columns"], fmt: Format, shrink: float | Float[Array, "..."] = 1.0
 ) -> Parameters:
     """The grid of every group that spans its range times `shrink`."""
     return range_parameters(*find_range(groups, fmt), fmt, shrink)
@@ -103,7 +103,7 @@ def range_parameters(
     low: Float[Array, "groups channels"],
     high: Float[Array, "groups channels"],
     fmt: Format,
-    shrink: float | Float[Array, "groups channels"] = 1.0,
+    shrink: float | Float[Array, "..."] = 1.0,
 ) -> Parameters:
     """The grid of every group whose weights span low <= 0 <= high, both times `shrink`."""
     low, high = low * shrink, high * shrink
@@ -168,6 +168,7 @@ def store_scales(scale: Float[Array, "groups channels"], fmt: Format) -> jax.Arr
         return scale.T.reshape(-1) if fmt.granularity == "block" else scale
     flat = scale.T.reshape(-1)
     offset = jnp.mean(flat)
+    offset += jnp.mean(flat - offset)  # what rounding of the sum took
     blocks = jnp.pad(flat - offset, (0, -flat.size % DOUBLE_QUANT_BLOCK)).reshape(-1, DOUBLE_QUANT_BLOCK)
     largest = jnp.max(jnp.abs(blocks), axis=1)
     scaled = blocks * (1 / _nonzero(largest))[:, None]

@@ -101,7 +101,7 @@ def shard(folder, parts=3):
     return names
 
 
-def refuse(folder, *parts):
+def expect_refusal(folder, *parts):
     """Loading the folder fails with one line that holds all the parts."""
     with pytest.raises(QjaxError) as error:
         load_huggingface(folder)
@@ -218,36 +218,36 @@ def test_a_tied_head_may_be_stored_too(tmp_path):
     edit_weights(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"]}))
     assert "output" not in load_huggingface(tmp_path).params["head"]
     edit_weights(tmp_path, lambda t: t.update({"lm_head.weight": t["lm_head.weight"] + 1}))
-    refuse(tmp_path, "lm_head.weight differs from the embedding", "tie_word_embeddings")
+    expect_refusal(tmp_path, "lm_head.weight differs from the embedding", "tie_word_embeddings")
 
 
 # Bad folders
 
 
 def test_missing_folder(tmp_path):
-    refuse(tmp_path / "nowhere", "nowhere: no such folder")
+    expect_refusal(tmp_path / "nowhere", "nowhere: no such folder")
 
 
 def test_a_file_is_no_folder(source):
-    refuse(source / "config.json", "is a file; give its folder")
+    expect_refusal(source / "config.json", "is a file; give its folder")
     with pytest.raises(QjaxError, match="is a file; give its folder"):
         load(source / "model.safetensors")
 
 
 def test_folder_without_config(tmp_path):
-    refuse(tmp_path, "has no config.json")
+    expect_refusal(tmp_path, "has no config.json")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"[1]", b"\x80\x04K\x01."])
 def test_broken_config(folder, content):
     (folder / "config.json").write_bytes(content)
-    refuse(folder, "config.json")
+    expect_refusal(folder, "config.json")
 
 
 def test_unreadable_files(folder):
     (folder / "config.json").unlink()
     (folder / "config.json").mkdir()
-    refuse(folder, "cannot read", "config.json: Is a directory")
+    expect_refusal(folder, "cannot read", "config.json: Is a directory")
 
 
 def test_unreadable_weights(folder, monkeypatch):
@@ -255,55 +255,55 @@ def test_unreadable_weights(folder, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("qjax.checkpoints.tensors.safe_open", refuse_to_open)
-    refuse(folder, "cannot read", "model.safetensors: Permission denied")
+    expect_refusal(folder, "cannot read", "model.safetensors: Permission denied")
 
 
 def test_unknown_architecture(folder):
     edit_config(folder, model_type="mamba", architectures=["MambaForCausalLM"])
-    refuse(folder, "config.json", "unknown architecture", "'mamba'", "supported: llama", "gpt2")
+    expect_refusal(folder, "config.json", "unknown architecture", "'mamba'", "supported: llama", "gpt2")
 
 
 def test_no_weights(folder):
     (folder / "model.safetensors").unlink()
-    refuse(folder, "has no weights: expected model.safetensors")
+    expect_refusal(folder, "has no weights: expected model.safetensors")
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt"])
 def test_pickle_is_never_loaded(folder, name):
     (folder / "model.safetensors").rename(folder / name)
-    refuse(folder, name, "pickle", "never loaded", "convert")
+    expect_refusal(folder, name, "pickle", "never loaded", "convert")
 
 
 @pytest.mark.parametrize("kept", [0, 5, 40, 2000, -1])
 def test_truncated_weights(folder, kept):
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[:kept])
-    refuse(folder, "model.safetensors is truncated or corrupt", "again")
+    expect_refusal(folder, "model.safetensors is truncated or corrupt", "again")
 
 
 def test_weights_that_are_no_safetensors(folder):
     (folder / "model.safetensors").write_bytes(b"\x80\x04\x95" + bytes(range(200)))
-    refuse(folder, "model.safetensors is truncated or corrupt")
+    expect_refusal(folder, "model.safetensors is truncated or corrupt")
 
 
 def test_index_without_shard(folder):
     names = shard(folder)
     (folder / names[0]).unlink()
     (folder / names[2]).unlink()
-    refuse(folder, "lacks", names[0], names[2], "model.safetensors.index.json")
+    expect_refusal(folder, "lacks", names[0], names[2], "model.safetensors.index.json")
 
 
 @pytest.mark.parametrize("content", ["{", "{}", '{"weight_map": []}', '{"weight_map": {"a": "../model.safetensors"}}'])
 def test_broken_index(folder, content):
     shard(folder)
     (folder / "model.safetensors.index.json").write_text(content)
-    refuse(folder, "model.safetensors.index.json")
+    expect_refusal(folder, "model.safetensors.index.json")
 
 
 def test_a_tensor_in_two_shards(folder):
     names = shard(folder)
     shutil.copy(folder / names[0], folder / names[1])
-    refuse(folder, names[1], "is also in", names[0])
+    expect_refusal(folder, names[1], "is also in", names[0])
 
 
 def test_missing_tensors_are_all_named(folder):
@@ -311,28 +311,28 @@ def test_missing_tensors_are_all_named(folder):
         del tensors["lm_head.weight"], tensors["model.layers.1.mlp.up_proj.weight"]
 
     edit_weights(folder, drop)
-    refuse(folder, "missing lm_head.weight", "missing model.layers.1.mlp.up_proj.weight")
+    expect_refusal(folder, "missing lm_head.weight", "missing model.layers.1.mlp.up_proj.weight")
 
 
 def test_long_lists_are_cut(folder):
     edit_config(folder, num_hidden_layers=4)
-    refuse(folder, "missing model.layers.2", "and 13 more")
+    expect_refusal(folder, "missing model.layers.2", "and 13 more")
 
 
 def test_unexpected_tensors(folder):
     edit_weights(folder, lambda t: t.update({"model.layers.0.self_attn.q_norm.weight": np.ones(8, np.float32)}))
-    refuse(folder, "unexpected model.layers.0.self_attn.q_norm.weight")
+    expect_refusal(folder, "unexpected model.layers.0.self_attn.q_norm.weight")
 
 
 def test_wrong_shapes(folder):
     edit_config(folder, vocab_size=300)
-    refuse(folder, "model.embed_tokens.weight has shape (257, 32), expected (300, 32)", "lm_head.weight has shape")
+    expect_refusal(folder, "model.embed_tokens.weight has shape (257, 32), expected (300, 32)", "lm_head.weight has shape")
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.int8])
 def test_unsupported_types(folder, dtype):
     edit_weights(folder, lambda t: t.update({"model.norm.weight": t["model.norm.weight"].astype(dtype)}))
-    refuse(folder, "model.norm.weight has type", "expected F32, F16, BF16")
+    expect_refusal(folder, "model.norm.weight has type", "expected F32, F16, BF16")
 
 
 def test_fp8_weights(folder):
@@ -342,7 +342,7 @@ def test_fp8_weights(folder):
     header["model.norm.weight"] |= {"dtype": "F8_E4M3", "shape": [128]}  # as many bytes as 32 of F32
     header = json.dumps(header).encode()
     (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
-    refuse(folder, "model.norm.weight has type F8_E4M3, expected F32, F16, BF16")
+    expect_refusal(folder, "model.norm.weight has type F8_E4M3, expected F32, F16, BF16")
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
@@ -352,17 +352,17 @@ def test_weights_that_are_not_finite(value, dtype, tmp_path):
     for path in ("block_0/mlp/up/kernel", "head/norm/scale"):
         leaves[path] = leaves[path].at[(3,) * leaves[path].ndim].set(value)
     save_huggingface(tmp_path, weights_model(tiny_config())._replace(params=unflatten(leaves)))
-    refuse(tmp_path, "NaN or infinite", "model.layers.0.mlp.up_proj.weight", "model.norm.weight")
+    expect_refusal(tmp_path, "NaN or infinite", "model.layers.0.mlp.up_proj.weight", "model.norm.weight")
 
 
 def test_tokenizer_larger_than_the_embedding(tmp_path):
     save_huggingface(tmp_path, weights_model(tiny_config(vocabulary_size=200), byte_tokenizer()))
-    refuse(tmp_path, "tokenizer.json has 256 tokens", "only 200")
+    expect_refusal(tmp_path, "tokenizer.json has 256 tokens", "only 200")
 
 
 def test_corrupt_tokenizer(folder):
     (folder / "tokenizer.json").write_text("{}")
-    refuse(folder, "tokenizer.json is not a tokenizer")
+    expect_refusal(folder, "tokenizer.json is not a tokenizer")
 
 
 # Names
@@ -380,7 +380,7 @@ def test_folders_that_may_not_be_entered(source, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "is_dir", refuse_to_look)
-    with pytest.raises(QjaxError, match="cannot read .*: Permission denied"):
+    with pytest.raises(QjaxError, match=r"cannot read .*: Permission denied"):
         load(source)
 
 

@@ -202,17 +202,17 @@ NARROW = ["int4-g32", "int8-g32-sym-max", "int1-g32-sym", "int4-g32-dq", "nf4-b3
 
 @pytest.mark.parametrize("name", WIDE + NARROW)
 def test_extreme_weights_stay_finite_and_sane(name):
-    for kind, weight in EXTREMES.items():
-        weight = weight.astype(np.float32)
+    for kind, values in EXTREMES.items():
+        weight = values.astype(np.float32)
         q, info = rtn(jnp.asarray(weight), name)
-        values = np.asarray(dequantize(q), np.float64)
-        assert np.all(np.isfinite(values)), kind
+        restored = np.asarray(dequantize(q), np.float64)
+        assert np.all(np.isfinite(restored)), kind
         assert np.isfinite(info.weight_error), kind
         assert 0 <= float(info.clipped) <= 1, kind
         # No value is further out than the largest weight by more than the rounding of a scale can bring.
-        assert np.abs(values).max() <= 1.3 * float(np.abs(weight).max()) + 1e-12, kind
+        assert np.abs(restored).max() <= 1.3 * float(np.abs(weight).max()) + 1e-12, kind
         if kind == "zeros":
-            assert not values.any()
+            assert not restored.any()
             assert float(info.weight_error) == 0
         if name in WIDE and kind not in ("zeros", "denormal", "mixed"):
             assert float(info.weight_error) < 0.02, kind
@@ -241,5 +241,7 @@ def test_errors():
         rtn(jnp.ones((4, 4)), "int4-g4", clip="mae")
     with pytest.raises(QjaxError, match=r"expected a weight \(in, out\), got shape \(4,\)"):
         rtn(jnp.ones(4), "int4-g4")
+    with pytest.raises(QjaxError, match=r"expected a weight \(in, out\), got shape \(0, 4\)"):
+        rtn(jnp.ones((0, 4)), "int4-g4")
     with pytest.raises(QjaxError, match="unknown grid"):
         rtn(jnp.ones((4, 4)), "int44-g4")

@@ -81,7 +81,7 @@ def edit_weights(folder, change):
     save_file(tensors, folder / "model.safetensors")
 
 
-def refuse(folder, *parts):
+def expect_refusal(folder, *parts):
     with pytest.raises(QjaxError) as error:
         load_packed(folder)
     message = str(error.value)
@@ -141,13 +141,13 @@ def test_configurations_survive_json(config):
 
 def test_missing_description(folder):
     (folder / "qjax.json").unlink()
-    refuse(folder, "qjax.json: No such file")
+    expect_refusal(folder, "qjax.json: No such file")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '"text"'])
 def test_broken_description(folder, content):
     (folder / "qjax.json").write_text(content)
-    refuse(folder, "qjax.json")
+    expect_refusal(folder, "qjax.json")
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_broken_description(folder, content):
 )
 def test_malformed_description(folder, change, message):
     edit(folder, change)
-    refuse(folder, "qjax.json: ", message)
+    expect_refusal(folder, "qjax.json: ", message)
 
 
 @pytest.mark.parametrize(
@@ -200,26 +200,26 @@ def test_malformed_description(folder, change, message):
 )
 def test_malformed_weights(folder, change, message):
     edit_weights(folder, change)
-    refuse(folder, "model.safetensors does not fit qjax.json", message)
+    expect_refusal(folder, "model.safetensors does not fit qjax.json", message)
 
 
 @pytest.mark.parametrize("kept", [0, 5, 60, 3000, -1])
 def test_truncated_weights(folder, kept):
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[:kept])
-    refuse(folder, "model.safetensors is truncated or corrupt")
+    expect_refusal(folder, "model.safetensors is truncated or corrupt")
 
 
 def test_missing_weights(folder):
     (folder / "model.safetensors").unlink()
-    refuse(folder, "model.safetensors: No such file")
+    expect_refusal(folder, "model.safetensors: No such file")
 
 
 def test_tokenizer_larger_than_the_embedding(folder):
     inner = byte_tokenizer().inner
     inner.add_tokens(["one", "two"])
     inner.save(str(folder / "tokenizer.json"))
-    refuse(folder, "tokenizer.json has 258 tokens", "only 257")
+    expect_refusal(folder, "tokenizer.json has 258 tokens", "only 257")
 
 
 # Writing
@@ -258,7 +258,7 @@ def test_a_crash_leaves_no_folder_that_loads(fails_at, tmp_path, monkeypatch):
         save(tmp_path, quantized_model("int8-channel", tokenizer=byte_tokenizer()), overwrite=True)
     assert not (tmp_path / "qjax.json").exists()
     assert [path for path in tmp_path.iterdir() if path.suffix == ".tmp"] == []
-    refuse(tmp_path, "qjax.json: No such file")
+    expect_refusal(tmp_path, "qjax.json: No such file")
 
 
 def test_full_disk(tmp_path):
@@ -306,6 +306,15 @@ def test_writing_bytes_text_and_by_function(tmp_path):
     assert (tmp_path / "c").read_text() == "by function"
     with pytest.raises(QjaxError, match="No such file or directory"):
         write_atomically(tmp_path / "missing" / "a", b"")
+
+
+def test_files_are_on_disk_before_they_take_their_name(tmp_path, monkeypatch):
+    events = []
+    for name in ("fsync", "replace"):
+        call = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, name=name, call=call: events.append(name) or call(*args))
+    write_atomically(tmp_path / "a", b"content")
+    assert events == ["fsync", "replace", "fsync"]  # the file, its name, the folder
 
 
 def test_output_folders(tmp_path):

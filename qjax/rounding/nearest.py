@@ -30,12 +30,12 @@ SHRINKS = 81  # 1.00, 0.99, ..., 0.20
 def rtn(weight: Float[Array, "in out"], fmt: Format | str, *, clip: Clip = "none") -> tuple[QTensor, Info]:
     """Rounds a weight (in, out), any float type, to the nearest codes of `fmt`.
 
-    Raises QjaxError for an unknown clip or a weight that is not two-dimensional.
+    Raises QjaxError for an unknown clip and for a weight that is empty or not two-dimensional.
     """
     fmt = parse_format(fmt)
     if clip not in get_args(Clip):
         raise QjaxError(f"rtn: unknown clip {clip!r}; allowed: {', '.join(get_args(Clip))}")
-    if weight.ndim != 2:
+    if weight.ndim != 2 or not weight.size:
         raise QjaxError(f"rtn: expected a weight (in, out), got shape {weight.shape}")
     return _rtn(weight, fmt, clip)
 

@@ -120,7 +120,9 @@ def make_row(
         "window_tokens": list(result.window_tokens),
         **provenance(),
     }
-    return row | compare(row, baseline or row)
+    row |= compare(row, baseline or row)
+    # A single window has no standard error: null in JSON, which has no nan.
+    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in row.items()}
 
 
 def compare(row: dict[str, object], baseline: dict[str, object]) -> dict[str, float]:

@@ -22,7 +22,7 @@ class Rounded(NamedTuple):
 
 def group_index(shape: tuple[int, int], fmt: Format) -> np.ndarray:
     """Which group each weight belongs to, numbered output channel after output channel."""
-    rows, columns = shape
+    rows = shape[0]
     row, column = np.indices(shape)
     match fmt.granularity:
         case "tensor":
@@ -43,10 +43,7 @@ def rtn(weight: np.ndarray, fmt: Format, shrink: float | np.ndarray = 1.0) -> Ro
     shrink = np.broadcast_to(shrink, (count,))
     low = np.array([min(weight[index == g].min(), 0) for g in range(count)]) * shrink
     high = np.array([max(weight[index == g].max(), 0) for g in range(count)]) * shrink
-    if fmt.is_affine:
-        exact = (high - low) / (2**fmt.bits - 1)
-    else:
-        exact = np.maximum(high, -low) / bound(fmt)
+    exact = (high - low) / (2**fmt.bits - 1) if fmt.is_affine else np.maximum(high, -low) / bound(fmt)
     stored = store(exact, fmt)
     used = exact if fmt.double_quantized and fmt.granularity == "block" else stored
     values, margin = np.zeros_like(weight), np.zeros_like(weight)
