@@ -27,6 +27,7 @@ def write_atomically(path: str | Path, content: bytes | str | Callable[[Path], N
                 content(temporary)
             else:
                 temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+            temporary.chmod(0o666 & ~_umask())  # some writers make files that only their owner can read
             _sync(temporary)
             temporary.replace(path)
         finally:
@@ -35,6 +36,12 @@ def write_atomically(path: str | Path, content: bytes | str | Callable[[Path], N
             _sync(path.parent)
     except OSError as error:
         raise QjaxError(f"cannot write {path}: {reason(error)}; choose a writable folder with free space") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _sync(path: Path) -> None:

@@ -172,7 +172,7 @@ def store_scales(scale: Float[Array, "groups channels"], fmt: Format) -> jax.Arr
     blocks = jnp.pad(flat - offset, (0, -flat.size % DOUBLE_QUANT_BLOCK)).reshape(-1, DOUBLE_QUANT_BLOCK)
     largest = jnp.max(jnp.abs(blocks), axis=1)
     scaled = blocks * (1 / _nonzero(largest))[:, None]
-    if fmt.granularity == "block":
+    if fmt.granularity == "block":  # bitsandbytes' table
         step = jnp.floor((scaled + 1) * 0.5 * 65535 + 0.5)
         scaled = 2 * step / 65535 - 1
     table = jnp.array(dynamic_map())

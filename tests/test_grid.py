@@ -22,6 +22,7 @@ def test_groups_hold_what_shares_a_scale(shape, granularity):
     weight = np.arange(1, 1 + shape[0] * shape[1], dtype=np.float32).reshape(shape)
     groups = grid.to_groups(jnp.asarray(weight), fmt)
     np.testing.assert_array_equal(grid.from_groups(groups, fmt, *shape), weight)
+    assert groups.shape[1] <= weight.size, "a group larger than the weight takes no more memory"
     expected = {}
     for value, group in zip(weight.T.ravel(), oracle.group_index(shape, fmt).T.ravel(), strict=True):
         expected.setdefault(group, []).append(value)

@@ -93,7 +93,7 @@ def test_windows_are_clipped_to_the_context_and_the_name_says_so(tiny_model):
 def test_batching_does_not_change_losses(tiny_model, monkeypatch, tokens_at_once):
     windows = corpus_windows(tiny_model, CORPUS, parse_convention("windows-32"))
     whole = module.score(tiny_model, windows.tokens)
-    monkeypatch.setattr(module, "BATCH_TOKENS", tokens_at_once)
+    monkeypatch.setitem(module.BATCH_TOKENS, "cpu", tokens_at_once)
     seen = []
     losses = module.score(tiny_model, windows.tokens, on_batch=lambda done, total: seen.append((done, total)))
     np.testing.assert_allclose(losses, whole, atol=1e-5)

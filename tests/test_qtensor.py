@@ -167,7 +167,7 @@ def test_trees():
 
 def test_from_codes_and_back():
     """Packing codes with their parameters and unpacking gives them back, flat blocks and short groups included."""
-    for name in ("int5-g16", "int3-b24", "int2-tensor", "int1-channel"):
+    for name in ("int5-g16", "int3-b24", "int3-b20", "int2-tensor", "int1-channel"):
         fmt = parse_format(name)
         codes = jnp.asarray(np.random.default_rng(0).integers(0, 2**fmt.bits, (40, 6)), jnp.uint8)
         shape = fmt.parameter_shape(40, 6)

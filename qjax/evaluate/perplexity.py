@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -33,7 +34,8 @@ from qjax.models.model import Model, compute_dtype, hidden_states, losses
 from qjax.qtensor import dequantize_tree
 
 JOINING = "\n\n"
-BATCH_TOKENS = 4096
+# Tokens run at a time. On a CPU a small batch keeps the activations in its cache, which is twice as fast for small models.
+BATCH_TOKENS = {"cpu": 1024, "gpu": 16384, "tpu": 16384}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +198,7 @@ def score(
     if not packed:
         model = model._replace(params=dequantize_tree(model.params, compute_dtype()))
     total, length = tokens.shape
-    batch = min(max(1, BATCH_TOKENS // length), total)
+    batch = min(max(1, BATCH_TOKENS[jax.default_backend()] // length), total)
     padded = np.concatenate([tokens, np.zeros((-total % batch, length), np.int32)])
     rows = []
     for start in range(0, len(padded), batch):
