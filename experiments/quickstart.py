@@ -13,9 +13,9 @@ from pathlib import Path
 
 import qjax
 from qjax.cache import enable_compilation_cache
+from qjax.evaluate.corpora import load_corpora
 from qjax.report.figures import write_reports
-from qjax.sweep.grid import expand
-from qjax.sweep.runner import load_corpora
+from qjax.sweep.cells import expand
 
 
 @dataclasses.dataclass(frozen=True)

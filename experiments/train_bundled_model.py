@@ -4,7 +4,7 @@
 
 The text is what every machine has (`qjax/train/text.py`), less the held-out part of `python-docs`; the tokenizer is a
 byte-level BPE trained on it. A run that was stopped continues from its last checkpoint under --run, bit for bit.
-`--tiny` is the same code on little text and a very small model.
+`--tiny` is the same code on little text and a very small model, under runs/tiny.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import time
 from collections import Counter, defaultdict
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +26,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from qjax.checkpoints.huggingface import save_huggingface
-from qjax.evaluate.corpora import load_corpus
+from qjax.evaluate.perplexity import PerplexityResult, perplexity
 from qjax.models.config import DecoderConfig
 from qjax.models.model import Model
 from qjax.models.tokenizer import Tokenizer, load_tokenizer
@@ -35,6 +34,7 @@ from qjax.train import pretrain
 from qjax.train.text import SHORTEST_HELD_OUT_LINE, Document, training_documents
 
 BOS, EOS = "<bos>", "<eos>"
+SMALLEST_NAMED_SOURCE = 200_000  # bytes; the card names smaller sources together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Experiment:
     tokenizer_share: int = 6  # one document in so many trains the tokenizer
     save_every: int = 200
     evaluate_every: int = 500
-    evaluate_tokens: int = 8192  # held-out tokens of a check during training
-    final_tokens: int | None = None  # and of the figure in the card; None: all
+    evaluate_windows: int = 32  # held-out windows of a check during training
+    final_windows: int | None = None  # and of the figure in the card; None: all
     devices: int = 2
 
 
@@ -68,7 +68,7 @@ def tiny(steps: int) -> Experiment:
     model = model_config(vocabulary_size=384, mlp_size=128, layers=2, context=64)
     train = pretrain.PretrainConfig(model, steps=steps, batch=8)
     text = {"package_bytes": 0, "documents": 60, "tokenizer_share": 1}
-    return Experiment(train, **text, save_every=10, evaluate_every=20, evaluate_tokens=1024, final_tokens=4096, devices=1)
+    return Experiment(train, **text, save_every=10, evaluate_every=20, evaluate_windows=16, final_windows=64, devices=1)
 
 
 # --- text to tokens ------------------------------------------------------------------------------------------------------
@@ -130,26 +130,15 @@ def describe_data(documents: list[Document], stream: int) -> dict:
 # --- the run -------------------------------------------------------------------------------------------------------------
 
 
-class HeldOut(NamedTuple):
-    """The head of `python-docs`' test side, documents joined by blank lines."""
-
-    tokens: np.ndarray
-    bytes: int
-
-
-def held_out_tokens(tokenizer: Tokenizer, limit: int | None) -> HeldOut:
-    ids, sizes = tokenizer.encode_with_bytes("\n\n".join(load_corpus("python-docs", "test").documents))
-    return HeldOut(ids[:limit], int(sizes[:limit].sum()))
-
-
 def run_tokenizer(experiment: Experiment, run: Path) -> Tokenizer:
     model = experiment.train.model
     return load_tokenizer(run / "tokenizer.json", bos_id=model.bos_id, eos_id=model.eos_id)
 
 
-def bits_per_byte(model: DecoderConfig, params: dict, text: HeldOut) -> float:
-    nats_per_token = pretrain.mean_nll(model, params, text.tokens, batch=4)
-    return nats_per_token / np.log(2) * len(text.tokens) / text.bytes
+def held_out_perplexity(model: Model, max_windows: int | None) -> PerplexityResult:
+    """Perplexity on the held-out side of `python-docs`, as `qjax eval` measures it, in windows of the model's context."""
+    params = jax.device_get(model.params)  # replicated parameters would be evaluated once per device
+    return perplexity(model._replace(params=params), "python-docs", f"windows-{model.config.context}", max_windows=max_windows)
 
 
 def run_training(experiment: Experiment, run: Path) -> pretrain.TrainState:
@@ -158,7 +147,7 @@ def run_training(experiment: Experiment, run: Path) -> pretrain.TrainState:
     if not (run / "data.json").exists():
         prepare(experiment, run)
     tokens = np.load(run / "tokens.npy")
-    held_out = held_out_tokens(run_tokenizer(experiment, run), experiment.evaluate_tokens)
+    tokenizer = run_tokenizer(experiment, run)
     step_fn = pretrain.make_step(config, experiment.devices)
     with pretrain.checkpoints(run / "ckpt") as manager, (run / "log.jsonl").open("a", buffering=1) as log:
         state = pretrain.restore_latest(manager, config)
@@ -172,7 +161,9 @@ def run_training(experiment: Experiment, run: Path) -> pretrain.TrainState:
                 row = {"step": done, "loss": float(np.mean(losses)), "lr": float(pretrain.learning_rate(config, step))}
                 losses = []
             if done % experiment.evaluate_every == 0 or last:
-                row |= {"step": done, "bits_per_byte": bits_per_byte(config.model, state.params, held_out)}
+                model = Model(config.model, state.params, tokenizer, "training")
+                result = held_out_perplexity(model, experiment.evaluate_windows)
+                row |= {"step": done, "bits_per_byte": result.bits_per_byte, "convention": result.convention}
             if row:
                 row |= {"tokens": done * config.tokens_per_step, "seconds": round(time.perf_counter() - started, 1)}
                 log.write(json.dumps(row) + "\n")
@@ -186,15 +177,14 @@ def run_training(experiment: Experiment, run: Path) -> pretrain.TrainState:
 
 def export(experiment: Experiment, state: pretrain.TrainState, run: Path, out: Path) -> None:
     """Write the weights in bfloat16, config.json, the tokenizer's files and the model card into `out`."""
-    model, tokenizer = experiment.train.model, run_tokenizer(experiment, run)
     params = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), jnp.bfloat16), state.params)
-    save_huggingface(out, Model(model, params, tokenizer, "bundled"), overwrite=True)
-    held_out = held_out_tokens(tokenizer, experiment.final_tokens)
-    result = bits_per_byte(model, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params), held_out)
-    (out / "README.md").write_text(model_card(experiment, params, run, result, held_out.bytes))
+    model = Model(experiment.train.model, params, run_tokenizer(experiment, run), "bundled")
+    save_huggingface(out, model, overwrite=True)
+    result = held_out_perplexity(model, experiment.final_windows)
+    (out / "README.md").write_text(model_card(experiment, params, run, result))
 
 
-def model_card(experiment: Experiment, params: dict, run: Path, result: float, held_out_bytes: int) -> str:
+def model_card(experiment: Experiment, params: dict, run: Path, result: PerplexityResult) -> str:
     """The model card: data, steps, result, loss curve and command."""
     train, model = experiment.train, experiment.train.model
     data = json.loads((run / "data.json").read_text())
@@ -202,9 +192,6 @@ def model_card(experiment: Experiment, params: dict, run: Path, result: float, h
     parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
     tokens, repeats = train.steps * train.tokens_per_step, dict(experiment.repeats)
     curve = [(step, row) for step, row in sorted(log.items()) if "bits_per_byte" in row]
-    sizes = sorted(data["packages"].items(), key=lambda item: -item[1])
-    versions = data["versions"]
-    packages = ", ".join(f"{name} {versions.get(name, '')}".strip() + f" {size:,}" for name, size in sizes)
     final = np.mean([row["loss"] for step, row in log.items() if step > train.steps - 100 and "loss" in row])
     lines = [
         "# qjax's bundled model",
@@ -216,8 +203,9 @@ def model_card(experiment: Experiment, params: dict, run: Path, result: float, h
         "",
         "| | |",
         "|---|---|",
-        f"| bits per byte on the held-out part of `python-docs` (bfloat16 weights, windows of {model.context}, "
-        f"{held_out_bytes:,} bytes) | {result:.4f} |",
+        f"| bits per byte on the held-out part of `python-docs` (Python {platform.python_version()}, {result.convention}, "
+        f"{result.tokens:,} tokens and their {result.nbytes:,} bytes scored) | {result.bits_per_byte:.4f} |",
+        f"| perplexity of a token, the same | {result.value:.4f} |",
         f"| training loss, mean of the last 100 steps (nats per token) | {final:.4f} |",
         f"| steps | {train.steps:,} of {train.batch} x {model.context} tokens |",
         f"| tokens seen | {tokens:,} ({tokens / parameters:.1f} per parameter) |",
@@ -239,11 +227,11 @@ def model_card(experiment: Experiment, params: dict, run: Path, result: float, h
         "|---|---|---|",
         *(f"| {kind} | {size:,} | {repeats[kind]} |" for kind, size in data["bytes"].items()),
         "",
-        f"The stream has {data['stream']:,} tokens. Bytes by source: {packages}.",
+        f"The stream has {data['stream']:,} tokens. Bytes by source: {sources(data)}.",
         "",
         "## Loss curve",
         "",
-        f"Bits per byte here are of the first {experiment.evaluate_tokens:,} held-out tokens, the training loss of ten steps.",
+        f"{curve_note(experiment, curve)} The training loss is of ten steps.",
         "",
         "| step | training loss | held-out bits per byte |",
         "|---|---|---|",
@@ -252,12 +240,36 @@ def model_card(experiment: Experiment, params: dict, run: Path, result: float, h
     return "\n".join(lines) + "\n"
 
 
+def sources(data: dict) -> str:
+    """The bytes of each source of the text, the small ones together."""
+    large = {name: size for name, size in data["packages"].items() if size >= SMALLEST_NAMED_SOURCE}
+    named = sorted(large.items(), key=lambda item: -item[1])
+    entries = [f"{name} {data['versions'].get(name, '')}".strip() + f" {size:,}" for name, size in named]
+    small = [size for name, size in data["packages"].items() if name not in large]
+    return ", ".join(entries) + (f", and {len(small)} smaller packages {sum(small):,}" if small else "")
+
+
+def curve_note(experiment: Experiment, curve: list[tuple[int, dict]]) -> str:
+    """What the bits per byte of the curve are. Logs of qjax's first training name no convention: it had its own measure."""
+    windows, context = experiment.evaluate_windows, experiment.train.model.context
+    if all("convention" in row for _, row in curve):
+        return f"Bits per byte here are of the first {windows} held-out windows of {context} tokens, in float32 weights."
+    return (
+        f"Bits per byte here are not quite those of the table above: they are of the first {windows * context:,} held-out "
+        f"tokens, taken during training by a former measure, which counted the unscored first token of a window of {context} "
+        "and its bytes too, at the mean loss of the others."
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--run", type=Path, default=Path("runs/bundled"), help="tokens, checkpoints and log")
-    parser.add_argument("--out", type=Path, default=Path("qjax/models/bundled"), help="the Hugging Face folder")
+    parser.add_argument("--steps", type=int, help="4000, or 40 with --tiny")
+    parser.add_argument("--run", type=Path, help="tokens, checkpoints and log; runs/bundled, or runs/tiny with --tiny")
+    parser.add_argument("--out", type=Path, help="the model's folder; qjax/models/bundled, or runs/tiny/model with --tiny")
     parser.add_argument("--tiny", action="store_true", help="little text and a very small model")
+    options = parser.parse_args()
+    steps, run, out = (40, "runs/tiny", "runs/tiny/model") if options.tiny else (4000, "runs/bundled", "qjax/models/bundled")
+    parser.set_defaults(steps=steps, run=Path(run), out=Path(out))
     options = parser.parse_args()
     experiment = (tiny if options.tiny else full)(options.steps)
     if jax.config.jax_platforms in (None, "", "cpu"):

@@ -27,6 +27,7 @@ _PUBLIC = {
     "quantize_flax": "driver",
     "apply_flax": "driver",
     "dequantize_flax": "driver",
+    "quantized_kernels": "interception",
     # models
     "Model": "models.model",
     "DecoderConfig": "models.config",

@@ -4,6 +4,7 @@ JAX and everything that needs it is imported inside the commands, so that `qjax 
 """
 
 import contextlib
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -25,9 +26,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-ModelName = Annotated[
-    str, typer.Argument(metavar="[MODEL]", help="Hugging Face folder or hub name, folder qjax saved, or 'bundled'.")
-]
+MODEL_HELP = "Hugging Face folder or hub name, folder qjax saved, or 'bundled'."
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 Data = Annotated[
     list[str], typer.Option("--data", help="python-docs, wikitext2, ptb, c4, text:PATH or jsonl:PATH; may be repeated.")
 ]
@@ -38,19 +38,27 @@ Rules = Annotated[
     list[str] | None,
     typer.Option("--rule", help="PATTERN=RECIPE (or =none): recipe of the kernels whose path matches; may be repeated."),
 ]
-MaxWindows = Annotated[int | None, typer.Option("--max-windows", min=1, help="Measure the first N windows only.")]
+MaxWindows = Annotated[int | None, typer.Option("--max-windows", min=0, help="Measure the first N windows only; 0: all.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Write into a folder that is not empty.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder to write.")]
+INTERRUPTED = 130  # exit code after Ctrl-C
+METHODS, BITS = "rtn,nf4", "8,4,3,2"
 DEFAULT_WINDOWS = 128  # of the bundled text: enough for a standard error of 2 %, paired differences of 0.1 %
 
 
 @app.command()
 def sweep(
-    model: ModelName = "bundled",
-    recipes: Annotated[str, typer.Option(help="Comma-separated recipes; see `qjax recipes`.")] = "",
-    methods: Annotated[str, typer.Option(help="Comma-separated methods or codebooks, times --bits.")] = "rtn,nf4",
-    bits: Annotated[str, typer.Option(help="Comma-separated bits per code.")] = "8,4,3,2",
-    group: Annotated[str | None, typer.Option(help="Weights per scale: a number, channel or tensor.")] = None,
+    model: Annotated[str, typer.Argument(metavar="[MODEL]", help=MODEL_HELP)] = "bundled",
+    recipes: Annotated[
+        str | None, typer.Option(help="Comma-separated recipes, see `qjax recipes`; instead of --methods, --bits, --group.")
+    ] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Comma-separated methods or codebooks, times --bits.", show_default=METHODS)
+    ] = None,
+    bits: Annotated[str | None, typer.Option(help="Comma-separated bits per code.", show_default=BITS)] = None,
+    group: Annotated[
+        str | None, typer.Option(help="Weights per scale: a number, channel or tensor.", show_default="128, codebooks 64")
+    ] = None,
     data: Data = ["python-docs"],  # noqa: B006
     convention: ConventionName = "windows-2048",
     max_windows: MaxWindows = None,
@@ -59,25 +67,29 @@ def sweep(
     out: Out = Path("qjax-results"),
 ) -> None:
     """Measure perplexity of a model in many formats; table and figure go to --out."""
+    from qjax.evaluate.corpora import load_corpora
     from qjax.evaluate.perplexity import parse_convention
     from qjax.report.figures import write_reports
-    from qjax.sweep.grid import canonical, expand
-    from qjax.sweep.runner import Sweep, load_corpora, run_sweep
+    from qjax.sweep.cells import canonical, expand
+    from qjax.sweep.runner import Sweep, run_sweep
 
-    names = canonical(_split(recipes)) if recipes else expand(_split(methods), _numbers(bits), group)
+    if recipes is not None and (methods, bits, group) != (None, None, None):
+        raise QjaxError("--recipes says everything; give either it or --methods, --bits and --group")
+    if recipes is not None:
+        names = canonical(_split(recipes))
+    else:
+        asked = _split(METHODS if methods is None else methods), _numbers(BITS if bits is None else bits)
+        names = expand(*asked, group)
     measured = parse_convention(convention)
     _prepare(out)
     corpora = load_corpora(data)
     loaded = _load(model)
     if max_windows is None and model == "bundled" and data == ["python-docs"]:
         max_windows = DEFAULT_WINDOWS
-    plan = Sweep(tuple(names), corpora, measured, max_windows, tuple(rule or ()), seed)
-    try:
-        with _live_sweep() as watcher:
-            rows = run_sweep(loaded, plan, out, watcher)
-    except KeyboardInterrupt:
-        typer.echo(f"interrupted; finished rows are in {out}, the same command goes on from there", err=True)
-        raise typer.Exit(130) from None
+        typer.echo(f"measuring the first {DEFAULT_WINDOWS} windows; --max-windows 0 measures all", err=True)
+    plan = Sweep(tuple(names), corpora, measured, max_windows or None, tuple(rule or ()), seed)
+    with _live_sweep() as watcher:
+        rows = run_sweep(loaded, plan, out, watcher)
     _print_tables(rows)
     for path in write_reports(out, rows):
         typer.echo(path)
@@ -122,8 +134,8 @@ def evaluate(
     packed: Annotated[bool, typer.Option("--packed", help="Multiply with packed weights.")] = False,
 ) -> None:
     """Perplexity of one model, quantized or not."""
+    from qjax.evaluate.corpora import load_corpora
     from qjax.evaluate.perplexity import parse_convention, perplexity
-    from qjax.sweep.runner import load_corpora
 
     measured = parse_convention(convention)
     corpora = load_corpora(data)
@@ -135,12 +147,13 @@ def evaluate(
                 loaded,
                 corpus,
                 measured,
-                max_windows=max_windows,
+                max_windows=max_windows or None,
                 packed=packed,
                 on_batch=lambda done, total, task=task: progress.update(task, completed=done, total=total),
             )
+        error = f" ± {result.stderr:.4f}" if math.isfinite(result.stderr) else ""
         typer.echo(
-            f"{loaded.name} ({loaded.recipe}) on {result.corpus}: perplexity {result.value:.4f} ± {result.stderr:.4f}, "
+            f"{loaded.name} ({loaded.recipe}) on {result.corpus}: perplexity {result.value:.4f}{error}, "
             f"{result.nll:.5f} nats a token, {result.bits_per_byte:.4f} bits a byte "
             f"[{result.convention}, {result.tokens:,} tokens, {result.tokens_per_second:,.0f} tokens/s]"
         )
@@ -206,6 +219,10 @@ def main(arguments: list[str] | None = None) -> None:
     """
     try:
         app(arguments)
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:
+            typer.echo("interrupted; what was finished is kept, the same command goes on from there", err=True)
+        raise
     except QjaxError as error:
         _fail(str(error))
     except OSError as error:
@@ -235,7 +252,9 @@ def _split(text: str) -> list[str]:
             continue
         depth += {"(": 1, ")": -1}.get(letter, 0)
         current += letter
-    return [part for part in parts if part]
+    if depth or not all(parts):
+        raise QjaxError(f"{text!r}: expected names separated by commas, with every parenthesis closed")
+    return parts
 
 
 def _numbers(text: str) -> list[int]:
@@ -247,7 +266,9 @@ def _numbers(text: str) -> list[int]:
 
 def _prepare(folder: Path) -> None:
     """Makes the output folder and proves that it can be written before anything is computed."""
-    folder.mkdir(parents=True, exist_ok=True)
+    from qjax.files import prepare_output_folder
+
+    prepare_output_folder(folder, overwrite=True)
     probe = folder / f".probe-{os.getpid()}"
     probe.write_bytes(b"")
     probe.unlink()
@@ -295,6 +316,7 @@ def _live_sweep() -> Iterator[object]:
                     f"{row['recipe']:<28} {row['bits_per_weight']:7.3f} bits  {row['corpus']:<14} "
                     f"perplexity {row['perplexity']:.4f}{note}",
                     highlight=False,
+                    soft_wrap=True,
                 )
 
         yield Live()

@@ -4,9 +4,10 @@ By default the linear layers inside the blocks are quantized; embeddings, norms 
 names them. The casts fp32, bf16 and fp16 are storage types of the whole model: every floating-point leaf is cast.
 """
 
+import math
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -66,8 +67,7 @@ def quantize(
     started = time.perf_counter()
     views = {path: KernelView(flat[path].shape, (0,), (1,)) for path in placed}
     flat, records = _quantize_kernels(flat, placed, views, on_layer)
-    if recipe is not None and recipe.is_cast:
-        flat |= {path: _cast(leaf, recipe) for path, leaf in flat.items() if path not in placed}
+    flat |= _cast_others(flat, recipe, placed)
     name = "; ".join([str(recipe or UNQUANTIZED), *map(str, rules)])
     result = model._replace(params=unflatten_dict(flat, sep="/"), recipe=name)
     return result, _report(result.params, records, time.perf_counter() - started)
@@ -108,9 +108,13 @@ def quantize_flax(
     that cannot run with a quantized kernel unless a rule "PATTERN=none" leaves them out.
     """
     recipe, rules = _parsed(recipe, rules)
+    if not batches:
+        raise QjaxError("quantize_flax: batches is empty; give at least one tuple of arguments of module.apply")
+    if any(is_quantized(leaf) for leaf in flatten_dict(params, sep="/").values()):
+        raise QjaxError("quantize_flax: the parameters are quantized already; start from the unquantized ones")
     views, refused = linear_layers(module, params, *batches[0])
     placed = place([*views, *refused], recipe, rules)
-    blocked = [refused[path] for path in refused if placed[path] is not None]
+    blocked = [refused[path] for path in refused if placed[path] is not None and not placed[path].is_cast]
     if blocked:
         raise QjaxError(f"{'; '.join(blocked)}. A rule 'PATTERN=none' leaves such a layer as it is")
     if not views:
@@ -118,6 +122,7 @@ def quantize_flax(
     started = time.perf_counter()
     flat = flatten_dict(params, sep="/")
     flat, records = _quantize_kernels(flat, {path: placed[path] for path in views}, views, lambda record: None)
+    flat |= _cast_others(flat, recipe, views)
     result = unflatten_dict(flat, sep="/")
     return result, _report(result, records, time.perf_counter() - started)
 
@@ -143,19 +148,28 @@ def _quantize_kernels(flat, placed, views, on_layer):
     """Rounds every placed kernel; returns the new flat tree and the records in the order of `placed`."""
     flat, records = dict(flat), []
     for path, chosen in placed.items():
-        matrix = views[path].to_matrix(flat[path])
+        kernel, view = flat[path], views[path]
         if chosen is None:
-            record = LayerRecord(path, UNQUANTIZED, *matrix.shape, 8.0 * matrix.dtype.itemsize)
+            record = LayerRecord(path, UNQUANTIZED, *view.matrix_shape, 8.0 * kernel.dtype.itemsize)
+        elif kernel.shape != view.shape:
+            raise QjaxError(
+                f"{path} has shape {kernel.shape} where its layer multiplies with {view.shape}: a layer under nn.scan or "
+                "nn.vmap; quantize such kernels with jax.vmap(qjax.rtn, ...), a rule 'PATTERN=none' leaves them as they are"
+            )
         else:
+            matrix = view.to_matrix(kernel)
             started = time.perf_counter()
             q, info = round_weight(matrix, chosen)
             weight_error, clipped = float(info.weight_error), float(info.clipped)  # waits for the result
-            flat[path] = views[path].to_kernel(q.codes) if chosen.is_cast else q
+            flat[path] = view.to_kernel(q.codes) if chosen.is_cast else q
             seconds = time.perf_counter() - started
             bits = q.bits_per_weight
             record = LayerRecord(path, str(chosen), *matrix.shape, bits, weight_error, clipped, seconds)
         records.append(record)
         on_layer(record)
+    broken = [record.path for record in records if record.weight_error is not None and not math.isfinite(record.weight_error)]
+    if broken:
+        raise QjaxError(f"weights that are not finite cannot be quantized: {', '.join(broken)}; start from an intact model")
     return flat, records
 
 
@@ -166,11 +180,16 @@ def round_weight(weight: Float[Array, "in out"], recipe: Recipe) -> tuple[QTenso
 
 def _parsed(recipe: str | Recipe | None, rules: Iterable[str | Rule]) -> tuple[Recipe | None, tuple[Rule, ...]]:
     recipe = parse_recipe(recipe) if isinstance(recipe, str) else recipe
+    rules = (rules,) if isinstance(rules, str) else rules
     return recipe, tuple(parse_rule(rule) if isinstance(rule, str) else rule for rule in rules)
 
 
-def _cast(leaf: Array, recipe: Recipe) -> Array:
-    return leaf.astype(FLOAT_DTYPES[recipe.format.grid]) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+def _cast_others(flat: dict[str, Array], recipe: Recipe | None, done: Collection[str]) -> dict[str, Array]:
+    """For a cast, the floating-point leaves besides the kernels in `done`, in its type; nothing for other recipes."""
+    if recipe is None or not recipe.is_cast:
+        return {}
+    floating = {p: leaf for p, leaf in flat.items() if p not in done and jnp.issubdtype(leaf.dtype, jnp.floating)}
+    return {path: leaf.astype(FLOAT_DTYPES[recipe.format.grid]) for path, leaf in floating.items()}
 
 
 def _report(params: PyTree, records: list[LayerRecord], seconds: float) -> Report:

@@ -8,6 +8,11 @@ from pathlib import Path
 from qjax.errors import QjaxError
 
 
+def expand(path: str | Path) -> Path:
+    """The path with ~ as the home folder; a ~ that names no user stays as it is."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - Path.expanduser raises
+
+
 def reason(error: OSError) -> str:
     """What went wrong, without the errno and the path that str(error) would add."""
     return error.strerror or str(error).splitlines()[0]
@@ -58,7 +63,7 @@ def prepare_output_folder(path: str | Path, *, overwrite: bool = False, replaces
     replaces: glob patterns of files that what comes next takes the place of; with `overwrite` they are removed, so that
     no reader mistakes them for a part of it. Raises QjaxError for a folder that holds anything, unless `overwrite`.
     """
-    path = Path(path).expanduser()
+    path = expand(path)
     if path.exists() and not path.is_dir():
         raise QjaxError(f"cannot write into {path}: it is a file; name a folder")
     try:

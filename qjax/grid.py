@@ -43,11 +43,13 @@ class QuantizedScales:
 class Parameters(NamedTuple):
     """The grid of every group.
 
-    scale: (groups, columns) float32, what weights are divided by. zero: (groups, columns) float32 integers, or None.
-    stored: the scales in the form a QTensor holds, see `store_scales`.
+    scale: (groups, columns) float32, what `encode` divides by. decoded_scale: the same shape, what `decode` multiplies with;
+    it differs for block formats with dq only. zero: (groups, columns) float32 integers, or None. stored: the scales in the
+    form a QTensor holds, see `store_scales`.
     """
 
     scale: jax.Array
+    decoded_scale: jax.Array
     zero: jax.Array | None
     stored: jax.Array | QuantizedScales
 
@@ -113,9 +115,10 @@ def range_parameters(
         bound = fmt.codebook.bound if fmt.codebook else 2 ** (fmt.bits - 1) - (1.0 if fmt.bound == "max" else 0.5)
         exact = jnp.maximum(high, -low) / bound
     stored = store_scales(exact, fmt)
-    scale = exact if fmt.double_quantized and fmt.granularity == "block" else load_scales(stored, fmt, exact.shape)
+    decoded = load_scales(stored, fmt, exact.shape)
+    scale = exact if fmt.double_quantized and fmt.granularity == "block" else decoded
     zero = jnp.clip(jnp.round(-low / _nonzero(scale)), 0, fmt.largest_code) if fmt.is_affine else None
-    return Parameters(scale, zero, stored)
+    return Parameters(scale, decoded, zero, stored)
 
 
 def encode(

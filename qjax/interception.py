@@ -28,10 +28,14 @@ class KernelView(NamedTuple):
     in_axes: tuple[int, ...]
     out_axes: tuple[int, ...]
 
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(in, out) of the matrix."""
+        return math.prod(self.shape[axis] for axis in self.in_axes), math.prod(self.shape[axis] for axis in self.out_axes)
+
     def to_matrix(self, kernel: Float[Array, "..."]) -> Float[Array, "in out"]:
         """The kernel as an (in, out) matrix."""
-        rows = math.prod(self.shape[axis] for axis in self.in_axes)
-        return kernel.transpose(*self.in_axes, *self.out_axes).reshape(rows, -1)
+        return kernel.transpose(*self.in_axes, *self.out_axes).reshape(self.matrix_shape)
 
     def to_kernel(self, matrix: Float[Array, "in out"]) -> Float[Array, "..."]:
         """The inverse of `to_matrix`."""
@@ -71,10 +75,13 @@ def linear_layers(module: nn.Module, params: PyTree, *args: object, **kwargs: ob
 
     def record(call, call_args, call_kwargs, context):
         layer = context.module
-        if context.method_name == "__call__" and type(layer) in SERVED:
+        if context.method_name == "__call__":
             path = "/".join((*layer.path, "kernel"))
             try:
-                views[path] = _contraction(layer, call_args, call_kwargs).view
+                if type(layer) in SERVED:
+                    views[path] = _contraction(layer, call_args, call_kwargs).view
+                elif layer.has_variable("params", "kernel"):
+                    raise QjaxError(_cannot(layer, "kernel"))
             except QjaxError as error:
                 refused[path] = str(error)
         return _run_quantized(call, call_args, call_kwargs, context)
@@ -95,10 +102,7 @@ def _run_quantized(call, args, kwargs, context):
     if context.method_name != "__call__" and type(layer) in SERVED:
         return call(*args, **kwargs)  # a function lifted over the layer, as by nn.scan: the layer's own call comes inside
     if type(layer) not in SERVED:
-        raise QjaxError(
-            f"layer {_name(layer)}: a {type(layer).__name__} cannot run with a quantized kernel; "
-            "only Dense, DenseGeneral and Einsum can: leave its kernel out of the recipe's placement"
-        )
+        raise QjaxError(_cannot(layer, "kernel"))
     plan = _contraction(layer, args, kwargs)
     x = args[0] if args else kwargs["inputs"]
     bias = layer.get_variable("params", "bias") if layer.use_bias else None
@@ -107,7 +111,7 @@ def _run_quantized(call, args, kwargs, context):
     kept = [axis for axis in range(x.ndim) if axis not in plan.input_axes]
     x = x.transpose(*kept, *plan.input_axes)
     x = x.reshape(*x.shape[: len(kept)], -1)  # (*kept, in)
-    y = matmul(x, kernel)
+    y = matmul(x, kernel, precision=layer.precision)
     y = y.reshape(*y.shape[:-1], *(plan.view.shape[axis] for axis in plan.view.out_axes)).transpose(plan.output_order)
     return y if bias is None else y + bias.reshape(plan.bias_shape)
 
@@ -116,10 +120,14 @@ def _refuse_other_quantized(layer: nn.Module) -> None:
     held = layer.variables.get("params", {}) if layer.scope is not None else {}
     bad = [name for name, leaf in held.items() if is_quantized(leaf)]
     if bad:
-        raise QjaxError(
-            f"layer {_name(layer)}: a {type(layer).__name__} cannot run with quantized {', '.join(bad)}; "
-            "only kernels of Dense, DenseGeneral and Einsum can be quantized"
-        )
+        raise QjaxError(_cannot(layer, ", ".join(bad)))
+
+
+def _cannot(layer: nn.Module, leaf: str) -> str:
+    return (
+        f"layer {_name(layer)}: a {type(layer).__name__} cannot run with a quantized {leaf}; "
+        "only kernels of Dense, DenseGeneral and Einsum (not of classes derived from them) can be quantized"
+    )
 
 
 def _contraction(layer: nn.Module, args: tuple, kwargs: dict) -> _Contraction:

@@ -6,7 +6,7 @@ from pathlib import Path
 from qjax.checkpoints.huggingface import download, load_huggingface
 from qjax.checkpoints.packed import DESCRIPTION, load_packed
 from qjax.errors import QjaxError
-from qjax.files import reason
+from qjax.files import expand, reason
 from qjax.models.model import Model
 
 BUNDLED = "bundled"
@@ -30,7 +30,7 @@ def load(name: str | Path) -> Model:
 
 
 def _load(name: str | Path) -> Model:
-    folder = Path(name).expanduser()
+    folder = expand(name)
     if folder.is_dir():
         return load_packed(folder) if (folder / DESCRIPTION).exists() else load_huggingface(folder)
     if folder.exists() or _looks_like_a_path(name):

@@ -81,6 +81,7 @@ def unpack_parameters(q: QTensor) -> tuple[Float[Array, "groups channels"], Floa
     return scale, zero.reshape(shape[::-1]).T if flat else zero
 
 
+@functools.partial(jax.jit, static_argnames="dtype")
 def dequantize(q: QTensor, dtype: DTypeLike = jnp.float32) -> Float[Array, "*batch in out"]:
     """The (..., in, out) weight in floating point; values are computed in float32, then cast to `dtype`."""
     if q.codes.ndim > 2:

@@ -10,9 +10,10 @@
 
 `str(recipe)` is canonical: options that are the default are dropped, so equal recipes have equal names.
 
-A method is a function of a weight and a format; its keyword-only arguments are its options, with the default's type
-and, where the annotation is a Literal, its choices. Arguments named like a statistic (`STATISTICS`) are filled from
-calibration instead. To add a method write the function in a file of its own and a line in the registry below.
+A method is a function of a weight and a format; its keyword-only arguments are its options, of the annotated type: bool,
+int, float, str or a Literal of choices, or one of these `| None`, where None is written none. Arguments named like a
+statistic (`STATISTICS`) are filled from calibration instead. To add a method write the function in a file of its own and
+a line in the registry below.
 """
 
 import dataclasses
@@ -20,7 +21,9 @@ import difflib
 import functools
 import importlib
 import inspect
+import math
 import re
+import types
 import typing
 from collections.abc import Callable
 
@@ -153,25 +156,35 @@ def _parse_stage(recipe: str, text: str) -> Stage:
         if not equals or key not in allowed:
             defaults = ", ".join(f"{option}={_show(allowed[option].default)}" for option in allowed) or "none"
             raise QjaxError(f"recipe {recipe!r}: {name} has no option {item.strip()!r}; allowed, with defaults: {defaults}")
+        if key in options:
+            raise QjaxError(f"recipe {recipe!r}: {name}({key}=...) is given twice; give it once")
         options[key] = _convert(recipe, name, allowed[key], value)
     changed = {key: value for key, value in options.items() if value != allowed[key].default}
     return Stage(name, tuple(sorted(changed.items())))
 
 
 def _convert(recipe: str, name: str, option: inspect.Parameter, text: str) -> object:
-    choices = typing.get_args(option.annotation) if typing.get_origin(option.annotation) is typing.Literal else ()
-    kind = type(option.default)
+    kind, optional = option.annotation, types.NoneType in typing.get_args(option.annotation)
+    if optional:
+        (kind,) = (part for part in typing.get_args(kind) if part is not types.NoneType)
+        if text.lower() == "none":
+            return None
+    choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
+    kind = type(choices[0]) if choices else kind
     try:
         value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+        if kind is float and not math.isfinite(value):
+            raise ValueError
     except (ValueError, KeyError):
-        raise QjaxError(f"recipe {recipe!r}: {name}({option.name}=...) expects {kind.__name__}, got {text!r}") from None
+        expected = f"{'a finite ' if kind is float else ''}{kind.__name__}{' or none' if optional else ''}"
+        raise QjaxError(f"recipe {recipe!r}: {name}({option.name}=...) expects {expected}, got {text!r}") from None
     if choices and value not in choices:
         raise QjaxError(f"recipe {recipe!r}: {name}({option.name}=...) is one of {', '.join(map(str, choices))}, got {text!r}")
     return value
 
 
 def _show(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def method_table() -> list[dict[str, str]]:

@@ -47,9 +47,7 @@ def random_model(config: DecoderConfig, tokenizer=None, seed: int = 0, dtype=jnp
     params = Decoder(config).init(jax.random.key(seed), jnp.zeros((1, 4), jnp.int32))["params"]
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    leaves = [
-        (leaf + 0.1 * jax.random.normal(key, leaf.shape)).astype(dtype) for key, leaf in zip(keys, leaves, strict=True)
-    ]
+    leaves = [(leaf + 0.1 * jax.random.normal(key, leaf.shape)).astype(dtype) for key, leaf in zip(keys, leaves, strict=True)]
     return Model(config, jax.tree.unflatten(tree, leaves), tokenizer, "random")
 
 

@@ -36,7 +36,7 @@ def fails(capsys, *arguments) -> str:
     *before, last = captured.err.splitlines()
     assert last.startswith("error: ")
     # Before the error there may be lines of finished cells, nothing else.
-    assert all(" bits " in line for line in before), captured.err
+    assert all(" bits " in line for line in before if line), captured.err
     return last
 
 
@@ -102,6 +102,12 @@ def test_information(checkpoint, capsys):
         (["sweep", "TINY", "--recipes", "qptq:int4-g128"], "qptq"),
         (["sweep", "TINY", "--methods", "rtn", "--bits", "4,x"], "--bits '4,x'"),
         (["sweep", "TINY", "--methods", "rtn", "--bits", "12"], "bits 12"),
+        (["sweep", "TINY", "--methods", "nf4", "--bits", "8"], "'nf4' has 4 bits"),
+        (["sweep", "TINY", "--recipes", "rtn(clip=mse:int4-g16"], "parenthesis"),
+        (["sweep", "TINY", "--recipes", ","], "separated by commas"),
+        (["sweep", "TINY", "--recipes", "nf4", "--bits", "4"], "either it or"),
+        (["sweep", "TINY", "--group", ""], "group ''"),
+        (["sweep", "~nosuchuser/here/"], "~nosuchuser/here"),
         (["sweep", "TINY", "--convention", "ppl"], "allowed are windows-N"),
         (["sweep", "TINY", "--data", "DATA", "--rule", "nothing=none"], "match no kernel"),
         (["sweep", "TINY", "--data", "SHORT"], "fewer than one window"),

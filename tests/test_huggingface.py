@@ -26,9 +26,9 @@ from qjax.models.parameters import flatten, unflatten
 from qjax.qtensor import dequantize
 from qjax.rounding.nearest import rtn
 from tests.conftest import byte_tokenizer, random_model, tiny_config
+from tests.paths import real_data
 from tests.random_weights import weights_model
 
-SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 GPT2 = {
     "family": "gpt2",
     "mlp_size": 128,
@@ -471,11 +471,9 @@ def test_peak_memory_is_the_model_and_little_more(tmp_path):
 
 @pytest.mark.parametrize("name", ["stories260K-hf", "babyllama-hf"])
 def test_a_real_model(name, tmp_path):
-    folder = SHARED / "models" / name
-    if not folder.is_dir():
-        pytest.skip(f"{folder} is not there")
+    folder = real_data(f"models/{name}")
     model = load(folder)
-    text = (SHARED / "text" / "tinystories_val.txt").read_text()[:1200]
+    text = real_data("text/tinystories_val.txt").read_text()[:1200]
     ids = model.tokenizer.encode(text, special_tokens=True)[None, : model.config.context]
     logits = jax.nn.log_softmax(apply(model, jnp.asarray(ids)))
     nll = -np.mean(np.take_along_axis(np.asarray(logits)[0, :-1], ids[0, 1:, None], axis=-1))

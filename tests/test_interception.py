@@ -99,6 +99,23 @@ def test_layers_under_scan_run_quantized(x):
     np.testing.assert_allclose(got, module.apply({"params": decoded}, x), atol=1e-6)
 
 
+def test_stacked_kernels_are_refused_by_name_and_can_be_left_out(x):
+    params = initialise(Scanned(), x)
+    with pytest.raises(qjax.QjaxError, match=r"layers/kernel has shape \(3, 7, 7\).*nn.scan"):
+        qjax.quantize_flax(Scanned(), params, "rtn:int8-g4", batches=[(x,)])
+    same, _ = qjax.quantize_flax(Scanned(), params, "rtn:int8-g4", batches=[(x,)], rules="layers=none")
+    assert not is_quantized(same["layers"]["kernel"])
+
+
+def test_misuse_is_named(x):
+    params = initialise(Mixed(), x)
+    with pytest.raises(qjax.QjaxError, match="batches is empty"):
+        qjax.quantize_flax(Mixed(), params, "nf4", batches=[])
+    quantized, _ = qjax.quantize_flax(Mixed(), params, "nf4", batches=[(x,)])
+    with pytest.raises(qjax.QjaxError, match="quantized already"):
+        qjax.quantize_flax(Mixed(), quantized, "nf4", batches=[(x,)])
+
+
 def test_rules_leave_layers_out(x):
     module = Mixed()
     params = initialise(module, x)
@@ -131,6 +148,33 @@ def test_layers_that_cannot_be_served_are_named(layer, shape, why):
     quantized, _ = qjax.quantize_flax(Wrapper(), params, "rtn:int8-channel", batches=[(x,)], rules=[f"{layer.name}=none"])
     assert is_quantized(quantized["good"]["kernel"])
     assert not is_quantized(quantized[layer.name]["kernel"])
+
+
+def test_layers_of_other_classes_are_not_skipped_silently(x):
+    class Derived(nn.Dense):
+        pass
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = Derived(8, name="derived")(nn.Dense(8, name="dense")(x))
+            return nn.Conv(4, (3,), name="conv")(x[..., None])
+
+    params = initialise(Model(), x)
+    with pytest.raises(qjax.QjaxError, match=r"derived: a Derived cannot run.*conv: a Conv cannot run.*PATTERN=none"):
+        qjax.quantize_flax(Model(), params, "nf4", batches=[(x,)])
+    quantized, _ = qjax.quantize_flax(Model(), params, "nf4", batches=[(x,)], rules=["derived|conv=none"])
+    assert is_quantized(quantized["dense"]["kernel"])
+    cast, report = qjax.quantize_flax(Model(), params, "bf16", batches=[(x,)])
+    assert {leaf.dtype for leaf in jax.tree.leaves(cast)} == {jnp.dtype("bfloat16")}
+    assert report.model_bits_per_weight == 16
+
+
+def test_weights_that_are_not_finite_are_named(x):
+    params = initialise(Mixed(), x)
+    params["join"]["kernel"] = params["join"]["kernel"].at[0, 0, 0].set(jnp.nan)
+    with pytest.raises(qjax.QjaxError, match=r"not finite.*join/kernel"):
+        qjax.quantize_flax(Mixed(), params, "rtn:int8-channel", batches=[(x,)])
 
 
 def test_quantized_leaf_in_another_layer_is_an_error_that_names_it():

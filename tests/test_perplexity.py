@@ -58,7 +58,7 @@ def test_conventions_equal_their_definition(name, bos):
     model = random_model(tiny_config(), tokenizer)
     text = TEXT[:60]
     ids = tokenizer.encode(text).tolist()
-    if bos and not name.endswith("-bos") and not name.startswith("llama.cpp"):
+    if bos and not name.endswith("-bos"):
         ids = [256, *ids]
     expected = oracle(model, ids, name, 256 if bos else None)
     result = perplexity(model, Corpus("test", (text,), "0"), name)
@@ -68,9 +68,12 @@ def test_conventions_equal_their_definition(name, bos):
     assert result.convention == name
 
 
-def test_documents_are_joined_with_blank_lines(tiny_model):
+def test_documents_are_joined_by_their_separator(tiny_model):
     joined = Corpus("test", ("\n\n".join(CORPUS.documents),), "0")
     assert perplexity(tiny_model, CORPUS, "windows-16").nll == perplexity(tiny_model, joined, "windows-16").nll
+    blank = CORPUS._replace(separator=" ")
+    joined = Corpus("test", (" ".join(CORPUS.documents),), "0")
+    assert perplexity(tiny_model, blank, "windows-16").nll == perplexity(tiny_model, joined, "windows-16").nll
 
 
 def test_bytes_are_those_of_the_scored_tokens(tiny_model):

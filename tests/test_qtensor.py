@@ -14,10 +14,9 @@ import pytest
 
 from qjax import qtensor
 from qjax.formats import EXAMPLES, parse_format
-from qjax.qtensor import QTensor, dequantize_tree, is_quantized, nbytes
+from qjax.qtensor import QTensor, dequantize, dequantize_tree, is_quantized, nbytes
 from qjax.rounding.nearest import rtn
 
-dequantize = jax.jit(qtensor.dequantize, static_argnames="dtype")
 unpack_codes, unpack_parameters = jax.jit(qtensor.unpack_codes), jax.jit(qtensor.unpack_parameters)
 FORMATS = [name for name, _ in EXAMPLES]
 SHAPES = [(1, 1), (3, 5), (65, 3), (130, 7), (256, 64)]
@@ -75,7 +74,7 @@ def test_stacks_under_vmap_and_scan(name):
         np.testing.assert_array_equal(got, _codes(q))
     np.testing.assert_allclose(info.weight_error, [single.weight_error for _, single in singles], rtol=1e-5)
     _, by_scan = jax.lax.scan(lambda carry, q: (carry, dequantize(q)), None, stacked)
-    for got in (dequantize(stacked), qtensor.dequantize(stacked), by_scan):
+    for got in (dequantize(stacked), jax.vmap(dequantize)(stacked), by_scan):
         np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
@@ -104,6 +103,14 @@ def test_gradient_with_respect_to_scales(name):
     along = loss(q.scales + direction) - loss(q.scales)
     np.testing.assert_allclose(jnp.sum(gradient * direction), along, rtol=1e-3, atol=1e-2)
     np.testing.assert_allclose(jnp.sum(gradient * q.scales), loss(q.scales), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_dequantize_is_one_compiled_function(name):
+    """One call, not some twenty operations that each write an array of the weight's size."""
+    q, _ = rtn(random_weight(40, 6), name)
+    assert len(jax.make_jaxpr(dequantize)(q).eqns) == 1
+    assert len(jax.make_jaxpr(dequantize)(jax.tree.map(lambda leaf: leaf[None], q)).eqns) == 1
 
 
 def test_donation():
@@ -174,7 +181,7 @@ def test_from_codes_and_back():
         scale = jnp.asarray(np.random.default_rng(1).random(shape), jnp.float16).astype(jnp.float32)
         zero = jnp.asarray(np.random.default_rng(2).integers(0, 2**fmt.bits, shape), jnp.float32)
         stored = qtensor.grid.store_scales(scale, fmt)
-        q = qtensor.from_codes(codes, qtensor.grid.Parameters(scale, zero, stored), fmt)
+        q = qtensor.from_codes(codes, qtensor.grid.Parameters(scale, scale, zero, stored), fmt)
         np.testing.assert_array_equal(unpack_codes(q), codes)
         for got, want in zip(unpack_parameters(q), (scale, zero), strict=True):
             np.testing.assert_array_equal(got, want)

@@ -1,7 +1,10 @@
 """Recipes: the grammar both ways, options from signatures, errors that name the part."""
 
+from typing import Literal
+
 import pytest
 
+from qjax import recipe as module
 from qjax.errors import QjaxError
 from qjax.formats import parse_format
 from qjax.recipe import method_table, parse_recipe
@@ -48,6 +51,7 @@ def test_parts():
         ("rtn(clip=all):int4-g128", "none, mse.*'all'"),
         ("rtn(clap=mse):int4-g128", "'clap=mse'.*clip=none"),
         ("rtn(mse):int4-g128", "no option 'mse'"),
+        ("rtn(clip=mse,clip=none):int4-g128", r"rtn\(clip=...\) is given twice"),
         ("rtn:int4-q128", "'q128'"),
         ("rtn:int12-g128", "'int12'"),
         ("rtn(clip=mse):bf16", "bf16 is a cast"),
@@ -66,3 +70,66 @@ def test_method_table_lists_options_with_defaults():
     table = {record["method"]: record for record in method_table()}
     assert table["rtn"]["options"] == "clip=none"
     assert table["rtn"]["needs"] == "no data"
+
+
+@pytest.fixture
+def every_kind(monkeypatch):
+    """A method `kinds` with an option of every type."""
+
+    def kinds(
+        weight,
+        fmt,
+        *,
+        block: int | None = None,
+        damp: float = 0.01,
+        decay: float | None = 0.5,
+        order: bool = False,
+        mode: Literal["slow", "fast"] | None = None,
+        level: Literal[1, 2] = 1,
+    ):
+        raise NotImplementedError
+
+    real = module.method
+    monkeypatch.setattr(module, "method", lambda name: kinds if name == "kinds" else real(name))
+    monkeypatch.setitem(module.ROUNDINGS, "kinds", "")
+
+
+@pytest.mark.parametrize(
+    ("given", "options"),
+    [
+        ("", {}),
+        ("block=64,damp=1e-3", {"block": 64, "damp": 1e-3}),
+        ("block=none,mode=None,damp=0.01,level=1,order=False", {}),
+        ("decay=none,mode=fast,level=2,order=TRUE", {"decay": None, "mode": "fast", "level": 2, "order": True}),
+        ("decay=2", {"decay": 2.0}),
+    ],
+)
+@pytest.mark.usefixtures("every_kind")
+def test_options_have_the_annotated_type(given, options):
+    recipe = parse_recipe(f"kinds({given}):int4-g128")
+    found = dict(recipe.rounding.options)
+    assert found == options
+    assert {name: type(value) for name, value in found.items()} == {name: type(value) for name, value in options.items()}
+    assert parse_recipe(str(recipe)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ("block=1.5", r"block=...\) expects int or none, got '1.5'"),
+        ("damp=nan", r"damp=...\) expects a finite float, got 'nan'"),
+        ("damp=-inf", r"damp=...\) expects a finite float, got '-inf'"),
+        ("damp=none", r"damp=...\) expects a finite float, got 'none'"),
+        ("decay=inf", r"decay=...\) expects a finite float or none, got 'inf'"),
+        ("order=1", r"order=...\) expects bool, got '1'"),
+        ("mode=medium", "one of slow, fast, got 'medium'"),
+        ("level=3", "one of 1, 2, got '3'"),
+        ("level=one", "expects int, got 'one'"),
+        ("block=64,block=64", r"kinds\(block=...\) is given twice"),
+        ("blok=64", "block=none, damp=0.01, decay=0.5, order=false, mode=none, level=1"),
+    ],
+)
+@pytest.mark.usefixtures("every_kind")
+def test_options_of_a_wrong_type(given, named):
+    with pytest.raises(QjaxError, match=named):
+        parse_recipe(f"kinds({given}):int4-g128")

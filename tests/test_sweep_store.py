@@ -1,6 +1,7 @@
 """Rows on disk survive a writer that is killed at any byte."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -8,30 +9,56 @@ from qjax.errors import QjaxError
 from qjax.sweep.store import append_row, read_rows
 
 
+def row(key, **changes):
+    """The least that a row holds."""
+    names = ("recipe", "method", "format", "model", "corpus", "convention", "fingerprint")
+    figures = {"bits_per_weight": 4.5, "size_bytes": 10, "tokens": 5, "perplexity": 3.0, "nll": 1.1}
+    return {"key": key} | dict.fromkeys(names, "x") | figures | changes
+
+
 def test_round_trip_keeps_order_and_values(tmp_path):
     path = tmp_path / "new" / "rows.jsonl"
     assert read_rows(path) == []
-    rows = [{"key": "a", "perplexity": 1 / 3}, {"key": "b", "window_nll": [1.0, 2.5], "text": "é\n"}]
-    for row in rows:
-        append_row(path, row)
+    rows = [row("a", perplexity=1 / 3), row("b", window_nll=[1.0, 2.5], text="é\n", perplexity="inf")]
+    for each in rows:
+        append_row(path, each)
     assert read_rows(path) == rows
 
 
 def test_every_truncation_of_the_last_row_loses_that_row_only(tmp_path):
     path = tmp_path / "rows.jsonl"
-    append_row(path, {"key": "first"})
+    append_row(path, row("first"))
     complete = path.read_bytes()
-    append_row(path, {"key": "second"})
+    append_row(path, row("second"))
     whole = path.read_bytes()
     for length in range(len(complete), len(whole)):
         path.write_bytes(whole[:length])
-        assert read_rows(path) == [{"key": "first"}]
-        append_row(path, {"key": "third"})
-        assert read_rows(path) == [{"key": "first"}, {"key": "third"}]
+        assert read_rows(path) == [row("first")]
+        append_row(path, row("third"))
+        assert read_rows(path) == [row("first"), row("third")]
 
 
-def test_a_damaged_line_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("not json", "not a JSON object"),
+        ("[1]", "not a JSON object"),
+        ("[" * 100_000, "not a JSON object"),
+        ("{}", "key, recipe"),
+        (json.dumps(row("b", bits_per_weight=None)), "bits_per_weight"),
+        (json.dumps(row("b", recipe=3)), "recipe"),
+    ],
+)
+def test_a_damaged_or_foreign_line_is_named(tmp_path, line, named):
     path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps({"key": "a"}) + "\nnot json\n" + json.dumps({"key": "b"}) + "\n")
-    with pytest.raises(QjaxError, match="line 2"):
+    path.write_text("\n".join([json.dumps(row("a")), line, json.dumps(row("c")), ""]))
+    with pytest.raises(QjaxError, match=f"line 2.*{named}"):
         read_rows(path)
+
+
+def test_a_disk_that_is_full_is_named(tmp_path):
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    (tmp_path / "rows.jsonl").symlink_to("/dev/full")
+    with pytest.raises(QjaxError, match=r"cannot write .*rows\.jsonl"):
+        append_row(tmp_path / "rows.jsonl", row("a"))

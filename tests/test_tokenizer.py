@@ -2,7 +2,6 @@
 
 import json
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +12,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from qjax.errors import QjaxError
 from qjax.models.tokenizer import Tokenizer, load_tokenizer, wrap_tokenizer
-
-SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+from tests.paths import real_data
 
 
 def byte_level(merges=(), trim=False):
@@ -170,13 +168,11 @@ def test_long_texts_are_fast():
 
 @pytest.mark.parametrize("name", ["stories260K-hf", "babyllama-hf"])
 def test_a_real_tokenizer(name):
-    folder = SHARED / "models" / name
-    if not folder.is_dir():
-        pytest.skip(f"{folder} is not there")
+    folder = real_data(f"models/{name}")
     ids = json.loads((folder / "config.json").read_text())
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     assert (tokenizer.bos_id, tokenizer.adds_bos, tokenizer.vocabulary_size) == (1, True, ids["vocab_size"])
-    text = (SHARED / "text" / "tinystories_val.txt").read_text()[:20_000]
+    text = real_data("text/tinystories_val.txt").read_text()[:20_000]
     ids, counts = tokenizer.encode_with_bytes(text)
     assert counts.sum() == len(text.encode())
     if name == "stories260K-hf":

@@ -9,7 +9,6 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
@@ -17,7 +16,7 @@ from jaxtyping import PyTree
 
 from qjax.checkpoints.tensors import FLOATS, Header, read_headers, read_tensor, write_tensors
 from qjax.errors import QjaxError
-from qjax.files import listing, prepare_output_folder, read_json, write_atomically
+from qjax.files import expand, listing, prepare_output_folder, read_json, write_atomically
 from qjax.models.config import DecoderConfig
 from qjax.models.families import FAMILIES, Family, StoredTensor, head_name, read_config, stored_tensors, write_config
 from qjax.models.model import Model
@@ -37,7 +36,7 @@ def load_huggingface(folder: str | Path) -> Model:
     The tokenizer is None where there is no tokenizer.json. Raises QjaxError, one line that names the file or all tensors
     at fault, for whatever is missing, corrupt, misshapen, not finite or not supported.
     """
-    folder = Path(folder).expanduser()
+    folder = expand(folder)
     if not folder.is_dir():
         raise QjaxError(f"{folder} is a file; give its folder" if folder.exists() else f"{folder}: no such folder")
     if not (folder / CONFIG).exists():
@@ -193,11 +192,8 @@ def checkpoint_dtype(leaves: Mapping[str, object]) -> DTypeLike:
     return np.dtype(np.float32) if first is None else np.dtype(first.dtype)
 
 
-_dequantize = jax.jit(dequantize, static_argnums=1)
-
-
 def _to_numpy(leaf: object, dtype: DTypeLike) -> np.ndarray:
-    return np.asarray(_dequantize(leaf, dtype) if is_quantized(leaf) else leaf)
+    return np.asarray(dequantize(leaf, dtype) if is_quantized(leaf) else leaf)
 
 
 def _tokenizer_config(tokenizer: Tokenizer) -> dict[str, str]:

@@ -24,7 +24,7 @@ from qjax import grid
 from qjax.checkpoints.huggingface import load_folder_tokenizer
 from qjax.checkpoints.tensors import FLOATS, Header, read_headers, read_tensor, write_tensors
 from qjax.errors import QjaxError
-from qjax.files import listing, prepare_output_folder, read_json, write_atomically
+from qjax.files import expand, listing, prepare_output_folder, read_json, write_atomically
 from qjax.formats import Format, parse_format
 from qjax.models.config import DecoderConfig, LinearScaling, Llama3Scaling
 from qjax.models.model import Model
@@ -65,7 +65,7 @@ def save(folder: str | Path, model: Model, *, overwrite: bool = False) -> None:
 
 def load_packed(folder: str | Path) -> Model:
     """The model that `save` wrote, bit-equal. Raises QjaxError, one line, for whatever is missing or malformed."""
-    folder = Path(folder).expanduser()
+    folder = expand(folder)
     description = read_json(folder / DESCRIPTION)
     try:
         if (version := description.get("version")) != VERSION:
@@ -77,10 +77,13 @@ def load_packed(folder: str | Path) -> Model:
         raise QjaxError(f"{folder / DESCRIPTION}: {error}") from error
     headers = read_headers([folder / WEIGHTS])
     _check(folder / WEIGHTS, templates, headers)
-    leaves = {}
+    leaves, broken = {}, []
     for path, template in templates.items():
-        arrays = [jnp.asarray(read_tensor(headers[key])) for key in _stored({path: template})]
-        leaves[path] = jax.tree.unflatten(jax.tree.structure(template), arrays)
+        arrays = {key: read_tensor(headers[key]) for key in _stored({path: template})}
+        broken += [key for key, array in arrays.items() if not np.isfinite(array).all()]
+        leaves[path] = jax.tree.unflatten(jax.tree.structure(template), [jnp.asarray(array) for array in arrays.values()])
+    if broken:
+        raise QjaxError(f"{folder}: NaN or infinite values in {listing(broken)}; quantize an intact model again")
     return Model(config, unflatten(leaves), load_folder_tokenizer(folder, config), name, recipe)
 
 

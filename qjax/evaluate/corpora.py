@@ -14,7 +14,7 @@ side in every Python version though its text may change; the fingerprint tells t
 ("test"), the rest is "calibration". Documents are ordered by the same hash: the head of the corpus is a random mix of
 topics and docstrings. Topics quote each other, so paragraphs of the held-out side are dropped from the calibration side.
 
-How documents are joined and cut into windows is the business of a perplexity convention, not of a corpus.
+How the joined text is cut into windows is the business of a perplexity convention, not of a corpus.
 """
 
 from __future__ import annotations
@@ -34,9 +34,11 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from qjax.errors import QjaxError
+from qjax.files import expand
 
 Split = Literal["test", "calibration"]
 
+BLANK_LINE = "\n\n"
 HELD_OUT_FRACTION = 0.25
 SHORTEST_DOCUMENT = 200  # bytes; a module whose docstrings are shorter says nothing
 SHORTEST_SHARED_PARAGRAPH = 60  # characters; shorter paragraphs ("New in version 3.8.") are shared by chance
@@ -53,7 +55,8 @@ class Corpus(NamedTuple):
 
     name: str  # the spec, with a path cut to its file name
     documents: tuple[str, ...]
-    fingerprint: str  # first 16 hex digits of the SHA-256 of the documents joined by blank lines, in UTF-8
+    fingerprint: str  # first 16 hex digits of the SHA-256 of the joined documents, in UTF-8
+    separator: str = BLANK_LINE  # joins the documents; a blank in ptb and c4, as GPTQ's scripts join them
 
 
 def load_corpus(spec: str, split: Split = "test") -> Corpus:
@@ -66,7 +69,7 @@ def load_corpus(spec: str, split: Split = "test") -> Corpus:
         raise QjaxError(f"split {split!r}: expected 'test' or 'calibration'")
     kind, colon, path = spec.partition(":")
     if colon and kind in _FILE_READERS:
-        documents = _FILE_READERS[kind](Path(path).expanduser(), spec)
+        documents = _FILE_READERS[kind](expand(path), spec)
         name = f"{kind}:{Path(path).name}"
     elif spec in _NAMED:
         documents, name = _NAMED[spec](split), spec
@@ -74,12 +77,18 @@ def load_corpus(spec: str, split: Split = "test") -> Corpus:
         raise QjaxError(_unknown(spec))
     if not any(document.strip() for document in documents):
         raise QjaxError(f"corpus {spec!r} ({split}) is empty: expected at least one document with text")
-    return Corpus(name, documents, fingerprint(documents))
+    separator = _SEPARATORS.get(name, BLANK_LINE)
+    return Corpus(name, documents, fingerprint(documents, separator), separator)
 
 
-def fingerprint(documents: Iterable[str]) -> str:
-    """First 16 hex digits of the SHA-256 of the documents joined by blank lines."""
-    return hashlib.sha256("\n\n".join(documents).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+def load_corpora(specs: Iterable[str], split: Split = "test") -> tuple[Corpus, ...]:
+    """Every corpus named; raises what `load_corpus` raises."""
+    return tuple(load_corpus(spec, split) for spec in specs)
+
+
+def fingerprint(documents: Iterable[str], separator: str = BLANK_LINE) -> str:
+    """First 16 hex digits of the SHA-256 of the joined documents."""
+    return hashlib.sha256(separator.join(documents).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def corpus_names() -> tuple[str, ...]:
@@ -92,7 +101,7 @@ def _unknown(spec: str) -> str:
     near = difflib.get_close_matches(kind, (*_NAMED, *_FILE_READERS), n=2, cutoff=0.5)
     names = [name if name in _NAMED else f"{name}:PATH" for name in near]
     hint = f" (did you mean {' or '.join(names)}?)" if names else ""
-    if not names and Path(spec).expanduser().exists():
+    if not names and expand(spec).exists():
         hint = f" (a file is given as text:{spec})"
     return f"unknown corpus {spec!r}{hint}: expected one of {', '.join(corpus_names())}"
 
@@ -277,4 +286,5 @@ _NAMED: dict[str, Callable[[Split], tuple[str, ...]]] = {
     "ptb": _ptb,
     "c4": _c4,
 }
+_SEPARATORS = {"ptb": " ", "c4": " "}
 _FILE_READERS: dict[str, Callable[[Path, str], tuple[str, ...]]] = {"text": _text, "jsonl": _jsonl}

@@ -5,7 +5,7 @@
 How a text is joined, cut into windows and scored changes the figure more than a 4-bit weight does, so it has a name,
 which every row carries, and figures of different conventions are never put in one table:
 
-    windows-2048       documents joined with blank lines; non-overlapping windows; every token but a window's first is
+    windows-2048       documents joined by the corpus's separator; non-overlapping windows; every token but a window's first is
                        scored; the tail is dropped. GPTQ's and most papers' WikiText-2 (Frantar et al. 2022, 2210.17323)
     windows-2048-bos   the same with the beginning-of-text token put before each window
     sliding-2048-512   windows every 512 tokens, each scores what no earlier window scored (Hugging Face's documentation)
@@ -13,8 +13,8 @@ which every row carries, and figures of different conventions are never put in o
                        one, the second half scored (llama.cpp's perplexity tool)
 
 A window longer than the model's context is cut to it, and the name says so: windows-2048 on a model of 512 tokens is
-windows-512. `windows` and `sliding` put one beginning of text before the whole text where the tokenizer would, as the
-originals do. The standard error treats windows as independent clusters (ratio estimator).
+windows-512. Without -bos one beginning of text stands before the whole text where the tokenizer puts it, as in the
+originals. The standard error treats windows as independent clusters (ratio estimator).
 """
 
 import dataclasses
@@ -33,7 +33,6 @@ from qjax.evaluate.corpora import Corpus, load_corpus
 from qjax.models.model import Model, compute_dtype, hidden_states, losses
 from qjax.qtensor import dequantize_tree
 
-JOINING = "\n\n"
 # Tokens run at a time. On a CPU a small batch keeps the activations in its cache, which is twice as fast for small models.
 BATCH_TOKENS = {"cpu": 1024, "gpu": 16384, "tpu": 16384}
 
@@ -109,7 +108,7 @@ def cut_windows(ids: np.ndarray, nbytes: np.ndarray, convention: Convention, bos
     if convention.bos and bos is None:
         raise QjaxError(f"convention {convention}: the tokenizer has no beginning-of-text token; use windows-N")
     window = convention.window - convention.bos
-    if adds_bos and not convention.bos and convention.kind != "llama.cpp":
+    if adds_bos and not convention.bos:
         ids, nbytes = np.concatenate([[bos], ids]), np.concatenate([[0], nbytes])
     if len(ids) < window:
         raise QjaxError(
@@ -140,9 +139,11 @@ def cut_windows(ids: np.ndarray, nbytes: np.ndarray, convention: Convention, bos
 
 def corpus_windows(model: Model, corpus: Corpus, convention: Convention, max_windows: int | None = None) -> Windows:
     """A corpus as windows of a model's tokens; the first `max_windows` of them."""
+    if max_windows is not None and max_windows < 1:
+        raise QjaxError(f"max_windows {max_windows}: expected at least 1, or None for all")
     if model.tokenizer is None:
         raise QjaxError(f"{model.name} has no tokenizer.json, which measuring perplexity on text needs")
-    ids, nbytes = model.tokenizer.encode_with_bytes(JOINING.join(corpus.documents))
+    ids, nbytes = model.tokenizer.encode_with_bytes(corpus.separator.join(corpus.documents))
     try:
         windows = cut_windows(ids, nbytes, convention, model.tokenizer.bos_id, model.tokenizer.adds_bos)
     except QjaxError as error:
@@ -168,7 +169,18 @@ def perplexity(
     corpus = load_corpus(corpus) if isinstance(corpus, str) else corpus
     convention = parse_convention(convention).clipped(model.config.context)
     windows = corpus_windows(model, corpus, convention, max_windows)
-    return measure(model, windows, convention, corpus, packed=packed, on_batch=on_batch)
+    result = measure(model, windows, convention, corpus, packed=packed, on_batch=on_batch)
+    require_finite(model, result)
+    return result
+
+
+def require_finite(model: Model, result: PerplexityResult) -> None:
+    """Raises QjaxError for a model that diverged."""
+    if not math.isfinite(result.nll):
+        raise QjaxError(
+            f"{model.name} ({model.recipe}) on {result.corpus}: the loss is {result.nll}; "
+            "the weights, or what this format makes of them, are not finite or far too large"
+        )
 
 
 def measure(
@@ -180,7 +192,13 @@ def measure(
     packed: bool = False,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> PerplexityResult:
-    """`perplexity` of windows that `corpus_windows` cut, for callers that measure many models on the same ones."""
+    """`perplexity` of windows that `corpus_windows` cut, for callers that measure many models on the same ones.
+
+    A model that diverges gets an infinite perplexity rather than an error.
+    """
+    if not packed:
+        model = model._replace(params=dequantize_tree(model.params, compute_dtype()))
+    score(model, windows.tokens[: _batch_size(windows.tokens)], packed=packed)  # compiles; the clock measures evaluation alone
     started = time.perf_counter()
     token_nll = score(model, windows.tokens, packed=packed, on_batch=on_batch)
     seconds = time.perf_counter() - started
@@ -198,7 +216,7 @@ def score(
     if not packed:
         model = model._replace(params=dequantize_tree(model.params, compute_dtype()))
     total, length = tokens.shape
-    batch = min(max(1, BATCH_TOKENS[jax.default_backend()] // length), total)
+    batch = _batch_size(tokens)
     padded = np.concatenate([tokens, np.zeros((-total % batch, length), np.int32)])
     rows = []
     for start in range(0, len(padded), batch):
@@ -212,15 +230,19 @@ def score(
     return np.pad(nll, ((0, 0), (1, 0)))
 
 
+def _batch_size(tokens: np.ndarray) -> int:
+    total, length = tokens.shape
+    return min(max(1, BATCH_TOKENS[jax.default_backend()] // length), total)
+
+
 def summarise(
     token_nll: np.ndarray, windows: Windows, convention: Convention, corpus: Corpus, seconds: float
 ) -> PerplexityResult:
-    """The result of per-token losses, summed in float64."""
-    window_nll = np.sum(token_nll * windows.scored, axis=1, dtype=np.float64)
+    """The result of per-token losses, summed in float64. A model that diverges on a scored token has infinite perplexity."""
+    window_nll = np.sum(np.where(windows.scored, token_nll, 0), axis=1, dtype=np.float64)
+    window_nll = np.where(np.isnan(window_nll), np.inf, window_nll)
     counts = windows.scored.sum(axis=1)
     nll = float(window_nll.sum() / counts.sum())
-    if not math.isfinite(nll):
-        raise QjaxError(f"{corpus.name}: the model's loss is {nll}; its weights or this format's values are not finite")
     nll_stderr = ratio_stderr(window_nll, counts)
     value = math.exp(nll) if nll < 700 else math.inf
     return PerplexityResult(
@@ -242,9 +264,11 @@ def summarise(
 
 
 def ratio_stderr(totals: np.ndarray, counts: np.ndarray) -> float:
-    """Standard error of sum(totals) / sum(counts) over independent windows; nan for a single window."""
+    """Standard error of sum(totals) / sum(counts) over independent windows; nan for a single window or infinite totals."""
     if len(totals) < 2:
         return math.nan
-    mean = totals.sum() / counts.sum()
+    mean = float(totals.sum() / counts.sum())
+    if not math.isfinite(mean):
+        return math.nan
     residual = totals - mean * counts
     return float(math.sqrt(len(totals) / (len(totals) - 1) * np.sum(residual**2)) / counts.sum())

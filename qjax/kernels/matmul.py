@@ -4,6 +4,7 @@
 """
 
 import jax.numpy as jnp
+from jax.lax import PrecisionLike
 from jaxtyping import Array, Float
 
 from qjax.errors import QjaxError
@@ -13,9 +14,9 @@ IMPLEMENTATIONS = ("auto", "reference")
 
 
 def matmul(
-    x: Float[Array, "*batch in"], q: QTensor, *, implementation: str = "auto"
+    x: Float[Array, "*batch in"], q: QTensor, *, implementation: str = "auto", precision: PrecisionLike = None
 ) -> Float[Array, "*batch out"]:
-    """x (..., in) times a quantized (in, out) weight, in x's type.
+    """x (..., in) times a quantized (in, out) weight, in x's type. precision: as in jnp.matmul.
 
     Raises QjaxError for an unknown implementation or when x's last axis is not the weight's input axis.
     """
@@ -23,4 +24,4 @@ def matmul(
         raise QjaxError(f"matmul: unknown implementation {implementation!r}; allowed: {', '.join(IMPLEMENTATIONS)}")
     if x.shape[-1] != q.in_features:
         raise QjaxError(f"matmul: x has {x.shape[-1]} features, the weight {q.shape} expects {q.in_features}")
-    return jnp.matmul(x, dequantize(q, x.dtype))
+    return jnp.matmul(x, dequantize(q, x.dtype), precision=precision)

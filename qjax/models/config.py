@@ -59,6 +59,9 @@ class DecoderConfig:
         bad = {name: value for name in sizes if not isinstance(value := getattr(self, name), int) or value < 1}
         if bad:
             raise QjaxError(f"model configuration: sizes must be positive integers, got {bad}")
+        huge = {name: value for name in sizes if (value := getattr(self, name)) >= (10_000 if name == "layers" else 2**31)}
+        if huge or self.context < 2:
+            raise QjaxError(f"model configuration: sizes out of all bounds: {huge or {'context': self.context}}")
         choices = {
             "norm": ("rms", "layer"),
             "activation": ("silu", "gelu", "gelu_tanh", "relu"),
@@ -68,8 +71,6 @@ class DecoderConfig:
             if getattr(self, name) not in allowed:
                 raise QjaxError(f"model configuration: {name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
         if self.heads % self.kv_heads:
-            raise QjaxError(
-                f"model configuration: {self.heads} heads cannot share {self.kv_heads} key/value heads evenly"
-            )
+            raise QjaxError(f"model configuration: {self.heads} heads cannot share {self.kv_heads} key/value heads evenly")
         if self.positions == "rope" and self.head_dim % 2:
             raise QjaxError(f"model configuration: rotary positions need an even head size, got {self.head_dim}")

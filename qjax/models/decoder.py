@@ -16,6 +16,7 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -29,10 +30,17 @@ ACTIVATIONS = {
 }
 
 
-def rope_frequencies(config: DecoderConfig) -> Float[Array, " half"]:
-    """Angular frequency of each rotated pair, radians per position, after the config's scaling."""
+def rope_frequencies(config: DecoderConfig) -> Float[np.ndarray, " half"]:
+    """Angular frequency of each rotated pair, radians per position, after the config's scaling; float32.
+
+    A constant of the model, found in float64 on the host: accelerators approximate powers, and positions multiply the error.
+    """
+    return _scaled_frequencies(config).astype(np.float32)
+
+
+def _scaled_frequencies(config: DecoderConfig) -> Float[np.ndarray, " half"]:
     half = config.head_dim // 2
-    frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    frequencies = config.rope_theta ** (-np.arange(half, dtype=np.float64) / half)
     match config.rope_scaling:
         case None:
             return frequencies
@@ -40,7 +48,7 @@ def rope_frequencies(config: DecoderConfig) -> Float[Array, " half"]:
             return frequencies / factor
         case Llama3Scaling(factor, low, high, original):
             turns = original * frequencies / (2 * math.pi)  # full turns within the original context
-            keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)  # 1: fast pairs stay; 0: slow pairs are stretched
+            keep = np.clip((turns - low) / (high - low), 0.0, 1.0)  # 1: fast pairs stay; 0: slow pairs are stretched
             return frequencies * (keep + (1 - keep) / factor)
 
 

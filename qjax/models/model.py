@@ -60,13 +60,22 @@ def stages(config: DecoderConfig, dtype: DTypeLike) -> Stages:
 
     @jax.jit
     def losses(params, x, table, targets):
-        def row(piece):
-            logits = head(params, piece[0][None], table)[0]
-            return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, piece[1][:, None], axis=-1)[:, 0]
+        def piece_losses(piece):  # hidden (batch, time, hidden), targets (batch, time)
+            logits = head(params, piece[0], table)
+            return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, piece[1][..., None], axis=-1)[..., 0]
 
-        # A few sequences at a time: the logits of a whole batch would be the largest array of the program.
-        pieces = max(1, LOGITS_AT_ONCE // (x.shape[1] * config.vocabulary_size))
-        return jax.lax.map(row, (x, targets), batch_size=pieces)
+        # A few tokens at a time: the logits of a whole batch would be the largest array of the program.
+        tokens = targets.size
+        pieces = -(-tokens // max(1, LOGITS_AT_ONCE // config.vocabulary_size))
+        if pieces <= 1:
+            return piece_losses((x, targets))
+
+        def split(array):  # (batch, time, ...) -> (pieces, 1, tokens of a piece, ...), the last one padded
+            flat = array.reshape(tokens, *array.shape[2:])
+            padding = [(0, -tokens % pieces)] + [(0, 0)] * (flat.ndim - 1)
+            return jnp.pad(flat, padding).reshape(pieces, 1, -1, *flat.shape[1:])
+
+        return jax.lax.map(piece_losses, (split(x), split(targets))).reshape(-1)[:tokens].reshape(targets.shape)
 
     return Stages(run(Embed(config, dtype)), run(Block(config, dtype)), head, losses)
 
@@ -99,9 +108,7 @@ def apply(model: Model, tokens: Int[Array, "batch time"]) -> Float[Array, "batch
     return stages(model.config, compute_dtype()).head(model.params["head"], x, embedding_table(model))
 
 
-def losses(
-    model: Model, x: Float[Array, "batch time hidden"], targets: Int[Array, "batch time"]
-) -> Float[Array, "batch time"]:
+def losses(model: Model, x: Float[Array, "batch time hidden"], targets: Int[Array, "batch time"]) -> Float[Array, "batch time"]:
     """-ln p of the target tokens (batch, time) at hidden states (batch, time, hidden), in nats, float32."""
     run = stages(model.config, compute_dtype())
     return run.losses(model.params["head"], x, embedding_table(model), targets)

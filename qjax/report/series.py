@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable
 
 from qjax.formats import INTEGERS, parse_format
+from qjax.recipe import UNQUANTIZED
 from qjax.report.numbers import number
 from qjax.report.rendering import Row
 from qjax.report.tables import is_baseline
@@ -45,6 +46,8 @@ def _name_and_grouping(row: Row) -> tuple[str, str]:
     """("rtn(clip=mse)", "g128-sym") of rtn(clip=mse):int4-g128-sym; ("nf4 dq", "") of nf4-g64-dq."""
     recipe, rule, rules = str(row["recipe"]).partition("; ")
     stages, method, _ = recipe.rpartition(":")
+    if row["format"] == UNQUANTIZED:  # only the kernels that a rule names are quantized
+        return f"{UNQUANTIZED} with {rules}", ""
     fmt = parse_format(str(row["format"]))
     grouping, _, others = str(fmt).partition("-")[2].partition("-")
     placed = f" with {rules}" if rule else ""

@@ -17,7 +17,7 @@ __all__ = [
     "to_csv", "to_latex", "to_markdown", "to_rich",
 ]  # fmt: skip
 
-GROUP_KEYS = ("model", "fingerprint", "corpus", "corpus_fingerprint", "convention", "windows")
+GROUP_KEYS = ("model", "fingerprint", "corpus", "corpus_fingerprint", "convention", "windows", "compute_dtype")
 # What a measurement gives and where it was made; all other keys of a row say what was measured.
 MEASURED = frozenset(
     (

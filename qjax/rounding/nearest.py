@@ -52,15 +52,15 @@ def _rtn(weight: Float[Array, "in out"], fmt: Format, clip: Clip) -> tuple[QTens
     low, high = grid.find_range(groups, fmt)
     per_unit = _per_unit(jnp.maximum(jnp.max(high), -jnp.min(low)))
 
-    def round_piece(piece, present, scale, zero):
+    def round_piece(piece, present, scale, decoded, zero):
         codes = grid.encode(piece, scale, zero, fmt)
-        error = _masked(jnp.square((grid.decode(codes, scale, zero, fmt) - piece) * per_unit), present)
-        ends = [grid.decode(jnp.uint8(code), scale, zero, fmt) for code in (0, fmt.largest_code)]
+        error = _masked(jnp.square((grid.decode(codes, decoded, zero, fmt) - piece) * per_unit), present)
+        ends = [grid.decode(jnp.uint8(code), decoded, zero, fmt) for code in (0, fmt.largest_code)]
         clipped = (piece < jnp.minimum(*ends)) | (piece > jnp.maximum(*ends))
         sums = jnp.sum(error), jnp.sum(jnp.square(piece * per_unit)), jnp.sum(clipped, dtype=jnp.float32)
         return codes, sums
 
-    codes, sums = map_pieces(round_piece, (groups, present), (parameters.scale, parameters.zero))
+    codes, sums = map_pieces(round_piece, (groups, present), (parameters.scale, parameters.decoded_scale, parameters.zero))
     error, total, clipped = (jnp.sum(part) for part in sums)
     codes = grid.from_groups(codes.reshape(groups.shape), fmt, *weight.shape)
     return from_codes(codes, parameters, fmt), Info(error / _nonzero(total), clipped / weight.size)

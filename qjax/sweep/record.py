@@ -1,8 +1,7 @@
 """What a row says and where it comes from: its schema, its key and the provenance of a run.
 
-A row's key is a hash of everything that can change its figures: model weights, recipe, text, convention, seed and the
-source code of everything below the command line and the reports. Equal keys mean equal figures on the same kind of
-machine.
+A row's key is a hash of everything that can change its figures: model weights, recipe, rules, text, convention, seed, library
+versions, machine kind, compute type, and the source code less what only presents results. Equal keys mean equal figures.
 """
 
 import datetime
@@ -17,17 +16,18 @@ import resource
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
 import qjax
 from qjax.driver import Report
 from qjax.evaluate.perplexity import PerplexityResult, ratio_stderr
-from qjax.models.model import Model
+from qjax.models.model import Model, compute_dtype
 from qjax.recipe import Recipe
 
 PACKAGE = Path(__file__).parents[1]
-PRESENTATION = ("cli.py", "report")  # parts of the package that no measured figure depends on
+UNMEASURED = ("cli.py", "report", "train")  # parts of the package that no measured figure depends on
 LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "tokenizers")
 
 
@@ -50,11 +50,11 @@ def model_fingerprint(model: Model) -> str:
 
 @functools.cache
 def code_fingerprint() -> str:
-    """Digest of the package's source, leaving out what only presents results."""
+    """Digest of the package's source, less what no figure depends on."""
     total = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):
         relative = path.relative_to(PACKAGE)
-        if relative.parts[0] not in PRESENTATION:
+        if relative.parts[0] not in UNMEASURED:
             total.update(str(relative).encode() + path.read_bytes())
     return total.hexdigest()[:16]
 
@@ -69,6 +69,7 @@ def provenance() -> dict[str, object]:
         "versions": ", ".join([f"qjax {qjax.__version__}", f"python {platform.python_version()}", *versions]),
         "code": code_fingerprint(),
         "device": f"{device.platform}: {kind}",
+        "compute_dtype": jnp.dtype(compute_dtype()).name,
     }
 
 
@@ -92,7 +93,7 @@ def make_row(
     result: PerplexityResult,
     baseline: dict[str, object] | None,
 ) -> dict[str, object]:
-    """One measured cell, flat. `baseline`: the row of the unquantized model on the same windows, None for itself."""
+    """One measured cell, flat. identity: what was measured and where; baseline: the unquantized model's row, or None."""
     errors = [layer.weight_error for layer in report.layers if layer.weight_error is not None]
     row = identity | {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -118,11 +119,18 @@ def make_row(
         "peak_rss_bytes": peak_rss_bytes(),
         "window_nll": [round(nll, 5) for nll in result.window_nll],
         "window_tokens": list(result.window_tokens),
-        **provenance(),
     }
     row |= compare(row, baseline or row)
-    # A single window has no standard error: null in JSON, which has no nan.
-    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in row.items()}
+    return {name: _jsonable(value) for name, value in row.items()}
+
+
+def _jsonable(value: object) -> object:
+    """JSON has neither nan (a standard error of a single window) nor infinity (a model that diverged): null and "inf"."""
+    if isinstance(value, list):
+        return [_jsonable(item) for item in value]
+    if not isinstance(value, float) or math.isfinite(value):
+        return value
+    return None if math.isnan(value) else "inf"
 
 
 def compare(row: dict[str, object], baseline: dict[str, object]) -> dict[str, float]:

@@ -5,22 +5,23 @@ the rows file is skipped, so running the same sweep again finishes what an inter
 """
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 
-from qjax.driver import LayerRecord, placement, quantize
-from qjax.evaluate.corpora import Corpus, load_corpus
-from qjax.evaluate.perplexity import Convention, corpus_windows, measure
-from qjax.models.model import Model
+from qjax.driver import LayerRecord, Report, placement, quantize
+from qjax.evaluate.corpora import Corpus
+from qjax.evaluate.perplexity import Convention, corpus_windows, measure, require_finite
+from qjax.models.model import Model, compute_dtype
+from qjax.qtensor import dequantize_tree
 from qjax.recipe import UNQUANTIZED, parse_recipe
-from qjax.sweep.grid import canonical
+from qjax.rules import parse_rule
+from qjax.sweep.cells import canonical
 from qjax.sweep.record import digest, make_row, model_fingerprint, provenance
 from qjax.sweep.store import ROWS, append_row, read_rows
 
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """What is measured: recipes (the unquantized model is added first if missing) x corpora, in one convention."""
+    """What is measured: recipes, each with the rules, x corpora, in one convention. The unquantized model comes first."""
 
     recipes: tuple[str, ...]
     corpora: tuple[Corpus, ...]
@@ -50,49 +51,51 @@ def run_sweep(model: Model, sweep: Sweep, folder: Path, watcher: Watcher | None 
     """Measures every cell that folder/rows.jsonl does not hold yet; returns this sweep's rows, baseline first.
 
     Everything that can be wrong with the request (recipes, rules, texts shorter than a window) is an error before
-    anything is computed.
+    anything is computed. A recipe that makes the model diverge gets a row with infinite perplexity.
     """
     watcher = watcher or Watcher()
-    recipes = canonical([UNQUANTIZED, *sweep.recipes])  # the baseline comes first
-    for recipe in recipes[1:]:
-        placement(model, recipe, sweep.rules)
+    rules = tuple(str(parse_rule(rule)) for rule in sweep.rules)
+    plans = list(dict.fromkeys([(UNQUANTIZED, ()), *((recipe, rules) for recipe in canonical(sweep.recipes))]))
+    for recipe, placed in plans:
+        placement(model, recipe, placed)
     convention = sweep.convention.clipped(model.config.context)
-    windows = {corpus.name: corpus_windows(model, corpus, convention, sweep.max_windows) for corpus in sweep.corpora}
-    path = folder / ROWS
-    known = {row["key"]: row for row in read_rows(path)}
+    corpora = list({corpus.fingerprint: corpus for corpus in sweep.corpora}.values())  # the same text counts once
+    windows = [corpus_windows(model, corpus, convention, sweep.max_windows) for corpus in corpora]
+    known = {row["key"]: row for row in read_rows(folder / ROWS)}
     fingerprint = model_fingerprint(model)
-    rows: dict[tuple[str, str], dict[str, object]] = {}
-    total = len(recipes) * len(sweep.corpora)
-    for recipe in recipes:
-        quantized = None
-        rules = sweep.rules if recipe != UNQUANTIZED else ()
-        for corpus in sweep.corpora:
+    rows, baselines = [], {}
+    for recipe, placed in plans:
+        prepared = None
+        for corpus, cut in zip(corpora, windows, strict=True):
             identity = {
                 "model": model.name,
-                "recipe": "; ".join([recipe, *rules]),
+                "recipe": "; ".join([recipe, *placed]),
                 "corpus": corpus.name,
                 "seed": sweep.seed,
                 "fingerprint": fingerprint,
                 "corpus_fingerprint": corpus.fingerprint,
                 "max_windows": sweep.max_windows,
+                **provenance(),
             }
-            key = digest(identity, str(convention), provenance()["code"])
-            watcher.cell(len(rows) + 1, total, recipe, corpus.name)
+            key = digest(identity, str(convention))
+            watcher.cell(len(rows) + 1, len(plans) * len(corpora), identity["recipe"], corpus.name)
             if key in known:
-                rows[recipe, corpus.name] = known[key]
-                watcher.row(known[key], is_new=False)
-                continue
-            if quantized is None:
-                quantized = quantize(model, recipe, rules=rules, on_layer=watcher.layer)
-            result = measure(quantized[0], windows[corpus.name], convention, corpus, on_batch=watcher.batch)
-            baseline = rows.get((UNQUANTIZED, corpus.name))
-            row = make_row({"key": key} | identity, parse_recipe(recipe), quantized[1], result, baseline)
-            append_row(path, row)
-            rows[recipe, corpus.name] = row
-            watcher.row(row, is_new=True)
-    return list(rows.values())
+                row = known[key]
+            else:
+                prepared = prepared or _prepare(model, recipe, placed, watcher)
+                result = measure(prepared[0], cut, convention, corpus, on_batch=watcher.batch)
+                if not baselines.get(corpus.fingerprint):
+                    require_finite(model, result)
+                row = {"key": key} | identity
+                row = make_row(row, parse_recipe(recipe), prepared[1], result, baselines.get(corpus.fingerprint))
+                append_row(folder / ROWS, row)
+            baselines.setdefault(corpus.fingerprint, row)
+            rows.append(row)
+            watcher.row(row, is_new=key not in known)
+    return rows
 
 
-def load_corpora(names: Sequence[str]) -> tuple[Corpus, ...]:
-    """Held-out parts of the named corpora."""
-    return tuple(load_corpus(name, split="test") for name in names)
+def _prepare(model: Model, recipe: str, rules: tuple[str, ...], watcher: Watcher) -> tuple[Model, Report]:
+    """The quantized model, decoded once for all corpora, and its report."""
+    quantized, report = quantize(model, recipe, rules=rules, on_layer=watcher.layer)
+    return quantized._replace(params=dequantize_tree(quantized.params, compute_dtype())), report

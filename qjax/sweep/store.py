@@ -4,14 +4,23 @@ A run that is killed at any moment leaves at most one unfinished last line, whic
 Any other line that does not parse is an error that names it: results are evidence and are never dropped silently.
 """
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 from qjax.errors import QjaxError
+from qjax.files import reason
 
 ROWS = "rows.jsonl"
+NUMBER = (int, float)
+COLUMNS = {  # what every row must have for resuming and reports; a perplexity may be "inf"
+    **dict.fromkeys(("key", "recipe", "method", "format", "model", "corpus", "convention", "fingerprint"), str),
+    **dict.fromkeys(("bits_per_weight", "size_bytes", "tokens"), NUMBER),
+    **dict.fromkeys(("perplexity", "nll"), (*NUMBER, str)),
+}
 
 
 def read_rows(path: Path) -> list[dict[str, object]]:
@@ -23,24 +32,46 @@ def read_rows(path: Path) -> list[dict[str, object]]:
     for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is unfinished
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):
             raise QjaxError(f"{path}: line {number} is not a JSON object; mend or remove that line")
+        wrong = [name for name, kind in COLUMNS.items() if not isinstance(row.get(name), kind)]
+        if wrong:
+            raise QjaxError(f"{path}: line {number} is no row of a sweep: {', '.join(wrong)} missing or of another type")
         rows.append(row)
     return rows
 
 
 def append_row(path: Path, row: Mapping[str, object]) -> None:
-    """Appends one row and waits until it is on disk; an unfinished last line is cut off first."""
-    line = json.dumps(row, allow_nan=True).encode() + b"\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
-        end = file.seek(0, os.SEEK_END)
-        file.seek(0)
-        finished = file.read().rfind(b"\n") + 1 if end else 0
-        if finished < end:
-            file.truncate(finished)
-        file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
+    """Appends one row and waits until it is on disk; an unfinished last line is cut off first.
+
+    One writer at a time: processes that share a file wait for each other where the system has file locks. Raises QjaxError when
+    the file cannot be written.
+    """
+    line = json.dumps(row).encode() + b"\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab+") as file, _locked(file):
+            end = file.seek(0, os.SEEK_END)
+            if end:
+                file.seek(end - 1)
+                if file.read(1) != b"\n":
+                    file.seek(0)
+                    file.truncate(file.read().rfind(b"\n") + 1)
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise QjaxError(f"cannot write {path}: {reason(error)}; free space or choose another folder, and run again") from error
+
+
+@contextlib.contextmanager
+def _locked(file: BinaryIO) -> Iterator[None]:
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield
+        return
+    fcntl.flock(file, fcntl.LOCK_EX)  # given back when the file is closed
+    yield

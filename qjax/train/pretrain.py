@@ -165,20 +165,6 @@ def batch_at(tokens: Int[np.ndarray, " length"], config: PretrainConfig, step: i
     return tokens[starts[:, None] + np.arange(width)].astype(np.int32)
 
 
-def mean_nll(model: DecoderConfig, params: Any, tokens: Int[np.ndarray, " length"], *, batch: int = 8) -> float:
-    """Nats per token over non-overlapping windows of the context (the last, shorter one left out)."""
-    windows = len(tokens) // model.context
-    windows -= windows % batch
-    if windows == 0:
-        raise QjaxError(f"evaluation text: got {len(tokens)} tokens, expected at least {batch * model.context}")
-    params = jax.device_get(params)  # replicated parameters would be evaluated once per device
-    parts = np.asarray(tokens[: windows * model.context], np.int32).reshape(-1, batch, model.context)
-    return float(np.mean([_evaluate(model, params, part) for part in parts]))
-
-
-_evaluate = jax.jit(loss, static_argnums=0)
-
-
 @contextmanager
 def checkpoints(folder: Path, *, keep: int = 2) -> Iterator[Any]:
     """An orbax manager that keeps the last `keep` checkpoints of `folder`; for `save` and `restore_latest`."""

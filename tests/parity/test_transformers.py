@@ -6,7 +6,6 @@ equally far from the truth (1e-6 root mean square here, a few times that at wors
 
 import gzip
 import json
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,10 +18,10 @@ transformers = pytest.importorskip("transformers")
 from qjax.checkpoints.huggingface import load_huggingface, save_huggingface  # noqa: E402
 from qjax.models.model import apply  # noqa: E402
 from qjax.models.tokenizer import wrap_tokenizer  # noqa: E402
+from tests.paths import real_data  # noqa: E402
 
 pytestmark = pytest.mark.peer
 
-SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 TOLERANCE = 1e-5
 SHAPE = {
     "vocab_size": 97,
@@ -134,10 +133,8 @@ def test_older_configuration_names(tmp_path):
 
 @pytest.mark.parametrize("name", ["stories260K-hf", "babyllama-hf"])
 def test_trained_model(name, tmp_path):
-    folder = SHARED / "models" / name
-    if not folder.is_dir():
-        pytest.skip(f"{folder} is not there")
-    text = (SHARED / "text" / "tinystories_val.txt").read_text()[:20000]
+    folder = real_data(f"models/{name}")
+    text = real_data("text/tinystories_val.txt").read_text()[:20000]
     model = load_huggingface(folder)
     ids, counts = model.tokenizer.encode_with_bytes(text)
     assert counts.sum() == len(text.encode())
@@ -153,13 +150,11 @@ def test_trained_model(name, tmp_path):
 
 
 def test_gpt2_tokenizer_counts():
-    folder = SHARED / "tokenizers" / "gpt2"
-    if not folder.is_dir():
-        pytest.skip(f"{folder} is not there")
+    folder = real_data("tokenizers/gpt2")
     inner = Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
     inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tokenizer = wrap_tokenizer(inner)
-    text = gzip.decompress((SHARED / "text" / "calib" / "c4.utf8.gz").read_bytes()).decode()[:100_000]
+    text = gzip.decompress(real_data("text/calib/c4.utf8.gz").read_bytes()).decode()[:100_000]
     ids, counts = tokenizer.encode_with_bytes(text)
     assert counts.sum() == len(text.encode())
     assert tokenizer.decode(ids) == text

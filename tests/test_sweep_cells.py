@@ -3,7 +3,7 @@
 import pytest
 
 from qjax.errors import QjaxError
-from qjax.sweep.grid import canonical, expand
+from qjax.sweep.cells import canonical, expand
 
 
 def test_methods_times_bits():
@@ -16,12 +16,16 @@ def test_group_applies_to_every_method():
 
 
 def test_codebooks_appear_at_their_own_bits_and_casts_always():
-    assert expand(["nf4", "fp4", "bf16", "none"], [3]) == ["bf16", "none"]
+    assert expand(["bf16", "none"], [3]) == ["bf16", "none"]
+    with pytest.raises(QjaxError, match="'nf4' has 4 bits"):
+        expand(["rtn", "nf4"], [3, 2])
     assert expand(["fp8_e4m3"], [8, 4], "channel") == ["rtn:fp8_e4m3-channel"]
 
 
 def test_duplicates_are_dropped_and_every_recipe_is_checked():
     assert canonical(["nf4", "rtn:nf4-g64", "none"]) == ["rtn:nf4-g64", "none"]
+    with pytest.raises(QjaxError, match="no recipes"):
+        canonical([])
     with pytest.raises(QjaxError, match="gptqq"):
         canonical(["nf4", "gptqq:int4-g128"])
     with pytest.raises(QjaxError, match="bits 9"):

@@ -1,5 +1,4 @@
-"""The cells of a sweep: from methods x bits x groups to recipe strings, and from recipe strings to canonical
-recipes."""
+"""The cells of a sweep: from methods x bits x groups to recipe strings, and from recipe strings to canonical recipes."""
 
 from collections.abc import Iterable, Sequence
 
@@ -14,7 +13,7 @@ def expand(methods: Iterable[str], bits: Sequence[int] = BITS, group: str | None
     """Canonical recipes of every method at every number of bits.
 
     A method is a recipe without its format ("rtn", "rtn(clip=mse)", "awq+gptq") and becomes METHOD:intB-gGROUP for each B;
-    or a codebook grid ("nf4", "nf4-dq", "fp8_e4m3"), which appears once, if bits holds its own number; or a cast ("bf16")
+    or a codebook grid ("nf4", "nf4-dq", "fp8_e4m3"), which appears once and must be among the bits; or a cast ("bf16")
     or "none", which appear always. group: a size, "channel" or "tensor"; None is 128 for integers and the codebook's own
     default.
     """
@@ -22,6 +21,8 @@ def expand(methods: Iterable[str], bits: Sequence[int] = BITS, group: str | None
     if unknown:
         raise QjaxError(f"bits {', '.join(map(str, unknown))}: allowed are {', '.join(map(str, INTEGERS.values()))}")
     sharing = None if group is None else f"g{group}" if group.isdigit() else group
+    if sharing == "":
+        raise QjaxError("group '': expected a number, channel or tensor")
     recipes = []
     for method in methods:
         head, *parts = method.split("-")
@@ -29,7 +30,10 @@ def expand(methods: Iterable[str], bits: Sequence[int] = BITS, group: str | None
         if grid in FLOATS or grid == UNQUANTIZED:
             recipes.append(method)
         elif grid in GRIDS:
-            recipes += ["-".join([grid, *([sharing] if sharing else []), *parts])] if GRIDS[grid] in bits else []
+            if GRIDS[grid] not in bits:
+                asked = ",".join(map(str, bits))
+                raise QjaxError(f"method {method!r} has {GRIDS[grid]} bits, but the bits asked for are {asked}; leave it out")
+            recipes.append("-".join([grid, *([sharing] if sharing else []), *parts]))
         else:
             recipes += [f"{method}:int{b}-{sharing or 'g128'}" for b in bits]
     return canonical(recipes)
@@ -38,4 +42,6 @@ def expand(methods: Iterable[str], bits: Sequence[int] = BITS, group: str | None
 def canonical(recipes: Iterable[str]) -> list[str]:
     """Canonical names in order, each once; every recipe is checked before anything is computed."""
     names = [str(parse_recipe(recipe) or UNQUANTIZED) for recipe in recipes]
+    if not names:
+        raise QjaxError("no recipes given; name at least one, for example rtn:int4-g128")
     return list(dict.fromkeys(names))
