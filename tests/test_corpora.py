@@ -13,7 +13,7 @@ from qjax.evaluate.corpora import load_corpus
 
 
 @pytest.fixture(scope="module")
-def test_side():
+def held_out_side():
     return load_corpus("python-docs", "test")
 
 
@@ -26,15 +26,15 @@ def size(corpus):
     return sum(len(document.encode()) for document in corpus.documents)
 
 
-def test_python_docs_sides_share_no_document_and_no_long_paragraph(test_side, calibration_side):
-    assert not set(test_side.documents) & set(calibration_side.documents)
-    shared = corpora.long_paragraphs(test_side.documents) & corpora.long_paragraphs(calibration_side.documents)
+def test_python_docs_sides_share_no_document_and_no_long_paragraph(held_out_side, calibration_side):
+    assert not set(held_out_side.documents) & set(calibration_side.documents)
+    shared = corpora.long_paragraphs(held_out_side.documents) & corpora.long_paragraphs(calibration_side.documents)
     assert not shared
 
 
-def test_python_docs_holds_out_about_a_quarter(test_side, calibration_side):
-    assert size(test_side) > 300_000
-    assert 0.15 < size(test_side) / (size(test_side) + size(calibration_side)) < 0.4
+def test_python_docs_holds_out_about_a_quarter(held_out_side, calibration_side):
+    assert size(held_out_side) > 300_000
+    assert 0.15 < size(held_out_side) / (size(held_out_side) + size(calibration_side)) < 0.4
 
 
 @pytest.mark.parametrize(
@@ -51,11 +51,11 @@ def test_python_docs_split_depends_on_the_name_alone(name, held_out):
     assert corpora.is_held_out(name) is held_out
 
 
-def test_python_docs_mixes_topics_and_docstrings_at_its_head(test_side):
+def test_python_docs_mixes_topics_and_docstrings_at_its_head(held_out_side):
     from pydoc_data.topics import topics
 
     texts = {text.strip() for text in topics.values()}
-    head = [document in texts for document in test_side.documents[:30]]
+    head = [document in texts for document in held_out_side.documents[:30]]
     assert 3 <= sum(head) <= 27
 
 
@@ -81,10 +81,10 @@ def test_without_paragraphs_ignores_white_space():
     assert corpora.without_paragraphs(document, corpora.long_paragraphs([paragraph])) == "kept\n\nkept too"
 
 
-def test_fingerprint_is_of_the_joined_text(test_side):
+def test_fingerprint_is_of_the_joined_text(held_out_side):
     assert corpora.fingerprint(["a", "b"]) == corpora.fingerprint(["a\n\nb"]) != corpora.fingerprint(["ab"])
     assert corpora.fingerprint([""]) == "e3b0c44298fc1c14"  # SHA-256 of nothing
-    assert test_side.fingerprint == corpora.fingerprint(test_side.documents) and len(test_side.fingerprint) == 16
+    assert held_out_side.fingerprint == corpora.fingerprint(held_out_side.documents) and len(held_out_side.fingerprint) == 16
 
 
 @pytest.mark.parametrize("split", ["test", "calibration"])
