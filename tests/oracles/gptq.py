@@ -44,19 +44,26 @@ def gptq(
     act_order: bool | np.ndarray = False,
     static: bool = True,
     parameters: Sequence[tuple[np.ndarray, ...]] | None = None,
+    zero_dead: bool = True,
 ) -> Rounded:
     """Quantizes weight (in, out).
 
     act_order: by falling diagonal of the Hessian, or any permutation. parameters: of static groups, where they are given.
+    zero_dead: inputs with a diagonal of 0 get one of 1, and weights of 0, as in GPTQ's code; otherwise they are rounded to
+    nearest and do not move the damping.
     """
     weight, hessian = weight.astype(np.float64), hessian.astype(np.float64)
     rows = len(weight)
-    dead = np.diag(hessian) == 0
-    hessian[dead, dead] = 1
     parameters = list(parameters) if parameters else [find(weight[start : start + group]) for start in range(0, rows, group)]
-    weight[dead] = 0
+    dead = np.diag(hessian) == 0
+    if zero_dead:
+        hessian[dead, dead] = 1
+        weight[dead] = 0
     order = find_order(hessian, act_order)
-    upper = inverse_factor(hessian[np.ix_(order, order)], damp)
+    mean = np.mean(np.diag(hessian))
+    if not zero_dead:
+        hessian[dead, dead] = mean  # alone in their rows: any positive number does
+    upper = inverse_factor(hessian[np.ix_(order, order)], damp * mean)
     updated = weight[order]
     codes, values, losses = np.zeros(weight.shape, int), np.zeros(weight.shape), np.zeros(rows)
     for position, row in enumerate(order):
@@ -86,10 +93,9 @@ def group_aware_order(hessian: np.ndarray, group: int) -> np.ndarray:
     return inside[np.argsort(-runs.max(axis=1), kind="stable")].reshape(-1)
 
 
-def inverse_factor(hessian: np.ndarray, damp: float) -> np.ndarray:
-    """U upper triangular with (H + damp * mean(diag H) * I)^-1 = U' U."""
-    damped = hessian + damp * np.mean(np.diag(hessian)) * np.eye(len(hessian))
-    return np.linalg.cholesky(np.linalg.inv(damped)).T
+def inverse_factor(hessian: np.ndarray, damping: float) -> np.ndarray:
+    """U upper triangular with (H + damping * I)^-1 = U' U."""
+    return np.linalg.cholesky(np.linalg.inv(hessian + damping * np.eye(len(hessian)))).T
 
 
 def integers(bits: int, symmetric: bool) -> tuple[Callable, Callable, Callable]:
@@ -142,7 +148,7 @@ def expected_ratio(hessian: np.ndarray, damp: float, order: np.ndarray | None = 
     hessian = hessian.astype(np.float64)
     if order is not None:
         hessian = hessian[np.ix_(order, order)]
-    diagonal = np.diag(inverse_factor(hessian, damp))
+    diagonal = np.diag(inverse_factor(hessian, damp * np.mean(np.diag(hessian))))
     return float(np.sum(diagonal**-2.0) / (np.trace(hessian) * (1 + damp)))
 
 

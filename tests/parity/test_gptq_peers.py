@@ -134,6 +134,19 @@ def test_equal_settings(peer, name, grid, act_order, damp):
     assert layer_error(name, dequantize(q), there.hessian) <= layer_error(name, there.values, there.hessian) * ROOM
 
 
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: f"int{grid[0]}{'-sym' * grid[1]}")
+@pytest.mark.parametrize("name", ["steep", "outliers"])
+def test_dynamic_groups(name, grid):
+    """Groups found when their turn comes; GPTQModel's are as old as its block of 128 inputs, so groups of 128 are the same."""
+    pytest.importorskip("gptqmodel")
+    there = theirs(peers.gptqmodel, name, grid, static=False)
+    reference = expected(name, grid, there.hessian, static=False)
+    q = ours(name, grid, there.hessian, act_order=False, static_groups=False, clip="none")
+    for codes in (there.codes, np.asarray(unpack_codes(q))):
+        assert oracle.disagreements(reference, codes, oracle.integers(*grid)[1], group=128, tolerance=TIE) == []
+    np.testing.assert_allclose(unpack_parameters(q)[0], there.scales, rtol=1e-4)  # of weights that carry float32 updates
+
+
 DEFAULTS = {peers.llm_compressor: {"act_order": True}, peers.gptqmodel: {"damp": 0.05, "group_aware": True, "static": False}}
 
 
