@@ -6,6 +6,7 @@ used, so a machine that has one library can compare with that one.
 
 import contextlib
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -186,9 +187,10 @@ def gptq_model_gptqmodel(folder, tokens: np.ndarray, bits: int = 4, group: int =
     config = QuantizeConfig(bits=bits, group_size=group, sym=False, offload_to_disk=False)
     model = GPTQModel.load(str(folder), config, device="cpu", dtype=torch.float32)
     windows = [{"input_ids": window.tolist(), "attention_mask": [1] * len(window)} for window in tokens]
-    start = time.perf_counter()
-    model.quantize(windows, batch_size=batch)
-    return time.perf_counter() - start
+    with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):  # it writes logs/
+        start = time.perf_counter()
+        model.quantize(windows, batch_size=batch)
+        return time.perf_counter() - start
 
 
 def save_random_llama(folder, *, hidden: int, mlp: int, layers: int, heads: int, vocabulary: int = 4096, context: int = 256):
