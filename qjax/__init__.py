@@ -12,6 +12,7 @@ _PUBLIC = {
     "Format": "formats",
     "parse_format": "formats",
     "QTensor": "qtensor",
+    "QLinear": "qtensor",
     "dequantize": "qtensor",
     "dequantize_tree": "qtensor",
     "nbytes": "qtensor",
@@ -19,6 +20,14 @@ _PUBLIC = {
     # roundings
     "Info": "rounding.info",
     "rtn": "rounding.nearest",
+    "gptq": "rounding.gptq",
+    "factorize": "rounding.factor",
+    "output_loss": "rounding.info",
+    # transforms
+    "awq": "transforms.awq",
+    # calibration
+    "Calibration": "calibrate.tokens",
+    "load_calibration": "calibrate.tokens",
     # recipes and the driver
     "Recipe": "recipe",
     "parse_recipe": "recipe",
@@ -44,6 +53,7 @@ _PUBLIC = {
     "run_sweep": "sweep.runner",
     # errors
     "QjaxError": "errors",
+    "QjaxWarning": "errors",
 }
 __all__ = [*_PUBLIC]  # noqa: PLE0604
 

@@ -2,40 +2,38 @@
 
 By default the linear layers inside the blocks are quantized; embeddings, norms and the head stay as they are unless a rule
 names them. The casts fp32, bf16 and fp16 are storage types of the whole model: every floating-point leaf is cast.
-"""
 
-import math
+A decoder is quantized block by block. Beyond the model and its result this holds the float32 weights, Hessians and factors of
+one block, one batch of its activations, and the hidden states of all calibration tokens between two blocks (twice for the
+order `qep`)."""
+
 import re
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, PyTree
 
-from qjax.errors import QjaxError
+from qjax.calibrate.capture import Batch, sharing
+from qjax.calibrate.order import Order
+from qjax.calibrate.tokens import Calibration, as_calibration
+from qjax.errors import QjaxError, QjaxWarning
 from qjax.interception import KernelView, linear_layers, quantized_kernels
-from qjax.models.model import Model
-from qjax.qtensor import FLOAT_DTYPES, QTensor, dequantize, is_quantized
-from qjax.recipe import UNQUANTIZED, Recipe, method, parse_recipe
-from qjax.rounding.info import Info
+from qjax.layerwise import LayerRecord, Part, Plan, Quantized, quantize_part
+from qjax.models.decoder import Block, Head
+from qjax.models.folding import folds
+from qjax.models.model import Model, compute_dtype, embedding_table, stages
+from qjax.qtensor import FLOAT_DTYPES, QLinear, QTensor, dequantize, is_quantized
+from qjax.recipe import DEFAULT_ORDER, UNQUANTIZED, Recipe, Stage, method, parse_recipe
 from qjax.rules import Rule, parse_rule, place
 
-
-class LayerRecord(NamedTuple):
-    """What happened to one kernel; see `Info` for the figures. `recipe` is "none" for a kernel that was left alone."""
-
-    path: str
-    recipe: str
-    in_features: int
-    out_features: int
-    bits_per_weight: float
-    weight_error: float | None = None
-    clipped: float | None = None
-    seconds: float = 0.0
+BATCH_TOKENS = {"cpu": 2048, "gpu": 16384, "tpu": 16384}  # calibration tokens run at a time
 
 
 class Report(NamedTuple):
@@ -52,30 +50,155 @@ def quantize(
     model: Model,
     recipe: str | Recipe | None,
     *,
+    calibration: Calibration | Array | None = None,
     rules: Iterable[str | Rule] = (),
+    order: str | None = None,
     on_layer: Callable[[LayerRecord], None] = lambda record: None,
 ) -> tuple[Model, Report]:
     """The model with its kernels in the recipe's format, and a report. The given model is left as it is.
 
+    calibration: tokens (windows, time) int32 or a `Calibration` (`load_calibration`); needed by recipes that read data.
     rules: "PATTERN=RECIPE" strings, the first that matches a kernel's path decides (`rules.py`).
-    on_layer is called with each layer's record as it is done. Raises QjaxError for a bad recipe or rule, and when the
-    model is quantized already.
+    order: whose inputs statistics are from ("parallel", "block", "sequential", "qep"), for recipes that do not say @ORDER.
+    on_layer is called with each layer's record as it is done. Raises QjaxError for a bad recipe or rule, a model that is
+    quantized already, missing or unfit calibration tokens, and activations that are not finite. Warns (QjaxWarning) of layers
+    with fewer calibration tokens than inputs.
     """
-    recipe, rules = _parsed(recipe, rules)
-    placed = placement(model, recipe, rules)
-    flat = flatten_dict(model.params, sep="/")
+    return quantize_together(model, [(recipe, rules)], calibration=calibration, order=order, on_layer=on_layer)[0]
+
+
+def quantize_together(
+    model: Model,
+    requests: Sequence[tuple[str | Recipe | None, Iterable[str | Rule]]],
+    *,
+    calibration: Calibration | Array | None = None,
+    order: str | None = None,
+    on_layer: Callable[[LayerRecord], None] = lambda record: None,
+) -> list[tuple[Model, Report]]:
+    """`quantize` for several (recipe, rules), all in the order `parallel`, that share captured statistics and factors.
+
+    One request may be in any order. Raises what `quantize` raises; the report's seconds are of all requests together.
+    """
     started = time.perf_counter()
-    views = {path: KernelView(flat[path].shape, (0,), (1,)) for path in placed}
-    flat, records = _quantize_kernels(flat, placed, views, on_layer)
-    flat |= _cast_others(flat, recipe, placed)
-    name = "; ".join([str(recipe or UNQUANTIZED), *map(str, rules)])
-    result = model._replace(params=unflatten_dict(flat, sep="/"), recipe=name)
-    return result, _report(result.params, records, time.perf_counter() - started)
+    parsed = [_parsed(recipe, rules, order) for recipe, rules in requests]
+    placed = [placement(model, *request) for request in parsed]
+    chosen = {calibration_order(request) for request in parsed} - {None}
+    if len(chosen) > 1 or (len(requests) > 1 and chosen - {Stage("parallel")}):
+        raise QjaxError(f"recipes of the orders {', '.join(sorted(map(str, chosen)))} cannot be quantized together")
+    if chosen and calibration is None:
+        needing = [
+            str(recipe) for recipe in dict.fromkeys(r for plan in placed for r in plan.values()) if recipe and recipe.statistics
+        ]
+        raise QjaxError(
+            f"{', '.join(needing)} needs calibration data; give calibration= tokens (--calibration on the command line)"
+        )
+    stage = chosen.pop() if chosen else Stage("parallel")
+    tokens = as_calibration(model, calibration) if calibration is not None else None
+    parts = _quantize_decoder(model, placed, method(stage.name)(**dict(stage.options)), tokens, on_layer)
+    results = []
+    for number, (recipe, rules) in enumerate(parsed):
+        leaves = flatten_dict(model.params, sep="/")
+        for prefix, found in parts:
+            leaves |= {prefix + path: leaf for path, leaf in found[number].leaves.items()}
+        leaves |= _cast_others(leaves, recipe, placed[number])
+        by_path = {record.path: record for _, found in parts for record in found[number].records}
+        records = [by_path[path] for path in placed[number]]
+        _warn_of_few_tokens(records)
+        name = "; ".join([str(recipe or UNQUANTIZED), *map(str, rules)])
+        result = model._replace(params=unflatten_dict(leaves, sep="/"), recipe=name)
+        results.append((result, _report(result.params, records, time.perf_counter() - started)))
+    return results
+
+
+def calibration_order(request: tuple[Recipe | None, Iterable[Rule]]) -> Stage | None:
+    """The order in which a request reads calibration data; None when it reads none. Raises QjaxError for several orders at
+    once."""
+    recipe, rules = request
+    orders = {r.order or Stage(DEFAULT_ORDER) for r in (recipe, *(rule.recipe for rule in rules)) if r and r.statistics}
+    if len(orders) > 1:
+        raise QjaxError(f"rules and recipe ask for the orders {', '.join(sorted(map(str, orders)))}; one run has one order")
+    return orders.pop() if orders else None
+
+
+def _quantize_decoder(
+    model: Model, plans: Sequence[Plan], order: Order, calibration: Calibration | None, on_layer: Callable[[LayerRecord], None]
+) -> list[tuple[str, list[Quantized]]]:
+    """The parts of a decoder, block by block and the head, each with its path prefix."""
+    config, dtype = model.config, compute_dtype()
+    run, allowed = stages(config, dtype), folds(config)
+    needed = any(recipe and recipe.statistics for plan in plans for recipe in plan.values())
+    weights = []
+    exact = current = []
+    if needed:
+        pieces = list(_batches(calibration))
+        weights = [weight for _, weight in pieces]
+        exact = current = [run.embed(model.params["embed"], tokens) for tokens, _ in pieces]
+    last = max((i for i in range(config.layers) for plan in plans if _calibrated(plan, f"block_{i}/")), default=-1)
+    head = any(_calibrated(plan, "head/") for plan in plans)
+    parts, shared = [], {}
+    for name in [*(f"block_{i}" for i in range(config.layers)), "head"]:
+        prefix, params = f"{name}/", model.params[name]
+        inside = [
+            {path.removeprefix(prefix): recipe for path, recipe in plan.items() if path.startswith(prefix)} for plan in plans
+        ]
+        views = {
+            path: KernelView(leaf.shape, (0,), (1,))
+            for path, leaf in flatten_dict(params, sep="/").items()
+            if path in inside[0]
+        }
+        is_head = name == "head"
+        module = Head(config, dtype) if is_head else Block(config, dtype)
+        further = (embedding_table(model),) if is_head else ()
+        batches, floats = (
+            [Batch((x, *further), w) for x, w in zip(states, weights, strict=True)] for states in (current, exact)
+        )
+        if batches and module not in shared:  # equal blocks are traced once
+            shared[module] = sharing(module, params, *batches[0].args)
+        part = Part(module, prefix, params, views, shared.get(module, {}), () if is_head else allowed)
+        found = quantize_part(part, inside, order, batches, floats if order.alpha else None, on_layer)
+        parts.append((prefix, found))
+        if is_head or not needed or not (head or int(name.removeprefix("block_")) < last):
+            continue
+        before = current
+        current = [run.block(found[0].floating if order.prefix else params, x) for x in current]
+        if order.alpha:
+            exact = [run.block(params, x) for x in exact]
+        elif before is exact:
+            exact = current
+    return parts
+
+
+def _calibrated(plan: Plan, prefix: str) -> bool:
+    return any(recipe and recipe.statistics for path, recipe in plan.items() if path.startswith(prefix))
+
+
+def _batches(calibration: Calibration) -> Iterable[tuple[Array, Array]]:
+    """(tokens, weights), all of one shape: the last is filled up with windows that do not count."""
+    tokens, weights = calibration.tokens, calibration.weights
+    weights = np.ones(tokens.shape, np.float32) if weights is None else weights
+    size = min(len(tokens), max(1, BATCH_TOKENS[jax.default_backend()] // tokens.shape[1]))
+    padding = ((0, -len(tokens) % size), (0, 0))
+    tokens, weights = np.pad(tokens, padding), np.pad(weights, padding)
+    for start in range(0, len(tokens), size):
+        yield jnp.asarray(tokens[start : start + size]), jnp.asarray(weights[start : start + size])
+
+
+def _warn_of_few_tokens(records: Sequence[LayerRecord]) -> None:
+    few = [record for record in records if record.tokens is not None and record.tokens < record.in_features]
+    if few:
+        listed = ", ".join(f"{record.path} ({record.in_features} inputs)" for record in few[:5])
+        more = f" and {len(few) - 5} more" if len(few) > 5 else ""
+        warnings.warn(
+            f"{few[0].tokens} calibration tokens give Hessians of rank {few[0].tokens} at most, less than the inputs of "
+            f"{listed}{more}; damping fills the rest, more tokens would be better",
+            QjaxWarning,
+            stacklevel=4,
+        )
 
 
 def placement(model: Model, recipe: str | Recipe | None, rules: Iterable[str | Rule] = ()) -> dict[str, Recipe | None]:
     """What `quantize` would do to every linear kernel, by path; None leaves it. Raises what `quantize` raises."""
-    recipe, rules = _parsed(recipe, rules)
+    recipe, rules = _parsed(recipe, rules, None)
     flat = flatten_dict(model.params, sep="/")
     if any(is_quantized(leaf) for leaf in flat.values()):
         raise QjaxError(f"{model.name} is quantized already ({model.recipe}); start from the unquantized model")
@@ -99,15 +222,21 @@ def quantize_flax(
     recipe: str | Recipe | None,
     *,
     batches: Sequence[tuple],
+    weights: Sequence[Array] | None = None,
     rules: Iterable[str | Rule] = (),
+    order: str | None = None,
+    on_layer: Callable[[LayerRecord], None] = lambda record: None,
 ) -> tuple[PyTree, Report]:
     """Quantizes the kernels of any Linen model: nn.Dense, nn.DenseGeneral and nn.Einsum layers, found by tracing it.
 
-    params: the "params" collection. batches: arguments of module.apply, each a tuple; the first is used to trace.
+    params: the "params" collection. batches: arguments of module.apply, each a tuple; the first is used to trace, all of
+    them by recipes that read calibration data. weights: per batch, how much each token counts (0 leaves it out), an array
+    whose axes are the first axes of every layer's input. order: as in `quantize`; the module counts as one block, so that
+    "block" is "parallel", and "sequential" and "qep" run it once for each set of layers with the same input.
     Run the result with `apply_flax`. Raises QjaxError when no layer can be quantized or a rule names none, and lists layers
-    that cannot run with a quantized kernel unless a rule "PATTERN=none" leaves them out.
+    that cannot run with a quantized kernel, or cannot be captured, unless a rule "PATTERN=none" leaves them out.
     """
-    recipe, rules = _parsed(recipe, rules)
+    recipe, rules = _parsed(recipe, rules, order)
     if not batches:
         raise QjaxError("quantize_flax: batches is empty; give at least one tuple of arguments of module.apply")
     if any(is_quantized(leaf) for leaf in flatten_dict(params, sep="/").values()):
@@ -120,11 +249,26 @@ def quantize_flax(
     if not views:
         raise QjaxError(f"{type(module).__name__}: no Dense, DenseGeneral or Einsum layer found to quantize")
     started = time.perf_counter()
+    plan = {path: placed[path] for path in views}
     flat = flatten_dict(params, sep="/")
-    flat, records = _quantize_kernels(flat, {path: placed[path] for path in views}, views, lambda record: None)
-    flat |= _cast_others(flat, recipe, views)
-    result = unflatten_dict(flat, sep="/")
-    return result, _report(result, records, time.perf_counter() - started)
+    for path, chosen in plan.items():
+        if chosen is not None and flat[path].shape != views[path].shape:
+            raise QjaxError(
+                f"{path} has shape {flat[path].shape} where its layer multiplies with {views[path].shape}: a layer under "
+                "nn.scan or nn.vmap; quantize such kernels with jax.vmap(qjax.rtn, ...), a rule 'PATTERN=none' leaves them as they are"
+            )
+    if weights is not None and len(weights) != len(batches):
+        raise QjaxError(f"quantize_flax: {len(batches)} batches but {len(weights)} arrays of weights")
+    calibration = [Batch(tuple(args), w) for args, w in zip(batches, weights or [None] * len(batches), strict=True)]
+    stage = calibration_order((recipe, rules)) or Stage("parallel")
+    order = method(stage.name)(**dict(stage.options))
+    calibrated = any(chosen and chosen.statistics for chosen in plan.values())
+    part = Part(module, "", params, views, sharing(module, params, *batches[0]) if calibrated else {})
+    (found,) = quantize_part(part, [plan], order, calibration, calibration, on_layer)
+    _warn_of_few_tokens(found.records)
+    leaves = found.leaves | _cast_others(found.leaves, recipe, views)
+    result = unflatten_dict(leaves, sep="/")
+    return result, _report(result, found.records, time.perf_counter() - started)
 
 
 def apply_flax(module: nn.Module, params: PyTree, *args: object, **kwargs: object) -> object:
@@ -144,51 +288,26 @@ def dequantize_flax(module: nn.Module, params: PyTree, *args: object, **kwargs: 
     return unflatten_dict(flat | decoded, sep="/")
 
 
-def _quantize_kernels(flat, placed, views, on_layer):
-    """Rounds every placed kernel; returns the new flat tree and the records in the order of `placed`."""
-    flat, records = dict(flat), []
-    for path, chosen in placed.items():
-        kernel, view = flat[path], views[path]
-        if chosen is None:
-            record = LayerRecord(path, UNQUANTIZED, *view.matrix_shape, 8.0 * kernel.dtype.itemsize)
-        elif kernel.shape != view.shape:
-            raise QjaxError(
-                f"{path} has shape {kernel.shape} where its layer multiplies with {view.shape}: a layer under nn.scan or "
-                "nn.vmap; quantize such kernels with jax.vmap(qjax.rtn, ...), a rule 'PATTERN=none' leaves them as they are"
-            )
-        else:
-            matrix = view.to_matrix(kernel)
-            started = time.perf_counter()
-            q, info = round_weight(matrix, chosen)
-            weight_error, clipped = float(info.weight_error), float(info.clipped)  # waits for the result
-            flat[path] = view.to_kernel(q.codes) if chosen.is_cast else q
-            seconds = time.perf_counter() - started
-            bits = q.bits_per_weight
-            record = LayerRecord(path, str(chosen), *matrix.shape, bits, weight_error, clipped, seconds)
-        records.append(record)
-        on_layer(record)
-    broken = [record.path for record in records if record.weight_error is not None and not math.isfinite(record.weight_error)]
-    if broken:
-        raise QjaxError(f"weights that are not finite cannot be quantized: {', '.join(broken)}; start from an intact model")
-    return flat, records
-
-
-def round_weight(weight: Float[Array, "in out"], recipe: Recipe) -> tuple[QTensor, Info]:
-    """Applies a recipe's rounding to one (in, out) weight."""
-    return method(recipe.rounding.name)(weight, recipe.format, **dict(recipe.rounding.options))
-
-
-def _parsed(recipe: str | Recipe | None, rules: Iterable[str | Rule]) -> tuple[Recipe | None, tuple[Rule, ...]]:
+def _parsed(
+    recipe: str | Recipe | None, rules: Iterable[str | Rule], order: str | None
+) -> tuple[Recipe | None, tuple[Rule, ...]]:
     recipe = parse_recipe(recipe) if isinstance(recipe, str) else recipe
     rules = (rules,) if isinstance(rules, str) else rules
-    return recipe, tuple(parse_rule(rule) if isinstance(rule, str) else rule for rule in rules)
+    rules = (parse_rule(rule) if isinstance(rule, str) else rule for rule in rules)
+    return recipe and recipe.in_order(order), tuple(
+        rule._replace(recipe=rule.recipe and rule.recipe.in_order(order)) for rule in rules
+    )
 
 
-def _cast_others(flat: dict[str, Array], recipe: Recipe | None, done: Collection[str]) -> dict[str, Array]:
+def _cast_others(flat: Mapping[str, object], recipe: Recipe | None, done: Collection[str]) -> dict[str, Array]:
     """For a cast, the floating-point leaves besides the kernels in `done`, in its type; nothing for other recipes."""
     if recipe is None or not recipe.is_cast:
         return {}
-    floating = {p: leaf for p, leaf in flat.items() if p not in done and jnp.issubdtype(leaf.dtype, jnp.floating)}
+    floating = {
+        p: leaf
+        for p, leaf in flat.items()
+        if p not in done and not is_quantized(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
+    }
     return {path: leaf.astype(FLOAT_DTYPES[recipe.format.grid]) for path, leaf in floating.items()}
 
 
@@ -202,5 +321,5 @@ def _report(params: PyTree, records: list[LayerRecord], seconds: float) -> Repor
     return Report(tuple(records), bits, 8 * size / weights, size, seconds)
 
 
-def _weights(leaf: Array | QTensor) -> int:
+def _weights(leaf: Array | QTensor | QLinear) -> int:
     return jax.eval_shape(dequantize, leaf).size if is_quantized(leaf) else leaf.size

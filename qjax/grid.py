@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Shaped, UInt8
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 
 from qjax.formats import DOUBLE_QUANT_BLOCK, Format, dynamic_map
 
@@ -127,10 +127,21 @@ def encode(
     """Nearest codes of values, elementwise; scale and zero broadcast against values. A scale of 0 gives the code of 0."""
     # By the reciprocal, like bitsandbytes; XLA would make that of a division, but only when it compiles.
     scaled = jnp.where(scale == 0, 0.0, values * (1 / _nonzero(scale)))
+    if fmt.codebook is None:
+        return integer_codes(scaled, 2 ** (fmt.bits - 1) if zero is None else zero, fmt.largest_code)
+    return codebook_codes(scaled, fmt)
+
+
+def integer_codes(
+    scaled: Float[Array, "..."], zero: float | Float[Array, "..."], largest: int | Int[Array, ""]
+) -> UInt8[Array, "..."]:
+    """Codes of weights divided by their scale; `largest` may be traced, so that one program serves every number of bits."""
+    return jnp.clip(jnp.round(scaled) + zero, 0, largest).astype(jnp.uint8)
+
+
+def codebook_codes(scaled: Float[Array, "..."], fmt: Format) -> UInt8[Array, "..."]:
+    """Codes of weights divided by their scale, for a format with a codebook."""
     book = fmt.codebook
-    if book is None:
-        zero = 2 ** (fmt.bits - 1) if zero is None else zero
-        return jnp.clip(jnp.round(scaled) + zero, 0, fmt.largest_code).astype(jnp.uint8)
     if fmt.grid in FLOAT8:  # the cast rounds to nearest, ties to even, like 252 thresholds but at once
         bits = jnp.clip(scaled, -book.bound, book.bound).astype(FLOAT8[fmt.grid])
         bits = jax.lax.bitcast_convert_type(bits, jnp.uint8)

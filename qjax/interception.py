@@ -1,11 +1,15 @@
 """The one place that touches Flax modules: linear layers run with quantized kernels, the model's code unchanged.
 
 `flax.linen.intercept_methods` shows us every layer's call. Where the layer's kernel is a QTensor we multiply with it in the
-layer's place; every other layer runs as written. Kernels with several input or output axes (DenseGeneral, Einsum) are seen as
-one (in, out) matrix: `KernelView` says how, and is all that a quantizer needs to know of a layer.
+layer's place; every other layer runs as written. The same hook shows calibration what goes into each layer (`recorded`).
+Kernels with several input or output axes (DenseGeneral, Einsum) are seen as one (in, out) matrix: `KernelView` says how, and
+is all that a quantizer needs to know of a layer.
 """
 
+import contextlib
+import dataclasses
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -69,6 +73,43 @@ def quantized_kernels():
     return nn.intercept_methods(_run_quantized)
 
 
+@dataclasses.dataclass
+class Recording:
+    """What one run of a module showed, under the paths of its layers' kernels.
+
+    inputs: (*kept, in) arrays, one a call, the input axes of the kernel flattened in its order. sources: the arrays as the
+    layer was given them, to see which layers share an input. outputs: what the module at `watched` returned, one a call.
+    """
+
+    watched: tuple[str, ...] | None = None
+    inputs: dict[str, list[jax.Array]] = dataclasses.field(default_factory=dict)
+    sources: dict[str, list[tuple[jax.Array, tuple[int, ...]]]] = dataclasses.field(default_factory=dict)
+    outputs: list[object] = dataclasses.field(default_factory=list)
+
+
+@contextlib.contextmanager
+def recorded(watched: tuple[str, ...] | None = None) -> Iterator[Recording]:
+    """`quantized_kernels` that also records the input of every linear layer, and the output of the module at path `watched`."""
+    recording = Recording(watched)
+
+    def record(call, args, kwargs, context):
+        layer = context.module
+        if context.method_name == "__call__" and type(layer) in SERVED:
+            with contextlib.suppress(QjaxError):  # a layer that is not served is refused where it is to be quantized
+                plan = _contraction(layer, args, kwargs)
+                x = args[0] if args else kwargs["inputs"]
+                path = "/".join((*layer.path, "kernel"))
+                recording.inputs.setdefault(path, []).append(_input_matrix(x, plan))
+                recording.sources.setdefault(path, []).append((x, plan.input_axes))
+        result = _run_quantized(call, args, kwargs, context)
+        if context.method_name == "__call__" and layer.scope is not None and tuple(layer.path) == watched:
+            recording.outputs.append(result)
+        return result
+
+    with nn.intercept_methods(record):
+        yield recording
+
+
 def linear_layers(module: nn.Module, params: PyTree, *args: object, **kwargs: object) -> Linears:
     """Every linear layer that module.apply({"params": params}, *args, **kwargs) calls; nothing is computed."""
     views, refused = {}, {}
@@ -108,12 +149,15 @@ def _run_quantized(call, args, kwargs, context):
     bias = layer.get_variable("params", "bias") if layer.use_bias else None
     x, bias = promote_dtype(x, bias, dtype=layer.dtype or jnp.result_type(x, layer.param_dtype))
 
-    kept = [axis for axis in range(x.ndim) if axis not in plan.input_axes]
-    x = x.transpose(*kept, *plan.input_axes)
-    x = x.reshape(*x.shape[: len(kept)], -1)  # (*kept, in)
-    y = matmul(x, kernel, precision=layer.precision)
+    y = matmul(_input_matrix(x, plan), kernel, precision=layer.precision)
     y = y.reshape(*y.shape[:-1], *(plan.view.shape[axis] for axis in plan.view.out_axes)).transpose(plan.output_order)
     return y if bias is None else y + bias.reshape(plan.bias_shape)
+
+
+def _input_matrix(x: Float[Array, "..."], plan: _Contraction) -> Float[Array, "*kept in"]:
+    kept = [axis for axis in range(x.ndim) if axis not in plan.input_axes]
+    x = x.transpose(*kept, *plan.input_axes)
+    return x.reshape(*x.shape[: len(kept)], -1)
 
 
 def _refuse_other_quantized(layer: nn.Module) -> None:

@@ -3,6 +3,9 @@
     rtn:int4-g128                       rounding : format
     rtn(clip=mse):int3-g128             options in parentheses
     awq+gptq(damp=0.05):int3-g128       transforms + rounding : format
+    awq:int4-g128                       a transform alone is followed by the rounding that belongs to it, here rtn(clip=hessian)
+    gptq:int3-g128@sequential           @ the order of calibration: whose inputs the statistics are taken from
+    (`calibrate/order.py`)
     smoothquant:int8-channel/int8-token format of the weights / of the activations
     nf4                                 a format alone is rounded to nearest
     bf16                                storage in another floating-point type, of the whole model
@@ -12,8 +15,8 @@
 
 A method is a function of a weight and a format; its keyword-only arguments are its options, of the annotated type: bool,
 int, float, str or a Literal of choices, or one of these `| None`, where None is written none. Arguments named like a
-statistic (`STATISTICS`) are filled from calibration instead. To add a method write the function in a file of its own and
-a line in the registry below.
+statistic (`STATISTICS`) are filled from calibration instead; one with a default is asked for only by an option whose value is
+its name, as clip=hessian. To add a method write the function in a file of its own and a line in the registry below.
 """
 
 import dataclasses
@@ -25,14 +28,18 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from qjax.errors import QjaxError
 from qjax.formats import Format, parse_format
 
-STATISTICS = ("hessian", "abs_mean", "abs_max")
-ROUNDINGS = {"rtn": "qjax.rounding.nearest:rtn"}
-TRANSFORMS: dict[str, str] = {}
+STATISTICS = ("hessian", "abs_mean", "abs_max", "module")  # "module": the error of the parent module's output, a function
+DERIVED = ("factor",)  # computed from a statistic, for methods that take it
+ROUNDINGS = {"rtn": "qjax.rounding.nearest:rtn", "gptq": "qjax.rounding.gptq:gptq"}
+TRANSFORMS = {"awq": "qjax.transforms.awq:awq_scale"}
+FOLLOWED_BY = {"awq": "rtn(clip=hessian)"}  # the rounding of a recipe that ends in this transform; others end in rtn
+ORDERS = {name: f"qjax.calibrate.order:{name}" for name in ("parallel", "block", "sequential", "qep")}
+DEFAULT_ORDER = "sequential"
 UNQUANTIZED = "none"
 
 
@@ -57,14 +64,19 @@ class Recipe:
     rounding: Stage
     format: Format
     activation: Format | None = None
+    order: Stage | None = None
 
     @property
     def statistics(self) -> tuple[str, ...]:
         """Names of the calibration statistics its methods take."""
-        needed = set()
-        for stage in (*self.transforms, self.rounding):
-            needed |= set(inspect.signature(method(stage.name)).parameters) & set(STATISTICS)
+        needed = {name for stage in (*self.transforms, self.rounding) for name in statistics_of(stage)}
         return tuple(name for name in STATISTICS if name in needed)
+
+    def in_order(self, order: "str | Stage | None") -> "Recipe":
+        """This recipe in the given order of calibration, if it names none itself and takes calibration data."""
+        if order is None or self.order is not None or not self.statistics:
+            return self
+        return dataclasses.replace(self, order=order if isinstance(order, Stage) else parse_order(order))
 
     @property
     def is_cast(self) -> bool:
@@ -75,23 +87,47 @@ class Recipe:
         if self.is_cast:
             return str(self.format)
         stages = [str(stage) for stage in self.transforms]
-        if not stages or self.rounding != Stage("rtn"):
+        if not stages or self.rounding != implied_rounding(self.transforms):
             stages.append(str(self.rounding))
         activation = f"/{self.activation}" if self.activation else ""
-        return f"{'+'.join(stages)}:{self.format}{activation}"
+        order = f"@{self.order}" if self.order and self.order != Stage(DEFAULT_ORDER) else ""
+        return f"{'+'.join(stages)}:{self.format}{activation}{order}"
 
 
 @functools.cache
 def method(name: str) -> Callable:
     """The function of a registered rounding or transform."""
-    module, function = {**ROUNDINGS, **TRANSFORMS}[name].split(":")
+    module, function = {**ROUNDINGS, **TRANSFORMS, **ORDERS}[name].split(":")
     return getattr(importlib.import_module(module), function)
 
 
 def options_of(name: str) -> dict[str, inspect.Parameter]:
     """Options of a method: its keyword-only arguments that are not statistics."""
     parameters = inspect.signature(method(name)).parameters.values()
-    return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in STATISTICS}
+    return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in (*STATISTICS, *DERIVED)}
+
+
+def statistics_of(stage: Stage) -> tuple[str, ...]:
+    """The calibration statistics that a method takes with these options."""
+    parameters = inspect.signature(method(stage.name)).parameters
+    chosen = {**{name: option.default for name, option in options_of(stage.name).items()}, **dict(stage.options)}.values()
+    return tuple(
+        name
+        for name in STATISTICS
+        if name in parameters and (parameters[name].default is inspect.Parameter.empty or name in chosen)
+    )
+
+
+@functools.cache
+def implied_rounding(transforms: tuple[Stage, ...]) -> Stage:
+    """The rounding of a recipe that names none."""
+    text = FOLLOWED_BY.get(transforms[-1].name, "rtn") if transforms else "rtn"
+    return _parse_stage(text, text, (*ROUNDINGS,))
+
+
+def parse_order(text: str) -> Stage:
+    """The order of calibration named `text`, for example "qep(alpha=1)"; raises QjaxError that lists what is allowed."""
+    return _parse_stage(text, text, (*ORDERS,), what="order of calibration")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -103,12 +139,14 @@ def parse_recipe(text: str) -> Recipe | None:
     text = text.strip()
     if text == UNQUANTIZED:
         return None
-    *head, formats = re.split(r":(?![^(]*\))", text)
+    body, at, order_text = text.partition("@")
+    *head, formats = re.split(r":(?![^(]*\))", body)
     if len(head) > 1:
         raise QjaxError(f"recipe {text!r}: expected METHODS:FORMAT, got {len(head)} colons")
-    stages = [_parse_stage(text, part) for part in _split_stages(head[0])] if head else [Stage("rtn")]
+    known = (*ROUNDINGS, *TRANSFORMS)
+    stages = [_parse_stage(text, part, known) for part in _split_stages(head[0])] if head else [Stage("rtn")]
     if stages[-1].name in TRANSFORMS:
-        stages.append(Stage("rtn"))
+        stages.append(implied_rounding(tuple(stages)))
     late = [stage.name for stage in stages[:-1] if stage.name in ROUNDINGS]
     if late:
         raise QjaxError(f"recipe {text!r}: {late[0]!r} is a rounding and must come last, after the transforms")
@@ -127,6 +165,10 @@ def parse_recipe(text: str) -> Recipe | None:
         raise QjaxError(f"recipe {text!r}: {recipe.format} is a cast and takes no method; write {str(recipe.format)!r}")
     if recipe.activation:
         raise QjaxError(f"recipe {text!r}: activation formats are not supported yet; leave out /{recipe.activation}")
+    if at:
+        if not recipe.statistics:
+            raise QjaxError(f"recipe {text!r}: its methods read no calibration data, which an order (@{order_text}) is about")
+        recipe = recipe.in_order(_parse_stage(text, order_text, (*ORDERS,), what="order of calibration"))
     return recipe
 
 
@@ -141,14 +183,13 @@ def _split_stages(text: str) -> list[str]:
     return re.split(r"\+(?![^(]*\))", text)
 
 
-def _parse_stage(recipe: str, text: str) -> Stage:
+def _parse_stage(recipe: str, text: str, known: Collection[str], what: str = "method") -> Stage:
     match = re.fullmatch(r"\s*([A-Za-z_]\w*)\s*(?:\((.*)\))?\s*", text)
-    known = [*ROUNDINGS, *TRANSFORMS]
     name = match.group(1) if match else text
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise QjaxError(f"recipe {recipe!r}: unknown method {name!r}; {hint}allowed: {', '.join(known)}")
+        raise QjaxError(f"recipe {recipe!r}: unknown {what} {name!r}; {hint}allowed: {', '.join(known)}")
     allowed = options_of(name)
     options = {}
     for item in filter(None, (match.group(2) or "").split(",")):
@@ -188,15 +229,16 @@ def _show(value: object) -> str:
 
 
 def method_table() -> list[dict[str, str]]:
-    """One record per registered method: name, kind, options with defaults, statistics, first line of its docstring."""
-    kinds = [(name, "rounding") for name in ROUNDINGS] + [(name, "transform") for name in TRANSFORMS]
+    """One record per registered method and order: name, kind, options with defaults, statistics, what it does."""
+    kinds = {"rounding": ROUNDINGS, "transform": TRANSFORMS, "order": ORDERS}
     return [
         {
-            "method": name,
+            "method": f"@{name}" if kind == "order" else name,
             "kind": kind,
             "options": ", ".join(f"{o.name}={_show(o.default)}" for o in options_of(name).values()),
-            "needs": ", ".join(s for s in STATISTICS if s in inspect.signature(method(name)).parameters) or "no data",
-            "what": inspect.getdoc(inspect.getmodule(method(name))).splitlines()[0],
+            "needs": "" if kind == "order" else ", ".join(statistics_of(Stage(name))) or "no data",
+            "what": inspect.getdoc(method(name) if kind == "order" else inspect.getmodule(method(name))).splitlines()[0],
         }
-        for name, kind in kinds
+        for kind, registry in kinds.items()
+        for name in registry
     ]

@@ -1,8 +1,10 @@
 """qjax's own folders: packed codes in model.safetensors, and qjax.json that says what they are. They load back bit-equal.
 
     model.safetensors   block_0/attention/q/kernel.codes, .scales, .zeros of a QTensor; doubly quantized scales as
-                        .scales.codes, .scales.scales, .scales.offset; every other parameter under its path
-    qjax.json           version, name, recipe, config, and per QTensor its format and in_features; written last, so a
+                        .scales.codes, .scales.scales, .scales.offset; those of a QLinear's weight as .weight.codes and so on,
+                        beside .input_scale; every other parameter under its path
+    qjax.json           version, name, recipe, config, and per QTensor its format and in_features, per QLinear
+                        also "input_scale": true; written last, so a
                         folder that has it is complete
     tokenizer.json      where the model has one
 
@@ -29,7 +31,7 @@ from qjax.formats import Format, parse_format
 from qjax.models.config import DecoderConfig, LinearScaling, Llama3Scaling
 from qjax.models.model import Model
 from qjax.models.parameters import check_parameters, flatten, parameter_shapes, unflatten
-from qjax.qtensor import FLOAT_DTYPES, QTensor, from_codes, is_quantized
+from qjax.qtensor import FLOAT_DTYPES, QLinear, QTensor, from_codes, is_quantized
 
 DESCRIPTION, WEIGHTS, TOKENIZER = "qjax.json", "model.safetensors", "tokenizer.json"
 VERSION = 1
@@ -50,7 +52,7 @@ def save(folder: str | Path, model: Model, *, overwrite: bool = False) -> None:
         "name": model.name,
         "recipe": model.recipe,
         "config": config_to_dict(model.config),
-        "quantized": {path: {"format": str(leaf.format), "in_features": leaf.in_features} for path, leaf in quantized.items()},
+        "quantized": {path: _describe(leaf) for path, leaf in quantized.items()},
     }
     folder = prepare_output_folder(
         folder,
@@ -61,6 +63,11 @@ def save(folder: str | Path, model: Model, *, overwrite: bool = False) -> None:
     if model.tokenizer is not None:
         write_atomically(folder / TOKENIZER, model.tokenizer.to_json())
     write_atomically(folder / DESCRIPTION, json.dumps(description, indent=1) + "\n")
+
+
+def _describe(leaf: QTensor | QLinear) -> dict:
+    scaled = {"input_scale": True} if isinstance(leaf, QLinear) else {}
+    return {"format": str(leaf.format), "in_features": leaf.in_features, **scaled}
 
 
 def load_packed(folder: str | Path) -> Model:
@@ -109,6 +116,8 @@ def _templates(config: DecoderConfig, quantized: dict) -> dict[str, object]:
         if in_features != shape[0]:
             raise QjaxError(f"{path} has in_features {in_features}, expected {shape[0]}")
         templates[path] = _template(fmt, *shape)
+        if record.get("input_scale", False) is True:
+            templates[path] = QLinear(templates[path], jax.ShapeDtypeStruct(shape[:1], jnp.float16))
     return templates
 
 

@@ -3,6 +3,8 @@
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 
 class Info(NamedTuple):
@@ -17,3 +19,9 @@ class Info(NamedTuple):
     proxy_loss: jax.Array | None = None
     output_error: jax.Array | None = None
     damp: jax.Array | None = None
+
+
+@jax.jit
+def output_loss(weight: Float[Array, "in out"], hessian: Float[Array, "in in"]) -> Float[Array, ""]:
+    """tr(W^T H W): the mean squared output of a layer with this weight, summed over its outputs. Of dW it is the proxy loss."""
+    return jnp.sum(weight * jnp.matmul(hessian, weight, precision=jax.lax.Precision.HIGHEST))

@@ -1,20 +1,16 @@
-"""Round to nearest (RTN): every weight gets the nearest value of its group's grid. No data.
+"""Round to nearest (RTN): every weight gets the nearest value of its group's grid. No data but for clip=hessian.
 
-    clip=none   the grid spans the group's range
-    clip=mse    argmin over shrink p of sum (Q_p(w) - w)^2, p in {1, 0.99, ..., 0.2}, per group: a smaller range costs the
-                outermost weights and pays with a finer grid for the rest; at 2 bits it halves the error
-
-The range search is the one of GPTQ's code (Frantar et al. 2022, arXiv 2210.17323) with squared error instead of its power 2.4,
-so that what is minimised is what is reported.
+clip=none      the grid spans the group's range
+clip=mse       it spans the part of the range with the least squared error of the weights (`ranges.py`)
+clip=hessian   the part with the least squared error of the group's output on calibration data
 """
 
-import dataclasses
 import functools
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float
 
 from qjax import grid
 from qjax.errors import QjaxError
@@ -22,39 +18,67 @@ from qjax.formats import Format, parse_format
 from qjax.qtensor import FLOAT_DTYPES, QTensor, from_codes
 from qjax.rounding.info import Info
 from qjax.rounding.pieces import map_pieces
+from qjax.rounding.ranges import masked, search_shrink, search_shrink_hessian
 
-Clip = Literal["none", "mse"]
-SHRINKS = 81  # 1.00, 0.99, ..., 0.20
+Clip = Literal["none", "mse", "hessian"]
 
 
-def rtn(weight: Float[Array, "in out"], fmt: Format | str, *, clip: Clip = "none") -> tuple[QTensor, Info]:
+def rtn(
+    weight: Float[Array, "in out"], fmt: Format | str, *, hessian: Float[Array, "in in"] | None = None, clip: Clip = "none"
+) -> tuple[QTensor, Info]:
     """Rounds a weight (in, out), any float type, to the nearest codes of `fmt`.
 
-    Raises QjaxError for an unknown clip and for a weight that is empty or not two-dimensional.
+    hessian: the mean of x x^T over tokens, read by clip="hessian" alone.
+    Raises QjaxError for an unknown clip, a missing Hessian, and a weight that is empty or not two-dimensional.
     """
     fmt = parse_format(fmt)
+    check_clip("rtn", clip)
+    check_shapes("rtn", weight, hessian)
+    if clip == "hessian" and hessian is None:
+        raise QjaxError("rtn: clip='hessian' needs the Hessian of the layer's input; give hessian=")
+    return _rtn(weight, hessian if clip == "hessian" else None, fmt, clip)
+
+
+def check_clip(method: str, clip: str) -> None:
+    """Raises QjaxError for an unknown clip."""
     if clip not in get_args(Clip):
-        raise QjaxError(f"rtn: unknown clip {clip!r}; allowed: {', '.join(get_args(Clip))}")
+        raise QjaxError(f"{method}: unknown clip {clip!r}; allowed: {', '.join(get_args(Clip))}")
+
+
+def check_shapes(method: str, weight: Float[Array, "in out"], hessian: Float[Array, "in in"] | None) -> None:
+    """Raises QjaxError unless these are a weight and the Hessian of its inputs."""
     if weight.ndim != 2 or not weight.size:
-        raise QjaxError(f"rtn: expected a weight (in, out), got shape {weight.shape}")
-    return _rtn(weight, fmt, clip)
+        raise QjaxError(f"{method}: expected a weight (in, out), got shape {weight.shape}")
+    if hessian is not None and hessian.shape != (weight.shape[0],) * 2:
+        raise QjaxError(
+            f"{method}: the Hessian has shape {hessian.shape}, a weight (in, out) = {weight.shape} goes with "
+            f"{(weight.shape[0],) * 2}"
+        )
 
 
 @functools.partial(jax.jit, static_argnames=("fmt", "clip"))
-def _rtn(weight: Float[Array, "in out"], fmt: Format, clip: Clip) -> tuple[QTensor, Info]:
+def _rtn(
+    weight: Float[Array, "in out"], hessian: Float[Array, "in in"] | None, fmt: Format, clip: Clip
+) -> tuple[QTensor, Info]:
     weight = weight.astype(jnp.float32)
     if fmt.is_float:
         return _cast(weight, fmt)
     groups = grid.to_groups(weight, fmt)
     present = grid.padding_mask(groups, weight.size)
-    shrink = search_shrink(groups, present, fmt) if clip == "mse" else 1.0
+    match clip:
+        case "mse":
+            shrink = search_shrink(groups, present, fmt)
+        case "hessian":
+            shrink = search_shrink_hessian(groups, hessian, fmt)
+        case _:
+            shrink = 1.0
     parameters = grid.find_parameters(groups, fmt, shrink)
     low, high = grid.find_range(groups, fmt)
     per_unit = _per_unit(jnp.maximum(jnp.max(high), -jnp.min(low)))
 
     def round_piece(piece, present, scale, decoded, zero):
         codes = grid.encode(piece, scale, zero, fmt)
-        error = _masked(jnp.square((grid.decode(codes, decoded, zero, fmt) - piece) * per_unit), present)
+        error = masked(jnp.square((grid.decode(codes, decoded, zero, fmt) - piece) * per_unit), present)
         ends = [grid.decode(jnp.uint8(code), decoded, zero, fmt) for code in (0, fmt.largest_code)]
         clipped = (piece < jnp.minimum(*ends)) | (piece > jnp.maximum(*ends))
         sums = jnp.sum(error), jnp.sum(jnp.square(piece * per_unit)), jnp.sum(clipped, dtype=jnp.float32)
@@ -64,33 +88,6 @@ def _rtn(weight: Float[Array, "in out"], fmt: Format, clip: Clip) -> tuple[QTens
     error, total, clipped = (jnp.sum(part) for part in sums)
     codes = grid.from_groups(codes.reshape(groups.shape), fmt, *weight.shape)
     return from_codes(codes, parameters, fmt), Info(error / _nonzero(total), clipped / weight.size)
-
-
-def search_shrink(
-    groups: Float[Array, "groups size columns"], importance: Shaped[Array, "groups size _"] | None, fmt: Format
-) -> Float[Array, "groups channels"]:
-    """The shrink of every group's range with the least sum(importance * error^2), of equals the largest.
-
-    importance: (groups, size, columns) or (groups, size, 1), None for all equal. Double quantization comes after the search.
-    """
-    low, high = grid.find_range(groups, fmt)
-    searched = dataclasses.replace(fmt, double_quantized=False)
-
-    def piece_error(piece, importance, scale, zero):
-        codes = grid.encode(piece, scale, zero, searched)
-        return jnp.sum(_masked(jnp.square(grid.decode(codes, scale, zero, searched) - piece), importance), axis=0)
-
-    def try_shrink(best, step):
-        shrink = 1 - step / 100
-        parameters = grid.range_parameters(low, high, searched, shrink)
-        error = map_pieces(piece_error, (groups, importance), (parameters.scale, parameters.zero)).sum(axis=1)
-        error = error.reshape(*low.shape, -1).sum(axis=-1)  # over all columns where they share a scale
-        better = error < best[0]
-        return (jnp.where(better, error, best[0]), jnp.where(better, shrink, best[1])), None
-
-    start = (jnp.full(low.shape, jnp.inf), jnp.ones(low.shape))
-    (_, shrink), _ = jax.lax.scan(try_shrink, start, jnp.arange(SHRINKS))
-    return shrink
 
 
 def _cast(weight: Float[Array, "in out"], fmt: Format) -> tuple[QTensor, Info]:
@@ -108,10 +105,6 @@ def _cast(weight: Float[Array, "in out"], fmt: Format) -> tuple[QTensor, Info]:
 def _per_unit(largest: Float[Array, ""]) -> Float[Array, ""]:
     """A factor that brings weights up to `largest` to a size whose square is a normal float32."""
     return jnp.minimum(16 / _nonzero(largest), 1e38)
-
-
-def _masked(error: Float[Array, "..."], importance: Shaped[Array, "..."] | None) -> Float[Array, "..."]:
-    return error if importance is None else error * importance
 
 
 def _nonzero(x: Float[Array, ""]) -> Float[Array, ""]:

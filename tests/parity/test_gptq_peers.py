@@ -142,9 +142,13 @@ def test_dynamic_groups(name, grid):
     there = theirs(peers.gptqmodel, name, grid, static=False)
     reference = expected(name, grid, there.hessian, static=False)
     q = ours(name, grid, there.hessian, act_order=False, static_groups=False, clip="none")
-    for codes in (there.codes, np.asarray(unpack_codes(q))):
-        assert oracle.disagreements(reference, codes, oracle.integers(*grid)[1], group=128, tolerance=TIE) == []
-    np.testing.assert_allclose(unpack_parameters(q)[0], there.scales, rtol=1e-4)  # of weights that carry float32 updates
+    codes = np.asarray(unpack_codes(q))
+    for found in (there.codes, codes):
+        assert oracle.disagreements(reference, found, oracle.integers(*grid)[1], group=128, tolerance=TIE) == []
+    tied = np.any(codes != there.codes, axis=0)  # after a tie a channel's later groups go their own way
+    assert np.mean(tied) < 0.05
+    scales = np.asarray(unpack_parameters(q)[0])
+    np.testing.assert_allclose(scales[:, ~tied], there.scales[:, ~tied], rtol=1e-4)  # of weights with float32 updates
 
 
 DEFAULTS = {peers.llm_compressor: {"act_order": True}, peers.gptqmodel: {"damp": 0.05, "group_aware": True, "static": False}}

@@ -26,7 +26,7 @@ SHAPES = {  # name: hidden, mlp, layers, heads, key/value heads, vocabulary, win
 }
 
 
-def make(folder, hidden, mlp, layers, heads, kv_heads, vocabulary):  # noqa: PLR0917
+def make(folder, hidden, mlp, layers, heads, kv_heads, vocabulary):
     """A random Llama written by transformers, as both libraries load it."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(

@@ -1,0 +1,1 @@
+"""Calibration: what goes into each linear layer, as statistics."""

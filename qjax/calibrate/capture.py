@@ -1,0 +1,174 @@
+"""Capture: a module runs on batches, and the input of each of its linear layers feeds that layer's statistics.
+
+The statistics are updated inside the compiled run, so activations never leave it. Layers that are given the same array (q, k
+and v; gate and up) share one set of statistics, under the path of the first of them: `sharing` finds out by tracing, in any
+Linen module."""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from qjax.calibrate.statistics import STATISTICS
+from qjax.errors import QjaxError
+from qjax.interception import recorded
+
+
+class Batch(NamedTuple):
+    """Arguments of module.apply, and how much each token counts: an array whose axes are the first axes of every layer's
+    input."""
+
+    args: tuple
+    weights: Float[Array, "..."] | None = None
+
+
+def sharing(module: nn.Module, params: PyTree, *args: object) -> dict[str, str]:
+    """For every linear layer's kernel path, in the order of the calls, the path of the first layer with the same input."""
+    found = {}
+
+    def run(params):
+        with recorded() as recording:
+            module.apply({"params": params}, *args)
+        first = {}
+        for path, sources in recording.sources.items():
+            key = tuple((id(x), axes) for x, axes in sources)
+            found[path] = first.setdefault(key, path)
+
+    jax.eval_shape(run, params)
+    return found
+
+
+class Programs(NamedTuple):
+    """Compiled runs of a module; `static` holds the arguments that are no arrays."""
+
+    capture: Callable  # (names, paths, static, states, run, exact run or None, weights) -> states
+    output: Callable  # (static, watched, params, arrays) -> what the module at path `watched` returns
+
+
+@functools.lru_cache(maxsize=16)
+def programs(module: nn.Module) -> Programs:
+    """The compiled runs of a module, shared by all layers of a model that have equal modules."""
+
+    def record(params, static, arrays, watched=None):
+        with recorded(watched) as recording:
+            module.apply({"params": params}, *merge_arguments(static, arrays))
+        return recording
+
+    @functools.partial(jax.jit, static_argnums=(0, 1, 2))
+    def capture(names, paths, static, states, run, exact_run, weights):  # a run: (params, arrays)
+        inputs = record(run[0], static, run[1]).inputs
+        exact = inputs if exact_run is None else record(exact_run[0], static, exact_run[1]).inputs
+        new, hidden = dict(states), []
+        for path in paths:
+            try:
+                for x, y in zip(inputs[path], exact[path], strict=True):
+                    counts = _token_weights(path, weights, x.shape[:-1])
+                    flat, other = (a.reshape(-1, a.shape[-1]).astype(jnp.float32) for a in (x, y))
+                    new[path] = {name: STATISTICS[name].update(new[path][name], flat, other, counts) for name in names}
+            except jax.errors.UnexpectedTracerError:
+                hidden.append(path)
+        if hidden:
+            raise QjaxError(
+                f"the inputs of {', '.join(hidden)} cannot be captured: the layers run inside nn.scan, nn.remat, nn.vmap or "
+                "nn.jit; calibrate a module built without it, or leave the layers out with a rule 'PATTERN=none'"
+            )
+        return new
+
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def output(static, watched, params, arrays):
+        return record(params, static, arrays, watched).outputs
+
+    return Programs(capture, output)
+
+
+def programs_of(module: nn.Module) -> Programs:
+    """`programs`, made anew for a module that cannot be hashed."""
+    try:
+        return programs(module)
+    except TypeError:
+        return programs.__wrapped__(module)
+
+
+def split_arguments(args: tuple) -> tuple[tuple, list]:
+    """(static, arrays): arguments with arrays taken out, and the arrays, so that flags such as train=False stay Python
+    values."""
+    leaves, tree = jax.tree.flatten(args, is_leaf=lambda leaf: leaf is None)
+    is_array = [isinstance(leaf, (jax.Array, np.ndarray)) for leaf in leaves]
+    others = tuple(None if array else leaf for leaf, array in zip(leaves, is_array, strict=True))
+    return (tree, tuple(is_array), others), [leaf for leaf, array in zip(leaves, is_array, strict=True) if array]
+
+
+def merge_arguments(static: tuple, arrays: Sequence[Array]) -> tuple:
+    """The inverse of `split_arguments`."""
+    tree, is_array, others = static
+    arrays = iter(arrays)
+    return jax.tree.unflatten(tree, [next(arrays) if array else other for array, other in zip(is_array, others, strict=True)])
+
+
+def capture_statistics(
+    module: nn.Module,
+    params: PyTree,
+    batches: Iterable[Batch],
+    needed: Mapping[str, int],
+    names: Iterable[str],
+    exact: tuple[PyTree, Iterable[Batch]] | None = None,
+    prefix: str = "",
+) -> dict[str, dict[str, Array]]:
+    """Statistics `names` of the inputs of the layers at the paths in `needed` (path -> in_features), over all batches.
+
+    exact: parameters and batches of the run without quantization, for statistics that compare with it. prefix: of paths in
+    messages. Raises QjaxError that names layers whose input is not finite, was not seen, or cannot be captured.
+    """
+    run = programs_of(module).capture
+    names, paths = tuple(dict.fromkeys([*names, "tokens"])), tuple(needed)
+    states = {path: {name: STATISTICS[name].init(size) for name in names} for path, size in needed.items()}
+    for batch, other in zip(batches, batches if exact is None else exact[1], strict=True):
+        static, arrays = split_arguments(batch.args)
+        exact_run = None if exact is None else (exact[0], split_arguments(other.args)[1])
+        states = run(names, paths, static, states, (params, arrays), exact_run, batch.weights)
+    values = {path: {name: STATISTICS[name].finalize(state[name]) for name in names} for path, state in states.items()}
+    empty = [path for path in paths if not int(values[path]["tokens"])]
+    if empty:
+        raise QjaxError(f"no calibration token of weight above 0 reached {', '.join(prefix + path for path in empty)}")
+    broken = [path for path in paths if not all(bool(jnp.all(jnp.isfinite(v))) for v in values[path].values())]
+    if broken:
+        raise QjaxError(
+            f"calibration: the input of {', '.join(prefix + path for path in broken)} is not finite; the model's weights or the "
+            "calibration data are broken, or its activations overflow"
+        )
+    return values
+
+
+def parent_outputs(module: nn.Module, params: PyTree, batches: Iterable[Batch], watched: tuple[str, ...]) -> list[Array]:
+    """What the submodule at path `watched` returns, float32, for every batch; its first array where it returns several.
+
+    Each is multiplied by the root of its token's weight, so that squared differences are weighted.
+    """
+    run, outputs = programs_of(module).output, []
+    for batch in batches:
+        static, arrays = split_arguments(batch.args)
+        for result in run(static, watched, params, arrays):
+            output = jax.tree.leaves(result)[0].astype(jnp.float32)
+            if batch.weights is not None:
+                weights = _token_weights("/".join(watched), batch.weights, output.shape[:-1])
+                output *= jnp.sqrt(weights).reshape(*output.shape[:-1], 1)
+            outputs.append(output)
+    return outputs
+
+
+def _token_weights(path: str, weights: Float[Array, "..."] | None, shape: tuple[int, ...]) -> Float[Array, " tokens"]:
+    """How much each of a layer's tokens counts."""
+    if weights is None:
+        return jnp.ones(int(np.prod(shape)))
+    if weights.shape != shape[: weights.ndim]:
+        raise QjaxError(
+            f"calibration weights of shape {weights.shape} do not fit the input of {path}, whose tokens have shape {shape}: "
+            "the weights' axes must be its first axes"
+        )
+    spread = weights.reshape(*weights.shape, *[1] * (len(shape) - weights.ndim))
+    return jnp.broadcast_to(spread, shape).reshape(-1).astype(jnp.float32)

@@ -1,0 +1,72 @@
+"""Orders: which inputs a layer's statistics are taken from.
+
+    parallel     inputs of the unquantized model; all layers see the same, so a sweep captures them once
+    block        inputs after the quantized blocks before it (GPTQ's code without --true-sequential)
+    sequential   also after the quantized layers before it in its own block: q, k, v; then o; gate, up; then down
+    (--true-sequential) qep          as sequential, and the weight is first corrected for the error of its inputs (below)
+
+Quantization error propagation (Arai and Ichikawa 2025, arXiv 2504.09629): with x the input in the unquantized model and x'
+the one after the quantized layers, the weight that reproduces the unquantized output from x' is
+
+    W* = argmin sum over tokens of ||x W - x' W*||^2 = W + H'^-1 D W,   H' = mean x' x'^T,   D = mean x' (x - x')^T
+
+and W + alpha H'^-1 D W is quantized in place of W; alpha below 1 keeps the correction from fitting the calibration text.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from qjax.errors import QjaxError
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """prefix: inputs come from the quantized blocks before. inside: also from the quantized layers of the same block.
+    alpha: share of the correction for the error of the inputs; damp: added to H' in it, relative to its mean diagonal."""
+
+    prefix: bool
+    inside: bool
+    alpha: float = 0.0
+    damp: float = 0.0
+
+
+def parallel() -> Order:
+    """Inputs of the unquantized model."""
+    return Order(prefix=False, inside=False)
+
+
+def block() -> Order:
+    """Inputs after the quantized blocks before."""
+    return Order(prefix=True, inside=False)
+
+
+def sequential() -> Order:
+    """Inputs after all quantized layers before."""
+    return Order(prefix=True, inside=True)
+
+
+def qep(*, alpha: float = 0.5, damp: float = 0.01) -> Order:
+    """As sequential, with weights corrected for the error of their inputs."""
+    if not 0 <= alpha <= 1 or damp < 0:
+        raise QjaxError(f"qep: alpha is between 0 and 1 and damp not negative, got alpha={alpha}, damp={damp}")
+    return Order(prefix=True, inside=True, alpha=alpha, damp=damp)
+
+
+@jax.jit
+def correct(
+    weight: Float[Array, "in out"],
+    hessian: Float[Array, "in in"],
+    drift: Float[Array, "in in"],
+    alpha: float,
+    damp: float,
+) -> Float[Array, "in out"]:
+    """W + alpha (H' + damp mean(diag H') I)^-1 D W, float32."""
+    product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    weight = weight.astype(jnp.float32)
+    mean = jnp.mean(jnp.diagonal(hessian))
+    damped = hessian + jnp.maximum(damp, 1e-6) * jnp.where(mean == 0, 1.0, mean) * jnp.eye(len(hessian))
+    return weight + alpha * jax.scipy.linalg.solve(damped, product(drift, weight), assume_a="pos")

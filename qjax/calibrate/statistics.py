@@ -1,0 +1,87 @@
+"""Statistics of a layer's input over calibration tokens, as triples of pure functions.
+
+    state = init(in_features);  state = update(state, x, exact, weights);  value = finalize(state)
+
+x: (tokens, in), what the layer is given. exact: the same, what it would be given were nothing before it quantized; equal to x
+but for `qep`. weights: (tokens,), how much each token counts; 0 leaves it out. Everything is float32, products at the highest
+precision; states add up, so that activations need not be kept. A further statistic is a triple here and a line in `STATISTICS`.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+class Statistic(NamedTuple):
+    """init, update, finalize, and how a value changes when the input is divided by scale (in,)."""
+
+    init: Callable[[int], object]
+    update: Callable[[object, Array, Array, Array], object]
+    finalize: Callable[[object], Array]
+    rescale: Callable[[Array, Array], Array]
+
+
+class Mean(NamedTuple):
+    """A weighted sum and the sum of the weights."""
+
+    total: jax.Array
+    weight: jax.Array
+
+    def value(self) -> Array:
+        """The weighted mean."""
+        return self.total / self.weight
+
+
+def _outer(x: Float[Array, "tokens in"], y: Float[Array, "tokens in"], weights: Float[Array, " tokens"]):
+    return jnp.matmul((x * weights[:, None]).T, y, precision=jax.lax.Precision.HIGHEST)
+
+
+def _square_mean(product: Callable) -> Statistic:
+    return Statistic(
+        init=lambda size: Mean(jnp.zeros((size, size)), jnp.zeros(())),
+        update=lambda s, x, exact, w: Mean(s.total + product(x, exact, w), s.weight + jnp.sum(w)),
+        finalize=Mean.value,
+        rescale=lambda value, scale: value / (scale[:, None] * scale),
+    )
+
+
+hessian = _square_mean(lambda x, exact, w: _outer(x, x, w))
+
+drift = _square_mean(lambda x, exact, w: _outer(x, exact - x, w))
+
+abs_mean = Statistic(
+    init=lambda size: Mean(jnp.zeros(size), jnp.zeros(())),
+    update=lambda s, x, exact, w: Mean(s.total + jnp.sum(jnp.abs(x) * w[:, None], axis=0), s.weight + jnp.sum(w)),
+    finalize=Mean.value,
+    rescale=lambda value, scale: value / scale,
+)
+
+abs_max = Statistic(
+    init=jnp.zeros,
+    update=lambda s, x, exact, w: jnp.maximum(s, jnp.max(jnp.where(w[:, None] > 0, jnp.abs(x), 0), axis=0)),
+    finalize=lambda s: s,
+    rescale=lambda value, scale: value / scale,
+)
+
+tokens = Statistic(
+    init=lambda size: jnp.zeros((), jnp.int32),
+    update=lambda s, x, exact, w: s + jnp.sum(w > 0, dtype=jnp.int32),
+    finalize=lambda s: s,
+    rescale=lambda value, scale: value,
+)
+
+STATISTICS: Mapping[str, Statistic] = {
+    "hessian": hessian,  # (in, in): mean of x x^T
+    "drift": drift,  # (in, in): mean of x (exact - x)^T
+    "abs_mean": abs_mean,  # (in,): mean |x|
+    "abs_max": abs_max,  # (in,): largest |x|
+    "tokens": tokens,  # (): tokens of weight above 0
+}
+
+
+def rescale(values: Mapping[str, Array], scale: Float[Array, " in"]) -> dict[str, Array]:
+    """The statistics of x / scale from those of x."""
+    return {name: STATISTICS[name].rescale(value, scale) for name, value in values.items()}

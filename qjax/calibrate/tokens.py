@@ -1,0 +1,88 @@
+"""Calibration tokens: windows drawn at random from a text, or given as they are.
+
+The text's documents are joined, tokenized and cut into windows one after the other; `windows` of them are drawn without
+replacement by a JAX key made from the seed. GPTQ's code draws 128 windows of 2048 tokens from C4; so does the default here,
+with windows that fit the model."""
+
+import hashlib
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+
+from qjax.errors import QjaxError
+from qjax.evaluate.corpora import Corpus, load_corpus
+from qjax.models.model import Model
+
+WINDOWS, WINDOW = 128, 2048
+
+
+class Calibration(NamedTuple):
+    """tokens (windows, time) int32; weights of the same shape, how much each counts (0 leaves it out), None for all equal.
+    name: where they are from."""
+
+    tokens: Int[np.ndarray, "windows time"]
+    weights: Float[np.ndarray, "windows time"] | None = None
+    name: str = "given tokens"
+
+    @property
+    def fingerprint(self) -> str:
+        """First 16 hex digits of the SHA-256 of tokens and weights."""
+        total = hashlib.sha256(repr(self.tokens.shape).encode() + np.asarray(self.tokens, np.int32).tobytes())
+        if self.weights is not None:
+            total.update(np.asarray(self.weights, np.float32).tobytes())
+        return total.hexdigest()[:16]
+
+
+def load_calibration(
+    model: Model, corpus: str | Corpus, *, windows: int = WINDOWS, window: int = WINDOW, seed: int = 0
+) -> Calibration:
+    """Windows of a corpus's calibration part (a `Corpus` or a name such as "python-docs", "text:PATH"), drawn by `seed`.
+
+    window: tokens, cut to the model's context. Raises QjaxError for an unknown corpus, a model without tokenizer, and a text
+    with fewer windows than asked for.
+    """
+    corpus = load_corpus(corpus, "calibration") if isinstance(corpus, str) else corpus
+    if model.tokenizer is None:
+        raise QjaxError(f"{model.name} has no tokenizer.json, which calibrating on text needs; give tokens instead")
+    if windows < 1 or window < 1:
+        raise QjaxError(f"calibration: expected at least one window of one token, got {windows} of {window}")
+    window = min(window, model.config.context)
+    ids, _ = model.tokenizer.encode_with_bytes(corpus.separator.join(corpus.documents))
+    available = len(ids) // window
+    if available < windows:
+        raise QjaxError(
+            f"calibration text {corpus.name} has {len(ids):,} tokens, {available} windows of {window}, but {windows} were asked "
+            "for; give more text, or fewer or shorter windows"
+        )
+    chosen = jax.random.choice(jax.random.key(seed), available, (windows,), replace=False)
+    tokens = np.asarray(ids[: available * window]).reshape(available, window)[np.asarray(chosen)]
+    return Calibration(tokens.astype(np.int32), None, corpus.name)
+
+
+def as_calibration(model: Model, calibration: object) -> Calibration:
+    """Tokens or a `Calibration`, checked against a model; raises QjaxError for wrong shapes, types and tokens."""
+    if not isinstance(calibration, Calibration):
+        calibration = Calibration(np.asarray(calibration))
+    tokens, weights = np.asarray(calibration.tokens), calibration.weights
+    config = model.config
+    if tokens.ndim != 2 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
+        raise QjaxError(f"calibration: expected integer tokens (windows, time), got {tokens.dtype} of shape {tokens.shape}")
+    if tokens.shape[1] > config.context:
+        raise QjaxError(
+            f"calibration: windows of {tokens.shape[1]} tokens are longer than the context of {model.name}, {config.context}"
+        )
+    if tokens.min() < 0 or tokens.max() >= config.vocabulary_size:
+        raise QjaxError(
+            f"calibration: tokens from {tokens.min()} to {tokens.max()}, but {model.name} has a vocabulary of "
+            f"{config.vocabulary_size}; was another model's tokenizer used?"
+        )
+    if weights is not None:
+        weights = np.asarray(weights, np.float32)
+        if weights.shape != tokens.shape or not np.isfinite(weights).all() or (weights < 0).any() or not weights.any():
+            raise QjaxError(
+                f"calibration: weights must be finite, not negative, not all 0 and of the tokens' shape "
+                f"{tokens.shape}, got shape {weights.shape}"
+            )
+    return calibration._replace(tokens=tokens.astype(np.int32), weights=weights)

@@ -1,0 +1,59 @@
+"""Where the decoder's block can take an input scale without changing what it computes: tables, and the folding itself.
+
+Layers that share an input are given x / s when whatever makes x is divided by s, and their rows are multiplied by s. A norm
+makes its output by a product with its scale (and a sum with its bias); a linear layer by its output columns, where only
+linear maps, or products and maps that keep a positive factor, lie between it and the layers that read it:
+
+    norm -> q, k, v;   norm -> gate, up            always
+    v -> o             each value head feeds its own inputs of o: not where heads share values
+    up -> down         gated: activation(gate) * up;  not gated: relu(c x) = c relu(x), but no such thing holds for gelu or silu
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from qjax.models.config import DecoderConfig
+
+
+class Fold(NamedTuple):
+    """Layers of a block that share an input, and the norm or linear layer whose output it is."""
+
+    layers: tuple[str, ...]
+    source: str
+    holds: Callable[[DecoderConfig], bool] = lambda config: True
+
+
+FOLDS = (
+    Fold(("attention/q", "attention/k", "attention/v"), "attention_norm"),
+    Fold(("attention/o",), "attention/v", lambda c: c.heads == c.kv_heads),
+    Fold(("mlp/up",), "mlp_norm", lambda c: not c.gated),
+    Fold(("mlp/gate", "mlp/up"), "mlp_norm", lambda c: c.gated),
+    Fold(("mlp/down",), "mlp/up", lambda c: c.gated or c.activation == "relu"),
+)
+
+
+def folds(config: DecoderConfig) -> tuple[Fold, ...]:
+    """The folds that a configuration's block allows."""
+    return tuple(fold for fold in FOLDS if fold.holds(config))
+
+
+def fold_scale(leaves: Mapping[str, Array], fold: Fold, scale: Float[Array, " in"]) -> dict[str, Array]:
+    """The leaves of a block that change, as float32, when its layers' input is divided by scale; the block computes the same.
+
+    leaves: by path within the block, for example "mlp/up/kernel".
+    """
+    changed = {f"{layer}/kernel": leaves[f"{layer}/kernel"].astype(jnp.float32) * scale[:, None] for layer in fold.layers}
+    for name in ("scale", "bias", "kernel"):  # of a norm, of either, of a linear layer: (out,), (out,), (in, out)
+        path = f"{fold.source}/{name}"
+        if path in leaves:
+            changed[path] = leaves[path].astype(jnp.float32) / scale
+    return changed
+
+
+def is_linear(fold: Fold, leaves: Mapping[str, jax.Array]) -> bool:
+    """Whether the fold's source is a linear layer, whose kernel changes with it."""
+    return f"{fold.source}/kernel" in leaves

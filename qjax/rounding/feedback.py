@@ -1,0 +1,91 @@
+"""Rounding with error feedback, input by input: the loop of GPTQ, for any grid.
+
+    for i in order:  target_i = W_i + sum over j < i of feedback_ij E_j,   W'_i = nearest(target_i),   E_i = W_i - W'_i
+
+One compiled program whatever the width: a scan over blocks of inputs, whose feedback from all earlier blocks is one matrix
+product, and inside it a scan over the block's inputs. Output columns are independent of each other.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt8
+
+from qjax import grid
+from qjax.formats import Format
+
+
+class RowGrid(NamedTuple):
+    """The grid of each input's weights: float32, (rows, out) or what broadcasts against it. inverse: 1 / scale, 0 for a scale
+    of 0."""
+
+    inverse: jax.Array
+    decoded_scale: jax.Array
+    zero: jax.Array  # unused for codebooks
+
+
+def row_grid(parameters: grid.Parameters, fmt: Format) -> RowGrid:
+    """The grids of groups as rows."""
+    scale = parameters.scale
+    inverse = jnp.where(scale == 0, 0.0, 1 / jnp.where(scale == 0, 1.0, scale))
+    middle = jnp.full_like(scale, 2.0 ** (fmt.bits - 1))
+    return RowGrid(inverse, parameters.decoded_scale, middle if parameters.zero is None else parameters.zero)
+
+
+def round_with_feedback(
+    weight: Float[Array, "in out"],
+    feedback: Float[Array, "in in"],
+    find_grid: Callable[[Int[Array, ""], Callable[[], Array]], tuple[RowGrid, object]],
+    codebook: Format | None,
+    largest: Int[Array, ""],
+    block: int,
+) -> tuple[UInt8[Array, "in out"], Float[Array, "in out"], Float[Array, " in"], object]:
+    """Codes, errors E = W - W', sum of (target - W')^2 of each input, and what find_grid kept, stacked over blocks.
+
+    find_grid(block number, updated) gives the grid of the block's rows and anything to keep. updated() are the block's
+    weights as they make up for the errors of earlier blocks, with no errors of their own yet: W + D, D_i = sum over earlier
+    blocks of feedback_ij E_j - sum over j < i in the block of feedback_ij D_j.
+    codebook: the format, for a grid with a codebook; None for integers 0..largest. block: divides in.
+    """
+    rows, columns = weight.shape
+    blocks = rows // block
+    product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+    def round_row(errors, row):  # errors: (block, out), zero from this row on
+        index, weight, target, grids, feedback = row
+        target = target + product(feedback, errors)
+        codes, value = _nearest(target, grids, codebook, largest)
+        errors = jax.lax.dynamic_update_slice(errors, (weight - value)[None], (index, 0))
+        return errors, (codes, jnp.sum(jnp.square(target - value)))
+
+    def round_block(errors, xs):
+        number, weight, feedback = xs
+        target = weight + product(feedback, errors)
+        inside = jax.lax.dynamic_slice(feedback, (0, number * block), (block, block))
+
+        def updated():
+            return weight + jax.scipy.linalg.solve_triangular(inside, target - weight, lower=True, unit_diagonal=True)
+
+        grids, kept = find_grid(number, updated)
+        grids = jax.tree.map(lambda x: jnp.broadcast_to(x, (block, x.shape[-1])), grids)
+        done, (codes, losses) = jax.lax.scan(
+            round_row, jnp.zeros((block, columns)), (jnp.arange(block), weight, target, grids, inside)
+        )
+        return jax.lax.dynamic_update_slice(errors, done, (number * block, 0)), (codes, losses, kept)
+
+    xs = (jnp.arange(blocks), weight.reshape(blocks, block, columns), feedback.reshape(blocks, block, rows))
+    errors, (codes, losses, kept) = jax.lax.scan(round_block, jnp.zeros((rows, columns)), xs)
+    return codes.reshape(rows, columns), errors, losses.reshape(rows), kept
+
+
+def _nearest(target: Float[Array, " out"], grids: RowGrid, codebook: Format | None, largest: Int[Array, ""]):
+    """Codes and values of one input's weights."""
+    scaled = target * grids.inverse
+    if codebook is not None:
+        codes = grid.codebook_codes(scaled, codebook)
+        return codes, grid.decode(codes, grids.decoded_scale, None, codebook)
+    codes = grid.integer_codes(scaled, grids.zero, largest)
+    return codes, (codes.astype(jnp.float32) - grids.zero) * grids.decoded_scale

@@ -1,0 +1,1 @@
+"""Transforms: exact reparametrisations of the float weights that come before rounding. One method, one file."""

@@ -1,0 +1,129 @@
+"""AWQ: inputs that are large get a finer grid, by a scale per input channel that the layer before undoes.
+
+    W' = Q(diag(s) W),   y = (x / s) W'     minimise over r the error of the output,   s = s(r) / sqrt(max s(r) min s(r))
+
+    scaling=reference   s(r) = m^r,                         m = mean |x| of each channel           (the paper's code)
+    scaling=duo         s(r) = m^r / (v^(1-r) + 1e-4),      v = mean over outputs of |W| / max of its group   (AutoAWQ's)
+    scaling=both        the better of the two
+    loss=hessian        error = sum over the linears that share the input of tr(dW^T H dW), their own squared output error
+    loss=module         error = squared change of the output of the module they are in (attention, MLP), as in the paper's code
+
+r = 0, 1/20, ..., 19/20 as in the paper's code, and s = 1 is always among the candidates. Lin et al. 2023 (arXiv 2306.00978).
+The search of ranges that belongs to AWQ is the rounding's: `awq` alone in a recipe is followed by rtn(clip=hessian), and
+awq+rtn leaves it out."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from qjax import grid
+from qjax.errors import QjaxError
+from qjax.formats import Format, parse_format
+from qjax.qtensor import QLinear, dequantize, storable_input_scale
+from qjax.rounding.info import Info, output_loss
+from qjax.rounding.nearest import Clip, check_shapes, rtn
+
+Scaling = Literal["reference", "duo", "both"]
+Loss = Literal["hessian", "module"]
+LARGEST_SCALE = 1e4  # and its inverse the smallest: what float16 holds
+
+
+def awq_scale(
+    weights: Sequence[Float[Array, "in out"]],
+    fmt: Format | str,
+    *,
+    abs_mean: Float[Array, " in"],
+    hessian: Float[Array, "in in"] | None = None,
+    module: Callable[[Sequence[Array]], Array] | None = None,
+    loss: Loss = "hessian",
+    scaling: Scaling = "both",
+    ratios: int = 20,
+) -> Float[Array, " in"]:
+    """Scale (in,) float32, by which the rows of the weights (in, out_k) that share an input are to be multiplied before
+    rounding.
+
+    abs_mean (in,): mean |x|. hessian (in, in): mean of x x^T, for loss="hessian". module: for loss="module", the error of the
+    parent module's output with these weights in place. Raises QjaxError for an unknown loss or scaling, and a missing
+    statistic."""
+    fmt = parse_format(fmt)
+    given = {"hessian": hessian, "module": module}
+    if loss not in given or scaling not in get_args(Scaling) or ratios < 1:
+        raise QjaxError(
+            f"awq: loss is one of {', '.join(given)}, scaling one of {', '.join(get_args(Scaling))}, ratios at least 1; "
+            f"got loss={loss!r}, scaling={scaling!r}, ratios={ratios}"
+        )
+    if given[loss] is None:
+        raise QjaxError(f"awq: loss={loss!r} needs {loss}=")
+    weights = [weight.astype(jnp.float32) for weight in weights]
+    candidates = _candidates(weights, abs_mean, fmt, scaling, ratios)
+    if loss == "hessian":
+        errors = sum(_hessian_errors(weight, candidates, hessian, fmt) for weight in weights)
+    else:
+        errors = jnp.stack([module([_scaled_rounding(weight, scale, fmt) for weight in weights]) for scale in candidates])
+    return candidates[jnp.argmin(errors)]
+
+
+def awq(
+    weight: Float[Array, "in out"],
+    fmt: Format | str,
+    *,
+    hessian: Float[Array, "in in"],
+    abs_mean: Float[Array, " in"],
+    scaling: Scaling = "both",
+    ratios: int = 20,
+    clip: Clip = "hessian",
+) -> tuple[QLinear, Info]:
+    """One weight (in, out) by AWQ: the QLinear holds the rounded diag(s) W and the input scale 1 / s.
+
+    Raises QjaxError for shapes that do not fit and unknown options. In a model, where the layer before can take the scale, use
+    `qjax.quantize`.
+    """
+    check_shapes("awq", weight, hessian)
+    scale = awq_scale([weight], fmt, abs_mean=abs_mean, hessian=hessian, scaling=scaling, ratios=ratios)
+    input_scale, scale = storable_input_scale(scale)
+    q, info = rtn(weight * scale[:, None], fmt, hessian=hessian / (scale[:, None] * scale), clip=clip)
+    result = QLinear(q, input_scale)
+    proxy_loss = output_loss(dequantize(result) - weight, hessian)
+    return result, info._replace(proxy_loss=proxy_loss, output_error=proxy_loss / output_loss(weight, hessian))
+
+
+@functools.partial(jax.jit, static_argnames=("fmt", "scaling", "ratios"))
+def _candidates(weights, abs_mean, fmt, scaling, ratios) -> Float[Array, "candidates in"]:
+    ratio = (jnp.arange(ratios) / ratios)[:, None]
+    by_input = abs_mean**ratio
+    found = [jnp.ones((1, len(abs_mean)))]
+    if scaling != "duo":
+        found.append(_normalised(by_input))
+    if scaling != "reference":
+        magnitude = jnp.mean(jnp.concatenate([_relative_magnitude(weight, fmt) for weight in weights], axis=1), axis=1)
+        found.append(_normalised(by_input / (magnitude ** (1 - ratio) + 1e-4)))
+    return jnp.concatenate(found)
+
+
+def _normalised(scale: Float[Array, "candidates in"]) -> Float[Array, "candidates in"]:
+    scale = jnp.maximum(scale, 1e-4)
+    scale = scale / jnp.sqrt(jnp.max(scale, axis=1, keepdims=True) * jnp.min(scale, axis=1, keepdims=True))
+    return jnp.clip(scale, 1 / LARGEST_SCALE, LARGEST_SCALE)
+
+
+def _relative_magnitude(weight: Float[Array, "in out"], fmt: Format) -> Float[Array, "in out"]:
+    """|W| over the largest |W| of its group along the input axis."""
+    size = fmt.group if fmt.granularity in ("group", "block") else len(weight)
+    along_input = Format("int8", "group", size)
+    groups = jnp.abs(grid.to_groups(weight, along_input))
+    relative = groups / (jnp.max(groups, axis=1, keepdims=True) + 1e-6)
+    return grid.from_groups(relative, along_input, *weight.shape)
+
+
+def _scaled_rounding(weight: Float[Array, "in out"], scale: Float[Array, " in"], fmt: Format) -> Float[Array, "in out"]:
+    """The weight that diag(s) W, rounded to nearest, stands for."""
+    return dequantize(rtn(weight * scale[:, None], fmt)[0]) / scale[:, None]
+
+
+@functools.partial(jax.jit, static_argnames="fmt")
+def _hessian_errors(weight, candidates, hessian, fmt) -> Float[Array, " candidates"]:
+    return jax.lax.map(lambda scale: output_loss(_scaled_rounding(weight, scale, fmt) - weight, hessian), candidates)
