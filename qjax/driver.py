@@ -255,7 +255,8 @@ def quantize_flax(
         if chosen is not None and flat[path].shape != views[path].shape:
             raise QjaxError(
                 f"{path} has shape {flat[path].shape} where its layer multiplies with {views[path].shape}: a layer under "
-                "nn.scan or nn.vmap; quantize such kernels with jax.vmap(qjax.rtn, ...), a rule 'PATTERN=none' leaves them as they are"
+                "nn.scan or nn.vmap; quantize such kernels with jax.vmap(qjax.rtn, ...), a rule 'PATTERN=none' leaves them as "
+                "they are"
             )
     if weights is not None and len(weights) != len(batches):
         raise QjaxError(f"quantize_flax: {len(batches)} batches but {len(weights)} arrays of weights")

@@ -39,7 +39,7 @@ ROUNDINGS = {"rtn": "qjax.rounding.nearest:rtn", "gptq": "qjax.rounding.gptq:gpt
 TRANSFORMS = {"awq": "qjax.transforms.awq:awq_scale"}
 FOLLOWED_BY = {"awq": "rtn(clip=hessian)"}  # the rounding of a recipe that ends in this transform; others end in rtn
 ORDERS = {name: f"qjax.calibrate.order:{name}" for name in ("parallel", "block", "sequential", "qep")}
-DEFAULT_ORDER = "sequential"
+DEFAULT_ORDER = "qep"
 UNQUANTIZED = "none"
 
 

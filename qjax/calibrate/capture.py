@@ -138,8 +138,8 @@ def capture_statistics(
     broken = [path for path in paths if not all(bool(jnp.all(jnp.isfinite(v))) for v in values[path].values())]
     if broken:
         raise QjaxError(
-            f"calibration: the input of {', '.join(prefix + path for path in broken)} is not finite; the model's weights or the "
-            "calibration data are broken, or its activations overflow"
+            f"calibration: the input of {', '.join(prefix + path for path in broken)} is not finite; the model's weights or "
+            "the calibration data are broken, or its activations overflow"
         )
     return values
 

@@ -53,8 +53,8 @@ def load_calibration(
     available = len(ids) // window
     if available < windows:
         raise QjaxError(
-            f"calibration text {corpus.name} has {len(ids):,} tokens, {available} windows of {window}, but {windows} were asked "
-            "for; give more text, or fewer or shorter windows"
+            f"calibration text {corpus.name} has {len(ids):,} tokens, {available} windows of {window}, but {windows} were "
+            "asked for; give more text, or fewer or shorter windows"
         )
     chosen = jax.random.choice(jax.random.key(seed), available, (windows,), replace=False)
     tokens = np.asarray(ids[: available * window]).reshape(available, window)[np.asarray(chosen)]
