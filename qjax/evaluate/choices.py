@@ -52,7 +52,7 @@ def accuracy(
     batch_tokens: int | None = None,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> Accuracy:
-    """Accuracy of a model on a task (a `Task` or a spec such as "cloze", "piqa:PATH"), over its first `max_questions` questions.
+    """Accuracy of a model on a task (a `Task` or a spec such as "cloze", "piqa:PATH"), its first `max_questions` questions.
 
     Raises QjaxError for an unknown task, a malformed file, a model without tokenizer, and a continuation that has no tokens or
     more than the model's context.

@@ -173,7 +173,9 @@ def _common(sequences: Iterable[np.ndarray]) -> int:
 
 
 def bucket(length: int) -> int:
-    """The length a row is padded to: the next of 32, 48, 64, 96, 128, 192, ..."""
+    """The length a row is padded to: the next of 32, 48, 64, 96, 128, 192, 256, 384, 512, 640, ..."""
+    if length > 256:
+        return -(-length // 128) * 128
     size = 32
     while size < length:
         size *= 2
@@ -181,8 +183,8 @@ def bucket(length: int) -> int:
 
 
 def _batches(rows: Sequence[_Row], batch_tokens: int) -> Iterator[tuple[int, list[_Row]]]:
-    for length, members in itertools.groupby(rows, key=lambda row: bucket(len(row.tokens))):
-        members, size = list(members), max(1, batch_tokens // length)  # noqa: PLW2901
+    for length, group in itertools.groupby(rows, key=lambda row: bucket(len(row.tokens))):
+        members, size = list(group), max(1, batch_tokens // length)
         for start in range(0, len(members), size):
             yield length, members[start : start + size]
 

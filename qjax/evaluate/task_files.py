@@ -70,7 +70,9 @@ def _jsonl(path: Path, suffix: str) -> list[Question]:
         schema = schema or _schema(entry, where)
         missing = [field for field in schema if field not in entry]
         if missing:
-            raise QjaxError(f"{where} has no {', '.join(missing)}; expected the fields {', '.join(schema)} as in the first line")
+            raise QjaxError(
+                f"{where} has no {', '.join(missing)}; expected the fields {', '.join(schema)} as in the first line"
+            )
         questions.append(_question(entry, schema, suffix, where))
     if not questions:
         raise QjaxError(f"task file {path} holds no questions")
@@ -88,7 +90,9 @@ def _schema(entry: dict, where: str) -> tuple[str, ...]:
 def _question(entry: dict, schema: tuple[str, ...], suffix: str, where: str) -> Question:
     wrong = [field for field in schema if not _fits(field, entry[field])]
     if wrong:
-        raise QjaxError(f"{where}: {', '.join(wrong)} of the wrong type; expected texts, lists of at least two texts, and an index")
+        raise QjaxError(
+            f"{where}: {', '.join(wrong)} of the wrong type; expected texts, lists of at least two texts, and an index"
+        )
     if "gold" in schema:
         options = entry["choices" if "choices" in schema else "context_options"]
         if not 0 <= entry["gold"] < len(options):
@@ -173,5 +177,7 @@ def _csv_rows(content: bytes, where: str) -> list[list[str]]:
         raise QjaxError(f"{where} is no CSV file: {error}") from error
     for number, row in enumerate(rows, start=1):
         if len(row) != 6 or row[5] not in LETTERS or not row[5]:
-            raise QjaxError(f"{where}: row {number}: expected question, four options and a letter A to D, got {len(row)} fields")
+            raise QjaxError(
+                f"{where}: row {number}: expected question, four options and a letter A to D, got {len(row)} fields"
+            )
     return rows

@@ -46,7 +46,9 @@ def _piqa(row: Row) -> Question:
 
 
 def _openbook(row: Row) -> Question:
-    return multiple_choice(row["question_stem"], row["choices"]["text"], row["choices"]["label"].index(row["answerKey"].strip()))
+    return multiple_choice(
+        row["question_stem"], row["choices"]["text"], row["choices"]["label"].index(row["answerKey"].strip())
+    )
 
 
 def _boolq(row: Row) -> Question:
@@ -154,7 +156,7 @@ def _fetch(name: str) -> list[Question]:
     except Exception as error:  # hub, HTTP, cache and script errors share no base class
         reason = " ".join(str(error).split())[:160]
         raise QjaxError(
-            f"task {name!r} cannot be fetched ({type(error).__name__}: {reason}); it needs the network once; or give {name}:PATH"
+            f"task {name!r} cannot be fetched ({type(error).__name__}: {reason}); it needs the network once; or {name}:PATH"
         ) from error
     finally:
         hub_log.setLevel(level)

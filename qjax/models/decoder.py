@@ -138,7 +138,9 @@ class Attention(nn.Module):
         return mixed if cache is None else (mixed, cache)
 
 
-def _write(cache: Float[Array, "batch heads capacity dim"], new: Float[Array, "batch heads time dim"], starts: Int[Array, " batch"]):
+def _write(
+    cache: Float[Array, "batch heads capacity dim"], new: Float[Array, "batch heads time dim"], starts: Int[Array, " batch"]
+):
     """The cache with new keys or values from each sequence's start on."""
     return jax.vmap(lambda kept, added, start: jax.lax.dynamic_update_slice(kept, added, (0, start, 0)))(cache, new, starts)
 

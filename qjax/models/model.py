@@ -149,7 +149,11 @@ def apply(model: Model, tokens: Int[Array, "batch time"]) -> Float[Array, "batch
 
     Raises QjaxError when the time is longer than the model's context.
     """
-    x = hidden_states(model, jnp.asarray(tokens))
+    return apply_head(model, hidden_states(model, jnp.asarray(tokens)))
+
+
+def apply_head(model: Model, x: Float[Array, "batch time hidden"]) -> Float[Array, "batch time vocabulary"]:
+    """Float32 logits of hidden states."""
     return stages(model.config, compute_dtype()).head(model.params["head"], x, embedding_table(model))
 
 
