@@ -2,11 +2,11 @@
 
 Over the scored tokens of a convention's windows, P the baseline's distribution of the next token and Q the model's:
 
-    kl              KL(P || Q) = sum over the vocabulary of P ln(P / Q), nats: mean, median, 99th percentile
-    top1            share of tokens whose likeliest next token is the same
-    rms_dp          root mean square of Q(true token) - P(true token)
+    kl       KL(P || Q) = sum over the vocabulary of P ln(P / Q), nats: mean, median and 99th percentile
+    top1     share of tokens whose likeliest next token is the same
+    rms_dp   root mean square of Q(true token) - P(true token)
 
-as llama.cpp's perplexity tool defines them (KL-divergence mode). Standard errors take windows as independent, as perplexity's do.
+as llama.cpp's perplexity tool defines them. Standard errors take windows as independent, as perplexity's do.
 Flips of answers are in `statistics.py`.
 """
 

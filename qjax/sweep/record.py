@@ -13,7 +13,9 @@ import math
 import os
 import platform
 import resource
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -92,8 +94,12 @@ def make_row(
     report: Report,
     result: PerplexityResult,
     baseline: dict[str, object] | None,
+    *,
+    more: Mapping[str, object] = MappingProxyType({}),
 ) -> dict[str, object]:
-    """One measured cell, flat. identity: what was measured and where; baseline: the unquantized model's row, or None."""
+    """One measured cell, flat. identity: what was measured and where; baseline: the unquantized model's row, or None.
+
+    more: columns of further measurements (`measures.py`)."""
     errors = [layer.weight_error for layer in report.layers if layer.weight_error is not None]
     row = identity | {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -120,7 +126,7 @@ def make_row(
         "window_nll": [round(nll, 5) for nll in result.window_nll],
         "window_tokens": list(result.window_tokens),
     }
-    row |= compare(row, baseline or row)
+    row |= compare(row, baseline or row) | dict(more)
     return {name: _jsonable(value) for name, value in row.items()}
 
 
