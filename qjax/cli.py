@@ -74,6 +74,7 @@ def sweep(
     divergence: Annotated[
         bool, typer.Option("--divergence", help="Measure the divergence from the unquantized model.")
     ] = False,
+    speed: Annotated[bool, typer.Option("--speed", help="Time prefill and decoding, dense and packed.")] = False,
     rule: Rules = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     out: Out = Path("qjax-results"),
@@ -101,7 +102,7 @@ def sweep(
     if max_windows is None and model == "bundled" and data == ["python-docs"]:
         max_windows = DEFAULT_WINDOWS
         typer.echo(f"measuring the first {DEFAULT_WINDOWS} windows; --max-windows 0 measures all", err=True)
-    plan = Sweep(tuple(names), corpora, measured, max_windows or None, tuple(rule or ()), seed, asked, divergence)
+    plan = Sweep(tuple(names), corpora, measured, max_windows or None, tuple(rule or ()), seed, asked, divergence, speed)
     with _live_sweep() as watcher:
         rows = run_sweep(loaded, plan, out, watcher)
     _print_tables(rows)
@@ -193,6 +194,38 @@ def _print_accuracies(model: "Model", tasks: tuple, *, packed: bool) -> None:
             f"{model.name} ({model.recipe}) on {task.name}: {kind} {found.value:.2%} ± {found.stderr:.2%}{more} "
             f"[{len(found.gold):,} questions{cut}, {found.seconds:.1f} s]"
         )
+
+
+@app.command()
+def generate(
+    model: ModelName,
+    prompt: Annotated[str, typer.Option(help="What the text begins with.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 100,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0 takes the likeliest token; 1 draws from the distribution.")
+    ] = 0.0,
+    recipe: Annotated[str | None, typer.Option(help="Quantize the model with this first, for example rtn:int3-g128.")] = None,
+    packed: Annotated[bool, typer.Option("--packed", help="Multiply with packed weights.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+) -> None:
+    """Let a model, quantized or not, go on with a prompt."""
+    from qjax.driver import quantize as quantize_model
+    from qjax.evaluate.generate import generate_text
+
+    loaded = _load(model)
+    if recipe is not None:
+        loaded, _ = quantize_model(loaded, recipe)
+    typer.echo(prompt, nl=False)
+    shown = ""
+
+    def show(text: str) -> None:
+        nonlocal shown
+        if text.startswith(shown) and not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character waits for the rest
+            typer.echo(text[len(shown) :], nl=False)
+            shown = text
+
+    text = generate_text(loaded, prompt, tokens, temperature=temperature, seed=seed, packed=packed, on_token=show)
+    typer.echo(text[len(shown) :] if text.startswith(shown) else "")
 
 
 @app.command()
@@ -362,10 +395,13 @@ def _print_tables(rows: list[dict[str, object]]) -> None:
     from qjax.report.accuracy import accuracy_table, divergence_table, has_divergence, tasks_of
     from qjax.report.rendering import to_rich
     from qjax.report.tables import perplexity_table, split_tables
+    from qjax.report.tradeoff import has_speed, tradeoff_table
 
     for part in split_tables(rows):
         _console().print(to_rich(perplexity_table(part)))
         if tasks_of(part):
             _console().print(to_rich(accuracy_table(part)))
+        if has_speed(part):
+            _console().print(to_rich(tradeoff_table(part)))
         if has_divergence(part):
             _console().print(to_rich(divergence_table(part)))

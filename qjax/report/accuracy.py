@@ -46,7 +46,7 @@ def accuracy_table(rows: Sequence[Row]) -> Table:
             columns.append(Column(f"accuracy_norm:{task}", f"{task} by length\n(%)", _percent, error=error, rank=50 + rank))
     if len(tasks) > 1:
         columns.append(
-            Column("accuracy_mean_delta", "mean change\n(points)", _mean_change, error="accuracy_mean_delta_stderr", rank=1)
+            Column("accuracy_mean_delta", "mean change\n(points)", mean_change, error="accuracy_mean_delta_stderr", rank=1)
         )
     counts = ", ".join(f"{int(number(rows[0], f'questions:{task}')):,} of {task}" for task in tasks)
     cut = [f"{int(number(rows[0], f'truncated:{task}')):,} of {task}" for task in tasks if number(rows[0], f"truncated:{task}")]
@@ -115,7 +115,8 @@ def _change(row: Row, key: str) -> str:
     return mark + with_error(100 * number(row, key), 100 * number(row, _stderr_key(key)), sign="+")
 
 
-def _mean_change(row: Row, key: str) -> str:
+def mean_change(row: Row, key: str) -> str:
+    """A column's format: change of the mean accuracy, points, with its standard error; ≈ within noise."""
     if is_baseline(row):
         return MISSING
     change, error = number(row, key), number(row, _stderr_key(key))

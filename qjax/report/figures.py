@@ -23,6 +23,7 @@ from qjax.report.rendering import Row, Table, to_csv, to_latex, to_markdown
 from qjax.report.series import Series, group_series, increase
 from qjax.report.style import GREY, HEIGHTS, LABEL_SIZE, LINE_STYLES, PNG_DPI, RC, WIDTHS, ink, method_style
 from qjax.report.tables import describe, is_baseline, perplexity_table, require_one_group, split_tables
+from qjax.report.tradeoff import has_speed, tradeoff_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -303,6 +304,8 @@ def write_reports(folder: str | Path, rows: Sequence[Row]) -> list[Path]:
         if tasks_of(group):
             paths += _write_table(folder, f"{name}-accuracy", accuracy_table(group))
             paths += save_figure(perplexity_figure(group, value="accuracy"), folder, f"{name}-accuracy")
+        if has_speed(group):
+            paths += _write_table(folder, f"{name}-tradeoff", tradeoff_table(group))
         if has_divergence(group):
             paths += _write_table(folder, f"{name}-divergence", divergence_table(group))
             paths += save_figure(perplexity_figure(group, value="divergence"), folder, f"{name}-divergence")

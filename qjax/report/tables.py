@@ -27,6 +27,7 @@ MEASURED = frozenset(
         "nll", "nll_stderr", "nll_delta", "nll_delta_stderr", "bits_per_byte", "tokens", "window_nll", "window_tokens",
         "seconds_quantize", "seconds_evaluate", "tokens_per_second", "peak_rss_bytes",
         "accuracy_mean", "accuracy_mean_stderr", "accuracy_mean_delta", "accuracy_mean_delta_stderr",
+        "speed_prompt_tokens", "speed_new_tokens", "speed_batch",
         "kl", "kl_stderr", "kl_median", "kl_p99", "top1_agreement", "top1_agreement_stderr", "rms_dp", "rms_dp_stderr",
     )
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a row says beside perplexity: accuracy on tasks, divergence from the unquantized model. Flat columns.
+"""What a row says beside perplexity: accuracy on tasks, divergence from the unquantized model, speed. Flat columns.
 
 A column of a task is named COLUMN:TASK, as accuracy:piqa. A row keeps every answer, so that differences between any two rows
 can be paired question by question later.
@@ -12,6 +12,7 @@ import numpy as np
 from qjax.evaluate.choices import Accuracy
 from qjax.evaluate.divergence import Divergence
 from qjax.evaluate.questions import Task
+from qjax.evaluate.speed import Speed
 from qjax.evaluate.statistics import accuracy_difference, count_flips
 
 Row = Mapping[str, object]
@@ -54,6 +55,21 @@ def accuracy_columns(found: Accuracy, baseline: Row | None) -> dict[str, object]
             f"flips_to_right{suffix}": flips.to_right,
         }
     return {f"{name}:{found.task}": value for name, value in columns.items()}
+
+
+def speed_columns(dense: Speed, packed: Speed) -> dict[str, object]:
+    """Columns named COLUMN:dense and COLUMN:packed."""
+    columns = {"speed_prompt_tokens": dense.prompt_tokens, "speed_new_tokens": dense.new_tokens, "speed_batch": dense.batch}
+    for held, found in (("dense", dense), ("packed", packed)):
+        for name in (
+            "prefill_tokens_per_second",
+            "decode_tokens_per_second",
+            "first_token_seconds",
+            "running_bytes",
+            "peak_bytes",
+        ):
+            columns[f"{name}:{held}"] = getattr(found, name)
+    return columns
 
 
 def mean_columns(columns: Row, tasks: Sequence[Task]) -> dict[str, float]:
