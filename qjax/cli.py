@@ -147,18 +147,30 @@ def evaluate(
     convention: ConventionName = "windows-2048",
     max_windows: MaxWindows = None,
     tasks: Tasks = None,
+    lm_eval: Annotated[str | None, typer.Option("--lm-eval", help="Comma-separated tasks of lm-evaluation-harness.")] = None,
+    lm_eval_folder: Annotated[
+        Path | None, typer.Option("--lm-eval-folder", help="Folder of local task files (YAML) for --lm-eval.")
+    ] = None,
     max_questions: MaxQuestions = None,
     packed: Annotated[bool, typer.Option("--packed", help="Multiply with packed weights.")] = False,
 ) -> None:
-    """Perplexity of one model, quantized or not; with --tasks its accuracy instead."""
+    """Perplexity of one model, quantized or not; with --tasks or --lm-eval its accuracy instead."""
     from qjax.evaluate.corpora import load_corpora
     from qjax.evaluate.perplexity import parse_convention, perplexity
     from qjax.evaluate.tasks import load_tasks
 
     measured = parse_convention(convention)
     asked = load_tasks(_split(tasks) if tasks else (), max_questions or None)
-    corpora = load_corpora(data) if not asked else ()
+    corpora = () if asked or lm_eval else load_corpora(data)
     loaded = _load(model)
+    if lm_eval:
+        from qjax.evaluate.lm_eval import evaluate as evaluate_harness
+
+        harness = _split(lm_eval)
+        found = evaluate_harness(loaded, harness, folder=lm_eval_folder, limit=max_questions or None, packed=packed)
+        for task, figures in found.items():
+            shown = ", ".join(f"{name.removesuffix(',none')} {value:.4f}" for name, value in figures.items() if "," in name)
+            typer.echo(f"{loaded.name} ({loaded.recipe}) on {task}: {shown}")
     _print_accuracies(loaded, asked, packed=packed)
     for corpus in corpora:
         with _progress() as progress:

@@ -1,7 +1,7 @@
 """Text from a model, a token at a time, with the keys and values of earlier tokens kept.
 
-Prompts of any lengths run as one batch, padded on the right: a sequence's next token is written over its padding before anything
-sees it. The next token is the likeliest one (temperature 0), or drawn from softmax(logits / temperature).
+Prompts of any lengths run as one batch, padded on the right: a sequence's next token is written over its padding before
+anything sees it. The next token is the likeliest one (temperature 0), or drawn from softmax(logits / temperature).
 """
 
 import functools
@@ -77,12 +77,13 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     packed: bool = False,
+    finished: Callable[[list[int]], bool] | None = None,
     on_tokens: Callable[[np.ndarray], None] = lambda tokens: None,
 ) -> Generation:
     """Up to max_new_tokens tokens behind each prompt (int32 ids, at least one).
 
-    stop: tokens that end a sequence. packed: multiply with packed kernels as they are. on_tokens gets every step's tokens, one
-    of each prompt. Raises QjaxError where prompt and new tokens do not fit the model's context.
+    stop: tokens that end a sequence, as does finished(its new tokens) being true. packed: multiply with packed kernels as they
+    are. on_tokens gets every step's tokens, one of each prompt. Raises QjaxError where prompt and new tokens do not fit the model's context.
     """
     lengths = np.array([len(prompt) for prompt in prompts])
     limit = model.config.context
@@ -108,14 +109,14 @@ def generate(
     last = x[jnp.arange(len(prompts)), jnp.asarray(lengths - 1)][:, None]
     chosen = np.asarray(_choose(apply_head(model, last), temperature, jax.random.fold_in(key, 0)))
     first = time.perf_counter() - started
-    steps, done = [chosen], np.isin(chosen, stop)
+    steps, done = [chosen], _done([chosen], stop, finished)
     on_tokens(chosen)
     while len(steps) < max_new_tokens and not done.all():
         layout = layout_of(jnp.asarray(lengths + len(steps) - 1, jnp.int32), 1, capacity, window)
         x, caches = hidden_states_cached(model, jnp.asarray(chosen[:, None]), layout, caches)
         chosen = np.asarray(_choose(apply_head(model, x), temperature, jax.random.fold_in(key, len(steps))))
         steps.append(chosen)
-        done |= np.isin(chosen, stop)
+        done |= _done(steps, stop, finished)
         on_tokens(chosen)
     rest = time.perf_counter() - started - first
     return Generation(tuple(_until(row, stop) for row in np.stack(steps, axis=1)), first, rest, len(steps) - 1)
@@ -128,6 +129,13 @@ def _choose(logits: jax.Array, temperature: float, key: jax.Array) -> jax.Array:
     if temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     return jax.random.categorical(key, logits / temperature).astype(jnp.int32)
+
+
+def _done(steps: list[np.ndarray], stop: Sequence[int], finished: Callable[[list[int]], bool] | None) -> np.ndarray:
+    done = np.isin(steps[-1], stop)
+    if finished is not None:
+        done |= [finished(row.tolist()) for row in np.stack(steps, axis=1)]
+    return done
 
 
 def _until(tokens: np.ndarray, stop: Sequence[int]) -> np.ndarray:
