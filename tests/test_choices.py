@@ -65,9 +65,10 @@ def test_packed_weights_answer_as_decoded_ones(model):
     np.testing.assert_allclose(np.concatenate(packed.loglikelihoods), np.concatenate(decoded.loglikelihoods), rtol=1e-5)
 
 
-def test_a_choice_too_long_is_named(model):
-    task = make_task("toy", [*QUESTIONS, multiple_choice("why", ["x" * 60, "y"], 0)])
-    with pytest.raises(QjaxError, match=r"task toy, question 4: continuation ' xxx.*61 tokens.*expected 1 to 48"):
+def test_long_and_empty_choices(model):
+    assert accuracy(model, make_task("toy", [*QUESTIONS, multiple_choice("why", ["x" * 60, "y"], 0)])).truncated == 1
+    task = make_task("toy", [*QUESTIONS, multiple_choice("why", ["", "y"], 0, delimiter="")])
+    with pytest.raises(QjaxError, match="task toy, question 4: continuation '' has no tokens"):
         accuracy(model, task)
     assert len(accuracy(model, task, max_questions=3).answers) == 3
 

@@ -54,8 +54,7 @@ def accuracy(
 ) -> Accuracy:
     """Accuracy of a model on a task (a `Task` or a spec such as "cloze", "piqa:PATH"), its first `max_questions` questions.
 
-    Raises QjaxError for an unknown task, a malformed file, a model without tokenizer, and a continuation that has no tokens or
-    more than the model's context.
+    Raises QjaxError for an unknown task, a malformed file, a model without tokenizer, and a continuation that has no tokens.
     """
     if isinstance(task, str):
         task = load_task(task, max_questions)

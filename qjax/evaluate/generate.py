@@ -83,7 +83,9 @@ def generate(
     """Up to max_new_tokens tokens behind each prompt (int32 ids, at least one).
 
     stop: tokens that end a sequence, as does finished(its new tokens) being true. packed: multiply with packed kernels as they
-    are. on_tokens gets every step's tokens, one of each prompt. Raises QjaxError where prompt and new tokens do not fit the model's context.
+    are. on_tokens gets every step's tokens, one of each prompt.
+
+    Raises QjaxError where prompt and new tokens do not fit the model's context.
     """
     lengths = np.array([len(prompt) for prompt in prompts])
     limit = model.config.context

@@ -64,7 +64,7 @@ def encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
 
 
 def make_pair(model: Model, context: str, continuation: str) -> Pair:
-    """A pair cut to the model's context; raises QjaxError for a continuation without tokens or longer than the context."""
+    """A pair cut to the model's context; raises QjaxError for a continuation without tokens."""
     tokenizer = require_tokenizer(model)
     if not context:
         tail = tokenizer.encode(continuation)
@@ -82,14 +82,15 @@ def make_pair(model: Model, context: str, continuation: str) -> Pair:
 
 
 def cut(model: Model, context: np.ndarray, continuation: np.ndarray, shown: str = "") -> Pair:
-    """A pair of token ids; the model reads all but the last token, so one more than its context is kept, from the right."""
+    """A pair of token ids; the model reads all but the last token, so one more than its context is kept, from the right.
+
+    Of a continuation longer than the context, which the harness refuses, the end is scored.
+    """
     limit = model.config.context
-    if not 0 < len(continuation) <= limit:
-        raise QjaxError(
-            f"continuation {shown[:40]!r}: {len(continuation)} tokens behind its context, expected 1 to {limit} ({model.name})"
-        )
+    if not len(continuation):
+        raise QjaxError(f"continuation {shown[:40]!r} has no tokens of its own behind its context, expected at least one")
     tokens = np.concatenate([context, continuation]).astype(np.int32)
-    return Pair(tokens[-(limit + 1) :], len(continuation), len(tokens) > limit + 1)
+    return Pair(tokens[-(limit + 1) :], min(len(continuation), limit), len(tokens) > limit + 1)
 
 
 def require_tokenizer(model: Model) -> Tokenizer:
