@@ -406,6 +406,7 @@ def _live_sweep() -> Iterator[object]:
 def _print_tables(rows: list[dict[str, object]]) -> None:
     from qjax.report.accuracy import accuracy_table, divergence_table, has_divergence, tasks_of
     from qjax.report.rendering import to_rich
+    from qjax.report.seeds import seeds_of, seeds_table
     from qjax.report.tables import perplexity_table, split_tables
     from qjax.report.tradeoff import has_speed, tradeoff_table
 
@@ -413,6 +414,8 @@ def _print_tables(rows: list[dict[str, object]]) -> None:
         _console().print(to_rich(perplexity_table(part)))
         if tasks_of(part):
             _console().print(to_rich(accuracy_table(part)))
+        if seeds_of(part):
+            _console().print(to_rich(seeds_table(part)))
         if has_speed(part):
             _console().print(to_rich(tradeoff_table(part)))
         if has_divergence(part):

@@ -20,7 +20,9 @@ def model():
 
 def directly(model, pair):
     """ln p and greediness from the whole logits, in float64."""
-    logits = np.asarray(apply(model, pair.tokens[None, :-1]), np.float64)[0]
+    read = len(pair.tokens) - 1
+    padded = np.pad(pair.tokens[:-1], (0, 48 - read))  # one length, one compilation; nothing sees what is behind it
+    logits = np.asarray(apply(model, padded[None]), np.float64)[0, :read]
     logp = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     targets = pair.tokens[1:]
     chosen = logp[np.arange(len(targets)), targets][-pair.continuation :]
@@ -46,7 +48,8 @@ def test_greedy_continuations_are_found(model):
     pair = make_pair(model, "what is likeliest", "x")
     ids = pair.tokens[:-1]
     for _ in range(4):
-        ids = np.append(ids, np.asarray(apply(model, ids[None]))[0, -1].argmax()).astype(np.int32)
+        logits = np.asarray(apply(model, np.pad(ids, (0, 48 - len(ids)))[None]))
+        ids = np.append(ids, logits[0, len(ids) - 1].argmax()).astype(np.int32)
     found = likelihoods(model, [[Pair(ids, 4), Pair(np.append(ids[:-1], (ids[-1] + 1) % 256).astype(np.int32), 4)]])
     assert found.greedy.tolist() == [True, False]
 

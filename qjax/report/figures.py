@@ -20,6 +20,7 @@ from qjax.report.accuracy import accuracy_table, divergence_table, has_divergenc
 from qjax.report.labels import Label, leader_line, place_labels, spread
 from qjax.report.numbers import number, significant
 from qjax.report.rendering import Row, Table, to_csv, to_latex, to_markdown
+from qjax.report.seeds import seeds_of, seeds_table
 from qjax.report.series import Series, group_series, increase
 from qjax.report.style import GREY, HEIGHTS, LABEL_SIZE, LINE_STYLES, PNG_DPI, RC, WIDTHS, ink, method_style
 from qjax.report.tables import describe, is_baseline, perplexity_table, require_one_group, split_tables
@@ -304,6 +305,8 @@ def write_reports(folder: str | Path, rows: Sequence[Row]) -> list[Path]:
         if tasks_of(group):
             paths += _write_table(folder, f"{name}-accuracy", accuracy_table(group))
             paths += save_figure(perplexity_figure(group, value="accuracy"), folder, f"{name}-accuracy")
+        if seeds_of(group):
+            paths += _write_table(folder, f"{name}-seeds", seeds_table(group))
         if has_speed(group):
             paths += _write_table(folder, f"{name}-tradeoff", tradeoff_table(group))
         if has_divergence(group):
