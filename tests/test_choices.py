@@ -10,6 +10,7 @@ from qjax.errors import QjaxError
 from qjax.evaluate.choices import accuracy
 from qjax.evaluate.likelihood import likelihoods, make_pair
 from qjax.evaluate.questions import last_word, make_task, multiple_choice, multiple_context
+from qjax.evaluate.tasks import load_task
 from qjax.loading import load
 
 from .conftest import byte_tokenizer, random_model, tiny_config
@@ -75,8 +76,8 @@ def test_long_and_empty_choices(model):
 
 def test_the_bundled_model_knows_its_documents():
     """Chance is 25 %; two bits take nearly all of it away."""
-    model = load("bundled")
-    found = accuracy(model, "cloze", max_questions=100)
+    model, task = load("bundled"), load_task("cloze", 100)
+    found = accuracy(model, task)
     assert found.value > 0.4
-    broken = accuracy(quantize(model, "rtn:int2-g128")[0], "cloze", max_questions=100)
+    broken = accuracy(quantize(model, "rtn:int2-g128")[0], task)
     assert broken.value < found.value - 0.05

@@ -16,20 +16,27 @@ from .conftest import byte_tokenizer, random_model, tiny_config
 PROMPTS = [np.array(list(text.encode()), np.int32) for text in ("a", "the cat", "once upon a time")]
 
 
-@pytest.fixture(scope="module", params=[{}, {"sliding_window": 4}])
-def model(request):
-    return random_model(tiny_config(context=40, **request.param), byte_tokenizer(bos=True))
+@pytest.fixture(scope="module")
+def model():
+    return random_model(tiny_config(context=48), byte_tokenizer(bos=True))
+
+
+@pytest.fixture(scope="module")
+def windowed():
+    return random_model(tiny_config(context=48, sliding_window=4), byte_tokenizer(bos=True))
 
 
 def greedily(model, prompt, count):
     ids = prompt
     for _ in range(count):
-        logits = np.asarray(apply(model, np.pad(ids, (0, 40 - len(ids)))[None]))  # one length, one compilation
+        logits = np.asarray(apply(model, np.pad(ids, (0, 48 - len(ids)))[None]))  # one length, one compilation
         ids = np.append(ids, logits[0, len(ids) - 1].argmax()).astype(np.int32)
     return ids[len(prompt) :].tolist()
 
 
-def test_greedy_tokens(model):
+@pytest.mark.parametrize("name", ["model", "windowed"])
+def test_greedy_tokens(request, name):
+    model = request.getfixturevalue(name)
     found = generate(model, PROMPTS, 12)
     assert [tokens.tolist() for tokens in found.tokens] == [greedily(model, prompt, 12) for prompt in PROMPTS]
     assert found.steps == 11
@@ -60,11 +67,11 @@ def test_draws_follow_the_seed_and_the_temperature(model):
 
 
 def test_the_context_is_a_limit(model):
-    assert len(generate(model, PROMPTS[:1], 40).tokens[0]) == 40  # 1 + 39 tokens are read
+    assert len(generate(model, PROMPTS[:1], 48).tokens[0]) == 48  # 1 + 47 tokens are read
     with pytest.raises(
-        QjaxError, match=r"prompt of 16 tokens and 26 new ones do not fit random's context of 40; ask for at most 25"
+        QjaxError, match=r"prompt of 16 tokens and 34 new ones do not fit random's context of 48; ask for at most 33"
     ):
-        generate(model, PROMPTS, 26)
+        generate(model, PROMPTS, 34)
     for prompts, count in (([], 1), ([np.zeros(0, np.int32)], 1), (PROMPTS, 0)):
         with pytest.raises(QjaxError, match="at least one"):
             generate(model, prompts, count)
@@ -87,7 +94,7 @@ def test_speed_counts_what_is_held(model):
     dense, packed = (measure_speed(quantized, packed=held, new_tokens=4, repeats=1) for held in (False, True))
     assert dense.running_bytes == nbytes(model.params)
     assert packed.running_bytes == nbytes(quantized.params) < dense.running_bytes
-    assert packed.prompt_tokens == 20 and packed.new_tokens == 4
+    assert packed.prompt_tokens == 24 and packed.new_tokens == 4
     for found in (dense, packed):
         assert found.peak_bytes > found.running_bytes
         assert min(found.prefill_tokens_per_second, found.decode_tokens_per_second, found.first_token_seconds) > 0

@@ -18,7 +18,7 @@ from .report_rows import measured_row
 WINDOWS = 8
 
 
-def row(recipe, value=0.5, delta=0.0, stderr=0.01, seed=0, kl=0.1, answers=(0, 1, 0, 1)):
+def row(recipe, value=0.5, delta=0.0, *, stderr=0.01, seed=0, kl=0.1, answers=(0, 1, 0, 1)):
     nll = np.full(WINDOWS, 100.0) + np.arange(WINDOWS) + 1000 * delta
     task = {
         "accuracy": value, "accuracy_stderr": 0.02, "accuracy_delta": delta, "accuracy_delta_stderr": stderr,

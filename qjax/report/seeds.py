@@ -29,7 +29,7 @@ def seeds_of(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def merge_seeds(rows: Sequence[Row]) -> list[Row]:
-    """A row for every recipe with several seeds: mean change of perplexity and of accuracy, errors, and deviation between seeds.
+    """A row for every recipe with several seeds: mean change of perplexity and accuracy, errors, deviation between seeds.
 
     Raises QjaxError where the unquantized model's row is missing.
     """
