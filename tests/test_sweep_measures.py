@@ -1,5 +1,6 @@
 """Sweeps with tasks, divergence and speed: columns, differences from the baseline, tables and figures from rows alone."""
 
+import importlib.util
 import json
 
 import numpy as np
@@ -49,6 +50,7 @@ def test_columns_are_what_the_measurements_give(tiny_model, rows):
     assert row["flips:which"] * 40 == row["flips_to_wrong:which"] + row["flips_to_right:which"] > 0
     assert row["word_perplexity:last"] > 1 and row["accuracy_norm:last"] is None
     found = divergence(quantized, tiny_model, CORPUS, "windows-32")
+    assert row["nll_delta_low"] < row["nll_delta"] < row["nll_delta_high"]
     assert row["kl"] == pytest.approx(found.kl) and row["top1_agreement"] == pytest.approx(found.top1)
     assert row["accuracy_mean_delta"] == pytest.approx((row["accuracy_delta:which"] + row["accuracy_delta:last"]) / 2)
     assert row["running_bytes:packed"] < row["running_bytes:dense"] == baseline["running_bytes:dense"]
@@ -130,3 +132,6 @@ def test_commands(task_file, tmp_path, capsys):
     assert code == 2 and "did you mean arc_easy" in error and error.count("\n") == 1
     code, _, error = run("generate", "bundled", "--prompt", "a", "--tokens", 1000)
     assert code == 2 and "do not fit" in error
+    if importlib.util.find_spec("lm_eval") is None:
+        code, _, error = run("eval", "bundled", "--lm-eval", "piqa")
+        assert code == 2 and "pip install 'qjax[lm-eval]'" in error

@@ -24,7 +24,8 @@ from flax.traverse_util import flatten_dict
 
 import qjax
 from qjax.driver import Report
-from qjax.evaluate.perplexity import PerplexityResult, ratio_stderr
+from qjax.evaluate.perplexity import PerplexityResult
+from qjax.evaluate.statistics import bootstrap_interval, ratio_stderr
 from qjax.models.model import Model, compute_dtype
 from qjax.recipe import Recipe
 
@@ -144,10 +145,13 @@ def compare(row: dict[str, object], baseline: dict[str, object]) -> dict[str, fl
     change = np.asarray(row["window_nll"]) - np.asarray(baseline["window_nll"])
     counts = np.asarray(row["window_tokens"])
     delta, stderr = float(row["nll"] - baseline["nll"]), ratio_stderr(change, counts)
+    low, high = bootstrap_interval(change, counts)
     ratio = math.exp(delta) if delta < 700 else math.inf
     return {
         "nll_delta": delta,
         "nll_delta_stderr": stderr,
+        "nll_delta_low": low,
+        "nll_delta_high": high,
         "perplexity_ratio": ratio,
         "perplexity_ratio_stderr": ratio * stderr,
     }
