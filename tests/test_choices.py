@@ -76,7 +76,7 @@ def test_long_and_empty_choices(model):
 
 def test_the_bundled_model_knows_its_documents():
     """Chance is 25 %; two bits take nearly all of it away."""
-    model, task = load("bundled"), load_task("cloze", 100)
+    model, task = load("bundled"), load_task("cloze", 60)
     found = accuracy(model, task)
     assert found.value > 0.4
     broken = accuracy(quantize(model, "rtn:int2-g128")[0], task)
