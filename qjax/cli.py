@@ -39,6 +39,13 @@ Rules = Annotated[
     typer.Option("--rule", help="PATTERN=RECIPE (or =none): recipe of the kernels whose path matches; may be repeated."),
 ]
 MaxWindows = Annotated[int | None, typer.Option("--max-windows", min=0, help="Measure the first N windows only; 0: all.")]
+Tasks = Annotated[
+    str | None,
+    typer.Option(help="Comma-separated accuracy tasks: cloze, piqa:PATH, ...; a name alone is fetched from the hub."),
+]
+MaxQuestions = Annotated[
+    int | None, typer.Option("--max-questions", min=0, help="Ask the first N questions of a task; 0: all.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Write into a folder that is not empty.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder to write.")]
 INTERRUPTED = 130  # exit code after Ctrl-C
@@ -62,6 +69,12 @@ def sweep(
     data: Data = ["python-docs"],  # noqa: B006
     convention: ConventionName = "windows-2048",
     max_windows: MaxWindows = None,
+    tasks: Tasks = None,
+    max_questions: MaxQuestions = None,
+    divergence: Annotated[
+        bool, typer.Option("--divergence", help="Measure the divergence from the unquantized model.")
+    ] = False,
+    speed: Annotated[bool, typer.Option("--speed", help="Time prefill and decoding, dense and packed.")] = False,
     rule: Rules = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     out: Out = Path("qjax-results"),
@@ -69,6 +82,7 @@ def sweep(
     """Measure perplexity of a model in many formats; table and figure go to --out."""
     from qjax.evaluate.corpora import load_corpora
     from qjax.evaluate.perplexity import parse_convention
+    from qjax.evaluate.tasks import load_tasks
     from qjax.report.figures import write_reports
     from qjax.sweep.cells import canonical, expand
     from qjax.sweep.runner import Sweep, run_sweep
@@ -78,16 +92,17 @@ def sweep(
     if recipes is not None:
         names = canonical(_split(recipes))
     else:
-        asked = _split(METHODS if methods is None else methods), _numbers(BITS if bits is None else bits)
-        names = expand(*asked, group)
+        wanted = _split(METHODS if methods is None else methods), _numbers(BITS if bits is None else bits)
+        names = expand(*wanted, group)
     measured = parse_convention(convention)
     _prepare(out)
     corpora = load_corpora(data)
+    asked = load_tasks(_split(tasks) if tasks else (), max_questions or None)
     loaded = _load(model)
     if max_windows is None and model == "bundled" and data == ["python-docs"]:
         max_windows = DEFAULT_WINDOWS
         typer.echo(f"measuring the first {DEFAULT_WINDOWS} windows; --max-windows 0 measures all", err=True)
-    plan = Sweep(tuple(names), corpora, measured, max_windows or None, tuple(rule or ()), seed)
+    plan = Sweep(tuple(names), corpora, measured, max_windows or None, tuple(rule or ()), seed, asked, divergence, speed)
     with _live_sweep() as watcher:
         rows = run_sweep(loaded, plan, out, watcher)
     _print_tables(rows)
@@ -131,15 +146,32 @@ def evaluate(
     data: Data = ["python-docs"],  # noqa: B006
     convention: ConventionName = "windows-2048",
     max_windows: MaxWindows = None,
+    tasks: Tasks = None,
+    lm_eval: Annotated[str | None, typer.Option("--lm-eval", help="Comma-separated tasks of lm-evaluation-harness.")] = None,
+    lm_eval_folder: Annotated[
+        Path | None, typer.Option("--lm-eval-folder", help="Folder of local task files (YAML) for --lm-eval.")
+    ] = None,
+    max_questions: MaxQuestions = None,
     packed: Annotated[bool, typer.Option("--packed", help="Multiply with packed weights.")] = False,
 ) -> None:
-    """Perplexity of one model, quantized or not."""
+    """Perplexity of one model, quantized or not; with --tasks or --lm-eval its accuracy instead."""
     from qjax.evaluate.corpora import load_corpora
     from qjax.evaluate.perplexity import parse_convention, perplexity
+    from qjax.evaluate.tasks import load_tasks
 
     measured = parse_convention(convention)
-    corpora = load_corpora(data)
+    asked = load_tasks(_split(tasks) if tasks else (), max_questions or None)
+    corpora = () if asked or lm_eval else load_corpora(data)
     loaded = _load(model)
+    if lm_eval:
+        from qjax.evaluate.lm_eval import evaluate as evaluate_harness
+
+        harness = _split(lm_eval)
+        found = evaluate_harness(loaded, harness, folder=lm_eval_folder, limit=max_questions or None, packed=packed)
+        for task, figures in found.items():
+            shown = ", ".join(f"{name.removesuffix(',none')} {value:.4f}" for name, value in figures.items() if "," in name)
+            typer.echo(f"{loaded.name} ({loaded.recipe}) on {task}: {shown}")
+    _print_accuracies(loaded, asked, packed=packed)
     for corpus in corpora:
         with _progress() as progress:
             task = progress.add_task(corpus.name, total=None)
@@ -157,6 +189,55 @@ def evaluate(
             f"{result.nll:.5f} nats a token, {result.bits_per_byte:.4f} bits a byte "
             f"[{result.convention}, {result.tokens:,} tokens, {result.tokens_per_second:,.0f} tokens/s]"
         )
+
+
+def _print_accuracies(model: "Model", tasks: tuple, *, packed: bool) -> None:
+    from qjax.evaluate.choices import accuracy
+
+    for task in tasks:
+        with _progress() as progress:
+            bar = progress.add_task(task.name, total=None)
+            show = lambda done, total, bar=bar, progress=progress: progress.update(bar, completed=done, total=total)  # noqa: E731
+            found = accuracy(model, task, packed=packed, on_batch=show)
+        kind = "accuracy" if found.kind == "choices" else "last words"
+        more = f", by length {found.normalised:.2%}" if found.answers_normalised else f", perplexity {found.perplexity:.4g}"
+        cut = f", {found.truncated} cut to the context" if found.truncated else ""
+        typer.echo(
+            f"{model.name} ({model.recipe}) on {task.name}: {kind} {found.value:.2%} ± {found.stderr:.2%}{more} "
+            f"[{len(found.gold):,} questions{cut}, {found.seconds:.1f} s]"
+        )
+
+
+@app.command()
+def generate(
+    model: ModelName,
+    prompt: Annotated[str, typer.Option(help="What the text begins with.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 100,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0 takes the likeliest token; 1 draws from the distribution.")
+    ] = 0.0,
+    recipe: Annotated[str | None, typer.Option(help="Quantize the model with this first, for example rtn:int3-g128.")] = None,
+    packed: Annotated[bool, typer.Option("--packed", help="Multiply with packed weights.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+) -> None:
+    """Let a model, quantized or not, go on with a prompt."""
+    from qjax.driver import quantize as quantize_model
+    from qjax.evaluate.generate import generate_text
+
+    loaded = _load(model)
+    if recipe is not None:
+        loaded, _ = quantize_model(loaded, recipe)
+    typer.echo(prompt, nl=False)
+    shown = ""
+
+    def show(text: str) -> None:
+        nonlocal shown
+        if text.startswith(shown) and not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character waits for the rest
+            typer.echo(text[len(shown) :], nl=False)
+            shown = text
+
+    text = generate_text(loaded, prompt, tokens, temperature=temperature, seed=seed, packed=packed, on_token=show)
+    typer.echo(text[len(shown) :] if text.startswith(shown) else "")
 
 
 @app.command()
@@ -323,8 +404,19 @@ def _live_sweep() -> Iterator[object]:
 
 
 def _print_tables(rows: list[dict[str, object]]) -> None:
+    from qjax.report.accuracy import accuracy_table, divergence_table, has_divergence, tasks_of
     from qjax.report.rendering import to_rich
+    from qjax.report.seeds import seeds_of, seeds_table
     from qjax.report.tables import perplexity_table, split_tables
+    from qjax.report.tradeoff import has_speed, tradeoff_table
 
     for part in split_tables(rows):
         _console().print(to_rich(perplexity_table(part)))
+        if tasks_of(part):
+            _console().print(to_rich(accuracy_table(part)))
+        if seeds_of(part):
+            _console().print(to_rich(seeds_table(part)))
+        if has_speed(part):
+            _console().print(to_rich(tradeoff_table(part)))
+        if has_divergence(part):
+            _console().print(to_rich(divergence_table(part)))

@@ -27,6 +27,13 @@ def test_quickstart(tmp_path):
     assert any(path.suffix == ".png" for path in tmp_path.rglob("*"))
 
 
+def test_accuracy(tmp_path):
+    run("accuracy.py", "--tiny", "--out", tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert all(row["questions:cloze"] == 8 and row["kl"] >= 0 for row in rows)
+    assert {path.name.rpartition("-")[2] for path in tmp_path.glob("*.md")} >= {"accuracy.md", "divergence.md", "tradeoff.md"}
+
+
 @pytest.mark.slow
 def test_train_bundled_model(tmp_path):
     pytest.importorskip("orbax.checkpoint")

@@ -30,6 +30,7 @@ import numpy as np
 
 from qjax.errors import QjaxError
 from qjax.evaluate.corpora import Corpus, load_corpus
+from qjax.evaluate.statistics import ratio_stderr
 from qjax.models.model import Model, compute_dtype, hidden_states, losses
 from qjax.qtensor import dequantize_tree
 
@@ -261,14 +262,3 @@ def summarise(
         seconds=seconds,
         tokens_per_second=windows.tokens.size / seconds,
     )
-
-
-def ratio_stderr(totals: np.ndarray, counts: np.ndarray) -> float:
-    """Standard error of sum(totals) / sum(counts) over independent windows; nan for a single window or infinite totals."""
-    if len(totals) < 2:
-        return math.nan
-    mean = float(totals.sum() / counts.sum())
-    if not math.isfinite(mean):
-        return math.nan
-    residual = totals - mean * counts
-    return float(math.sqrt(len(totals) / (len(totals) - 1) * np.sum(residual**2)) / counts.sum())

@@ -21,6 +21,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from qjax.models.config import DecoderConfig, LinearScaling, Llama3Scaling
+from qjax.models.layout import Cache, Layout
 
 ACTIVATIONS = {
     "silu": nn.silu,
@@ -53,11 +54,11 @@ def _scaled_frequencies(config: DecoderConfig) -> Float[np.ndarray, " half"]:
 
 
 def rotate(
-    x: Float[Array, "batch time heads dim"], cos: Float[Array, "time half"], sin: Float[Array, "time half"]
+    x: Float[Array, "batch time heads dim"], cos: Float[Array, "*batch time half"], sin: Float[Array, "*batch time half"]
 ) -> Float[Array, "batch time heads dim"]:
-    """Rotates pairs (x[i], x[i + dim/2]) by each position's angles."""
+    """Rotates pairs (x[i], x[i + dim/2]) by each position's angles, which all sequences share or each has its own."""
     first, second = jnp.split(x, 2, axis=-1)
-    cos, sin = cos[None, :, None, :], sin[None, :, None, :]
+    cos, sin = cos[..., None, :], sin[..., None, :]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
@@ -75,22 +76,29 @@ class Embed(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time hidden"]:
+    def __call__(self, tokens: Int[Array, "batch time"], layout: Layout | None = None) -> Float[Array, "batch time hidden"]:
         c = self.config
         x = nn.Embed(c.vocabulary_size, c.hidden_size, dtype=self.dtype, name="tokens")(tokens)
         if c.positions == "learned":
-            x = x + nn.Embed(c.context, c.hidden_size, dtype=self.dtype, name="positions")(jnp.arange(tokens.shape[1]))
+            positions = jnp.arange(tokens.shape[1]) if layout is None else layout.positions
+            x = x + nn.Embed(c.context, c.hidden_size, dtype=self.dtype, name="positions")(positions)
         return x
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped key/value heads; softmax in float32."""
+    """Causal self-attention with grouped key/value heads; softmax in float32.
+
+    layout: what stands where, if not one sequence a row. cache: keys and values of earlier positions, to which those of x are
+    added; the result is then (hidden states, cache).
+    """
 
     config: DecoderConfig
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch time hidden"]) -> Float[Array, "batch time hidden"]:
+    def __call__(
+        self, x: Float[Array, "batch time hidden"], layout: Layout | None = None, cache: Cache | None = None
+    ) -> Float[Array, "batch time hidden"] | tuple[Float[Array, "batch time hidden"], Cache]:
         c = self.config
         batch, time, _ = x.shape
 
@@ -99,27 +107,42 @@ class Attention(nn.Module):
             return y.reshape(batch, time, heads, c.head_dim)
 
         q, k, v = project(c.heads, "q"), project(c.kv_heads, "k"), project(c.kv_heads, "v")
-        position = jnp.arange(time)
+        position = jnp.arange(time) if layout is None else layout.positions
         if c.positions == "rope":
-            angles = position[:, None] * rope_frequencies(c)  # (time, half)
+            angles = position[..., None] * rope_frequencies(c)  # (time, half) or (batch, time, half)
             cos, sin = jnp.cos(angles).astype(self.dtype), jnp.sin(angles).astype(self.dtype)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
 
-        distance = position[:, None] - position[None, :]  # (query, key)
-        visible = distance >= 0
-        if c.sliding_window is not None:
-            visible &= distance < c.sliding_window
+        if layout is None:
+            distance = position[:, None] - position[None, :]  # (query, key)
+            visible = distance >= 0
+            if c.sliding_window is not None:
+                visible &= distance < c.sliding_window
+        else:
+            visible = layout.visible[:, None, None]  # (batch, 1, 1, query, key)
         # Queries that share a key head stand in one matrix: XLA's CPU matmul is twice as fast on (group * time, dim).
         group = c.heads // c.kv_heads
         q = (q * c.head_dim**-0.5).reshape(batch, time, c.kv_heads, group, c.head_dim)
         q = q.transpose(0, 2, 3, 1, 4).reshape(batch, c.kv_heads, group * time, c.head_dim)
         k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # (batch, kv_heads, time, dim)
+        if cache is not None:
+            cache = Cache(_write(cache.keys, k, position[:, 0]), _write(cache.values, v, position[:, 0]))
+            k, v = cache.keys, cache.values
+        keys = k.shape[2]
         scores = jnp.einsum("bkqd,bksd->bkqs", q, k, preferred_element_type=jnp.float32)
-        scores = scores.reshape(batch, c.kv_heads, group, time, time)
+        scores = scores.reshape(batch, c.kv_heads, group, time, keys)
         weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1).astype(self.dtype)
-        mixed = jnp.einsum("bkqs,bksd->bkqd", weights.reshape(batch, c.kv_heads, group * time, time), v)
+        mixed = jnp.einsum("bkqs,bksd->bkqd", weights.reshape(batch, c.kv_heads, group * time, keys), v)
         mixed = mixed.reshape(batch, c.heads, time, c.head_dim).transpose(0, 2, 1, 3).reshape(batch, time, -1)
-        return nn.Dense(c.hidden_size, use_bias=c.attention_output_bias, dtype=self.dtype, name="o")(mixed)
+        mixed = nn.Dense(c.hidden_size, use_bias=c.attention_output_bias, dtype=self.dtype, name="o")(mixed)
+        return mixed if cache is None else (mixed, cache)
+
+
+def _write(
+    cache: Float[Array, "batch heads capacity dim"], new: Float[Array, "batch heads time dim"], starts: Int[Array, " batch"]
+):
+    """The cache with new keys or values from each sequence's start on."""
+    return jax.vmap(lambda kept, added, start: jax.lax.dynamic_update_slice(kept, added, (0, start, 0)))(cache, new, starts)
 
 
 class MLP(nn.Module):
@@ -141,16 +164,21 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer block on hidden states (batch, time, hidden)."""
+    """One transformer block on hidden states (batch, time, hidden); layout and cache as in `Attention`."""
 
     config: DecoderConfig
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch time hidden"]) -> Float[Array, "batch time hidden"]:
+    def __call__(
+        self, x: Float[Array, "batch time hidden"], layout: Layout | None = None, cache: Cache | None = None
+    ) -> Float[Array, "batch time hidden"] | tuple[Float[Array, "batch time hidden"], Cache]:
         c = self.config
-        x = x + Attention(c, self.dtype, name="attention")(make_norm(c, self.dtype, "attention_norm")(x))
-        return x + MLP(c, self.dtype, name="mlp")(make_norm(c, self.dtype, "mlp_norm")(x))
+        mixed = Attention(c, self.dtype, name="attention")(make_norm(c, self.dtype, "attention_norm")(x), layout, cache)
+        mixed, cache = mixed if cache is not None else (mixed, None)
+        x = x + mixed
+        x = x + MLP(c, self.dtype, name="mlp")(make_norm(c, self.dtype, "mlp_norm")(x))
+        return x if cache is None else (x, cache)
 
 
 class Head(nn.Module):

@@ -10,12 +10,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from qjax.errors import QjaxError
 from qjax.interception import quantized_kernels
 from qjax.models.config import DecoderConfig
 from qjax.models.decoder import Block, Embed, Head
+from qjax.models.layout import Cache, Layout
 from qjax.models.tokenizer import Tokenizer
 
 LOGITS_AT_ONCE = 2**23  # elements
@@ -34,10 +35,12 @@ class Model(NamedTuple):
 class Stages(NamedTuple):
     """Compiled functions of parameters and values; `head` also takes the embedding table when the model ties it."""
 
-    embed: object  # (params, tokens (batch, time)) -> hidden (batch, time, hidden)
-    block: object  # (params, hidden) -> hidden
+    embed: object  # (params, tokens (batch, time), optional layout) -> hidden (batch, time, hidden)
+    block: object  # (params, hidden, optional layout) -> hidden
     head: object  # (params, hidden, table or None) -> logits (batch, time, vocabulary) float32
     losses: object  # (params, hidden, table or None, targets (batch, time)) -> -ln p of the targets, float32
+    scores: object  # (params, hidden, table or None, flat places, their targets) -> ln p of each, whether it is the likeliest
+    cached: object  # (params, hidden, layout, cache) -> (hidden, cache); the cache given is used up
 
 
 def compute_dtype() -> DTypeLike:
@@ -77,7 +80,20 @@ def stages(config: DecoderConfig, dtype: DTypeLike) -> Stages:
 
         return jax.lax.map(piece_losses, (split(x), split(targets))).reshape(-1)[:tokens].reshape(targets.shape)
 
-    return Stages(run(Embed(config, dtype)), run(Block(config, dtype)), head, losses)
+    @jax.jit
+    def scores(params, x, table, places, targets):
+        logits = head(params, x.reshape(-1, x.shape[-1])[places][None], table)[0]  # (places, vocabulary)
+        likelihood = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
+        return likelihood, jnp.argmax(logits, axis=-1) == targets
+
+    block = Block(config, dtype)
+
+    @functools.partial(jax.jit, donate_argnums=3)
+    def cached(params, x, layout, cache):
+        with quantized_kernels():
+            return block.apply({"params": params}, x, layout, cache)
+
+    return Stages(run(Embed(config, dtype)), run(block), head, losses, scores, cached)
 
 
 def embedding_table(model: Model) -> Float[Array, "vocabulary hidden"] | None:
@@ -85,18 +101,47 @@ def embedding_table(model: Model) -> Float[Array, "vocabulary hidden"] | None:
     return model.params["embed"]["tokens"]["embedding"] if model.config.tied else None
 
 
-def hidden_states(model: Model, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time hidden"]:
-    """Hidden states before the head, layer by layer through one compiled block."""
-    if tokens.ndim != 2 or tokens.shape[1] > model.config.context:
+def hidden_states(
+    model: Model, tokens: Int[Array, "batch time"], layout: Layout | None = None
+) -> Float[Array, "batch time hidden"]:
+    """Hidden states before the head, layer by layer through one compiled block.
+
+    layout: positions and what is visible, where a row is not one sequence; its positions must be below the model's context.
+    """
+    placed = () if layout is None else (layout,)
+    if tokens.ndim != 2 or (tokens.shape[1] > model.config.context and layout is None):
         raise QjaxError(
             f"tokens of shape {tokens.shape}: expected (batch, time) with time at most {model.config.context}, "
             f"the context of {model.name}"
         )
     run = stages(model.config, compute_dtype())
-    x = run.embed(model.params["embed"], tokens)
+    x = run.embed(model.params["embed"], tokens, *placed)
     for layer in range(model.config.layers):
-        x = run.block(model.params[f"block_{layer}"], x)
+        x = run.block(model.params[f"block_{layer}"], x, *placed)
     return x
+
+
+def hidden_states_cached(
+    model: Model, tokens: Int[Array, "batch time"], layout: Layout, caches: list[Cache]
+) -> tuple[Float[Array, "batch time hidden"], list[Cache]]:
+    """Hidden states of new tokens and the caches (one a block) with their keys and values; the caches given are used up.
+
+    layout: `layout.cache_layout` of the tokens, whose positions must be below the model's context and the caches' capacity.
+    """
+    run = stages(model.config, compute_dtype())
+    x = run.embed(model.params["embed"], tokens, layout)
+    kept = []
+    for layer, cache in enumerate(caches):
+        x, cache = run.cached(model.params[f"block_{layer}"], x, layout, cache)  # noqa: PLW2901
+        kept.append(cache)
+    return x, kept
+
+
+def empty_caches(model: Model, batch: int, capacity: int) -> list[Cache]:
+    """A cache for each block, of `capacity` positions; zeros, in the compute type."""
+    c = model.config
+    shape = (batch, c.kv_heads, capacity, c.head_dim)
+    return [Cache(jnp.zeros(shape, compute_dtype()), jnp.zeros(shape, compute_dtype())) for _ in range(c.layers)]
 
 
 def apply(model: Model, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time vocabulary"]:
@@ -104,8 +149,20 @@ def apply(model: Model, tokens: Int[Array, "batch time"]) -> Float[Array, "batch
 
     Raises QjaxError when the time is longer than the model's context.
     """
-    x = hidden_states(model, jnp.asarray(tokens))
+    return apply_head(model, hidden_states(model, jnp.asarray(tokens)))
+
+
+def apply_head(model: Model, x: Float[Array, "batch time hidden"]) -> Float[Array, "batch time vocabulary"]:
+    """Float32 logits of hidden states."""
     return stages(model.config, compute_dtype()).head(model.params["head"], x, embedding_table(model))
+
+
+def scores(
+    model: Model, x: Float[Array, "batch time hidden"], places: Int[Array, " n"], targets: Int[Array, " n"]
+) -> tuple[Float[Array, " n"], Bool[Array, " n"]]:
+    """ln p of target tokens at `places` (indices into batch * time), and whether each is the likeliest token there."""
+    run = stages(model.config, compute_dtype())
+    return run.scores(model.params["head"], x, embedding_table(model), places, targets)
 
 
 def losses(model: Model, x: Float[Array, "batch time hidden"], targets: Int[Array, "batch time"]) -> Float[Array, "batch time"]:

@@ -16,19 +16,27 @@ import numpy as np
 
 from qjax.errors import QjaxError
 from qjax.files import write_atomically
+from qjax.report.accuracy import accuracy_table, divergence_table, has_divergence, tasks_of
 from qjax.report.labels import Label, leader_line, place_labels, spread
 from qjax.report.numbers import number, significant
-from qjax.report.rendering import Row, to_csv, to_latex, to_markdown
+from qjax.report.rendering import Row, Table, to_csv, to_latex, to_markdown
+from qjax.report.seeds import seeds_of, seeds_table
 from qjax.report.series import Series, group_series, increase
 from qjax.report.style import GREY, HEIGHTS, LABEL_SIZE, LINE_STYLES, PNG_DPI, RC, WIDTHS, ink, method_style
 from qjax.report.tables import describe, is_baseline, perplexity_table, require_one_group, split_tables
+from qjax.report.tradeoff import has_speed, tradeoff_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-VALUES = {"perplexity": "perplexity", "increase": "increase of perplexity (%)"}
-SMALLEST_INCREASE = 1e-3  # percent; less is drawn at the lower edge
+VALUES = {
+    "perplexity": "perplexity",
+    "increase": "increase of perplexity (%)",
+    "accuracy": "accuracy on {tasks} (%)",
+    "divergence": "KL divergence (nats a token)",
+}
+SMALLEST = {"increase": 1e-3, "divergence": 1e-6}  # values on a logarithmic axis; what is less is drawn at its lower edge
 LOG_ABOVE = 3.0  # ratio of the largest to the smallest value from which the axis is logarithmic
 POINT = 72.0  # an inch
 COLUMN_GAP = 9  # points between the names at the left and the first point
@@ -38,7 +46,8 @@ def perplexity_figure(rows: Sequence[Row], *, value: str = "perplexity", width: 
     """A figure of one model, text and convention: one line per method, options and grouping.
 
     value: "perplexity", with the unquantized model as a dashed line and a logarithmic axis where the range is large; or
-    "increase" over it in percent, on a logarithmic axis, which shows 8, 4 and 2 bits alike. width: "single" | "double" column.
+    "increase" over it in percent, on a logarithmic axis, which shows 8, 4 and 2 bits alike; or "accuracy", the mean over the
+    rows' tasks, or "divergence" from the unquantized model, logarithmic too. width: "single" | "double" column.
     Infinity is drawn as ∞ at the upper edge, an increase below 0.001 % (or a decrease) as a triangle at the lower edge.
     Raises QjaxError for other options, for no rows, and for rows of more than one model, text or convention.
     """
@@ -55,12 +64,12 @@ def perplexity_figure(rows: Sequence[Row], *, value: str = "perplexity", width: 
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         axes.set_xlabel("bits per weight, scales included")
-        axes.set_ylabel(VALUES[value])
+        axes.set_ylabel(VALUES[value].format(tasks=", ".join(tasks_of(rows)) if len(tasks_of(rows)) < 4 else "all tasks"))
         series = group_series(rows)
         lines = [_values(line.rows, value) for line in series]
-        unquantized = [number(row, "perplexity") for row in rows if is_baseline(row) and value == "perplexity"]
-        baseline = unquantized[0] if unquantized else math.nan
-        _scale_values(axes, np.concatenate([[baseline], *(y for _, y, _ in lines)]), always_log=value == "increase")
+        unquantized = [row for row in rows if is_baseline(row) and value not in SMALLEST]
+        baseline = float(_values(unquantized[:1], value)[1][0]) if unquantized else math.nan
+        _scale_values(axes, np.concatenate([[baseline], *(y for _, y, _ in lines)]), SMALLEST.get(value))
         _fit_margins(axes, describe(rows[0]))
         sizes = [_text_size(axes, line.label) for line in series]
         column = [i for i, (x, _, _) in enumerate(lines) if len(x) > 1]  # lines whose names stand in a column at the left
@@ -78,13 +87,22 @@ def perplexity_figure(rows: Sequence[Row], *, value: str = "perplexity", width: 
 def _values(rows: Sequence[Row], value: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Bits per weight, the values of the vertical axis and their standard errors (nan where not known)."""
     bits = np.array([number(row, "bits_per_weight") for row in rows])
+    if value == "accuracy":
+        y, error = (
+            100 * np.array([number(row, key) for row in rows]) for key in ("accuracy_mean", "accuracy_mean_delta_stderr")
+        )
+        return bits, y, error
+    if value == "divergence":
+        return bits, np.array([number(row, "kl") for row in rows]), np.array([number(row, "kl_stderr") for row in rows])
     y = np.array([number(row, "perplexity") if value == "perplexity" else increase(row) for row in rows])
     slope = np.where(np.isfinite(y), y if value == "perplexity" else 100 + y, 0)  # dy / d nll
     return bits, y, slope * np.array([number(row, "nll_delta_stderr") for row in rows])
 
 
-def _scale_values(axes: "Axes", values: np.ndarray, always_log: bool) -> None:
-    values = values[np.isfinite(values) & (values > (SMALLEST_INCREASE if always_log else 0))]
+def _scale_values(axes: "Axes", values: np.ndarray, smallest: float | None) -> None:
+    """Limits and ticks. smallest: of a value worth showing on an axis that is always logarithmic."""
+    always_log = smallest is not None
+    values = values[np.isfinite(values) & (values > (smallest or 0))]
     if not len(values):
         axes.set_ylim(0, 1)
         axes.set_yticks([])
@@ -272,27 +290,43 @@ def save_figure(figure: "Figure", folder: str | Path, name: str) -> list[Path]:
 
 
 def write_reports(folder: str | Path, rows: Sequence[Row]) -> list[Path]:
-    """Writes a table (md, tex, csv) and figures of perplexity and its increase (png, pdf) per model, text and convention.
+    """Writes tables (md, tex, csv) and figures (png, pdf) per model, text and convention: of perplexity and its increase, and
+    where they were measured of accuracy and divergence.
 
     Returns the paths. Raises QjaxError when there are no rows or the folder cannot be written.
     """
     paths = []
     groups = split_tables(rows)
     for name, group in zip(report_names(groups), groups, strict=True):
-        table = perplexity_table(group)
-        for suffix, render in (("md", to_markdown), ("tex", to_latex), ("csv", to_csv)):
-            paths.append(Path(folder) / f"{name}.{suffix}")
-            write_atomically(paths[-1], render(table))
+        paths += _write_table(folder, name, perplexity_table(group))
         paths += save_figure(perplexity_figure(group), folder, name)
         if any(increase(row) > 0 for row in group):
             paths += save_figure(perplexity_figure(group, value="increase"), folder, f"{name}-increase")
+        if tasks_of(group):
+            paths += _write_table(folder, f"{name}-accuracy", accuracy_table(group))
+            paths += save_figure(perplexity_figure(group, value="accuracy"), folder, f"{name}-accuracy")
+        if seeds_of(group):
+            paths += _write_table(folder, f"{name}-seeds", seeds_table(group))
+        if has_speed(group):
+            paths += _write_table(folder, f"{name}-tradeoff", tradeoff_table(group))
+        if has_divergence(group):
+            paths += _write_table(folder, f"{name}-divergence", divergence_table(group))
+            paths += save_figure(perplexity_figure(group, value="divergence"), folder, f"{name}-divergence")
+    return paths
+
+
+def _write_table(folder: str | Path, name: str, table: Table) -> list[Path]:
+    paths = []
+    for suffix, render in (("md", to_markdown), ("tex", to_latex), ("csv", to_csv)):
+        paths.append(Path(folder) / f"{name}.{suffix}")
+        write_atomically(paths[-1], render(table))
     return paths
 
 
 def report_names(groups: Sequence[Sequence[Row]]) -> list[str]:
     """File names, without suffix, by model, text and convention; what tells two of the same name apart is appended."""
     names = [_slug("model", "corpus", "convention", row=group[0]) for group in groups]
-    details = [_slug("fingerprint", "corpus_fingerprint", "windows", row=group[0]) for group in groups]
+    details = [_slug("fingerprint", "corpus_fingerprint", "windows", "tasks", row=group[0]) for group in groups]
     return [f"{name}-{more}" if names.count(name) > 1 else name for name, more in zip(names, details, strict=True)]
 
 

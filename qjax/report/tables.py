@@ -17,15 +17,19 @@ __all__ = [
     "to_csv", "to_latex", "to_markdown", "to_rich",
 ]  # fmt: skip
 
-GROUP_KEYS = ("model", "fingerprint", "corpus", "corpus_fingerprint", "convention", "windows", "compute_dtype")
-# What a measurement gives and where it was made; all other keys of a row say what was measured.
+GROUP_KEYS = ("model", "fingerprint", "corpus", "corpus_fingerprint", "convention", "windows", "compute_dtype", "tasks")
+# What a measurement gives and where it was made, as do columns of a task (COLUMN:TASK); all other keys say what was measured.
 MEASURED = frozenset(
     (
         "key", "time", "versions", "code",
         "bits_per_weight", "model_bits_per_weight", "size_bytes", "weight_error",
         "perplexity", "perplexity_stderr", "perplexity_ratio", "perplexity_ratio_stderr",
-        "nll", "nll_stderr", "nll_delta", "nll_delta_stderr", "bits_per_byte", "tokens", "window_nll", "window_tokens",
+        "nll", "nll_stderr", "nll_delta", "nll_delta_stderr", "nll_delta_low", "nll_delta_high",
+        "bits_per_byte", "tokens", "window_nll", "window_tokens",
         "seconds_quantize", "seconds_evaluate", "tokens_per_second", "peak_rss_bytes",
+        "accuracy_mean", "accuracy_mean_stderr", "accuracy_mean_delta", "accuracy_mean_delta_stderr",
+        "speed_prompt_tokens", "speed_new_tokens", "speed_batch",
+        "kl", "kl_stderr", "kl_median", "kl_p99", "top1_agreement", "top1_agreement_stderr", "rms_dp", "rms_dp_stderr",
     )
 )  # fmt: skip
 NOISE = 2  # paired standard errors within which a difference from the unquantized model counts as none
@@ -48,7 +52,9 @@ def split_tables(rows: Iterable[Row]) -> list[list[Row]]:
     """
     groups: dict[tuple, dict[str, Row]] = {}
     for row in rows:
-        identity = json.dumps({key: value for key, value in row.items() if key not in MEASURED}, sort_keys=True)
+        identity = json.dumps(
+            {key: value for key, value in row.items() if key not in MEASURED and ":" not in key}, sort_keys=True
+        )
         groups.setdefault(_group(row), {})[identity] = row
     return [list(group.values()) for group in groups.values()]
 
@@ -90,7 +96,7 @@ def perplexity_table(rows: Sequence[Row]) -> Table:
         Column("model_bits_per_weight", "model bits\nper weight", decimals(3), rank=1),
         Column("size_bytes", f"size\n({unit})", lambda row, key: fixed(number(row, key) / unit_bytes, 2)),
         Column("perplexity", "perplexity", _perplexity, error="perplexity_stderr"),
-        Column("perplexity_ratio", "change\n(%)", _change, error="perplexity_ratio_stderr"),
+        Column("perplexity_ratio", "change\n(%)", change_of_perplexity, error="perplexity_ratio_stderr"),
         Column("weight_error", "weight\nerror", digits(2), rank=2),
         Column("seconds_quantize", "quantize\n(s)", digits(2), rank=4),
         Column("tokens_per_second", "tokens\nper s", decimals(0), rank=3),
@@ -145,7 +151,8 @@ def _perplexity(row: Row, key: str) -> str:
     return with_error(number(row, key), number(row, "perplexity_stderr"))
 
 
-def _change(row: Row, key: str) -> str:
+def change_of_perplexity(row: Row, key: str) -> str:
+    """A column's format: change from the unquantized model, percent, with its paired standard error; ≈ within noise."""
     if is_baseline(row):
         return MISSING
     change, error = 100 * (number(row, key) - 1), 100 * number(row, "perplexity_ratio_stderr")

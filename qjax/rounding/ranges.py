@@ -55,7 +55,7 @@ def search_shrink_hessian(
     if fmt.granularity == "block" and len(hessian) % fmt.group:
         raise QjaxError(
             f"{fmt}: a block of {fmt.group} weights spans several output columns when the layer has {len(hessian)} inputs, "
-            f"so a search of ranges by the Hessian has no group to look at; use clip=mse or g{fmt.group} in place of b{fmt.group}"
+            f"so a search of ranges by the Hessian has no group to look at; use clip=mse, or g{fmt.group} for b{fmt.group}"
         )
     rows = next(rows for rows in range(min(size, LARGEST_PART), 0, -1) if size % rows == 0)
     parts = count * size // rows

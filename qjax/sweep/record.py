@@ -13,7 +13,9 @@ import math
 import os
 import platform
 import resource
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +24,8 @@ from flax.traverse_util import flatten_dict
 
 import qjax
 from qjax.driver import Report
-from qjax.evaluate.perplexity import PerplexityResult, ratio_stderr
+from qjax.evaluate.perplexity import PerplexityResult
+from qjax.evaluate.statistics import bootstrap_interval, ratio_stderr
 from qjax.models.model import Model, compute_dtype
 from qjax.recipe import Recipe
 
@@ -92,8 +95,12 @@ def make_row(
     report: Report,
     result: PerplexityResult,
     baseline: dict[str, object] | None,
+    *,
+    more: Mapping[str, object] = MappingProxyType({}),
 ) -> dict[str, object]:
-    """One measured cell, flat. identity: what was measured and where; baseline: the unquantized model's row, or None."""
+    """One measured cell, flat. identity: what was measured and where; baseline: the unquantized model's row, or None.
+
+    more: columns of further measurements (`measures.py`)."""
     errors = [layer.weight_error for layer in report.layers if layer.weight_error is not None]
     row = identity | {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -120,7 +127,7 @@ def make_row(
         "window_nll": [round(nll, 5) for nll in result.window_nll],
         "window_tokens": list(result.window_tokens),
     }
-    row |= compare(row, baseline or row)
+    row |= compare(row, baseline or row) | dict(more)
     return {name: _jsonable(value) for name, value in row.items()}
 
 
@@ -138,10 +145,13 @@ def compare(row: dict[str, object], baseline: dict[str, object]) -> dict[str, fl
     change = np.asarray(row["window_nll"]) - np.asarray(baseline["window_nll"])
     counts = np.asarray(row["window_tokens"])
     delta, stderr = float(row["nll"] - baseline["nll"]), ratio_stderr(change, counts)
+    low, high = bootstrap_interval(change, counts)
     ratio = math.exp(delta) if delta < 700 else math.inf
     return {
         "nll_delta": delta,
         "nll_delta_stderr": stderr,
+        "nll_delta_low": low,
+        "nll_delta_high": high,
         "perplexity_ratio": ratio,
         "perplexity_ratio_stderr": ratio * stderr,
     }

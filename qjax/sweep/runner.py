@@ -8,13 +8,18 @@ import dataclasses
 from pathlib import Path
 
 from qjax.driver import LayerRecord, Report, placement, quantize
+from qjax.evaluate.choices import accuracy
 from qjax.evaluate.corpora import Corpus
+from qjax.evaluate.divergence import measure_divergence
 from qjax.evaluate.perplexity import Convention, corpus_windows, measure, require_finite
+from qjax.evaluate.questions import Task
+from qjax.evaluate.speed import measure_speed
 from qjax.models.model import Model, compute_dtype
 from qjax.qtensor import dequantize_tree
 from qjax.recipe import UNQUANTIZED, parse_recipe
 from qjax.rules import parse_rule
 from qjax.sweep.cells import canonical
+from qjax.sweep.measures import accuracy_columns, divergence_columns, mean_columns, speed_columns, tasks_identity
 from qjax.sweep.record import digest, make_row, model_fingerprint, provenance
 from qjax.sweep.store import ROWS, append_row, read_rows
 
@@ -29,6 +34,9 @@ class Sweep:
     max_windows: int | None = None
     rules: tuple[str, ...] = ()
     seed: int = 0
+    tasks: tuple[Task, ...] = ()
+    divergence: bool = False  # from the unquantized model
+    speed: bool = False  # with dense and with packed weights
 
 
 class Watcher:
@@ -65,7 +73,7 @@ def run_sweep(model: Model, sweep: Sweep, folder: Path, watcher: Watcher | None 
     fingerprint = model_fingerprint(model)
     rows, baselines = [], {}
     for recipe, placed in plans:
-        prepared = None
+        prepared, answered, timed = None, None, {}
         for corpus, cut in zip(corpora, windows, strict=True):
             identity = {
                 "model": model.name,
@@ -75,9 +83,10 @@ def run_sweep(model: Model, sweep: Sweep, folder: Path, watcher: Watcher | None 
                 "fingerprint": fingerprint,
                 "corpus_fingerprint": corpus.fingerprint,
                 "max_windows": sweep.max_windows,
+                **({"tasks": tasks_identity(sweep.tasks)} if sweep.tasks else {}),
                 **provenance(),
             }
-            key = digest(identity, str(convention))
+            key = digest(identity, str(convention), *(name for name in ("divergence", "speed") if getattr(sweep, name)))
             watcher.cell(len(rows) + 1, len(plans) * len(corpora), identity["recipe"], corpus.name)
             if key in known:
                 row = known[key]
@@ -86,8 +95,16 @@ def run_sweep(model: Model, sweep: Sweep, folder: Path, watcher: Watcher | None 
                 result = measure(prepared[0], cut, convention, corpus, on_batch=watcher.batch)
                 if not baselines.get(corpus.fingerprint):
                     require_finite(model, result)
-                row = {"key": key} | identity
-                row = make_row(row, parse_recipe(recipe), prepared[1], result, baselines.get(corpus.fingerprint))
+                baseline = baselines.get(corpus.fingerprint)
+                answered = answered or [accuracy(prepared[0], task, on_batch=watcher.batch) for task in sweep.tasks]
+                more = [accuracy_columns(each, baseline) for each in answered]
+                if sweep.divergence:
+                    more.append(divergence_columns(measure_divergence(prepared[0], model, cut, on_batch=watcher.batch)))
+                if sweep.speed and not timed:
+                    timed = speed_columns(measure_speed(prepared[0]), measure_speed(prepared[2], packed=True))
+                more = {name: value for columns in [*more, timed] for name, value in columns.items()}
+                more |= mean_columns(more, sweep.tasks)
+                row = make_row({"key": key} | identity, parse_recipe(recipe), prepared[1], result, baseline, more=more)
                 append_row(folder / ROWS, row)
             baselines.setdefault(corpus.fingerprint, row)
             rows.append(row)
@@ -95,7 +112,7 @@ def run_sweep(model: Model, sweep: Sweep, folder: Path, watcher: Watcher | None 
     return rows
 
 
-def _prepare(model: Model, recipe: str, rules: tuple[str, ...], watcher: Watcher) -> tuple[Model, Report]:
-    """The quantized model, decoded once for all corpora, and its report."""
+def _prepare(model: Model, recipe: str, rules: tuple[str, ...], watcher: Watcher) -> tuple[Model, Report, Model]:
+    """The quantized model, decoded once for all corpora, its report, and the model as it is."""
     quantized, report = quantize(model, recipe, rules=rules, on_layer=watcher.layer)
-    return quantized._replace(params=dequantize_tree(quantized.params, compute_dtype())), report
+    return quantized._replace(params=dequantize_tree(quantized.params, compute_dtype())), report, quantized

@@ -1,0 +1,143 @@
+"""Divergence of a model from the unquantized one: what perplexity, a mean of gains and losses, does not show.
+
+Over the scored tokens of a convention's windows, P the baseline's distribution of the next token and Q the model's:
+
+    kl       KL(P || Q) = sum over the vocabulary of P ln(P / Q), nats: mean, median and 99th percentile
+    top1     share of tokens whose likeliest next token is the same
+    rms_dp   root mean square of Q(true token) - P(true token)
+
+as llama.cpp's perplexity tool defines them. Standard errors take windows as independent, as perplexity's do.
+Flips of answers are in `statistics.py`.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qjax.errors import QjaxError
+from qjax.evaluate.corpora import Corpus, load_corpus
+from qjax.evaluate.perplexity import BATCH_TOKENS, Convention, Windows, corpus_windows, parse_convention
+from qjax.evaluate.statistics import ratio_stderr
+from qjax.models.model import LOGITS_AT_ONCE, Model, apply_head, compute_dtype, hidden_states
+from qjax.qtensor import dequantize_tree
+
+
+class Divergence(NamedTuple):
+    """Distance of a model from its baseline over the scored tokens; KL in nats, rms_dp a probability."""
+
+    kl: float
+    kl_stderr: float
+    kl_median: float
+    kl_p99: float
+    top1: float
+    top1_stderr: float
+    rms_dp: float
+    rms_dp_stderr: float
+    tokens: int
+
+
+def divergence(
+    model: Model,
+    baseline: Model,
+    corpus: str | Corpus,
+    convention: str | Convention = "windows-2048",
+    *,
+    max_windows: int | None = None,
+    packed: bool = False,
+    batch_tokens: int | None = None,
+    on_batch: Callable[[int, int], None] = lambda done, total: None,
+) -> Divergence:
+    """Divergence of a model from a baseline with the same vocabulary, on the windows that perplexity would measure.
+
+    Raises QjaxError for models of different configurations and whatever `perplexity` raises.
+    """
+    corpus = load_corpus(corpus) if isinstance(corpus, str) else corpus
+    windows = corpus_windows(model, corpus, parse_convention(convention).clipped(model.config.context), max_windows)
+    return measure_divergence(model, baseline, windows, packed=packed, batch_tokens=batch_tokens, on_batch=on_batch)
+
+
+def measure_divergence(
+    model: Model,
+    baseline: Model,
+    windows: Windows,
+    *,
+    packed: bool = False,
+    batch_tokens: int | None = None,
+    on_batch: Callable[[int, int], None] = lambda done, total: None,
+) -> Divergence:
+    """`divergence` on windows that are cut already."""
+    if model.config.vocabulary_size != baseline.config.vocabulary_size or model.config.context != baseline.config.context:
+        raise QjaxError(f"divergence of {model.name} from {baseline.name}: expected models of one vocabulary and context")
+    if not packed:
+        model = model._replace(params=dequantize_tree(model.params, compute_dtype()))
+    baseline = baseline._replace(params=dequantize_tree(baseline.params, compute_dtype()))
+    total, length = windows.tokens.shape
+    batch = min(max(1, (batch_tokens or BATCH_TOKENS[jax.default_backend()]) // length), total)
+    tokens = np.concatenate([windows.tokens, np.zeros((-total % batch, length), np.int32)])
+    found = []
+    for start in range(0, len(tokens), batch):
+        piece = tokens[start : start + batch]
+        found.append(_compare(model, baseline, piece))
+        if len(found) > 1:
+            found[-2] = np.asarray(found[-2])  # waits for the batch before this one, so that one is always in flight
+        on_batch(min(start + batch, total), total)
+    kl, same, change = np.concatenate([np.asarray(part) for part in found], axis=1)[:, :total].astype(np.float64)
+    return summarise(kl, same, change, windows.scored[:, 1:])
+
+
+def _compare(model: Model, baseline: Model, tokens: np.ndarray) -> jax.Array:
+    """(3, batch, time - 1): KL, whether the likeliest tokens agree, change of the true token's probability."""
+    x, y = (hidden_states(each, jnp.asarray(tokens))[:, :-1] for each in (model, baseline))
+    targets = jnp.asarray(tokens[:, 1:])
+    time = targets.shape[1]
+    step = max(1, LOGITS_AT_ONCE // (model.config.vocabulary_size * len(tokens)))
+    parts = []
+    for start in range(0, time, step):  # a few tokens at a time: the logits would be the largest array
+        piece = slice(start, min(start + step, time))
+        parts.append(_distances(apply_head(model, x[:, piece]), apply_head(baseline, y[:, piece]), targets[:, piece]))
+    return jnp.concatenate(parts, axis=2)
+
+
+@jax.jit
+def _distances(ours: jax.Array, theirs: jax.Array, targets: jax.Array) -> jax.Array:
+    q, p = jax.nn.log_softmax(ours, axis=-1), jax.nn.log_softmax(theirs, axis=-1)
+    kl = jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+    same = jnp.argmax(ours, axis=-1) == jnp.argmax(theirs, axis=-1)
+    q, p = (jnp.exp(jnp.take_along_axis(each, targets[..., None], axis=-1)[..., 0]) for each in (q, p))
+    return jnp.stack([kl, same.astype(kl.dtype), q - p])
+
+
+def summarise(kl: np.ndarray, same: np.ndarray, change: np.ndarray, scored: np.ndarray) -> Divergence:
+    """The result of per-token figures, all (windows, time). A model that diverged has infinite KL."""
+    counts = scored.sum(axis=1)
+    kl = np.where(np.isnan(kl), np.inf, np.maximum(kl, 0))  # rounding can leave a negative zero-ish sum
+    change = np.where(np.isnan(change), 1.0, change)
+
+    def mean(values: np.ndarray) -> tuple[float, float]:
+        totals = np.sum(np.where(scored, values, 0), axis=1)
+        return float(totals.sum() / counts.sum()), ratio_stderr(totals, counts)
+
+    tokens = np.sort(kl[scored])
+    (average, error), (top1, top1_error), (square, square_error) = mean(kl), mean(same), mean(change**2)
+    return Divergence(
+        kl=average,
+        kl_stderr=error,
+        kl_median=_quantile(tokens, 0.5),
+        kl_p99=_quantile(tokens, 0.99),
+        top1=top1,
+        top1_stderr=top1_error,
+        rms_dp=math.sqrt(square),
+        rms_dp_stderr=square_error / (2 * math.sqrt(square)) if square else 0.0,  # of a square root, to first order
+        tokens=len(tokens),
+    )
+
+
+def _quantile(ordered: np.ndarray, fraction: float) -> float:
+    """Linear between neighbours; infinity where one of them is."""
+    place = fraction * (len(ordered) - 1)
+    low, high = ordered[math.floor(place)], ordered[math.ceil(place)]
+    return float(low if low == high else low + (place % 1) * (high - low))

@@ -1,0 +1,145 @@
+"""Text from a model, a token at a time, with the keys and values of earlier tokens kept.
+
+Prompts of any lengths run as one batch, padded on the right: a sequence's next token is written over its padding before
+anything sees it. The next token is the likeliest one (temperature 0), or drawn from softmax(logits / temperature).
+"""
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qjax.errors import QjaxError
+from qjax.evaluate.likelihood import bucket, encode, require_tokenizer
+from qjax.models.layout import cache_layout
+from qjax.models.model import Model, apply_head, compute_dtype, empty_caches, hidden_states_cached
+from qjax.qtensor import dequantize_tree
+
+NEW_TOKENS = 100
+layout_of = jax.jit(cache_layout, static_argnums=(1, 2, 3))
+
+
+class Generation(NamedTuple):
+    """What a batch of prompts was continued with. Seconds are of the whole batch, compilation included unless warmed up."""
+
+    tokens: tuple[np.ndarray, ...]  # int32, of each prompt, without the prompt; ends with the stop token where one came
+    seconds_first: float  # until the first new token of every prompt
+    seconds_rest: float
+    steps: int  # tokens after the first
+
+
+def generate_text(
+    model: Model,
+    prompt: str,
+    max_new_tokens: int = NEW_TOKENS,
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+    packed: bool = False,
+    on_token: Callable[[str], None] = lambda text: None,
+) -> str:
+    """The continuation of a prompt; stops at the end of text. on_token(text) gets the whole continuation after each token.
+
+    Raises QjaxError where prompt and new tokens do not fit the model's context, and for a model without tokenizer.
+    """
+    tokenizer = require_tokenizer(model)
+    ids = encode(tokenizer, prompt)
+    if not len(ids):
+        raise QjaxError("the prompt is empty and the tokenizer puts no beginning of text; give at least one character")
+    shown = []
+
+    def collect(tokens: np.ndarray) -> None:
+        shown.append(int(tokens[0]))
+        on_token(_behind(tokenizer, ids, shown))
+
+    stop = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    found = generate(
+        model, [ids], max_new_tokens, stop=stop, temperature=temperature, seed=seed, packed=packed, on_tokens=collect
+    )
+    return _behind(tokenizer, ids, found.tokens[0])
+
+
+def _behind(tokenizer, prompt: np.ndarray, new: Sequence[int]) -> str:
+    """Text of the new tokens, decoded with the prompt: some tokenizers drop a blank at the beginning of a text."""
+    return tokenizer.decode([*prompt, *new])[len(tokenizer.decode(prompt)) :]
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[np.ndarray],
+    max_new_tokens: int = NEW_TOKENS,
+    *,
+    stop: Sequence[int] = (),
+    temperature: float = 0.0,
+    seed: int = 0,
+    packed: bool = False,
+    finished: Callable[[list[int]], bool] | None = None,
+    on_tokens: Callable[[np.ndarray], None] = lambda tokens: None,
+) -> Generation:
+    """Up to max_new_tokens tokens behind each prompt (int32 ids, at least one).
+
+    stop: tokens that end a sequence, as does finished(its new tokens) being true. packed: multiply with packed kernels as they
+    are. on_tokens gets every step's tokens, one of each prompt.
+
+    Raises QjaxError where prompt and new tokens do not fit the model's context.
+    """
+    lengths = np.array([len(prompt) for prompt in prompts])
+    limit = model.config.context
+    if not len(prompts) or not lengths.min() or max_new_tokens < 1:
+        raise QjaxError(f"prompts of {lengths.tolist()} tokens, {max_new_tokens} new: expected at least one of each")
+    if lengths.max() + max_new_tokens - 1 > limit:
+        raise QjaxError(
+            f"a prompt of {lengths.max()} tokens and {max_new_tokens} new ones do not fit {model.name}'s context of {limit}; "
+            f"ask for at most {max(0, limit - lengths.max() + 1)} or shorten the prompt"
+        )
+    if not packed:
+        model = model._replace(params=dequantize_tree(model.params, compute_dtype()))
+    time_in, capacity = min(bucket(lengths.max()), limit), min(bucket(lengths.max() + max_new_tokens), limit)
+    tokens = np.zeros((len(prompts), time_in), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    caches, window = empty_caches(model, len(prompts), capacity), model.config.sliding_window
+    key = jax.random.key(seed)
+
+    started = time.perf_counter()
+    layout = layout_of(jnp.zeros(len(prompts), jnp.int32), time_in, capacity, window)
+    x, caches = hidden_states_cached(model, jnp.asarray(tokens), layout, caches)
+    last = x[jnp.arange(len(prompts)), jnp.asarray(lengths - 1)][:, None]
+    chosen = np.asarray(_choose(apply_head(model, last), temperature, jax.random.fold_in(key, 0)))
+    first = time.perf_counter() - started
+    steps, done = [chosen], _done([chosen], stop, finished)
+    on_tokens(chosen)
+    while len(steps) < max_new_tokens and not done.all():
+        layout = layout_of(jnp.asarray(lengths + len(steps) - 1, jnp.int32), 1, capacity, window)
+        x, caches = hidden_states_cached(model, jnp.asarray(chosen[:, None]), layout, caches)
+        chosen = np.asarray(_choose(apply_head(model, x), temperature, jax.random.fold_in(key, len(steps))))
+        steps.append(chosen)
+        done |= _done(steps, stop, finished)
+        on_tokens(chosen)
+    rest = time.perf_counter() - started - first
+    return Generation(tuple(_until(row, stop) for row in np.stack(steps, axis=1)), first, rest, len(steps) - 1)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _choose(logits: jax.Array, temperature: float, key: jax.Array) -> jax.Array:
+    """(batch, 1, vocabulary) -> int32 (batch,)."""
+    logits = logits[:, 0]
+    if temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return jax.random.categorical(key, logits / temperature).astype(jnp.int32)
+
+
+def _done(steps: list[np.ndarray], stop: Sequence[int], finished: Callable[[list[int]], bool] | None) -> np.ndarray:
+    done = np.isin(steps[-1], stop)
+    if finished is not None:
+        done |= [finished(row.tolist()) for row in np.stack(steps, axis=1)]
+    return done
+
+
+def _until(tokens: np.ndarray, stop: Sequence[int]) -> np.ndarray:
+    ends = np.nonzero(np.isin(tokens, stop))[0]
+    return tokens[: ends[0] + 1] if len(ends) else tokens

@@ -1,0 +1,87 @@
+"""How fast a model runs and what memory it needs, with its kernels decoded ("dense") or packed.
+
+    prefill   tokens of a prompt a second; time to first token is that of the whole prompt
+    decode    tokens a second after the first, one at a time with cached keys and values
+    memory    bytes of the weights as they are held while running, and the peak: weights, cache, and the largest working memory
+              of a compiled stage, as XLA plans it
+
+Times are medians over repeats after a run that compiles.
+"""
+
+import statistics
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qjax.evaluate.generate import generate, layout_of
+from qjax.models.model import Model, compute_dtype, embedding_table, empty_caches, stages
+from qjax.qtensor import dequantize_tree, nbytes
+
+
+class Speed(NamedTuple):
+    """Figures of one model held one way."""
+
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    first_token_seconds: float
+    running_bytes: int  # of the weights while running
+    peak_bytes: int  # with cache and working memory
+    prompt_tokens: int
+    new_tokens: int
+    batch: int
+
+
+def measure_speed(
+    model: Model, *, packed: bool = False, prompt_tokens: int = 128, new_tokens: int = 32, batch: int = 1, repeats: int = 3
+) -> Speed:
+    """Speed of a model on a prompt of random tokens. packed: kernels stay packed; else decoded to the compute type first.
+
+    The prompt is shortened to half of the model's context where that is less.
+    """
+    # Leaves that are not packed are cast once, so that both ways differ in the kernels alone.
+    model = model._replace(params=dequantize_tree(model.params, compute_dtype()) if not packed else _cast(model.params))
+    limit = model.config.context
+    prompt_tokens = min(prompt_tokens, max(1, limit // 2))
+    new_tokens = min(new_tokens, limit - prompt_tokens)
+    generator = np.random.default_rng(0)
+    prompts = generator.integers(0, model.config.vocabulary_size, (batch, prompt_tokens)).astype(np.int32)
+    runs = [generate(model, list(prompts), new_tokens, packed=True) for _ in range(repeats + 1)][1:]
+    first = statistics.median(run.seconds_first for run in runs)
+    rest = statistics.median(run.seconds_rest for run in runs)
+    return Speed(
+        prefill_tokens_per_second=batch * prompt_tokens / first,
+        decode_tokens_per_second=batch * runs[0].steps / rest if runs[0].steps else float("nan"),
+        first_token_seconds=first,
+        running_bytes=nbytes(model.params),
+        peak_bytes=nbytes(model.params) + _working_bytes(model, batch, prompt_tokens, new_tokens),
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        batch=batch,
+    )
+
+
+def _cast(params):
+    from qjax.qtensor import is_quantized
+
+    def cast(leaf):
+        keep = is_quantized(leaf) or not jnp.issubdtype(leaf.dtype, jnp.floating)
+        return leaf if keep else leaf.astype(compute_dtype())
+
+    return jax.tree.map(cast, params, is_leaf=is_quantized)
+
+
+def _working_bytes(model: Model, batch: int, prompt_tokens: int, new_tokens: int) -> int:
+    """Bytes of the cache and of the largest compiled stage's working memory in the prefill."""
+    run, dtype = stages(model.config, compute_dtype()), compute_dtype()
+    caches = empty_caches(model, batch, prompt_tokens + new_tokens)
+    layout = layout_of(jnp.zeros(batch, jnp.int32), prompt_tokens, prompt_tokens + new_tokens, model.config.sliding_window)
+    x = jax.ShapeDtypeStruct((batch, prompt_tokens, model.config.hidden_size), dtype)
+    last = jax.ShapeDtypeStruct((batch, 1, model.config.hidden_size), dtype)
+    lowered = (
+        run.cached.lower(model.params["block_0"], x, layout, caches[0]),
+        run.head.lower(model.params["head"], last, embedding_table(model)),
+    )
+    plans = [each.compile().memory_analysis() for each in lowered]
+    return nbytes(caches) + max(plan.temp_size_in_bytes + plan.output_size_in_bytes for plan in plans)

@@ -1,0 +1,183 @@
+"""Readers of task files. What a file may hold, told by its name and the fields of its first line:
+
+    .jsonl (.gz, .bz2)   {"query", "choices", "gold"}                     multiple choice
+                         {"context_options", "continuation", "gold"}      Winograd schemas: which context
+                         {"context", "continuation"}                      last-word prediction
+    .txt (.gz, .bz2)     HellaSwag as text, six lines a question: "activity: context", the gold index, four endings
+    folder or .zip       MMLU's CSV files (question, A, B, C, D, answer) in dev/ and test/, asked with examples from dev
+
+The fields are those of MosaicML's llm-foundry, the text file is the one llama.cpp reads, the CSVs are Hendrycks et al. 2020
+(arXiv 2009.03300), whose prompt is used. Every malformed line is an error that names it.
+"""
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+from qjax.errors import QjaxError
+from qjax.evaluate.questions import Question, last_word, multiple_choice, multiple_context
+from qjax.files import expand, read_bytes
+
+SCHEMAS = (("query", "choices", "gold"), ("context_options", "continuation", "gold"), ("context", "continuation"))
+SHOTS = 5
+LETTERS = "ABCD"
+
+
+def read_task_file(path: str | Path, suffix: str = "") -> list[Question]:
+    """The questions of a file. suffix: what a query of multiple choice is followed by ("\\nAnswer:").
+
+    Raises QjaxError for a missing or malformed file, with the line.
+    """
+    path = expand(path)
+    if not path.exists():
+        raise QjaxError(f"task file {path} does not exist")
+    if path.is_dir() or path.suffix == ".zip":
+        return _mmlu(path)
+    kind = Path(path.stem).suffix if path.suffix in (".gz", ".bz2") else path.suffix
+    if kind == ".jsonl":
+        return _jsonl(path, suffix)
+    if kind == ".txt":
+        return _hellaswag(path)
+    raise QjaxError(f"task file {path}: expected .jsonl, .txt (HellaSwag), either with .gz or .bz2, or a folder or .zip (MMLU)")
+
+
+def _text(path: Path) -> str:
+    unpack: Callable[[bytes], bytes] = {".gz": gzip.decompress, ".bz2": bz2.decompress}.get(path.suffix, bytes)
+    try:
+        return unpack(read_bytes(path)).decode("utf-8-sig")
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise QjaxError(f"task file {path} cannot be read as UTF-8 text: {error}") from error
+
+
+def _jsonl(path: Path, suffix: str) -> list[Question]:
+    questions, schema = [], None
+    for number, line in enumerate(_text(path).split("\n"), start=1):  # str.splitlines would break at U+2028 inside a string
+        if not line.strip():
+            continue
+        where = f"{path}: line {number}"
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            entry = None
+        if not isinstance(entry, dict):
+            raise QjaxError(f"{where} is not a JSON object")
+        schema = schema or _schema(entry, where)
+        missing = [field for field in schema if field not in entry]
+        if missing:
+            raise QjaxError(
+                f"{where} has no {', '.join(missing)}; expected the fields {', '.join(schema)} as in the first line"
+            )
+        questions.append(_question(entry, schema, suffix, where))
+    if not questions:
+        raise QjaxError(f"task file {path} holds no questions")
+    return questions
+
+
+def _schema(entry: dict, where: str) -> tuple[str, ...]:
+    for schema in SCHEMAS:
+        if all(field in entry for field in schema):
+            return schema
+    expected = " or ".join("{" + ", ".join(schema) + "}" for schema in SCHEMAS)
+    raise QjaxError(f"{where} has the fields {', '.join(entry) or 'none'}; expected {expected}")
+
+
+def _question(entry: dict, schema: tuple[str, ...], suffix: str, where: str) -> Question:
+    wrong = [field for field in schema if not _fits(field, entry[field])]
+    if wrong:
+        raise QjaxError(
+            f"{where}: {', '.join(wrong)} of the wrong type; expected texts, lists of at least two texts, and an index"
+        )
+    if "gold" in schema:
+        options = entry["choices" if "choices" in schema else "context_options"]
+        if not 0 <= entry["gold"] < len(options):
+            raise QjaxError(f"{where}: gold is {entry['gold']}, expected 0 to {len(options) - 1}")
+    if "choices" in schema:
+        return multiple_choice(entry["query"] + suffix, entry["choices"], entry["gold"])
+    if "context_options" in schema:
+        return multiple_context(entry["context_options"], entry["continuation"], entry["gold"])
+    return last_word(entry["context"], entry["continuation"])
+
+
+def _fits(field: str, value: object) -> bool:
+    if field == "gold":
+        return isinstance(value, int) and not isinstance(value, bool)
+    if field in ("choices", "context_options"):
+        return isinstance(value, list) and len(value) > 1 and all(isinstance(item, str) and item for item in value)
+    return isinstance(value, str) and (bool(value) or field in ("query", "context"))
+
+
+def _hellaswag(path: Path) -> list[Question]:
+    lines = _text(path).rstrip("\n").split("\n")
+    if len(lines) % 6:
+        raise QjaxError(f"{path} has {len(lines)} lines; expected six a question: context, gold index, four endings")
+    questions = []
+    for start in range(0, len(lines), 6):
+        context, gold, *endings = lines[start : start + 6]
+        if gold not in ("0", "1", "2", "3"):
+            raise QjaxError(f"{path}: line {start + 2} is {gold[:20]!r}, expected the gold index, 0 to 3")
+        questions.append(multiple_choice(context, endings, int(gold)))
+    return questions
+
+
+# --- MMLU ----------------------------------------------------------------------------------------------------------------
+
+
+def _mmlu(path: Path) -> list[Question]:
+    """All subjects, a question of each in turn, so that the first questions are a fair sample."""
+    files = _csv_files(path)
+    tests = {name: rows for (part, name), rows in files.items() if part == "test"}
+    if not tests:
+        raise QjaxError(f"{path} holds no test/SUBJECT_test.csv; expected MMLU's folders dev and test")
+    subjects = []
+    for name, rows in sorted(tests.items()):
+        examples = files.get(("dev", name), [])[:SHOTS]
+        if len(examples) < SHOTS:
+            raise QjaxError(f"{path}: subject {name} has {len(examples)} examples in dev, expected {SHOTS}")
+        head = f"The following are multiple choice questions (with answers) about {name.replace('_', ' ')}.\n\n"
+        head += "".join(f"{_asked(row)} {row[5]}\n\n" for row in examples)
+        subjects.append([multiple_choice(head + _asked(row), LETTERS, LETTERS.index(row[5])) for row in rows])
+    longest = max(map(len, subjects))
+    return [questions[i] for i in range(longest) for questions in subjects if i < len(questions)]
+
+
+def _asked(row: list[str]) -> str:
+    options = "\n".join(f"{letter}. {text.strip()}" for letter, text in zip(LETTERS, row[1:5], strict=True))
+    return f"{row[0].strip()}\n{options}\nAnswer:"
+
+
+def _csv_files(path: Path) -> dict[tuple[str, str], list[list[str]]]:
+    """(dev | test, subject) -> rows."""
+    if path.is_dir():
+        contents = {str(file.relative_to(path)): read_bytes(file) for file in sorted(path.rglob("*.csv"))}
+    else:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                contents = {name: archive.read(name) for name in archive.namelist() if name.endswith(".csv")}
+        except (OSError, zipfile.BadZipFile, zlib.error) as error:
+            raise QjaxError(f"task file {path} is no readable zip archive: {error}") from error
+    files = {}
+    for name, content in contents.items():
+        part, _, file = name.rpartition("/")
+        part = part.rpartition("/")[2]
+        if part in ("dev", "test") and "__MACOSX" not in name and file.endswith(f"_{part}.csv"):
+            files[part, file.removesuffix(f"_{part}.csv")] = _csv_rows(content, f"{path}: {name}")
+    return files
+
+
+def _csv_rows(content: bytes, where: str) -> list[list[str]]:
+    try:
+        rows = list(csv.reader(io.StringIO(content.decode("utf-8-sig"), newline="")))
+    except (ValueError, csv.Error) as error:
+        raise QjaxError(f"{where} is no CSV file: {error}") from error
+    for number, row in enumerate(rows, start=1):
+        if len(row) != 6 or row[5] not in LETTERS or not row[5]:
+            raise QjaxError(
+                f"{where}: row {number}: expected question, four options and a letter A to D, got {len(row)} fields"
+            )
+    return rows

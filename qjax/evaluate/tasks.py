@@ -1,0 +1,162 @@
+"""Accuracy tasks by name.
+
+`load_task(spec)` turns a spec into questions. What a spec may be:
+
+    cloze        built in, no files, no network (`cloze.py`)
+    NAME:PATH    a task file (`task_files.py`) asked as the task NAME is
+    NAME         the same task from the Hugging Face hub, through the datasets package
+
+The names and how each asks, which is what lm-evaluation-harness's task of that name does, are in `TASKS`; "choices" is any file
+of multiple choice, asked as it stands.
+"""
+
+import dataclasses
+import difflib
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from qjax.errors import QjaxError
+from qjax.evaluate.cloze import cloze_questions
+from qjax.evaluate.questions import Question, Task, last_word, make_task, multiple_choice, multiple_context
+from qjax.evaluate.task_files import read_task_file
+
+CLOZE = "cloze"
+Row = Mapping[str, object]
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """How a task is asked. suffix: behind the query of a task file; hub: arguments of datasets.load_dataset; convert: a row of
+    that data set as a question."""
+
+    suffix: str = ""
+    hub: tuple[str, ...] = ()
+    split: str = "test"
+    convert: Callable[[Row], Question] | None = None
+
+
+def _arc(row: Row) -> Question:
+    labels, texts = row["choices"]["label"], row["choices"]["text"]
+    return multiple_choice(f"Question: {row['question']}\nAnswer:", texts, labels.index(row["answerKey"]))
+
+
+def _piqa(row: Row) -> Question:
+    return multiple_choice(f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], row["label"])
+
+
+def _openbook(row: Row) -> Question:
+    return multiple_choice(
+        row["question_stem"], row["choices"]["text"], row["choices"]["label"].index(row["answerKey"].strip())
+    )
+
+
+def _boolq(row: Row) -> Question:
+    return multiple_choice(f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:", ["no", "yes"], int(row["answer"]))
+
+
+def _copa(row: Row) -> Question:
+    joint = {"cause": "because", "effect": "therefore"}[row["question"]]
+    choices = [row[key][:1].lower() + row[key][1:] for key in ("choice1", "choice2")]
+    return multiple_choice(f"{row['premise'].strip()[:-1]} {joint}", choices, row["label"])
+
+
+def _winogrande(row: Row) -> Question:
+    before, _, after = row["sentence"].partition("_")
+    return multiple_context([before + row["option1"], before + row["option2"]], after.strip(), int(row["answer"]) - 1)
+
+
+def _hellaswag(row: Row) -> Question:
+    context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
+    return multiple_choice(_plain(context), [_plain(ending) for ending in row["endings"]], int(row["label"]))
+
+
+def _plain(text: str) -> str:
+    """WikiHow's marks taken out, as the harness does."""
+    import re
+
+    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+
+def _lambada(row: Row) -> Question:
+    context, _, word = row["text"].rpartition(" ")
+    return last_word(context, word)
+
+
+TASKS = {
+    "arc_easy": Asked("\nAnswer:", ("allenai/ai2_arc", "ARC-Easy"), convert=_arc),
+    "arc_challenge": Asked("\nAnswer:", ("allenai/ai2_arc", "ARC-Challenge"), convert=_arc),
+    "piqa": Asked("Answer:", ("baber/piqa",), "validation", _piqa),
+    "openbookqa": Asked("", ("allenai/openbookqa", "main"), convert=_openbook),
+    "boolq": Asked("\nAnswer:", ("aps/super_glue", "boolq"), "validation", _boolq),
+    "copa": Asked("", ("aps/super_glue", "copa"), "validation", _copa),
+    "winogrande": Asked("", ("allenai/winogrande", "winogrande_xl"), "validation", _winogrande),
+    "wsc273": Asked(),
+    "hellaswag": Asked("", ("Rowan/hellaswag",), "validation", _hellaswag),
+    "lambada": Asked("", ("EleutherAI/lambada_openai", "default"), convert=_lambada),
+    "mmlu": Asked(),
+    "choices": Asked(),
+}
+
+
+def load_task(spec: str, max_questions: int | None = None) -> Task:
+    """The task that `spec` names, its first `max_questions` questions.
+
+    Raises QjaxError for an unknown name (with the nearest), a missing or malformed file, and data that cannot be fetched.
+    """
+    name, colon, path = spec.partition(":")
+    if (name not in TASKS and name != CLOZE) or (name == CLOZE and colon):
+        raise QjaxError(_unknown(spec))
+    if name == CLOZE:
+        questions = cloze_questions()
+    elif colon:
+        questions = read_task_file(path, TASKS[name].suffix)
+    else:
+        questions = _fetch(name)
+    if max_questions is not None and max_questions < 1:
+        raise QjaxError(f"max_questions {max_questions}: expected at least 1, or None for all")
+    return make_task(f"{name}:{Path(path).name}" if name == "choices" else name, questions[:max_questions])
+
+
+def load_tasks(specs: Iterable[str], max_questions: int | None = None) -> tuple[Task, ...]:
+    """Every task named; raises what `load_task` raises, and QjaxError for two tasks of one name."""
+    tasks = tuple(load_task(spec, max_questions) for spec in specs)
+    names = [task.name for task in tasks]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise QjaxError(f"tasks {', '.join(twice)} given more than once; a row has one column a task")
+    return tasks
+
+
+def task_names() -> tuple[str, ...]:
+    """What a task spec may be, for help texts and messages."""
+    hub = [f"{name}[:PATH]" if asked.hub else f"{name}:PATH" for name, asked in TASKS.items()]
+    return (CLOZE, *hub)
+
+
+def _unknown(spec: str) -> str:
+    name = spec.partition(":")[0]
+    near = difflib.get_close_matches(name.lower().replace("-", "_"), (CLOZE, *TASKS), n=2, cutoff=0.5)
+    hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+    return f"unknown task {spec!r}{hint}: expected one of {', '.join(task_names())}"
+
+
+def _fetch(name: str) -> list[Question]:
+    asked = TASKS[name]
+    if asked.convert is None:
+        raise QjaxError(f"task {name!r} is read from a file: give {name}:PATH")
+    import datasets
+
+    hub_log = logging.getLogger("huggingface_hub")  # tells each failed attempt; the error below tells the last
+    level = hub_log.level
+    try:
+        hub_log.setLevel(logging.ERROR)
+        rows = datasets.load_dataset(*asked.hub, split=asked.split)
+        return [asked.convert(row) for row in rows]
+    except Exception as error:  # hub, HTTP, cache and script errors share no base class
+        reason = " ".join(str(error).split())[:160]
+        raise QjaxError(
+            f"task {name!r} cannot be fetched ({type(error).__name__}: {reason}); it needs the network once; or {name}:PATH"
+        ) from error
+    finally:
+        hub_log.setLevel(level)

@@ -1,0 +1,103 @@
+"""Several seeds of one recipe as one line: mean change from the unquantized model, and how much of its error is the seeds'.
+
+The change is averaged over seeds window by window and question by question; its error adds what windows (or questions) and what
+seeds contribute (`evaluate/statistics.py`).
+"""
+
+import json
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from qjax.errors import QjaxError
+from qjax.evaluate.statistics import aggregate_seeds
+from qjax.report.accuracy import tasks_of
+from qjax.report.numbers import number, significant, with_error
+from qjax.report.rendering import Column, Row, Table, columns_of, decimals
+from qjax.report.tables import MEASURED, NOISE, describe, in_order, is_baseline, require_one_group
+
+
+def seeds_of(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows that differ in their seed alone, of quantized models with more than one seed."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        same = {key: value for key, value in row.items() if key not in MEASURED and key != "seed" and ":" not in key}
+        if not is_baseline(row) and "window_nll" in row:
+            groups.setdefault(json.dumps(same, sort_keys=True), []).append(row)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def merge_seeds(rows: Sequence[Row]) -> list[Row]:
+    """A row for every recipe with several seeds: mean change of perplexity and accuracy, errors, deviation between seeds.
+
+    Raises QjaxError where the unquantized model's row is missing.
+    """
+    baseline = next((row for row in rows if is_baseline(row) and "window_nll" in row), None)
+    if baseline is None:
+        raise QjaxError("seeds are compared with the unquantized model, whose row is missing; `qjax sweep` measures it")
+    return [_merge(group, baseline) for group in seeds_of(rows)]
+
+
+def _merge(group: Sequence[Row], baseline: Row) -> Row:
+    first, counts = group[0], np.array(baseline["window_tokens"])
+    change = aggregate_seeds([np.subtract(row["window_nll"], baseline["window_nll"]) for row in group], counts)
+    ratio = math.exp(min(change.value, 700.0))
+    merged = {key: first[key] for key in ("recipe", "model", "corpus", "convention", "bits_per_weight", "size_bytes")} | {
+        "seeds": change.seeds,
+        "nll_delta": change.value,
+        "nll_delta_stderr": change.stderr,
+        "perplexity_ratio": ratio,
+        "perplexity_ratio_stderr": ratio * change.stderr,
+        "perplexity_ratio_between": ratio * change.between,
+    }
+    tasks = [task for task in tasks_of(group) if f"answers:{task}" in baseline]
+    for task in tasks:
+        gold = np.array(baseline[f"gold:{task}"])
+        right = [np.equal(row[f"answers:{task}"], gold).astype(float) for row in (baseline, *group)]
+        found = aggregate_seeds([each - right[0] for each in right[1:]])
+        merged |= {f"accuracy_delta:{task}": found.value, f"accuracy_delta_stderr:{task}": found.stderr}
+        merged[f"accuracy_delta_between:{task}"] = found.between
+    return merged
+
+
+def seeds_table(rows: Sequence[Row]) -> Table:
+    """One line for every recipe with several seeds."""
+    require_one_group(rows)
+    merged = in_order(merge_seeds(rows))
+    if not merged:
+        raise QjaxError("no recipe was measured with more than one seed; `qjax sweep --seed N` measures another")
+    columns = [
+        Column("recipe", "recipe", text=True),
+        Column("seeds", "seeds"),
+        Column("bits_per_weight", "bits per\nweight", decimals(3)),
+        Column("perplexity_ratio", "perplexity\nchange (%)", _change, error="perplexity_ratio_stderr"),
+        Column("perplexity_ratio_between", "between\nseeds", _between, rank=1),
+    ]
+    for task in tasks_of(rows):
+        error = f"accuracy_delta_stderr:{task}"
+        columns.append(Column(f"accuracy_delta:{task}", f"{task} change\n(points)", _points, error=error))
+        columns.append(Column(f"accuracy_delta_between:{task}", "between\nseeds", _between, rank=1))
+    notes = (
+        "±: standard error of the mean over seeds, of windows (questions) and seeds together.",
+        "Between seeds: standard deviation.",
+        f"≈: within {NOISE} standard errors of the unquantized model.",
+    )
+    return Table(f"Seeds together, {describe(rows[0])}", columns_of(merged, columns), tuple(merged), notes)
+
+
+def _change(row: Row, key: str) -> str:
+    error = number(row, f"{key}_stderr")
+    return _marked(100 * (number(row, key) - 1), 100 * error)
+
+
+def _points(row: Row, key: str) -> str:
+    return _marked(100 * number(row, key), 100 * number(row, key.replace("_delta:", "_delta_stderr:")))
+
+
+def _marked(value: float, error: float) -> str:
+    return ("≈ " if abs(value) <= NOISE * error else "") + with_error(value, error, sign="+")
+
+
+def _between(row: Row, key: str) -> str:
+    return significant(100 * number(row, key), 2)

@@ -1,0 +1,78 @@
+"""qjax.evaluate.divergence against its definition in float64, on logits of whole windows."""
+
+import math
+
+import numpy as np
+import pytest
+
+from qjax.driver import quantize
+from qjax.errors import QjaxError
+from qjax.evaluate.corpora import Corpus
+from qjax.evaluate.divergence import divergence, summarise
+from qjax.evaluate.perplexity import corpus_windows, parse_convention
+from qjax.models.model import apply
+
+from .conftest import random_model, tiny_config
+
+CORPUS = Corpus("dickens", ("It was the best of times, it was the worst of times. " * 12,), "f")
+
+
+@pytest.fixture(scope="module")
+def quantized(tiny_model):
+    return quantize(tiny_model, "rtn:int3-g16")[0]
+
+
+@pytest.mark.parametrize("convention", ["windows-32", "sliding-32-7", "llama.cpp-16"])
+def test_definitions(tiny_model, quantized, convention):
+    windows = corpus_windows(tiny_model, CORPUS, parse_convention(convention))
+    scored, targets = windows.scored[:, 1:], windows.tokens[:, 1:, None]
+    p, q = (np.asarray(apply(model, windows.tokens), np.float64)[:, :-1] for model in (tiny_model, quantized))
+    same = p.argmax(-1) == q.argmax(-1)
+    p, q = (each - np.log(np.exp(each).sum(-1, keepdims=True)) for each in (p, q))
+    kl = (np.exp(p) * (p - q)).sum(-1)[scored]
+    change = (np.exp(np.take_along_axis(q, targets, -1)) - np.exp(np.take_along_axis(p, targets, -1)))[..., 0][scored]
+    found = divergence(quantized, tiny_model, CORPUS, convention)
+    expected = [kl.mean(), np.median(kl), np.quantile(kl, 0.99), same[scored].mean(), math.sqrt(np.mean(change**2))]
+    np.testing.assert_allclose([found.kl, found.kl_median, found.kl_p99, found.top1, found.rms_dp], expected, rtol=1e-4)
+    assert found.tokens == scored.sum()
+    assert 0 < found.kl_stderr < found.kl
+
+
+def test_a_model_does_not_diverge_from_itself(tiny_model):
+    found = divergence(tiny_model, tiny_model, CORPUS, "windows-32")
+    assert 0 <= found.kl <= 1e-6 and found.kl_p99 <= 1e-6
+    assert (found.top1, found.rms_dp, found.rms_dp_stderr) == (1.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 70, 10**6])
+def test_the_batch_and_its_padding_do_not_matter(tiny_model, quantized, batch_tokens):
+    expected = divergence(quantized, tiny_model, CORPUS, "windows-32")
+    found = divergence(quantized, tiny_model, CORPUS, "windows-32", batch_tokens=batch_tokens)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_pieces_of_the_vocabulary_do_not_matter(tiny_model, quantized, monkeypatch):
+    expected = divergence(quantized, tiny_model, CORPUS, "windows-32", max_windows=3)
+    monkeypatch.setattr("qjax.evaluate.divergence.LOGITS_AT_ONCE", 257 * 3 * 7)
+    np.testing.assert_allclose(divergence(quantized, tiny_model, CORPUS, "windows-32", max_windows=3), expected, rtol=1e-5)
+    packed = divergence(quantized, tiny_model, CORPUS, "windows-32", max_windows=3, packed=True)
+    np.testing.assert_allclose(packed, expected, rtol=1e-4)
+
+
+def test_fewer_bits_diverge_farther(tiny_model):
+    found = [divergence(quantize(tiny_model, f"rtn:int{b}-g16")[0], tiny_model, CORPUS, "windows-32") for b in (8, 4, 2)]
+    assert found[0].kl < found[1].kl < found[2].kl
+    assert found[0].top1 > found[1].top1 > found[2].top1
+
+
+def test_a_broken_model_diverges_infinitely():
+    kl, ones = np.full((3, 4), np.nan), np.ones((3, 4))
+    found = summarise(kl, ones, kl, ones.astype(bool))
+    assert found.kl == found.kl_median == found.kl_p99 == math.inf
+    assert math.isnan(found.kl_stderr)
+
+
+def test_other_vocabularies_are_refused(tiny_model):
+    other = random_model(tiny_config(vocabulary_size=256), tiny_model.tokenizer)
+    with pytest.raises(QjaxError, match="one vocabulary"):
+        divergence(other, tiny_model, CORPUS, "windows-32")
