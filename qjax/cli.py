@@ -4,9 +4,11 @@ JAX and everything that needs it is imported inside the commands, so that `qjax 
 """
 
 import contextlib
+import json
 import math
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,6 +18,7 @@ import typer
 from qjax.errors import QjaxError
 
 if TYPE_CHECKING:
+    from qjax.calibrate.tokens import Calibration
     from qjax.models.model import Model
 
 app = typer.Typer(
@@ -46,10 +49,25 @@ Tasks = Annotated[
 MaxQuestions = Annotated[
     int | None, typer.Option("--max-questions", min=0, help="Ask the first N questions of a task; 0: all.")
 ]
+CalibrationName = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        help="Text that gptq, awq and so on calibrate on, as --data.",
+        show_default="the calibration part of --data",
+    ),
+]
+CalibrationWindows = Annotated[int, typer.Option(min=1, help="Windows of the calibration text, drawn by --seed.")]
+CalibrationWindow = Annotated[int, typer.Option(min=1, help="Tokens of a calibration window, cut to the model's context.")]
+OrderName = Annotated[
+    str | None,
+    typer.Option("--order", help="parallel, block, sequential or qep: for recipes without @ORDER.", show_default="qep"),
+]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Write into a folder that is not empty.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder to write.")]
 INTERRUPTED = 130  # exit code after Ctrl-C
-METHODS, BITS = "rtn,nf4", "8,4,3,2"
+METHODS, BITS = "rtn,gptq,awq,awq+gptq,nf4", "8,4,3,2"
 DEFAULT_WINDOWS = 128  # of the bundled text: paired differences to 0.2 % at 4 bits, 0.01 % at 8
 
 
@@ -75,8 +93,12 @@ def sweep(
         bool, typer.Option("--divergence", help="Measure the divergence from the unquantized model.")
     ] = False,
     speed: Annotated[bool, typer.Option("--speed", help="Time prefill and decoding, dense and packed.")] = False,
+    calibration: CalibrationName = None,
+    calibration_windows: CalibrationWindows = 128,
+    calibration_window: CalibrationWindow = 2048,
+    order: OrderName = None,
     rule: Rules = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    seed: Seed = 0,
     out: Out = Path("qjax-results"),
 ) -> None:
     """Measure perplexity of a model in many formats; table and figure go to --out."""
@@ -90,7 +112,7 @@ def sweep(
     if recipes is not None and (methods, bits, group) != (None, None, None):
         raise QjaxError("--recipes says everything; give either it or --methods, --bits and --group")
     if recipes is not None:
-        names = canonical(_split(recipes))
+        names = canonical(_split(recipes), order)
     else:
         wanted = _split(METHODS if methods is None else methods), _numbers(BITS if bits is None else bits)
         names = expand(*wanted, group)
@@ -102,7 +124,11 @@ def sweep(
     if max_windows is None and model == "bundled" and data == ["python-docs"]:
         max_windows = DEFAULT_WINDOWS
         typer.echo(f"measuring the first {DEFAULT_WINDOWS} windows; --max-windows 0 measures all", err=True)
-    plan = Sweep(tuple(names), corpora, measured, max_windows or None, tuple(rule or ()), seed, asked, divergence, speed)
+    asked_of = (names, rule or ())
+    tokens = _calibration(loaded, asked_of, calibration, data, calibration_windows, calibration_window, seed)
+    plan = Sweep(
+        tuple(names), corpora, measured, max_windows or None, tuple(rule or ()), seed, asked, divergence, speed, tokens, order
+    )
     with _live_sweep() as watcher:
         rows = run_sweep(loaded, plan, out, watcher)
     _print_tables(rows)
@@ -113,31 +139,86 @@ def sweep(
 @app.command()
 def quantize(
     model: ModelName,
-    recipe: Annotated[str, typer.Option(help="For example rtn:int4-g128; see `qjax recipes`.")],
+    recipe: Annotated[str, typer.Option(help="For example gptq:int4-g128; see `qjax recipes`.")],
     out: Out,
     rule: Rules = None,
+    calibration: CalibrationName = None,
+    calibration_windows: CalibrationWindows = 128,
+    calibration_window: CalibrationWindow = 2048,
+    order: OrderName = None,
+    seed: Seed = 0,
     report: Annotated[bool, typer.Option("--report", help="Print a line for every layer.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Quantize a model and save it packed; `qjax eval` and qjax.load read the folder back bit-equal."""
+    """Quantize a model and save it packed; `qjax eval` and qjax.load read the folder back bit-equal.
+
+    layers.jsonl beside the weights has a row for every kernel.
+    """
     from qjax import driver
     from qjax.checkpoints.packed import save
-    from qjax.files import prepare_output_folder
+    from qjax.files import prepare_output_folder, write_atomically
     from qjax.report.rendering import to_rich
     from qjax.report.tables import layers_table
+    from qjax.sweep.record import layer_rows
+    from qjax.sweep.store import LAYERS
 
     prepare_output_folder(out, overwrite=overwrite)
     loaded = _load(model)
+    asked_of = ([recipe], rule or ())
+    tokens = _calibration(loaded, asked_of, calibration, _own_text(model), calibration_windows, calibration_window, seed)
     with _progress() as progress:
-        task = progress.add_task("quantizing", total=None)
-        quantized, done = driver.quantize(loaded, recipe, rules=rule or (), on_layer=lambda _: progress.advance(task))
+        task = progress.add_task("quantizing", total=len(driver.placement(loaded, recipe, rule or ())))
+        quantized, done = driver.quantize(
+            loaded, recipe, calibration=tokens, rules=rule or (), order=order, on_layer=lambda _: progress.advance(task)
+        )
     save(out, quantized, overwrite=True)
+    write_atomically(out / LAYERS, "".join(json.dumps(row) + "\n" for row in layer_rows(quantized.recipe, done)))
     if report:
         _console().print(to_rich(layers_table(done.layers)))
     typer.echo(
         f"{out}: {quantized.recipe}, {done.bits_per_weight:.3f} bits per quantized weight, "
         f"{done.model_bits_per_weight:.3f} over the whole model, {done.size_bytes:,} bytes"
     )
+
+
+@app.command()
+def sensitivity(
+    model: ModelName,
+    recipe: Annotated[str, typer.Option(help="For example gptq:int3-g128; see `qjax recipes`.")],
+    data: Data = ["python-docs"],  # noqa: B006
+    convention: ConventionName = "windows-2048",
+    max_windows: MaxWindows = None,
+    calibration: CalibrationName = None,
+    calibration_windows: CalibrationWindows = 128,
+    calibration_window: CalibrationWindow = 2048,
+    order: OrderName = None,
+    seed: Seed = 0,
+    out: Out = Path("qjax-sensitivity"),
+) -> None:
+    """Measure what each block costs when it alone is quantized; rows and a table go to --out."""
+    from qjax.evaluate.corpora import load_corpora
+    from qjax.evaluate.perplexity import parse_convention
+    from qjax.report.figures import write_table
+    from qjax.report.rendering import to_rich
+    from qjax.report.tables import sensitivity_table, split_tables
+    from qjax.sweep.cells import canonical
+    from qjax.sweep.runner import Sweep, run_sweep
+
+    names, measured = canonical([recipe], order), parse_convention(convention)
+    _prepare(out)
+    corpora = load_corpora(data)
+    loaded = _load(model)
+    tokens = _calibration(loaded, (names, ()), calibration, data, calibration_windows, calibration_window, seed)
+    plan = Sweep(
+        tuple(names), corpora, measured, max_windows or None, seed=seed, calibration=tokens, order=order, one_block=True
+    )
+    with _live_sweep() as watcher:
+        rows = run_sweep(loaded, plan, out, watcher)
+    for number, part in enumerate(split_tables(rows), start=1):
+        table = sensitivity_table(part)
+        _console().print(to_rich(table))
+        for path in write_table(out, f"sensitivity-{number}", table):
+            typer.echo(path)
 
 
 @app.command("eval")
@@ -217,6 +298,7 @@ def generate(
         float, typer.Option(min=0.0, help="0 takes the likeliest token; 1 draws from the distribution.")
     ] = 0.0,
     recipe: Annotated[str | None, typer.Option(help="Quantize the model with this first, for example rtn:int3-g128.")] = None,
+    calibration: CalibrationName = None,
     packed: Annotated[bool, typer.Option("--packed", help="Multiply with packed weights.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
 ) -> None:
@@ -226,7 +308,8 @@ def generate(
 
     loaded = _load(model)
     if recipe is not None:
-        loaded, _ = quantize_model(loaded, recipe)
+        read = _calibration(loaded, ([recipe], ()), calibration, _own_text(model), 128, 2048, seed)
+        loaded, _ = quantize_model(loaded, recipe, calibration=read)
     typer.echo(prompt, nl=False)
     shown = ""
 
@@ -299,7 +382,9 @@ def main(arguments: list[str] | None = None) -> None:
     arguments: words of the command line, None for those of this process.
     """
     try:
-        app(arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = _print_warning
+            app(arguments)
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
             typer.echo("interrupted; what was finished is kept, the same command goes on from there", err=True)
@@ -308,6 +393,10 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(str(error))
     except OSError as error:
         _fail(f"{error.filename or 'file'}: {error.strerror or error}")
+
+
+def _print_warning(message: Warning | str, *_: object) -> None:
+    typer.echo("warning: " + " ".join(str(message).split()), err=True)
 
 
 def _fail(message: str) -> None:
@@ -322,6 +411,29 @@ def _load(name: str) -> "Model":
 
     enable_compilation_cache()
     return load(name)
+
+
+def _calibration(
+    model: "Model", asked: tuple, name: str | None, data: list[str], windows: int, window: int, seed: int
+) -> "Calibration | None":
+    """Calibration tokens where a recipe or rule of `asked` reads any; the text defaults to the first named one of `data`."""
+    from qjax.calibrate.tokens import load_calibration
+    from qjax.recipe import parse_recipe
+    from qjax.rules import parse_rule
+
+    recipes = [*map(parse_recipe, asked[0]), *(parse_rule(rule).recipe for rule in asked[1])]
+    if not any(recipe and recipe.statistics for recipe in recipes):
+        return None
+    named = [spec for spec in data if ":" not in spec]
+    if name is None and not named:
+        needing = next(str(recipe) for recipe in recipes if recipe and recipe.statistics)
+        raise QjaxError(f"{needing} reads calibration data; name a text with --calibration, for example text:PATH or c4")
+    return load_calibration(model, name or named[0], windows=windows, window=window, seed=seed)
+
+
+def _own_text(model: str) -> list[str]:
+    """The text that a model of that name is calibrated on where none is named."""
+    return ["python-docs"] if model == "bundled" else []
 
 
 def _split(text: str) -> list[str]:

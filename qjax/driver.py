@@ -77,12 +77,12 @@ def quantize_together(
 ) -> list[tuple[Model, Report]]:
     """`quantize` for several (recipe, rules), all in the order `parallel`, that share captured statistics and factors.
 
-    One request may be in any order. Raises what `quantize` raises; the report's seconds are of all requests together.
+    One request may be in any order. Raises what `quantize` raises. Each report's seconds are its share: all by their number.
     """
     started = time.perf_counter()
     parsed = [_parsed(recipe, rules, order) for recipe, rules in requests]
     placed = [placement(model, *request) for request in parsed]
-    chosen = {calibration_order(request) for request in parsed} - {None}
+    chosen = {_one_order(plan) for plan in placed} - {None}
     if len(chosen) > 1 or (len(requests) > 1 and chosen - {Stage("parallel")}):
         raise QjaxError(f"recipes of the orders {', '.join(sorted(map(str, chosen)))} cannot be quantized together")
     if chosen and calibration is None:
@@ -106,15 +106,19 @@ def quantize_together(
         _warn_of_few_tokens(records)
         name = "; ".join([str(recipe or UNQUANTIZED), *map(str, rules)])
         result = model._replace(params=unflatten_dict(leaves, sep="/"), recipe=name)
-        results.append((result, _report(result.params, records, time.perf_counter() - started)))
-    return results
+        results.append((result, records))
+    seconds = (time.perf_counter() - started) / len(requests)
+    return [(result, _report(result.params, records, seconds)) for result, records in results]
 
 
-def calibration_order(request: tuple[Recipe | None, Iterable[Rule]]) -> Stage | None:
-    """The order in which a request reads calibration data; None when it reads none. Raises QjaxError for several orders at
-    once."""
-    recipe, rules = request
-    orders = {r.order or Stage(DEFAULT_ORDER) for r in (recipe, *(rule.recipe for rule in rules)) if r and r.statistics}
+def calibration_order(model: Model, recipe: str | Recipe | None, rules: Iterable[str | Rule] = ()) -> Stage | None:
+    """The order in which `quantize` would read calibration data; None when it would read none. Raises what `quantize`
+    raises."""
+    return _one_order(placement(model, recipe, rules))
+
+
+def _one_order(plan: Plan) -> Stage | None:
+    orders = {recipe.order or Stage(DEFAULT_ORDER) for recipe in plan.values() if recipe and recipe.statistics}
     if len(orders) > 1:
         raise QjaxError(f"rules and recipe ask for the orders {', '.join(sorted(map(str, orders)))}; one run has one order")
     return orders.pop() if orders else None
@@ -261,7 +265,7 @@ def quantize_flax(
     if weights is not None and len(weights) != len(batches):
         raise QjaxError(f"quantize_flax: {len(batches)} batches but {len(weights)} arrays of weights")
     calibration = [Batch(tuple(args), w) for args, w in zip(batches, weights or [None] * len(batches), strict=True)]
-    stage = calibration_order((recipe, rules)) or Stage("parallel")
+    stage = _one_order(plan) or Stage("parallel")
     order = method(stage.name)(**dict(stage.options))
     calibrated = any(chosen and chosen.statistics for chosen in plan.values())
     part = Part(module, "", params, views, sharing(module, params, *batches[0]) if calibrated else {})

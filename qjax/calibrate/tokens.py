@@ -20,11 +20,12 @@ WINDOWS, WINDOW = 128, 2048
 
 class Calibration(NamedTuple):
     """tokens (windows, time) int32; weights of the same shape, how much each counts (0 leaves it out), None for all equal.
-    name: where they are from."""
+    name, source: where they are from, and the fingerprint of that text."""
 
     tokens: Int[np.ndarray, "windows time"]
     weights: Float[np.ndarray, "windows time"] | None = None
     name: str = "given tokens"
+    source: str = ""
 
     @property
     def fingerprint(self) -> str:
@@ -58,7 +59,7 @@ def load_calibration(
         )
     chosen = jax.random.choice(jax.random.key(seed), available, (windows,), replace=False)
     tokens = np.asarray(ids[: available * window]).reshape(available, window)[np.asarray(chosen)]
-    return Calibration(tokens.astype(np.int32), None, corpus.name)
+    return Calibration(tokens.astype(np.int32), None, corpus.name, corpus.fingerprint)
 
 
 def as_calibration(model: Model, calibration: object) -> Calibration:

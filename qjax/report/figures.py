@@ -298,24 +298,25 @@ def write_reports(folder: str | Path, rows: Sequence[Row]) -> list[Path]:
     paths = []
     groups = split_tables(rows)
     for name, group in zip(report_names(groups), groups, strict=True):
-        paths += _write_table(folder, name, perplexity_table(group))
+        paths += write_table(folder, name, perplexity_table(group))
         paths += save_figure(perplexity_figure(group), folder, name)
         if any(increase(row) > 0 for row in group):
             paths += save_figure(perplexity_figure(group, value="increase"), folder, f"{name}-increase")
         if tasks_of(group):
-            paths += _write_table(folder, f"{name}-accuracy", accuracy_table(group))
+            paths += write_table(folder, f"{name}-accuracy", accuracy_table(group))
             paths += save_figure(perplexity_figure(group, value="accuracy"), folder, f"{name}-accuracy")
         if seeds_of(group):
-            paths += _write_table(folder, f"{name}-seeds", seeds_table(group))
+            paths += write_table(folder, f"{name}-seeds", seeds_table(group))
         if has_speed(group):
-            paths += _write_table(folder, f"{name}-tradeoff", tradeoff_table(group))
+            paths += write_table(folder, f"{name}-tradeoff", tradeoff_table(group))
         if has_divergence(group):
-            paths += _write_table(folder, f"{name}-divergence", divergence_table(group))
+            paths += write_table(folder, f"{name}-divergence", divergence_table(group))
             paths += save_figure(perplexity_figure(group, value="divergence"), folder, f"{name}-divergence")
     return paths
 
 
-def _write_table(folder: str | Path, name: str, table: Table) -> list[Path]:
+def write_table(folder: str | Path, name: str, table: Table) -> list[Path]:
+    """Writes folder/name.md, .tex and .csv."""
     paths = []
     for suffix, render in (("md", to_markdown), ("tex", to_latex), ("csv", to_csv)):
         paths.append(Path(folder) / f"{name}.{suffix}")

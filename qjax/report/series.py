@@ -45,12 +45,13 @@ def group_series(rows: Iterable[Row]) -> list[Series]:
 def _name_and_grouping(row: Row) -> tuple[str, str]:
     """("rtn(clip=mse)", "g128-sym") of rtn(clip=mse):int4-g128-sym; ("nf4 dq", "") of nf4-g64-dq."""
     recipe, rule, rules = str(row["recipe"]).partition("; ")
+    recipe, at, order = recipe.partition("@")
     stages, method, _ = recipe.rpartition(":")
     if row["format"] == UNQUANTIZED:  # only the kernels that a rule names are quantized
         return f"{UNQUANTIZED} with {rules}", ""
     fmt = parse_format(str(row["format"]))
     grouping, _, others = str(fmt).partition("-")[2].partition("-")
-    placed = f" with {rules}" if rule else ""
+    placed = at + order + (f" with {rules}" if rule else "")
     if fmt.grid in INTEGERS:
         return (stages if method else str(row["method"])) + placed, "-".join(filter(None, (grouping, others)))
     stages = "" if stages == "rtn" or fmt.is_float else stages

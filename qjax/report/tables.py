@@ -4,6 +4,7 @@ Rows of different models, texts or conventions are never put in one table: `spli
 """
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 
 from qjax.errors import QjaxError
@@ -13,8 +14,8 @@ from qjax.report.numbers import MISSING, byte_unit, fixed, number, with_error
 from qjax.report.rendering import Column, Row, Table, columns_of, decimals, digits, to_csv, to_latex, to_markdown, to_rich
 
 __all__ = [
-    "Column", "Row", "Table", "formats_table", "layers_table", "perplexity_table", "recipes_table", "split_tables",
-    "to_csv", "to_latex", "to_markdown", "to_rich",
+    "Column", "Row", "Table", "formats_table", "layers_table", "perplexity_table", "recipes_table", "sensitivity_table",
+    "split_tables", "to_csv", "to_latex", "to_markdown", "to_rich",
 ]  # fmt: skip
 
 GROUP_KEYS = ("model", "fingerprint", "corpus", "corpus_fingerprint", "convention", "windows", "compute_dtype", "tasks")
@@ -22,7 +23,7 @@ GROUP_KEYS = ("model", "fingerprint", "corpus", "corpus_fingerprint", "conventio
 MEASURED = frozenset(
     (
         "key", "time", "versions", "code",
-        "bits_per_weight", "model_bits_per_weight", "size_bytes", "weight_error",
+        "bits_per_weight", "model_bits_per_weight", "size_bytes", "weight_error", "output_error", "damp",
         "perplexity", "perplexity_stderr", "perplexity_ratio", "perplexity_ratio_stderr",
         "nll", "nll_stderr", "nll_delta", "nll_delta_stderr", "nll_delta_low", "nll_delta_high",
         "bits_per_byte", "tokens", "window_nll", "window_tokens",
@@ -98,6 +99,7 @@ def perplexity_table(rows: Sequence[Row]) -> Table:
         Column("perplexity", "perplexity", _perplexity, error="perplexity_stderr"),
         Column("perplexity_ratio", "change\n(%)", change_of_perplexity, error="perplexity_ratio_stderr"),
         Column("weight_error", "weight\nerror", digits(2), rank=2),
+        Column("output_error", "output\nerror", digits(2), rank=2),
         Column("seconds_quantize", "quantize\n(s)", digits(2), rank=4),
         Column("tokens_per_second", "tokens\nper s", decimals(0), rank=3),
     ]
@@ -127,7 +129,10 @@ def formats_table() -> Table:
 def recipes_table() -> Table:
     """Every registered rounding and transform, with its options and the statistics it needs."""
     columns = tuple(Column(key, key, text=True) for key in ("method", "kind", "options", "needs", "what"))
-    notes = ("A recipe is METHOD[+METHOD...]:FORMAT, options in parentheses: rtn(clip=mse):int4-g128.",)
+    notes = (
+        "A recipe is METHOD[+METHOD...]:FORMAT[@ORDER], options in parentheses: awq+gptq(clip=mse):int3-g128@qep. "
+        "The order says whose inputs calibration sees.",
+    )
     return Table("Methods", columns, tuple(method_table()), notes)
 
 
@@ -140,11 +145,45 @@ def layers_table(layers: Iterable[tuple]) -> Table:
         Column("out_features", "outputs"),
         Column("bits_per_weight", "bits per\nweight", decimals(3)),
         Column("weight_error", "weight\nerror", digits(2)),
+        Column("proxy_loss", "proxy\nloss", digits(2), rank=2),
+        Column("output_error", "output\nerror", digits(2)),
+        Column("damp", "damp", digits(2), rank=3),
         Column("clipped", "clipped", digits(2), rank=1),
         Column("seconds", "seconds", digits(2), rank=2),
     )
-    notes = ("Weight error: squared error over squared weights. Clipped: fraction of weights outside their group's grid.",)
-    return Table("Layers", columns, tuple(layer._asdict() for layer in layers), notes)
+    notes = (
+        "Weight error: squared error over squared weights. Proxy loss: tr(dW' H dW); output error: that over tr(W' H W). "
+        "Clipped: fraction of weights outside their group's grid.",
+    )
+    rows = tuple(layer._asdict() for layer in layers)
+    return Table("Layers", columns_of(rows, columns), rows, notes)
+
+
+def sensitivity_table(rows: Sequence[Row]) -> Table:
+    """What each block costs when it alone is quantized, the costliest first. rows: of a sweep one block at a time.
+
+    Raises QjaxError when there are no such rows, or rows of more than one model, text or convention.
+    """
+    require_one_group(rows)
+    found = []
+    for row in rows:
+        match = re.search(r"\^block_(\d+)/=(\S+)$", row["recipe"])
+        if match:
+            found.append({**row, "block": int(match.group(1)), "block_recipe": match.group(2)})
+    if not found:
+        raise QjaxError("no row has one block quantized; `qjax sensitivity` measures them")
+    found.sort(key=lambda row: (row["block_recipe"], -number(row, "nll_delta")))
+    columns = [
+        Column("block_recipe", "recipe", text=True),
+        Column("block", "block"),
+        Column("perplexity", "perplexity", _perplexity, error="perplexity_stderr"),
+        Column("perplexity_ratio", "change\n(%)", _change, error="perplexity_ratio_stderr"),
+        Column("output_error", "output\nerror", digits(2), rank=1),
+    ]
+    notes = ["One block is quantized at a time. ±: standard error of the paired difference from the unquantized model."]
+    if any(within_noise(row) for row in found):
+        notes.append(f"≈: within {NOISE} such standard errors of the unquantized model.")
+    return Table(f"Sensitivity of {describe(found[0])}", columns_of(found, columns), tuple(found), tuple(notes))
 
 
 def _perplexity(row: Row, key: str) -> str:

@@ -12,8 +12,8 @@ BITS = (8, 4, 3, 2)
 def expand(methods: Iterable[str], bits: Sequence[int] = BITS, group: str | None = None) -> list[str]:
     """Canonical recipes of every method at every number of bits.
 
-    A method is a recipe without its format ("rtn", "rtn(clip=mse)", "awq+gptq") and becomes METHOD:intB-gGROUP for each B;
-    or a codebook grid ("nf4", "nf4-dq", "fp8_e4m3"), which appears once and must be among the bits; or a cast ("bf16")
+    A method is a recipe without its format ("rtn", "rtn(clip=mse)", "awq+gptq@qep") and becomes METHOD:intB-gGROUP@ORDER for
+    each B; or a codebook grid ("nf4", "nf4-dq", "fp8_e4m3"), which appears once and must be among the bits; or a cast ("bf16")
     or "none", which appear always. group: a size, "channel" or "tensor"; None is 128 for integers and the codebook's own
     default.
     """
@@ -35,13 +35,18 @@ def expand(methods: Iterable[str], bits: Sequence[int] = BITS, group: str | None
                 raise QjaxError(f"method {method!r} has {GRIDS[grid]} bits, but the bits asked for are {asked}; leave it out")
             recipes.append("-".join([grid, *([sharing] if sharing else []), *parts]))
         else:
-            recipes += [f"{method}:int{b}-{sharing or 'g128'}" for b in bits]
+            stages, at, order = method.partition("@")
+            recipes += [f"{stages}:int{b}-{sharing or 'g128'}{at}{order}" for b in bits]
     return canonical(recipes)
 
 
-def canonical(recipes: Iterable[str]) -> list[str]:
-    """Canonical names in order, each once; every recipe is checked before anything is computed."""
-    names = [str(parse_recipe(recipe) or UNQUANTIZED) for recipe in recipes]
+def canonical(recipes: Iterable[str], order: str | None = None) -> list[str]:
+    """Canonical names in order, each once; every recipe is checked before anything is computed.
+
+    order: of calibration, for recipes that read data and name none.
+    """
+    parsed = [parse_recipe(recipe) for recipe in recipes]
+    names = [str(recipe.in_order(order)) if recipe else UNQUANTIZED for recipe in parsed]
     if not names:
         raise QjaxError("no recipes given; name at least one, for example rtn:int4-g128")
     return list(dict.fromkeys(names))

@@ -23,11 +23,12 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 import qjax
+from qjax.calibrate.tokens import Calibration
 from qjax.driver import Report
 from qjax.evaluate.perplexity import PerplexityResult
 from qjax.evaluate.statistics import bootstrap_interval, ratio_stderr
 from qjax.models.model import Model, compute_dtype
-from qjax.recipe import Recipe
+from qjax.recipe import UNQUANTIZED, Recipe, Stage
 
 PACKAGE = Path(__file__).parents[1]
 UNMEASURED = ("cli.py", "report", "train")  # parts of the package that no measured figure depends on
@@ -76,6 +77,25 @@ def provenance() -> dict[str, object]:
     }
 
 
+def calibration_columns(calibration: Calibration | None, order: Stage | None) -> dict[str, object]:
+    """Where a row's calibration data is from; all None for recipes that read none (order None)."""
+    used = calibration if order is not None else None
+    windows, window = used.tokens.shape if used else (None, None)
+    return {
+        "order": order and str(order),
+        "calibration": used and used.name,
+        "calibration_fingerprint": used and used.fingerprint,
+        "calibration_windows": windows,
+        "calibration_window_tokens": window,
+    }
+
+
+def layer_rows(key: str, report: Report) -> list[dict[str, object]]:
+    """One flat row a quantized kernel of the cell with this key."""
+    records = [record._asdict() for record in report.layers if record.recipe != UNQUANTIZED]
+    return [{"key": key, **{name: _jsonable(value) for name, value in record.items()}} for record in records]
+
+
 def method_name(recipe: Recipe | None) -> str:
     """The method a figure draws a line for: stages without options; the grid for nearest rounding to a codebook."""
     if recipe is None:
@@ -102,6 +122,7 @@ def make_row(
 
     more: columns of further measurements (`measures.py`)."""
     errors = [layer.weight_error for layer in report.layers if layer.weight_error is not None]
+    outputs = [layer.output_error for layer in report.layers if layer.output_error is not None]
     row = identity | {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "method": method_name(recipe),
@@ -120,6 +141,8 @@ def make_row(
         "tokens": result.tokens,
         "bits_per_byte": result.bits_per_byte,
         "weight_error": float(np.mean(errors)) if errors else 0.0,
+        "output_error": float(np.mean(outputs)) if outputs else None,
+        "damp": max((layer.damp for layer in report.layers if layer.damp is not None), default=None),
         "seconds_quantize": report.seconds,
         "seconds_evaluate": result.seconds,
         "tokens_per_second": result.tokens_per_second,

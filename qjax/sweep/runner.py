@@ -7,21 +7,27 @@ the rows file is skipped, so running the same sweep again finishes what an inter
 import dataclasses
 from pathlib import Path
 
-from qjax.driver import LayerRecord, Report, placement, quantize
+from qjax.calibrate.tokens import Calibration, as_calibration
+from qjax.driver import Report, calibration_order, quantize_together
+from qjax.errors import QjaxError
 from qjax.evaluate.choices import accuracy
 from qjax.evaluate.corpora import Corpus
 from qjax.evaluate.divergence import measure_divergence
 from qjax.evaluate.perplexity import Convention, corpus_windows, measure, require_finite
 from qjax.evaluate.questions import Task
 from qjax.evaluate.speed import measure_speed
+from qjax.layerwise import LayerRecord
 from qjax.models.model import Model, compute_dtype
 from qjax.qtensor import dequantize_tree
-from qjax.recipe import UNQUANTIZED, parse_recipe
-from qjax.rules import parse_rule
+from qjax.recipe import UNQUANTIZED, Stage, parse_recipe
+from qjax.rules import Rule, parse_rule
 from qjax.sweep.cells import canonical
 from qjax.sweep.measures import accuracy_columns, divergence_columns, mean_columns, speed_columns, tasks_identity
-from qjax.sweep.record import digest, make_row, model_fingerprint, provenance
-from qjax.sweep.store import ROWS, append_row, read_rows
+from qjax.sweep.record import calibration_columns, digest, layer_rows, make_row, model_fingerprint, provenance
+from qjax.sweep.store import LAYERS, ROWS, append_row, append_rows, read_rows
+
+PARALLEL = Stage("parallel")
+MOST_TOGETHER = 8  # models that wait for their measurement, packed, while another is measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +43,9 @@ class Sweep:
     tasks: tuple[Task, ...] = ()
     divergence: bool = False  # from the unquantized model
     speed: bool = False  # with dense and with packed weights
+    calibration: Calibration | None = None  # for recipes that read data
+    order: str | None = None  # of calibration, for recipes that name none
+    one_block: bool = False  # each recipe in one block at a time, the others unquantized: a sensitivity table
 
 
 class Watcher:
@@ -62,36 +71,43 @@ def run_sweep(model: Model, sweep: Sweep, folder: Path, watcher: Watcher | None 
     anything is computed. A recipe that makes the model diverge gets a row with infinite perplexity.
     """
     watcher = watcher or Watcher()
-    rules = tuple(str(parse_rule(rule)) for rule in sweep.rules)
-    plans = list(dict.fromkeys([(UNQUANTIZED, ()), *((recipe, rules) for recipe in canonical(sweep.recipes))]))
-    for recipe, placed in plans:
-        placement(model, recipe, placed)
+    plans = plans_of(sweep, model.config.layers)
+    orders = {plan: calibration_order(model, *plan) for plan in plans}
+    _check_calibration(model, sweep, [plan for plan in plans if orders[plan]])
     convention = sweep.convention.clipped(model.config.context)
     corpora = list({corpus.fingerprint: corpus for corpus in sweep.corpora}.values())  # the same text counts once
     windows = [corpus_windows(model, corpus, convention, sweep.max_windows) for corpus in corpora]
     known = {row["key"]: row for row in read_rows(folder / ROWS)}
     fingerprint = model_fingerprint(model)
     rows, baselines = [], {}
+    quantizer = Quantizer(model, sweep.calibration, orders, watcher)
+
+    def identify(plan, corpus):
+        """What is measured in a cell and where, and the cell's key."""
+        identity = {
+            "model": model.name,
+            "recipe": "; ".join([plan[0], *plan[1]]),
+            "corpus": corpus.name,
+            "seed": sweep.seed,
+            "fingerprint": fingerprint,
+            "corpus_fingerprint": corpus.fingerprint,
+            "max_windows": sweep.max_windows,
+            **calibration_columns(sweep.calibration, orders[plan]),
+            **({"tasks": tasks_identity(sweep.tasks)} if sweep.tasks else {}),
+            **provenance(),
+        }
+        return identity, digest(identity, str(convention), *(name for name in ("divergence", "speed") if getattr(sweep, name)))
+
+    pending = [plan for plan in plans if any(identify(plan, corpus)[1] not in known for corpus in corpora)]
     for recipe, placed in plans:
         prepared, answered, timed = None, None, {}
         for corpus, cut in zip(corpora, windows, strict=True):
-            identity = {
-                "model": model.name,
-                "recipe": "; ".join([recipe, *placed]),
-                "corpus": corpus.name,
-                "seed": sweep.seed,
-                "fingerprint": fingerprint,
-                "corpus_fingerprint": corpus.fingerprint,
-                "max_windows": sweep.max_windows,
-                **({"tasks": tasks_identity(sweep.tasks)} if sweep.tasks else {}),
-                **provenance(),
-            }
-            key = digest(identity, str(convention), *(name for name in ("divergence", "speed") if getattr(sweep, name)))
+            identity, key = identify((recipe, placed), corpus)
             watcher.cell(len(rows) + 1, len(plans) * len(corpora), identity["recipe"], corpus.name)
             if key in known:
                 row = known[key]
             else:
-                prepared = prepared or _prepare(model, recipe, placed, watcher)
+                prepared = prepared or quantizer.prepare(recipe, placed, later=pending)
                 result = measure(prepared[0], cut, convention, corpus, on_batch=watcher.batch)
                 if not baselines.get(corpus.fingerprint):
                     require_finite(model, result)
@@ -105,14 +121,62 @@ def run_sweep(model: Model, sweep: Sweep, folder: Path, watcher: Watcher | None 
                 more = {name: value for columns in [*more, timed] for name, value in columns.items()}
                 more |= mean_columns(more, sweep.tasks)
                 row = make_row({"key": key} | identity, parse_recipe(recipe), prepared[1], result, baseline, more=more)
+                append_rows(folder / LAYERS, layer_rows(key, prepared[1]))
                 append_row(folder / ROWS, row)
             baselines.setdefault(corpus.fingerprint, row)
             rows.append(row)
             watcher.row(row, is_new=key not in known)
+        pending = [plan for plan in pending if plan != (recipe, placed)]
     return rows
 
 
-def _prepare(model: Model, recipe: str, rules: tuple[str, ...], watcher: Watcher) -> tuple[Model, Report, Model]:
-    """The quantized model, decoded once for all corpora, its report, and the model as it is."""
-    quantized, report = quantize(model, recipe, rules=rules, on_layer=watcher.layer)
-    return quantized._replace(params=dequantize_tree(quantized.params, compute_dtype())), report, quantized
+def plans_of(sweep: Sweep, layers: int) -> list[tuple[str, tuple[str, ...]]]:
+    """(recipe, rules) of everything a sweep measures, the unquantized model first."""
+    rules = tuple(str(_in_order(parse_rule(rule), sweep.order)) for rule in sweep.rules)
+    recipes = canonical(sweep.recipes, sweep.order)
+    if sweep.one_block:
+        found = [(UNQUANTIZED, (*rules, f"^block_{i}/={recipe}")) for recipe in recipes for i in range(layers)]
+    else:
+        found = [(recipe, rules) for recipe in recipes]
+    return list(dict.fromkeys([(UNQUANTIZED, ()), *found]))
+
+
+def _in_order(rule: Rule, order: str | None) -> Rule:
+    return rule._replace(recipe=rule.recipe and rule.recipe.in_order(order))
+
+
+def _check_calibration(model: Model, sweep: Sweep, needing: list[tuple[str, tuple[str, ...]]]) -> None:
+    """Raises QjaxError when plans need calibration data and there is none, or none that may be used."""
+    if needing and sweep.calibration is None:
+        names = ", ".join("; ".join([recipe, *rules]) for recipe, rules in needing[:4])
+        raise QjaxError(f"{names} need calibration data; name a text with --calibration, for example --calibration python-docs")
+    if needing:
+        as_calibration(model, sweep.calibration)
+        same = [corpus.name for corpus in sweep.corpora if corpus.fingerprint == sweep.calibration.source]
+        if same:
+            raise QjaxError(
+                f"{same[0]} is both measured and calibrated on, which makes calibrated methods look better than they are; "
+                "give another text to --calibration or --data"
+            )
+
+
+class Quantizer:
+    """Makes the models of a sweep's plans; those of the order `parallel` together, so that they share what calibration
+    gives."""
+
+    def __init__(self, model: Model, calibration: Calibration | None, orders: dict, watcher: Watcher):
+        self._model, self._calibration, self._orders, self._watcher = model, calibration, orders, watcher
+        self._made: dict[tuple, tuple[Model, Report]] = {}
+
+    def prepare(self, recipe: str, rules: tuple[str, ...], later: list[tuple] = ()) -> tuple[Model, Report, Model]:
+        """The quantized model, decoded once for all corpora, its report, and the model as it is. later: plans that will be
+        asked for."""
+        plan = (recipe, rules)
+        if plan not in self._made:
+            together = [plan]
+            if self._orders[plan] == PARALLEL:
+                together += [other for other in later if other != plan and self._orders[other] == PARALLEL][: MOST_TOGETHER - 1]
+            made = quantize_together(self._model, together, calibration=self._calibration, on_layer=self._watcher.layer)
+            self._made |= dict(zip(together, made, strict=True))
+        quantized, report = self._made.pop(plan)
+        return quantized._replace(params=dequantize_tree(quantized.params, compute_dtype())), report, quantized

@@ -7,7 +7,7 @@ Any other line that does not parse is an error that names it: results are eviden
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,6 +15,7 @@ from qjax.errors import QjaxError
 from qjax.files import reason
 
 ROWS = "rows.jsonl"
+LAYERS = "layers.jsonl"  # a row a kernel, under the key of its cell
 NUMBER = (int, float)
 COLUMNS = {  # what every row must have for resuming and reports; a perplexity may be "inf"
     **dict.fromkeys(("key", "recipe", "method", "format", "model", "corpus", "convention", "fingerprint"), str),
@@ -44,12 +45,17 @@ def read_rows(path: Path) -> list[dict[str, object]]:
 
 
 def append_row(path: Path, row: Mapping[str, object]) -> None:
-    """Appends one row and waits until it is on disk; an unfinished last line is cut off first.
+    """`append_rows` of one."""
+    append_rows(path, [row])
+
+
+def append_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
+    """Appends rows and waits until they are on disk; an unfinished last line is cut off first.
 
     One writer at a time: processes that share a file wait for each other where the system has file locks. Raises QjaxError when
     the file cannot be written.
     """
-    line = json.dumps(row).encode() + b"\n"
+    lines = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab+") as file, _locked(file):
@@ -59,7 +65,7 @@ def append_row(path: Path, row: Mapping[str, object]) -> None:
                 if file.read(1) != b"\n":
                     file.seek(0)
                     file.truncate(file.read().rfind(b"\n") + 1)
-            file.write(line)
+            file.write(lines)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
