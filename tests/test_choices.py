@@ -49,7 +49,7 @@ def test_last_words_must_be_the_models_own(model):
     assert found.truncated == 1
 
 
-@pytest.mark.parametrize("batch_tokens", [16, 128, 4096])
+@pytest.mark.parametrize("batch_tokens", [16, 400])
 def test_the_batch_does_not_matter(model, batch_tokens):
     task = make_task("toy", QUESTIONS * 5)
     expected, found = accuracy(model, task), accuracy(model, task, batch_tokens=batch_tokens)

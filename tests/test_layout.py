@@ -10,7 +10,7 @@ from qjax.models.model import apply, empty_caches, hidden_states, hidden_states_
 from .conftest import random_model, tiny_config
 
 GPT2 = {"positions": "learned", "norm": "layer", "gated": False, "activation": "gelu_tanh", "kv_heads": 4, "qkv_bias": True}
-CONFIGS = {"llama": {}, "tied": {"tied": True}, "window": {"sliding_window": 5}, "gpt2": GPT2}
+CONFIGS = {"window": {"sliding_window": 5, "tied": True}, "gpt2": GPT2}
 
 
 @pytest.fixture(scope="module", params=CONFIGS)

@@ -205,7 +205,7 @@ def test_cloze_is_deterministic_and_fair():
 def test_built_in_cloze():
     task = load_task("cloze", 50)
     assert len(task.questions) == 50
-    assert task.fingerprint != load_task("cloze", 49).fingerprint
+    assert task.fingerprint != make_task("cloze", task.questions[:49]).fingerprint
 
 
 @pytest.mark.parametrize(

@@ -107,14 +107,14 @@ def load_task(spec: str, max_questions: int | None = None) -> Task:
     name, colon, path = spec.partition(":")
     if (name not in TASKS and name != CLOZE) or (name == CLOZE and colon):
         raise QjaxError(_unknown(spec))
+    if max_questions is not None and max_questions < 1:
+        raise QjaxError(f"max_questions {max_questions}: expected at least 1, or None for all")
     if name == CLOZE:
         questions = cloze_questions()
     elif colon:
         questions = read_task_file(path, TASKS[name].suffix)
     else:
         questions = _fetch(name)
-    if max_questions is not None and max_questions < 1:
-        raise QjaxError(f"max_questions {max_questions}: expected at least 1, or None for all")
     return make_task(f"{name}:{Path(path).name}" if name == "choices" else name, questions[:max_questions])
 
 
