@@ -164,7 +164,7 @@ def _quantize_decoder(
         if is_head or not needed or not (head or int(name.removeprefix("block_")) < last):
             continue
         before = current
-        current = [run.block(found[0].floating if order.prefix else params, x) for x in current]
+        current = found[0].outputs or [run.block(found[0].floating if order.prefix else params, x) for x in current]
         if order.alpha:
             exact = [run.block(params, x) for x in exact]
         elif before is exact:

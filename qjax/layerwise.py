@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, PyTree
 
-from qjax.calibrate.capture import Batch, capture_statistics, parent_outputs
+from qjax.calibrate.capture import Batch, Captured, capture_statistics, parent_outputs
 from qjax.calibrate.order import Order, correct
 from qjax.calibrate.statistics import rescale
 from qjax.errors import QjaxError
@@ -71,11 +71,15 @@ class Part:
 
 
 class Quantized(NamedTuple):
-    """A part's leaves by path within it: as they are stored, and as floating point for a run of the module."""
+    """A part's leaves by path within it: as they are stored, and as floating point for a run of the module.
+
+    outputs: of the unquantized module for each batch, where capturing gave them (order `parallel`), else empty.
+    """
 
     leaves: dict[str, object]
     records: list[LayerRecord]
     floating: PyTree
+    outputs: list[object]
 
 
 def quantize_part(
@@ -106,12 +110,20 @@ def quantize_part(
         names = {name for recipe in recipes for name in recipe.statistics} - {"module"} | ({"drift"} if drift else set())
         needed = {shared[path]: part.views[path].matrix_shape[0] for plan in needing for path in paths if path in plan}
         if not needed:
-            return {}
-        pair = (reference, exact) if drift else None
-        return capture_statistics(part.module, floating, batches, needed, sorted(names), pair, prefix=part.prefix)
+            return Captured({}, [])
+        return capture_statistics(
+            part.module,
+            floating,
+            batches,
+            needed,
+            sorted(names),
+            (reference, exact) if drift else None,
+            prefix=part.prefix,
+            keep_outputs=not order.prefix,
+        )
 
     reads_before = not order.inside or any(recipe.transforms for plan in needing for recipe in plan.values())
-    before = capture(list(part.views), part.params) if reads_before and any(needing) else {}
+    before, outputs = capture(list(part.views), part.params) if reads_before and any(needing) else Captured({}, [])
     memo = Memo()
     results = []
     for plan, calibrated in zip(plans, needing, strict=True):
@@ -122,11 +134,11 @@ def quantize_part(
             if order.inside and any(path in calibrated for path in group):
                 statistics = capture(
                     group, unflatten_dict(current, sep="/"), drift=order.alpha > 0, reference=unflatten_dict(base, sep="/")
-                )
+                ).statistics
             started = time.perf_counter()
             rounded = {}  # all are on their way before the first is waited for
             for path in (path for path in group if plan[path] is not None):
-                weight = part.views[path].to_matrix(base[path])
+                weight = memo.get(part.views[path].to_matrix, base[path])
                 known = statistics.get(shared.get(path), {})
                 rounded[path] = _round_kernel(weight, plan[path], known, scales.get(path), order, memo)
             for path in group:
@@ -140,7 +152,8 @@ def quantize_part(
                         current[path] = part.views[path].to_kernel(dequantize(rounded[path].leaf))
                 records[path] = record
                 on_layer(record)
-        results.append(Quantized(base | leaves, [records[path] for path in plan], unflatten_dict(current, sep="/")))
+        kept = outputs if not order.prefix else []
+        results.append(Quantized(base | leaves, [records[path] for path in plan], unflatten_dict(current, sep="/"), kept))
     return results
 
 
@@ -257,8 +270,8 @@ def _round_kernel(weight, recipe, statistics, scale, order, memo) -> Rounded:
     q, info = round_weight(weight, recipe, known, memo)
     if "hessian" in known:
         weight = weight.astype(jnp.float32)
-        loss = output_loss(dequantize(q) - weight, known["hessian"])
-        whole = output_loss(weight, known["hessian"])
+        loss = output_loss(dequantize(q) - weight, known["hessian"]) if info.proxy_loss is None else info.proxy_loss
+        whole = memo.get(output_loss, weight, known["hessian"])
         info = info._replace(proxy_loss=loss, output_error=loss / jnp.where(whole == 0, 1.0, whole))
     leaf = q if scale is None or scale.folded else QLinear(q, (1 / scale.scale).astype(jnp.float16))
     return Rounded(leaf, info, statistics.get("tokens"))

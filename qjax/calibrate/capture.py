@@ -46,7 +46,7 @@ def sharing(module: nn.Module, params: PyTree, *args: object) -> dict[str, str]:
 class Programs(NamedTuple):
     """Compiled runs of a module; `static` holds the arguments that are no arrays."""
 
-    capture: Callable  # (names, paths, static, states, run, exact run or None, weights) -> states
+    capture: Callable  # (names, paths, static, with output, states, run, exact run or None, weights) -> states, output
     output: Callable  # (static, watched, params, arrays) -> what the module at path `watched` returns
 
 
@@ -56,13 +56,14 @@ def programs(module: nn.Module) -> Programs:
 
     def record(params, static, arrays, watched=None):
         with recorded(watched) as recording:
-            module.apply({"params": params}, *merge_arguments(static, arrays))
-        return recording
+            output = module.apply({"params": params}, *merge_arguments(static, arrays))
+        return recording, output
 
-    @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-    def capture(names, paths, static, states, run, exact_run, weights):  # a run: (params, arrays)
-        inputs = record(run[0], static, run[1]).inputs
-        exact = inputs if exact_run is None else record(exact_run[0], static, exact_run[1]).inputs
+    @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+    def capture(names, paths, static, with_output, states, run, exact_run, weights):  # a run: (params, arrays)
+        recording, output = record(run[0], static, run[1])
+        inputs = recording.inputs
+        exact = inputs if exact_run is None else record(exact_run[0], static, exact_run[1])[0].inputs
         new, hidden = dict(states), []
         for path in paths:
             try:
@@ -77,11 +78,11 @@ def programs(module: nn.Module) -> Programs:
                 f"the inputs of {', '.join(hidden)} cannot be captured: the layers run inside nn.scan, nn.remat, nn.vmap or "
                 "nn.jit; calibrate a module built without it, or leave the layers out with a rule 'PATTERN=none'"
             )
-        return new
+        return new, output if with_output else None
 
     @functools.partial(jax.jit, static_argnums=(0, 1))
     def output(static, watched, params, arrays):
-        return record(params, static, arrays, watched).outputs
+        return record(params, static, arrays, watched)[0].outputs
 
     return Programs(capture, output)
 
@@ -110,6 +111,13 @@ def merge_arguments(static: tuple, arrays: Sequence[Array]) -> tuple:
     return jax.tree.unflatten(tree, [next(arrays) if array else other for array, other in zip(is_array, others, strict=True)])
 
 
+class Captured(NamedTuple):
+    """statistics: path -> name -> value. outputs: what the module returned for each batch; None unless asked for."""
+
+    statistics: dict[str, dict[str, Array]]
+    outputs: list[object]
+
+
 def capture_statistics(
     module: nn.Module,
     params: PyTree,
@@ -118,7 +126,8 @@ def capture_statistics(
     names: Iterable[str],
     exact: tuple[PyTree, Iterable[Batch]] | None = None,
     prefix: str = "",
-) -> dict[str, dict[str, Array]]:
+    keep_outputs: bool = False,
+) -> Captured:
     """Statistics `names` of the inputs of the layers at the paths in `needed` (path -> in_features), over all batches.
 
     exact: parameters and batches of the run without quantization, for statistics that compare with it. prefix: of paths in
@@ -127,10 +136,12 @@ def capture_statistics(
     run = programs_of(module).capture
     names, paths = tuple(dict.fromkeys([*names, "tokens"])), tuple(needed)
     states = {path: {name: STATISTICS[name].init(size) for name in names} for path, size in needed.items()}
+    outputs = []
     for batch, other in zip(batches, batches if exact is None else exact[1], strict=True):
         static, arrays = split_arguments(batch.args)
         exact_run = None if exact is None else (exact[0], split_arguments(other.args)[1])
-        states = run(names, paths, static, states, (params, arrays), exact_run, batch.weights)
+        states, output = run(names, paths, static, keep_outputs, states, (params, arrays), exact_run, batch.weights)
+        outputs.append(output)
     values = {path: {name: STATISTICS[name].finalize(state[name]) for name in names} for path, state in states.items()}
     empty = [path for path in paths if not int(values[path]["tokens"])]
     if empty:
@@ -141,7 +152,7 @@ def capture_statistics(
             f"calibration: the input of {', '.join(prefix + path for path in broken)} is not finite; the model's weights or "
             "the calibration data are broken, or its activations overflow"
         )
-    return values
+    return Captured(values, outputs)
 
 
 def parent_outputs(module: nn.Module, params: PyTree, batches: Iterable[Batch], watched: tuple[str, ...]) -> list[Array]:
