@@ -107,7 +107,7 @@ def sweep(
     from qjax.evaluate.tasks import load_tasks
     from qjax.report.figures import write_reports
     from qjax.sweep.cells import canonical, expand
-    from qjax.sweep.runner import Sweep, run_sweep
+    from qjax.sweep.runner import Sweep, rules_in_order, run_sweep
 
     if recipes is not None and (methods, bits, group) != (None, None, None):
         raise QjaxError("--recipes says everything; give either it or --methods, --bits and --group")
@@ -115,20 +115,16 @@ def sweep(
         names = canonical(_split(recipes), order)
     else:
         wanted = _split(METHODS if methods is None else methods), _numbers(BITS if bits is None else bits)
-        names = expand(*wanted, group)
+        names = expand(*wanted, group, order)
+    rules = rules_in_order(rule or (), order)
     measured = parse_convention(convention)
     _prepare(out)
     corpora = load_corpora(data)
     asked = load_tasks(_split(tasks) if tasks else (), max_questions or None)
     loaded = _load(model)
-    if max_windows is None and model == "bundled" and data == ["python-docs"]:
-        max_windows = DEFAULT_WINDOWS
-        typer.echo(f"measuring the first {DEFAULT_WINDOWS} windows; --max-windows 0 measures all", err=True)
-    asked_of = (names, rule or ())
-    tokens = _calibration(loaded, asked_of, calibration, data, calibration_windows, calibration_window, seed)
-    plan = Sweep(
-        tuple(names), corpora, measured, max_windows or None, tuple(rule or ()), seed, asked, divergence, speed, tokens, order
-    )
+    max_windows = _default_windows(model, data, max_windows)
+    tokens = _calibration(loaded, (names, rules), calibration, data, calibration_windows, calibration_window, seed)
+    plan = Sweep(tuple(names), corpora, measured, max_windows or None, rules, seed, asked, divergence, speed, tokens)
     with _live_sweep() as watcher:
         rows = run_sweep(loaded, plan, out, watcher)
     _print_tables(rows)
@@ -172,7 +168,7 @@ def quantize(
             loaded, recipe, calibration=tokens, rules=rule or (), order=order, on_layer=lambda _: progress.advance(task)
         )
     save(out, quantized, overwrite=True)
-    write_atomically(out / LAYERS, "".join(json.dumps(row) + "\n" for row in layer_rows(quantized.recipe, done)))
+    write_atomically(out / LAYERS, "".join(json.dumps(row) + "\n" for row in layer_rows(None, done)))
     if report:
         _console().print(to_rich(layers_table(done.layers)))
     typer.echo(
@@ -209,9 +205,8 @@ def sensitivity(
     corpora = load_corpora(data)
     loaded = _load(model)
     tokens = _calibration(loaded, (names, ()), calibration, data, calibration_windows, calibration_window, seed)
-    plan = Sweep(
-        tuple(names), corpora, measured, max_windows or None, seed=seed, calibration=tokens, order=order, one_block=True
-    )
+    max_windows = _default_windows(model, data, max_windows)
+    plan = Sweep(tuple(names), corpora, measured, max_windows or None, seed=seed, calibration=tokens, one_block=True)
     with _live_sweep() as watcher:
         rows = run_sweep(loaded, plan, out, watcher)
     for number, part in enumerate(split_tables(rows), start=1):
@@ -299,6 +294,8 @@ def generate(
     ] = 0.0,
     recipe: Annotated[str | None, typer.Option(help="Quantize the model with this first, for example rtn:int3-g128.")] = None,
     calibration: CalibrationName = None,
+    calibration_windows: CalibrationWindows = 128,
+    calibration_window: CalibrationWindow = 2048,
     packed: Annotated[bool, typer.Option("--packed", help="Multiply with packed weights.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
 ) -> None:
@@ -308,7 +305,8 @@ def generate(
 
     loaded = _load(model)
     if recipe is not None:
-        read = _calibration(loaded, ([recipe], ()), calibration, _own_text(model), 128, 2048, seed)
+        asked_of = ([recipe], ())
+        read = _calibration(loaded, asked_of, calibration, _own_text(model), calibration_windows, calibration_window, seed)
         loaded, _ = quantize_model(loaded, recipe, calibration=read)
     typer.echo(prompt, nl=False)
     shown = ""
@@ -429,6 +427,14 @@ def _calibration(
         needing = next(str(recipe) for recipe in recipes if recipe and recipe.statistics)
         raise QjaxError(f"{needing} reads calibration data; name a text with --calibration, for example text:PATH or c4")
     return load_calibration(model, name or named[0], windows=windows, window=window, seed=seed)
+
+
+def _default_windows(model: str, data: list[str], asked: int | None) -> int | None:
+    """How many windows are measured: of the bundled model's own text not all, unless asked for."""
+    if asked is not None or model != "bundled" or data != ["python-docs"]:
+        return asked
+    typer.echo(f"measuring the first {DEFAULT_WINDOWS} windows; --max-windows 0 measures all", err=True)
+    return DEFAULT_WINDOWS
 
 
 def _own_text(model: str) -> list[str]:

@@ -30,7 +30,7 @@ from qjax.models.decoder import Block, Head
 from qjax.models.folding import folds
 from qjax.models.model import Model, compute_dtype, embedding_table, stages
 from qjax.qtensor import FLOAT_DTYPES, QLinear, QTensor, dequantize, is_quantized
-from qjax.recipe import DEFAULT_ORDER, UNQUANTIZED, Recipe, Stage, method, parse_recipe
+from qjax.recipe import DEFAULT_ORDER, UNQUANTIZED, Recipe, Stage, method, parse_order, parse_recipe
 from qjax.rules import Rule, parse_rule, place
 
 BATCH_TOKENS = {"cpu": 2048, "gpu": 16384, "tpu": 16384}  # calibration tokens run at a time
@@ -160,7 +160,7 @@ def _quantize_decoder(
             shared[module] = sharing(module, params, *batches[0].args)
         part = Part(module, prefix, params, views, shared.get(module, {}), () if is_head else allowed)
         found = quantize_part(part, inside, order, batches, floats if order.alpha else None, on_layer)
-        parts.append((prefix, found))
+        parts.append((prefix, [each._replace(floating={}, outputs=[]) for each in found]))  # lives no longer than its block
         if is_head or not needed or not (head or int(name.removeprefix("block_")) < last):
             continue
         before = current
@@ -264,7 +264,10 @@ def quantize_flax(
             )
     if weights is not None and len(weights) != len(batches):
         raise QjaxError(f"quantize_flax: {len(batches)} batches but {len(weights)} arrays of weights")
-    calibration = [Batch(tuple(args), w) for args, w in zip(batches, weights or [None] * len(batches), strict=True)]
+    calibration = [
+        Batch(tuple(args), w)
+        for args, w in zip(batches, weights if weights is not None else [None] * len(batches), strict=True)
+    ]
     stage = _one_order(plan) or Stage("parallel")
     order = method(stage.name)(**dict(stage.options))
     calibrated = any(chosen and chosen.statistics for chosen in plan.values())
@@ -296,6 +299,7 @@ def dequantize_flax(module: nn.Module, params: PyTree, *args: object, **kwargs: 
 def _parsed(
     recipe: str | Recipe | None, rules: Iterable[str | Rule], order: str | None
 ) -> tuple[Recipe | None, tuple[Rule, ...]]:
+    order = parse_order(order) if isinstance(order, str) else order
     recipe = parse_recipe(recipe) if isinstance(recipe, str) else recipe
     rules = (rules,) if isinstance(rules, str) else rules
     rules = (parse_rule(rule) if isinstance(rule, str) else rule for rule in rules)

@@ -18,6 +18,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, PyTree
@@ -31,7 +32,7 @@ from qjax.models.folding import Fold, fold_scale, is_linear
 from qjax.qtensor import QLinear, QTensor, dequantize, storable_input_scale
 from qjax.recipe import UNQUANTIZED, Recipe, method, options_of, statistics_of
 from qjax.rounding.factor import factorize
-from qjax.rounding.info import Info, output_loss
+from qjax.rounding.info import Info, output_loss, relative
 
 Plan = Mapping[str, Recipe | None]  # what each kernel gets, by path within the module
 
@@ -107,7 +108,9 @@ def quantize_part(
     def capture(paths, floating, *, drift=False, reference=None):
         """Statistics of the layers at `paths`, by the path of the layer that stands for those with its input."""
         recipes = [plan[path] for plan in needing for path in paths if path in plan]
-        names = {name for recipe in recipes for name in recipe.statistics} - {"module"} | ({"drift"} if drift else set())
+        names = {name for recipe in recipes for name in recipe.statistics} | ({"drift"} if drift else set())
+        if names & {"drift", "module"}:  # what is computed from them needs the Hessian too
+            names = names - {"module"} | {"hessian"}
         needed = {shared[path]: part.views[path].matrix_shape[0] for plan in needing for path in paths if path in plan}
         if not needed:
             return Captured({}, [])
@@ -131,6 +134,7 @@ def quantize_part(
         current, leaves, records = dict(base), {}, {}
         for group in _in_call_order(plan, shared) if order.inside else [list(plan)]:
             statistics = before
+            memo = Memo() if order.inside else memo  # there nothing is shared beyond a group
             if order.inside and any(path in calibrated for path in group):
                 statistics = capture(
                     group, unflatten_dict(current, sep="/"), drift=order.alpha > 0, reference=unflatten_dict(base, sep="/")
@@ -138,8 +142,8 @@ def quantize_part(
             started = time.perf_counter()
             rounded = {}  # all are on their way before the first is waited for
             for path in (path for path in group if plan[path] is not None):
-                weight = memo.get(part.views[path].to_matrix, base[path])
-                known = statistics.get(shared.get(path), {})
+                weight = memo.get(_to_float_matrix, base[path], view=part.views[path])
+                known = statistics.get(shared.get(path), {}) if path in calibrated else {}
                 rounded[path] = _round_kernel(weight, plan[path], known, scales.get(path), order, memo)
             for path in group:
                 record = _record(part, path, plan[path], base[path], rounded.get(path), started)
@@ -186,6 +190,10 @@ class Memo:
         return self._known[key][0]
 
 
+def _to_float_matrix(kernel: Array, *, view: KernelView) -> Float[Array, "in out"]:
+    return view.to_matrix(kernel).astype(jnp.float32)
+
+
 def _in_call_order(plan: Plan, shared: Mapping[str, str]) -> list[list[str]]:
     """Kernels in the order in which the module calls them, those with the same input together; uncalled ones first."""
     groups: dict[str | None, list[str]] = {None: [path for path in plan if path not in shared]}
@@ -223,17 +231,16 @@ def _transform(
 
 def _find_scale(part, paths, flat, recipe, statistics, batches) -> Float[Array, " in"]:
     """The scale that the recipe's transforms, one after the other, give the kernels at `paths`."""
-    weights = [part.views[path].to_matrix(flat[path]).astype(jnp.float32) for path in paths]
+    weights = [_to_float_matrix(flat[path], view=part.views[path]) for path in paths]
     total = jnp.ones(len(weights[0]))
     for stage in recipe.transforms:
         module = _module_error(part, paths, flat, total, statistics, batches)
         taken = {name: module if name == "module" else statistics[name] for name in statistics_of(stage)}
         scale = method(stage.name)(weights, recipe.format, **taken, **dict(stage.options))
-        _, scale = storable_input_scale(scale)
         total = total * scale
         weights = [weight * scale[:, None] for weight in weights]
         statistics = rescale(statistics, scale)
-    return total
+    return storable_input_scale(total)[1]
 
 
 def _module_error(part, paths, flat, scale, statistics, batches) -> Callable[[Sequence[Array]], Array]:
@@ -242,7 +249,7 @@ def _module_error(part, paths, flat, scale, statistics, batches) -> Callable[[Se
 
     The parent of a single layer is the layer itself, as in AWQ's code, and the Hessian has its error.
     """
-    matrices = [part.views[path].to_matrix(flat[path]).astype(jnp.float32) for path in paths]
+    matrices = [_to_float_matrix(flat[path], view=part.views[path]) for path in paths]
     if len(paths) == 1:
         return lambda weights: output_loss(weights[0] - matrices[0] * scale[:, None], statistics["hessian"])
     parent = tuple(paths[0].split("/")[:-2])
@@ -259,21 +266,24 @@ def _module_error(part, paths, flat, scale, statistics, batches) -> Callable[[Se
 
 def _round_kernel(weight, recipe, statistics, scale, order, memo) -> Rounded:
     """Corrects, scales and rounds one (in, out) weight; statistics are of its input as captured."""
-    known = {name: value for name, value in statistics.items() if name != "drift"}
+    known, original = {name: value for name, value in statistics.items() if name != "drift"}, weight
     if "drift" in statistics:
         weight = correct(weight, statistics["hessian"], statistics["drift"], order.alpha, order.damp)
     if scale is not None:
         if not scale.folded:
-            weight = weight.astype(jnp.float32) * scale.scale[:, None]
+            weight = weight * scale.scale[:, None]
         if not scale.folded or not order.inside:  # else the input was captured with the scale folded into it
             known = {name: memo.get(_rescale_one(name), value, scale.scale) for name, value in known.items()}
     q, info = round_weight(weight, recipe, known, memo)
     if "hessian" in known:
-        weight = weight.astype(jnp.float32)
         loss = output_loss(dequantize(q) - weight, known["hessian"]) if info.proxy_loss is None else info.proxy_loss
         whole = memo.get(output_loss, weight, known["hessian"])
-        info = info._replace(proxy_loss=loss, output_error=loss / jnp.where(whole == 0, 1.0, whole))
+        info = info._replace(proxy_loss=loss, output_error=relative(loss, whole))
     leaf = q if scale is None or scale.folded else QLinear(q, (1 / scale.scale).astype(jnp.float16))
+    if "drift" in statistics or scale is not None:  # of the weight as it came, for every method alike
+        rows = scale.scale[:, None] if scale is not None and scale.folded else 1.0
+        change, before = (jnp.sum(jnp.square(w / rows)) for w in (dequantize(leaf) - original, original))
+        info = info._replace(weight_error=relative(change, before))
     return Rounded(leaf, info, statistics.get("tokens"))
 
 
@@ -304,13 +314,24 @@ def round_weight(
     return function(weight, recipe.format, **taken, **options)
 
 
+@functools.cache
+def check_recipe(recipe: Recipe, shape: tuple[int, int], path: str) -> None:
+    """Raises QjaxError, naming the kernel, for options that contradict each other or the kernel's shape; computes nothing."""
+    array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    statistics = {"hessian": array((shape[0],) * 2), "abs_mean": array(shape[:1]), "abs_max": array(shape[:1])}
+    try:
+        jax.eval_shape(lambda weight, known: round_weight(weight, recipe, known)[0].codes, array(shape), statistics)
+    except QjaxError as error:
+        raise QjaxError(f"{path}: {error}") from None
+
+
 def _record(part, path, recipe, kernel, rounded, started) -> LayerRecord:
     """Waits for a kernel's result; raises QjaxError for weights that are not finite."""
     view, name = part.views[path], part.prefix + path
     if rounded is None:
         return LayerRecord(name, UNQUANTIZED, *view.matrix_shape, 8.0 * kernel.dtype.itemsize)
     figures = {key: None if value is None else float(value) for key, value in rounded.info._asdict().items()}
-    if not math.isfinite(figures["weight_error"]):
+    if not all(math.isfinite(figures[key] or 0.0) for key in ("weight_error", "proxy_loss")):
         raise QjaxError(f"weights that are not finite cannot be quantized: {name}; start from an intact model")
     tokens = None if rounded.tokens is None else int(rounded.tokens)
     seconds = time.perf_counter() - started

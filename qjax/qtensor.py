@@ -92,7 +92,7 @@ class QLinear:
 
 def storable_input_scale(scale: Float[Array, " in"]) -> tuple[Float[Array, " in"], Float[Array, " in"]]:
     """(input_scale as a QLinear holds it, exactly its inverse in float32) for weights multiplied by about `scale`."""
-    stored = (1 / scale).astype(jnp.float16)
+    stored = jnp.clip(1 / scale, 1e-4, 1e4).astype(jnp.float16)  # normal numbers of float16
     return stored, 1 / stored.astype(jnp.float32)
 
 

@@ -4,8 +4,7 @@
     rtn(clip=mse):int3-g128             options in parentheses
     awq+gptq(damp=0.05):int3-g128       transforms + rounding : format
     awq:int4-g128                       a transform alone is followed by the rounding that belongs to it, here rtn(clip=hessian)
-    gptq:int3-g128@sequential           @ the order of calibration: whose inputs the statistics are taken from
-    (`calibrate/order.py`)
+    gptq:int3-g128@sequential           @ order of calibration: whose inputs statistics are from (`calibrate/order.py`)
     smoothquant:int8-channel/int8-token format of the weights / of the activations
     nf4                                 a format alone is rounded to nearest
     bf16                                storage in another floating-point type, of the whole model
@@ -74,9 +73,10 @@ class Recipe:
 
     def in_order(self, order: "str | Stage | None") -> "Recipe":
         """This recipe in the given order of calibration, if it names none itself and takes calibration data."""
+        order = parse_order(order) if isinstance(order, str) else order
         if order is None or self.order is not None or not self.statistics:
             return self
-        return dataclasses.replace(self, order=order if isinstance(order, Stage) else parse_order(order))
+        return dataclasses.replace(self, order=order)
 
     @property
     def is_cast(self) -> bool:
@@ -127,7 +127,7 @@ def implied_rounding(transforms: tuple[Stage, ...]) -> Stage:
 
 def parse_order(text: str) -> Stage:
     """The order of calibration named `text`, for example "qep(alpha=1)"; raises QjaxError that lists what is allowed."""
-    return _parse_stage(text, text, (*ORDERS,), what="order of calibration")
+    return _parse_stage(f"order {text!r}", text, (*ORDERS,), what="order of calibration")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -143,8 +143,8 @@ def parse_recipe(text: str) -> Recipe | None:
     *head, formats = re.split(r":(?![^(]*\))", body)
     if len(head) > 1:
         raise QjaxError(f"recipe {text!r}: expected METHODS:FORMAT, got {len(head)} colons")
-    known = (*ROUNDINGS, *TRANSFORMS)
-    stages = [_parse_stage(text, part, known) for part in _split_stages(head[0])] if head else [Stage("rtn")]
+    known, where = (*ROUNDINGS, *TRANSFORMS), f"recipe {text!r}"
+    stages = [_parse_stage(where, part, known) for part in _split_stages(head[0])] if head else [Stage("rtn")]
     if stages[-1].name in TRANSFORMS:
         stages.append(implied_rounding(tuple(stages)))
     late = [stage.name for stage in stages[:-1] if stage.name in ROUNDINGS]
@@ -168,7 +168,7 @@ def parse_recipe(text: str) -> Recipe | None:
     if at:
         if not recipe.statistics:
             raise QjaxError(f"recipe {text!r}: its methods read no calibration data, which an order (@{order_text}) is about")
-        recipe = recipe.in_order(_parse_stage(text, order_text, (*ORDERS,), what="order of calibration"))
+        recipe = recipe.in_order(_parse_stage(where, order_text, (*ORDERS,), what="order of calibration"))
     return recipe
 
 
@@ -183,28 +183,28 @@ def _split_stages(text: str) -> list[str]:
     return re.split(r"\+(?![^(]*\))", text)
 
 
-def _parse_stage(recipe: str, text: str, known: Collection[str], what: str = "method") -> Stage:
+def _parse_stage(where: str, text: str, known: Collection[str], what: str = "method") -> Stage:
     match = re.fullmatch(r"\s*([A-Za-z_]\w*)\s*(?:\((.*)\))?\s*", text)
     name = match.group(1) if match else text
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise QjaxError(f"recipe {recipe!r}: unknown {what} {name!r}; {hint}allowed: {', '.join(known)}")
+        raise QjaxError(f"{where}: unknown {what} {name!r}; {hint}allowed: {', '.join(known)}")
     allowed = options_of(name)
     options = {}
     for item in filter(None, (match.group(2) or "").split(",")):
         key, equals, value = (part.strip() for part in item.partition("="))
         if not equals or key not in allowed:
             defaults = ", ".join(f"{option}={_show(allowed[option].default)}" for option in allowed) or "none"
-            raise QjaxError(f"recipe {recipe!r}: {name} has no option {item.strip()!r}; allowed, with defaults: {defaults}")
+            raise QjaxError(f"{where}: {name} has no option {item.strip()!r}; allowed, with defaults: {defaults}")
         if key in options:
-            raise QjaxError(f"recipe {recipe!r}: {name}({key}=...) is given twice; give it once")
-        options[key] = _convert(recipe, name, allowed[key], value)
+            raise QjaxError(f"{where}: {name}({key}=...) is given twice; give it once")
+        options[key] = _convert(where, name, allowed[key], value)
     changed = {key: value for key, value in options.items() if value != allowed[key].default}
     return Stage(name, tuple(sorted(changed.items())))
 
 
-def _convert(recipe: str, name: str, option: inspect.Parameter, text: str) -> object:
+def _convert(where: str, name: str, option: inspect.Parameter, text: str) -> object:
     kind, optional = option.annotation, types.NoneType in typing.get_args(option.annotation)
     if optional:
         (kind,) = (part for part in typing.get_args(kind) if part is not types.NoneType)
@@ -218,9 +218,9 @@ def _convert(recipe: str, name: str, option: inspect.Parameter, text: str) -> ob
             raise ValueError
     except (ValueError, KeyError):
         expected = f"{'a finite ' if kind is float else ''}{kind.__name__}{' or none' if optional else ''}"
-        raise QjaxError(f"recipe {recipe!r}: {name}({option.name}=...) expects {expected}, got {text!r}") from None
+        raise QjaxError(f"{where}: {name}({option.name}=...) expects {expected}, got {text!r}") from None
     if choices and value not in choices:
-        raise QjaxError(f"recipe {recipe!r}: {name}({option.name}=...) is one of {', '.join(map(str, choices))}, got {text!r}")
+        raise QjaxError(f"{where}: {name}({option.name}=...) is one of {', '.join(map(str, choices))}, got {text!r}")
     return value
 
 

@@ -14,3 +14,15 @@ def weights_model(config: DecoderConfig, tokenizer=None, seed: int = 0, dtype=jn
     shapes = parameter_shapes(config)
     leaves = {path: jnp.asarray(generator.standard_normal(shape, np.float32), dtype) for path, shape in shapes.items()}
     return Model(config, unflatten(leaves), tokenizer, "random")
+
+
+def small_model(config: DecoderConfig, tokenizer=None, seed: int = 0, dtype=jnp.float32) -> Model:
+    """A model that computes something sensible: kernels that keep the size of what they are given, biases of 0.1, and norms
+    whose channels differ as much as those of trained models."""
+    generator = np.random.default_rng(seed)
+    leaves = {}
+    for path, shape in parameter_shapes(config).items():
+        values = generator.standard_normal(shape)
+        size = shape[0] ** -0.5 if path.endswith("kernel") else 1.0 if path.endswith("embedding") else 0.1
+        leaves[path] = jnp.asarray(np.exp(0.7 * values) if path.endswith("scale") else values * size, dtype)
+    return Model(config, unflatten(leaves), tokenizer, "random")

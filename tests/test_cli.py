@@ -75,7 +75,7 @@ def test_methods_bits_and_group(checkpoint, tmp_path, capsys):
 def test_quantize_then_eval_equals_the_sweep(checkpoint, tmp_path, capsys):
     data = ["--data", f"text:{checkpoint / 'text.txt'}"]
     printed = succeeds(capsys, "quantize", checkpoint / "tiny", "--recipe", "rtn:int3-g16", "--out", tmp_path / "q", "--report")
-    assert "block_1/mlp/down/kernel" in printed.replace("\n", "")
+    assert "block_1/mlp/down" in printed.replace("\n", "")
     succeeds(capsys, *sweep_arguments(checkpoint, tmp_path / "sweep", "--recipes", "rtn:int3-g16"))
     row = json.loads((tmp_path / "sweep" / "rows.jsonl").read_text().splitlines()[1])
     for packed in ([], ["--packed"]):
@@ -109,8 +109,16 @@ def test_information(checkpoint, capsys):
         (["sweep", "TINY", "--group", ""], "group ''"),
         (["sweep", "~nosuchuser/here/"], "~nosuchuser/here"),
         (["sweep", "TINY", "--convention", "ppl"], "allowed are windows-N"),
-        (["sweep", "TINY", "--data", "DATA", "--rule", "nothing=none"], "match no kernel"),
-        (["sweep", "TINY", "--data", "SHORT"], "fewer than one window"),
+        (["sweep", "TINY", "--methods", "rtn", "--data", "DATA", "--rule", "nothing=none"], "match no kernel"),
+        (["sweep", "TINY", "--methods", "rtn", "--data", "SHORT"], "fewer than one window"),
+        (["sweep", "TINY", "--data", "DATA"], "name a text with --calibration"),
+        (
+            ["sweep", "TINY", "--data", "DATA", "--calibration", "DATA", "--calibration-windows", "2"],
+            "both measured and calibrated",
+        ),
+        (["sweep", "TINY", "--data", "DATA", "--calibration", "SHORT"], "windows of"),
+        (["quantize", "TINY", "--recipe", "gptq:int4-g128@qpe"], "did you mean 'qep'"),
+        (["sweep", "TINY", "--methods", "gptq", "--order", "reverse", "--data", "DATA"], "unknown order of calibration"),
         (["sweep", "TINY", "--data", "EMPTY"], "empty"),
         (["quantize", "TINY", "--recipe", "rtn"], "needs a format"),
         (["report", "TINY"], "holds no rows"),
@@ -204,3 +212,28 @@ def test_help_is_fast_and_imports_no_jax():
     ).stdout
     for command in ("sweep", "quantize", "eval", "info", "report", "formats", "recipes"):
         assert command in shown
+
+
+def test_calibrated_quantization_and_sensitivity(checkpoint, tmp_path, capsys):
+    other = tmp_path / "other.txt"
+    other.write_text("The quick brown fox jumps over the lazy dog, and back again. " * 20)
+    calibrated = ("--calibration", f"text:{other}", "--calibration-windows", "4")
+    printed = succeeds(
+        capsys,
+        "quantize",
+        checkpoint / "tiny",
+        "--recipe",
+        "awq+gptq:int4-g16",
+        "--out",
+        tmp_path / "q",
+        "--report",
+        *calibrated,
+    )
+    assert "output" in printed and "block_0/attention/q" in printed
+    layers = [json.loads(line) for line in (tmp_path / "q" / "layers.jsonl").read_text().splitlines()]
+    assert all(layer["output_error"] > 0 and layer["tokens"] == 128 for layer in layers)
+    arguments = ("sensitivity", checkpoint / "tiny", "--recipe", "gptq:int3-g16", "--data", f"text:{checkpoint / 'text.txt'}")
+    printed = succeeds(capsys, *arguments, *calibrated, "--convention", "windows-32", "--out", tmp_path / "s")
+    assert "Sensitivity" in printed
+    assert (tmp_path / "s" / "sensitivity-1.md").exists()
+    assert len((tmp_path / "s" / "rows.jsonl").read_text().splitlines()) == 3

@@ -130,15 +130,15 @@ def test_rules_apply_to_none_and_the_baseline_stays(tiny_model, tmp_path):
 
 
 def test_a_recipe_that_diverges_gets_a_row_and_the_sweep_goes_on(tiny_model, tmp_path, monkeypatch):
-    honest = runner.quantize
+    honest = runner.quantize_together
 
-    def diverge(model, recipe, **options):
-        quantized, report = honest(model, recipe, **options)
-        if recipe == "rtn:int2-channel":
+    def diverge(model, requests, **options):
+        ((quantized, report),) = honest(model, requests, **options)
+        if requests[0][0] == "rtn:int2-channel":
             quantized = quantized._replace(params=jax.tree.map(lambda leaf: leaf * np.nan, model.params))
-        return quantized, report
+        return [(quantized, report)]
 
-    monkeypatch.setattr(runner, "quantize", diverge)
+    monkeypatch.setattr(runner, "quantize_together", diverge)
     rows = run_sweep(tiny_model, plan("rtn:int2-channel", "nf4", corpora=CORPORA[:1]), tmp_path)
     assert [row["perplexity"] == "inf" for row in rows] == [False, True, False]
     assert "NaN" not in (tmp_path / ROWS).read_text() and "Infinity" not in (tmp_path / ROWS).read_text()

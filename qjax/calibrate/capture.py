@@ -74,10 +74,7 @@ def programs(module: nn.Module) -> Programs:
             except jax.errors.UnexpectedTracerError:
                 hidden.append(path)
         if hidden:
-            raise QjaxError(
-                f"the inputs of {', '.join(hidden)} cannot be captured: the layers run inside nn.scan, nn.remat, nn.vmap or "
-                "nn.jit; calibrate a module built without it, or leave the layers out with a rule 'PATTERN=none'"
-            )
+            raise _hidden(hidden)
         return new, output if with_output else None
 
     @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -140,7 +137,11 @@ def capture_statistics(
     for batch, other in zip(batches, batches if exact is None else exact[1], strict=True):
         static, arrays = split_arguments(batch.args)
         exact_run = None if exact is None else (exact[0], split_arguments(other.args)[1])
-        states, output = run(names, paths, static, keep_outputs, states, (params, arrays), exact_run, batch.weights)
+        try:
+            states, output = run(names, paths, static, keep_outputs, states, (params, arrays), exact_run, batch.weights)
+        except jax.errors.UnexpectedTracerError:
+            hidden = [path for path in paths if _is_hidden(module, params, batch, path)] or paths
+            raise _hidden(prefix + path for path in hidden) from None
         outputs.append(output)
     values = {path: {name: STATISTICS[name].finalize(state[name]) for name in names} for path, state in states.items()}
     empty = [path for path in paths if not int(values[path]["tokens"])]
@@ -153,6 +154,28 @@ def capture_statistics(
             "the calibration data are broken, or its activations overflow"
         )
     return Captured(values, outputs)
+
+
+def _hidden(paths: Iterable[str]) -> QjaxError:
+    return QjaxError(
+        f"the inputs of {', '.join(paths)} cannot be captured: the layers run inside nn.scan, nn.remat, nn.vmap or nn.jit; "
+        "calibrate a module built without it, or leave the layers out with a rule 'PATTERN=none'"
+    )
+
+
+def _is_hidden(module: nn.Module, params: PyTree, batch: Batch, path: str) -> bool:
+    """Whether a layer's input exists only inside a transformed function."""
+
+    def run(params):
+        with recorded() as recording:
+            module.apply({"params": params}, *batch.args)
+        return sum(jnp.sum(x) for x in recording.inputs[path])
+
+    try:
+        jax.jit(run).lower(params)  # eval_shape does not notice
+    except jax.errors.UnexpectedTracerError:
+        return True
+    return False
 
 
 def parent_outputs(module: nn.Module, params: PyTree, batches: Iterable[Batch], watched: tuple[str, ...]) -> list[Array]:

@@ -2,8 +2,9 @@
 
     parallel     inputs of the unquantized model; all layers see the same, so a sweep captures them once
     block        inputs after the quantized blocks before it (GPTQ's code without --true-sequential)
-    sequential   also after the quantized layers before it in its own block: q, k, v; then o; gate, up; then down
-    (--true-sequential) qep          as sequential, and the weight is first corrected for the error of its inputs (below)
+    sequential   also after the quantized layers before it in its own block: q, k, v; then o; then gate, up; then down
+                 (with --true-sequential)
+    qep          as sequential, and the weight is first corrected for the error of its inputs (below)
 
 Quantization error propagation (Arai and Ichikawa 2025, arXiv 2504.09629): with x the input in the unquantized model and x'
 the one after the quantized layers, the weight that reproduces the unquantized output from x' is

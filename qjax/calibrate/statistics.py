@@ -35,7 +35,13 @@ class Mean(NamedTuple):
         return self.total / self.weight
 
 
+def _counted(x: Float[Array, "tokens in"], weights: Float[Array, " tokens"]) -> Float[Array, "tokens in"]:
+    """The tokens that count, 0 for the others: 0 times nan would be nan."""
+    return jnp.where(weights[:, None] > 0, x, 0)
+
+
 def _outer(x: Float[Array, "tokens in"], y: Float[Array, "tokens in"], weights: Float[Array, " tokens"]):
+    x, y = _counted(x, weights), _counted(y, weights)
     return jnp.matmul((x * weights[:, None]).T, y, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -54,14 +60,14 @@ drift = _square_mean(lambda x, exact, w: _outer(x, exact - x, w))
 
 abs_mean = Statistic(
     init=lambda size: Mean(jnp.zeros(size), jnp.zeros(())),
-    update=lambda s, x, exact, w: Mean(s.total + jnp.sum(jnp.abs(x) * w[:, None], axis=0), s.weight + jnp.sum(w)),
+    update=lambda s, x, exact, w: Mean(s.total + jnp.sum(jnp.abs(_counted(x, w)) * w[:, None], axis=0), s.weight + jnp.sum(w)),
     finalize=Mean.value,
     rescale=lambda value, scale: value / scale,
 )
 
 abs_max = Statistic(
     init=jnp.zeros,
-    update=lambda s, x, exact, w: jnp.maximum(s, jnp.max(jnp.where(w[:, None] > 0, jnp.abs(x), 0), axis=0)),
+    update=lambda s, x, exact, w: jnp.maximum(s, jnp.max(jnp.abs(_counted(x, w)), axis=0)),
     finalize=lambda s: s,
     rescale=lambda value, scale: value / scale,
 )

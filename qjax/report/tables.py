@@ -138,25 +138,28 @@ def recipes_table() -> Table:
 
 def layers_table(layers: Iterable[tuple]) -> Table:
     """One line per linear kernel. layers: the driver's `LayerRecord`s."""
+    rows = tuple({**layer._asdict(), "path": layer.path.removesuffix("/kernel")} for layer in layers)
+    recipes = list(dict.fromkeys(row["recipe"] for row in rows if row["recipe"] != UNQUANTIZED))
     columns = (
         Column("path", "kernel", text=True),
-        Column("recipe", "recipe", text=True),
-        Column("in_features", "inputs"),
-        Column("out_features", "outputs"),
+        *([Column("recipe", "recipe", text=True)] if len(recipes) > 1 else []),
+        Column("in_features", "inputs", rank=6),
+        Column("out_features", "outputs", rank=5),
         Column("bits_per_weight", "bits per\nweight", decimals(3)),
         Column("weight_error", "weight\nerror", digits(2)),
-        Column("proxy_loss", "proxy\nloss", digits(2), rank=2),
+        Column("proxy_loss", "proxy\nloss", digits(2), rank=1),
         Column("output_error", "output\nerror", digits(2)),
-        Column("damp", "damp", digits(2), rank=3),
-        Column("clipped", "clipped", digits(2), rank=1),
-        Column("seconds", "seconds", digits(2), rank=2),
+        Column("damp", "damp", digits(2), rank=2),
+        Column("clipped", "clipped", digits(2), rank=3),
+        Column("seconds", "seconds", digits(2), rank=4),
     )
     notes = (
-        "Weight error: squared error over squared weights. Proxy loss: tr(dW' H dW); output error: that over tr(W' H W). "
+        "Weight error: squared error over squared weights, input scales undone. "
+        "Proxy loss: tr(dW' H dW); output error: that over tr(W' H W). "
         "Clipped: fraction of weights outside their group's grid.",
     )
-    rows = tuple(layer._asdict() for layer in layers)
-    return Table("Layers", columns_of(rows, columns), rows, notes)
+    title = f"Layers, {recipes[0]}" if len(recipes) == 1 else "Layers"
+    return Table(title, columns_of(rows, columns), rows, notes)
 
 
 def sensitivity_table(rows: Sequence[Row]) -> Table:
@@ -177,7 +180,7 @@ def sensitivity_table(rows: Sequence[Row]) -> Table:
         Column("block_recipe", "recipe", text=True),
         Column("block", "block"),
         Column("perplexity", "perplexity", _perplexity, error="perplexity_stderr"),
-        Column("perplexity_ratio", "change\n(%)", _change, error="perplexity_ratio_stderr"),
+        Column("perplexity_ratio", "change\n(%)", change_of_perplexity, error="perplexity_ratio_stderr"),
         Column("output_error", "output\nerror", digits(2), rank=1),
     ]
     notes = ["One block is quantized at a time. ±: standard error of the paired difference from the unquantized model."]

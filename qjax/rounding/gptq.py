@@ -7,14 +7,12 @@ Frantar et al. 2022 (arXiv 2210.17323). The loop is in `feedback.py`, the Choles
 we depart from the paper's code:
 
 - `static_groups` and `act_order` are on by default: grids are found on the original weight, inputs of the largest diagonal
-are rounded first. At 2
-  bits static groups are 6 % better in layer error, and they need no permutation in the file.
-  `static_groups=false,act_order=false` is the paper's algorithm, with group parameters that have seen all earlier errors (the
-  code's have not seen those of the same block).
+  are rounded first. At 2 bits static groups are 6 % better in layer error, and they need no permutation in the file.
+  `static_groups=false,act_order=false` is the paper's algorithm, with group parameters that have seen all earlier errors
+  (those of the code have not seen the errors of the same block).
 - inputs that calibration never moved are rounded to nearest instead of set to zero.
 - clip=mse and clip=hessian search every group's range (`ranges.py`); hessian weighs input i by R_ii^2, what its error costs
-in the
-  loss that feedback leaves.
+  in the loss that feedback leaves.
 """
 
 import functools
@@ -52,7 +50,8 @@ def gptq(
     factor: `factorize(hessian, damp=damp, act_order=act_order)`, for callers that share it between formats; damp and act_order
     are then its. damp: relative to the mean diagonal; Info.damp tells what was used. block: inputs between two large
     matrix products, which changes speed alone. Works under jit, and under vmap over stacked weights and Hessians.
-    Raises QjaxError for shapes that do not fit, an unknown clip, options that contradict each other, and casts.
+    A weight or Hessian that is not finite gives an Info that is not. Raises QjaxError for shapes that do not fit, an unknown
+    clip, options that contradict each other, and casts.
     """
     fmt = parse_format(fmt)
     check_clip("gptq", clip)
@@ -194,7 +193,7 @@ def _finish(weight, hessian, factor, parameters, rounded, fmt) -> tuple[QTensor,
     clipped = (groups < jnp.minimum(*ends)) | (groups > jnp.maximum(*ends))
     energy = jnp.sum(jnp.square(weight))
     info = Info(
-        weight_error=jnp.sum(squares) / jnp.where(energy == 0, 1.0, energy),
+        weight_error=jnp.where(jnp.isfinite(proxy_loss), jnp.sum(squares) / jnp.where(energy == 0, 1.0, energy), jnp.nan),
         clipped=jnp.sum(clipped, dtype=jnp.float32) / weight.size,
         proxy_loss=proxy_loss,
         damp=factor.damp,

@@ -21,6 +21,11 @@ class Info(NamedTuple):
     damp: jax.Array | None = None
 
 
+def relative(loss: Float[Array, ""], whole: Float[Array, ""]) -> Float[Array, ""]:
+    """loss / whole, and the loss itself where the whole is 0."""
+    return loss / jnp.where(whole == 0, 1.0, whole)
+
+
 @jax.jit
 def output_loss(weight: Float[Array, "in out"], hessian: Float[Array, "in in"]) -> Float[Array, ""]:
     """tr(W^T H W): the mean squared output of a layer with this weight, summed over its outputs. Of dW it is the proxy loss."""

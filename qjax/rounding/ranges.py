@@ -57,14 +57,17 @@ def search_shrink_hessian(
             f"{fmt}: a block of {fmt.group} weights spans several output columns when the layer has {len(hessian)} inputs, "
             f"so a search of ranges by the Hessian has no group to look at; use clip=mse, or g{fmt.group} for b{fmt.group}"
         )
-    rows = next(rows for rows in range(min(size, LARGEST_PART), 0, -1) if size % rows == 0)
-    parts = count * size // rows
-    padded = jnp.pad(hessian, [(0, count * size - len(hessian))] * 2).reshape(parts, rows, parts, rows)
-    diagonal = padded[jnp.arange(parts), :, jnp.arange(parts), :]  # (parts, rows, rows)
-    pieces = groups.reshape(parts, rows, columns)
+    rows = min(size, LARGEST_PART)
+    parts = -(-size // rows)
+    padding = (0, parts * rows - size)
+    by_group = jnp.pad(hessian, [(0, count * size - len(hessian))] * 2).reshape(count, size, count, size)
+    by_group = jnp.pad(by_group[jnp.arange(count), :, jnp.arange(count), :], [(0, 0), padding, padding])
+    by_part = by_group.reshape(count, parts, rows, parts, rows)[:, jnp.arange(parts), :, jnp.arange(parts), :]
+    diagonal = by_part.swapaxes(0, 1).reshape(count * parts, rows, rows)
+    pieces = jnp.pad(groups, [(0, 0), padding, (0, 0)]).reshape(count * parts, rows, columns)
 
     def errors(parameters, fmt):
-        repeated = jax.tree.map(lambda x: x.repeat(parts // count, axis=0), (parameters.scale, parameters.zero))
+        repeated = jax.tree.map(lambda x: x.repeat(parts, axis=0), (parameters.scale, parameters.zero))
 
         def part_error(part):
             piece, block, (scale, zero) = part

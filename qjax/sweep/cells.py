@@ -4,12 +4,12 @@ from collections.abc import Iterable, Sequence
 
 from qjax.errors import QjaxError
 from qjax.formats import ALIASES, FLOATS, GRIDS, INTEGERS
-from qjax.recipe import UNQUANTIZED, parse_recipe
+from qjax.recipe import UNQUANTIZED, parse_order, parse_recipe
 
 BITS = (8, 4, 3, 2)
 
 
-def expand(methods: Iterable[str], bits: Sequence[int] = BITS, group: str | None = None) -> list[str]:
+def expand(methods: Iterable[str], bits: Sequence[int] = BITS, group: str | None = None, order: str | None = None) -> list[str]:
     """Canonical recipes of every method at every number of bits.
 
     A method is a recipe without its format ("rtn", "rtn(clip=mse)", "awq+gptq@qep") and becomes METHOD:intB-gGROUP@ORDER for
@@ -35,9 +35,9 @@ def expand(methods: Iterable[str], bits: Sequence[int] = BITS, group: str | None
                 raise QjaxError(f"method {method!r} has {GRIDS[grid]} bits, but the bits asked for are {asked}; leave it out")
             recipes.append("-".join([grid, *([sharing] if sharing else []), *parts]))
         else:
-            stages, at, order = method.partition("@")
-            recipes += [f"{stages}:int{b}-{sharing or 'g128'}{at}{order}" for b in bits]
-    return canonical(recipes)
+            stages, at, own_order = method.partition("@")
+            recipes += [f"{stages}:int{b}-{sharing or 'g128'}{at}{own_order}" for b in bits]
+    return canonical(recipes, order)
 
 
 def canonical(recipes: Iterable[str], order: str | None = None) -> list[str]:
@@ -45,6 +45,7 @@ def canonical(recipes: Iterable[str], order: str | None = None) -> list[str]:
 
     order: of calibration, for recipes that read data and name none.
     """
+    order = parse_order(order) if order is not None else None
     parsed = [parse_recipe(recipe) for recipe in recipes]
     names = [str(recipe.in_order(order)) if recipe else UNQUANTIZED for recipe in parsed]
     if not names:

@@ -90,10 +90,10 @@ def calibration_columns(calibration: Calibration | None, order: Stage | None) ->
     }
 
 
-def layer_rows(key: str, report: Report) -> list[dict[str, object]]:
-    """One flat row a quantized kernel of the cell with this key."""
+def layer_rows(key: str | None, report: Report) -> list[dict[str, object]]:
+    """One flat row a quantized kernel; key: of the cell, None outside a sweep."""
     records = [record._asdict() for record in report.layers if record.recipe != UNQUANTIZED]
-    return [{"key": key, **{name: _jsonable(value) for name, value in record.items()}} for record in records]
+    return [({"key": key} if key else {}) | {name: _jsonable(value) for name, value in record.items()} for record in records]
 
 
 def method_name(recipe: Recipe | None) -> str:

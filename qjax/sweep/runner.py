@@ -5,10 +5,13 @@ the rows file is skipped, so running the same sweep again finishes what an inter
 """
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 
+from flax.traverse_util import flatten_dict
+
 from qjax.calibrate.tokens import Calibration, as_calibration
-from qjax.driver import Report, calibration_order, quantize_together
+from qjax.driver import Report, calibration_order, placement, quantize_together
 from qjax.errors import QjaxError
 from qjax.evaluate.choices import accuracy
 from qjax.evaluate.corpora import Corpus
@@ -16,11 +19,11 @@ from qjax.evaluate.divergence import measure_divergence
 from qjax.evaluate.perplexity import Convention, corpus_windows, measure, require_finite
 from qjax.evaluate.questions import Task
 from qjax.evaluate.speed import measure_speed
-from qjax.layerwise import LayerRecord
+from qjax.layerwise import LayerRecord, check_recipe
 from qjax.models.model import Model, compute_dtype
 from qjax.qtensor import dequantize_tree
 from qjax.recipe import UNQUANTIZED, Stage, parse_recipe
-from qjax.rules import Rule, parse_rule
+from qjax.rules import parse_rule
 from qjax.sweep.cells import canonical
 from qjax.sweep.measures import accuracy_columns, divergence_columns, mean_columns, speed_columns, tasks_identity
 from qjax.sweep.record import calibration_columns, digest, layer_rows, make_row, model_fingerprint, provenance
@@ -132,7 +135,7 @@ def run_sweep(model: Model, sweep: Sweep, folder: Path, watcher: Watcher | None 
 
 def plans_of(sweep: Sweep, layers: int) -> list[tuple[str, tuple[str, ...]]]:
     """(recipe, rules) of everything a sweep measures, the unquantized model first."""
-    rules = tuple(str(_in_order(parse_rule(rule), sweep.order)) for rule in sweep.rules)
+    rules = rules_in_order(sweep.rules, sweep.order)
     recipes = canonical(sweep.recipes, sweep.order)
     if sweep.one_block:
         found = [(UNQUANTIZED, (*rules, f"^block_{i}/={recipe}")) for recipe in recipes for i in range(layers)]
@@ -141,8 +144,10 @@ def plans_of(sweep: Sweep, layers: int) -> list[tuple[str, tuple[str, ...]]]:
     return list(dict.fromkeys([(UNQUANTIZED, ()), *found]))
 
 
-def _in_order(rule: Rule, order: str | None) -> Rule:
-    return rule._replace(recipe=rule.recipe and rule.recipe.in_order(order))
+def rules_in_order(rules: Iterable[str], order: str | None) -> tuple[str, ...]:
+    """Canonical rules whose recipes are in the given order where they read data and name none."""
+    parsed = map(parse_rule, rules)
+    return tuple(str(rule._replace(recipe=rule.recipe and rule.recipe.in_order(order))) for rule in parsed)
 
 
 def _check_calibration(model: Model, sweep: Sweep, needing: list[tuple[str, tuple[str, ...]]]) -> None:
@@ -150,6 +155,11 @@ def _check_calibration(model: Model, sweep: Sweep, needing: list[tuple[str, tupl
     if needing and sweep.calibration is None:
         names = ", ".join("; ".join([recipe, *rules]) for recipe, rules in needing[:4])
         raise QjaxError(f"{names} need calibration data; name a text with --calibration, for example --calibration python-docs")
+    for plan in needing:
+        kernels = flatten_dict(model.params, sep="/")
+        for path, recipe in placement(model, *plan).items():
+            if recipe is not None and recipe.statistics:
+                check_recipe(recipe, kernels[path].shape, path)
     if needing:
         as_calibration(model, sweep.calibration)
         same = [corpus.name for corpus in sweep.corpora if corpus.fingerprint == sweep.calibration.source]

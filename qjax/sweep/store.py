@@ -15,7 +15,9 @@ from qjax.errors import QjaxError
 from qjax.files import reason
 
 ROWS = "rows.jsonl"
-LAYERS = "layers.jsonl"  # a row a kernel, under the key of its cell
+LAYERS = (
+    "layers.jsonl"  # a row a kernel, under the key of its cell; a run killed between this and the cell's row leaves them twice
+)
 NUMBER = (int, float)
 COLUMNS = {  # what every row must have for resuming and reports; a perplexity may be "inf"
     **dict.fromkeys(("key", "recipe", "method", "format", "model", "corpus", "convention", "fingerprint"), str),

@@ -24,7 +24,7 @@ from qjax import grid
 from qjax.errors import QjaxError
 from qjax.formats import Format, parse_format
 from qjax.qtensor import QLinear, dequantize, storable_input_scale
-from qjax.rounding.info import Info, output_loss
+from qjax.rounding.info import Info, output_loss, relative
 from qjax.rounding.nearest import Clip, check_shapes, rtn
 
 Scaling = Literal["reference", "duo", "both"]
@@ -58,6 +58,11 @@ def awq_scale(
         )
     if given[loss] is None:
         raise QjaxError(f"awq: loss={loss!r} needs {loss}=")
+    if any(abs_mean.shape != weight.shape[:1] for weight in weights):
+        shapes = ", ".join(str(weight.shape) for weight in weights)
+        raise QjaxError(f"awq: abs_mean has shape {abs_mean.shape}, weights (in, out) = {shapes} go with (in,)")
+    for weight in weights:
+        check_shapes("awq", weight, hessian)
     weights = [weight.astype(jnp.float32) for weight in weights]
     candidates = _candidates(weights, abs_mean, fmt, scaling, ratios)
     if loss == "hessian":
@@ -88,7 +93,7 @@ def awq(
     q, info = rtn(weight * scale[:, None], fmt, hessian=hessian / (scale[:, None] * scale), clip=clip)
     result = QLinear(q, input_scale)
     proxy_loss = output_loss(dequantize(result) - weight, hessian)
-    return result, info._replace(proxy_loss=proxy_loss, output_error=proxy_loss / output_loss(weight, hessian))
+    return result, info._replace(proxy_loss=proxy_loss, output_error=relative(proxy_loss, output_loss(weight, hessian)))
 
 
 @functools.partial(jax.jit, static_argnames=("fmt", "scaling", "ratios"))

@@ -1,0 +1,169 @@
+"""qjax.transforms.awq: the search of scales against the float64 oracle, what a scale must not change, and bad input."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qjax.errors import QjaxError
+from qjax.formats import parse_format
+from qjax.kernels.matmul import matmul
+from qjax.qtensor import QLinear, dequantize
+from qjax.rounding.nearest import rtn
+from qjax.transforms.awq import awq, awq_scale
+from tests.oracles import awq as oracle
+from tests.oracles.gptq import layer_error
+
+IN, TOKENS = 32, 64
+
+
+@functools.cache
+def case(seed: int = 0) -> tuple[list[np.ndarray], np.ndarray]:
+    """Two weights that share an input, and tokens with a few large channels."""
+    generator = np.random.default_rng(seed)
+    weights = [(generator.standard_t(5, (IN, out)) * 0.1).astype(np.float32) for out in (6, 4)]
+    size = np.exp(generator.standard_normal(IN))
+    return weights, (generator.standard_normal((TOKENS, IN)) * size).astype(np.float32)
+
+
+def statistics(x: np.ndarray) -> dict[str, jax.Array]:
+    return {
+        "hessian": jnp.asarray(x.astype(np.float64).T @ x / len(x), jnp.float32),
+        "abs_mean": jnp.asarray(np.mean(np.abs(x), 0)),
+    }
+
+
+def assert_best(scale, candidates, tolerance=1e-3):
+    """The scale is one of the candidates, and none is better but by rounding."""
+    scale = np.asarray(scale, np.float64)
+    distances = [np.max(np.abs(candidate.scale / scale - 1)) for candidate in candidates]
+    chosen = candidates[int(np.argmin(distances))]
+    assert min(distances) < 1e-4
+    assert chosen.error <= min(candidate.error for candidate in candidates) * (1 + tolerance)
+    return chosen
+
+
+@pytest.mark.parametrize("name", ["int3-g8", "int4-g12", "int2-channel-sym", "nf4-g16"])
+@pytest.mark.parametrize("scaling", ["reference", "duo", "both"])
+def test_chooses_as_the_oracle_does(name, scaling):
+    weights, x = case()
+    fmt = parse_format(name)
+    scale = awq_scale([jnp.asarray(w) for w in weights], fmt, **statistics(x), scaling=scaling)
+    chosen = assert_best(scale, oracle.search(weights, x, fmt, scaling))
+    assert chosen.kind != "one"  # there was something to gain
+    assert scale.dtype == jnp.float32 and scale.shape == (IN,)
+
+
+def test_fewer_ratios():
+    weights, x = case(1)
+    fmt = parse_format("int3-g8")
+    scale = awq_scale([jnp.asarray(weights[0])], fmt, **statistics(x), scaling="reference", ratios=3)
+    assert_best(scale, oracle.search(weights[:1], x, fmt, "reference", 3))
+
+
+def test_module_loss_takes_the_least_of_what_the_module_says():
+    """Called with the weights that each candidate stands for; whichever it likes best wins."""
+    weights, x = case()
+    fmt = parse_format("int3-g8")
+    candidates = oracle.search(weights, x, fmt, "reference", 5)
+    seen = []
+
+    def module(replaced):
+        seen.append([np.asarray(w) for w in replaced])
+        return jnp.float32(abs(len(seen) - 4))  # the fourth
+
+    given = {"abs_mean": statistics(x)["abs_mean"], "scaling": "reference", "ratios": 5}
+    scale = awq_scale([jnp.asarray(w) for w in weights], fmt, **given, loss="module", module=module)
+    assert len(seen) == 6
+    np.testing.assert_allclose(scale, candidates[3].scale, rtol=1e-4)
+    for got, weight in zip(seen[3], weights, strict=True):
+        assert np.mean(np.isclose(got, oracle.rounded(weight, candidates[3].scale, fmt), atol=1e-5)) > 0.98
+
+    def output(replaced):  # the outputs' own error is loss=hessian
+        return sum(jnp.sum(jnp.square(x @ (new - old))) for new, old in zip(replaced, weights, strict=True))
+
+    by_module = awq_scale([jnp.asarray(w) for w in weights], fmt, **given, loss="module", module=output)
+    by_hessian = awq_scale([jnp.asarray(w) for w in weights], fmt, **given, hessian=statistics(x)["hessian"])
+    np.testing.assert_array_equal(by_module, by_hessian)
+
+
+def test_equal_channels_need_no_scale():
+    """Of equal errors the first candidate wins, which is 1."""
+    weights, _ = case()
+    x = np.eye(IN, dtype=np.float32)
+    scale = awq_scale([jnp.asarray(weights[0])], "int3-g8", **statistics(x), scaling="reference")
+    np.testing.assert_array_equal(scale, 1)
+
+
+def test_channels_that_are_never_used():
+    """A mean of 0: a finite scale, that a float16 holds, and a finite result."""
+    weights, x = case()
+    x = x.copy()
+    x[:, [2, 9]] = 0
+    scale = awq_scale([jnp.asarray(w) for w in weights], "int3-g8", **statistics(x))
+    assert np.all(np.isfinite(scale)) and np.min(scale) >= 1e-4 and np.max(scale) <= 1e4
+    q, info = awq(jnp.asarray(weights[0]), "int3-g8", **statistics(x))
+    assert np.all(np.isfinite(dequantize(q))) and np.isfinite(info.proxy_loss)
+    nothing, info = awq(jnp.asarray(weights[0]), "int3-g8", **statistics(np.zeros_like(x)))
+    assert np.all(np.isfinite(dequantize(nothing)))
+    assert float(info.proxy_loss) == 0
+
+
+@pytest.mark.parametrize("clip", ["none", "mse", "hessian"])
+def test_one_weight(clip):
+    """A QLinear whose scale is stored exactly, better than nearest rounding with the same clip, and Info says by how much."""
+    weights, x = case()
+    weight, known = jnp.asarray(weights[0]), statistics(x)
+    q, info = awq(weight, "int3-g8", **known, clip=clip)
+    assert isinstance(q, QLinear) and q.input_scale.dtype == jnp.float16
+    error = layer_error(np.asarray(dequantize(q)), weights[0], np.asarray(known["hessian"]))
+    assert float(info.proxy_loss) == pytest.approx(error, rel=1e-3)
+    whole = layer_error(np.zeros_like(weights[0]), weights[0], np.asarray(known["hessian"]))
+    assert float(info.output_error) == pytest.approx(error / whole, rel=1e-3)
+    plain, _ = rtn(weight, "int3-g8", hessian=known["hessian"], clip=clip)
+    assert error < layer_error(np.asarray(dequantize(plain)), weights[0], np.asarray(known["hessian"]))
+    # The codes are those of the weight times the stored scale.
+    scaled = weight / q.input_scale.astype(jnp.float32)[:, None]
+    hessian = known["hessian"] * q.input_scale.astype(jnp.float32)[:, None] * q.input_scale.astype(jnp.float32)
+    again, _ = rtn(scaled, "int3-g8", hessian=hessian, clip=clip)
+    assert np.mean(np.asarray(again.codes) == np.asarray(q.weight.codes)) > 0.98
+    np.testing.assert_allclose(matmul(jnp.asarray(x), q), x @ np.asarray(dequantize(q)), atol=1e-4)
+    assert q.bits_per_weight == pytest.approx(8 * (q.weight.nbytes + 2 * IN) / weights[0].size)
+
+
+def test_works_under_jit():
+    weights, x = case()
+    known = statistics(x)
+    plain, _ = awq(jnp.asarray(weights[0]), "int4-g8", **known)
+    compiled, _ = jax.jit(lambda w, h, m: awq(w, "int4-g8", hessian=h, abs_mean=m))(
+        jnp.asarray(weights[0]), known["hessian"], known["abs_mean"]
+    )
+    assert np.mean(np.asarray(plain.weight.codes) == np.asarray(compiled.weight.codes)) > 0.98
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"loss": "output"}, "loss is one of hessian, module.*loss='output'"),
+        ({"scaling": "trio"}, "scaling one of reference, duo, both.*'trio'"),
+        ({"ratios": 0}, "ratios=0"),
+        ({"hessian": None}, "loss='hessian' needs hessian="),
+        ({"loss": "module"}, "loss='module' needs module="),
+    ],
+)
+def test_bad_options_are_named(options, named):
+    weights, x = case()
+    with pytest.raises(QjaxError, match=named):
+        awq_scale([jnp.asarray(weights[0])], "int4-g8", **(statistics(x) | options))
+
+
+def test_statistics_of_another_shape_are_refused():
+    weights, x = case()
+    known = statistics(x)
+    with pytest.raises(QjaxError, match=r"the Hessian has shape \(8, 8\)"):
+        awq(jnp.asarray(weights[0]), "int4-g8", **(known | {"hessian": jnp.eye(8)}))
+    for wrong in (jnp.ones(1), jnp.ones(8)):
+        with pytest.raises(QjaxError, match=r"abs_mean"):
+            awq(jnp.asarray(weights[0]), "int4-g8", **(known | {"abs_mean": wrong}))

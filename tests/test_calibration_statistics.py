@@ -1,0 +1,93 @@
+"""qjax.calibrate.statistics: against NumPy, weighted, in batches, masked, and of a rescaled input."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qjax.calibrate.statistics import STATISTICS, rescale
+
+SIZE = 6
+
+
+def run(name, *batches):
+    """The value over batches (x, exact, weights)."""
+    statistic = STATISTICS[name]
+    state = statistic.init(SIZE)
+    update = jax.jit(statistic.update)
+    for batch in batches:
+        state = update(state, *map(jnp.asarray, batch))
+    return np.asarray(statistic.finalize(state))
+
+
+@pytest.fixture
+def batch():
+    """50 tokens, of which some do not count and others count more."""
+    generator = np.random.default_rng(0)
+    x, exact = generator.standard_normal((2, 50, SIZE)).astype(np.float32)
+    weights = (generator.uniform(0.5, 3, 50) * (generator.random(50) > 0.3)).astype(np.float32)
+    return x, exact, weights
+
+
+def expected(name, x, exact, weights):
+    x, exact, counts = x.astype(np.float64), exact.astype(np.float64), weights.astype(np.float64)[:, None]
+    match name:
+        case "hessian":
+            return x.T @ (x * counts) / np.sum(counts)
+        case "drift":
+            return x.T @ ((exact - x) * counts) / np.sum(counts)
+        case "abs_mean":
+            return np.sum(np.abs(x) * counts, axis=0) / np.sum(counts)
+        case "abs_max":
+            return np.max(np.abs(x[weights > 0]), axis=0)
+        case "tokens":
+            return np.sum(weights > 0)
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_equals_numpy(name, batch):
+    np.testing.assert_allclose(run(name, batch), expected(name, *batch), rtol=1e-5, atol=1e-6)
+    plain = (*batch[:2], np.ones(50, np.float32))
+    np.testing.assert_allclose(run(name, plain), expected(name, *plain), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_batches_add_up(name, batch):
+    parts = [tuple(array[a:b] for array in batch) for a, b in ((0, 1), (1, 20), (20, 50))]
+    np.testing.assert_allclose(run(name, *parts), run(name, batch), rtol=1e-5, atol=1e-6)
+    empty = (*(array[:4] for array in batch[:2]), np.zeros(4, np.float32))
+    np.testing.assert_array_equal(run(name, batch, empty), run(name, batch))
+
+
+@pytest.mark.parametrize("value", [1e30, np.inf, np.nan])
+@pytest.mark.parametrize("name", STATISTICS)
+def test_tokens_of_weight_0_are_left_out_whatever_they_are(name, value, batch):
+    """Models give padding tokens that see no other token NaN: 0 times NaN would spoil everything."""
+    x, exact, weights = (array.copy() for array in batch)
+    x[weights == 0] = value
+    exact[weights == 0] = value
+    np.testing.assert_array_equal(run(name, (x, exact, weights)), run(name, batch))
+
+
+def test_what_counts_and_is_not_finite_shows():
+    x = np.ones((3, SIZE), np.float32)
+    x[1, 2] = np.nan
+    for name in ("hessian", "abs_mean", "abs_max"):
+        assert not np.all(np.isfinite(run(name, (x, x, np.ones(3, np.float32)))))
+
+
+def test_rescaling_is_dividing_the_input(batch):
+    x, exact, weights = batch
+    scale = np.random.default_rng(1).uniform(0.1, 10, SIZE).astype(np.float32)
+    names = ("hessian", "abs_mean", "abs_max", "tokens")
+    got = rescale({name: jnp.asarray(run(name, batch)) for name in names}, jnp.asarray(scale))
+    for name in names:
+        np.testing.assert_allclose(got[name], expected(name, x / scale, exact / scale, weights), rtol=1e-5)
+    got = rescale({"drift": jnp.asarray(run("drift", batch))}, jnp.asarray(scale))["drift"]
+    np.testing.assert_allclose(got, expected("drift", x / scale, exact / scale, weights), rtol=1e-4, atol=1e-5)
+
+
+def test_half_precision_inputs_are_summed_in_float32():
+    """Sums of bfloat16 would stop growing at 256."""
+    x = jnp.ones((2000, SIZE), jnp.bfloat16).astype(jnp.float32)
+    np.testing.assert_array_equal(run("hessian", (x, x, np.ones(2000, np.float32))), 1)

@@ -1,0 +1,97 @@
+"""qjax.models.folding: what the decoder computes does not change when scales are folded, for every family and every fold."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qjax.models.folding import FOLDS, fold_scale, folds
+from qjax.models.model import apply
+from qjax.models.parameters import flatten, unflatten
+from tests.conftest import tiny_config
+from tests.random_weights import small_model
+
+GPT2 = {
+    "family": "gpt2",
+    "norm": "layer",
+    "gated": False,
+    "positions": "learned",
+    "qkv_bias": True,
+    "attention_output_bias": True,
+    "mlp_bias": True,
+    "tied": True,
+    "kv_heads": 4,
+}
+CASES = {
+    "llama, grouped heads": ({}, {"attention/q", "mlp/gate", "mlp/down"}),
+    "llama, all heads": ({"kv_heads": 4}, {"attention/q", "attention/o", "mlp/gate", "mlp/down"}),
+    "llama, biases": (
+        {"kv_heads": 4, "qkv_bias": True, "attention_output_bias": True, "mlp_bias": True},
+        {"attention/q", "attention/o", "mlp/gate", "mlp/down"},
+    ),
+    "llama, relu, one head of keys": ({"kv_heads": 1, "activation": "relu"}, {"attention/q", "mlp/gate", "mlp/down"}),
+    "mistral, window, wide heads": (
+        {"family": "mistral", "sliding_window": 4, "kv_heads": 4, "head_dim": 12},
+        {"attention/q", "attention/o", "mlp/gate", "mlp/down"},
+    ),
+    "qwen2": ({"family": "qwen2", "qkv_bias": True, "tied": True}, {"attention/q", "mlp/gate", "mlp/down"}),
+    "gpt2": (GPT2 | {"activation": "gelu_tanh"}, {"attention/q", "attention/o", "mlp/up"}),
+    "gpt2, relu": (GPT2 | {"activation": "relu"}, {"attention/q", "attention/o", "mlp/up", "mlp/down"}),
+    "gpt2, silu": (GPT2 | {"activation": "silu"}, {"attention/q", "attention/o", "mlp/up"}),
+}
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 61, (2, 12)))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_are_unchanged(name):
+    changes, expected = CASES[name]
+    config = tiny_config(vocabulary_size=61, **changes)
+    allowed = folds(config)
+    assert {fold.layers[0] for fold in allowed} == expected
+    model = small_model(config)
+    exact = np.asarray(apply(model, TOKENS))
+    generator = np.random.default_rng(1)
+    leaves, moved = flatten(model.params), set()
+    for number in range(config.layers):
+        prefix = f"block_{number}/"
+        block = {path.removeprefix(prefix): leaf for path, leaf in leaves.items() if path.startswith(prefix)}
+        for fold in allowed:
+            inputs = len(block[f"{fold.layers[0]}/kernel"])
+            scale = jnp.asarray(10.0 ** generator.uniform(-1, 1, inputs), jnp.float32)
+            changed = fold_scale(block, fold, scale)
+            assert all(changed[path].dtype == jnp.float32 for path in changed)
+            assert {f"{layer}/kernel" for layer in fold.layers} < changed.keys() <= block.keys()
+            moved |= changed.keys()
+            block |= changed
+        leaves |= {prefix + path: leaf for path, leaf in block.items()}
+    for path in moved:
+        assert not np.allclose(leaves[f"block_0/{path}"], flatten(model.params)[f"block_0/{path}"]), path
+    got = np.asarray(apply(model._replace(params=unflatten(leaves)), TOKENS))
+    np.testing.assert_allclose(got, exact, atol=1e-5 * np.max(np.abs(exact)))
+
+
+@pytest.mark.parametrize(
+    ("source", "changes"),
+    [("attention/v", {}), ("mlp/up", GPT2 | {"activation": "gelu_tanh"}), ("mlp/up", GPT2 | {"activation": "silu"})],
+)
+def test_what_the_table_forbids_would_change_them(source, changes):
+    """Heads that share values have no room for o's scale; nothing passes through gelu or silu."""
+    config = tiny_config(vocabulary_size=61, **changes)
+    (forbidden,) = (fold for fold in FOLDS if fold.source == source)
+    assert forbidden not in folds(config)
+    model = small_model(config)
+    block = flatten(model.params["block_0"])
+    inputs, outputs = len(block[f"{forbidden.layers[0]}/kernel"]), block[f"{source}/kernel"].shape[1]
+    if inputs != outputs:
+        return  # it could not even be written down
+    scale = jnp.asarray(10.0 ** np.random.default_rng(1).uniform(-1, 1, inputs), jnp.float32)
+    params = model.params | {"block_0": unflatten(block | fold_scale(block, forbidden, scale))}
+    exact = np.asarray(apply(model, TOKENS))
+    assert np.max(np.abs(np.asarray(apply(model._replace(params=params), TOKENS)) - exact)) > 1e-2
+
+
+def test_half_precision_leaves_become_float32():
+    model = small_model(tiny_config(vocabulary_size=61), dtype=jnp.bfloat16)
+    block = flatten(model.params["block_0"])
+    changed = fold_scale(block, folds(model.config)[0], jnp.full(32, 3.0))
+    assert {leaf.dtype for leaf in changed.values()} == {jnp.dtype("float32")}
+    np.testing.assert_allclose(changed["attention_norm/scale"], np.asarray(block["attention_norm/scale"], np.float32) / 3)
