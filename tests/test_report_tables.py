@@ -208,9 +208,10 @@ def test_layers_table():
         Record("head/output/kernel", "none", 128, 512, 16.0),
     ]
     lines = to_markdown(layers_table(records)).splitlines()
+    assert "rtn:int4-g128" in lines[0]  # a recipe that all share is in the title
     squeezed = [" ".join(line.split()) for line in lines]
-    assert squeezed[4] == "| block_0/mlp/up/kernel | rtn:int4-g128 | 128 | 256 | 4.156 | 0.010 | 0 | 0.50 |"
-    assert squeezed[5] == "| head/output/kernel | none | 128 | 512 | 16.000 | - | - | 0 |"
+    assert squeezed[4] == "| block_0/mlp/up | 128 | 256 | 4.156 | 0.010 | 0 | 0.50 |"
+    assert squeezed[5] == "| head/output | 128 | 512 | 16.000 | - | - | 0 |"
 
 
 def test_importing_reports_is_light():

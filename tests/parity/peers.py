@@ -148,7 +148,7 @@ def awq_llm_compressor(folder, tokens: np.ndarray, *, bits: int, group: int, duo
 
     recipe = [
         AWQModifier(duo_scaling=duo_scaling),
-        QuantizationModifier(config_groups=_scheme(bits, group), ignore=["lm_head"]),
+        QuantizationModifier(**_scheme(bits, group)),
     ]
     with (
         mock.patch.object(AWQModifier, "_compute_best_scale", record),
