@@ -108,6 +108,7 @@ def sweep(
     from qjax.report.figures import write_reports
     from qjax.sweep.cells import canonical, expand
     from qjax.sweep.runner import Sweep, rules_in_order, run_sweep
+    from qjax.sweep.store import ROWS, read_rows
 
     if recipes is not None and (methods, bits, group) != (None, None, None):
         raise QjaxError("--recipes says everything; give either it or --methods, --bits and --group")
@@ -128,7 +129,7 @@ def sweep(
     with _live_sweep() as watcher:
         rows = run_sweep(loaded, plan, out, watcher)
     _print_tables(rows)
-    for path in write_reports(out, rows):
+    for path in write_reports(out, read_rows(out / ROWS)):  # of earlier sweeps into this folder too
         typer.echo(path)
 
 
@@ -277,9 +278,10 @@ def _print_accuracies(model: "Model", tasks: tuple, *, packed: bool) -> None:
             found = accuracy(model, task, packed=packed, on_batch=show)
         kind = "accuracy" if found.kind == "choices" else "last words"
         more = f", by length {found.normalised:.2%}" if found.answers_normalised else f", perplexity {found.perplexity:.4g}"
+        error = f" ± {found.stderr:.2%}" if math.isfinite(found.stderr) else ""
         cut = f", {found.truncated} cut to the context" if found.truncated else ""
         typer.echo(
-            f"{model.name} ({model.recipe}) on {task.name}: {kind} {found.value:.2%} ± {found.stderr:.2%}{more} "
+            f"{model.name} ({model.recipe}) on {task.name}: {kind} {found.value:.2%}{error}{more} "
             f"[{len(found.gold):,} questions{cut}, {found.seconds:.1f} s]"
         )
 

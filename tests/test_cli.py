@@ -237,3 +237,18 @@ def test_calibrated_quantization_and_sensitivity(checkpoint, tmp_path, capsys):
     assert "Sensitivity" in printed
     assert (tmp_path / "s" / "sensitivity-1.md").exists()
     assert len((tmp_path / "s" / "rows.jsonl").read_text().splitlines()) == 3
+
+
+def test_seeds_of_calibration_come_together_in_one_folder(checkpoint, tmp_path, capsys):
+    """Each seed draws other calibration windows; nearest rounding draws nothing, so its two runs are no two samples."""
+    other = tmp_path / "other.txt"
+    other.write_text("".join(f"The quick brown fox {i} jumps over {i * i} lazy dogs, and back again. " for i in range(60)))
+    out, options = tmp_path / "out", ("--calibration", f"text:{other}", "--calibration-windows", "4")
+    for seed in (0, 1):
+        recipes = ("--recipes", "rtn:int3-g16,gptq:int3-g16@parallel", "--seed", seed)
+        printed = succeeds(capsys, *sweep_arguments(checkpoint, out, *recipes, *options))
+    (table,) = out.glob("*-seeds.md")  # the second sweep writes it: reports are of all rows in the folder
+    assert str(table) in printed.replace("\n", "")
+    lines = [line for line in table.read_text().splitlines() if ":int3-g16" in line]
+    assert len(lines) == 1
+    assert "| gptq:int3-g16@parallel |     2 |" in lines[0]

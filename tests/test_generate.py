@@ -1,5 +1,7 @@
 """qjax.evaluate.generate: greedy tokens are those of the whole forward pass, whatever the batch; stops, draws, refusals."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -64,6 +66,14 @@ def test_draws_follow_the_seed_and_the_temperature(model):
     draw = lambda seed, temperature: generate(model, PROMPTS[:1], 12, temperature=temperature, seed=seed).tokens[0].tolist()  # noqa: E731
     assert draw(0, 1.0) == draw(0, 1.0) != draw(1, 1.0)
     assert draw(0, 1e-4) == greedily(model, PROMPTS[0], 12)
+
+
+def test_extreme_temperatures(model):
+    greedy = generate(model, PROMPTS[:1], 6).tokens[0].tolist()
+    assert generate(model, PROMPTS[:1], 6, temperature=1e-40).tokens[0].tolist() == greedy
+    for temperature in (math.inf, math.nan, -1.0):
+        with pytest.raises(QjaxError, match="temperature"):
+            generate(model, PROMPTS[:1], 6, temperature=temperature)
 
 
 def test_the_context_is_a_limit(model):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from qjax.errors import QjaxError
+from qjax.evaluate.statistics import accuracy_difference
 from qjax.report.accuracy import accuracy_table, divergence_table
 from qjax.report.figures import perplexity_figure
 from qjax.report.rendering import to_markdown
@@ -78,3 +79,24 @@ def test_seeds_come_together():
     assert "| rtn:int2-g128 |     2 |" in to_markdown(seeds_table(rows))
     with pytest.raises(QjaxError, match="row is missing"):
         merge_seeds(rows[1:])
+
+
+def test_unchanged_answers_keep_an_error():
+    """No answer of four changed in either seed: that is little evidence, not certainty."""
+    rows = [ROWS[0], *(row("gptq:int4-g128", delta=0.01 * (seed + 1), seed=seed) for seed in (0, 1))]
+    (merged,) = merge_seeds(rows)
+    assert merged["accuracy_delta:piqa"] == 0
+    assert merged["accuracy_delta_stderr:piqa"] == pytest.approx(accuracy_difference([True] * 4, [True] * 4).stderr)
+
+
+def test_what_no_seed_changed_is_no_two_samples():
+    assert seeds_of([ROWS[0], row("rtn:int2-g128", delta=0.01, seed=0), row("rtn:int2-g128", delta=0.01, seed=1)]) == []
+
+
+def test_calibration_on_another_text_is_another_measurement():
+    first = row("gptq:int4-g128", delta=0.01, seed=0) | {"calibration_source": "aa", "calibration_fingerprint": "1"}
+    second = row("gptq:int4-g128", delta=0.02, seed=1) | {"calibration_source": "aa", "calibration_fingerprint": "2"}
+    assert [len(group) for group in seeds_of([ROWS[0], first, second])] == [2]
+    assert seeds_of([ROWS[0], first, second | {"calibration_source": "bb"}]) == []
+    given = [each | {"calibration_source": ""} for each in (first, second)]  # tokens somebody gave, drawn by no seed of ours
+    assert seeds_of([ROWS[0], *given]) == []

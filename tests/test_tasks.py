@@ -100,6 +100,14 @@ def test_malformed_lines_are_named(tmp_path, content, message):
         load_task(f"piqa:{tmp_path / 'bad.jsonl'}")
 
 
+def encrypted(archive: bytes) -> bytes:
+    """The archive with every member marked as encrypted."""
+    for header, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        parts = archive.split(header)
+        archive = header.join([parts[0], *(part[: flags - 4] + b"\x01" + part[flags - 3 :] for part in parts[1:])])
+    return archive
+
+
 def test_other_malformed_files(tmp_path):
     for name, content, message in (
         ("a.csv", b"", "expected .jsonl"),
@@ -107,11 +115,15 @@ def test_other_malformed_files(tmp_path):
         ("a.jsonl", b"\xff\xfe\xff", "cannot be read as UTF-8"),
         ("a.txt", b"one\ntwo\n", "six a question"),
         ("b.txt", b"c\n4\na\nb\nc\nd\n", "line 2 is '4'"),
+        ("c.txt", b"c\n1\na\n\nc\nd\n", "line 4: an ending is empty"),
         ("a.zip", b"no zip", "no readable zip"),
+        ("b.zip", encrypted(mmlu(tmp_path, zipped=True).read_bytes()), "no readable zip.*encrypted"),
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(QjaxError, match=message):
             load_task(f"hellaswag:{tmp_path / name}")
+    with pytest.raises(QjaxError, match="'piqa:' names no file"):
+        load_task("piqa:")
     with pytest.raises(QjaxError, match="does not exist"):
         load_task(f"piqa:{tmp_path / 'missing.jsonl'}")
     with pytest.raises(QjaxError, match="holds no test/"):
@@ -119,6 +131,12 @@ def test_other_malformed_files(tmp_path):
     folder = mmlu(tmp_path)
     (folder / "test" / "art_test.csv").write_text("a question,one,two\n")
     with pytest.raises(QjaxError, match="row 1: expected question"):
+        load_task(f"mmlu:{folder}")
+    (folder / "test" / "art_test.csv").write_text("q,1,2,3,4,AB\n")
+    with pytest.raises(QjaxError, match=r"row 1: expected question.*a letter A to D"):
+        load_task(f"mmlu:{folder}")
+    (folder / "test" / "art_test.csv").write_text("q,1,,3,4,A\n")
+    with pytest.raises(QjaxError, match="row 1: option 2 is empty"):
         load_task(f"mmlu:{folder}")
     (folder / "dev" / "art_dev.csv").write_text("")
     (folder / "test" / "art_test.csv").write_text("q,1,2,3,4,A\n")

@@ -5,6 +5,7 @@ anything sees it. The next token is the likeliest one (temperature 0), or drawn 
 """
 
 import functools
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from qjax.models.model import Model, apply_head, compute_dtype, empty_caches, hi
 from qjax.qtensor import dequantize_tree
 
 NEW_TOKENS = 100
+SMALLEST_TEMPERATURE = float(np.finfo(np.float32).tiny)
 layout_of = jax.jit(cache_layout, static_argnums=(1, 2, 3))
 
 
@@ -85,10 +87,12 @@ def generate(
     stop: tokens that end a sequence, as does finished(its new tokens) being true. packed: multiply with packed kernels as they
     are. on_tokens gets every step's tokens, one of each prompt.
 
-    Raises QjaxError where prompt and new tokens do not fit the model's context.
+    Raises QjaxError where prompt and new tokens do not fit the model's context, and for a temperature that is not finite.
     """
     lengths = np.array([len(prompt) for prompt in prompts])
     limit = model.config.context
+    if not 0 <= temperature < math.inf:
+        raise QjaxError(f"temperature {temperature}: expected a finite number, 0 (the likeliest token) or above")
     if not len(prompts) or not lengths.min() or max_new_tokens < 1:
         raise QjaxError(f"prompts of {lengths.tolist()} tokens, {max_new_tokens} new: expected at least one of each")
     if lengths.max() + max_new_tokens - 1 > limit:
@@ -130,7 +134,8 @@ def _choose(logits: jax.Array, temperature: float, key: jax.Array) -> jax.Array:
     logits = logits[:, 0]
     if temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return jax.random.categorical(key, logits / temperature).astype(jnp.int32)
+    below_best = logits - jnp.max(logits, axis=-1, keepdims=True)  # a small temperature makes it -inf, never nan
+    return jax.random.categorical(key, below_best / max(temperature, SMALLEST_TEMPERATURE)).astype(jnp.int32)
 
 
 def _done(steps: list[np.ndarray], stop: Sequence[int], finished: Callable[[list[int]], bool] | None) -> np.ndarray:

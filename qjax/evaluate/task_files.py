@@ -121,6 +121,9 @@ def _hellaswag(path: Path) -> list[Question]:
         context, gold, *endings = lines[start : start + 6]
         if gold not in ("0", "1", "2", "3"):
             raise QjaxError(f"{path}: line {start + 2} is {gold[:20]!r}, expected the gold index, 0 to 3")
+        empty = [start + line for line, ending in enumerate(endings, start=3) if not ending]
+        if empty:
+            raise QjaxError(f"{path}: line {empty[0]}: an ending is empty")
         questions.append(multiple_choice(context, endings, int(gold)))
     return questions
 
@@ -159,7 +162,7 @@ def _csv_files(path: Path) -> dict[tuple[str, str], list[list[str]]]:
         try:
             with zipfile.ZipFile(path) as archive:
                 contents = {name: archive.read(name) for name in archive.namelist() if name.endswith(".csv")}
-        except (OSError, zipfile.BadZipFile, zlib.error) as error:
+        except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:  # RuntimeError: encrypted, compressed oddly
             raise QjaxError(f"task file {path} is no readable zip archive: {error}") from error
     files = {}
     for name, content in contents.items():
@@ -176,8 +179,11 @@ def _csv_rows(content: bytes, where: str) -> list[list[str]]:
     except (ValueError, csv.Error) as error:
         raise QjaxError(f"{where} is no CSV file: {error}") from error
     for number, row in enumerate(rows, start=1):
-        if len(row) != 6 or row[5] not in LETTERS or not row[5]:
+        if len(row) != 6 or row[5] not in tuple(LETTERS):
             raise QjaxError(
                 f"{where}: row {number}: expected question, four options and a letter A to D, got {len(row)} fields"
             )
+        empty = [str(option) for option, text in enumerate(row[1:5], start=1) if not text.strip()]
+        if empty:
+            raise QjaxError(f"{where}: row {number}: option {', '.join(empty)} is empty")
     return rows

@@ -107,6 +107,8 @@ def load_task(spec: str, max_questions: int | None = None) -> Task:
     name, colon, path = spec.partition(":")
     if (name not in TASKS and name != CLOZE) or (name == CLOZE and colon):
         raise QjaxError(_unknown(spec))
+    if colon and not path:
+        raise QjaxError(f"task {spec!r} names no file; expected {name}:PATH")
     if max_questions is not None and max_questions < 1:
         raise QjaxError(f"max_questions {max_questions}: expected at least 1, or None for all")
     if name == CLOZE:

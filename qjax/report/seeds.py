@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from qjax.errors import QjaxError
-from qjax.evaluate.statistics import aggregate_seeds
+from qjax.evaluate.statistics import accuracy_difference, aggregate_seeds
 from qjax.report.accuracy import tasks_of
 from qjax.report.numbers import number, significant, with_error
 from qjax.report.rendering import Column, Row, Table, columns_of, decimals
@@ -19,13 +19,17 @@ from qjax.report.tables import MEASURED, NOISE, describe, in_order, is_baseline,
 
 
 def seeds_of(rows: Sequence[Row]) -> list[list[Row]]:
-    """Rows that differ in their seed alone, of quantized models with more than one seed."""
+    """Rows that differ in their seed and what it drew alone, of quantized models with more than one seed.
+
+    Recipes that draw nothing give the same figures under every seed: these are no samples and are left out.
+    """
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        same = {key: value for key, value in row.items() if key not in MEASURED and key != "seed" and ":" not in key}
+        drawn = {"seed", *(["calibration_fingerprint"] if row.get("calibration_source") else [])}
+        same = {key: value for key, value in row.items() if key not in MEASURED | drawn and ":" not in key}
         if not is_baseline(row) and "window_nll" in row:
             groups.setdefault(json.dumps(same, sort_keys=True), []).append(row)
-    return [group for group in groups.values() if len(group) > 1]
+    return [group for group in groups.values() if any(row["window_nll"] != group[0]["window_nll"] for row in group)]
 
 
 def merge_seeds(rows: Sequence[Row]) -> list[Row]:
@@ -54,9 +58,12 @@ def _merge(group: Sequence[Row], baseline: Row) -> Row:
     tasks = [task for task in tasks_of(group) if f"answers:{task}" in baseline]
     for task in tasks:
         gold = np.array(baseline[f"gold:{task}"])
-        right = [np.equal(row[f"answers:{task}"], gold).astype(float) for row in (baseline, *group)]
-        found = aggregate_seeds([each - right[0] for each in right[1:]])
-        merged |= {f"accuracy_delta:{task}": found.value, f"accuracy_delta_stderr:{task}": found.stderr}
+        before, *right = (np.equal(row[f"answers:{task}"], gold) for row in (baseline, *group))
+        found = aggregate_seeds([each.astype(float) - before for each in right])
+        # The error over questions is that of a single seed's difference, which few changed answers do not make 0.
+        over_questions = float(np.mean([accuracy_difference(each, before).stderr for each in right]))
+        stderr = math.hypot(over_questions, found.between / math.sqrt(found.seeds))
+        merged |= {f"accuracy_delta:{task}": found.value, f"accuracy_delta_stderr:{task}": stderr}
         merged[f"accuracy_delta_between:{task}"] = found.between
     return merged
 

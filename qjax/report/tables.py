@@ -53,8 +53,9 @@ def split_tables(rows: Iterable[Row]) -> list[list[Row]]:
     """
     groups: dict[tuple, dict[str, Row]] = {}
     for row in rows:
+        measured = MEASURED | {"seed"} if is_baseline(row) else MEASURED  # no seed changes the unquantized model
         identity = json.dumps(
-            {key: value for key, value in row.items() if key not in MEASURED and ":" not in key}, sort_keys=True
+            {key: value for key, value in row.items() if key not in measured and ":" not in key}, sort_keys=True
         )
         groups.setdefault(_group(row), {})[identity] = row
     return [list(group.values()) for group in groups.values()]

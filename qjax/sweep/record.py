@@ -84,6 +84,7 @@ def calibration_columns(calibration: Calibration | None, order: Stage | None) ->
     return {
         "order": order and str(order),
         "calibration": used and used.name,
+        "calibration_source": used and used.source,
         "calibration_fingerprint": used and used.fingerprint,
         "calibration_windows": windows,
         "calibration_window_tokens": window,
