@@ -18,13 +18,15 @@ from qjax.report.figures import write_reports
 
 RECIPES = (
     *("rtn:int8-g128", "rtn:int4-g128", "rtn(clip=mse):int4-g128", "nf4-g64", "rtn:int3-g128", "rtn(clip=mse):int3-g128"),
-    *("rtn:int2-g128", "rtn(clip=mse):int2-g128"),
+    *("rtn:int2-g128", "rtn(clip=mse):int2-g128", "awq:int4-g128", "awq:int3-g128"),
+    *("gptq(clip=mse):int4-g128", "gptq(clip=mse):int3-g128", "gptq(clip=mse):int2-g128"),
 )
 
 
 def run(out: Path, *, tiny: bool = False) -> list[dict[str, object]]:
     """Measures what is missing in out/rows.jsonl and writes the tables and figures."""
     enable_compilation_cache()
+    model = qjax.load("bundled")
     sweep = qjax.Sweep(
         RECIPES[:1] if tiny else RECIPES,
         load_corpora(["python-docs"]),
@@ -33,8 +35,9 @@ def run(out: Path, *, tiny: bool = False) -> list[dict[str, object]]:
         tasks=load_tasks(["cloze"], 8 if tiny else None),
         divergence=True,
         speed=True,
+        calibration=qjax.load_calibration(model, "python-docs"),
     )
-    rows = qjax.run_sweep(qjax.load("bundled"), sweep, out)
+    rows = qjax.run_sweep(model, sweep, out)
     write_reports(out, rows)
     return rows
 

@@ -3,19 +3,34 @@
 JAX and everything that needs it is imported inside the commands, so that `qjax --help` answers at once.
 """
 
-import contextlib
 import json
-import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qjax.errors import QjaxError
+from qjax.options import (
+    MODEL_HELP,
+    CalibrationName,
+    CalibrationWindow,
+    CalibrationWindows,
+    ConventionName,
+    Data,
+    MaxQuestions,
+    MaxWindows,
+    ModelName,
+    OrderName,
+    Out,
+    Overwrite,
+    Rules,
+    Seed,
+    Tasks,
+)
+from qjax.terminal import console, live_sweep, print_accuracies, print_perplexity, print_tables, progress_bars
 
 if TYPE_CHECKING:
     from qjax.calibrate.tokens import Calibration
@@ -29,43 +44,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-MODEL_HELP = "Hugging Face folder or hub name, folder qjax saved, or 'bundled'."
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
-Data = Annotated[
-    list[str], typer.Option("--data", help="python-docs, wikitext2, ptb, c4, text:PATH or jsonl:PATH; may be repeated.")
-]
-ConventionName = Annotated[
-    str, typer.Option("--convention", help="windows-N[-bos], sliding-N-STRIDE or llama.cpp-N.", metavar="NAME")
-]
-Rules = Annotated[
-    list[str] | None,
-    typer.Option("--rule", help="PATTERN=RECIPE (or =none): recipe of the kernels whose path matches; may be repeated."),
-]
-MaxWindows = Annotated[int | None, typer.Option("--max-windows", min=0, help="Measure the first N windows only; 0: all.")]
-Tasks = Annotated[
-    str | None,
-    typer.Option(help="Comma-separated accuracy tasks: cloze, piqa:PATH, ...; a name alone is fetched from the hub."),
-]
-MaxQuestions = Annotated[
-    int | None, typer.Option("--max-questions", min=0, help="Ask the first N questions of a task; 0: all.")
-]
-CalibrationName = Annotated[
-    str | None,
-    typer.Option(
-        "--calibration",
-        help="Text that gptq, awq and so on calibrate on, as --data.",
-        show_default="the calibration part of --data",
-    ),
-]
-CalibrationWindows = Annotated[int, typer.Option(min=1, help="Windows of the calibration text, drawn by --seed.")]
-CalibrationWindow = Annotated[int, typer.Option(min=1, help="Tokens of a calibration window, cut to the model's context.")]
-OrderName = Annotated[
-    str | None,
-    typer.Option("--order", help="parallel, block, sequential or qep: for recipes without @ORDER.", show_default="qep"),
-]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Write into a folder that is not empty.")]
-Out = Annotated[Path, typer.Option("--out", help="Folder to write.")]
 INTERRUPTED = 130  # exit code after Ctrl-C
 METHODS, BITS = "rtn,gptq,awq,awq+gptq,nf4", "8,4,3,2"
 DEFAULT_WINDOWS = 128  # of the bundled text: paired differences to 0.2 % at 4 bits, 0.01 % at 8
@@ -126,9 +104,9 @@ def sweep(
     max_windows = _default_windows(model, data, max_windows)
     tokens = _calibration(loaded, (names, rules), calibration, data, calibration_windows, calibration_window, seed)
     plan = Sweep(tuple(names), corpora, measured, max_windows or None, rules, seed, asked, divergence, speed, tokens)
-    with _live_sweep() as watcher:
+    with live_sweep() as watcher:
         rows = run_sweep(loaded, plan, out, watcher)
-    _print_tables(rows)
+    print_tables(rows)
     for path in write_reports(out, read_rows(out / ROWS)):  # of earlier sweeps into this folder too
         typer.echo(path)
 
@@ -156,22 +134,26 @@ def quantize(
     from qjax.files import prepare_output_folder, write_atomically
     from qjax.report.rendering import to_rich
     from qjax.report.tables import layers_table
+    from qjax.sweep.cells import canonical
     from qjax.sweep.record import layer_rows
+    from qjax.sweep.runner import rules_in_order
     from qjax.sweep.store import LAYERS
 
+    (recipe,), rules = canonical([recipe], order), rules_in_order(rule or (), order)
     prepare_output_folder(out, overwrite=overwrite)
     loaded = _load(model)
-    asked_of = ([recipe], rule or ())
+    total = len(driver.placement(loaded, recipe, rules))
+    asked_of = ([recipe], rules)
     tokens = _calibration(loaded, asked_of, calibration, _own_text(model), calibration_windows, calibration_window, seed)
-    with _progress() as progress:
-        task = progress.add_task("quantizing", total=len(driver.placement(loaded, recipe, rule or ())))
+    with progress_bars() as progress:
+        task = progress.add_task("quantizing", total=total)
         quantized, done = driver.quantize(
-            loaded, recipe, calibration=tokens, rules=rule or (), order=order, on_layer=lambda _: progress.advance(task)
+            loaded, recipe, calibration=tokens, rules=rules, on_layer=lambda _: progress.advance(task)
         )
     save(out, quantized, overwrite=True)
     write_atomically(out / LAYERS, "".join(json.dumps(row) + "\n" for row in layer_rows(None, done)))
     if report:
-        _console().print(to_rich(layers_table(done.layers)))
+        console().print(to_rich(layers_table(done.layers)))
     typer.echo(
         f"{out}: {quantized.recipe}, {done.bits_per_weight:.3f} bits per quantized weight, "
         f"{done.model_bits_per_weight:.3f} over the whole model, {done.size_bytes:,} bytes"
@@ -208,11 +190,11 @@ def sensitivity(
     tokens = _calibration(loaded, (names, ()), calibration, data, calibration_windows, calibration_window, seed)
     max_windows = _default_windows(model, data, max_windows)
     plan = Sweep(tuple(names), corpora, measured, max_windows or None, seed=seed, calibration=tokens, one_block=True)
-    with _live_sweep() as watcher:
+    with live_sweep() as watcher:
         rows = run_sweep(loaded, plan, out, watcher)
     for number, part in enumerate(split_tables(rows), start=1):
         table = sensitivity_table(part)
-        _console().print(to_rich(table))
+        console().print(to_rich(table))
         for path in write_table(out, f"sensitivity-{number}", table):
             typer.echo(path)
 
@@ -248,9 +230,9 @@ def evaluate(
         for task, figures in found.items():
             shown = ", ".join(f"{name.removesuffix(',none')} {value:.4f}" for name, value in figures.items() if "," in name)
             typer.echo(f"{loaded.name} ({loaded.recipe}) on {task}: {shown}")
-    _print_accuracies(loaded, asked, packed=packed)
+    print_accuracies(loaded, asked, packed=packed)
     for corpus in corpora:
-        with _progress() as progress:
+        with progress_bars() as progress:
             task = progress.add_task(corpus.name, total=None)
             result = perplexity(
                 loaded,
@@ -260,30 +242,7 @@ def evaluate(
                 packed=packed,
                 on_batch=lambda done, total, task=task: progress.update(task, completed=done, total=total),
             )
-        error = f" ± {result.stderr:.4f}" if math.isfinite(result.stderr) else ""
-        typer.echo(
-            f"{loaded.name} ({loaded.recipe}) on {result.corpus}: perplexity {result.value:.4f}{error}, "
-            f"{result.nll:.5f} nats a token, {result.bits_per_byte:.4f} bits a byte "
-            f"[{result.convention}, {result.tokens:,} tokens, {result.tokens_per_second:,.0f} tokens/s]"
-        )
-
-
-def _print_accuracies(model: "Model", tasks: tuple, *, packed: bool) -> None:
-    from qjax.evaluate.choices import accuracy
-
-    for task in tasks:
-        with _progress() as progress:
-            bar = progress.add_task(task.name, total=None)
-            show = lambda done, total, bar=bar, progress=progress: progress.update(bar, completed=done, total=total)  # noqa: E731
-            found = accuracy(model, task, packed=packed, on_batch=show)
-        kind = "accuracy" if found.kind == "choices" else "last words"
-        more = f", by length {found.normalised:.2%}" if found.answers_normalised else f", perplexity {found.perplexity:.4g}"
-        error = f" ± {found.stderr:.2%}" if math.isfinite(found.stderr) else ""
-        cut = f", {found.truncated} cut to the context" if found.truncated else ""
-        typer.echo(
-            f"{model.name} ({model.recipe}) on {task.name}: {kind} {found.value:.2%}{error}{more} "
-            f"[{len(found.gold):,} questions{cut}, {found.seconds:.1f} s]"
-        )
+        print_perplexity(loaded, result)
 
 
 @app.command()
@@ -304,10 +263,11 @@ def generate(
     """Let a model, quantized or not, go on with a prompt."""
     from qjax.driver import quantize as quantize_model
     from qjax.evaluate.generate import generate_text
+    from qjax.sweep.cells import canonical
 
+    asked_of = ([] if recipe is None else canonical([recipe]), ())
     loaded = _load(model)
     if recipe is not None:
-        asked_of = ([recipe], ())
         read = _calibration(loaded, asked_of, calibration, _own_text(model), calibration_windows, calibration_window, seed)
         loaded, _ = quantize_model(loaded, recipe, calibration=read)
     typer.echo(prompt, nl=False)
@@ -335,11 +295,11 @@ def info(
     if (model is None) == (parameters is None):
         raise QjaxError("info: give either a model or --parameters, for example `qjax info --parameters 7e9`")
     if model is None:
-        _console().print(to_rich(parameters_table(parameters)))
+        console().print(to_rich(parameters_table(parameters)))
         return
     from qjax.driver import kernel_shapes
 
-    _console().print(to_rich(memory_table(*kernel_shapes(_load(model)), title=model)))
+    console().print(to_rich(memory_table(*kernel_shapes(_load(model)), title=model)))
 
 
 @app.command()
@@ -353,7 +313,7 @@ def report(
     rows = read_rows(folder / ROWS)
     if not rows:
         raise QjaxError(f"{folder / ROWS} holds no rows; `qjax sweep --out {folder}` writes them")
-    _print_tables(rows)
+    print_tables(rows)
     for path in write_reports(folder, rows):
         typer.echo(path)
 
@@ -364,7 +324,7 @@ def formats() -> None:
     from qjax.report.rendering import to_rich
     from qjax.report.tables import formats_table
 
-    _console().print(to_rich(formats_table()))
+    console().print(to_rich(formats_table()))
 
 
 @app.command()
@@ -373,7 +333,7 @@ def recipes() -> None:
     from qjax.report.rendering import to_rich
     from qjax.report.tables import recipes_table
 
-    _console().print(to_rich(recipes_table()))
+    console().print(to_rich(recipes_table()))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -473,70 +433,3 @@ def _prepare(folder: Path) -> None:
     probe = folder / f".probe-{os.getpid()}"
     probe.write_bytes(b"")
     probe.unlink()
-
-
-def _console():
-    from rich.console import Console
-
-    return Console()
-
-
-def _progress():
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    from rich.console import Console
-
-    return Progress(*columns, console=Console(stderr=True), transient=True)
-
-
-@contextlib.contextmanager
-def _live_sweep() -> Iterator[object]:
-    """A live display of the cells of a sweep."""
-    from qjax.sweep.runner import Watcher
-
-    with _progress() as progress:
-        cells = progress.add_task("cells")
-        work = progress.add_task("")
-
-        class Live(Watcher):
-            def cell(self, number, total, recipe, corpus):
-                progress.update(cells, completed=number - 1, total=total)
-                progress.update(work, description=f"{recipe}: quantizing", completed=0, total=None)
-                self.label = f"{recipe} on {corpus}"
-
-            def layer(self, record):
-                progress.advance(work)
-
-            def batch(self, done, total):
-                progress.update(work, description=self.label, completed=done, total=total)
-
-            def row(self, row, is_new):
-                note = "" if is_new else " (measured before)"
-                progress.console.print(
-                    f"{row['recipe']:<28} {row['bits_per_weight']:7.3f} bits  {row['corpus']:<14} "
-                    f"perplexity {row['perplexity']:.4f}{note}",
-                    highlight=False,
-                    soft_wrap=True,
-                )
-
-        yield Live()
-
-
-def _print_tables(rows: list[dict[str, object]]) -> None:
-    from qjax.report.accuracy import accuracy_table, divergence_table, has_divergence, tasks_of
-    from qjax.report.rendering import to_rich
-    from qjax.report.seeds import seeds_of, seeds_table
-    from qjax.report.tables import perplexity_table, split_tables
-    from qjax.report.tradeoff import has_speed, tradeoff_table
-
-    for part in split_tables(rows):
-        _console().print(to_rich(perplexity_table(part)))
-        if tasks_of(part):
-            _console().print(to_rich(accuracy_table(part)))
-        if seeds_of(part):
-            _console().print(to_rich(seeds_table(part)))
-        if has_speed(part):
-            _console().print(to_rich(tradeoff_table(part)))
-        if has_divergence(part):
-            _console().print(to_rich(divergence_table(part)))

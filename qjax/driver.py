@@ -5,7 +5,8 @@ names them. The casts fp32, bf16 and fp16 are storage types of the whole model: 
 
 A decoder is quantized block by block. Beyond the model and its result this holds the float32 weights, Hessians and factors of
 one block, one batch of its activations, and the hidden states of all calibration tokens between two blocks (twice for the
-order `qep`)."""
+order `qep`).
+"""
 
 import re
 import time
@@ -113,7 +114,8 @@ def quantize_together(
 
 def calibration_order(model: Model, recipe: str | Recipe | None, rules: Iterable[str | Rule] = ()) -> Stage | None:
     """The order in which `quantize` would read calibration data; None when it would read none. Raises what `quantize`
-    raises."""
+    raises.
+    """
     return _one_order(placement(model, recipe, rules))
 
 
@@ -131,12 +133,10 @@ def _quantize_decoder(
     config, dtype = model.config, compute_dtype()
     run, allowed = stages(config, dtype), folds(config)
     needed = any(recipe and recipe.statistics for plan in plans for recipe in plan.values())
-    weights = []
-    exact = current = []
-    if needed:
-        pieces = list(_batches(calibration))
-        weights = [weight for _, weight in pieces]
-        exact = current = [run.embed(model.params["embed"], tokens) for tokens, _ in pieces]
+    pieces = list(_batches(calibration)) if needed else []
+    weights = [weight for _, weight in pieces]
+    current = [run.embed(model.params["embed"], tokens) for tokens, _ in pieces]
+    exact = list(current) if order.alpha else []  # hidden states of the unquantized model, where an order compares with them
     last = max((i for i in range(config.layers) for plan in plans if _calibrated(plan, f"block_{i}/")), default=-1)
     head = any(_calibrated(plan, "head/") for plan in plans)
     parts, shared = [], {}
@@ -153,22 +153,17 @@ def _quantize_decoder(
         is_head = name == "head"
         module = Head(config, dtype) if is_head else Block(config, dtype)
         further = (embedding_table(model),) if is_head else ()
-        batches, floats = (
-            [Batch((x, *further), w) for x, w in zip(states, weights, strict=True)] for states in (current, exact)
-        )
+        batches = [Batch((x, *further), w) for x, w in zip(current, weights, strict=True)]
+        references = [Batch((x, *further), w) for x, w in zip(exact, weights, strict=False)]
         if batches and module not in shared:  # equal blocks are traced once
             shared[module] = sharing(module, params, *batches[0].args)
         part = Part(module, prefix, params, views, shared.get(module, {}), () if is_head else allowed)
-        found = quantize_part(part, inside, order, batches, floats if order.alpha else None, on_layer)
+        found = quantize_part(part, inside, order, batches, references, on_layer)
         parts.append((prefix, [each._replace(floating={}, outputs=[]) for each in found]))  # lives no longer than its block
         if is_head or not needed or not (head or int(name.removeprefix("block_")) < last):
             continue
-        before = current
         current = found[0].outputs or [run.block(found[0].floating if order.prefix else params, x) for x in current]
-        if order.alpha:
-            exact = [run.block(params, x) for x in exact]
-        elif before is exact:
-            exact = current
+        exact = [run.block(params, x) for x in exact]
     return parts
 
 

@@ -3,7 +3,8 @@
 
 class QjaxError(Exception):
     """A user's mistake (bad path, unknown recipe, broken file). The message is one line that says what was got,
-    what was expected and what to do; the command line prints it without a traceback and exits with code 2."""
+    what was expected and what to do; the command line prints it without a traceback and exits with code 2.
+    """
 
 
 class QjaxWarning(UserWarning):

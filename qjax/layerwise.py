@@ -61,7 +61,8 @@ class LayerRecord(NamedTuple):
 class Part:
     """A module to quantize. prefix: of its kernels' paths in the whole model. shared: for every linear layer, in the order of
     the calls, the first with the same input (`calibrate.capture.sharing`); may be empty where nothing is calibrated. folds:
-    which layers' input scale goes where."""
+    which layers' input scale goes where.
+    """
 
     module: nn.Module
     prefix: str
@@ -88,14 +89,15 @@ def quantize_part(
     plans: Sequence[Plan],
     order: Order,
     batches: Sequence[Batch] = (),
-    exact: Sequence[Batch] | None = None,
+    exact: Sequence[Batch] = (),
     on_layer: Callable[[LayerRecord], None] = lambda record: None,
 ) -> list[Quantized]:
     """The part's kernels by each plan. Plans may be several where the order takes no input from quantized layers.
 
     batches: the part's inputs, as the order has them; none are needed by plans that read no calibration data. exact: its
     inputs in the unquantized model, for orders with a correction. Raises QjaxError for inputs that are not finite and layers
-    that cannot be captured."""
+    that cannot be captured.
+    """
     flat = flatten_dict(part.params, sep="/")
     needing = [{path: recipe for path, recipe in plan.items() if recipe and recipe.statistics} for plan in plans]
     shared = part.shared
@@ -127,14 +129,13 @@ def quantize_part(
 
     reads_before = not order.inside or any(recipe.transforms for plan in needing for recipe in plan.values())
     before, outputs = capture(list(part.views), part.params) if reads_before and any(needing) else Captured({}, [])
-    memo = Memo()
-    results = []
+    shared_memo, results = Memo(), []
     for plan, calibrated in zip(plans, needing, strict=True):
         base, scales = _transform(part, flat, calibrated, shared, before, batches)
         current, leaves, records = dict(base), {}, {}
         for group in _in_call_order(plan, shared) if order.inside else [list(plan)]:
             statistics = before
-            memo = Memo() if order.inside else memo  # there nothing is shared beyond a group
+            memo = Memo() if order.inside else shared_memo  # inside, nothing is shared beyond a group
             if order.inside and any(path in calibrated for path in group):
                 statistics = capture(
                     group, unflatten_dict(current, sep="/"), drift=order.alpha > 0, reference=unflatten_dict(base, sep="/")
@@ -212,7 +213,8 @@ def _transform(
     batches: Sequence[Batch],
 ) -> tuple[Mapping[str, Array], dict[str, Scale]]:
     """The float leaves after all transforms, and the scale of each kernel that got one; what the module computes is
-    unchanged."""
+    unchanged.
+    """
     todo = {path: recipe for path, recipe in plan.items() if recipe.transforms}
     base, scales = dict(flat), {}
     for fold in part.folds:
@@ -225,7 +227,8 @@ def _transform(
         scales |= dict.fromkeys(paths, Scale(scale, folded=True))
     for path, recipe in todo.items():
         if path not in scales:
-            scales[path] = Scale(_find_scale(part, [path], flat, recipe, statistics[shared[path]], batches), folded=False)
+            scale = _find_scale(part, [path], flat, recipe, statistics[shared[path]], batches)
+            scales[path] = Scale(storable_input_scale(scale)[1], folded=False)  # the weight makes up for what is stored
     return base, scales
 
 
@@ -240,7 +243,7 @@ def _find_scale(part, paths, flat, recipe, statistics, batches) -> Float[Array, 
         total = total * scale
         weights = [weight * scale[:, None] for weight in weights]
         statistics = rescale(statistics, scale)
-    return storable_input_scale(total)[1]
+    return total
 
 
 def _module_error(part, paths, flat, scale, statistics, batches) -> Callable[[Sequence[Array]], Array]:
@@ -299,7 +302,8 @@ def round_weight(
     memo: Memo | None = None,
 ) -> tuple[QTensor, Info]:
     """Applies a recipe's rounding to one (in, out) weight. Raises QjaxError for statistics that it needs and that are not
-    there."""
+    there.
+    """
     stage = recipe.rounding
     function, options = method(stage.name), dict(stage.options)
     needed = statistics_of(stage)
@@ -315,14 +319,15 @@ def round_weight(
 
 
 @functools.cache
-def check_recipe(recipe: Recipe, shape: tuple[int, int], path: str) -> None:
-    """Raises QjaxError, naming the kernel, for options that contradict each other or the kernel's shape; computes nothing."""
+def problem_of(recipe: Recipe, shape: tuple[int, int]) -> str | None:
+    """What is wrong with a rounding's options, alone or for a kernel of this shape; None if nothing is. Computes nothing."""
     array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     statistics = {"hessian": array((shape[0],) * 2), "abs_mean": array(shape[:1]), "abs_max": array(shape[:1])}
     try:
         jax.eval_shape(lambda weight, known: round_weight(weight, recipe, known)[0].codes, array(shape), statistics)
     except QjaxError as error:
-        raise QjaxError(f"{path}: {error}") from None
+        return str(error)
+    return None
 
 
 def _record(part, path, recipe, kernel, rounded, started) -> LayerRecord:

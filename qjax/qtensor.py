@@ -153,7 +153,8 @@ def nbytes(tree: PyTree) -> int:
 
 def dequantize_tree(tree: PyTree, dtype: DTypeLike | None = jnp.float32) -> PyTree:
     """Every QTensor and QLinear of a tree as a floating-point array, other leaves cast too (dtype None leaves them as they
-    are)."""
+    are).
+    """
 
     def convert(leaf):
         if is_quantized(leaf):

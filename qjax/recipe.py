@@ -57,7 +57,8 @@ class Stage:
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """Transforms, then a rounding, to a weight format and perhaps an activation format; build it with
-    `parse_recipe`."""
+    `parse_recipe`.
+    """
 
     transforms: tuple[Stage, ...]
     rounding: Stage

@@ -26,6 +26,21 @@ def byte_tokenizer(bos: bool = False):
     return wrap_tokenizer(inner)
 
 
+GPT2 = {  # changes that make `tiny_config` a GPT-2
+    "family": "gpt2",
+    "mlp_size": 128,
+    "kv_heads": 4,
+    "norm": "layer",
+    "activation": "gelu_tanh",
+    "gated": False,
+    "positions": "learned",
+    "qkv_bias": True,
+    "attention_output_bias": True,
+    "mlp_bias": True,
+    "tied": True,
+}
+
+
 def tiny_config(**changes) -> DecoderConfig:
     """A Llama of 2 layers and 32 features, context 32, 257 tokens."""
     base = {

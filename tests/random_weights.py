@@ -18,7 +18,8 @@ def weights_model(config: DecoderConfig, tokenizer=None, seed: int = 0, dtype=jn
 
 def small_model(config: DecoderConfig, tokenizer=None, seed: int = 0, dtype=jnp.float32) -> Model:
     """A model that computes something sensible: kernels that keep the size of what they are given, biases of 0.1, and norms
-    whose channels differ as much as those of trained models."""
+    whose channels differ as much as those of trained models.
+    """
     generator = np.random.default_rng(seed)
     leaves = {}
     for path, shape in parameter_shapes(config).items():

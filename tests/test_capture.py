@@ -219,3 +219,23 @@ def test_a_module_that_cannot_be_hashed():
     params = shapes_of(module, x)
     quantized, _ = qjax.quantize_flax(module, params, "gptq:int8-g2@parallel", batches=[(x,)])
     assert qjax.qtensor.is_quantized(quantized["layer_1"]["kernel"])
+
+
+class Sometimes(nn.Module):
+    """A layer that a flag leaves out."""
+
+    @nn.compact
+    def __call__(self, x, more):
+        x = nn.Dense(4, name="always")(x)
+        return nn.Dense(4, name="sometimes")(x) if more else x
+
+
+def test_batches_need_not_reach_every_layer():
+    module, x = Sometimes(), jnp.ones((3, 4))
+    params = module.init(jax.random.key(0), x, True)["params"]
+    sizes = {"always/kernel": 4, "sometimes/kernel": 4}
+    batches = [Batch((x, True)), Batch((x, False)), Batch((x, True))]
+    found = capture_statistics(module, params, batches, sizes, ["abs_max"]).statistics
+    assert (int(found["always/kernel"]["tokens"]), int(found["sometimes/kernel"]["tokens"])) == (9, 6)
+    with pytest.raises(QjaxError, match=r"no calibration token.*block/sometimes/kernel"):
+        capture_statistics(module, params, [Batch((x, False))], sizes, ["abs_max"], prefix="block/")

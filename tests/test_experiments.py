@@ -34,6 +34,14 @@ def test_accuracy(tmp_path):
     assert {path.name.rpartition("-")[2] for path in tmp_path.glob("*.md")} >= {"accuracy.md", "divergence.md", "tradeoff.md"}
 
 
+def test_order(tmp_path):
+    run("order.py", "--tiny", "--out", tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [(row["seed"], row["order"]) for row in rows if row["order"]] == [(0, "parallel"), (1, "parallel")]
+    (table,) = tmp_path.glob("*-seeds.md")
+    assert "gptq:int4-g128@parallel" in table.read_text()
+
+
 @pytest.mark.slow
 def test_train_bundled_model(tmp_path):
     pytest.importorskip("orbax.checkpoint")

@@ -25,23 +25,10 @@ from qjax.models.model import apply
 from qjax.models.parameters import flatten, unflatten
 from qjax.qtensor import dequantize
 from qjax.rounding.nearest import rtn
-from tests.conftest import byte_tokenizer, random_model, tiny_config
+from tests.conftest import GPT2, byte_tokenizer, random_model, tiny_config
 from tests.paths import real_data
 from tests.random_weights import weights_model
 
-GPT2 = {
-    "family": "gpt2",
-    "mlp_size": 128,
-    "kv_heads": 4,
-    "norm": "layer",
-    "activation": "gelu_tanh",
-    "gated": False,
-    "positions": "learned",
-    "qkv_bias": True,
-    "attention_output_bias": True,
-    "mlp_bias": True,
-    "tied": True,
-}
 CONFIGS = {
     "llama": tiny_config(),
     "llama-tied": tiny_config(tied=True, rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 16), bos_id=1, eos_id=2),

@@ -5,11 +5,11 @@ import io
 import math
 import subprocess
 import sys
-from typing import NamedTuple
 
 import pytest
 
 from qjax.errors import QjaxError
+from qjax.layerwise import LayerRecord
 from qjax.report.rendering import Column, Table, latex_escape
 from qjax.report.tables import (
     formats_table,
@@ -193,19 +193,9 @@ def test_recipes_table():
 
 
 def test_layers_table():
-    class Record(NamedTuple):
-        path: str
-        recipe: str
-        in_features: int
-        out_features: int
-        bits_per_weight: float
-        weight_error: float | None = None
-        clipped: float | None = None
-        seconds: float = 0.0
-
     records = [
-        Record("block_0/mlp/up/kernel", "rtn:int4-g128", 128, 256, 4.15625, 0.01, 0.0, 0.5),
-        Record("head/output/kernel", "none", 128, 512, 16.0),
+        LayerRecord("block_0/mlp/up/kernel", "rtn:int4-g128", 128, 256, 4.15625, 0.01, 0.0, seconds=0.5),
+        LayerRecord("head/output/kernel", "none", 128, 512, 16.0),
     ]
     lines = to_markdown(layers_table(records)).splitlines()
     assert "rtn:int4-g128" in lines[0]  # a recipe that all share is in the title

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+import qjax
 from qjax.errors import QjaxError
 from qjax.evaluate.corpora import Corpus
 from qjax.evaluate.perplexity import parse_convention
@@ -147,6 +148,20 @@ def test_a_recipe_that_diverges_gets_a_row_and_the_sweep_goes_on(tiny_model, tmp
     broken = tiny_model._replace(params=jax.tree.map(lambda leaf: leaf * np.nan, tiny_model.params))
     with pytest.raises(QjaxError, match="not finite"):
         run_sweep(broken, plan("nf4"), tmp_path / "broken")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("gptq(static_groups=false):int4-g16", "static_groups=false with act_order"),
+        ("gptq(block=0):int4-g16", "block at least 1"),
+    ],
+)
+def test_options_that_contradict_each_other_are_found_before_anything_is_measured(tiny_model, tmp_path, recipe, message):
+    tokens = qjax.Calibration(np.zeros((2, 32), np.int32))
+    with pytest.raises(QjaxError, match=f"block_0/attention/.*{message}"):
+        run_sweep(tiny_model, plan("rtn:int4-g16", recipe, calibration=tokens), tmp_path)
+    assert not (tmp_path / ROWS).exists()
 
 
 def test_paired_difference():

@@ -199,7 +199,7 @@ def test_no_network_is_said(monkeypatch):
         raise ConnectionError("no route to host")
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=fail))
-    with pytest.raises(QjaxError, match=r"'piqa' cannot be fetched .*no route to host.*or piqa:PATH"):
+    with pytest.raises(QjaxError, match=r"'piqa' cannot be fetched .*no route to host.*or give piqa:PATH"):
         load_task("piqa")
     assert set(HUB) <= set(TASKS)
 

@@ -2,7 +2,8 @@
 
 The statistics are updated inside the compiled run, so activations never leave it. Layers that are given the same array (q, k
 and v; gate and up) share one set of statistics, under the path of the first of them: `sharing` finds out by tracing, in any
-Linen module."""
+Linen module.
+"""
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,7 +22,8 @@ from qjax.interception import recorded
 
 class Batch(NamedTuple):
     """Arguments of module.apply, and how much each token counts: an array whose axes are the first axes of every layer's
-    input."""
+    input.
+    """
 
     args: tuple
     weights: Float[Array, "..."] | None = None
@@ -67,7 +69,7 @@ def programs(module: nn.Module) -> Programs:
         new, hidden = dict(states), []
         for path in paths:
             try:
-                for x, y in zip(inputs[path], exact[path], strict=True):
+                for x, y in zip(inputs.get(path, ()), exact.get(path, ()), strict=True):  # a batch need not reach every layer
                     counts = _token_weights(path, weights, x.shape[:-1])
                     flat, other = (a.reshape(-1, a.shape[-1]).astype(jnp.float32) for a in (x, y))
                     new[path] = {name: STATISTICS[name].update(new[path][name], flat, other, counts) for name in names}
@@ -94,7 +96,8 @@ def programs_of(module: nn.Module) -> Programs:
 
 def split_arguments(args: tuple) -> tuple[tuple, list]:
     """(static, arrays): arguments with arrays taken out, and the arrays, so that flags such as train=False stay Python
-    values."""
+    values.
+    """
     leaves, tree = jax.tree.flatten(args, is_leaf=lambda leaf: leaf is None)
     is_array = [isinstance(leaf, (jax.Array, np.ndarray)) for leaf in leaves]
     others = tuple(None if array else leaf for leaf, array in zip(leaves, is_array, strict=True))

@@ -27,7 +27,8 @@ from qjax.errors import QjaxError
 @dataclasses.dataclass(frozen=True)
 class Order:
     """prefix: inputs come from the quantized blocks before. inside: also from the quantized layers of the same block.
-    alpha: share of the correction for the error of the inputs; damp: added to H' in it, relative to its mean diagonal."""
+    alpha: share of the correction for the error of the inputs; damp: added to H' in it, relative to its mean diagonal.
+    """
 
     prefix: bool
     inside: bool

@@ -2,7 +2,8 @@
 
 The text's documents are joined, tokenized and cut into windows one after the other; `windows` of them are drawn without
 replacement by a JAX key made from the seed. GPTQ's code draws 128 windows of 2048 tokens from C4; so does the default here,
-with windows that fit the model."""
+with windows that fit the model.
+"""
 
 import hashlib
 from typing import NamedTuple
@@ -20,7 +21,8 @@ WINDOWS, WINDOW = 128, 2048
 
 class Calibration(NamedTuple):
     """tokens (windows, time) int32; weights of the same shape, how much each counts (0 leaves it out), None for all equal.
-    name, source: where they are from, and the fingerprint of that text."""
+    name, source: where they are from, and the fingerprint of that text.
+    """
 
     tokens: Int[np.ndarray, "windows time"]
     weights: Float[np.ndarray, "windows time"] | None = None

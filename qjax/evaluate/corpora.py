@@ -31,12 +31,13 @@ import sysconfig
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 from qjax.errors import QjaxError
 from qjax.files import expand
 
 Split = Literal["test", "calibration"]
+T = TypeVar("T")
 
 BLANK_LINE = "\n\n"
 HELD_OUT_FRACTION = 0.25
@@ -262,19 +263,27 @@ def _c4(split: Split) -> tuple[str, ...]:
 
 
 def _fetch(name: str, column: str, *location: str, **options: object) -> tuple[str, ...]:
+    return fetch(f"corpus {name!r}", "use text:PATH", lambda rows: tuple(rows[column]), *location, **options)
+
+
+def fetch(what: str, instead: str, read: Callable[[object], T], *location: str, **options: object) -> T:
+    """read(rows) of a data set on the hub, which `datasets` downloads once and keeps.
+
+    what: of the message where that fails, whatever the reason. instead: how to do without. Raises QjaxError.
+    """
     try:
         import datasets
     except ImportError as error:
-        raise QjaxError(f"corpus {name!r} needs the datasets package: pip install datasets, or use text:PATH") from error
+        raise QjaxError(f"{what} needs the datasets package: pip install datasets, or {instead}") from error
     hub_log = logging.getLogger("huggingface_hub")  # tells each failed attempt; the error below tells the last
     level = hub_log.level
     try:
         hub_log.setLevel(logging.ERROR)
-        return tuple(datasets.load_dataset(*location, **options)[column])
+        return read(datasets.load_dataset(*location, **options))
     except Exception as error:  # hub, HTTP, cache and script errors share no base class
         reason = " ".join(str(error).split())[:160]
         raise QjaxError(
-            f"corpus {name!r} cannot be fetched ({type(error).__name__}: {reason}); it needs the network once; or use text:PATH"
+            f"{what} cannot be fetched ({type(error).__name__}: {reason}); it needs the network once; or {instead}"
         ) from error
     finally:
         hub_log.setLevel(level)

@@ -20,7 +20,8 @@ class Question(NamedTuple):
 
 class Task(NamedTuple):
     """Named questions. kind: "choices" (the likeliest candidate is the answer) or "last-word" (one candidate, right when each
-    of its tokens is the likeliest)."""
+    of its tokens is the likeliest).
+    """
 
     name: str
     kind: Literal["choices", "last-word"]

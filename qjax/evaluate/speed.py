@@ -17,7 +17,7 @@ import numpy as np
 
 from qjax.evaluate.generate import generate, layout_of
 from qjax.models.model import Model, compute_dtype, embedding_table, empty_caches, stages
-from qjax.qtensor import dequantize_tree, nbytes
+from qjax.qtensor import dequantize_tree, is_quantized, nbytes
 
 
 class Speed(NamedTuple):
@@ -63,8 +63,6 @@ def measure_speed(
 
 
 def _cast(params):
-    from qjax.qtensor import is_quantized
-
     def cast(leaf):
         keep = is_quantized(leaf) or not jnp.issubdtype(leaf.dtype, jnp.floating)
         return leaf if keep else leaf.astype(compute_dtype())

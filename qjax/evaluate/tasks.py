@@ -12,12 +12,12 @@ of multiple choice, asked as it stands.
 
 import dataclasses
 import difflib
-import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from qjax.errors import QjaxError
 from qjax.evaluate.cloze import cloze_questions
+from qjax.evaluate.corpora import fetch
 from qjax.evaluate.questions import Question, Task, last_word, make_task, multiple_choice, multiple_context
 from qjax.evaluate.task_files import read_task_file
 
@@ -28,7 +28,8 @@ Row = Mapping[str, object]
 @dataclasses.dataclass(frozen=True)
 class Asked:
     """How a task is asked. suffix: behind the query of a task file; hub: arguments of datasets.load_dataset; convert: a row of
-    that data set as a question."""
+    that data set as a question.
+    """
 
     suffix: str = ""
     hub: tuple[str, ...] = ()
@@ -147,18 +148,5 @@ def _fetch(name: str) -> list[Question]:
     asked = TASKS[name]
     if asked.convert is None:
         raise QjaxError(f"task {name!r} is read from a file: give {name}:PATH")
-    import datasets
-
-    hub_log = logging.getLogger("huggingface_hub")  # tells each failed attempt; the error below tells the last
-    level = hub_log.level
-    try:
-        hub_log.setLevel(logging.ERROR)
-        rows = datasets.load_dataset(*asked.hub, split=asked.split)
-        return [asked.convert(row) for row in rows]
-    except Exception as error:  # hub, HTTP, cache and script errors share no base class
-        reason = " ".join(str(error).split())[:160]
-        raise QjaxError(
-            f"task {name!r} cannot be fetched ({type(error).__name__}: {reason}); it needs the network once; or {name}:PATH"
-        ) from error
-    finally:
-        hub_log.setLevel(level)
+    read = lambda rows: [asked.convert(row) for row in rows]  # noqa: E731
+    return fetch(f"task {name!r}", f"give {name}:PATH", read, *asked.hub, split=asked.split)

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 SMALLEST_PIVOT = 1e-6  # of the mean diagonal: below it a pivot is rounding noise of float32
 FIRST_DAMP = 1e-3  # what the escalation starts from when no damping was asked for
@@ -29,14 +29,18 @@ ATTEMPTS = 8
 
 
 class Factor(NamedTuple):
-    """order (in,): the inputs in the order they are rounded. feedback (in, in): strictly lower triangular, and pivots (in,)
-    R_ii, both in that order. damp: the relative damping used, more than asked for where the Hessian needed it. dead (in,)."""
+    """A damped Hessian's factor.
+
+    order (in,): the inputs in the order they are rounded. feedback (in, in), strictly lower triangular, and pivots (in,), R_ii:
+    in that order. damp: the relative damping used, more than asked for where the Hessian needed it. added (in,): what was put
+    on the diagonal in all, in the Hessian's own order.
+    """
 
     order: Int[Array, " in"]
     feedback: Float[Array, "in in"]
     pivots: Float[Array, " in"]
     damp: Float[Array, ""]
-    dead: Bool[Array, " in"]
+    added: Float[Array, " in"]
 
 
 @functools.partial(jax.jit, static_argnames="act_order")
@@ -53,7 +57,8 @@ def factorize(hessian: Float[Array, "in in"], *, damp: float | Float[Array, ""] 
     count = len(diagonal)
     order = jnp.argsort(-diagonal, stable=True) if act_order else jnp.arange(count)
     backwards = order[::-1]
-    alive = hessian + jnp.diag(jnp.where(dead, mean, 0.0))
+    revived = jnp.where(dead, mean, 0.0)
+    alive = hessian + jnp.diag(revived)
     reversed_hessian = alive[backwards][:, backwards]
 
     def attempt(relative):
@@ -73,4 +78,4 @@ def factorize(hessian: Float[Array, "in in"], *, damp: float | Float[Array, ""] 
     root = lower[::-1, ::-1]
     pivots = jnp.diagonal(root)
     feedback = jnp.tril((root / pivots).T, -1)
-    return Factor(order, feedback, pivots, damp, dead)
+    return Factor(order, feedback, pivots, damp, damp * mean + revived)

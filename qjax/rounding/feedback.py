@@ -20,7 +20,8 @@ from qjax.formats import Format
 
 class RowGrid(NamedTuple):
     """The grid of each input's weights: float32, (rows, out) or what broadcasts against it. inverse: 1 / scale, 0 for a scale
-    of 0."""
+    of 0.
+    """
 
     inverse: jax.Array
     decoded_scale: jax.Array

@@ -28,7 +28,7 @@ from qjax.formats import Format, parse_format
 from qjax.qtensor import QTensor, from_codes
 from qjax.rounding.factor import Factor, factorize
 from qjax.rounding.feedback import RowGrid, round_with_feedback, row_grid
-from qjax.rounding.info import Info
+from qjax.rounding.info import Info, relative
 from qjax.rounding.nearest import Clip, check_clip, check_shapes
 from qjax.rounding.ranges import search_shrink
 
@@ -72,7 +72,7 @@ def gptq(
         rounded = _round_static(weight, factor, grids, codebook, largest, block)
     else:
         parameters, rounded = _round_dynamic(weight, factor, fmt, clip, largest)
-    return _finish(weight, hessian, factor, parameters, rounded, fmt)
+    return _finish(weight, factor, parameters, rounded, fmt)
 
 
 class _Rounded(NamedTuple):
@@ -104,11 +104,15 @@ def _find_grids(weight: Float[Array, "in out"], factor: Factor, fmt: Format, cli
     present = grid.padding_mask(groups, weight.size)
     importance = present
     if clip == "hessian":
-        pivots = jnp.zeros(len(weight)).at[factor.order].set(jnp.square(factor.pivots))
         crosses = fmt.granularity == "block" and len(weight) % fmt.group
         columns = weight.shape[1] if crosses else 1
-        importance = grid.to_groups(jnp.broadcast_to(pivots[:, None], (len(weight), columns)), fmt)
+        importance = grid.to_groups(jnp.broadcast_to(_costs(factor)[:, None], (len(weight), columns)), fmt)
     return grid.find_parameters(groups, fmt, search_shrink(groups, importance, fmt))
+
+
+def _costs(factor: Factor) -> Float[Array, " in"]:
+    """R_ii^2, what the squared difference of a target from its value costs, in the weight's own order."""
+    return jnp.zeros(len(factor.order)).at[factor.order].set(jnp.square(factor.pivots))
 
 
 @functools.partial(jax.jit, static_argnames=("fmt", "shape"))
@@ -178,22 +182,18 @@ def _round(weight, factor, find_grid, codebook, largest, block):
 
 
 @functools.partial(jax.jit, static_argnames="fmt")
-def _finish(weight, hessian, factor, parameters, rounded, fmt) -> tuple[QTensor, Info]:
+def _finish(weight, factor, parameters, rounded, fmt) -> tuple[QTensor, Info]:
     codes, errors, losses = rounded
     squares = jnp.sum(jnp.square(errors), axis=1)
-    diagonal = jnp.diagonal(hessian)
-    mean = jnp.mean(diagonal)
-    mean = jnp.where(mean == 0, 1.0, mean)
-    pivots = jnp.zeros(len(weight)).at[factor.order].set(jnp.square(factor.pivots))
-    added = factor.damp * mean + jnp.where(factor.dead, mean, 0.0)  # what `factorize` put on the diagonal
-    proxy_loss = jnp.maximum(jnp.sum(pivots * losses) - jnp.sum(added * squares), 0)
+    damped_loss = jnp.sum(_costs(factor) * losses)
+    proxy_loss = jnp.maximum(damped_loss - jnp.sum(factor.added * squares), 0)
     groups = grid.to_groups(weight, fmt)
     zero = None if parameters.zero is None else parameters.zero[:, None]
     ends = [grid.decode(jnp.uint8(code), parameters.decoded_scale[:, None], zero, fmt) for code in (0, fmt.largest_code)]
     clipped = (groups < jnp.minimum(*ends)) | (groups > jnp.maximum(*ends))
-    energy = jnp.sum(jnp.square(weight))
+    weight_error = relative(jnp.sum(squares), jnp.sum(jnp.square(weight)))
     info = Info(
-        weight_error=jnp.where(jnp.isfinite(proxy_loss), jnp.sum(squares) / jnp.where(energy == 0, 1.0, energy), jnp.nan),
+        weight_error=jnp.where(jnp.isfinite(proxy_loss), weight_error, jnp.nan),
         clipped=jnp.sum(clipped, dtype=jnp.float32) / weight.size,
         proxy_loss=proxy_loss,
         damp=factor.damp,

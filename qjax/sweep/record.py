@@ -31,7 +31,13 @@ from qjax.models.model import Model, compute_dtype
 from qjax.recipe import UNQUANTIZED, Recipe, Stage
 
 PACKAGE = Path(__file__).parents[1]
-UNMEASURED = ("cli.py", "report", "train")  # parts of the package that no measured figure depends on
+UNMEASURED = (
+    "cli.py",
+    "options.py",
+    "terminal.py",
+    "report",
+    "train",
+)  # parts of the package that no measured figure depends on
 LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "tokenizers")
 
 
@@ -121,7 +127,8 @@ def make_row(
 ) -> dict[str, object]:
     """One measured cell, flat. identity: what was measured and where; baseline: the unquantized model's row, or None.
 
-    more: columns of further measurements (`measures.py`)."""
+    more: columns of further measurements (`measures.py`).
+    """
     errors = [layer.weight_error for layer in report.layers if layer.weight_error is not None]
     outputs = [layer.output_error for layer in report.layers if layer.output_error is not None]
     row = identity | {

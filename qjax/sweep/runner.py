@@ -19,7 +19,7 @@ from qjax.evaluate.divergence import measure_divergence
 from qjax.evaluate.perplexity import Convention, corpus_windows, measure, require_finite
 from qjax.evaluate.questions import Task
 from qjax.evaluate.speed import measure_speed
-from qjax.layerwise import LayerRecord, check_recipe
+from qjax.layerwise import LayerRecord, problem_of
 from qjax.models.model import Model, compute_dtype
 from qjax.qtensor import dequantize_tree
 from qjax.recipe import UNQUANTIZED, Stage, parse_recipe
@@ -155,11 +155,12 @@ def _check_calibration(model: Model, sweep: Sweep, needing: list[tuple[str, tupl
     if needing and sweep.calibration is None:
         names = ", ".join("; ".join([recipe, *rules]) for recipe, rules in needing[:4])
         raise QjaxError(f"{names} need calibration data; name a text with --calibration, for example --calibration python-docs")
+    kernels = flatten_dict(model.params, sep="/")
     for plan in needing:
-        kernels = flatten_dict(model.params, sep="/")
         for path, recipe in placement(model, *plan).items():
-            if recipe is not None and recipe.statistics:
-                check_recipe(recipe, kernels[path].shape, path)
+            problem = recipe and recipe.statistics and problem_of(recipe, kernels[path].shape)
+            if problem:
+                raise QjaxError(f"{path}: {problem}")
     if needing:
         as_calibration(model, sweep.calibration)
         same = [corpus.name for corpus in sweep.corpora if corpus.fingerprint == sweep.calibration.source]
@@ -172,7 +173,8 @@ def _check_calibration(model: Model, sweep: Sweep, needing: list[tuple[str, tupl
 
 class Quantizer:
     """Makes the models of a sweep's plans; those of the order `parallel` together, so that they share what calibration
-    gives."""
+    gives.
+    """
 
     def __init__(self, model: Model, calibration: Calibration | None, orders: dict, watcher: Watcher):
         self._model, self._calibration, self._orders, self._watcher = model, calibration, orders, watcher
@@ -180,7 +182,8 @@ class Quantizer:
 
     def prepare(self, recipe: str, rules: tuple[str, ...], later: list[tuple] = ()) -> tuple[Model, Report, Model]:
         """The quantized model, decoded once for all corpora, its report, and the model as it is. later: plans that will be
-        asked for."""
+        asked for.
+        """
         plan = (recipe, rules)
         if plan not in self._made:
             together = [plan]

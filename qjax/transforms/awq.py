@@ -10,7 +10,8 @@
 
 r = 0, 1/20, ..., 19/20 as in the paper's code, and s = 1 is always among the candidates. Lin et al. 2023 (arXiv 2306.00978).
 The search of ranges that belongs to AWQ is the rounding's: `awq` alone in a recipe is followed by rtn(clip=hessian), and
-awq+rtn leaves it out."""
+awq+rtn leaves it out.
+"""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -48,7 +49,8 @@ def awq_scale(
 
     abs_mean (in,): mean |x|. hessian (in, in): mean of x x^T, for loss="hessian". module: for loss="module", the error of the
     parent module's output with these weights in place. Raises QjaxError for an unknown loss or scaling, and a missing
-    statistic."""
+    statistic.
+    """
     fmt = parse_format(fmt)
     given = {"hessian": hessian, "module": module}
     if loss not in given or scaling not in get_args(Scaling) or ratios < 1:

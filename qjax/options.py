@@ -1,0 +1,44 @@
+"""Options that several commands of the command line share, as annotated types; only `cli.py` imports them."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+MODEL_HELP = "Hugging Face folder or hub name, folder qjax saved, or 'bundled'."
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+Data = Annotated[
+    list[str], typer.Option("--data", help="python-docs, wikitext2, ptb, c4, text:PATH or jsonl:PATH; may be repeated.")
+]
+ConventionName = Annotated[
+    str, typer.Option("--convention", help="windows-N[-bos], sliding-N-STRIDE or llama.cpp-N.", metavar="NAME")
+]
+Rules = Annotated[
+    list[str] | None,
+    typer.Option("--rule", help="PATTERN=RECIPE (or =none): recipe of the kernels whose path matches; may be repeated."),
+]
+MaxWindows = Annotated[int | None, typer.Option("--max-windows", min=0, help="Measure the first N windows only; 0: all.")]
+Tasks = Annotated[
+    str | None,
+    typer.Option(help="Comma-separated accuracy tasks: cloze, piqa:PATH, ...; a name alone is fetched from the hub."),
+]
+MaxQuestions = Annotated[
+    int | None, typer.Option("--max-questions", min=0, help="Ask the first N questions of a task; 0: all.")
+]
+CalibrationName = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        help="Text that gptq, awq and so on calibrate on, as --data.",
+        show_default="the calibration part of --data",
+    ),
+]
+CalibrationWindows = Annotated[int, typer.Option(min=1, help="Windows of the calibration text, drawn by --seed.")]
+CalibrationWindow = Annotated[int, typer.Option(min=1, help="Tokens of a calibration window, cut to the model's context.")]
+OrderName = Annotated[
+    str | None,
+    typer.Option("--order", help="parallel, block, sequential or qep: for recipes without @ORDER.", show_default="qep"),
+]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Write into a folder that is not empty.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder to write.")]

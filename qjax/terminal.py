@@ -1,0 +1,114 @@
+"""What a person sees of the command line: progress, tables, one line a result. Only `cli.py` imports it.
+
+Rich and whatever else is heavy is imported when something is shown.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from qjax.evaluate.perplexity import PerplexityResult
+    from qjax.models.model import Model
+
+
+def console():
+    """Where tables go."""
+    from rich.console import Console
+
+    return Console()
+
+
+def progress_bars():
+    """Bars on stderr, gone when done."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    from rich.console import Console
+
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+@contextlib.contextmanager
+def live_sweep() -> Iterator[object]:
+    """A live display of the cells of a sweep."""
+    from qjax.sweep.runner import Watcher
+
+    with progress_bars() as progress:
+        cells = progress.add_task("cells")
+        work = progress.add_task("")
+
+        class Live(Watcher):
+            def cell(self, number, total, recipe, corpus):
+                progress.update(cells, completed=number - 1, total=total)
+                progress.update(work, description=f"{recipe}: quantizing", completed=0, total=None)
+                self.label = f"{recipe} on {corpus}"
+
+            def layer(self, record):
+                progress.advance(work)
+
+            def batch(self, done, total):
+                progress.update(work, description=self.label, completed=done, total=total)
+
+            def row(self, row, is_new):
+                note = "" if is_new else " (measured before)"
+                progress.console.print(
+                    f"{row['recipe']:<28} {row['bits_per_weight']:7.3f} bits  {row['corpus']:<14} "
+                    f"perplexity {row['perplexity']:.4f}{note}",
+                    highlight=False,
+                    soft_wrap=True,
+                )
+
+        yield Live()
+
+
+def print_tables(rows: list[dict[str, object]]) -> None:
+    """Every table that the rows fill."""
+    from qjax.report.accuracy import accuracy_table, divergence_table, has_divergence, tasks_of
+    from qjax.report.rendering import to_rich
+    from qjax.report.seeds import seeds_of, seeds_table
+    from qjax.report.tables import perplexity_table, split_tables
+    from qjax.report.tradeoff import has_speed, tradeoff_table
+
+    for part in split_tables(rows):
+        console().print(to_rich(perplexity_table(part)))
+        if tasks_of(part):
+            console().print(to_rich(accuracy_table(part)))
+        if seeds_of(part):
+            console().print(to_rich(seeds_table(part)))
+        if has_speed(part):
+            console().print(to_rich(tradeoff_table(part)))
+        if has_divergence(part):
+            console().print(to_rich(divergence_table(part)))
+
+
+def print_accuracies(model: "Model", tasks: tuple, *, packed: bool) -> None:
+    """Measures every task and prints a line for each."""
+    from qjax.evaluate.choices import accuracy
+
+    for task in tasks:
+        with progress_bars() as progress:
+            bar = progress.add_task(task.name, total=None)
+            show = lambda done, total, bar=bar, progress=progress: progress.update(bar, completed=done, total=total)  # noqa: E731
+            found = accuracy(model, task, packed=packed, on_batch=show)
+        kind = "accuracy" if found.kind == "choices" else "last words"
+        more = f", by length {found.normalised:.2%}" if found.answers_normalised else f", perplexity {found.perplexity:.4g}"
+        error = f" ± {found.stderr:.2%}" if math.isfinite(found.stderr) else ""
+        cut = f", {found.truncated} cut to the context" if found.truncated else ""
+        typer.echo(
+            f"{model.name} ({model.recipe}) on {task.name}: {kind} {found.value:.2%}{error}{more} "
+            f"[{len(found.gold):,} questions{cut}, {found.seconds:.1f} s]"
+        )
+
+
+def print_perplexity(model: "Model", result: "PerplexityResult") -> None:
+    """The line of `qjax eval`."""
+    error = f" ± {result.stderr:.4f}" if math.isfinite(result.stderr) else ""
+    typer.echo(
+        f"{model.name} ({model.recipe}) on {result.corpus}: perplexity {result.value:.4f}{error}, "
+        f"{result.nll:.5f} nats a token, {result.bits_per_byte:.4f} bits a byte "
+        f"[{result.convention}, {result.tokens:,} tokens, {result.tokens_per_second:,.0f} tokens/s]"
+    )
