@@ -292,3 +292,46 @@ def test_bad_options_are_named(name, options, named):
         gptq(weight, name, **({"hessian": hessian} | options))
     with pytest.raises(QjaxError, match="expected a weight"):
         gptq(weight[0], "int4-g16", hessian=hessian)
+
+
+def test_refinement_lowers_the_loss_sweep_by_sweep():
+    """For integers, codebooks, channels, doubly quantized and cut groups; the loss told is that of the result."""
+    weight, hessian = layer()
+    for fmt in ("int2-g16", "int3-channel", "int3-tensor", "int4-g20-sym", "nf4-g16", "nf4-b16-dq"):
+        losses = []
+        for refine in (0, 1, 3):
+            q, info = gptq(weight, fmt, hessian=hessian, damp=0.0, clip="mse", refine=refine)
+            error = np.asarray(dequantize(q), np.float64) - weight
+            losses.append(np.sum(error * (hessian.astype(np.float64) @ error)))
+            np.testing.assert_allclose(info.proxy_loss, losses[-1], rtol=1e-3)
+        assert losses[0] > losses[1] > losses[2], fmt
+
+
+def test_refined_codes_are_a_minimum():
+    """No single code and no single scale can be changed for a lower loss; float64."""
+    weight, hessian = layer()
+    q, _ = gptq(weight, "int3-g16-fp32", hessian=hessian, damp=0.0, refine=30)
+    codes, (scale, zero) = np.asarray(unpack_codes(q), np.int64), map(np.float64, unpack_parameters(q))
+    wide = np.asarray(hessian, np.float64)
+
+    def loss(codes, scale):
+        error = (codes - np.repeat(zero, 16, axis=0)) * np.repeat(scale, 16, axis=0) - weight
+        return np.sum(error * (wide @ error), axis=0)
+
+    least = loss(codes, scale)
+    for row in range(IN):
+        for step in (-1, 1):
+            other = codes.copy()
+            other[row] = np.clip(other[row] + step, 0, 7)
+            assert np.all(loss(other, scale) >= least * (1 - 1e-5))
+    for group in range(IN // 16):
+        for factor in (0.99, 1.01):
+            other = scale.copy()
+            other[group] *= factor
+            assert np.all(loss(codes, other) >= least * (1 - 1e-5))
+
+
+def test_refinement_refuses_blocks_that_cross_columns():
+    weight, hessian = layer()
+    with pytest.raises(QjaxError, match="blocks of nf4-b32 cross output columns where 32 does not divide the 48 inputs"):
+        gptq(weight, "nf4-b32", hessian=hessian, refine=1)

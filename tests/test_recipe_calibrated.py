@@ -121,6 +121,6 @@ def test_method_table_lists_transforms_and_orders():
         "@qep": "order",
     }
     assert table["gptq"]["needs"] == "hessian"
-    assert table["gptq"]["options"] == "damp=0.01, block=64, act_order=true, static_groups=true, clip=none"
+    assert table["gptq"]["options"] == "damp=0.01, block=64, act_order=true, static_groups=true, clip=none, refine=0"
     assert table["awq"]["needs"] == "hessian, abs_mean"
     assert all(record["what"].strip() for record in table.values())

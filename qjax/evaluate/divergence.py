@@ -22,8 +22,7 @@ from qjax.errors import QjaxError
 from qjax.evaluate.corpora import Corpus, load_corpus
 from qjax.evaluate.perplexity import BATCH_TOKENS, Convention, Windows, corpus_windows, parse_convention
 from qjax.evaluate.statistics import ratio_stderr
-from qjax.models.model import LOGITS_AT_ONCE, Model, apply_head, compute_dtype, hidden_states
-from qjax.qtensor import dequantize_tree
+from qjax.models.model import LOGITS_AT_ONCE, Model, apply_head, hidden_states, runnable
 
 
 class Divergence(NamedTuple):
@@ -72,9 +71,8 @@ def measure_divergence(
     """`divergence` on windows that are cut already."""
     if model.config.vocabulary_size != baseline.config.vocabulary_size or model.config.context != baseline.config.context:
         raise QjaxError(f"divergence of {model.name} from {baseline.name}: expected models of one vocabulary and context")
-    if not packed:
-        model = model._replace(params=dequantize_tree(model.params, compute_dtype()))
-    baseline = baseline._replace(params=dequantize_tree(baseline.params, compute_dtype()))
+    model = runnable(model, packed)
+    baseline = runnable(baseline)
     total, length = windows.tokens.shape
     batch = min(max(1, (batch_tokens or BATCH_TOKENS[jax.default_backend()]) // length), total)
     tokens = np.concatenate([windows.tokens, np.zeros((-total % batch, length), np.int32)])

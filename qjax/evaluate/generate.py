@@ -17,8 +17,7 @@ import numpy as np
 from qjax.errors import QjaxError
 from qjax.evaluate.likelihood import bucket, encode, require_tokenizer
 from qjax.models.layout import cache_layout
-from qjax.models.model import Model, apply_head, compute_dtype, empty_caches, hidden_states_cached
-from qjax.qtensor import dequantize_tree
+from qjax.models.model import Model, apply_head, empty_caches, hidden_states_cached, runnable
 
 NEW_TOKENS = 100
 SMALLEST_TEMPERATURE = float(np.finfo(np.float32).tiny)
@@ -100,8 +99,7 @@ def generate(
             f"a prompt of {lengths.max()} tokens and {max_new_tokens} new ones do not fit {model.name}'s context of {limit}; "
             f"ask for at most {max(0, limit - lengths.max() + 1)} or shorten the prompt"
         )
-    if not packed:
-        model = model._replace(params=dequantize_tree(model.params, compute_dtype()))
+    model = runnable(model, packed)
     time_in, capacity = min(bucket(lengths.max()), limit), min(bucket(lengths.max() + max_new_tokens), limit)
     tokens = np.zeros((len(prompts), time_in), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):

@@ -24,9 +24,8 @@ import numpy as np
 from qjax.errors import QjaxError
 from qjax.evaluate.perplexity import BATCH_TOKENS
 from qjax.models.layout import tree_layout
-from qjax.models.model import Model, compute_dtype, hidden_states, scores
+from qjax.models.model import Model, hidden_states, runnable, scores
 from qjax.models.tokenizer import Tokenizer
-from qjax.qtensor import dequantize_tree
 
 WORTH_SHARING = 8  # tokens saved by sharing a beginning, fewer than which rows of their own are cheaper
 PICKS = 256  # scored tokens that go through the head at a time
@@ -121,8 +120,7 @@ def likelihoods(
 
     packed: multiply with packed kernels as they are. batch_tokens: tokens run at a time. on_batch(done, total) reports rows.
     """
-    if not packed:
-        model = model._replace(params=dequantize_tree(model.params, compute_dtype()))
+    model = runnable(model, packed)
     count = sum(len(group) for group in groups)
     value, greedy = np.zeros(count), np.ones(count, bool)
     numbers = itertools.count()

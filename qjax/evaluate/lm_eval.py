@@ -23,8 +23,7 @@ from qjax.errors import QjaxError
 from qjax.evaluate.generate import generate
 from qjax.evaluate.likelihood import encode, likelihoods, make_pair, require_tokenizer, rolling_pairs
 from qjax.loading import load
-from qjax.models.model import Model, compute_dtype
-from qjax.qtensor import dequantize_tree
+from qjax.models.model import Model, runnable
 
 BATCH = 8  # sequences generated at a time
 NEW_TOKENS = 256  # the harness's default
@@ -41,7 +40,7 @@ class LM(HarnessModel):
         require_tokenizer(model)
         self.batch_size = int(batch_size) if str(batch_size).isdigit() else BATCH
         self.packed = bool(packed)
-        self.model = model if packed else model._replace(params=dequantize_tree(model.params, compute_dtype()))
+        self.model = runnable(model, packed)
 
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(ln p of the continuation, whether it is the greedy one) of each (context, continuation)."""

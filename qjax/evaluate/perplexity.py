@@ -31,8 +31,7 @@ import numpy as np
 from qjax.errors import QjaxError
 from qjax.evaluate.corpora import Corpus, load_corpus
 from qjax.evaluate.statistics import ratio_stderr
-from qjax.models.model import Model, compute_dtype, hidden_states, losses
-from qjax.qtensor import dequantize_tree
+from qjax.models.model import Model, hidden_states, losses, runnable
 
 # Tokens run at a time. On a CPU a small batch keeps the activations in its cache, which is twice as fast for small models.
 BATCH_TOKENS = {"cpu": 1024, "gpu": 16384, "tpu": 16384}
@@ -197,8 +196,7 @@ def measure(
 
     A model that diverges gets an infinite perplexity rather than an error.
     """
-    if not packed:
-        model = model._replace(params=dequantize_tree(model.params, compute_dtype()))
+    model = runnable(model, packed)
     score(model, windows.tokens[: _batch_size(windows.tokens)], packed=packed)  # compiles; the clock measures evaluation alone
     started = time.perf_counter()
     token_nll = score(model, windows.tokens, packed=packed, on_batch=on_batch)
@@ -214,8 +212,7 @@ def score(
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> np.ndarray:
     """-ln p of every token given those before it: (windows, window) int32 -> float32 of the same shape, column 0 is 0."""
-    if not packed:
-        model = model._replace(params=dequantize_tree(model.params, compute_dtype()))
+    model = runnable(model, packed)
     total, length = tokens.shape
     batch = _batch_size(tokens)
     padded = np.concatenate([tokens, np.zeros((-total % batch, length), np.int32)])

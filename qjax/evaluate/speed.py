@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.evaluate.generate import generate, layout_of
-from qjax.models.model import Model, compute_dtype, embedding_table, empty_caches, stages
-from qjax.qtensor import dequantize_tree, is_quantized, nbytes
+from qjax.models.model import Model, compute_dtype, embedding_table, empty_caches, runnable, stages
+from qjax.qtensor import is_quantized, nbytes
 
 
 class Speed(NamedTuple):
@@ -41,7 +41,7 @@ def measure_speed(
     The prompt is shortened to half of the model's context where that is less.
     """
     # Leaves that are not packed are cast once, so that both ways differ in the kernels alone.
-    model = model._replace(params=dequantize_tree(model.params, compute_dtype()) if not packed else _cast(model.params))
+    model = runnable(model._replace(params=_cast(model.params)), packed)
     limit = model.config.context
     prompt_tokens = min(prompt_tokens, max(1, limit // 2))
     new_tokens = min(new_tokens, limit - prompt_tokens)

@@ -14,10 +14,12 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from qjax.errors import QjaxError
 from qjax.interception import quantized_kernels
+from qjax.kernels.matmul import prepare
 from qjax.models.config import DecoderConfig
 from qjax.models.decoder import Block, Embed, Head
 from qjax.models.layout import Cache, Layout
 from qjax.models.tokenizer import Tokenizer
+from qjax.qtensor import dequantize_tree
 
 LOGITS_AT_ONCE = 2**23  # elements
 
@@ -46,6 +48,12 @@ class Stages(NamedTuple):
 def compute_dtype() -> DTypeLike:
     """float32 on CPU, where XLA's bfloat16 matmul is slow; bfloat16 on accelerators."""
     return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+
+
+def runnable(model: Model, packed: bool = False) -> Model:
+    """The model with its kernels decoded to the compute type, once; packed: laid out for the device's kernels instead."""
+    convert = prepare if packed else dequantize_tree
+    return model._replace(params=convert(model.params, compute_dtype()))
 
 
 @functools.lru_cache(maxsize=8)

@@ -36,6 +36,22 @@ def row_grid(parameters: grid.Parameters, fmt: Format) -> RowGrid:
     return RowGrid(inverse, parameters.decoded_scale, middle if parameters.zero is None else parameters.zero)
 
 
+@functools.partial(jax.jit, static_argnames=("fmt", "shape"))
+def row_grids(parameters: grid.Parameters, fmt: Format, shape: tuple[int, int]) -> tuple[RowGrid, Int[Array, " in"]]:
+    """Grids, and which of them each input has."""
+    rows, columns = shape
+    grids = row_grid(parameters, fmt)
+    match fmt.granularity:
+        case "tensor" | "channel":
+            return grids, jnp.zeros(rows, jnp.int32)
+        case "block" if rows % fmt.group:  # blocks span columns: every weight has its own row and column of the grid
+            size = min(fmt.group, rows * columns)
+            spread = jax.tree.map(lambda x: jnp.broadcast_to(x[:, None], (len(x), size, 1)), grids)
+            return jax.tree.map(lambda x: grid.from_groups(x, fmt, rows, columns), spread), jnp.arange(rows)
+        case _:
+            return grids, jnp.arange(rows) // min(fmt.group, rows)
+
+
 def round_with_feedback(
     weight: Float[Array, "in out"],
     feedback: Float[Array, "in in"],
@@ -43,24 +59,26 @@ def round_with_feedback(
     codebook: Format | None,
     largest: Int[Array, ""],
     block: int,
+    errors: Float[Array, "in out"] | float = 0.0,
 ) -> tuple[UInt8[Array, "in out"], Float[Array, "in out"], Float[Array, " in"], object]:
     """Codes, errors E = W - W', sum of (target - W')^2 of each input, and what find_grid kept, stacked over blocks.
 
     find_grid(block number, updated) gives the grid of the block's rows and anything to keep. updated() are the block's
     weights as they make up for the errors of earlier blocks, with no errors of their own yet: W + D, D_i = sum over earlier
     blocks of feedback_ij E_j - sum over j < i in the block of feedback_ij D_j.
-    codebook: the format, for a grid with a codebook; None for integers 0..largest. block: divides in.
+    codebook: the format, for a grid with a codebook; None for integers 0..largest. block: divides in. errors: those to start
+    from, where feedback is not triangular: each input then makes up for the errors at hand of all others.
     """
     rows, columns = weight.shape
     blocks = rows // block
     product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
-    def round_row(errors, row):  # errors: (block, out), zero from this row on
-        index, weight, target, grids, feedback = row
-        target = target + product(feedback, errors)
+    def round_row(changes, row):  # of the block's errors: (block, out), zero from this row on
+        index, weight, target, error, grids, feedback = row
+        target = target + product(feedback, changes)
         codes, value = _nearest(target, grids, codebook, largest)
-        errors = jax.lax.dynamic_update_slice(errors, (weight - value)[None], (index, 0))
-        return errors, (codes, jnp.sum(jnp.square(target - value)))
+        changes = jax.lax.dynamic_update_slice(changes, (weight - value - error)[None], (index, 0))
+        return changes, (codes, jnp.sum(jnp.square(target - value)))
 
     def round_block(errors, xs):
         number, weight, feedback = xs
@@ -72,13 +90,14 @@ def round_with_feedback(
 
         grids, kept = find_grid(number, updated)
         grids = jax.tree.map(lambda x: jnp.broadcast_to(x, (block, x.shape[-1])), grids)
-        done, (codes, losses) = jax.lax.scan(
-            round_row, jnp.zeros((block, columns)), (jnp.arange(block), weight, target, grids, inside)
+        before = jax.lax.dynamic_slice(errors, (number * block, 0), (block, columns))
+        changes, (codes, losses) = jax.lax.scan(
+            round_row, jnp.zeros((block, columns)), (jnp.arange(block), weight, target, before, grids, inside)
         )
-        return jax.lax.dynamic_update_slice(errors, done, (number * block, 0)), (codes, losses, kept)
+        return jax.lax.dynamic_update_slice(errors, before + changes, (number * block, 0)), (codes, losses, kept)
 
     xs = (jnp.arange(blocks), weight.reshape(blocks, block, columns), feedback.reshape(blocks, block, rows))
-    errors, (codes, losses, kept) = jax.lax.scan(round_block, jnp.zeros((rows, columns)), xs)
+    errors, (codes, losses, kept) = jax.lax.scan(round_block, jnp.broadcast_to(errors, (rows, columns)), xs)
     return codes.reshape(rows, columns), errors, losses.reshape(rows), kept
 
 

@@ -20,8 +20,7 @@ from qjax.evaluate.perplexity import Convention, corpus_windows, measure, requir
 from qjax.evaluate.questions import Task
 from qjax.evaluate.speed import measure_speed
 from qjax.layerwise import LayerRecord, problem_of
-from qjax.models.model import Model, compute_dtype
-from qjax.qtensor import dequantize_tree
+from qjax.models.model import Model
 from qjax.recipe import UNQUANTIZED, Stage, parse_recipe
 from qjax.rules import parse_rule
 from qjax.sweep.cells import canonical
@@ -192,4 +191,4 @@ class Quantizer:
             made = quantize_together(self._model, together, calibration=self._calibration, on_layer=self._watcher.layer)
             self._made |= dict(zip(together, made, strict=True))
         quantized, report = self._made.pop(plan)
-        return quantized._replace(params=dequantize_tree(quantized.params, compute_dtype())), report, quantized
+        return runnable(quantized), report, quantized

@@ -1,0 +1,119 @@
+"""Refinement of a rounded weight: coordinate descent on the loss that GPTQ goes through once.
+
+    minimise tr(E^T H E),  E = W - W',  over the codes and the scales of W' in turn
+
+    codes    for each input i:  target_i = W_i + sum over j != i of H_ij E_j / H_ii,  W'_i = nearest(target_i)
+    scales   for each group g:  s_g += v_g^T (H E)_g / v_g^T H_gg v_g,  v the values of the codes at scale 1
+
+Each step is the exact minimum with everything else held, so no sweep raises the loss: GPTQ's feedback reaches the inputs that
+come later, this reaches those that came before too. The codes' step is the one of QuantEase (Behdin et al. 2023, arXiv
+2309.01885) and is run by the loop of `feedback.py`, with H_ij / H_ii as its feedback and the errors at hand to start from.
+Zero points stay; so do scales that are stored doubly quantized, since one of them cannot be moved alone.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, UInt8
+
+from qjax import grid
+from qjax.errors import QjaxError
+from qjax.formats import Format
+from qjax.rounding.feedback import round_with_feedback, row_grids
+
+product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+
+class Refined(NamedTuple):
+    """codes and errors W - W' (in, out), the grids they are of, and tr(E^T H E)."""
+
+    codes: UInt8[Array, "in out"]
+    errors: Float[Array, "in out"]
+    parameters: grid.Parameters
+    loss: Float[Array, ""]
+
+
+@functools.partial(jax.jit, static_argnames=("fmt", "sweeps", "block"))
+def refine(
+    weight: Float[Array, "in out"],
+    hessian: Float[Array, "in in"],
+    codes: UInt8[Array, "in out"],
+    parameters: grid.Parameters,
+    fmt: Format,
+    *,
+    sweeps: int,
+    block: int = 64,
+) -> Refined:
+    """`sweeps` times the scales, then the codes of a rounded weight; hessian is damped. Float32 throughout.
+
+    Raises QjaxError for blocks of weights that cross output columns.
+    """
+    inputs = len(weight)
+    if fmt.granularity == "block" and inputs % fmt.group:
+        raise QjaxError(f"refine: blocks of {fmt} cross output columns where {fmt.group} does not divide the {inputs} inputs")
+    diagonal = jnp.diagonal(hessian)
+    feedback = _pad(hessian / diagonal[:, None] - jnp.eye(inputs), block, both=True)
+    padded = _pad(weight, block)
+    codebook = fmt if fmt.codebook else None
+
+    def sweep(state, _):
+        codes, errors, parameters = state
+        if not fmt.double_quantized:
+            errors, parameters = _fit_scales(hessian, codes, errors, parameters, fmt)
+        grids, index = row_grids(parameters, fmt, weight.shape)
+        index = _pad(index, block).reshape(-1, block)
+
+        def find_grid(number, updated):
+            del updated
+            return jax.tree.map(lambda x: x[index[number]], grids), None
+
+        codes, errors, _, _ = round_with_feedback(
+            padded, feedback, find_grid, codebook, jnp.int32(fmt.largest_code), block, _pad(errors, block)
+        )
+        return (codes[:inputs], errors[:inputs], parameters), None
+
+    parameters = parameters._replace(scale=parameters.decoded_scale)
+    start = (codes, weight - _values(codes, parameters, fmt), parameters)
+    (codes, errors, parameters), _ = jax.lax.scan(sweep, start, None, length=sweeps)
+    return Refined(codes, errors, parameters, jnp.sum(errors * product(hessian, errors)))
+
+
+def _fit_scales(hessian, codes, errors, parameters, fmt):
+    """The errors and grids with every group's scale where the loss is least, group after group."""
+    unit = _values(codes, parameters._replace(decoded_scale=jnp.ones_like(parameters.scale)), fmt)
+    values = grid.to_groups(unit, fmt)
+    count, size, columns = values.shape
+    rows = grid.to_groups(hessian, fmt) if fmt.granularity != "tensor" else hessian[None]  # (groups, size, in)
+    start = jnp.arange(count) * size
+
+    def fit(errors, group):
+        first, rows, values, scale = group
+        gain = jnp.sum(values * product(rows, errors), axis=0)
+        inside = jax.lax.dynamic_slice(jnp.pad(rows, ((0, 0), (0, size))), (0, first), (size, size))
+        curvature = jnp.sum(values * product(inside, values), axis=0)
+        if fmt.granularity == "tensor":
+            gain, curvature = jnp.sum(gain, keepdims=True), jnp.sum(curvature, keepdims=True)
+        best = scale + gain / jnp.where(curvature > 0, curvature, jnp.inf)
+        stored = best.astype(fmt.scale_dtype).astype(jnp.float32)
+        moved = jnp.where(stored > 0, stored, scale)
+        change = jnp.zeros((size, columns)) + (moved - scale) * values
+        longer = jnp.pad(errors, ((0, size), (0, 0)))
+        before = jax.lax.dynamic_slice(longer, (first, 0), (size, columns))
+        return jax.lax.dynamic_update_slice(longer, before - change, (first, 0))[: len(errors)], moved
+
+    errors, scale = jax.lax.scan(fit, errors, (start, rows, values, parameters.scale))
+    return errors, parameters._replace(scale=scale, decoded_scale=scale, stored=grid.store_scales(scale, fmt))
+
+
+def _values(codes, parameters, fmt):
+    zero = None if parameters.zero is None else parameters.zero[:, None]
+    groups = grid.decode(grid.to_groups(codes, fmt), parameters.decoded_scale[:, None], zero, fmt)
+    return grid.from_groups(groups, fmt, *codes.shape)
+
+
+def _pad(array, block, *, both=False):
+    """Zeros after the first axis (both: the second too), to whole blocks."""
+    widths = [(0, -array.shape[axis] % block if axis == 0 or both else 0) for axis in range(array.ndim)]
+    return jnp.pad(array, widths)
