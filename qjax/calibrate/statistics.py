@@ -14,8 +14,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-SMALLEST_PANEL, LARGEST_PANELS = 256, 8  # of a Hessian's rows; eight leave out 44 % of its products
-
 
 class Statistic(NamedTuple):
     """init, update, finalize, and how a value changes when the input is divided by scale (in,)."""
@@ -56,25 +54,7 @@ def _square_mean(product: Callable) -> Statistic:
     )
 
 
-def _lower_outer(x: Float[Array, "tokens in"], weights: Float[Array, " tokens"]) -> Float[Array, "in in"]:
-    """`_outer(x, x)` without what is above its diagonal, where that saves products: a panel of rows after the other."""
-    x, size = _counted(x, weights), x.shape[1]
-    weighted = (x * weights[:, None]).T
-    count = max(1, min(LARGEST_PANELS, size // SMALLEST_PANEL))
-    ends = [size * (panel + 1) // count for panel in range(count)]
-    panels = [
-        jnp.matmul(weighted[start:end], x[:, :end], precision=jax.lax.Precision.HIGHEST)
-        for start, end in zip([0, *ends], ends, strict=False)
-    ]
-    return jnp.concatenate([jnp.pad(panel, ((0, 0), (0, size - panel.shape[1]))) for panel in panels])
-
-
-def _mirrored(lower: Float[Array, "in in"]) -> Float[Array, "in in"]:
-    return jnp.where(jnp.tri(len(lower), dtype=bool), lower, lower.T)
-
-
-_lower_mean = _square_mean(lambda x, exact, w: _lower_outer(x, w))
-hessian = _lower_mean._replace(finalize=lambda s: _mirrored(s.value()))
+hessian = _square_mean(lambda x, exact, w: _outer(x, x, w))
 
 drift = _square_mean(lambda x, exact, w: _outer(x, exact - x, w))
 
