@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 LOG_ABOVE = 3.0  # ratio of the largest to the smallest value from which the axis is logarithmic
 POINT = 72.0  # an inch
+LABEL_GROWTH = RC["axes.labelsize"] / LABEL_SIZE
+PANEL = 1.6  # inches high, one of several rows
 COLUMNS = {"single": 1, "double": 2}  # of panels
 BOTTOM, TICKS, TOP, RIGHT, BETWEEN = 0.4, 0.2, 0.22, 0.06, 0.12  # inches: below the last row, below others, above, beside
 
@@ -30,7 +32,8 @@ def new_figure(width: str, panels: int = 1, *, height: float | None = None) -> I
     from matplotlib.figure import Figure
 
     rows = math.ceil(panels / COLUMNS[width])
-    height = height or HEIGHTS[width] + (rows - 1) * (HEIGHTS[width] - BOTTOM + TICKS)
+    several = rows * (PANEL + TICKS + TOP) + TOP + BOTTOM - TICKS
+    height = height or (HEIGHTS[width] if rows == 1 else several)
     with matplotlib.style.context(["default", RC]):
         figure = Figure(figsize=(WIDTHS[width], height))
         FigureCanvasAgg(figure)
@@ -44,7 +47,7 @@ def fit_panels(grid: Sequence["Axes"], *, title: str, panel_titles: Sequence[str
     width, height = figure.get_size_inches()
     columns = grid[0].get_gridspec().ncols
     rows = math.ceil(len(grid) / columns)
-    above = TOP if len(grid) == 1 else 2 * TOP  # the title, and the first row's names
+    above = TOP if len(grid) == 1 else 1.7 * TOP  # the title, and the first row's names
     each = (height - above - BOTTOM - (rows - 1) * (TICKS + TOP)) / rows
     for axes in grid[::columns]:
         axes.set_ylabel(y)
@@ -58,6 +61,8 @@ def fit_panels(grid: Sequence["Axes"], *, title: str, panel_titles: Sequence[str
         axes.set_position([(left + column * (wide + BETWEEN)) / width, bottom / height, wide / width, each / height])
         if index + columns >= len(grid):
             axes.set_xlabel(x)
+            if text_size(figure, x)[0] * LABEL_GROWTH > wide * POINT:  # a narrow panel: the name may reach under the margin
+                axes.xaxis.label.set(ha="right", x=1)
         if column:
             axes.tick_params(labelleft=False)
         if len(grid) > 1:

@@ -12,7 +12,7 @@ import numpy as np
 
 from qjax.errors import QjaxError
 from qjax.recipe import method_name, parse_recipe
-from qjax.report.axes import fit_panels, log_ticks, new_figure, tick_text
+from qjax.report.axes import LOG_ABOVE, POINT, fit_panels, log_ticks, new_figure, text_size, tick_text
 from qjax.report.figures import SMALLEST, VALUES, has_lines
 from qjax.report.numbers import number
 from qjax.report.rendering import Row
@@ -25,7 +25,8 @@ from qjax.report.tables import describe, distinctions, is_baseline, require_one_
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FEWEST, MOST = 3, 48  # lines of one page
+FEWEST = 2  # lines
+WIDEST_NAMES = 0.55  # of the page; longer names are written smaller
 LINE_HEIGHT, MARGINS = 0.155, 0.75  # inches
 CALIBRATED = {"calibration": "{}", "calibration_windows": "{} windows", "calibration_window_tokens": "{} tokens each"}
 
@@ -34,7 +35,7 @@ def has_dots(rows: Sequence[Row]) -> bool:
     """Whether the rows are better shown one under the other than as lines over bits."""
     shown = _shown(rows)
     apart = placed_alone(rows) or seeds_of(rows) or not has_lines(rows)
-    return bool(apart) and FEWEST <= len(_lines(shown)) <= MOST and any(increase(row) > 0 for row in shown)
+    return bool(apart) and len(_lines(shown)) >= FEWEST and any(increase(row) > 0 for row in shown)
 
 
 def dots_figure(rows: Sequence[Row], width: str = "single") -> "Figure":
@@ -53,7 +54,8 @@ def dots_figure(rows: Sequence[Row], width: str = "single") -> "Figure":
     merged = _merged(rows, shown)
     with new_figure(width, height=MARGINS + LINE_HEIGHT * (len(lines) + 1)) as (figure, (axes,)):
         _scale(axes, np.array([increase(row) for row in shown]), len(lines))
-        axes.set_yticks(range(len(lines)), list(lines), fontsize=LABEL_SIZE)
+        longest = max(text_size(figure, name)[0] for name in lines) / (POINT * figure.get_size_inches()[0])
+        axes.set_yticks(range(len(lines)), list(lines), fontsize=LABEL_SIZE * min(1, WIDEST_NAMES / longest))
         axes.tick_params(axis="y", length=0)
         for height, (text, (name, members)) in enumerate(zip(axes.get_yticklabels(), lines.items(), strict=True)):
             colour, marker = method_style(_method(members[0]))
@@ -61,7 +63,13 @@ def dots_figure(rows: Sequence[Row], width: str = "single") -> "Figure":
             _draw(axes, height, members, merged.get(name), colour=colour, marker=marker)
         axes.grid(axis="x", color="#DDDDDD", linewidth=0.5)
         axes.set_axisbelow(True)
-        fit_panels([axes], title=describe(rows[0]), panel_titles=[""], x=VALUES["increase"], y="")
+        fit_panels(
+            [axes],
+            title=": ".join(filter(None, (_common_recipe(shown), describe(rows[0])))),
+            panel_titles=[""],
+            x=VALUES["increase"],
+            y="",
+        )
     return figure
 
 
@@ -83,7 +91,14 @@ def _name(row: Row, shown: Sequence[Row]) -> str:
     several = len({each.get("place_recipe") for each in shown}) > 1
     name = row["place"] + (f": {row['place_recipe']}" if several else "") if "place" in row else str(row["recipe"])
     told = [column.key for column in distinctions(shown, seed=False) if row.get(column.key) is not None]
-    return ", ".join([name, *(CALIBRATED[key].format(row[key]) for key in told)])
+    told = [CALIBRATED[key].format(row[key]) for key in told]
+    return ", ".join([*([] if told and _common_recipe(shown) else [name]), *told])
+
+
+def _common_recipe(shown: Sequence[Row]) -> str:
+    """What all the lines are of: the recipe where calibration alone differs, or that of places quantized alone; else ""."""
+    recipes = {str(row.get("place_recipe", row["recipe"])) for row in shown}
+    return recipes.pop() if len(recipes) == 1 else ""
 
 
 def _merged(rows: Sequence[Row], shown: Sequence[Row]) -> dict[str, Row]:
@@ -102,14 +117,18 @@ def _method(row: Row) -> str:
 
 
 def _scale(axes, values: np.ndarray, lines: int) -> None:
-    """Limits and ticks: logarithmic; what is below the smallest value is at the left edge, infinity at the right."""
+    """Limits and ticks, logarithmic where the range is large. What is below is at the left edge, infinity at the right."""
     axes.set_ylim(lines - 0.5, -0.5)  # the first line on top
-    values = values[np.isfinite(values) & (values > SMALLEST["increase"])]
-    if not len(values):
+    values = values[np.isfinite(values)] if np.isfinite(values).any() else np.zeros(1)
+    positive = values[values > SMALLEST["increase"]]
+    if not len(positive) or positive.max() / positive.min() <= LOG_ABOVE:
+        room = 0.1 * max(np.ptp(values), 0.1 * np.abs(values).max(initial=1e-3))
+        axes.set_xlim(values.min() - room, values.max() + room)
+        axes.locator_params(axis="x", nbins=4)
         return
-    room = max((values.max() / values.min()) ** 0.06, 1.15)
+    room = (positive.max() / positive.min()) ** 0.06
     axes.set_xscale("log")
-    axes.set_xlim(values.min() / room, values.max() * room)
+    axes.set_xlim(positive.min() / room, positive.max() * room)
     ticks = log_ticks(*axes.get_xlim())
     axes.set_xticks(ticks, [tick_text(tick) for tick in ticks])
     axes.set_xticks([], minor=True)

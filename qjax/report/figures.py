@@ -80,14 +80,17 @@ def perplexity_figure(rows: Sequence[Row], *, value: str = "perplexity", width: 
 
 
 def has_lines(rows: Sequence[Row]) -> bool:
-    """Whether lines over bits show the rows well: not where one place is quantized at a time, where calibration differs, or
-    where most of many lines are a point.
+    """Whether lines over bits show the rows well: not where one place is quantized at a time, where calibration differs, where
+    a method has more lines than line styles tell apart, or where most of many lines are a point.
     """
     if (placed_alone(rows) and not ordinary(rows)) or distinctions(rows, seed=False):
         return False
     series = group_series(rows)
     points = sum(len({number(row, "bits_per_weight") for row in line.rows}) == 1 for line in series)
-    return len(series) <= MOST_LINES or 2 * points <= len(series)
+    variants = max(
+        (line.variant for _, part in split_panels(rows) for line in group_series(part) if len(line.rows) > 1), default=0
+    )
+    return variants < len(LINE_STYLES) - 1 and (len(series) <= MOST_LINES or 2 * points <= len(series))
 
 
 def _names_at_the_left(panel: Sequence[tuple]) -> list[int]:
