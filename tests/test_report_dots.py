@@ -50,6 +50,7 @@ def test_recipes_by_increase_with_their_error_in_their_colour():
 def test_places_in_the_order_of_the_rows_and_what_lowers_perplexity_at_the_edge():
     figure = dots_figure(ALONE)
     assert names(figure) == ["block 0", "block 1", "block 2"]
+    assert names(dots_figure([measured_row("gptq(clip=mse):int3-g128", 0.1), *ALONE]))[-1] == "whole model"
     (mark,) = [line for line in figure.axes[0].lines if line.get_marker() == "<"]
     assert (mark.get_xdata()[0], mark.get_ydata()[0]) == (figure.axes[0].get_xlim()[0], 2)
     assert figure.texts[0].get_text().startswith("gptq(clip=mse):int3-g128: ")

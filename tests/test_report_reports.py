@@ -57,7 +57,10 @@ def test_places_quantized_alone():
     lines = [line.split(" | ")[1:] for line in to_markdown(sensitivity_table(rows)).splitlines()[4:7]]
     assert [line[0].strip() for line in lines] == ["mlp/down", "block 0", "block 1"]  # the costliest first
     assert "≈" in lines[2][2] and "≈" not in lines[1][2]
-    assert names([*rows, measured_row("rtn:int4-g128", 0.1)]) == [STEM, f"{STEM}-sensitivity"]
+    whole = measured_row("gptq(clip=mse):int3-g128", 0.1)
+    assert names([*rows, whole]) == [STEM, f"{STEM}-sensitivity"]
+    assert [row["place"] for row in sensitivity_table([*rows, whole]).rows] == ["whole model", "mlp/down", "block 0", "block 1"]
+    assert len(sensitivity_table([*rows, measured_row("rtn:int4-g128", 0.1)]).rows) == 3
     with pytest.raises(QjaxError, match="qjax sensitivity"):
         sensitivity_table(sweep_rows())
 
