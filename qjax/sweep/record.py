@@ -28,15 +28,18 @@ from qjax.driver import Report
 from qjax.evaluate.perplexity import PerplexityResult
 from qjax.evaluate.statistics import bootstrap_interval, ratio_stderr
 from qjax.models.model import Model, compute_dtype
-from qjax.recipe import UNQUANTIZED, Recipe, Stage
+from qjax.recipe import UNQUANTIZED, Recipe, Stage, method_name
 
 PACKAGE = Path(__file__).parents[1]
 UNMEASURED = (
     "cli.py",
+    "cli_results.py",
     "options.py",
     "terminal.py",
     "report",
     "train",
+    "sweep/request.py",
+    "sweep/rerun.py",
 )  # parts of the package that no measured figure depends on
 LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "tokenizers")
 
@@ -64,7 +67,7 @@ def code_fingerprint() -> str:
     total = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):
         relative = path.relative_to(PACKAGE)
-        if relative.parts[0] not in UNMEASURED:
+        if not {relative.parts[0], relative.as_posix()} & set(UNMEASURED):
             total.update(str(relative).encode() + path.read_bytes())
     return total.hexdigest()[:16]
 
@@ -101,19 +104,6 @@ def layer_rows(key: str | None, report: Report) -> list[dict[str, object]]:
     """One flat row a quantized kernel; key: of the cell, None outside a sweep."""
     records = [record._asdict() for record in report.layers if record.recipe != UNQUANTIZED]
     return [({"key": key} if key else {}) | {name: _jsonable(value) for name, value in record.items()} for record in records]
-
-
-def method_name(recipe: Recipe | None) -> str:
-    """The method a figure draws a line for: stages without options; the grid for nearest rounding to a codebook."""
-    if recipe is None:
-        return "none"
-    if recipe.is_cast:
-        return str(recipe.format)
-    stages = [stage.name for stage in recipe.transforms]
-    codebook = not recipe.format.grid.startswith("int")
-    if not stages and recipe.rounding.name == "rtn" and codebook:
-        return recipe.format.grid
-    return "+".join(stages if stages and recipe.rounding.name == "rtn" else [*stages, recipe.rounding.name])
 
 
 def make_row(
