@@ -22,8 +22,8 @@ from qjax.evaluate.corpora import Corpus, load_corpus
 from qjax.evaluate.questions import Task
 from qjax.evaluate.tasks import load_tasks
 from qjax.recipe import parse_recipe
-from qjax.report.figures import write_reports
-from qjax.sweep.store import ROWS, read_rows
+from qjax.report.reports import write_reports
+from qjax.sweep.store import ROWS, append_row, read_rows
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("QJAX_TEST_DATA") or REPOSITORY.parent / "shared" / "data")
@@ -119,6 +119,12 @@ def report(out: Path) -> list[dict[str, object]]:
     rows = read_rows(out / ROWS)
     write_reports(out, rows)
     return rows
+
+
+def add_row(out: Path, row: dict[str, object]) -> None:
+    """Adds a row that is no cell of a sweep, unless it is there."""
+    if row["key"] not in {each["key"] for each in read_rows(out / ROWS)}:
+        append_row(out / ROWS, row)
 
 
 def _reads_data(recipe: str, rules: tuple[str, ...]) -> bool:

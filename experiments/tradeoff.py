@@ -11,6 +11,14 @@ from pathlib import Path
 
 import common
 
+from qjax.report.memory import memory_row
+
+# (inputs, outputs) of Llama-2-7B's linear layers; (elements, bytes of one) of embedding, head and norms, which stay at 16 bits.
+LLAMA_2_7B = {
+    "shapes": 32 * [*4 * [(4096, 4096)], *2 * [(4096, 11008)], (11008, 4096)],
+    "others": [(2 * 32000 * 4096, 2), (65 * 4096, 2)],
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
@@ -31,7 +39,7 @@ def run(out: Path, *, tiny: bool = False, subjects: tuple[common.Subject, ...] =
     experiment = TINY if tiny else Experiment()
     for subject in subjects:
         common.measure(out, subject, experiment.recipes, experiment.settings)
-    common.add_row(out, memory_row("Llama-2-7B", *LLAMA_7B))
+    common.add_row(out, memory_row("Llama-2-7B", **LLAMA_2_7B))
     return common.report(out)
 
 
