@@ -12,6 +12,8 @@ from pathlib import Path
 
 import common
 
+SETTINGS = common.Settings(max_windows=256, questions=None, tasks=True, divergence=True, speed=True)
+
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
@@ -22,7 +24,7 @@ class Experiment:
         *("rtn:int2-g128", "rtn(clip=mse):int2-g128", "awq:int4-g128", "awq:int3-g128"),
         *("gptq(clip=mse):int4-g128", "gptq(clip=mse):int3-g128", "gptq(clip=mse):int2-g128"),
     )
-    settings: common.Settings = common.Settings(max_windows=256, questions=None, tasks=True, divergence=True, speed=True)
+    settings: common.Settings = SETTINGS
 
 
 TINY = Experiment(

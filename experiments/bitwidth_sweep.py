@@ -15,6 +15,8 @@ import common
 
 from qjax.sweep.cells import expand
 
+SETTINGS = common.Settings(tasks=True, divergence=True)
+
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
@@ -24,7 +26,7 @@ class Experiment:
     bits: tuple[int, ...] = (8, 4, 3, 2)
     codebooks: tuple[str, ...] = ("nf4", "fp4")
     groups: tuple[str, ...] | None = None  # the subject's
-    settings: common.Settings = common.Settings(tasks=True, divergence=True)
+    settings: common.Settings = SETTINGS
 
     def recipes(self, subject: common.Subject) -> list[str]:
         """Integers of every width and codebooks, in each group."""

@@ -3,8 +3,8 @@
     python experiments/calibration.py                 writes results/calibration/, about ten minutes on 2 cores
     python experiments/calibration.py --tiny --out X  a few windows and one source, for tests
 
-One thing is varied at a time from 128 windows of 256 tokens of the text's own kind. Questions: does text of another kind cost more
-than other windows of the same text do? From how many tokens on does more data change nothing?
+One thing is varied at a time from 128 windows of 256 tokens of the text's own kind. Questions: does text of another kind cost
+more than other windows of the same text do? From how many tokens on does more data change nothing?
 """
 
 import dataclasses
@@ -15,6 +15,9 @@ import common
 SOURCES = ("text:{data}/text/calib/c4.utf8.gz", "text:{data}/text/calib/wiki.utf8.gz", "text:{data}/text/tinyshakespeare.txt")
 
 
+SETTINGS = common.Settings(seeds=(0, 1, 2, 3, 4))
+
+
 @dataclasses.dataclass(frozen=True)
 class Experiment:
     """What is measured. sizes: (windows, tokens of one)."""
@@ -22,13 +25,13 @@ class Experiment:
     recipes: tuple[str, ...] = ("gptq(clip=mse):int3-g128", "awq:int3-g128")
     sources: tuple[str, ...] = SOURCES
     sizes: tuple[tuple[int, int], ...] = ((128, 256), (2, 256), (8, 256), (32, 256), (512, 256), (512, 64), (1024, 32))
-    settings: common.Settings = common.Settings(seeds=(0, 1, 2, 3, 4))
+    settings: common.Settings = SETTINGS
 
 
 TINY = Experiment(
     recipes=("gptq(clip=mse):int3-g128",),
     sources=(),
-    sizes=((4, 256), (2, 256)),
+    sizes=((4, 256),),
     settings=dataclasses.replace(common.TINY, seeds=(0, 1)),
 )
 

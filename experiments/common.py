@@ -13,7 +13,7 @@ import argparse
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import qjax
@@ -79,7 +79,7 @@ TINY = Settings(max_windows=2, questions=4, calibration_windows=4)
 def measure(
     out: Path,
     subject: Subject,
-    recipes: Iterable[str],
+    recipes: Sequence[str],
     settings: Settings,
     *,
     calibration: str | None = None,
@@ -92,12 +92,12 @@ def measure(
     """
     enable_compilation_cache()
     model = _model(subject.model)
-    recipes = tuple(recipes)
+    source, windows, window = calibration or subject.calibration, settings.calibration_windows, settings.calibration_window
+    drawing = tuple(recipe for recipe in recipes if _reads_data(recipe, rules))
     for number, seed in enumerate(settings.seeds):
-        drawn = tuple(recipe for recipe in recipes if _reads_data(recipe, rules))
-        chosen = drawn if number else recipes
+        chosen = drawing if number else tuple(recipes)
         if not chosen:
-            continue
+            break
         sweep = qjax.Sweep(
             chosen,
             tuple(map(_corpus, subject.corpora)),
@@ -108,7 +108,7 @@ def measure(
             tasks=_tasks(subject.tasks, settings.questions) if settings.tasks else (),
             divergence=settings.divergence,
             speed=settings.speed,
-            calibration=drawn and _calibration(subject, calibration, settings, seed) or None,
+            calibration=_calibration(subject.model, source, windows, window or subject.window, seed) if drawing else None,
             one_block=one_block,
         )
         qjax.run_sweep(model, sweep, out)
@@ -148,10 +148,9 @@ def _tasks(specs: tuple[str, ...], questions: int | None) -> tuple[Task, ...]:
 
 
 @functools.lru_cache(maxsize=8)
-def _calibration(subject: Subject, source: str | None, settings: Settings, seed: int) -> qjax.Calibration:
-    corpus = _corpus(source or subject.calibration, "calibration")
-    size = {"windows": settings.calibration_windows, "window": settings.calibration_window or subject.window}
-    return qjax.load_calibration(_model(subject.model), corpus, **size, seed=seed)
+def _calibration(model: str, source: str, windows: int, window: int, seed: int) -> qjax.Calibration:
+    corpus = _corpus(source, "calibration")
+    return qjax.load_calibration(_model(model), corpus, windows=windows, window=window, seed=seed)
 
 
 # --- where models and texts are -------------------------------------------------------------------------------------------

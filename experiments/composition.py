@@ -13,6 +13,8 @@ import common
 
 from qjax.sweep.cells import expand
 
+SETTINGS = common.Settings(seeds=(0, 1, 2))
+
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
@@ -21,10 +23,10 @@ class Experiment:
     roundings: tuple[str, ...] = ("rtn", "rtn(clip=mse)", "rtn(clip=hessian)", "gptq", "gptq(clip=mse)", "gptq(clip=hessian)")
     transforms: tuple[str, ...] = ("", "awq+")
     bits: tuple[int, ...] = (4, 3, 2)
-    settings: common.Settings = common.Settings(seeds=(0, 1, 2))
+    settings: common.Settings = SETTINGS
 
 
-TINY = Experiment(("rtn", "gptq"), ("", "awq+"), (3,), dataclasses.replace(common.TINY, seeds=(0, 1)))
+TINY = Experiment(("rtn", "gptq(clip=mse)"), ("",), (3,), dataclasses.replace(common.TINY, seeds=(0, 1)))
 
 
 def run(out: Path, *, tiny: bool = False, subjects: tuple[common.Subject, ...] = common.BUNDLED) -> list[dict[str, object]]:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import common
 
+SETTINGS = common.Settings(max_windows=256, divergence=True)
+
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
@@ -22,7 +24,7 @@ class Experiment:
     grids: tuple[str, ...] = ("nf4-g{}", "fp4_e2m1-g{}", "fp4_bnb-g{}", "int4-g{}-sym-max", "int4-g{}-sym", "int4-g{}")
     groups: tuple[int, ...] = (64, 128)
     scales: tuple[str, ...] = ("", "-dq")
-    settings: common.Settings = common.Settings(max_windows=256, divergence=True)
+    settings: common.Settings = SETTINGS
 
     @property
     def recipes(self) -> list[str]:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import common
 
+SETTINGS = common.Settings(max_windows=256, seeds=(0, 1, 2))
+
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
@@ -20,7 +22,7 @@ class Experiment:
     methods: tuple[str, ...] = ("gptq", "awq")
     bits: tuple[int, ...] = (4, 3)
     orders: tuple[str, ...] = ("parallel", "block", "sequential", "qep")
-    settings: common.Settings = common.Settings(max_windows=256, seeds=(0, 1, 2))
+    settings: common.Settings = SETTINGS
 
     @property
     def recipes(self) -> list[str]:
@@ -30,7 +32,7 @@ class Experiment:
         return [*(f"rtn:{fmt}" for fmt in formats), *calibrated]
 
 
-TINY = Experiment(("gptq",), (4,), ("parallel",), dataclasses.replace(common.TINY, seeds=(0, 1)))
+TINY = Experiment(("gptq(clip=mse)",), (3,), ("parallel",), dataclasses.replace(common.TINY, seeds=(0, 1)))
 
 
 def run(out: Path, *, tiny: bool = False, subjects: tuple[common.Subject, ...] = common.BUNDLED) -> list[dict[str, object]]:

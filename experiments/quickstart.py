@@ -15,6 +15,8 @@ import common
 
 from qjax.sweep.cells import expand
 
+SETTINGS = common.Settings(max_windows=None)
+
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
@@ -25,10 +27,10 @@ class Experiment:
         *("nf4", "nf4-dq", "fp4", "bf16"),
     )
     bits: tuple[int, ...] = (8, 4, 3, 2)
-    settings: common.Settings = common.Settings(max_windows=None)
+    settings: common.Settings = SETTINGS
 
 
-TINY = Experiment(methods=("rtn", "gptq"), bits=(8, 3), settings=common.TINY)
+TINY = Experiment(methods=("rtn", "gptq(clip=mse)"), bits=(4, 3), settings=common.TINY)
 
 
 def run(out: Path, *, tiny: bool = False, subjects: tuple[common.Subject, ...] = common.BUNDLED) -> list[dict[str, object]]:

@@ -13,6 +13,8 @@ import common
 
 from qjax.recipe import UNQUANTIZED
 
+SETTINGS = common.Settings(max_windows=256)
+
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
@@ -29,7 +31,7 @@ class Experiment:
         "mlp/up/",
         "mlp/down/",
     )
-    settings: common.Settings = common.Settings(max_windows=256)
+    settings: common.Settings = SETTINGS
 
 
 TINY = Experiment(recipes=("rtn:int3-g128",), blocks=False, kinds=("mlp/down/",), settings=common.TINY)

@@ -1,4 +1,4 @@
-"""What each precision buys and costs: bytes, tokens a second, perplexity, accuracy; and the memory of a 7-billion-parameter Llama.
+"""What each precision buys and costs: bytes, tokens a second, perplexity, accuracy; and the memory of a 7B Llama.
 
     python experiments/tradeoff.py                 writes results/tradeoff/, about five minutes on 2 cores, which should be idle
     python experiments/tradeoff.py --tiny --out X  a few windows, questions and formats, for tests
@@ -20,6 +20,9 @@ LLAMA_2_7B = {
 }
 
 
+SETTINGS = common.Settings(max_windows=None, questions=None, tasks=True, speed=True)
+
+
 @dataclasses.dataclass(frozen=True)
 class Experiment:
     """What is measured."""
@@ -28,7 +31,7 @@ class Experiment:
         *("fp32", "bf16", "nf4-g64", "nf4-g64-dq"),
         *(f"{method}:int{bits}-g128" for method in ("rtn", "gptq(clip=mse)") for bits in (8, 4, 3, 2)),
     )
-    settings: common.Settings = common.Settings(max_windows=None, questions=None, tasks=True, speed=True)
+    settings: common.Settings = SETTINGS
 
 
 TINY = Experiment(("nf4-g64-dq",), dataclasses.replace(common.TINY, tasks=True, speed=True))

@@ -19,6 +19,7 @@ from qjax.report.accuracy import accuracy_table, divergence_table, has_divergenc
 from qjax.report.dots import dots_figure, has_dots
 from qjax.report.figures import has_lines, perplexity_figure
 from qjax.report.memory import memory_rows_table
+from qjax.report.paper_shapes import KIND, paper_shapes_table
 from qjax.report.rendering import Row, Table, to_csv, to_latex, to_markdown
 from qjax.report.seeds import seeds_of, seeds_table
 from qjax.report.sensitivity import ordinary, placed_alone, sensitivity_table
@@ -65,7 +66,10 @@ FIGURES = (
     Part("divergence", lambda rows: has_lines(rows) and has_divergence(rows), _lines("divergence")),
     Part("recipes", has_dots, dots_figure),
 )
-FOLDER_TABLES = (Part("memory", of_kind("memory"), memory_rows_table),)
+FOLDER_TABLES = (
+    Part("memory", of_kind("memory"), memory_rows_table),
+    Part(KIND, of_kind(KIND), paper_shapes_table),
+)
 
 
 def tables(rows: Sequence[Row]) -> list[tuple[str, Table]]:
