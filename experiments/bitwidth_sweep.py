@@ -36,10 +36,10 @@ class Experiment:
 
 
 TINY = Experiment(
-    methods=("rtn", "gptq(clip=mse)"),
+    methods=("rtn", "rtn(clip=mse)"),
     bits=(4, 3),
     codebooks=("nf4",),
-    groups=("128",),
+    groups=("32", "128"),
     settings=dataclasses.replace(common.TINY, tasks=True, divergence=True),
 )
 

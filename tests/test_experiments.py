@@ -30,7 +30,7 @@ SUFFIXES = {  # experiment -> tables that it is about
     "calibration": {"seeds"},
     "composition": {"seeds"},
     "paper_shapes": {"paper_shapes", "accuracy"},
-    "bitwidth_sweep": {"accuracy", "divergence"},
+    "bitwidth_sweep": {"accuracy", "divergence", "widths"},
 }
 
 

@@ -27,6 +27,7 @@ from qjax.report.series import increase
 from qjax.report.style import PNG_DPI, RC
 from qjax.report.tables import perplexity_table, split_tables
 from qjax.report.tradeoff import has_speed, tradeoff_table
+from qjax.report.widths import has_widths, widths_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,6 +55,7 @@ def _lines(value: str) -> Callable[[Sequence[Row], str], "Figure"]:
 TABLES = (
     Part("", ordinary, lambda rows: perplexity_table(ordinary(rows))),
     Part("accuracy", tasks_of, accuracy_table),
+    Part("widths", has_widths, widths_table),
     Part("seeds", seeds_of, seeds_table),
     Part("tradeoff", has_speed, tradeoff_table),
     Part("divergence", has_divergence, divergence_table),
