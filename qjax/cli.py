@@ -4,7 +4,6 @@ JAX and everything that needs it is imported inside the commands, so that `qjax 
 """
 
 import json
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -12,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qjax.cli_results import compare, report, rerun
 from qjax.errors import QjaxError
+from qjax.files import require_writable
 from qjax.options import (
     MODEL_HELP,
     CalibrationName,
@@ -20,7 +21,6 @@ from qjax.options import (
     CalibrationWindows,
     ConventionName,
     Data,
-    Folder,
     MaxQuestions,
     MaxWindows,
     ModelName,
@@ -30,6 +30,8 @@ from qjax.options import (
     Rules,
     Seed,
     Tasks,
+    split_names,
+    split_numbers,
 )
 from qjax.terminal import console, live_sweep, print_accuracies, print_perplexity, print_tables, progress_bars
 
@@ -92,15 +94,15 @@ def sweep(
     if recipes is not None and (methods, bits, group) != (None, None, None):
         raise QjaxError("--recipes says everything; give either it or --methods, --bits and --group")
     if recipes is not None:
-        names = canonical(_split(recipes), order)
+        names = canonical(split_names(recipes), order)
     else:
-        wanted = _split(METHODS if methods is None else methods), _numbers(BITS if bits is None else bits)
+        wanted = split_names(METHODS if methods is None else methods), split_numbers(BITS if bits is None else bits)
         names = expand(*wanted, group, order)
     rules = rules_in_order(rule or (), order)
     measured = parse_convention(convention)
-    _prepare(out)
+    require_writable(out)
     corpora = load_corpora(data)
-    asked = load_tasks(_split(tasks) if tasks else (), max_questions or None)
+    asked = load_tasks(split_names(tasks) if tasks else (), max_questions or None)
     loaded = _load(model)
     max_windows = _default_windows(model, data, max_windows)
     tokens = _calibration(loaded, (names, rules), calibration, data, calibration_windows, calibration_window, seed)
@@ -184,7 +186,7 @@ def sensitivity(
     from qjax.sweep.store import ROWS, read_rows
 
     names, measured = canonical([recipe], order), parse_convention(convention)
-    _prepare(out)
+    require_writable(out)
     corpora = load_corpora(data)
     loaded = _load(model)
     tokens = _calibration(loaded, (names, ()), calibration, data, calibration_windows, calibration_window, seed)
@@ -217,13 +219,13 @@ def evaluate(
     from qjax.evaluate.tasks import load_tasks
 
     measured = parse_convention(convention)
-    asked = load_tasks(_split(tasks) if tasks else (), max_questions or None)
+    asked = load_tasks(split_names(tasks) if tasks else (), max_questions or None)
     corpora = () if asked or lm_eval else load_corpora(data)
     loaded = _load(model)
     if lm_eval:
         from qjax.evaluate.lm_eval import evaluate as evaluate_harness
 
-        harness = _split(lm_eval)
+        harness = split_names(lm_eval)
         found = evaluate_harness(loaded, harness, folder=lm_eval_folder, limit=max_questions or None, packed=packed)
         for task, figures in found.items():
             shown = ", ".join(f"{name.removesuffix(',none')} {value:.4f}" for name, value in figures.items() if "," in name)
@@ -300,21 +302,8 @@ def info(
     console().print(to_rich(memory_table(*kernel_shapes(_load(model)), title=model)))
 
 
-@app.command()
-def report(
-    folder: Folder,
-    width: Annotated[str, typer.Option(help="Of the figures: single or double column of a paper.")] = "single",
-) -> None:
-    """Tables and figures of a finished or unfinished sweep, from its rows alone."""
-    from qjax.report.reports import write_reports
-    from qjax.sweep.store import ROWS, read_rows
-
-    rows = read_rows(folder / ROWS)
-    if not rows:
-        raise QjaxError(f"{folder / ROWS} holds no rows; `qjax sweep --out {folder}` writes them")
-    print_tables(rows)
-    for path in write_reports(folder, rows, width=width):
-        typer.echo(path)
+for command in (report, rerun, compare):
+    app.command()(command)
 
 
 @app.command()
@@ -401,34 +390,3 @@ def _default_windows(model: str, data: list[str], asked: int | None) -> int | No
 def _own_text(model: str) -> list[str]:
     """The text that a model of that name is calibrated on where none is named."""
     return ["python-docs"] if model == "bundled" else []
-
-
-def _split(text: str) -> list[str]:
-    parts, depth, current = [], 0, ""
-    for letter in text + ",":
-        if letter == "," and depth == 0:
-            parts.append(current.strip())
-            current = ""
-            continue
-        depth += {"(": 1, ")": -1}.get(letter, 0)
-        current += letter
-    if depth or not all(parts):
-        raise QjaxError(f"{text!r}: expected names separated by commas, with every parenthesis closed")
-    return parts
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in _split(text)]
-    except ValueError:
-        raise QjaxError(f"--bits {text!r}: expected whole numbers separated by commas, for example 8,4,3,2") from None
-
-
-def _prepare(folder: Path) -> None:
-    """Makes the output folder and proves that it can be written before anything is computed."""
-    from qjax.files import prepare_output_folder
-
-    prepare_output_folder(folder, overwrite=True)
-    probe = folder / f".probe-{os.getpid()}"
-    probe.write_bytes(b"")
-    probe.unlink()

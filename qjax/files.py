@@ -104,3 +104,11 @@ def listing(items: Iterable[object], limit: int = 5) -> str:
     items = [str(item) for item in items]
     rest = len(items) - limit
     return "; ".join(items[:limit]) + (f"; and {rest} more" if rest > 0 else "")
+
+
+def require_writable(folder: Path) -> None:
+    """Makes an output folder and proves that it can be written before anything is computed."""
+    prepare_output_folder(folder, overwrite=True)
+    probe = folder / f".probe-{os.getpid()}"
+    probe.write_bytes(b"")
+    probe.unlink()

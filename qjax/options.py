@@ -1,9 +1,11 @@
-"""Options that several commands of the command line share, as annotated types; only `cli.py` imports them."""
+"""Options that several commands of the command line share, as annotated types; only the commands import them."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from qjax.errors import QjaxError
 
 MODEL_HELP = "Hugging Face folder or hub name, folder qjax saved, or 'bundled'."
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
@@ -43,3 +45,26 @@ Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Write into a folder that is not empty.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder to write.")]
 Folder = Annotated[Path, typer.Argument(help="A folder with rows.jsonl.")]
+
+
+def split_names(text: str) -> list[str]:
+    """Names between commas; commas within parentheses belong to a name."""
+    parts, depth, current = [], 0, ""
+    for letter in text + ",":
+        if letter == "," and depth == 0:
+            parts.append(current.strip())
+            current = ""
+            continue
+        depth += {"(": 1, ")": -1}.get(letter, 0)
+        current += letter
+    if depth or not all(parts):
+        raise QjaxError(f"{text!r}: expected names separated by commas, with every parenthesis closed")
+    return parts
+
+
+def split_numbers(text: str) -> list[int]:
+    """Whole numbers between commas."""
+    try:
+        return [int(part) for part in split_names(text)]
+    except ValueError:
+        raise QjaxError(f"--bits {text!r}: expected whole numbers separated by commas, for example 8,4,3,2") from None

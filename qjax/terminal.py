@@ -1,4 +1,4 @@
-"""What a person sees of the command line: progress, tables, one line a result. Only `cli.py` imports it.
+"""What a person sees of the command line: progress, tables, one line a result. Only the commands import it.
 
 Rich and whatever else is heavy is imported when something is shown.
 """

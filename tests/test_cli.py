@@ -122,6 +122,7 @@ def test_information(checkpoint, capsys):
         (["sweep", "TINY", "--data", "EMPTY"], "empty"),
         (["quantize", "TINY", "--recipe", "rtn"], "needs a format"),
         (["report", "TINY"], "holds no rows"),
+        (["report", "no/such/folder"], "no such folder"),
         (["info", "--parameters", "0"], "at least 1"),
     ],
 )
@@ -210,7 +211,7 @@ def test_help_is_fast_and_imports_no_jax():
         text=True,
         check=True,
     ).stdout
-    for command in ("sweep", "quantize", "eval", "info", "report", "formats", "recipes"):
+    for command in ("sweep", "quantize", "eval", "info", "report", "rerun", "compare", "formats", "recipes"):
         assert command in shown
 
 
@@ -235,7 +236,7 @@ def test_calibrated_quantization_and_sensitivity(checkpoint, tmp_path, capsys):
     arguments = ("sensitivity", checkpoint / "tiny", "--recipe", "gptq:int3-g16", "--data", f"text:{checkpoint / 'text.txt'}")
     printed = succeeds(capsys, *arguments, *calibrated, "--convention", "windows-32", "--out", tmp_path / "s")
     assert "Sensitivity" in printed
-    assert (tmp_path / "s" / "sensitivity-1.md").exists()
+    assert (tmp_path / "s" / "tiny-text-text.txt-windows-32-sensitivity.md").exists()
     assert len((tmp_path / "s" / "rows.jsonl").read_text().splitlines()) == 3
 
 

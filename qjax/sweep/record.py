@@ -33,10 +33,13 @@ from qjax.recipe import UNQUANTIZED, Recipe, Stage, method_name
 PACKAGE = Path(__file__).parents[1]
 UNMEASURED = (
     "cli.py",
+    "cli_results.py",
     "options.py",
     "terminal.py",
     "report",
     "train",
+    "sweep/request.py",
+    "sweep/rerun.py",
 )  # parts of the package that no measured figure depends on
 LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "tokenizers")
 
@@ -64,7 +67,7 @@ def code_fingerprint() -> str:
     total = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):
         relative = path.relative_to(PACKAGE)
-        if relative.parts[0] not in UNMEASURED:
+        if not {relative.parts[0], relative.as_posix()} & set(UNMEASURED):
             total.update(str(relative).encode() + path.read_bytes())
     return total.hexdigest()[:16]
 

@@ -1,0 +1,137 @@
+"""Two folders of results side by side: what was asked alike, old and new, and the difference with its paired error.
+
+Rows match where model (fingerprint), recipe, text, convention, windows, seed and calibration are the same. The difference of
+losses is paired window by window, and of accuracies question by question, where both rows keep these; otherwise the two errors
+are added as if independent, or no error is given.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from qjax.errors import QjaxError
+from qjax.evaluate.statistics import accuracy_difference, ratio_stderr
+from qjax.report.numbers import MISSING, number, significant, with_error
+from qjax.report.rendering import Column, Row, Table, columns_of
+from qjax.report.tables import NOISE, cells_of, distinctions, is_baseline
+
+ASKED = (
+    *("fingerprint", "recipe", "corpus_fingerprint", "convention", "max_windows", "windows", "seed", "tasks"),
+    *("calibration_source", "calibration_windows", "calibration_window_tokens", "order"),
+)
+DEFAULT_METRIC = "perplexity"
+
+
+def match_rows(old: Sequence[Row], new: Sequence[Row]) -> tuple[list[tuple[Row, Row]], list[Row], list[Row]]:
+    """(pairs, rows in old only, rows in new only); of rows that were asked the same the last one of a folder counts."""
+    before, after = ({_asked(row): row for row in cells_of(rows)} for rows in (old, new))
+    pairs = [(row, after[key]) for key, row in before.items() if key in after]
+    return (
+        pairs,
+        [row for key, row in before.items() if key not in after],
+        [row for key, row in after.items() if key not in before],
+    )
+
+
+def _asked(row: Row) -> tuple[str, ...]:
+    return tuple("" if key == "seed" and is_baseline(row) else str(row.get(key)) for key in ASKED)
+
+
+def comparison_tables(
+    old: Sequence[Row], new: Sequence[Row], names: tuple[str, str], metric: str = DEFAULT_METRIC
+) -> list[Table]:
+    """A table of the matched rows for each model and text, and one of the rows that only one folder has.
+
+    names: of the two folders. metric: a column of numbers of the rows. Raises QjaxError where a folder has no rows, and for a
+    metric that no row has, listing what they have.
+    """
+    for name, rows in zip(names, (old, new), strict=True):
+        if not cells_of(rows):
+            raise QjaxError(f"{name} holds no rows of a sweep to compare; `qjax sweep --out {name}` writes some")
+    metrics = list(dict.fromkeys(key for row in cells_of([*old, *new]) for key, value in row.items() if _is_metric(key, value)))
+    if metric not in metrics:
+        raise QjaxError(f"no row has the metric {metric!r}; the rows have {', '.join(metrics)}")
+    pairs, gone, come = match_rows(old, new)
+    groups: dict[tuple, list[tuple[Row, Row]]] = {}
+    for pair in pairs:
+        keys = ("model", "corpus", "convention", "windows", "fingerprint", "corpus_fingerprint", "tasks")
+        groups.setdefault(tuple(str(pair[1].get(key)) for key in keys), []).append(pair)
+    tables = [_pairs_table(key, group, names, metric) for key, group in groups.items()]
+    return tables + ([_single_table(gone, come, names)] if gone or come else [])
+
+
+def _is_metric(key: str, value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and key not in ASKED and "_stderr" not in key
+
+
+def _pairs_table(key: tuple[str, ...], pairs: Sequence[tuple[Row, Row]], names: tuple[str, str], metric: str) -> Table:
+    rows = []
+    for old, new in pairs:
+        error = _difference_error(old, new, metric)
+        change = number(new, metric) - number(old, metric)
+        rows.append(
+            {**new, "old": number(old, metric), "new": number(new, metric), "difference": change, "difference_stderr": error}
+        )
+    columns = [
+        Column("recipe", "recipe", text=True),
+        *distinctions(rows),
+        Column("old", f"{metric}\n{names[0]}", _figure),
+        Column("new", f"{metric}\n{names[1]}", _figure),
+        Column("difference", "difference", _difference, error="difference_stderr"),
+    ]
+    notes = [f"±: standard error of the difference, paired where both rows keep what it takes. *: beyond {NOISE} of them."]
+    title = f"{names[1]} against {names[0]}: {key[0]} on {key[1]} ({key[2]}), {key[3]} windows"
+    return Table(title, columns_of(rows, columns), tuple(rows), tuple(notes))
+
+
+def _single_table(gone: Sequence[Row], come: Sequence[Row], names: tuple[str, str]) -> Table:
+    rows = [{**row, "only": name} for name, part in zip(names, (gone, come), strict=True) for row in part]
+    columns = [
+        Column("only", "only in", text=True),
+        Column("recipe", "recipe", text=True),
+        Column("corpus", "corpus", text=True, rank=1),
+        Column("model", "model", text=True, rank=2),
+        Column("convention", "convention", text=True, rank=3),
+        Column("windows", "windows", rank=4),
+        Column("seed", "seed", rank=4),
+        Column("key", "key"),
+    ]
+    return Table("Rows that only one folder has", columns_of(rows, columns), tuple(rows))
+
+
+def _difference_error(old: Row, new: Row, metric: str) -> float:
+    """Standard error of new - old; nan where it is not known."""
+    if metric in ("perplexity", "nll", "nll_delta", "perplexity_ratio", "bits_per_byte"):
+        return _loss_error(old, new, metric)
+    column, colon, task = metric.partition(":")
+    gold, answers = f"gold:{task}", f"answers{'_norm' if column == 'accuracy_norm' else ''}:{task}"
+    if column in ("accuracy", "accuracy_norm") and all(row.get(answers) for row in (old, new)) and old[gold] == new[gold]:
+        right = [np.equal(row[answers], row[gold]) for row in (new, old)]
+        return accuracy_difference(*right).stderr if not np.array_equal(*right) else 0.0
+    return math.hypot(*(number(row, f"{column}_stderr{colon}{task}") for row in (old, new)))
+
+
+def _loss_error(old: Row, new: Row, metric: str) -> float:
+    """Paired over windows, carried from nll to the metric at the mean of both (the delta method)."""
+    if "window_nll" not in old or "window_nll" not in new or old["window_tokens"] != new["window_tokens"]:
+        return math.nan
+    error = ratio_stderr(np.subtract(new["window_nll"], old["window_nll"]), np.array(new["window_tokens"]))
+    if metric in ("nll", "nll_delta"):
+        return error
+    if metric == "bits_per_byte":
+        return error * number(new, metric) / number(new, "nll")
+    return error * (number(old, metric) + number(new, metric)) / 2
+
+
+def _figure(row: Row, key: str) -> str:
+    return significant(row[key], 5)
+
+
+def _difference(row: Row, key: str) -> str:
+    if row[key] == 0:
+        return "0"
+    if not math.isfinite(row[key]):
+        return MISSING
+    mark = " *" if abs(row[key]) > NOISE * row["difference_stderr"] else ""
+    return with_error(row[key], row["difference_stderr"], sign="+") + mark

@@ -1,0 +1,93 @@
+"""A committed row and the same cell measured again, column by column."""
+
+import json
+from collections.abc import Sequence
+
+import numpy as np
+
+from qjax.report.rendering import Column, Row, Table
+from qjax.report.tables import describe
+
+# Columns that another run may change though nothing is wrong: clocks and memory, and where and by what a row was made.
+CIRCUMSTANCES = ("device", "versions", "code", "compute_dtype")
+# What was asked for, which fingerprints guarantee: shown only where it differs.
+ASKED = frozenset(
+    (
+        *CIRCUMSTANCES, "key", "time", "model", "recipe", "method", "options", "format", "bits", "corpus", "seed",
+        "fingerprint", "corpus_fingerprint", "max_windows", "order", "calibration", "calibration_source",
+        "calibration_fingerprint", "calibration_windows", "calibration_window_tokens", "tasks", "convention",
+    )
+)  # fmt: skip
+UNSTABLE = frozenset(
+    (
+        *CIRCUMSTANCES, "key", "time", "seconds_quantize", "seconds_evaluate", "seconds_task", "tokens_per_second",
+        "peak_rss_bytes", "prefill_tokens_per_second", "decode_tokens_per_second", "first_token_seconds", "running_bytes",
+        "peak_bytes",
+    )
+)  # fmt: skip
+
+
+def unequal(old: Row, new: Row) -> list[str]:
+    """The columns of the old row that should be the same to the last bit and are not. Columns made since do not count."""
+    return [name for name in old if _is_stable(name) and (name not in new or not _equal(old[name], new[name]))]
+
+
+def rerun_table(old: Row, new: Row) -> Table:
+    """Every measured column, old and new; the notes name what differs and where circumstances do."""
+    differing = set(unequal(old, new))
+    names = [name for name in dict.fromkeys([*old, *new]) if name in differing or name not in ASKED]
+    rows = [
+        {"column": name, "old": _text(old, name), "new": _text(new, name, old), "equal": _verdict(name, old, new, differing)}
+        for name in names
+    ]
+    columns = (
+        Column("column", "column", text=True),
+        Column("old", "old"),
+        Column("new", "new"),
+        Column("equal", "equal?", text=True),
+    )
+    notes = [f"Different: {', '.join(sorted(differing))}." if differing else "All columns that should be equal are equal."]
+    changed = [name for name in CIRCUMSTANCES if old.get(name) != new.get(name)]
+    notes += [f"{name}: {_change(str(old.get(name)), str(new.get(name)))}." for name in changed]
+    return Table(f"{old['recipe']} measured again, {describe(old)}, key {old['key']}", columns, tuple(rows), tuple(notes))
+
+
+def _is_stable(name: str) -> bool:
+    return name.partition(":")[0] not in UNSTABLE
+
+
+def _equal(one: object, other: object) -> bool:
+    return json.dumps(one) == json.dumps(other)
+
+
+def _verdict(name: str, old: Row, new: Row, differing: set[str]) -> str:
+    if name not in old:
+        return "not in old"
+    if name in differing:
+        return "NO"
+    return "yes" if _equal(old[name], new.get(name)) else "may differ"
+
+
+def _text(row: Row, name: str, old: Row | None = None) -> str:
+    """A value with every digit; of a list its length, and the largest difference from the old one."""
+    value = row.get(name)
+    if old and name in old and _equal(old[name], value):
+        return "the same"
+    if not isinstance(value, list):
+        return "" if value is None else str(value)
+    text = f"{len(value)} values"
+    before = old.get(name) if old else None
+    if isinstance(before, list) and len(before) == len(value) and before != value and _are_numbers([*value, *before]):
+        text += f", up to {float(np.abs(np.subtract(value, before)).max()):.2g} off"
+    return text
+
+
+def _are_numbers(values: Sequence[object]) -> bool:
+    return all(isinstance(value, (int, float)) for value in values)
+
+
+def _change(old: str, new: str) -> str:
+    """Of comma-separated lists the parts that differ."""
+    before, after = (text.split(", ") for text in (old, new))
+    gone, come = ([part for part in one if part not in other] for one, other in ((before, after), (after, before)))
+    return f"{', '.join(gone) or 'nothing'} -> {', '.join(come) or 'nothing'}"

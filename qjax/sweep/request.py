@@ -1,0 +1,114 @@
+"""From a row back to what was asked for: all that is needed to measure its cell again.
+
+Paths are no part of a row, which holds a text's file name and a model's name; fingerprints say whether what is found under such
+a name is what was measured. Calibration windows are drawn by the sweep's seed.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+
+from qjax.errors import QjaxError
+from qjax.sweep.cells import canonical
+
+Row = Mapping[str, object]
+NEEDED = ("model", "fingerprint", "recipe", "corpus", "corpus_fingerprint", "convention", "seed")
+
+
+@dataclasses.dataclass(frozen=True)
+class AskedTask:
+    """A task by name, its number of questions and the start of their fingerprint."""
+
+    name: str
+    questions: int
+    fingerprint: str
+
+    def __str__(self) -> str:
+        return f"{self.name}({self.questions},{self.fingerprint})"
+
+
+@dataclasses.dataclass(frozen=True)
+class AskedCalibration:
+    """A calibration text by name, how many windows of how many tokens were drawn, and the fingerprint of these tokens."""
+
+    corpus: str
+    windows: int
+    window: int
+    fingerprint: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One cell: what to measure, and fingerprints of what it was measured with."""
+
+    model: str
+    fingerprint: str
+    recipe: str
+    rules: tuple[str, ...]
+    corpus: str
+    corpus_fingerprint: str
+    convention: str
+    max_windows: int | None
+    seed: int
+    calibration: AskedCalibration | None
+    tasks: tuple[AskedTask, ...]
+    divergence: bool
+    speed: bool
+
+
+def request_of(row: Row) -> Request:
+    """What a row was asked for. Raises QjaxError for rows that are no cells of a sweep, or that lack what is needed."""
+    if "kind" in row:
+        raise QjaxError(f"row {row['key']} is of the kind {row['kind']!r}, no cell of a sweep; its experiment makes it again")
+    missing = [name for name in NEEDED if row.get(name) is None]
+    calibration = None
+    if row.get("order") is not None:
+        columns = ("calibration", "calibration_windows", "calibration_window_tokens", "calibration_fingerprint")
+        missing += [name for name in columns if row.get(name) is None]
+        if row.get("calibration_source") == "":
+            missing.append("calibration_source (the tokens were given, not read from a text)")
+        calibration = AskedCalibration(*(row.get(name) for name in columns))
+    tasks = re.findall(r"(\S.*?)\((\d+),([0-9a-f]+)\)(?: |$)", str(row.get("tasks") or ""))
+    if missing:
+        raise QjaxError(f"row {row['key']} cannot be measured again, it lacks {', '.join(missing)}")
+    recipe, *rules = str(row["recipe"]).split("; ")
+    return Request(
+        *(str(row[name]) for name in ("model", "fingerprint")),
+        recipe=recipe,
+        rules=tuple(rules),
+        **{name: str(row[name]) for name in ("corpus", "corpus_fingerprint", "convention")},
+        max_windows=row.get("max_windows"),
+        seed=int(row["seed"]),
+        calibration=calibration,
+        tasks=tuple(AskedTask(name, int(count), fingerprint) for name, count, fingerprint in tasks),
+        divergence="kl" in row,
+        speed="speed_batch" in row,
+    )
+
+
+def find_row(rows: Sequence[Row], wanted: str, where: str) -> Row:
+    """The row whose key begins with `wanted`, or whose recipe it is. where: the rows' file, for messages.
+
+    Raises QjaxError where there is none or more than one.
+    """
+    found = [row for row in rows if row["key"] == wanted] or [row for row in rows if str(row["key"]).startswith(wanted)]
+    if not found:
+        names = {wanted, *_canonical(wanted)}
+        found = [row for row in rows if row.get("recipe") in names]
+    if not found:
+        raise QjaxError(f"{where} has no row {wanted!r}; give the start of a row's key, or a recipe of {_few(rows, 'recipe')}")
+    if len(found) > 1:
+        raise QjaxError(f"{len(found)} rows of {where} are {wanted!r}; give more of one key: {_few(found, 'key')}")
+    return found[0]
+
+
+def _canonical(recipe: str) -> list[str]:
+    try:
+        return canonical([recipe])
+    except QjaxError:  # no recipe at all
+        return []
+
+
+def _few(rows: Sequence[Row], column: str, most: int = 6) -> str:
+    values = list(dict.fromkeys(str(row[column]) for row in rows if column in row))
+    return ", ".join(values[:most]) + (f" and {len(values) - most} more" if len(values) > most else "")

@@ -1,0 +1,103 @@
+"""Measures the cell of a row once again, from its request alone; nothing is kept on disk."""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from qjax.calibrate.tokens import Calibration, load_calibration
+from qjax.errors import QjaxError
+from qjax.evaluate.corpora import load_corpus
+from qjax.evaluate.perplexity import parse_convention
+from qjax.evaluate.questions import Task
+from qjax.evaluate.tasks import load_task
+from qjax.loading import load
+from qjax.models.model import Model
+from qjax.sweep.record import model_fingerprint
+from qjax.sweep.request import Request, Row, request_of
+from qjax.sweep.runner import Sweep, Watcher, run_sweep
+
+T = TypeVar("T")
+
+
+def rerun(
+    row: Row,
+    *,
+    model: str | None = None,
+    data: str | None = None,
+    calibration: str | None = None,
+    tasks: Sequence[str] = (),
+    watcher: Watcher | None = None,
+) -> dict[str, object]:
+    """The row of the same cell, measured now (the unquantized model is measured first, as in any sweep).
+
+    model, data, calibration, tasks: where the row's model and texts are now, where their names do not say; tasks as NAME:PATH.
+    Raises QjaxError where one is missing or is not what the row was measured with, by fingerprint.
+    """
+    asked = request_of(row)
+    loaded = _find("model", asked.model, model, load)
+    _require("model", asked.model, asked.fingerprint, model_fingerprint(loaded))
+    loaded = loaded._replace(name=asked.model)
+    sweep = sweep_of(asked, loaded, data=data, calibration=calibration, tasks=tasks)
+    with tempfile.TemporaryDirectory() as folder:
+        return run_sweep(loaded, sweep, Path(folder), watcher)[-1]
+
+
+def sweep_of(
+    asked: Request, model: Model, *, data: str | None = None, calibration: str | None = None, tasks: Sequence[str] = ()
+) -> Sweep:
+    """The sweep of one cell; its texts are loaded and checked."""
+    corpus = _find("data", asked.corpus, data, load_corpus)
+    _require("data", asked.corpus, asked.corpus_fingerprint, corpus.fingerprint)
+    return Sweep(
+        (asked.recipe,),
+        (corpus._replace(name=asked.corpus),),
+        parse_convention(asked.convention),
+        max_windows=asked.max_windows,
+        rules=asked.rules,
+        seed=asked.seed,
+        tasks=_tasks(asked, tasks),
+        divergence=asked.divergence,
+        speed=asked.speed,
+        calibration=_calibration(asked, model, calibration),
+    )
+
+
+def _calibration(asked: Request, model: Model, named: str | None) -> Calibration | None:
+    wanted = asked.calibration
+    if wanted is None:
+        return None
+
+    def draw(name: str) -> Calibration:
+        return load_calibration(model, name, windows=wanted.windows, window=wanted.window, seed=asked.seed)
+
+    found = _find("calibration", wanted.corpus, named, draw)
+    _require("calibration", wanted.corpus, wanted.fingerprint, found.fingerprint)
+    return found._replace(name=wanted.corpus)
+
+
+def _tasks(asked: Request, named: Sequence[str]) -> tuple[Task, ...]:
+    specs = {spec.partition(":")[0]: spec for spec in named}
+    found = []
+    for task in asked.tasks:
+        spec = specs.get(task.name.partition(":")[0])
+        found.append(_find("tasks", task.name, spec, lambda name, count=task.questions: load_task(name, count)))
+        _require("tasks", task.name, task.fingerprint, found[-1].fingerprint[: len(task.fingerprint)])
+    return tuple(found)
+
+
+def _find(option: str, name: str, named: str | None, find: Callable[[str], T]) -> T:
+    """What the option names, or else the row; an error says that the option may."""
+    try:
+        return find(name if named is None else named)
+    except QjaxError as error:
+        hint = "" if named is not None else f" (the row's {option} {name!r}; say with --{option} where it is)"
+        raise QjaxError(f"{error}{hint}") from error
+
+
+def _require(option: str, name: str, wanted: str, found: str) -> None:
+    if wanted != found:
+        raise QjaxError(
+            f"{option} {name!r} is not what the row was measured with: fingerprint {found}, the row has {wanted}; "
+            f"name the right one with --{option}"
+        )
