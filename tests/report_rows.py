@@ -1,5 +1,6 @@
 """Handmade rows for the tests of tables and figures: round numbers, no model."""
 
+import itertools
 import math
 
 from qjax.formats import parse_format
@@ -61,3 +62,25 @@ def infinite_row() -> dict[str, object]:
     """A row whose perplexity is too large for a float."""
     infinite = dict.fromkeys(("perplexity", "perplexity_stderr", "perplexity_ratio", "perplexity_ratio_stderr"), math.inf)
     return measured_row("rtn:int2-g128", 0.0, math.nan) | infinite | {"nll": 802.3, "nll_delta": 800.0}
+
+
+def alone_row(pattern: str, delta: float, stderr: float = 0.001) -> dict[str, object]:
+    """A row of one place quantized alone."""
+    recipe = f"none; {pattern}=gptq(clip=mse):int3-g128"
+    return measured_row("none", delta) | {"recipe": recipe, "key": recipe, "nll_delta_stderr": stderr}
+
+
+def calibrated_rows() -> list[dict[str, object]]:
+    """The unquantized model, and one recipe calibrated on 2 texts x 2 numbers of windows x 2 seeds."""
+    rows = [measured_row("none", window_nll=[600.0] * 8, window_tokens=[256] * 8)]
+    for text, windows, seed in itertools.product(("c4", "python-docs"), (8, 32), (0, 1)):
+        delta = 0.1 + 0.4 / windows + 0.02 * (text == "python-docs") + 0.002 * seed
+        drawn = {
+            "calibration_windows": windows,
+            "calibration_window_tokens": 256,
+            "calibration_fingerprint": f"{text}{windows}{seed}",
+        }
+        losses = {"window_nll": [600.0 + 256 * delta + 0.1 * (i - 3.5) for i in range(8)], "window_tokens": [256] * 8}
+        told = {"calibration": text, "calibration_source": text, "seed": seed, "key": f"{text}{windows}{seed}"}
+        rows.append(measured_row("gptq:int3-g128", delta, 0.002, **drawn, **losses, **told))
+    return rows

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import qjax
 from qjax import cli
@@ -98,7 +99,9 @@ def test_mistakes_are_one_line(work, tmp_path, capsys):
     assert "no row 'zzz'" in fails(capsys, "rerun", results, "--row", "zzz")
     assert "2 rows of" in fails(capsys, "rerun", results, "--row", "")
     assert "no row 'rtn:int4-g128'" in fails(capsys, "rerun", results, "--row", "rtn:int4-g128")
-    save_huggingface(tmp_path / "changed", random_model(tiny_config(), byte_tokenizer(), seed=1))
+    shutil.copytree(work / "tiny", tmp_path / "changed")
+    weights = load_file(tmp_path / "changed" / "model.safetensors")
+    save_file(weights | {"model.norm.weight": weights["model.norm.weight"] + 0.01}, tmp_path / "changed" / "model.safetensors")
     moved = ["--model", tmp_path / "changed", *places(work)[2:]]
     assert "not what the row was measured with" in fails(capsys, "rerun", results, "--row", key, *moved)
     other = [*places(work)[:2], "--data", f"text:{work / 'other.txt'}", *places(work)[4:]]

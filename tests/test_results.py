@@ -1,26 +1,54 @@
-"""Committed results: every table is what its rows give, byte for byte, and every figure can be drawn from them."""
+"""Committed results: every table is what its rows give, byte for byte, every figure can be drawn, every column is described."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from qjax.report.reports import write_reports
+from qjax.report.rendering import to_csv, to_latex, to_markdown
+from qjax.report.reports import figures, tables
 from qjax.sweep.store import LAYERS, ROWS, read_rows
+from tests.dictionary import README, described, undescribed
 
-RESULTS = Path(__file__).parents[1] / "results"
+RESULTS = README.parent
 FOLDERS = sorted(path.parent for path in RESULTS.glob(f"*/{ROWS}"))
+RENDERED = {"md": to_markdown, "tex": to_latex, "csv": to_csv}
+every_folder = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 
 
-@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-def test_tables_are_those_of_the_rows(folder, tmp_path):
-    written = write_reports(tmp_path, read_rows(folder / ROWS))
-    assert {path.name for path in written} == {path.name for path in folder.iterdir()} - {ROWS, LAYERS}
-    for path in written:
-        if path.suffix in (".md", ".tex", ".csv"):
-            assert path.read_bytes() == (folder / path.name).read_bytes()
+@every_folder
+def test_tables_are_those_of_the_rows(folder: Path):
+    made = {
+        f"{name}.{suffix}": render(table)
+        for name, table in tables(read_rows(folder / ROWS))
+        for suffix, render in RENDERED.items()
+    }
+    committed = {path.name: path.read_text() for suffix in RENDERED for path in folder.glob(f"*.{suffix}")}
+    assert sorted(made) == sorted(committed)
+    assert [name for name, text in made.items() if committed[name] != text] == []
+
+
+@every_folder
+def test_figures_are_those_of_the_rows(folder: Path):
+    drawn = {f"{name}.{suffix}" for name, _ in figures(read_rows(folder / ROWS)) for suffix in ("png", "pdf")}
+    assert drawn == {path.name for suffix in ("png", "pdf") for path in folder.glob(f"*.{suffix}")}
+
+
+@every_folder
+def test_every_column_is_described(folder: Path):
+    assert undescribed(read_rows(folder / ROWS), f"Columns of `{ROWS}`") == []
+    layers = (folder / LAYERS).read_text().splitlines() if (folder / LAYERS).exists() else []
+    assert undescribed(map(json.loads, layers), f"Columns of `{LAYERS}`") == []
 
 
 def test_every_folder_is_described():
-    described = (RESULTS / "README.md").read_text()
     assert FOLDERS
-    assert all(f"`{folder.name}/`" in described for folder in FOLDERS)
+    assert all(f"`{folder.name}/`" in README.read_text() for folder in FOLDERS)
+
+
+def test_an_undescribed_column_is_found():
+    assert undescribed([{"key": 1, "kex": 2, "accuracy:piqa": 3, "acuracy:piqa": 4}], f"Columns of `{ROWS}`") == [
+        "acuracy:piqa",
+        "kex",
+    ]
+    assert "prefill_tokens_per_second:H" in described(f"Columns of `{ROWS}`")

@@ -13,9 +13,11 @@ from qjax.evaluate.divergence import divergence
 from qjax.evaluate.perplexity import parse_convention
 from qjax.evaluate.questions import last_word, make_task, multiple_choice
 from qjax.evaluate.statistics import accuracy_difference
+from qjax.layerwise import LayerRecord
 from qjax.report.reports import write_reports
 from qjax.sweep.runner import Sweep, run_sweep
 from qjax.sweep.store import ROWS, read_rows
+from tests.dictionary import undescribed
 
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 8
 CORPUS = Corpus("dickens", (TEXT,), "f1")
@@ -76,6 +78,11 @@ def test_rows_are_flat_and_resume(tiny_model, rows, tmp_path):
     assert not {row["key"] for row in plain} & {row["key"] for row in more}
     assert run_sweep(tiny_model, plan("nf4", divergence=False, speed=False, tasks=(LAST,)), tmp_path) == more
     assert len(read_rows(tmp_path / ROWS)) == 4
+
+
+def test_every_column_is_in_the_data_dictionary(rows):
+    assert undescribed(rows, "Columns of `rows.jsonl`") == []
+    assert undescribed([{"key": "", **dict.fromkeys(LayerRecord._fields)}], "Columns of `layers.jsonl`") == []
 
 
 def test_reports_are_made_from_rows_alone(rows, tmp_path):

@@ -17,7 +17,7 @@ from qjax.report.figures import SMALLEST, VALUES, has_lines
 from qjax.report.numbers import number
 from qjax.report.rendering import Row
 from qjax.report.seeds import merge_seeds, seeds_of
-from qjax.report.sensitivity import ordinary, placed_alone
+from qjax.report.sensitivity import placed_alone
 from qjax.report.series import increase
 from qjax.report.style import LABEL_SIZE, ink, method_style
 from qjax.report.tables import describe, distinctions, is_baseline, require_one_group
@@ -74,8 +74,7 @@ def dots_figure(rows: Sequence[Row], width: str = "single") -> "Figure":
 
 
 def _shown(rows: Sequence[Row]) -> list[Row]:
-    alone = placed_alone(rows)
-    return alone if alone and not ordinary(rows) else [row for row in ordinary(rows) if not is_baseline(row)]
+    return placed_alone(rows) or [row for row in rows if not is_baseline(row)]
 
 
 def _lines(shown: Sequence[Row]) -> dict[str, list[Row]]:

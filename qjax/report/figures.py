@@ -126,7 +126,7 @@ def _draw(axes: "Axes", series: Series, x: np.ndarray, y: np.ndarray, error: np.
     axes.plot(mean_x, mean_y, color=colour, linestyle=LINE_STYLES[series.variant % len(LINE_STYLES)], zorder=3)
     axes.errorbar(
         x[shown], y[shown], np.where(np.isfinite(error), error, 0)[shown], fmt=marker, color=colour, markerfacecolor=face,
-        markeredgewidth=0.9, elinewidth=0.8, capsize=1.8, capthick=0.8, zorder=4,
+        markeredgewidth=0.9, elinewidth=0.8, capsize=1.8, capthick=0.8, zorder=4 if len(mean_x) > 1 else 4.5,
     )  # fmt: skip
     beyond = (  # which, where on the axis, how
         (low, bottom, {"marker": "v", "markerfacecolor": face}),

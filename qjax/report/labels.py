@@ -19,6 +19,7 @@ ANGLES = np.radians((0, 30, 60, 90, -30, 15, 45, 75, -60, 120, 150, 180, -90, -1
 MARGIN = 1.5
 COVER_COST = 6.0  # of each covered point of the drawing
 CROSSING_COST = 1.5  # of each point of the drawing that the leader line passes
+CONFUSED_COST = 40.0  # of a place that is nearer to another name's point than to its own
 OUTSIDE_COST = OVERLAP_COST = 1e4
 
 
@@ -55,6 +56,8 @@ def place_labels(labels: Sequence[Label], drawn: np.ndarray, area: tuple[float, 
         point, half = np.array(labels[index].point), np.array(labels[index].size) / 2 + MARGIN
         candidates = _candidates(point, half)
         costs = _place_costs(candidates, half, drawn=drawn, placed=placed, area=area)
+        points = np.array([label.point for label in labels])
+        costs += CONFUSED_COST * _is_confusing(candidates, half, np.delete(points, index, axis=0), point)
         best = np.inf
         for order in np.argsort(costs, kind="stable"):  # crossings are counted only where they can decide
             if costs[order] >= best:
@@ -83,6 +86,16 @@ def _place_costs(centres, half, *, drawn, placed, area) -> np.ndarray:
     for other, other_half in placed:
         costs += OVERLAP_COST * np.all(np.abs(other - centres) < half + other_half, axis=1)
     return costs
+
+
+def _is_confusing(centres, half, others, point) -> np.ndarray:
+    """Of each place: whether another name's point, apart from this one's, is nearer to it than its own."""
+    others = others[np.linalg.norm(others - point, axis=1) > 2 * MARGIN]
+
+    def distance(to: np.ndarray) -> np.ndarray:
+        return np.linalg.norm(np.maximum(np.abs(centres[:, None] - to) - half, 0), axis=2)
+
+    return np.any(distance(others) < distance(point[None]), axis=1)
 
 
 def _leader_cost(point, leader, drawn, placed) -> float:

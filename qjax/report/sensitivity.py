@@ -22,6 +22,8 @@ from qjax.report.tables import (
 )
 from qjax.rules import parse_rule
 
+WHOLE = "whole model"
+
 
 def place_of(row: Row) -> tuple[str, str] | None:
     """("block 3", "rtn:int3-g128") of "none; ^block_3/=rtn:int3-g128"; None for rows of another recipe."""
@@ -30,13 +32,19 @@ def place_of(row: Row) -> tuple[str, str] | None:
         return None
     pattern, placed = parse_rule(rules[0])[:2]
     block = re.fullmatch(r"\^block_(\d+)/", pattern)
-    return f"block {block.group(1)}" if block else pattern, str(placed)
+    return f"block {block.group(1)}" if block else pattern.strip("/"), str(placed)
 
 
 def placed_alone(rows: Sequence[Row]) -> list[Row]:
-    """The rows of one place quantized alone, with columns `place` and `place_recipe`."""
-    found = [(row, place_of(row)) for row in rows]
-    return [{**row, "place": place[0], "place_recipe": place[1]} for row, place in found if place]
+    """The rows of one place quantized alone, recipe by recipe, with columns `place` and `place_recipe`.
+
+    Beside them stands what their recipe costs in the whole model, where that was measured.
+    """
+    places = [(row, place_of(row)) for row in rows]
+    found = [{**row, "place": place[0], "place_recipe": place[1]} for row, place in places if place]
+    recipes = {row["place_recipe"] for row in found}
+    found += [{**row, "place": WHOLE, "place_recipe": row["recipe"]} for row in rows if row["recipe"] in recipes]
+    return sorted(found, key=lambda row: row["place_recipe"])
 
 
 def ordinary(rows: Sequence[Row]) -> list[Row]:

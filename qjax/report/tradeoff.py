@@ -6,7 +6,7 @@ from qjax.errors import QjaxError
 from qjax.report.accuracy import mean_change
 from qjax.report.numbers import byte_unit, fixed, number
 from qjax.report.rendering import Column, Row, Table, columns_of, decimals
-from qjax.report.tables import change_of_perplexity, distinctions, in_order, require_one_group
+from qjax.report.tables import change_of_perplexity, distinctions, in_order, is_baseline, require_one_group
 
 HELD = ("dense", "packed")  # how the weights are held while running
 
@@ -25,6 +25,9 @@ def tradeoff_table(rows: Sequence[Row]) -> Table:
     if not has_speed(rows):
         raise QjaxError("these rows hold no speeds; `qjax sweep --speed` measures them")
     rows = in_order(rows)
+    unquantized = next((number(row, "size_bytes") for row in rows if is_baseline(row)), None)
+    if unquantized is not None:
+        rows = [{**row, "times_smaller": unquantized / number(row, "size_bytes")} for row in rows]
     unit, unit_bytes = byte_unit([number(row, "size_bytes") for row in rows])
 
     def size(row: Row, key: str) -> str:
@@ -35,6 +38,7 @@ def tradeoff_table(rows: Sequence[Row]) -> Table:
         *distinctions(rows),
         Column("bits_per_weight", "bits per\nweight", decimals(3)),
         Column("size_bytes", f"size\n({unit})", size),
+        Column("times_smaller", "times\nsmaller", decimals(2)),
         Column("perplexity_ratio", "perplexity\nchange (%)", change_of_perplexity, error="perplexity_ratio_stderr"),
         Column("accuracy_mean_delta", "accuracy change\n(points)", mean_change, error="accuracy_mean_delta_stderr"),
     ]
@@ -51,6 +55,7 @@ def tradeoff_table(rows: Sequence[Row]) -> Table:
     notes = [
         "Dense: kernels decoded to the compute type before running; packed: decoded at each use. "
         "Peak: weights, cache and working memory as planned by XLA.",
+        "Times smaller: than the unquantized model as it is stored.",
         f"Timed on {timed.get('device')}, batch 1, prompt of {timed['speed_prompt_tokens']} tokens.",
     ]
     title = f"Trade-off of {first['model']}, perplexity on {first['corpus']} ({first['convention']})"

@@ -1,0 +1,110 @@
+"""The figure of recipes one under the other: which rows it shows, where, in what order; names that fit."""
+
+import io
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from qjax.errors import QjaxError
+from qjax.report.dots import dots_figure, has_dots
+from qjax.report.figures import has_lines
+from qjax.report.series import MOST_LINES, group_series, split_panels
+from qjax.report.style import WIDTHS, ink, method_style
+from tests.report_rows import alone_row, calibrated_rows, infinite_row, measured_row, sweep_rows
+from tests.test_report_figures import many_rows
+
+ALONE = [measured_row("none"), alone_row("^block_0/", 0.02), alone_row("^block_1/", 0.001), alone_row("^block_2/", -0.001)]
+FORMATS = [measured_row("none")] + [
+    measured_row(f"{method}:int4-{grouping}", 0.01 + 0.002 * i, 0.001)
+    for i, grouping in enumerate(("g64", "g64-sym", "g128", "g128-sym", "g64-dq", "g128-dq", "channel"))
+    for method in ("rtn", "gptq")
+]
+
+
+def names(figure) -> list[str]:
+    return [text.get_text() for text in figure.axes[0].get_yticklabels()]
+
+
+@pytest.mark.parametrize(
+    ("rows", "lines", "dots"),
+    [(sweep_rows(), True, False), (ALONE, False, True), (FORMATS, False, True), (calibrated_rows(), False, True)],
+    ids=["sweep", "alone", "formats", "calibration"],
+)
+def test_lines_or_dots(rows, lines, dots):
+    assert (has_lines(rows), has_dots(rows)) == (lines, dots)
+
+
+def test_recipes_by_increase_with_their_error_in_their_colour():
+    figure = dots_figure(sweep_rows())
+    assert names(figure) == ["nf4-g64", "rtn(clip=mse):int4-g128", "rtn:int2-g128"]
+    (low,) = [bars for bars in figure.axes[0].containers if bars.lines[0].get_ydata()[0] == 1]
+    assert low.lines[0].get_xdata()[0] == pytest.approx(100 * math.expm1(0.02))
+    ((left, right),) = [segment[:, 0] for segment in low.lines[2][0].get_segments()]
+    assert right - left == pytest.approx(2 * 100 * math.exp(0.02) * 0.004)
+    assert low.lines[0].get_marker() == method_style("rtn")[1]
+    assert figure.axes[0].get_yticklabels()[0].get_color() == ink(method_style("nf4")[0])
+
+
+def test_places_in_the_order_of_the_rows_and_what_lowers_perplexity_at_the_edge():
+    figure = dots_figure(ALONE)
+    assert names(figure) == ["block 0", "block 1", "block 2"]
+    assert names(dots_figure([measured_row("gptq(clip=mse):int3-g128", 0.1), *ALONE]))[-1] == "whole model"
+    (mark,) = [line for line in figure.axes[0].lines if line.get_marker() == "<"]
+    assert (mark.get_xdata()[0], mark.get_ydata()[0]) == (figure.axes[0].get_xlim()[0], 2)
+    assert figure.texts[0].get_text().startswith("gptq(clip=mse):int3-g128: ")
+    assert figure.axes[0].containers[0].lines[0].get_color() == method_style("gptq")[0]
+
+
+def test_seeds_are_dots_around_their_mean():
+    rows = calibrated_rows()
+    figure = dots_figure(rows)
+    assert names(figure)[0] == "c4, 32 windows"
+    small = [line for line in figure.axes[0].lines if line.get_markersize() == 2]
+    assert [len(line.get_xdata()) for line in small] == [2] * 4
+    mean = figure.axes[0].containers[0].lines[0].get_xdata()[0]
+    assert min(small[0].get_xdata()) < mean < max(small[0].get_xdata())
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(
+    "rows",
+    [
+        FORMATS,
+        [measured_row("none"), infinite_row(), measured_row("rtn:int4-g128", 0.1, math.nan)],
+        [measured_row("none"), measured_row("awq+gptq(clip=mse):int3-g128" + "@sequential", 0.1), measured_row("nf4", 0.2)],
+        [infinite_row()],
+        [measured_row("none"), measured_row("rtn:int8-g128", -0.1)],
+    ],
+    ids=["formats", "infinite", "long", "only-infinite", "better"],
+)
+def test_everything_is_on_the_page(rows, width):
+    figure = dots_figure(rows, width)
+    assert figure.get_size_inches()[0] == WIDTHS[width]
+    figure.savefig(io.BytesIO(), format="png", dpi=50)
+    axes, renderer = figure.axes[0], figure.canvas.get_renderer()
+    box = axes.get_tightbbox(renderer)
+    assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 + 1 and box.y1 <= figure.bbox.y1
+    assert axes.get_window_extent().width > 0.35 * figure.bbox.width
+    boxes = [text.get_window_extent(renderer) for text in axes.get_yticklabels()]
+    assert all(above.y0 >= below.y1 for above, below in itertools.pairwise(boxes))
+    ticks = [text.get_window_extent(renderer) for text in axes.get_xticklabels() if text.get_text()]
+    assert all(one.x1 < other.x0 for one, other in itertools.pairwise(ticks))
+
+
+def test_refusals():
+    with pytest.raises(QjaxError, match="quantized models, got none"):
+        dots_figure([measured_row("none")])
+    with pytest.raises(QjaxError, match="width 'wide'"):
+        dots_figure(sweep_rows(), "wide")
+
+
+def test_many_lines_get_a_panel_for_every_grouping():
+    rows = many_rows()
+    assert len(split_panels(rows)) == 1
+    rows += [row | {key: row[key].replace("g128", "g32") for key in ("recipe", "format")} for row in rows[1:21]]
+    assert len(group_series(rows)) > MOST_LINES
+    panels = split_panels(rows)
+    assert [name for name, _ in panels] == ["g32", "g128"]
+    assert np.all([len(group_series(part)) == 9 and part[0]["recipe"] == "none" for _, part in panels])

@@ -1,0 +1,75 @@
+"""A folder's parts: each where the rows fill it; rows of other kinds; sensitivity; calibration that differs."""
+
+import pytest
+
+from qjax.errors import QjaxError
+from qjax.report.memory import memory_row, memory_table
+from qjax.report.rendering import to_markdown
+from qjax.report.reports import FIGURES, FOLDER_TABLES, TABLES, tables, write_reports
+from qjax.report.sensitivity import place_of, sensitivity_table
+from qjax.report.tables import perplexity_table, split_tables
+from qjax.sweep.store import ROWS, append_rows, read_rows
+from tests.report_rows import alone_row, calibrated_rows, measured_row, sweep_rows
+
+STEM = "toy-python-docs-windows-512"
+
+
+def names(rows) -> list[str]:
+    return [name for name, _ in tables(rows)]
+
+
+def test_rows_of_other_kinds_stand_beside_cells(tmp_path):
+    shapes, others = [(256, 512), (256, 512), (512, 256)], [(1000, 2)]
+    append_rows(tmp_path / ROWS, [memory_row("big", shapes, others), *sweep_rows()])
+    rows = read_rows(tmp_path / ROWS)
+    assert names(rows) == [STEM, "memory"]
+    assert to_markdown(tables(rows)[1][1]) == to_markdown(memory_table(shapes, others, title="big"))
+    assert split_tables(rows) == [sweep_rows()]
+    assert names(rows[:1]) == ["memory"]  # a folder without cells
+    assert {path.name for path in write_reports(tmp_path, rows[:1])} == {"memory.md", "memory.tex", "memory.csv"}
+    with pytest.raises(QjaxError, match="rows of 2"):
+        tables([rows[0], memory_row("other", shapes)])
+    with pytest.raises(QjaxError, match="needs rows"):
+        tables([])
+
+
+def test_a_row_of_another_kind_needs_a_key(tmp_path):
+    append_rows(tmp_path / ROWS, [{"kind": "memory"}])
+    with pytest.raises(QjaxError, match=r"line 1 .*key"):
+        read_rows(tmp_path / ROWS)
+
+
+def test_suffixes_are_unique():
+    for parts in (TABLES, FIGURES, FOLDER_TABLES):
+        assert len({part.suffix for part in parts}) == len(parts)
+
+
+def test_places_quantized_alone():
+    rows = [
+        measured_row("none"),
+        alone_row(r"^block_0/", 0.01),
+        alone_row(r"mlp/down", 0.05),
+        alone_row("^block_1/", 0.001, 0.002),
+    ]
+    assert [place_of(row) and place_of(row)[0] for row in rows] == [None, "block 0", "mlp/down", "block 1"]
+    assert place_of(rows[1])[1] == "gptq(clip=mse):int3-g128"
+    assert names(rows) == [f"{STEM}-sensitivity"]
+    lines = [line.split(" | ")[1:] for line in to_markdown(sensitivity_table(rows)).splitlines()[4:7]]
+    assert [line[0].strip() for line in lines] == ["mlp/down", "block 0", "block 1"]  # the costliest first
+    assert "≈" in lines[2][2] and "≈" not in lines[1][2]
+    whole = measured_row("gptq(clip=mse):int3-g128", 0.1)
+    assert names([*rows, whole]) == [STEM, f"{STEM}-sensitivity"]
+    assert [row["place"] for row in sensitivity_table([*rows, whole]).rows] == ["whole model", "mlp/down", "block 0", "block 1"]
+    assert len(sensitivity_table([*rows, measured_row("rtn:int4-g128", 0.1)]).rows) == 3
+    with pytest.raises(QjaxError, match="qjax sensitivity"):
+        sensitivity_table(sweep_rows())
+
+
+def test_calibration_is_a_column_where_it_tells_rows_apart():
+    rows = calibrated_rows()
+    headers = perplexity_table(rows).headers()
+    assert "calibration text" in headers and "calibration windows" in headers and "tokens a window" not in headers
+    assert names(rows) == [STEM, f"{STEM}-seeds"]
+    assert len(tables(rows)[1][1].rows) == 4  # 2 texts x 2 numbers of windows, each of 2 seeds
+    same = [row for row in rows if row.get("calibration") in (None, "c4") and row.get("calibration_windows") in (None, 8)]
+    assert not any("calibration" in header for header in perplexity_table(same).headers())
