@@ -8,15 +8,14 @@ resolves; GPTQ with range search and error propagation costs at 4, 3 and 2 bits 
 rounding does. Rounding is a draw: other calibration windows move a calibrated cell by 0.1 (4 bits) to 0.3 (3 bits) points.
 """
 
-import argparse
 import dataclasses
 from pathlib import Path
 
-import qjax
-from qjax.cache import enable_compilation_cache
-from qjax.evaluate.corpora import load_corpora
-from qjax.report.reports import write_reports
+import common
+
 from qjax.sweep.cells import expand
+
+SETTINGS = common.Settings(max_windows=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,32 +27,19 @@ class Experiment:
         *("nf4", "nf4-dq", "fp4", "bf16"),
     )
     bits: tuple[int, ...] = (8, 4, 3, 2)
-    convention: str = "windows-2048"
-    max_windows: int | None = None
-    calibration_windows: int = 128
+    settings: common.Settings = SETTINGS
 
 
-TINY = Experiment(methods=("rtn", "gptq"), bits=(8, 3), max_windows=4, calibration_windows=8)
+TINY = Experiment(methods=("rtn", "gptq(clip=mse)"), bits=(4, 3), settings=common.TINY)
 
 
-def run(experiment: Experiment, out: Path) -> list[dict[str, object]]:
+def run(out: Path, *, tiny: bool = False, subjects: tuple[common.Subject, ...] = common.BUNDLED) -> list[dict[str, object]]:
     """Measures what is missing in out/rows.jsonl and writes the tables and figures."""
-    enable_compilation_cache()
-    recipes = tuple(expand(experiment.methods, experiment.bits))
-    convention = qjax.parse_convention(experiment.convention)
-    model = qjax.load("bundled")
-    tokens = qjax.load_calibration(model, "python-docs", windows=experiment.calibration_windows)
-    corpora = load_corpora(["python-docs"])
-    sweep = qjax.Sweep(recipes, corpora, convention, experiment.max_windows, calibration=tokens)
-    rows = qjax.run_sweep(model, sweep, out)
-    write_reports(out, rows)
-    return rows
+    experiment = TINY if tiny else Experiment()
+    for subject in subjects:
+        common.measure(out, subject, expand(experiment.methods, experiment.bits), experiment.settings)
+    return common.report(out)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("results/quickstart"))
-    parser.add_argument("--tiny", action="store_true")
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    run(TINY if options.tiny else Experiment(), options.out)
+    common.main(__doc__, "quickstart", run)

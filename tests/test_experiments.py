@@ -1,5 +1,10 @@
-"""The experiments' tiny twins run from a shell and write what they say."""
+"""The experiments: tiny twins run and write what they say, full ones ask for what exists.
 
+Twins run in this process, where they share compiled programs; one runs from a shell, as a user would.
+"""
+
+import importlib
+import inspect
 import json
 import os
 import subprocess
@@ -9,37 +14,114 @@ from pathlib import Path
 import pytest
 
 import qjax
-from tests.paths import REPOSITORY
+from qjax.rules import place
+from qjax.sweep.cells import canonical
+from qjax.sweep.store import ROWS, read_rows
+from tests.paths import REPOSITORY, real_data
+
+SCRIPTS = REPOSITORY / "experiments"
+SUFFIXES = {  # experiment -> tables that it is about
+    "quickstart": set(),
+    "accuracy": {"accuracy", "divergence", "tradeoff"},
+    "tradeoff": {"accuracy", "tradeoff", "memory"},
+    "order": {"seeds"},
+    "formats_at_4_bits": {"divergence"},
+    "sensitivity": {"sensitivity"},
+    "calibration": {"seeds"},
+    "composition": {"seeds"},
+    "paper_shapes": {"paper_shapes", "accuracy"},
+    "bitwidth_sweep": {"accuracy", "divergence", "widths"},
+}
 
 
-def run(script: str, *options: str | Path) -> None:
-    """Runs experiments/<script> with the qjax under test; fails with its stderr."""
+@pytest.fixture
+def load(monkeypatch):
+    """Imports a script by its name."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return importlib.import_module
+
+
+def run(script: str, *options: str | Path) -> str:
+    """Runs experiments/<script> with the qjax under test; its output. Fails with its stderr."""
     environment = os.environ | {"PYTHONPATH": str(Path(qjax.__file__).parents[1])}
-    command = [sys.executable, REPOSITORY / "experiments" / script, *options]
+    command = [sys.executable, SCRIPTS / script, *options]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
-def test_quickstart(tmp_path):
-    run("quickstart.py", "--tiny", "--out", tmp_path)
-    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert len(rows) >= 3  # unquantized, 8 bits and 3 bits
-    assert any(path.suffix == ".png" for path in tmp_path.rglob("*"))
+def test_from_a_shell(tmp_path):
+    said = run("all.py", "formats_at_4_bits", "--tiny", "--out", tmp_path)
+    rows = read_rows(tmp_path / "formats_at_4_bits" / ROWS)
+    assert [row["recipe"] for row in rows][:2] == ["none", "rtn:nf4-g64"]
+    assert "formats_at_4_bits: " in said and ", 0 failed" in said
 
 
-def test_accuracy(tmp_path):
-    run("accuracy.py", "--tiny", "--out", tmp_path)
-    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert all(row["questions:cloze"] == 8 and row["kl"] >= 0 for row in rows)
-    assert {path.name.rpartition("-")[2] for path in tmp_path.glob("*.md")} >= {"accuracy.md", "divergence.md", "tradeoff.md"}
+@pytest.mark.parametrize("name", [name for name in SUFFIXES if name not in ("formats_at_4_bits", "order")])
+def test_tiny_twin(load, name, tmp_path):
+    rows = load(name).run(tmp_path, tiny=True)
+    assert len(rows) >= 2 and rows == read_rows(tmp_path / ROWS)
+    assert {path.stem.rpartition("-")[2] for path in tmp_path.glob("*.md")} >= SUFFIXES[name]
+    assert list(tmp_path.glob("*.png"))
 
 
-def test_order(tmp_path):
-    run("order.py", "--tiny", "--out", tmp_path)
-    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert [(row["seed"], row["order"]) for row in rows if row["order"]] == [(0, "parallel"), (1, "parallel")]
+def test_order_draws_a_calibration_for_every_seed(load, tmp_path):
+    rows = load("order").run(tmp_path, tiny=True)
+    drawn = [row for row in rows if row["order"]]
+    assert [(row["seed"], row["order"]) for row in drawn] == [(0, "parallel"), (1, "parallel")]
+    assert len({row["calibration_fingerprint"] for row in drawn}) == 2
+    assert [row["seed"] for row in rows if row["recipe"].startswith("rtn")] == [0]  # it draws nothing
     (table,) = tmp_path.glob("*-seeds.md")
-    assert "gptq:int4-g128@parallel" in table.read_text()
+    assert "gptq(clip=mse):int3-g128@parallel" in table.read_text()
+    assert load("order").run(tmp_path, tiny=True) == rows  # nothing is measured twice
+
+
+@pytest.mark.parametrize("name", SUFFIXES)
+def test_full_experiment_asks_for_what_exists(load, name, tmp_path, monkeypatch):
+    """Recipes and rules of the full experiment parse, and none is calibrated on what is measured."""
+    script, common, asked = load(name), load("common"), []
+    kernels = [f"block_0/{path}/kernel" for path in (*(f"attention/{p}" for p in "qkvo"), "mlp/gate", "mlp/up", "mlp/down")]
+
+    def measure(out, subject, recipes, settings, *, calibration=None, rules=(), one_block=False):
+        asked.extend(canonical(recipes))
+        place(kernels, None, map(qjax.parse_rule, rules))
+        assert settings.calibration_windows > 1 and (settings.max_windows or 128) >= 128
+        assert calibration is None or "calib" in calibration or "shakespeare" in calibration
+
+    monkeypatch.setattr(common, "measure", measure)
+    monkeypatch.setattr(common, "report", lambda out: [])
+    script.run(tmp_path, subjects=(common.SUBJECTS["bundled"],))
+    assert len(asked) >= 8
+    assert f"results/{name}/" in inspect.getdoc(script)
+    assert load("all").EXPERIMENTS.count(name) == 1
+
+
+def test_missing_data_is_left_out_and_said(load, tmp_path, capsys):
+    common = load("common")
+    found = common.locate(common.LOCAL, tmp_path)
+    assert [(each.model, each.corpora) for each in found] == [("bundled", ("python-docs",))]
+    assert capsys.readouterr().out.count("left out") == 3  # two models, and a text of the bundled one
+
+
+def test_a_text_is_halved_into_what_is_measured_and_what_is_calibrated_on(load, tmp_path, monkeypatch):
+    common = load("common")
+    monkeypatch.setattr(common, "HALVES", tmp_path / "halves")
+    story = tmp_path / "text" / "tinystories_val.txt"
+    story.parent.mkdir()
+    (tmp_path / "models" / "babyllama-hf").mkdir(parents=True)
+    story.write_text("\n\n".join(f"Story {i} of a hen." for i in range(9)))
+    (subject,) = common.locate(["babyllama"], tmp_path)
+    measured, calibrated = (qjax.load_corpus(spec).documents[0] for spec in (*subject.corpora, subject.calibration))
+    assert measured + "\n\n" + calibrated == story.read_text()
+    assert 0.4 < len(measured) / len(story.read_text()) < 0.7
+
+
+@pytest.mark.slow
+def test_paper_shapes_on_a_real_model(load, tmp_path):
+    common = load("common")
+    (subject,) = common.locate(["stories260K"], real_data("."))
+    rows = load("paper_shapes").run(tmp_path, tiny=True, subjects=(subject,))
+    assert {row["model"] for row in rows if "kind" not in row} == {"stories260K-hf"}
 
 
 @pytest.mark.slow

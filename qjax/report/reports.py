@@ -19,6 +19,7 @@ from qjax.report.accuracy import accuracy_table, divergence_table, has_divergenc
 from qjax.report.dots import dots_figure, has_dots
 from qjax.report.figures import has_lines, perplexity_figure
 from qjax.report.memory import memory_rows_table
+from qjax.report.paper_shapes import KIND, paper_shapes_table
 from qjax.report.rendering import Row, Table, to_csv, to_latex, to_markdown
 from qjax.report.seeds import seeds_of, seeds_table
 from qjax.report.sensitivity import ordinary, placed_alone, sensitivity_table
@@ -26,6 +27,7 @@ from qjax.report.series import increase
 from qjax.report.style import PNG_DPI, RC
 from qjax.report.tables import perplexity_table, split_tables
 from qjax.report.tradeoff import has_speed, tradeoff_table
+from qjax.report.widths import has_widths, widths_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,6 +55,7 @@ def _lines(value: str) -> Callable[[Sequence[Row], str], "Figure"]:
 TABLES = (
     Part("", ordinary, lambda rows: perplexity_table(ordinary(rows))),
     Part("accuracy", tasks_of, accuracy_table),
+    Part("widths", has_widths, widths_table),
     Part("seeds", seeds_of, seeds_table),
     Part("tradeoff", has_speed, tradeoff_table),
     Part("divergence", has_divergence, divergence_table),
@@ -65,7 +68,10 @@ FIGURES = (
     Part("divergence", lambda rows: has_lines(rows) and has_divergence(rows), _lines("divergence")),
     Part("recipes", has_dots, dots_figure),
 )
-FOLDER_TABLES = (Part("memory", of_kind("memory"), memory_rows_table),)
+FOLDER_TABLES = (
+    Part("memory", of_kind("memory"), memory_rows_table),
+    Part(KIND, of_kind(KIND), paper_shapes_table),
+)
 
 
 def tables(rows: Sequence[Row]) -> list[tuple[str, Table]]:

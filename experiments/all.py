@@ -1,0 +1,44 @@
+"""Makes the whole of results/ again, one experiment after another, and prints how long each took.
+
+    python experiments/all.py                  about an hour and a half on 2 idle cores
+    python experiments/all.py order calibration    these alone
+
+Each runs in a process of its own, so that its times and its memory are its own. What is measured already is not measured again:
+to start afresh, give another folder with --out, or remove results/NAME/rows.jsonl.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+EXPERIMENTS = (
+    *("quickstart", "accuracy", "tradeoff", "order", "formats_at_4_bits", "sensitivity", "calibration", "composition"),
+    *("paper_shapes", "bitwidth_sweep"),
+)
+
+
+def main() -> int:
+    """The number of experiments that failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", choices=[*EXPERIMENTS, []], metavar="NAME", help=", ".join(EXPERIMENTS))
+    parser.add_argument("--out", type=Path, default=Path("results"))
+    parser.add_argument("--data-folder", type=Path)
+    parser.add_argument("--tiny", action="store_true", help="every experiment's tiny twin")
+    options = parser.parse_args()
+    flags = ["--tiny"] if options.tiny else []
+    flags += ["--data-folder", str(options.data_folder)] if options.data_folder else []
+    failed, started = 0, time.monotonic()
+    for name in options.names or EXPERIMENTS:
+        begun = time.monotonic()
+        script = Path(__file__).with_name(f"{name}.py")
+        done = subprocess.run([sys.executable, script, "--out", options.out / name, *flags], check=False)
+        failed += done.returncode != 0
+        print(f"{name}: {'failed after ' * bool(done.returncode)}{time.monotonic() - begun:.0f} s", flush=True)
+    print(f"all: {(time.monotonic() - started) / 60:.0f} min, {failed} failed")
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

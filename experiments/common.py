@@ -1,0 +1,218 @@
+"""What the experiments share: the models and their texts, arguments, and the loop over models, seeds and recipes.
+
+A script holds a frozen `Experiment`, its tiny twin, and `run(out, *, tiny, subjects)`; `main` gives it these options:
+
+    --out X          where rows, tables and figures go; results/<name> by default. Running again finishes what is missing
+    --tiny           a few windows and cells, on the bundled model, for tests
+    --model NAME     of `SUBJECTS` or anything `qjax.load` takes (once or more); by default the script's own choice
+    --data-folder F  real models and texts (models/, text/); by default $QJAX_TEST_DATA, or ../shared/data. What is not there
+                     is left out, and a line says so
+"""
+
+import argparse
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import qjax
+from qjax.cache import enable_compilation_cache
+from qjax.evaluate.corpora import Corpus, load_corpus
+from qjax.evaluate.questions import Task
+from qjax.evaluate.tasks import load_tasks
+from qjax.recipe import parse_recipe
+from qjax.report.reports import write_reports
+from qjax.sweep.store import ROWS, append_row, read_rows
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+DATA = Path(os.environ.get("QJAX_TEST_DATA") or REPOSITORY.parent / "shared" / "data")
+HALVES = REPOSITORY / "runs" / "texts"  # of texts that have no parts of their own; not committed
+HALF = "half:"  # a text of the data folder, measured on its first half and calibrated on its second
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A model, the texts it is measured on, the text it is calibrated on, and its tasks; "{data}" is the data folder."""
+
+    model: str
+    corpora: tuple[str, ...] = ("wikitext2",)
+    calibration: str = "c4"
+    tasks: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ("32", "64", "128", "channel")  # those that are not one group a channel for most of its kernels
+    window: int = 2048  # tokens, of texts and of calibration; cut to the model's context
+    data: Path = DATA
+
+
+WIKITEXT = "text:{data}/text/wikitext2/wiki.test.raw"
+STORIES = HALF + "{data}/text/tinystories_val.txt"
+SUBJECTS = {
+    "bundled": Subject("bundled", ("python-docs", WIKITEXT), "python-docs", ("cloze",)),
+    "stories260K": Subject("{data}/models/stories260K-hf", (STORIES, WIKITEXT), STORIES, groups=("32", "channel"), window=256),
+    # Its tokenizer knows the 105 characters of its stories and no others: WikiText-2 would be mostly unknown tokens.
+    "babyllama": Subject("{data}/models/babyllama-hf", (STORIES,), STORIES, groups=("32", "64", "channel")),
+    "gpt2": Subject("openai-community/gpt2"),
+    "llama-2-7b": Subject("meta-llama/Llama-2-7b-hf"),
+    "mistral-7b-v0.2": Subject("mistral-community/Mistral-7B-v0.2"),
+}
+LOCAL = ("bundled", "stories260K", "babyllama")  # models that need no network
+BUNDLED = (dataclasses.replace(SUBJECTS["bundled"], corpora=("python-docs",)),)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How every cell of an experiment is measured."""
+
+    max_windows: int | None = 128
+    questions: int | None = 400  # of each task
+    tasks: bool = False
+    divergence: bool = False
+    speed: bool = False
+    seeds: tuple[int, ...] = (0,)
+    calibration_windows: int = 128
+    calibration_window: int | None = None  # the subject's
+
+
+TINY = Settings(max_windows=2, questions=4, calibration_windows=4)
+
+
+def measure(
+    out: Path,
+    subject: Subject,
+    recipes: Sequence[str],
+    settings: Settings,
+    *,
+    calibration: str | None = None,
+    rules: tuple[str, ...] = (),
+    one_block: bool = False,
+) -> None:
+    """Adds what out/rows.jsonl lacks: the recipes on the subject's texts, those that read data once for every seed.
+
+    calibration: a text instead of the subject's. rules, one_block: as in `qjax.Sweep`.
+    """
+    enable_compilation_cache()
+    model = _model(subject.model)
+    source, windows, window = calibration or subject.calibration, settings.calibration_windows, settings.calibration_window
+    drawing = tuple(recipe for recipe in recipes if _reads_data(recipe, rules))
+    for number, seed in enumerate(settings.seeds):
+        chosen = drawing if number else tuple(recipes)
+        if not chosen:
+            break
+        sweep = qjax.Sweep(
+            chosen,
+            tuple(map(_corpus, subject.corpora)),
+            qjax.parse_convention(f"windows-{subject.window}"),
+            settings.max_windows,
+            rules=rules,
+            seed=seed,
+            tasks=_tasks(subject.tasks, settings.questions) if settings.tasks else (),
+            divergence=settings.divergence,
+            speed=settings.speed,
+            calibration=_calibration(subject.model, source, windows, window or subject.window, seed) if drawing else None,
+            one_block=one_block,
+        )
+        qjax.run_sweep(model, sweep, out)
+
+
+def report(out: Path) -> list[dict[str, object]]:
+    """Writes the tables and figures of all rows, and returns them."""
+    rows = read_rows(out / ROWS)
+    write_reports(out, rows)
+    return rows
+
+
+def add_row(out: Path, row: dict[str, object]) -> None:
+    """Adds a row that is no cell of a sweep, unless it is there."""
+    if row["key"] not in {each["key"] for each in read_rows(out / ROWS)}:
+        append_row(out / ROWS, row)
+
+
+def _reads_data(recipe: str, rules: tuple[str, ...]) -> bool:
+    parsed = [parse_recipe(recipe), *(qjax.parse_rule(rule).recipe for rule in rules)]
+    return any(each is not None and each.statistics for each in parsed)
+
+
+@functools.lru_cache(maxsize=1)
+def _model(name: str) -> qjax.Model:
+    return qjax.load(name)
+
+
+@functools.cache
+def _corpus(spec: str, split: str = "test") -> Corpus:
+    return load_corpus(spec, split)
+
+
+@functools.cache
+def _tasks(specs: tuple[str, ...], questions: int | None) -> tuple[Task, ...]:
+    return load_tasks(specs, questions)
+
+
+@functools.lru_cache(maxsize=8)
+def _calibration(model: str, source: str, windows: int, window: int, seed: int) -> qjax.Calibration:
+    corpus = _corpus(source, "calibration")
+    return qjax.load_calibration(_model(model), corpus, windows=windows, window=window, seed=seed)
+
+
+# --- where models and texts are -------------------------------------------------------------------------------------------
+
+
+def locate(names: Iterable[str], data: Path) -> list[Subject]:
+    """The subjects called so, or made of a model that has no entry, with their files in `data`; those that lack the model or
+    every text are left out, as are texts that are missing, and a line says so.
+    """
+    found = []
+    for name in names:
+        subject = SUBJECTS.get(name, Subject(name))
+        missing = [spec for spec in (subject.model, subject.calibration, *subject.corpora) if not _there(spec, data)]
+        for spec in missing[:1] if subject.model in missing else dict.fromkeys(missing):
+            print(f"{name}: left out {spec.format(data=data)}, which is not there; --data-folder names a folder that has it")
+        corpora = tuple(_place(spec, data, first=True) for spec in subject.corpora if spec not in missing)
+        if subject.model not in missing and subject.calibration not in missing and corpora:
+            model, calibration = subject.model.format(data=data), _place(subject.calibration, data, first=False)
+            found.append(dataclasses.replace(subject, model=model, corpora=corpora, calibration=calibration, data=data))
+    return found
+
+
+def texts(specs: Iterable[str], data: Path) -> list[str]:
+    """Those of the specs that are there; a line for the others."""
+    for spec in specs:
+        if not _there(spec, data):
+            print(f"left out {spec.format(data=data)}, which is not there; --data-folder names a folder that has it")
+    return [spec.format(data=data) for spec in specs if _there(spec, data)]
+
+
+def _there(spec: str, data: Path) -> bool:
+    return "{data}" not in spec or Path(spec.removeprefix(HALF).removeprefix("text:").format(data=data)).exists()
+
+
+def _place(spec: str, data: Path, *, first: bool) -> str:
+    """The spec of a text in the data folder; halves are written as files, cut at the paragraph nearest the middle."""
+    if not spec.startswith(HALF):
+        return spec.format(data=data)
+    source = Path(spec.removeprefix(HALF).format(data=data))
+    path = HALVES / f"{source.stem}-{'first' if first else 'second'}-half{source.suffix}"
+    text = source.read_text("utf-8")
+    cut = text.index("\n\n", len(text) // 2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text[:cut] if first else text[cut:].lstrip("\n"), "utf-8")
+    return f"text:{path}"
+
+
+# --- arguments ------------------------------------------------------------------------------------------------------------
+
+
+def main(doc: str, name: str, run: Callable[..., object], models: tuple[str, ...] | None = None) -> None:
+    """Runs a script. models: names its subjects are of by default; None: the bundled model on its own text."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("results") / name)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--model", action="append", metavar="NAME", help=f"{', '.join(SUBJECTS)}, a folder or a hub name")
+    parser.add_argument("--data-folder", type=Path, default=DATA)
+    parser.add_argument("--task", action="append", default=[], metavar="SPEC", help="a further task, NAME:PATH")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    subjects = BUNDLED
+    if not options.tiny and (options.model or models):
+        subjects = locate(options.model or models, options.data_folder)
+    subjects = [dataclasses.replace(each, tasks=(*each.tasks, *options.task), data=options.data_folder) for each in subjects]
+    run(options.out, tiny=options.tiny, subjects=tuple(subjects))

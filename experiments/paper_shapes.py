@@ -1,0 +1,42 @@
+"""Which findings of the GPTQ, AWQ and QLoRA papers hold on models a thousand times smaller? (`qjax/report/paper_shapes.py`)
+
+    python experiments/paper_shapes.py                 writes results/paper_shapes/, about fifteen minutes on 2 cores
+    python experiments/paper_shapes.py --tiny --out X  a few windows and formats, for tests
+
+Every recipe that a finding needs, in the papers' own order of calibration, not in ours: GPTQ's sees the quantized blocks
+before, AWQ's the unquantized model. Three draws of calibration windows.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import common
+
+from qjax.report.paper_shapes import KIND, recipes_of
+
+SETTINGS = common.Settings(tasks=True, seeds=(0, 1, 2))
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What is measured."""
+
+    recipes: tuple[str, ...] = tuple(recipes_of())
+    settings: common.Settings = SETTINGS
+
+
+TINY = Experiment(("rtn:nf4-g64-dq", "rtn:int4-g64-sym-max"), dataclasses.replace(common.TINY, tasks=True))
+
+
+def run(out: Path, *, tiny: bool = False, subjects: tuple[common.Subject, ...] = common.BUNDLED) -> list[dict[str, object]]:
+    """Measures what is missing in out/rows.jsonl and writes the tables and figures of all seeds."""
+    experiment = TINY if tiny else Experiment()
+    for subject in subjects:
+        first = dataclasses.replace(subject, corpora=subject.corpora[:1])
+        common.measure(out, first, experiment.recipes, experiment.settings)
+    common.add_row(out, {"kind": KIND, "key": KIND})
+    return common.report(out)
+
+
+if __name__ == "__main__":
+    common.main(__doc__, "paper_shapes", run, common.LOCAL)

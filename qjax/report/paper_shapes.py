@@ -1,0 +1,254 @@
+"""Which findings of the GPTQ, AWQ and QLoRA papers hold on other models: finding / paper / ours / holds, from rows alone.
+
+A finding is a function of what recipes cost, cost = 100 (PPL / PPL of the unquantized model - 1), and a range that it should be
+in. Its error adds two parts: over windows, by the jackknife (every window left out once), which keeps the pairing of recipes,
+
+    error^2 = (n - 1) / n sum_i (f_(i) - mean f_(i))^2                                    Efron and Stein 1981
+
+and over seeds of calibration, the variance between them over their number. A finding holds where two errors to either side are
+in the range, does not where they are out of it, and is open in between. The papers' numbers are computed from their tables, of
+models a hundred times larger and more; the ranges leave room below what their smallest models and their claims say.
+
+GPTQ: Frantar et al. 2022 (arXiv 2210.17323). AWQ: Lin et al. 2023 (2306.00978). QLoRA: Dettmers et al. 2023 (2305.14314).
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from qjax.errors import QjaxError
+from qjax.report.numbers import MISSING, number, with_error
+from qjax.report.rendering import Column, Row, Table
+from qjax.report.tables import describe, is_baseline, split_tables
+
+KIND = "paper_shapes"
+ERRORS = 2  # to either side
+Costs = Mapping[str, Float[np.ndarray, " n"]]  # recipe -> percent; of all windows, then with each one left out
+
+
+class Judged(NamedTuple):
+    """A finding on one model. holds: "yes", "no", or "open" where the error is too large to tell."""
+
+    value: float
+    error: float
+    holds: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """text: what was found, with the unit of its number. paper: its number there. source: where. recipes: canonical, whose rows
+    it needs. low, high: the range its number is in where it holds. measure: of their costs; None: the change of accuracy of the
+    only recipe, points.
+    """
+
+    text: str
+    paper: str
+    source: str
+    recipes: tuple[str, ...]
+    measure: Callable[..., Float[np.ndarray, " n"]] | None
+    low: float = -math.inf
+    high: float = math.inf
+
+    @property
+    def range(self) -> str:
+        """The range in words."""
+        if math.isinf(self.low) or math.isinf(self.high):
+            return f"above {self.low:g}" if math.isinf(self.high) else f"below {self.high:g}"
+        return f"{self.low:g} to {self.high:g}"
+
+
+def share(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """What one recipe costs of what another does."""
+    return ours / theirs
+
+
+def perplexity_ratio(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """Perplexity of one recipe over another's."""
+    return (100 + ours) / (100 + theirs)
+
+
+def smallest_step(*costs: np.ndarray) -> np.ndarray:
+    """The smallest rise from one recipe to the next; negative where one of them falls."""
+    return np.diff(np.stack(costs), axis=0).min(axis=0)
+
+
+def _change(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    return 100 * (perplexity_ratio(ours, theirs) - 1)
+
+
+def _falls(ours_few: np.ndarray, theirs_few: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    return share(ours_few, theirs_few) / share(ours, theirs)
+
+
+_INT4 = "rtn:int4-g64-sym-max"
+_PLAIN = "gptq(act_order=false,static_groups=false):int4-channel@block"
+_OPT, _LLAMA, _AWQ, _QLORA = (
+    "GPTQ, OPT-125M, 350M",
+    "GPTQ's code, LLaMA-7B",
+    "AWQ, Llama-2-7B (all seven)",
+    "QLoRA, 125M to 13B",
+)
+FINDINGS = (
+    Finding(
+        "RTN, g128: perplexity rises from 8 to 4 to 3 to 2 bits (smallest step, points)", "always", "GPTQ, OPT and BLOOM",
+        ("rtn:int8-g128", "rtn:int4-g128", "rtn:int3-g128", "rtn:int2-g128"), smallest_step, low=0,
+    ),
+    Finding(
+        "4 bits, per channel: share of RTN's cost that GPTQ leaves", "0.36, 0.57", _OPT,
+        ("gptq:int4-channel@block", "rtn:int4-channel"), share, high=0.7,
+    ),
+    Finding(
+        "3 bits, per channel: the same share", "0.02, 0.28", _OPT,
+        ("gptq:int3-channel@block", "rtn:int3-channel"), share, high=0.3,
+    ),
+    Finding(
+        "Per channel: the share at 3 bits over that at 4 bits", "0.06, 0.49", _OPT,
+        ("gptq:int3-channel@block", "rtn:int3-channel", "gptq:int4-channel@block", "rtn:int4-channel"), _falls, high=1,
+    ),
+    Finding(
+        "GPTQ, 3 bits: cost with g128 over cost per channel", "0.39", _LLAMA,
+        ("gptq:int3-g128@block", "gptq:int3-channel@block"), share, high=1,
+    ),
+    Finding(
+        "GPTQ, 2 bits: cost rises from g32 to g64 to g128 (smallest step, points)", "2.9", "GPTQ, OPT-175B",
+        ("gptq:int2-g32@block", "gptq:int2-g64@block", "gptq:int2-g128@block"), smallest_step, low=0,
+    ),
+    Finding(
+        "GPTQ, 4 bits: cost with act-order and sequential inputs over cost without", "0.28", _LLAMA,
+        ("gptq:int4-channel@sequential", _PLAIN), share, high=1,
+    ),
+    Finding(
+        "3 bits, g128: share of RTN's cost that AWQ leaves", "0.65 (0.50 to 0.69)", _AWQ,
+        ("awq:int3-g128@parallel", "rtn:int3-g128"), share, high=0.7,
+    ),
+    Finding(
+        "4 bits, g128: the same share", "0.50 (0.36 to 0.90)", _AWQ,
+        ("awq:int4-g128@parallel", "rtn:int4-g128"), share, high=0.9,
+    ),
+    Finding(
+        "3 bits, g128: AWQ's cost over act-order GPTQ's", "0.81 (0.62 to 0.83)", _AWQ,
+        ("awq:int3-g128@parallel", "gptq:int3-g128@block"), share, high=1,
+    ),
+    Finding(
+        "g64: perplexity of FP4-E2M1 over that of INT4", "0.905", _QLORA,
+        ("rtn:fp4_e2m1-g64", _INT4), perplexity_ratio, high=1,
+    ),
+    Finding(
+        "g64: perplexity of NF4 with DQ over that of INT4", "0.798", _QLORA,
+        ("rtn:nf4-g64-dq", _INT4), perplexity_ratio, high=1,
+    ),
+    Finding(
+        "g64: perplexity of NF4 with DQ over that of FP4-E2M1", "0.882", _QLORA,
+        ("rtn:nf4-g64-dq", "rtn:fp4_e2m1-g64"), perplexity_ratio, high=1,
+    ),
+    Finding(
+        "NF4, g64: change of perplexity by DQ (%)", "none measurable", "QLoRA",
+        ("rtn:nf4-g64-dq", "rtn:nf4-g64"), _change, low=-0.1, high=0.1,
+    ),
+    Finding(
+        "NF4 with DQ, g64: change of accuracy, mean of tasks (points)", "+0.1 (MMLU)", "QLoRA, 7B to 65B",
+        ("rtn:nf4-g64-dq",), None, low=-1, high=1,
+    ),
+)  # fmt: skip
+
+
+def recipes_of(findings: Sequence[Finding] = FINDINGS) -> list[str]:
+    """Every recipe that the findings need, each once."""
+    return list(dict.fromkeys(recipe for finding in findings for recipe in finding.recipes))
+
+
+def judge(finding: Finding, rows: Sequence[Row]) -> Judged | None:
+    """The finding on rows of one model, text and convention; None where they lack a recipe (or accuracies)."""
+    baseline = next((row for row in rows if is_baseline(row)), None)
+    rows = [row for row in rows if row["recipe"] in finding.recipes]
+    if baseline is None or {row["recipe"] for row in rows} != set(finding.recipes):
+        return None
+    if finding.measure is None:
+        value, error = (100 * number(rows[0], key) for key in ("accuracy_mean_delta", "accuracy_mean_delta_stderr"))
+        return None if math.isnan(value) else _judged(finding, value, error)
+    samples = [finding.measure(*(costs[recipe] for recipe in finding.recipes)) for costs in _costs_of_seeds(rows, baseline)]
+    values = [float(sample[0]) for sample in samples]
+    over_windows = float(np.mean([jackknife_error(sample[1:]) for sample in samples]))
+    over_seeds = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return _judged(finding, float(np.mean(values)), math.hypot(over_windows, over_seeds))
+
+
+def jackknife_error(left_out: Float[np.ndarray, " n"]) -> float:
+    """Standard error of a figure from its values with each of n units left out; nan for a single unit."""
+    n = len(left_out)
+    return math.sqrt((n - 1) / n * float(np.sum((left_out - left_out.mean()) ** 2))) if n > 1 else math.nan
+
+
+def _judged(finding: Finding, value: float, error: float) -> Judged:
+    reach = ERRORS * error
+    inside = finding.low <= value - reach and value + reach <= finding.high
+    outside = value + reach < finding.low or finding.high < value - reach
+    return Judged(value, error, "yes" if inside else "no" if outside else "open")
+
+
+def _costs_of_seeds(rows: Sequence[Row], baseline: Row) -> list[Costs]:
+    """Costs of every recipe, seed by seed; recipes that draw nothing have one row, which counts for every seed."""
+    seeds: dict[str, dict[object, np.ndarray]] = {}
+    for row in rows:
+        seeds.setdefault(str(row["recipe"]), {})[row.get("seed")] = _cost(row, baseline)
+    drawn = [set(found) for found in seeds.values() if len(found) > 1]
+    common = sorted(set.intersection(*drawn)) if drawn else [None]
+    return [{recipe: found.get(seed, next(iter(found.values()))) for recipe, found in seeds.items()} for seed in common]
+
+
+def _cost(row: Row, baseline: Row) -> Float[np.ndarray, " n"]:
+    change = _losses(row) - _losses(baseline)
+    counts = np.asarray(baseline["window_tokens"], float)
+    total, tokens = np.append(0.0, change), np.append(0.0, counts)
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        return 100 * np.expm1((change.sum() - total) / (counts.sum() - tokens))
+
+
+def _losses(row: Row) -> Float[np.ndarray, " n"]:
+    """Losses of the windows; a model that diverged has "inf" and null among them."""
+    return np.array([math.nan if loss is None else float(loss) for loss in row["window_nll"]])
+
+
+def paper_shapes_table(rows: Sequence[Row], findings: Sequence[Finding] = FINDINGS) -> Table:
+    """Every finding with its number on each model. rows: of a whole folder; those that are no cells are passed over.
+
+    Raises QjaxError when there are no cells of an unquantized and a quantized model.
+    """
+    groups = [group for group in split_tables(rows) if any(is_baseline(row) for row in group)]
+    if not groups:
+        raise QjaxError(
+            "a table of the papers' findings needs rows of an unquantized model; experiments/paper_shapes.py measures"
+        )
+    models = [str(group[0]["model"]) for group in groups]
+    names = [name if models.count(name) == 1 else describe(group[0]) for name, group in zip(models, groups, strict=True)]
+    lines = []
+    for finding in findings:
+        line = {"finding": finding.text, "paper": finding.paper, "source": finding.source, "range": finding.range}
+        for name, group in zip(names, groups, strict=True):
+            found = judge(finding, group)
+            line |= dict(zip((f"ours:{name}", f"error:{name}", f"holds:{name}"), found or (None, None, MISSING), strict=True))
+        lines.append(line)
+    columns = [
+        *(Column(key, header, text=True) for key, header in (("finding", "finding"), ("paper", "paper"), ("source", "where"))),
+        Column("range", "holds\nif", text=True),
+    ]
+    for name in names:
+        columns.append(Column(f"ours:{name}", f"{name}", functools.partial(_ours, name), error=f"error:{name}"))
+        columns.append(Column(f"holds:{name}", "holds?", text=True))
+    notes = (
+        f"Measured on {'; '.join(map(describe, (group[0] for group in groups)))}. "
+        "±: standard error, of windows and of seeds of calibration. "
+        f"Yes: {ERRORS} errors to either side are in the range; no: they are out of it; open: neither. "
+        "Cost: increase of perplexity over the unquantized model, in percent; its differences are points. "
+        "RTN: nearest rounding; INT4: symmetric, scale max/7; DQ: double quantization.",
+    )
+    return Table("Findings of the GPTQ, AWQ and QLoRA papers on small models", tuple(columns), tuple(lines), notes)
+
+
+def _ours(name: str, row: Row, key: str) -> str:
+    return with_error(number(row, key), number(row, f"error:{name}"))

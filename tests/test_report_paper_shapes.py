@@ -1,0 +1,112 @@
+"""The papers' findings on handmade rows: values that follow from the losses, errors that are theorems, verdicts from both."""
+
+import math
+
+import numpy as np
+import pytest
+
+from qjax.errors import QjaxError
+from qjax.evaluate.statistics import ratio_stderr
+from qjax.recipe import parse_recipe
+from qjax.report.paper_shapes import (
+    FINDINGS,
+    Finding,
+    jackknife_error,
+    judge,
+    paper_shapes_table,
+    recipes_of,
+    share,
+    smallest_step,
+)
+from qjax.report.rendering import to_markdown
+from qjax.report.reports import tables
+from tests.report_rows import measured_row
+
+WINDOWS, TOKENS = 6, 100
+RTN, GPTQ = "rtn:int4-channel", "gptq:int4-channel@block"
+
+
+def row(recipe: str, changes=0.0, **columns):
+    """A row whose windows lose `changes` nats a token more than the unquantized model's."""
+    losses = TOKENS * (2.0 + np.arange(WINDOWS) + np.broadcast_to(changes, WINDOWS))
+    if recipe == "none":
+        base = measured_row("none")
+    else:
+        base = measured_row("rtn:int4-channel") | {"recipe": recipe, "key": f"{recipe} {columns}"}
+    return base | {"window_nll": list(losses), "window_tokens": [TOKENS] * WINDOWS} | columns
+
+
+def finding(**changes) -> Finding:
+    return Finding("share", "0.5", "paper", (GPTQ, RTN), **({"measure": share, "high": 0.7} | changes))
+
+
+def test_share_is_that_of_the_increases_whatever_the_windows():
+    found = judge(finding(), [row("none"), row(GPTQ, math.log(1.02)), row(RTN, math.log(1.08))])
+    assert found.value == pytest.approx(0.25) and found.error == pytest.approx(0, abs=1e-9) and found.holds == "yes"
+
+
+def test_verdicts_need_two_errors():
+    noise = np.array([1, -1, 2, -2, 1.5, -1.5])
+    rows = [row("none"), row(GPTQ, 0.05 + 0.004 * noise), row(RTN, 0.1)]
+    value, error, _ = judge(finding(), rows)
+    for high, verdict in (
+        (value + 2.1 * error, "yes"),
+        (value + error, "open"),
+        (value - error, "open"),
+        (value - 2.1 * error, "no"),
+    ):
+        assert judge(finding(high=high), rows).holds == verdict
+
+
+def test_jackknife_error_of_a_mean_is_its_standard_error():
+    totals = np.random.default_rng(0).normal(size=9)
+    left_out = (totals.sum() - totals) / (len(totals) - 1)
+    assert jackknife_error(left_out) == pytest.approx(ratio_stderr(totals, np.ones(9)))
+
+
+def test_pairing_cancels_what_the_windows_share():
+    hard = np.array([0, 0.3, 0.1, 0.2, 0, 0.4])
+    together = judge(finding(), [row("none"), row(GPTQ, 0.5 * hard), row(RTN, hard)])
+    apart = judge(finding(), [row("none"), row(GPTQ, 0.5 * hard[::-1]), row(RTN, hard)])
+    assert together.error < 0.2 * apart.error
+
+
+def test_seeds_add_their_error_and_what_draws_nothing_counts_for_each():
+    seeds = [row(GPTQ, math.log(1 + 0.08 * part), seed=seed) for seed, part in enumerate((0.4, 0.5, 0.6))]
+    found = judge(finding(), [row("none"), *seeds, row(RTN, math.log(1.08), seed=0)])
+    assert found.value == pytest.approx(0.5) and found.error == pytest.approx(0.1 / math.sqrt(3))
+
+
+def test_smallest_step_sees_the_one_that_falls():
+    assert list(smallest_step(np.array([1.0]), np.array([5.0]), np.array([4.0]))) == [-1.0]
+
+
+def test_accuracy_is_judged_by_its_own_error():
+    accuracy = finding(measure=None, low=-1, high=1)
+    accuracy = Finding(accuracy.text, "", "", (RTN,), None, -1, 1)
+    rows = [row("none"), row(RTN, accuracy_mean_delta=-0.02, accuracy_mean_delta_stderr=0.004)]
+    assert judge(accuracy, rows) == (pytest.approx(-2.0), pytest.approx(0.4), "no")
+    assert judge(accuracy, [row("none"), row(RTN)]) is None  # no tasks were asked
+
+
+def test_what_was_not_measured_is_missing_and_what_diverged_does_not_hold():
+    assert judge(finding(), [row("none"), row(GPTQ)]) is None
+    diverged = row(GPTQ, 1.0)
+    diverged["window_nll"] = ["inf", None, *diverged["window_nll"][2:]]
+    assert judge(finding(), [row("none"), diverged, row(RTN, 0.1)]).holds != "yes"
+
+
+def test_table_of_a_folder_has_every_finding_and_model():
+    rows = [each for model in ("toy", "other") for each in (row("none", model=model), row(GPTQ, 0.02, model=model))]
+    rows += [row(RTN, 0.1, model="toy"), {"kind": "paper_shapes", "key": "paper_shapes"}]
+    table = dict(tables(rows))["paper_shapes"]
+    assert len(table.rows) == len(FINDINGS)
+    line = next(line for line in to_markdown(table).splitlines() if "4 bits, per channel" in line)
+    value, *others = [cell.strip() for cell in line.split("|")[5:-1]]
+    assert value.startswith("0.192") and others == ["yes", "-", "-"]
+    with pytest.raises(QjaxError, match="unquantized"):
+        paper_shapes_table([row(RTN)])
+
+
+def test_recipes_are_canonical():
+    assert [str(parse_recipe(recipe)) for recipe in recipes_of()] == recipes_of()
