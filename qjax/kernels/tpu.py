@@ -34,6 +34,7 @@ from qjax.kernels.decode import decode, float16_values
 from qjax.kernels.layout import KernelWeight, code, unit
 
 LANES, SUBLANES = 128, 8
+VMEM_BYTES = 48 * 2**20  # what a kernel may use; v5e and v6e have 128 MiB, the compiler's own limit is 16 or 32
 RESIDENT_BYTES = 4 * 2**20  # x of a few rows is held whole in VMEM up to this size
 
 
@@ -51,7 +52,7 @@ class Blocks:
     columns: int
 
 
-# The first row that fits is used. Chosen for VMEM and long reads, not timed; experiments/tune_kernels.py prints rows for a device.
+# The first row that fits is used. Chosen for VMEM and long reads, not timed: experiments/tune_kernels.py prints rows.
 BLOCKS = (
     Blocks("", 16, rows=16, inputs=4096, columns=256),
     Blocks("", None, rows=512, inputs=1024, columns=512),
@@ -91,8 +92,8 @@ def multiply_transposed(
 ) -> Float[Array, "rows in"]:
     """y W^T in y's type, float32 or bfloat16, summed in float32; otherwise as `multiply`."""
     plan = _plan(y, weight, 1, blocks)
-    padded = jnp.pad(y, ((0, -len(y) % plan.rows), (0, -y.shape[1] % plan.columns)))
-    return _from_tiles(_run(padded, weight, plan, y.dtype, interpret), plan)[: len(y), : weight.in_features]
+    total = _run(_pad(y, plan.rows, plan.columns), weight, plan, y.dtype, interpret)
+    return _from_tiles(total, plan)[: len(y), : weight.in_features]
 
 
 def multiply_int8(
@@ -134,19 +135,21 @@ def _plan(x, weight: KernelWeight, axis: int, blocks: Blocks | None) -> _Plan:
     blocks = blocks or pick_blocks(len(x), jax.devices()[0].device_kind)
     (_, units, out), (count, _) = weight.words.shape, unit(weight.format.bits)
     part = weight.group // count if len(weight.scales) > 1 else units
-    # Where several tiles are needed, each has whole rows of scales, a multiple of 8, and a multiple of 128 inputs.
+    # Where several tiles are needed, each has a multiple of 128 inputs and whole rows of scales, a multiple of 8 or, where
+    # there are zeros in uint8, of 32.
+    scale_rows = SUBLANES if weight.zeros is None else 4 * SUBLANES
     wanted = max(blocks.inputs // count, SUBLANES)
     if units <= wanted:
         tile = units
     elif len(weight.scales) == 1:
         tile = _multiple_below(wanted, max(SUBLANES, LANES // count))
     else:
-        part = max(d for d in range(1, wanted // SUBLANES + 1) if part % d == 0)
-        tile = _multiple_below(wanted, math.lcm(SUBLANES * part, LANES // math.gcd(LANES, count)))
-    row_step = SUBLANES * 4 // x.dtype.itemsize
-    rows = -(-len(x) // -(-len(x) // blocks.rows))  # of equal tiles
+        part = max(d for d in range(1, max(wanted // scale_rows, 1) + 1) if part % d == 0)
+        tile = _multiple_below(wanted, math.lcm(scale_rows * part, LANES // math.gcd(LANES, count)))
+    rows = pl.cdiv(len(x), pl.cdiv(len(x), blocks.rows))  # of equal tiles
+    rows += -rows % (4 * SUBLANES // x.dtype.itemsize) if rows < len(x) else 0
     limit = (units, out)[axis]
-    return _Plan(axis, rows + -rows % row_step, tile, min(out, blocks.columns), part, limit, count, weight.format)
+    return _Plan(axis, rows, tile, min(out, blocks.columns), part, limit, count, weight.format)
 
 
 def _multiple_below(size: int, step: int) -> int:
@@ -154,9 +157,14 @@ def _multiple_below(size: int, step: int) -> int:
     return max(size // step, 1) * step
 
 
+def _pad(x: Array, rows: int, columns: int) -> Array:
+    """x with zeros up to multiples of `rows` and `columns`."""
+    return jnp.pad(x, ((0, -len(x) % rows), (0, -x.shape[1] % columns)))
+
+
 def _to_tiles(x: Array, plan: _Plan) -> Array:
     """x with the inputs of every tile in the order of its decoded rows, padded with zeros to whole tiles."""
-    x = jnp.pad(x, ((0, -len(x) % plan.rows), (0, -x.shape[1] % plan.inputs)))
+    x = _pad(x, plan.rows, plan.inputs)
     return x.reshape(len(x), -1, plan.units, plan.count).swapaxes(2, 3).reshape(x.shape)
 
 
@@ -197,7 +205,9 @@ def _run(x: Array, weight: KernelWeight, plan: _Plan, dtype, interpret) -> Array
         ],
         out_specs=pl.BlockSpec((plan.rows, out_columns), lambda i, j, k: (i, j)),
         scratch_shapes=[pltpu.VMEM((plan.rows, out_columns), jnp.int32 if dtype == jnp.int32 else jnp.float32)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
+        ),
         cost_estimate=pl.CostEstimate(
             flops=2 * len(x) * weight.in_features * out,
             bytes_accessed=weight.nbytes + x.nbytes + math.prod(shape) * jnp.dtype(dtype).itemsize,
