@@ -12,7 +12,7 @@ import qjax
 from qjax.kernels import layout, tpu
 from qjax.kernels.tpu import Blocks
 
-SMALL = Blocks("", None, rows=16, inputs=128, columns=128)  # several tiles along every axis of a small weight
+SMALL = Blocks("", 2**31, rows=16, inputs=128, columns=128)  # several tiles along every axis of a small weight
 STRICT = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
 TOLERANCE = {"float32": 1e-6, "bfloat16": 5e-3}  # of |x| |W|
 
@@ -20,11 +20,11 @@ TOLERANCE = {"float32": 1e-6, "bfloat16": 5e-3}  # of |x| |W|
 CASES = [
     ("int4-g32", 5, 384, 130, "float32", SMALL),
     ("int4-g128", 40, 256, 200, "bfloat16", None),
-    ("int4-g32", 1, 1096, 72, "bfloat16", Blocks("", None, rows=16, inputs=1024, columns=128)),
+    ("int4-g32", 1, 1096, 72, "bfloat16", Blocks("", 2**31, rows=16, inputs=1024, columns=128)),
     ("int8-channel", 16, 384, 130, "float32", SMALL),
     ("int8-g32-sym", 1, 256, 200, "bfloat16", SMALL),
     ("int3-g32-sym", 40, 200, 72, "float32", None),
-    ("int3-g64", 5, 1096, 72, "bfloat16", Blocks("", None, rows=16, inputs=256, columns=128)),
+    ("int3-g64", 5, 1096, 72, "bfloat16", Blocks("", 2**31, rows=16, inputs=256, columns=128)),
     ("int2-g32-bf16", 1, 384, 130, "float32", None),
     ("int6-channel", 5, 96, 72, "bfloat16", None),
     ("int1-g32-sym", 5, 96, 72, "bfloat16", None),

@@ -9,7 +9,7 @@ over tiles is a float32 (int32) scratch in VMEM. Pallas pipelines the reads. The
 once, a (units, columns) matrix, and stacks these for all c. So inside a tile the inputs are in the order c-th of every unit,
 then the next c, and x is brought into this order outside (`_to_tiles`), which is cheap as x is small next to W.
 
-Two shape classes, see BLOCKS. Up to 16 rows are bound by reading words: tiles are large, x stays in VMEM as a whole. More rows
+Two shape classes, see TABLE. Up to 16 rows are bound by reading words: tiles are large, x stays in VMEM as a whole. More rows
 are bound by the matrix unit: a tile that is decoded once serves up to 512 rows.
 
 float32 x multiplies with full float32 products (Precision.HIGHEST); bfloat16 x with weights decoded in float32 and rounded to
@@ -30,10 +30,12 @@ from jaxtyping import Array, Float, Int8
 
 from qjax.errors import QjaxError
 from qjax.formats import Format
+from qjax.kernels import tpu_pairs
 from qjax.kernels.decode import decode, float16_values
 from qjax.kernels.layout import KernelWeight, code, unit
 
 LANES, SUBLANES = 128, 8
+FEW_ROWS = 16  # up to so many, reading words is the bound
 VMEM_BYTES = 48 * 2**20  # what a kernel may use; v5e and v6e have 128 MiB, the compiler's own limit is 16 or 32
 RESIDENT_BYTES = 4 * 2**20  # x of a few rows is held whole in VMEM up to this size
 
@@ -42,26 +44,26 @@ RESIDENT_BYTES = 4 * 2**20  # x of a few rows is held whole in VMEM up to this s
 class Blocks:
     """The largest tile of a shape class: `rows` of x, `inputs` by `columns` of W.
 
-    device: start of jax.Device.device_kind, "" for any. max_rows: the class holds up to so many rows of x; None for any.
+    device: start of jax.Device.device_kind, "" for any. most_rows: the largest M of the class.
     """
 
     device: str
-    max_rows: int | None
+    most_rows: int
     rows: int
     inputs: int
     columns: int
 
 
 # The first row that fits is used. Chosen for VMEM and long reads, not timed: experiments/tune_kernels.py prints rows.
-BLOCKS = (
+TABLE = (
     Blocks("", 16, rows=16, inputs=4096, columns=256),
-    Blocks("", None, rows=512, inputs=1024, columns=512),
+    Blocks("", 2**31, rows=512, inputs=1024, columns=512),
 )
 
 
 def pick_blocks(rows: int, device: str) -> Blocks:
-    """The row of BLOCKS for so many rows of x on a device kind."""
-    return next(b for b in BLOCKS if device.startswith(b.device) and rows <= (b.max_rows or rows))
+    """The first row of TABLE for so many rows of x on a device kind."""
+    return next(b for b in TABLE if device.startswith(b.device) and rows <= b.most_rows)
 
 
 def refusal(x_dtype: jax.typing.DTypeLike, weight: KernelWeight) -> str | None:
@@ -121,6 +123,7 @@ class _Plan:
     limit: int
     count: int
     format: Format
+    pairs: bool
 
     @property
     def inputs(self) -> int:
@@ -148,8 +151,9 @@ def _plan(x, weight: KernelWeight, axis: int, blocks: Blocks | None) -> _Plan:
         tile = _multiple_below(wanted, math.lcm(scale_rows * part, LANES // math.gcd(LANES, count)))
     rows = pl.cdiv(len(x), pl.cdiv(len(x), blocks.rows))  # of equal tiles
     rows += -rows % (4 * SUBLANES // x.dtype.itemsize) if rows < len(x) else 0
-    limit = (units, out)[axis]
-    return _Plan(axis, rows, tile, min(out, blocks.columns), part, limit, count, weight.format)
+    part = tile if len(weight.scales) == 1 else part
+    pairs = axis == 0 and x.dtype == jnp.bfloat16 and len(x) <= FEW_ROWS and tpu_pairs.serves(weight.format, part, tile)
+    return _Plan(axis, rows, tile, min(out, blocks.columns), part, (units, out)[axis], count, weight.format, pairs)
 
 
 def _multiple_below(size: int, step: int) -> int:
@@ -165,6 +169,8 @@ def _pad(x: Array, rows: int, columns: int) -> Array:
 def _to_tiles(x: Array, plan: _Plan) -> Array:
     """x with the inputs of every tile in the order of its decoded rows, padded with zeros to whole tiles."""
     x = _pad(x, plan.rows, plan.inputs)
+    if plan.pairs:
+        return tpu_pairs.order_inputs(x, plan.format.bits, plan.part)
     return x.reshape(len(x), -1, plan.units, plan.count).swapaxes(2, 3).reshape(x.shape)
 
 
@@ -242,29 +248,44 @@ def _kernel(x_ref, words_ref, *refs, plan: _Plan, resident: bool):
     width = plan.inputs if plan.axis == 0 else plan.columns
     whole = not resident or x_ref.shape[1] == width
     x = x_ref[...] if whole else x_ref[:, pl.ds(pl.multiple_of(step * width, LANES), width)]
-    tile = _decode_tile(words_ref[...], *(ref[...] for ref in parameter_refs), plan=plan, step=step, dtype=x.dtype)
-    sum_ref[...] += jax.lax.dot_general(
-        x,
-        tile,
-        (((1,), (plan.axis,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
-        preferred_element_type=sum_ref.dtype,
-    )
+    scale, zero = _read_parameters(*(ref[...] for ref in parameter_refs))
+    if plan.pairs:
+        rows = len(scale)
+        if len(parameter_refs[0]) > 1 and plan.limit % plan.units:
+            group = step * rows + jax.lax.broadcasted_iota(jnp.int32, scale.shape, 0)
+            scale = jnp.where(group < pl.cdiv(plan.limit, plan.part), scale, 0.0)
+        sum_ref[...] += tpu_pairs.product(x, words_ref[...], scale, zero, plan.format.bits)
+    else:
+        sum_ref[...] += _product(x, words_ref[...], scale, zero, plan, step)
 
     @pl.when(step == steps - 1)
     def _():
         out_ref[...] = sum_ref[...].astype(out_ref.dtype)
 
 
-def _decode_tile(words, scale, zero=None, *, plan: _Plan, step, dtype):
+def _product(x, words, scale, zero, plan: _Plan, step):
+    """x times one tile of W, or its transpose, in float32, or int32 for int8."""
+    return jax.lax.dot_general(
+        x,
+        _decode_tile(words, scale, zero, plan, step, x.dtype),
+        (((1,), (plan.axis,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.int32 if x.dtype == jnp.int8 else jnp.float32,
+    )
+
+
+def _read_parameters(scale, zero=None):
+    """Scales and zero points as float32."""
+    scale = float16_values(scale) if scale.dtype == jnp.int16 else scale.astype(jnp.float32)
+    return scale, None if zero is None else zero.astype(jnp.int32).astype(jnp.float32)
+
+
+def _decode_tile(words, scale, zero, plan: _Plan, step, dtype):
     """The (inputs, columns) tile of W in the type of x, code after code; integers without their scale for int8."""
     codes = [code(words, plan.format.bits, c) for c in range(plan.count)]
     if dtype == jnp.int8:
         return jnp.concatenate([c - 128 for c in codes]).astype(jnp.int8)
-    scale = float16_values(scale) if scale.dtype == jnp.int16 else scale.astype(jnp.float32)
-    scale = _spread(scale, plan)
-    if zero is not None:
-        zero = _spread(zero.astype(jnp.int32).astype(jnp.float32), plan)
+    scale, zero = _spread(scale, plan), None if zero is None else _spread(zero, plan)
     size = words.shape[1 + plan.axis]
     if plan.limit % size:  # the last tile hangs over the edge of W
         index = step * size + jax.lax.broadcasted_iota(jnp.int32, words.shape[1:], plan.axis)
@@ -277,5 +298,13 @@ def _spread(parameter, plan: _Plan):
     rows, columns = parameter.shape
     if rows == 1:
         return parameter
-    spread = jnp.broadcast_to(parameter[:, None], (rows, plan.part, columns))
+    share = SUBLANES // plan.part  # rows that meet in one register, which Mosaic would put together in memory
+    if share < 2 or SUBLANES % plan.part or rows % share:
+        spread = jnp.broadcast_to(parameter[:, None], (rows, plan.part, columns))
+    else:
+        alone = jnp.broadcast_to(parameter[:, None], (rows, SUBLANES, columns)).reshape(-1, share, SUBLANES, columns)
+        spread = alone[:, 0]
+        row = jax.lax.broadcasted_iota(jnp.int32, spread.shape, 1)
+        for i in range(1, share):
+            spread = jnp.where(row >= i * plan.part, alone[:, i], spread)
     return spread.reshape(rows * plan.part, columns)[: plan.units]
