@@ -51,15 +51,22 @@ class Blocks:
     stages: int
 
 
-# Reasoned, not yet tuned: a row of a device goes before those of any.
+# Reasoned and compiled, not yet tuned; a row of a device goes before those of any.
 TABLE = (
-    Blocks("", "vector", 2, rows=1, units=256, outputs=32, programs=128, warps=8, stages=1),
-    Blocks("", "vector", 4, rows=1, units=128, outputs=32, programs=128, warps=8, stages=1),
+    Blocks("", "vector", 2, rows=1, units=256, outputs=32, programs=128, warps=16, stages=1),
+    Blocks("", "vector", 4, rows=1, units=128, outputs=32, programs=128, warps=16, stages=1),
     Blocks("", "dot", 16, rows=16, units=32, outputs=64, programs=256, warps=4, stages=3),
-    Blocks("", "dot", 64, rows=64, units=32, outputs=64, programs=256, warps=4, stages=3),
-    Blocks("", "dot", 2**31, rows=128, units=32, outputs=128, programs=128, warps=8, stages=3),
-    Blocks("", "transposed", 2**31, rows=64, units=16, outputs=64, programs=1, warps=8, stages=2),
+    Blocks("", "dot", 64, rows=64, units=16, outputs=64, programs=256, warps=4, stages=3),
+    Blocks("NVIDIA H", "dot", 2**31, rows=128, units=16, outputs=128, programs=128, warps=8, stages=2),
+    Blocks("", "dot", 2**31, rows=64, units=16, outputs=128, programs=128, warps=8, stages=2),
+    Blocks("", "dot_int8", 16, rows=16, units=32, outputs=64, programs=256, warps=4, stages=3),
+    Blocks("", "dot_int8", 2**31, rows=128, units=32, outputs=128, programs=128, warps=8, stages=2),
+    # Without tensor cores every product is an instruction of its own: tiles as small as the compiler bears.
+    Blocks("", "dot_float32", 2**31, rows=16, units=16, outputs=64, programs=256, warps=4, stages=2),
+    Blocks("", "transposed", 2**31, rows=64, units=16, outputs=32, programs=1, warps=8, stages=2),
+    Blocks("", "transposed_float32", 2**31, rows=16, units=16, outputs=32, programs=1, warps=4, stages=2),
 )
+TILE_INPUTS = 2**14  # elements of x that a pipeline stage of the dot kernel holds in shared memory, of 99 KiB on small devices
 VECTOR_ROWS = {jnp.dtype(jnp.float32): 4, jnp.dtype(jnp.bfloat16): 2}  # from where tensor cores are faster
 
 
@@ -82,7 +89,7 @@ def multiply(
     x: Float[Array, "rows in"], weight: KernelWeight, *, interpret: bool = False, blocks: Blocks | None = None
 ) -> Float[Array, "rows out"]:
     """x (M, in) float32 or bfloat16 times the weight, float32 sums, in x's type; blocks: other sizes than the table's."""
-    kernel = "vector" if len(x) <= VECTOR_ROWS[x.dtype] else "dot"
+    kernel = "vector" if len(x) <= VECTOR_ROWS[x.dtype] else _of_type("dot", x)
     blocks = blocks or pick_blocks(kernel, len(x))
     if blocks.kernel == "vector":
         parts = _vector(x, weight, blocks, interpret)
@@ -100,7 +107,7 @@ def multiply_int8(
     blocks: Blocks | None = None,
 ) -> Float[Array, "rows out"]:
     """x (M, in) int8 times x_scale (M, 1) float32, times a symmetric int8-channel weight: int32 sums, float32 results."""
-    blocks = blocks or pick_blocks("dot", len(x))
+    blocks = blocks or pick_blocks("dot_int8", len(x))
     parts = _dot(layout.split_inputs(x, weight.format.bits), weight, blocks, interpret, jnp.int32)
     return jnp.sum(parts, axis=0).astype(jnp.float32) * x_scale * weight.scales[0].astype(jnp.float32)
 
@@ -109,10 +116,11 @@ def multiply_transposed(
     y: Float[Array, "rows out"], weight: KernelWeight, *, interpret: bool = False, blocks: Blocks | None = None
 ) -> Float[Array, "rows in"]:
     """y (M, out) float32 or bfloat16 times the weight's transpose, float32 sums, in y's type."""
-    blocks = blocks or pick_blocks("transposed", len(y))
+    blocks = blocks or pick_blocks(_of_type("transposed", y), len(y))
+    blocks = dataclasses.replace(blocks, stages=1 if weight.format.codebook else blocks.stages)
     count, _ = layout.unit(weight.format.bits)
     # A program holds sums for all codes of a unit: fewer rows the more codes there are.
-    rows = min(max(blocks.rows * 8 // count, 16), blocks.rows, _power_of_two(len(y)))
+    rows = min(max(blocks.rows * 8 // count, 16), blocks.rows, max(_power_of_two(len(y)), 16))
     units = weight.words.shape[1]
     parts = pl.pallas_call(
         functools.partial(_transposed_kernel, tile=_Tile(weight, blocks), rows=rows),
@@ -123,6 +131,10 @@ def multiply_transposed(
         name="packed_multiply_transposed",
     )(y, _operands(weight))
     return layout.join_inputs(parts, weight.in_features)
+
+
+def _of_type(kernel: str, x: jax.Array) -> str:
+    return f"{kernel}_float32" if x.dtype == jnp.float32 else kernel
 
 
 def _operands(weight: KernelWeight) -> dict[str, jax.Array]:
@@ -139,7 +151,7 @@ def _operands(weight: KernelWeight) -> dict[str, jax.Array]:
 class _Tile:
     """How a kernel reads a (units, outputs) tile of a weight and decodes one code of it after the other."""
 
-    def __init__(self, weight: KernelWeight, blocks: Blocks) -> None:
+    def __init__(self, weight: KernelWeight, blocks: Blocks, row_tiles: int = 1) -> None:
         self.format = weight.format
         self.count, self.width = layout.unit(weight.format.bits)
         _, self.all_units, self.all_outputs = weight.words.shape
@@ -148,7 +160,8 @@ class _Tile:
         self.units_per_group = weight.group // self.count if len(weight.scales) > 1 else 0
         self.chunks = pl.cdiv(self.all_units, self.units)
         # The fewest splits with enough programs, then evened out: no split is left without a chunk.
-        wanted = min(pl.cdiv(blocks.programs, pl.cdiv(self.all_outputs, self.outputs)), self.chunks)
+        tiles = row_tiles * pl.cdiv(self.all_outputs, self.outputs)
+        wanted = min(pl.cdiv(blocks.programs, tiles), self.chunks)
         self.chunks_per_split = pl.cdiv(self.chunks, wanted)
         self.splits = pl.cdiv(self.chunks, self.chunks_per_split)
 
@@ -190,19 +203,25 @@ class _Tile:
         return exponent - (MAGIC + zero * 2.0**offset), 2.0**-offset
 
 
-def _narrow(weight: KernelWeight, blocks: Blocks) -> Blocks:
-    """Fewer units a tile where a unit is several words, and never many more than there are; contractions need 16."""
-    width = _power_of_two(layout.unit(weight.format.bits)[1])
-    units = min(max(blocks.units // width, 32), max(_power_of_two(weight.words.shape[1]), 32))
-    return dataclasses.replace(blocks, units=units)
+def _fit(weight: KernelWeight, blocks: Blocks, fewest_units: int = 16) -> Blocks:
+    """The blocks for a format and size: fewer units where a unit is several words, never many more than there are, and fewer
+    rows where it is many codes.
+    """
+    count, width = layout.unit(weight.format.bits)
+    units = min(blocks.units // _power_of_two(width), _power_of_two(weight.words.shape[1]))
+    units = max(units, fewest_units)
+    rows = min(blocks.rows, max(TILE_INPUTS // (units * count), 16))
+    # A look-up is a load, and the compiler would send all loads of a pipelined loop through shared memory.
+    return dataclasses.replace(blocks, units=units, rows=rows, stages=1 if weight.format.codebook else blocks.stages)
 
 
 def _power_of_two(number: int) -> int:
-    return max(16, 1 << (number - 1).bit_length())
+    return 1 << (number - 1).bit_length()
 
 
 def _vector(x, weight: KernelWeight, blocks: Blocks, interpret: bool) -> Float[Array, "splits rows out"]:
-    tile = _Tile(weight, _narrow(weight, blocks))
+    blocks = _fit(weight, blocks)
+    tile = _Tile(weight, blocks)
     dtype = x.dtype if tile.splits == 1 else jnp.float32
     return pl.pallas_call(
         functools.partial(_vector_kernel, tile=tile),
@@ -241,8 +260,9 @@ def _vector_kernel(x, refs, out, *, tile: _Tile) -> None:
 
 def _dot(x, weight: KernelWeight, blocks: Blocks, interpret: bool, sum_dtype) -> Float[Array, "splits rows out"]:
     """x as `split_inputs` gives it; int8 and int32 sums for W8A8, which leave the scales to the caller."""
-    tile = _Tile(weight, _narrow(weight, blocks))
+    blocks = _fit(weight, blocks, fewest_units=32 if sum_dtype == jnp.int32 else 16)  # what tensor cores contract
     rows = x.shape[1]
+    tile = _Tile(weight, blocks, pl.cdiv(rows, blocks.rows))
     dtype = x.dtype if tile.splits == 1 and sum_dtype == jnp.float32 else sum_dtype
     return pl.pallas_call(
         functools.partial(_dot_kernel, tile=tile, rows=blocks.rows, sum_dtype=sum_dtype),
