@@ -19,6 +19,7 @@ from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float, PyTree
 
 from qjax.errors import QjaxError
+from qjax.kernels.layout import KernelWeight
 from qjax.kernels.matmul import matmul
 from qjax.qtensor import is_quantized
 
@@ -138,7 +139,7 @@ def _run_quantized(call, args, kwargs, context):
         _refuse_other_quantized(layer)
         return call(*args, **kwargs)
     kernel = layer.get_variable("params", "kernel")
-    if not is_quantized(kernel):
+    if not _is_packed(kernel):
         return call(*args, **kwargs)
     if context.method_name != "__call__" and type(layer) in SERVED:
         return call(*args, **kwargs)  # a function lifted over the layer, as by nn.scan: the layer's own call comes inside
@@ -154,6 +155,10 @@ def _run_quantized(call, args, kwargs, context):
     return y if bias is None else y + bias.reshape(plan.bias_shape)
 
 
+def _is_packed(leaf: object) -> bool:
+    return is_quantized(leaf) or isinstance(leaf, KernelWeight)
+
+
 def _input_matrix(x: Float[Array, "..."], plan: _Contraction) -> Float[Array, "*kept in"]:
     kept = [axis for axis in range(x.ndim) if axis not in plan.input_axes]
     x = x.transpose(*kept, *plan.input_axes)
@@ -162,7 +167,7 @@ def _input_matrix(x: Float[Array, "..."], plan: _Contraction) -> Float[Array, "*
 
 def _refuse_other_quantized(layer: nn.Module) -> None:
     held = layer.variables.get("params", {}) if layer.scope is not None else {}
-    bad = [name for name, leaf in held.items() if is_quantized(leaf)]
+    bad = [name for name, leaf in held.items() if _is_packed(leaf)]
     if bad:
         raise QjaxError(_cannot(layer, ", ".join(bad)))
 

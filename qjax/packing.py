@@ -35,15 +35,18 @@ def unpack(packed: UInt8[Array, "*batch packed columns"], bits: int, rows: int) 
     """The first `rows` codes along axis -2; the exact inverse of `pack`."""
     count, width = unit(bits)
     *batch, _, columns = packed.shape
-    packed = packed.reshape(*batch, -1, width, columns)
-    codes = []
-    for code in range(count):
-        first, offset = divmod(code * bits, 8)
-        parts = [_shift(packed[..., first, :], -offset)]
-        if offset + bits > 8:
-            parts.append(_shift(packed[..., first + 1, :], 8 - offset))
-        codes.append(_or(parts) & jnp.uint8(2**bits - 1))
-    return jnp.stack(codes, axis=-2).reshape(*batch, -1, columns)[..., :rows, :]
+    units = packed.reshape(*batch, -1, width, columns)
+    codes = jnp.stack([take(units, bits, index) for index in range(count)], axis=-2)
+    return codes.reshape(*batch, -1, columns)[..., :rows, :]
+
+
+def take(units: UInt8[Array, "*batch units width columns"], bits: int, index: int) -> UInt8[Array, "*batch units columns"]:
+    """Code `index` of every packing unit."""
+    first, offset = divmod(index * bits, 8)
+    parts = [_shift(units[..., first, :], -offset)]
+    if offset + bits > 8:
+        parts.append(_shift(units[..., first + 1, :], 8 - offset))
+    return _or(parts) & jnp.uint8(2**bits - 1)
 
 
 def _shift(x: UInt8[Array, "..."], left: int) -> UInt8[Array, "..."]:

@@ -20,8 +20,10 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Int32
 
+from qjax import grid
 from qjax.errors import QjaxError
 from qjax.formats import Format
 from qjax.grid import QuantizedScales
@@ -104,6 +106,22 @@ def prepare(q: QTensor | QLinear) -> KernelWeight:
     scales = jnp.broadcast_to(scale.astype(dtype), (len(scale), columns))
     zeros = None if zero is None else jnp.broadcast_to(zero.astype(jnp.uint8), scales.shape)
     return KernelWeight(words, scales, zeros, None, q.format, q.in_features)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def dequantize(weight: KernelWeight, dtype: DTypeLike = jnp.float32) -> Float[Array, "*batch in out"]:
+    """The (..., in, out) weight in floating point, as `qjax.dequantize` of what it was made from."""
+    if weight.words.ndim > 3:
+        return jax.vmap(functools.partial(dequantize, dtype=dtype))(weight)
+    count, _ = unit(weight.format.bits)
+    codes = jnp.stack([code(weight.words, weight.format.bits, index) for index in range(count)], axis=1)
+    codes = codes.reshape(-1, codes.shape[-1])[: weight.in_features].astype(jnp.uint8)
+    scale, zero = (None if array is None else array.astype(jnp.float32)[:, None] for array in (weight.scales, weight.zeros))
+    groups = jnp.pad(codes, ((0, -len(codes) % weight.group), (0, 0))).reshape(len(weight.scales), -1, codes.shape[1])
+    values = grid.decode(groups, scale, zero, weight.format).reshape(-1, codes.shape[1])[: weight.in_features]
+    if weight.input_scale is not None:
+        values = values * weight.input_scale.astype(jnp.float32)[:, None]
+    return values.astype(dtype)
 
 
 def code(words: Int32[Array, "width units out"], bits: int, index: int) -> Int32[Array, "units out"]:

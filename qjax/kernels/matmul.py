@@ -1,29 +1,167 @@
 """y = x W with a quantized W: the public multiply, and its choice of implementation.
 
-`reference` decodes the weight and multiplies; it serves every format, device and shape, and is the oracle for others.
+`reference` decodes the weight and multiplies; it serves every format, device and shape, and is the oracle for the others. `xla`
+decodes a part of the weight at a time; `pallas_tpu` and `pallas_gpu` are kernels. `auto` takes the first of the device's
+implementations (`PREFERRED`) that serves the weight; one that is asked for by name serves it or says why not.
+
+The derivative with respect to x multiplies with the packed weight, transposed. With respect to scales it goes through the
+decoded weight; XLA leaves that out where nobody asks for it.
 """
 
+import dataclasses
+import functools
+import importlib
+from types import ModuleType
+from typing import NamedTuple
+
+import jax
 import jax.numpy as jnp
 from jax.lax import PrecisionLike
-from jaxtyping import Array, Float
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, PyTree
 
 from qjax.errors import QjaxError
-from qjax.qtensor import QLinear, QTensor, dequantize
+from qjax.kernels import layout, xla
+from qjax.kernels.layout import KernelWeight
+from qjax.qtensor import QLinear, QTensor, dequantize, is_quantized
 
-IMPLEMENTATIONS = ("auto", "reference")
+IMPLEMENTATIONS = ("auto", "reference", "xla", "pallas_tpu", "pallas_gpu")
+PREFERRED = {"cpu": ("xla",), "tpu": ("pallas_tpu", "xla"), "gpu": ("pallas_gpu", "xla")}
+KERNELS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}  # the device that each runs on, and its module
+ACTIVATIONS = "int8-token"
+
+
+class _Choice(NamedTuple):
+    """What a product is computed by; static. activations: None, or "int8-token"."""
+
+    implementation: str
+    precision: PrecisionLike
+    activations: str | None
 
 
 def matmul(
-    x: Float[Array, "*batch in"], q: QTensor | QLinear, *, implementation: str = "auto", precision: PrecisionLike = None
+    x: Float[Array, "*batch in"],
+    q: QTensor | QLinear | KernelWeight,
+    *,
+    implementation: str = "auto",
+    precision: PrecisionLike = None,
+    activations: str | None = None,
 ) -> Float[Array, "*batch out"]:
-    """x (..., in) times a quantized (in, out) weight, in x's type. precision: as in jnp.matmul.
+    """x (..., in), float32 or bfloat16, times a quantized (in, out) weight, in x's type; sums are float32.
 
-    Raises QjaxError for an unknown implementation or when x's last axis is not the weight's input axis.
+    implementation: "auto", "reference", "xla", "pallas_tpu" or "pallas_gpu". precision: as in jnp.matmul, for the two that
+    use it. activations: "int8-token" rounds every row of x to int8 by its largest value and multiplies with the int8 codes
+    of an int8-channel-sym weight, in integers (W8A8); no gradient passes the rounding.
+
+    Raises QjaxError for an unknown implementation, one that cannot serve this weight or device, with the reason, and when x's
+    last axis is not the weight's input axis.
     """
     if implementation not in IMPLEMENTATIONS:
         raise QjaxError(f"matmul: unknown implementation {implementation!r}; allowed: {', '.join(IMPLEMENTATIONS)}")
     if x.shape[-1] != q.in_features:
         raise QjaxError(f"matmul: x has {x.shape[-1]} features, the weight {q.shape} expects {q.in_features}")
+    if activations not in (None, ACTIVATIONS):
+        raise QjaxError(f"matmul: unknown activations {activations!r}; allowed: {ACTIVATIONS}")
+    if q.shape[:-2]:
+        if implementation not in ("auto", "reference") or activations:
+            raise QjaxError(f"matmul: {implementation} multiplies with one weight, got {q.shape}; use jax.vmap for a stack")
+        return jnp.matmul(x, _decoded(q, x.dtype), precision=precision)
     if isinstance(q, QLinear):
-        return matmul(x * q.input_scale.astype(x.dtype), q.weight, implementation=implementation, precision=precision)
-    return jnp.matmul(x, dequantize(q, x.dtype), precision=precision)
+        x, q = x * q.input_scale.astype(x.dtype), q.weight
+    elif isinstance(q, KernelWeight) and q.input_scale is not None:
+        x, q = x * q.input_scale.astype(x.dtype), dataclasses.replace(q, input_scale=None)
+    chosen = choose(implementation, x.dtype, q, activations=activations)
+    if chosen == "reference" and not activations:
+        return jnp.matmul(x, _decoded(q, x.dtype), precision=precision)
+    if chosen in KERNELS and isinstance(q, QTensor):
+        q = layout.prepare(q)
+    y = _multiply(x.reshape(-1, x.shape[-1]), q, _Choice(chosen, precision, activations))
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def choose(implementation: str, dtype: DTypeLike, q: QTensor | KernelWeight, *, activations: str | None = None) -> str:
+    """What `implementation` stands for with x of this type, this weight and JAX's default device.
+
+    Raises QjaxError, with the reason, where the one that was asked for cannot serve.
+    """
+    if implementation != "auto":
+        if reason := _refusal(implementation, dtype, q, activations):
+            raise QjaxError(f"matmul: {implementation} cannot serve this product: {reason}")
+        return implementation
+    for name in (*PREFERRED[jax.default_backend()], "reference"):
+        if not (reason := _refusal(name, dtype, q, activations)):
+            return name
+    raise QjaxError(f"matmul: nothing serves this product: {reason}")
+
+
+def prepare(tree: PyTree, dtype: DTypeLike) -> PyTree:
+    """A tree whose quantized weights are laid out for the kernels of JAX's default device, once, for inputs of `dtype`.
+
+    Where `auto` would not take a kernel (on CPU never) a leaf stays as it is.
+    """
+
+    def convert(leaf):
+        if not is_quantized(leaf) or leaf.shape[:-2]:
+            return leaf
+        weight = leaf.weight if isinstance(leaf, QLinear) else leaf
+        return layout.prepare(leaf) if choose("auto", dtype, weight) in KERNELS else leaf
+
+    return jax.tree.map(convert, tree, is_leaf=is_quantized)
+
+
+def _refusal(name: str, dtype: DTypeLike, q: QTensor | KernelWeight, activations: str | None) -> str | None:
+    """Why an implementation cannot serve, or None."""
+    fmt = q.format
+    if activations and not (fmt.grid == "int8" and not fmt.is_affine and fmt.granularity == "channel"):
+        return f"activations={ACTIVATIONS} needs a weight in int8-channel-sym, got {fmt}"
+    if name == "reference":
+        return None
+    if name == "xla":
+        return "a weight laid out for a kernel; give the QTensor" if isinstance(q, KernelWeight) else xla.refusal(q)
+    device = KERNELS[name]
+    if jax.default_backend() != device:
+        return f"it needs a {device.upper()}, JAX's default device is a {jax.default_backend().upper()}"
+    if isinstance(q, QTensor):
+        if reason := layout.refusal(q):
+            return reason
+        q = jax.eval_shape(layout.prepare, q)
+    return _kernels(name).refusal(dtype, q)
+
+
+def _kernels(name: str) -> ModuleType:
+    return importlib.import_module(f"qjax.kernels.{KERNELS[name]}")  # Pallas takes a while to import
+
+
+def _decoded(q: QTensor | QLinear | KernelWeight, dtype: DTypeLike = jnp.float32) -> Float[Array, "*batch in out"]:
+    return (layout.dequantize if isinstance(q, KernelWeight) else dequantize)(q, dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _multiply(x: Float[Array, "rows in"], q: QTensor | KernelWeight, choice: _Choice) -> Float[Array, "rows out"]:
+    if choice.activations:
+        largest = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=1, keepdims=True)
+        scale = jnp.where(largest == 0, 1.0, largest / 127)
+        codes = jnp.round(x / scale).astype(jnp.int8)
+        module = _kernels(choice.implementation) if choice.implementation in KERNELS else xla
+        return module.multiply_int8(codes, scale, q).astype(x.dtype)
+    if choice.implementation == "xla":
+        return xla.multiply(x, q, precision=choice.precision)
+    return _kernels(choice.implementation).multiply(x, q)
+
+
+def _forward(x, q, choice):
+    return _multiply(x, q, choice), (x, q)
+
+
+def _backward(choice, saved, dy):
+    x, q = saved
+    if choice.implementation in KERNELS:
+        dx = _kernels(choice.implementation).multiply_transposed(dy, q)
+    else:
+        dx = xla.multiply_transposed(dy, q, precision=choice.precision)
+    _, to_weight = jax.vjp(_decoded, q)
+    weight = jnp.matmul(x.astype(jnp.float32).T, dy.astype(jnp.float32), precision=choice.precision)
+    return dx, *to_weight(weight)
+
+
+_multiply.defvjp(_forward, _backward)

@@ -1,0 +1,124 @@
+"""Multiplying with packed weights in plain XLA: some inputs at a time, so that the whole weight is never unpacked.
+
+    y = sum over chunks of inputs, sum over c of x[:, c::count] @ decode(code c of every packing unit)
+
+A chunk's weights stay in the cache between being decoded and being multiplied, and nothing is interleaved: code c of all units
+meets every count-th input. On CPU one input row costs about what the dense float32 product costs, as that has four to eight
+times the bytes to read. Everything is computed in float32, whatever the type of x: bfloat16 is slow on CPUs.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.lax import PrecisionLike
+from jaxtyping import Array, Float, Int8
+
+from qjax import grid, packing
+from qjax.qtensor import QTensor, unpack_parameters
+
+CHUNK = 2**21  # weights decoded at a time: 8 MB of float32
+EXACT_ROWS = 1040  # so many products of two int8 add up to less than 2^24: exact in float32
+
+
+def refusal(q: QTensor) -> str | None:
+    """Why a weight cannot be multiplied this way, or None."""
+    fmt = q.format
+    if fmt.is_float:
+        return f"{fmt} is a cast and holds no codes"
+    if fmt.granularity == "block" and q.in_features % fmt.group:
+        return f"blocks of {fmt} cross output channels where {fmt.group} does not divide the {q.in_features} inputs"
+    count, _ = packing.unit(fmt.bits)
+    if _group(q) % count:
+        return f"groups of {fmt.group} are not whole bytes of {fmt.bits}-bit codes: a multiple of {count} is"
+    return None
+
+
+@functools.partial(jax.jit, static_argnames="precision")
+def multiply(x: Float[Array, "rows in"], q: QTensor, *, precision: PrecisionLike = None) -> Float[Array, "rows out"]:
+    """x W in x's type, for weights that are not refused."""
+
+    def add(total, start, count, decoded):
+        inputs = jax.lax.dynamic_slice_in_dim(x, start, count, axis=1).astype(jnp.float32)
+        for part, weights in zip(_split(inputs, q), decoded, strict=True):
+            total += jnp.matmul(part, weights, precision=precision)
+        return total
+
+    return _over_chunks(add, _zeros((len(x), q.shape[-1]), x, q), q).astype(x.dtype)
+
+
+@functools.partial(jax.jit, static_argnames="precision")
+def multiply_transposed(y: Float[Array, "rows out"], q: QTensor, *, precision: PrecisionLike = None) -> Float[Array, "rows in"]:
+    """y W^T in y's type, the gradient with respect to x, for weights that are not refused."""
+    wide = y.astype(jnp.float32)
+
+    def put(result, start, count, decoded):
+        parts = jnp.stack([jnp.matmul(wide, weights.T, precision=precision) for weights in decoded], axis=-1)
+        inputs = parts.reshape(len(y), -1)[:, :count]
+        return jax.lax.dynamic_update_slice_in_dim(result, inputs, start, axis=1)
+
+    return _over_chunks(put, _zeros((len(y), q.in_features), y, q), q).astype(y.dtype)
+
+
+@jax.jit
+def multiply_int8(x: Int8[Array, "rows in"], scale: Float[Array, "rows 1"], q: QTensor) -> Float[Array, "rows out"]:
+    """(scale x) W in float32, for 8-bit symmetric weights with one scale a channel; products are summed exactly.
+
+    A sum of EXACT_ROWS products of int8 is exact in float32, whose matrix product is many times as fast as XLA's of
+    integers on CPU; sums of sums are int32.
+    """
+    weights = q.codes[: q.in_features].astype(jnp.float32) - 128
+    total = jnp.zeros((len(x), q.shape[-1]), jnp.int32)
+    for start in range(0, q.in_features, EXACT_ROWS):
+        rows = slice(start, start + EXACT_ROWS)
+        part = jnp.matmul(x[:, rows].astype(jnp.float32), weights[rows], precision="highest")
+        total += part.astype(jnp.int32)
+    return total * scale * unpack_parameters(q)[0]
+
+
+def _over_chunks(step, carry, q: QTensor):
+    """carry = step(carry, first input, inputs, decoded parts) over all chunks; the last one may be smaller."""
+    count, width = packing.unit(q.format.bits)
+    group = _group(q)
+    grain = group or count
+    rows = min(max(CHUNK // q.shape[-1] // grain, 1) * grain, q.in_features)
+    units = q.codes.reshape(-1, width, q.shape[-1])
+    scale, zero = unpack_parameters(q)
+
+    def chunk(carry, start, inputs):
+        def of_chunk(array):
+            if array is None or not group:
+                return array if array is None else array[:, None]
+            return jax.lax.dynamic_slice_in_dim(array, start // group, -(-inputs // group))[:, None]
+
+        held = jax.lax.dynamic_slice_in_dim(units, start // count, -(-inputs // count))
+        codes = (packing.take(held, q.format.bits, index) for index in range(count))
+        decoded = [_decode(part, of_chunk(scale), of_chunk(zero), q.format, group // count) for part in codes]
+        return step(carry, start, inputs, decoded)
+
+    whole, rest = divmod(q.in_features, rows)
+    carry = jax.lax.fori_loop(0, whole, lambda number, carry: chunk(carry, number * rows, rows), carry)
+    return chunk(carry, whole * rows, rest) if rest else carry
+
+
+def _zeros(shape: tuple[int, int], x, q: QTensor):
+    """Where a loop starts: zeros that vary over a mesh as x and q do, which loops under shard_map ask for."""
+    return jnp.zeros(shape, jnp.float32) + jnp.sum(x[:0], dtype=jnp.float32) + jnp.sum(q.codes[:0], dtype=jnp.float32)
+
+
+def _group(q: QTensor) -> int:
+    """Inputs that share a scale, 0 where all of them do."""
+    return 0 if (q.format.group or q.in_features) >= q.in_features else q.format.group
+
+
+def _decode(codes, scale, zero, fmt, each):
+    """float32 weights (units, out) of codes (units, out), `each` units (0: all) sharing a scale; the last group may be cut."""
+    each = each or len(codes)
+    groups = jnp.pad(codes, ((0, -len(codes) % each), (0, 0))).reshape(-1, each, codes.shape[1])
+    return grid.decode(groups, scale, zero, fmt).reshape(-1, codes.shape[1])[: len(codes)]
+
+
+def _split(x: Float[Array, "rows in"], q: QTensor) -> list[Float[Array, "rows units"]]:
+    count, _ = packing.unit(q.format.bits)
+    padded = jnp.pad(x, ((0, 0), (0, -x.shape[1] % count)))
+    return [padded[:, index::count] for index in range(count)]

@@ -1,0 +1,154 @@
+"""Every implementation of the packed product x every format x shapes with edges, against float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qjax
+from qjax.kernels import layout, xla
+from qjax.kernels.matmul import choose
+
+FORMATS = (
+    "int4-g32", "int4-g128-sym", "int3-g64", "int2-g32", "int8-g32", "int8-channel-sym", "int3-channel", "int1-g32", "int5-g40",
+    "int6-g64", "nf4-g64", "nf4-b32-dq", "fp4_bnb-g32", "fp8_e4m3-channel",
+)  # fmt: skip
+SHAPES = ((1, 100, 33), (40, 256, 130))  # rows, inputs, outputs
+
+
+def weight_of(inputs: int, outputs: int, fmt: str, seed: int = 0) -> qjax.QTensor:
+    """A rounded weight without zeros, its scales spread over a factor of a hundred."""
+    values, spread = jax.random.split(jax.random.key(seed))
+    scale = jnp.exp(jax.random.uniform(spread, (1, outputs), minval=-2.3, maxval=2.3))
+    return qjax.rtn(jax.random.normal(values, (inputs, outputs)) * scale, fmt)[0]
+
+
+def exact(x: jax.Array, q: qjax.QTensor) -> tuple[np.ndarray, np.ndarray]:
+    """(x W, |x| |W|) in float64."""
+    wide, weight = np.asarray(x, np.float64), np.asarray(qjax.dequantize(q), np.float64)
+    return wide @ weight, np.abs(wide) @ np.abs(weight)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Chunks of the XLA path so small that the weights here take several."""
+    monkeypatch.setattr(xla, "CHUNK", 2000)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize(("implementation", "fmt"), [("reference", "int4-g32"), *(("xla", fmt) for fmt in FORMATS)])
+def test_products(implementation, fmt):
+    for rows, inputs, outputs in SHAPES:
+        q = weight_of(inputs, outputs, fmt)
+        if "-b32" in fmt and inputs % 32:
+            assert "cross" in xla.refusal(q)
+            continue
+        x = jax.random.normal(jax.random.key(1), (rows, inputs))
+        product, size = exact(x, q)
+        error = np.abs(qjax.matmul(x, q, implementation=implementation, precision="highest") - product)
+        assert np.max(error / size) < 1e-6
+        narrow = x.astype(jnp.bfloat16)
+        product, size = exact(narrow, q)
+        y = qjax.matmul(narrow, q, implementation=implementation, precision="highest")
+        assert y.dtype == jnp.bfloat16 and np.max(np.abs(np.asarray(y, np.float64) - product) / size) < 1e-2
+
+
+@pytest.mark.parametrize("fmt", ["int4-g32", "int3-g64", "int8-channel-sym", "nf4-g64"])
+@pytest.mark.usefixtures("small_chunks")
+def test_xla_in_many_chunks(fmt):
+    q = weight_of(232, 30, fmt)
+    x = jax.random.normal(jax.random.key(1), (3, 232))
+    product, size = exact(x, q)
+    assert np.max(np.abs(xla.multiply(x, q, precision="highest") - product) / size) < 1e-6
+    y = jax.random.normal(jax.random.key(2), (3, 30))
+    weight = np.asarray(qjax.dequantize(q), np.float64)
+    back = np.asarray(y, np.float64) @ weight.T
+    assert np.max(np.abs(xla.multiply_transposed(y, q, precision="highest") - back)) < 1e-5 * np.max(np.abs(back))
+
+
+@pytest.mark.parametrize("fmt", ["int4-g32", "int3-g64", "nf4-g64"])
+def test_gradients_are_those_of_the_decoded_weight(fmt):
+    """With respect to x and to the scales."""
+    q = weight_of(128, 20, fmt)
+    x = jax.random.normal(jax.random.key(1), (7, 128))
+
+    def loss(x, scales, implementation):
+        held = qjax.QTensor(q.codes, scales, q.zeros, q.format, q.in_features)
+        return jnp.sum(jnp.sin(qjax.matmul(x, held, implementation=implementation, precision="highest")))
+
+    wide = q.scales.astype(jnp.float32)
+    for argument in (0, 1):
+        found, expected = (jax.grad(loss, argument)(x, wide, name) for name in ("xla", "reference"))
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * float(jnp.max(jnp.abs(expected))))
+
+
+def test_jit_vmap_scan_and_leading_axes():
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(weight_of(64, 24, "int4-g32", seed) for seed in range(3)))
+    x = jax.random.normal(jax.random.key(1), (3, 2, 5, 64))
+    expected = jnp.einsum("sbti,sio->sbto", x, qjax.dequantize(stack), precision="highest")
+    multiply = functools.partial(qjax.matmul, implementation="xla", precision="highest")
+    np.testing.assert_allclose(jax.vmap(multiply)(x, stack), expected, rtol=1e-4, atol=1e-4)
+    _, scanned = jax.lax.scan(lambda _, each: (None, multiply(*each)), None, (x, stack))
+    np.testing.assert_allclose(scanned, expected, rtol=1e-4, atol=1e-4)
+    stacked = qjax.matmul(x.reshape(3, 10, 64), stack, precision="highest")
+    np.testing.assert_allclose(stacked.reshape(expected.shape), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_shard_map():
+    """Outputs sharded over a mesh of the devices at hand."""
+    mesh = jax.make_mesh((1,), ("columns",), axis_types=(jax.sharding.AxisType.Auto,))
+    q = weight_of(64, 24, "int4-g32-sym")
+    x = jax.random.normal(jax.random.key(1), (5, 64))
+    spec = jax.sharding.PartitionSpec(None, "columns")
+    product = jax.shard_map(
+        functools.partial(qjax.matmul, precision="highest"),
+        mesh=mesh,
+        in_specs=(jax.sharding.PartitionSpec(), spec),
+        out_specs=spec,
+    )
+    np.testing.assert_allclose(product(x, q), x @ qjax.dequantize(q), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("inputs", [96, 3000])
+def test_int8_activations(inputs):
+    """W8A8: exactly the integer product of codes, in float64, for every implementation."""
+    q = weight_of(inputs, 33, "int8-channel-sym")
+    x = jax.random.normal(jax.random.key(1), (5, inputs)).at[2].set(0)
+    largest = np.max(np.abs(np.asarray(x)), axis=1, keepdims=True)
+    scale = np.where(largest == 0, 1, largest / np.float32(127))
+    codes = np.round(np.asarray(x) / scale).astype(np.int64)
+    product = codes @ (np.asarray(q.codes, np.int64) - 128) * scale.astype(np.float64) * np.asarray(q.scales, np.float64)
+    found = qjax.matmul(x, q, activations="int8-token")
+    np.testing.assert_allclose(found, product, rtol=1e-6)
+    assert float(jnp.max(jnp.abs(found - x @ qjax.dequantize(q)))) < 0.02 * float(jnp.max(jnp.abs(found)))
+
+
+def test_a_prepared_weight_multiplies_too():
+    for fmt in ("int3-g64", "nf4-b32-dq", "int8-channel-sym"):
+        q = weight_of(128, 24, fmt)
+        held = layout.prepare(q)
+        np.testing.assert_array_equal(layout.dequantize(held), qjax.dequantize(q))
+        x = jax.random.normal(jax.random.key(1), (5, 128))
+        np.testing.assert_allclose(qjax.matmul(x, held), x @ qjax.dequantize(q), rtol=1e-4, atol=1e-4)
+
+
+def test_what_auto_takes_and_what_is_refused():
+    assert choose("auto", jnp.float32, weight_of(64, 8, "int4-g32")) == "xla"
+    x, q = jnp.ones((2, 64)), weight_of(64, 8, "int4-g32")
+    crossing = weight_of(96, 8, "nf4-b64")
+    assert choose("auto", jnp.float32, crossing) == "reference"
+    with pytest.raises(qjax.QjaxError, match="xla cannot serve this product: blocks of nf4-b64 cross"):
+        qjax.matmul(jnp.ones((2, 96)), crossing, implementation="xla")
+    for name, device in (("pallas_tpu", "TPU"), ("pallas_gpu", "GPU")):
+        with pytest.raises(qjax.QjaxError, match=f"{name} cannot serve this product: it needs a {device}, .* is a CPU"):
+            qjax.matmul(x, q, implementation=name)
+    with pytest.raises(qjax.QjaxError, match="unknown implementation 'fast'; allowed: auto"):
+        qjax.matmul(x, q, implementation="fast")
+    with pytest.raises(qjax.QjaxError, match=r"activations=int8-token needs a weight in int8-channel-sym, got int4-g32"):
+        qjax.matmul(x, q, activations="int8-token")
+    with pytest.raises(qjax.QjaxError, match="unknown activations 'int4'"):
+        qjax.matmul(x, q, activations="int4")
