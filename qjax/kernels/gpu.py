@@ -4,9 +4,9 @@
     dot          larger M: a tile is decoded once and multiplied on tensor cores (float32 x: on the float32 units, no TF32)
     transposed   y W^T: one sum for every code of a unit
 
-Needs compute capability 8.0 (Ampere) or newer, and JAX 0.10 or newer: the Triton backend takes one source on all of them, while
-Mosaic GPU, JAX's successor, starts at Hopper. JAX deprecates the Triton backend from 0.11 on: it says so in a DeprecationWarning
-whenever a kernel is lowered, which Python hides outside of tests.
+Needs compute capability 8.0 (Ampere) or newer and JAX 0.10 or newer, which this one source serves. Mosaic GPU, JAX's successor
+to the Triton backend, starts at Hopper. From 0.11 on JAX warns of that, a DeprecationWarning whenever a kernel is lowered, which
+Python hides outside of tests.
 
 How the time is spent. At M = 1 a multiprocessor must decode about 27 4-bit weights a cycle to keep up with 3 TB/s, and has 128
 lanes for it: so a code is masked where it stands in its word, with an exponent put on top of it,
@@ -123,7 +123,7 @@ def multiply_transposed(
     rows = min(max(blocks.rows * 8 // count, 16), blocks.rows, max(_power_of_two(len(y)), 16))
     units = weight.words.shape[1]
     parts = pl.pallas_call(
-        functools.partial(_transposed_kernel, tile=_Tile(weight, blocks), rows=rows),
+        functools.partial(_transposed_kernel, tile=Tile(weight, blocks), rows=rows),
         out_shape=jax.ShapeDtypeStruct((count, len(y), units), y.dtype),
         grid=(pl.cdiv(len(y), rows), pl.cdiv(units, blocks.units)),
         compiler_params=triton.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
@@ -148,7 +148,7 @@ def _operands(weight: KernelWeight) -> dict[str, jax.Array]:
     return operands
 
 
-class _Tile:
+class Tile:
     """How a kernel reads a (units, outputs) tile of a weight and decodes one code of it after the other."""
 
     def __init__(self, weight: KernelWeight, blocks: Blocks, row_tiles: int = 1) -> None:
@@ -221,7 +221,7 @@ def _power_of_two(number: int) -> int:
 
 def _vector(x, weight: KernelWeight, blocks: Blocks, interpret: bool) -> Float[Array, "splits rows out"]:
     blocks = _fit(weight, blocks)
-    tile = _Tile(weight, blocks)
+    tile = Tile(weight, blocks)
     dtype = x.dtype if tile.splits == 1 else jnp.float32
     return pl.pallas_call(
         functools.partial(_vector_kernel, tile=tile),
@@ -233,7 +233,7 @@ def _vector(x, weight: KernelWeight, blocks: Blocks, interpret: bool) -> Float[A
     )(x, _operands(weight))
 
 
-def _vector_kernel(x, refs, out, *, tile: _Tile) -> None:
+def _vector_kernel(x, refs, out, *, tile: Tile) -> None:
     """out[split] (M, outputs) = the products of the units of this split; x (M, in) as it comes."""
     column = pl.program_id(0) * tile.outputs + jnp.arange(tile.outputs)
     split = pl.program_id(1)
@@ -262,7 +262,7 @@ def _dot(x, weight: KernelWeight, blocks: Blocks, interpret: bool, sum_dtype) ->
     """x as `split_inputs` gives it; int8 and int32 sums for W8A8, which leave the scales to the caller."""
     blocks = _fit(weight, blocks, fewest_units=32 if sum_dtype == jnp.int32 else 16)  # what tensor cores contract
     rows = x.shape[1]
-    tile = _Tile(weight, blocks, pl.cdiv(rows, blocks.rows))
+    tile = Tile(weight, blocks, pl.cdiv(rows, blocks.rows))
     dtype = x.dtype if tile.splits == 1 and sum_dtype == jnp.float32 else sum_dtype
     return pl.pallas_call(
         functools.partial(_dot_kernel, tile=tile, rows=blocks.rows, sum_dtype=sum_dtype),
@@ -275,7 +275,7 @@ def _dot(x, weight: KernelWeight, blocks: Blocks, interpret: bool, sum_dtype) ->
     )(x, _operands(weight))
 
 
-def _dot_kernel(x, refs, out, *, tile: _Tile, rows: int, sum_dtype) -> None:
+def _dot_kernel(x, refs, out, *, tile: Tile, rows: int, sum_dtype) -> None:
     """out[split] (rows, outputs) = sum over units and codes of x[code] (rows, units) @ decode(code) (units, outputs)."""
     row = pl.program_id(0) * rows + jnp.arange(rows)
     column = pl.program_id(1) * tile.outputs + jnp.arange(tile.outputs)
@@ -300,7 +300,7 @@ def _dot_kernel(x, refs, out, *, tile: _Tile, rows: int, sum_dtype) -> None:
     _store_tile(out, split, row, column, total)
 
 
-def _transposed_kernel(y, refs, out, *, tile: _Tile, rows: int) -> None:
+def _transposed_kernel(y, refs, out, *, tile: Tile, rows: int) -> None:
     """out[code] (rows, units) = y (rows, outputs) @ decode(code).T (outputs, units), for every code."""
     row = pl.program_id(0) * rows + jnp.arange(rows)
     unit = pl.program_id(1) * tile.units + jnp.arange(tile.units)
