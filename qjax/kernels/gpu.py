@@ -4,9 +4,9 @@
     dot          larger M: a tile is decoded once and multiplied on tensor cores (float32 x: on the float32 units, no TF32)
     transposed   y W^T: one sum for every code of a unit
 
-Needs compute capability 8.0 (Ampere) or newer and JAX 0.10 or newer, which this one source serves. Mosaic GPU, JAX's successor
-to the Triton backend, starts at Hopper. From 0.11 on JAX warns of that, a DeprecationWarning whenever a kernel is lowered, which
-Python hides outside of tests.
+Needs compute capability 8.0 (Ampere) or newer and JAX 0.10 or newer, which this one source serves. Mosaic GPU, the successor of
+the Triton backend in JAX, starts at Hopper. From 0.11 on JAX warns of that whenever a kernel is lowered, which Python
+hides outside of tests.
 
 How the time is spent. At M = 1 a multiprocessor must decode about 27 4-bit weights a cycle to keep up with 3 TB/s, and has 128
 lanes for it: so a code is masked where it stands in its word, with an exponent put on top of it,
