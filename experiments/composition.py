@@ -20,7 +20,15 @@ SETTINGS = common.Settings(seeds=(0, 1, 2))
 class Experiment:
     """What is measured: transforms x roundings, each with its ways to choose the range."""
 
-    roundings: tuple[str, ...] = ("rtn", "rtn(clip=mse)", "rtn(clip=hessian)", "gptq", "gptq(clip=mse)", "gptq(clip=hessian)")
+    roundings: tuple[str, ...] = (
+        "rtn",
+        "rtn(clip=mse)",
+        "rtn(clip=hessian)",
+        "gptq",
+        "gptq(clip=mse)",
+        "gptq(clip=hessian)",
+        "gptq(clip=mse,refine=4)",
+    )
     transforms: tuple[str, ...] = ("", "awq+")
     bits: tuple[int, ...] = (4, 3, 2)
     settings: common.Settings = SETTINGS
