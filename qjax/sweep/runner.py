@@ -20,7 +20,7 @@ from qjax.evaluate.perplexity import Convention, corpus_windows, measure, requir
 from qjax.evaluate.questions import Task
 from qjax.evaluate.speed import measure_speed
 from qjax.layerwise import LayerRecord, problem_of
-from qjax.models.model import Model
+from qjax.models.model import Model, runnable
 from qjax.recipe import UNQUANTIZED, Stage, parse_recipe
 from qjax.rules import parse_rule
 from qjax.sweep.cells import canonical
