@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 
 import qjax
-from qjax.kernels import layout, xla
+from qjax.kernels import gpu, layout, tpu, xla
+from qjax.kernels import matmul as matmul_module
 from qjax.kernels.matmul import choose
+from qjax.models.model import runnable
+
+from .conftest import random_model, tiny_config
 
 FORMATS = (
     "int4-g32", "int4-g128-sym", "int3-g64", "int2-g32", "int8-g32", "int8-channel-sym", "int3-channel", "int1-g32", "int5-g40",
@@ -134,6 +138,53 @@ def test_a_prepared_weight_multiplies_too():
         np.testing.assert_array_equal(layout.dequantize(held), qjax.dequantize(q))
         x = jax.random.normal(jax.random.key(1), (5, 128))
         np.testing.assert_allclose(qjax.matmul(x, held), x @ qjax.dequantize(q), rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(params=["tpu", "gpu"])
+def accelerator(request, monkeypatch):
+    """JAX's default device is said to be a TPU or GPU, whose kernels run in the interpreter."""
+    module = {"tpu": tpu, "gpu": gpu}[request.param]
+    for name in ("multiply", "multiply_transposed", "multiply_int8"):
+        monkeypatch.setattr(module, name, functools.partial(getattr(module, name), interpret=True))
+    monkeypatch.setattr(matmul_module.jax, "default_backend", lambda: request.param)
+    return f"pallas_{request.param}"
+
+
+def test_dispatch_to_kernels(accelerator):
+    """auto takes the device's kernel, for a QTensor, QLinear or prepared weight, forwards and backwards and for W8A8."""
+    q, x = weight_of(64, 24, "int4-g32"), jax.random.normal(jax.random.key(1), (2, 3, 64))
+    assert choose("auto", jnp.float32, q) == accelerator
+    linear = qjax.QLinear(q, jnp.linspace(0.5, 2, 64).astype(jnp.float16))
+    tree = matmul_module.prepare({"a": linear, "b": jnp.ones(3)}, jnp.float32)
+    assert isinstance(tree["a"], layout.KernelWeight) and tree["a"].shape == (64, 24)
+    for held in (linear, tree["a"]):
+        value, (dx, dheld) = jax.value_and_grad(lambda x, w: jnp.sum(qjax.matmul(x, w) ** 2), (0, 1), allow_int=True)(x, held)
+        weight = qjax.dequantize(linear)
+        expected, dense = jax.value_and_grad(lambda x, weight=weight: jnp.sum((x @ weight) ** 2))(x)
+        np.testing.assert_allclose(value, expected, rtol=1e-4)
+        np.testing.assert_allclose(dx, dense, rtol=1e-4, atol=1e-3 * float(jnp.max(jnp.abs(dense))))
+        assert jnp.any((dheld.weight if held is linear else dheld).scales != 0)
+    eight = weight_of(64, 24, "int8-channel-sym")
+    np.testing.assert_allclose(
+        qjax.matmul(x, eight, activations="int8-token"),
+        qjax.matmul(x, eight, activations="int8-token", implementation="xla"),
+        rtol=1e-6,
+    )
+    with pytest.raises(qjax.QjaxError, match=f"{accelerator} cannot serve this product: .*float16"):
+        qjax.matmul(x.astype(jnp.float16), q, implementation=accelerator)
+    assert choose("auto", jnp.float16, q) == "xla"
+
+
+def test_a_model_runs_on_kernels(accelerator):
+    """The decoder with laid-out kernels gives what the decoded kernels give."""
+    model, _ = qjax.quantize(random_model(tiny_config()), "rtn:int4-g16")
+    tokens = jnp.arange(10).reshape(2, 5) % model.config.vocabulary_size
+    run = runnable(model, packed=True)
+    held = jax.tree.leaves(run.params, is_leaf=lambda leaf: isinstance(leaf, layout.KernelWeight))
+    assert sum(isinstance(leaf, layout.KernelWeight) for leaf in held) == 7 * model.config.layers
+    expected = qjax.apply(runnable(model), tokens)
+    assert float(jnp.max(jnp.abs(qjax.apply(run, tokens) - expected))) < 3e-2 * float(jnp.max(jnp.abs(expected)))
+    assert accelerator.startswith("pallas")
 
 
 def test_what_auto_takes_and_what_is_refused():
