@@ -2,9 +2,9 @@
 
     python experiments/tune_kernels.py --shapes 4096x4096,4096x14336,14336x4096 --rows 1,16,128,512 --format int4-g128
 
-From the table's row for so many rows of x, one size after the other is halved and doubled as long as that is faster; the printed
-row is the best for the sum over all shapes. Sizes that do not compile or do not fit into memory are passed over. bfloat16 x. Every
-timed program multiplies with several weights, so that starting it costs little and no weight is still in a cache.
+From the table's row for so many rows of x, one size after the other is halved and doubled as long as that is faster; the
+printed row is the best for the sum over all shapes. Sizes that do not compile or do not fit into memory are passed over. x is
+bfloat16. A timed program multiplies with several weights, so that starting it costs little and no weight is still in a cache.
 """
 
 import argparse
