@@ -4,8 +4,7 @@
 
 From the table's row for so many rows of x, one size after the other is halved and doubled as long as that is faster; the
 printed row is the best for the sum over all shapes. Sizes that do not compile or do not fit into memory are passed over. x is
-bfloat16. Every timed program multiplies with several weights, so that starting it costs little and no weight is still in a
-cache.
+bfloat16. A timed program multiplies with several weights, so that starting it costs little and no weight is still in a cache.
 """
 
 import argparse

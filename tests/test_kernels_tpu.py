@@ -9,7 +9,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 import qjax
-from qjax.kernels import layout, tpu
+from qjax.kernels import layout, tpu, tpu_pairs
 from qjax.kernels.tpu import Blocks
 
 SMALL = Blocks("", 2**31, rows=16, inputs=128, columns=128)  # several tiles along every axis of a small weight
@@ -20,17 +20,14 @@ TOLERANCE = {"float32": 1e-6, "bfloat16": 5e-3}  # of |x| |W|
 CASES = [
     ("int4-g32", 5, 384, 130, "float32", SMALL),
     ("int4-g128", 40, 256, 200, "bfloat16", None),
-    ("int4-g32", 1, 1096, 72, "bfloat16", Blocks("", 2**31, rows=16, inputs=1024, columns=128)),
-    ("int8-channel", 16, 384, 130, "float32", SMALL),
-    ("int8-g32-sym", 1, 256, 200, "bfloat16", SMALL),
+    ("int4-g32", 5, 1096, 72, "bfloat16", Blocks("", 2**31, rows=16, inputs=1024, columns=128)),  # pairs, groups that share
+    ("int4-channel", 1, 200, 130, "bfloat16", SMALL),  # pairs
+    ("int3-g128-sym", 1, 256, 72, "bfloat16", None),  # pairs of codes that straddle words
     ("int3-g32-sym", 40, 200, 72, "float32", None),
-    ("int3-g64", 5, 1096, 72, "bfloat16", Blocks("", 2**31, rows=16, inputs=256, columns=128)),
+    ("int8-g32-sym", 1, 256, 200, "bfloat16", SMALL),
     ("int2-g32-bf16", 1, 384, 130, "float32", None),
-    ("int6-channel", 5, 96, 72, "bfloat16", None),
-    ("int1-g32-sym", 5, 96, 72, "bfloat16", None),
-    ("nf4-g64", 40, 384, 130, "bfloat16", SMALL),
+    ("nf4-g64", 40, 256, 130, "bfloat16", SMALL),
     ("nf4-g64-dq", 1, 256, 72, "float32", None),
-    ("fp4_e2m1-g32-fp16", 16, 96, 72, "bfloat16", None),
     ("fp8_e4m3-channel", 5, 96, 72, "float32", None),
 ]
 
@@ -91,6 +88,20 @@ def test_plain_interpreter_vmap_and_scan():
     np.testing.assert_allclose(jax.vmap(multiply)(x, held), expected, rtol=1e-5, atol=1e-5)
     _, scanned = jax.lax.scan(lambda _, each: (None, multiply(*each)), None, (x, held))
     np.testing.assert_allclose(scanned, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_pairs_serve_integers():
+    for fmt, part, units, expected in [
+        ("int4-g128", 16, 512, True),
+        ("int4-g64", 8, 512, True),
+        ("int3-g32", 1, 128, True),
+        ("int4-g128", 16, 125, False),  # a group in part
+        ("int4-g96", 12, 96, False),
+        ("int8-g128", 32, 1024, False),  # 128 + code is no bfloat16 number
+        ("nf4-g64", 8, 512, False),
+        ("int1-g32-sym", 1, 128, False),
+    ]:
+        assert tpu_pairs.serves(qjax.parse_format(fmt), part, units) == expected, fmt
 
 
 def test_refusals():

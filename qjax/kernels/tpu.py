@@ -9,13 +9,14 @@ over tiles is a float32 (int32) scratch in VMEM. Pallas pipelines the reads. The
 once, a (units, columns) matrix, and stacks these for all c. So inside a tile the inputs are in the order c-th of every unit,
 then the next c, and x is brought into this order outside (`_to_tiles`), which is cheap as x is small next to W.
 
-Two shape classes, see TABLE. Up to 16 rows are bound by reading words: tiles are large, x stays in VMEM as a whole. More rows
-are bound by the matrix unit: a tile that is decoded once serves up to 512 rows.
+Two shape classes, see TABLE. Up to 16 rows are bound by reading words: tiles are large, x stays in VMEM as a whole, and with
+integers bfloat16 x takes the shorter way of tpu_pairs. More rows are bound by the matrix unit: a tile that is decoded once
+serves up to 512 rows.
 
 float32 x multiplies with full float32 products (Precision.HIGHEST); bfloat16 x with weights decoded in float32 and rounded to
 bfloat16 once. What a tile reads beyond the weight's edge may be anything: there x is zero and the scale is set to zero.
 
-Needs a TPU with bfloat16 matrix units; compiled ahead of time for v5e and v6e in tests/test_kernels_tpu_compiled.py.
+Needs a TPU with bfloat16 matrix units; compiled ahead of time for v5e and v6e in tests/parity/test_tpu_compiled.py.
 """
 
 import dataclasses
@@ -151,6 +152,7 @@ def _plan(x, weight: KernelWeight, axis: int, blocks: Blocks | None) -> _Plan:
         tile = _multiple_below(wanted, math.lcm(scale_rows * part, LANES // math.gcd(LANES, count)))
     rows = pl.cdiv(len(x), pl.cdiv(len(x), blocks.rows))  # of equal tiles
     rows += -rows % (4 * SUBLANES // x.dtype.itemsize) if rows < len(x) else 0
+    tile = min(tile, units)
     part = tile if len(weight.scales) == 1 else part
     pairs = axis == 0 and x.dtype == jnp.bfloat16 and len(x) <= FEW_ROWS and tpu_pairs.serves(weight.format, part, tile)
     return _Plan(axis, rows, tile, min(out, blocks.columns), part, (units, out)[axis], count, weight.format, pairs)

@@ -7,7 +7,8 @@ are the bfloat16 number 128 + code, exactly, for code < 128; a 32-bit word holds
 two weights, where decoding to scaled values takes a shift, a mask, a conversion, a subtraction, a product and a rounding for
 each. The scale multiplies sums of a whole group, in float32: more exact than weights that are rounded to bfloat16.
 
-The matrix unit sees the inputs of each group in the order [code in the first half of a unit][unit][half of the unit].
+The matrix unit wants long sums, at least 128 inputs. Groups that are shorter meet in one product: x stands there once for each,
+with zeros outside its group. Such a block of groups has its inputs in the order [code in the first half of a unit][unit][half].
 """
 
 import jax
@@ -23,13 +24,23 @@ OFFSET, OFFSET_BITS = 128, 0x43004300  # bfloat16 128.0, twice
 
 def serves(fmt: Format, part: int, units: int) -> bool:
     """True if tiles of `units` units, of which each `part` share a scale, can be multiplied like this."""
-    return fmt.grid in INTEGERS and fmt.bits < 8 and fmt.codebook is None and part % 8 == 0 and units % part == 0
+    if fmt.grid not in INTEGERS or fmt.bits == 8 or fmt.codebook:
+        return False
+    share = shared_groups(fmt.bits, part)
+    return units % (share * part) == 0 and (share == 1 or part & (part - 1) == 0) and share * part % 8 == 0
+
+
+def shared_groups(bits: int, part: int) -> int:
+    """How many groups of `part` units one product takes: 8 units and 128 inputs, or more."""
+    return next(
+        share for share in (1, 2, 4, 8) if share == 8 or (share * part % 8 == 0 and share * part * unit(bits)[0] >= 128)
+    )
 
 
 def order_inputs(x: Float[Array, "rows in"], bits: int, part: int) -> Float[Array, "rows in"]:
-    """x with the inputs of each group, `part` units, in the order that `product` takes."""
+    """x with the inputs of each block of groups in the order that `product` takes; `part` units share a scale."""
     count, _ = unit(bits)
-    return x.reshape(len(x), -1, part, 2, count // 2).transpose(0, 1, 4, 2, 3).reshape(x.shape)
+    return x.reshape(len(x), -1, part * shared_groups(bits, part), 2, count // 2).transpose(0, 1, 4, 2, 3).reshape(x.shape)
 
 
 def product(
@@ -41,17 +52,30 @@ def product(
 ) -> Float[Array, "rows columns"]:
     """x W of one tile in float32, inside a kernel; x in the order of `order_inputs`."""
     count, _ = unit(bits)
-    groups = len(scale)
+    part, rows = words.shape[1] // len(scale), len(x)
+    share = shared_groups(bits, part)
+    units = share * part
     pairs = [_pair(words, bits, index) for index in range(count // 2)]
-    size, inputs = len(pairs[0]) // groups, x.shape[1] // groups
-    total = jnp.zeros((len(x), words.shape[-1]), jnp.float32)
-    for g in range(groups):
-        tile = jnp.concatenate([pair[g * size : (g + 1) * size] for pair in pairs])
-        part = x[:, g * inputs : (g + 1) * inputs]
-        with_offset = jnp.dot(part, tile, preferred_element_type=jnp.float32)
-        middle = OFFSET + (2.0 ** (bits - 1) if zero is None else zero[g : g + 1])
-        total += scale[g : g + 1] * (with_offset - middle * jnp.sum(part.astype(jnp.float32), axis=1, keepdims=True))
+    total = jnp.zeros((rows, words.shape[-1]), jnp.float32)
+    for block in range(len(scale) // share):
+        tile = jnp.concatenate([pair[2 * units * block : 2 * units * (block + 1)] for pair in pairs])
+        inputs = x[:, block * units * count : (block + 1) * units * count].astype(jnp.float32)
+        apart = [_only_group(inputs, i, part, units) for i in range(share)]
+        with_offset = jnp.dot(jnp.concatenate(apart).astype(x.dtype), tile, preferred_element_type=jnp.float32)
+        for i, alone in enumerate(apart):
+            group = slice(block * share + i, block * share + i + 1)
+            middle = OFFSET + (2.0 ** (bits - 1) if zero is None else zero[group])
+            sums = with_offset[i * rows : (i + 1) * rows] - middle * jnp.sum(alone, axis=1, keepdims=True)
+            total += scale[group] * sums
     return total
+
+
+def _only_group(inputs: Float[Array, "rows inputs"], group: int, part: int, units: int) -> Float[Array, "rows inputs"]:
+    """The inputs of one group of a block, zeros in place of the others; `part` and `units`, if they differ, are powers of 2."""
+    if part == units:
+        return inputs
+    index = (jax.lax.broadcasted_iota(jnp.int32, inputs.shape, 1) >> 1) & (units - 1)
+    return jnp.where((index >= group * part) & (index < (group + 1) * part), inputs, 0.0)
 
 
 def _pair(words: Int32[Array, "width units columns"], bits: int, index: int) -> BFloat16[Array, "halves columns"]:
