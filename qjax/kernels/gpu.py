@@ -46,7 +46,7 @@ class Blocks:
     rows: int  # of x in a tile; the vector kernel takes all
     units: int  # in a tile of weights, fewer where a unit has several words
     outputs: int
-    programs: int  # inputs are split until there are so many
+    programs: int  # inputs are split as long as there are no more of them
     warps: int
     stages: int
 
@@ -159,14 +159,16 @@ class Tile:
         self.units, self.outputs = blocks.units, blocks.outputs
         self.units_per_group = weight.group // self.count if len(weight.scales) > 1 else 0
         self.chunks = pl.cdiv(self.all_units, self.units)
-        # The fewest splits with enough programs, then evened out: no split is left without a chunk.
+        # As many splits as there is room for, then evened out: no split is left without a chunk.
         tiles = row_tiles * pl.cdiv(self.all_outputs, self.outputs)
-        wanted = min(pl.cdiv(blocks.programs, tiles), self.chunks)
+        wanted = min(max(blocks.programs // tiles, 1), self.chunks)
         self.chunks_per_split = pl.cdiv(self.chunks, wanted)
         self.splits = pl.cdiv(self.chunks, self.chunks_per_split)
 
     def load(self, refs, unit, column) -> tuple[list, jax.Array, jax.Array | float]:
         """(the words of every plane, float32 scales, zeros) at units (units,) and columns (outputs,); zeros outside."""
+        # All loads of a tile get one layout: that of the words, 16 bytes a thread, though 16 zeros would fit as well.
+        column = triton.max_contiguous(column, 4)
         shape = (self.units, self.outputs)
         inside_units = (unit < self.all_units)[:, None]
         inside = inside_units & (column < self.all_outputs)[None, :]
