@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Array, Float, Int8, PyTree
 
 from qjax.kernels import layout
 from qjax.kernels.layout import KernelWeight
@@ -124,13 +124,19 @@ def multiply_transposed(
     units = weight.words.shape[1]
     parts = pl.pallas_call(
         functools.partial(_transposed_kernel, tile=Tile(weight, blocks), rows=rows),
-        out_shape=jax.ShapeDtypeStruct((count, len(y), units), y.dtype),
+        out_shape=_result((count, len(y), units), y.dtype, (y, weight)),
         grid=(pl.cdiv(len(y), rows), pl.cdiv(units, blocks.units)),
         compiler_params=triton.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
         interpret=interpret,
         name="packed_multiply_transposed",
     )(y, _operands(weight))
     return layout.join_inputs(parts, weight.in_features)
+
+
+def _result(shape: tuple[int, ...], dtype: DTypeLike, operands: PyTree) -> jax.ShapeDtypeStruct:
+    """What a kernel returns; under shard_map it differs along every mesh axis that an operand differs along."""
+    varying = frozenset().union(*(jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(operands)))
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.sharding.ManualAxisType(varying=varying))
 
 
 def _of_type(kernel: str, x: jax.Array) -> str:
@@ -227,7 +233,7 @@ def _vector(x, weight: KernelWeight, blocks: Blocks, interpret: bool) -> Float[A
     dtype = x.dtype if tile.splits == 1 else jnp.float32
     return pl.pallas_call(
         functools.partial(_vector_kernel, tile=tile),
-        out_shape=jax.ShapeDtypeStruct((tile.splits, len(x), tile.all_outputs), dtype),
+        out_shape=_result((tile.splits, len(x), tile.all_outputs), dtype, (x, weight)),
         grid=(pl.cdiv(tile.all_outputs, tile.outputs), tile.splits),
         compiler_params=triton.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
         interpret=interpret,
@@ -268,7 +274,7 @@ def _dot(x, weight: KernelWeight, blocks: Blocks, interpret: bool, sum_dtype) ->
     dtype = x.dtype if tile.splits == 1 and sum_dtype == jnp.float32 else sum_dtype
     return pl.pallas_call(
         functools.partial(_dot_kernel, tile=tile, rows=blocks.rows, sum_dtype=sum_dtype),
-        out_shape=jax.ShapeDtypeStruct((tile.splits, rows, tile.all_outputs), dtype),
+        out_shape=_result((tile.splits, rows, tile.all_outputs), dtype, (x, weight)),
         # Programs that share weights run next to each other.
         grid=(pl.cdiv(rows, blocks.rows), pl.cdiv(tile.all_outputs, tile.outputs), tile.splits),
         compiler_params=triton.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
