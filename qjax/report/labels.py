@@ -89,13 +89,13 @@ def _place_costs(centres, half, *, drawn, placed, area) -> np.ndarray:
 
 
 def _is_confusing(centres, half, others, point) -> np.ndarray:
-    """Of each place: whether another name's point, apart from this one's, is nearer to it than its own."""
+    """Of each place: whether another name's point, apart from this one's, is as near to it as its own."""
     others = others[np.linalg.norm(others - point, axis=1) > 2 * MARGIN]
 
     def distance(to: np.ndarray) -> np.ndarray:
         return np.linalg.norm(np.maximum(np.abs(centres[:, None] - to) - half, 0), axis=2)
 
-    return np.any(distance(others) < distance(point[None]), axis=1)
+    return np.any(distance(others) < distance(point[None]) + MARGIN, axis=1)
 
 
 def _leader_cost(point, leader, drawn, placed) -> float:
