@@ -75,3 +75,14 @@ def test_a_name_avoids_what_is_drawn():
     assert not np.any(np.all((drawn > low) & (drawn < high), axis=1))
     ((free_low, free_high),) = boxes([label], place_labels([label], np.zeros((0, 2)), AREA))
     assert np.any(np.all((drawn > free_low) & (drawn < free_high), axis=1))
+
+
+def test_a_name_is_nearest_to_its_own_point():
+    """To the right, where a name goes first, stands another line's point: the name goes elsewhere."""
+    own, other = np.array([100.0, 100.0]), np.array([116.0, 100.0])
+    labels = [Label(tuple(own), (24.0, 8.0)), Label(tuple(other), (24.0, 8.0))]
+    centres = place_labels(labels, np.zeros((0, 2)), (0.0, 0.0, 300.0, 200.0))
+    half = np.array([12.0, 4.0])
+    for centre, mine, others in zip(centres, (own, other), (other, own), strict=True):
+        near, far = (np.linalg.norm(np.maximum(np.abs(centre - point) - half, 0)) for point in (mine, others))
+        assert near <= far

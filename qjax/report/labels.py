@@ -17,6 +17,7 @@ DISTANCES = (4, 7, 10, 15, 21, 28, 36, 46, 58, 72)
 # Preferred directions first: the free part of a falling curve is above and to the right of it.
 ANGLES = np.radians((0, 30, 60, 90, -30, 15, 45, 75, -60, 120, 150, 180, -90, -120, -150))
 MARGIN = 1.5
+MARKER = 4.0  # a leader line begins that far from its point
 COVER_COST = 6.0  # of each covered point of the drawing
 CROSSING_COST = 1.5  # of each point of the drawing that the leader line passes
 CONFUSED_COST = 40.0  # of a place that is nearer to another name's point than to its own
@@ -89,13 +90,13 @@ def _place_costs(centres, half, *, drawn, placed, area) -> np.ndarray:
 
 
 def _is_confusing(centres, half, others, point) -> np.ndarray:
-    """Of each place: whether another name's point, apart from this one's, is nearer to it than its own."""
+    """Of each place: whether another name's point, apart from this one's, is as near to it as its own."""
     others = others[np.linalg.norm(others - point, axis=1) > 2 * MARGIN]
 
     def distance(to: np.ndarray) -> np.ndarray:
         return np.linalg.norm(np.maximum(np.abs(centres[:, None] - to) - half, 0), axis=2)
 
-    return np.any(distance(others) < distance(point[None]), axis=1)
+    return np.any(distance(others) < distance(point[None]) + MARGIN, axis=1)
 
 
 def _leader_cost(point, leader, drawn, placed) -> float:
@@ -110,4 +111,5 @@ def _leader_cost(point, leader, drawn, placed) -> float:
 def leader_line(point: np.ndarray, centre: np.ndarray, half: np.ndarray) -> np.ndarray:
     """Samples of the line from a point to its name."""
     end = np.clip(point, centre - half, centre + half)
-    return point + np.linspace(0.2, 1, 12)[:, None] * (end - point)
+    start = min(0.2, MARKER / max(float(np.linalg.norm(end - point)), 1e-9))
+    return point + np.linspace(start, 1, 12)[:, None] * (end - point)

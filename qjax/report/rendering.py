@@ -185,7 +185,13 @@ class RichTable:
         for column, keep in zip(self.table.columns, shown, strict=True):
             if keep:
                 justify = "left" if column.text else "right"
-                grid.add_column(Text(column.header), justify=justify, no_wrap=not column.text, vertical="top")
+                grid.add_column(
+                    Text(column.header),
+                    justify=justify,
+                    no_wrap=not column.text,
+                    overflow="fold" if column.text else "ellipsis",
+                    vertical="top",
+                )
         for line in self.table.cells():
             grid.add_row(*(Text(cell) for cell, keep in zip(line, shown, strict=True) if keep))
         return grid
