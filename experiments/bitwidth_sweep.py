@@ -40,7 +40,7 @@ TINY = Experiment(
     bits=(4, 3),
     codebooks=("nf4",),
     groups=("32", "128"),
-    settings=dataclasses.replace(common.TINY, tasks=True, divergence=True),
+    settings=common.TINY,
 )
 
 

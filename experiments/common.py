@@ -39,7 +39,7 @@ class Subject:
     corpora: tuple[str, ...] = ("wikitext2",)
     calibration: str = "c4"
     tasks: tuple[str, ...] = ()
-    groups: tuple[str, ...] = ("32", "64", "128", "channel")  # those that are not one group a channel for most of its kernels
+    groups: tuple[str, ...] = ("32", "64", "128", "channel")  # of the bitwidth sweep
     window: int = 2048  # tokens, of texts and of calibration; cut to the model's context
     data: Path = DATA
 
@@ -50,7 +50,7 @@ SUBJECTS = {
     "bundled": Subject("bundled", ("python-docs", WIKITEXT), "python-docs", ("cloze",)),
     "stories260K": Subject("{data}/models/stories260K-hf", (STORIES, WIKITEXT), STORIES, groups=("32", "channel"), window=256),
     # Its tokenizer knows the 105 characters of its stories and no others: WikiText-2 would be mostly unknown tokens.
-    "babyllama": Subject("{data}/models/babyllama-hf", (STORIES,), STORIES, groups=("32", "64", "channel")),
+    "babyllama": Subject("{data}/models/babyllama-hf", (STORIES,), STORIES, groups=("32", "channel")),
     "gpt2": Subject("openai-community/gpt2"),
     "llama-2-7b": Subject("meta-llama/Llama-2-7b-hf"),
     "mistral-7b-v0.2": Subject("mistral-community/Mistral-7B-v0.2"),

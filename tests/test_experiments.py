@@ -30,7 +30,7 @@ SUFFIXES = {  # experiment -> tables that it is about
     "calibration": {"seeds"},
     "composition": {"seeds"},
     "paper_shapes": {"paper_shapes", "accuracy"},
-    "bitwidth_sweep": {"accuracy", "divergence", "widths"},
+    "bitwidth_sweep": {"widths"},
 }
 
 
@@ -94,6 +94,12 @@ def test_full_experiment_asks_for_what_exists(load, name, tmp_path, monkeypatch)
     assert len(asked) >= 8
     assert f"results/{name}/" in inspect.getdoc(script)
     assert load("all").EXPERIMENTS.count(name) == 1
+
+
+def test_a_row_of_another_kind_is_added_once(load, tmp_path):
+    for _ in range(2):
+        load("common").add_row(tmp_path, {"key": "a", "kind": "memory"})
+    assert len(read_rows(tmp_path / ROWS)) == 1
 
 
 def test_missing_data_is_left_out_and_said(load, tmp_path, capsys):
