@@ -14,7 +14,7 @@ import qjax
 from qjax.cache import enable_compilation_cache
 from qjax.evaluate.corpora import load_corpora
 from qjax.evaluate.tasks import load_tasks
-from qjax.report.figures import write_reports
+from qjax.report.reports import write_reports
 
 RECIPES = (
     *("rtn:int8-g128", "rtn:int4-g128", "rtn(clip=mse):int4-g128", "nf4-g64", "rtn:int3-g128", "rtn(clip=mse):int3-g128"),

@@ -13,7 +13,7 @@ from pathlib import Path
 import qjax
 from qjax.cache import enable_compilation_cache
 from qjax.evaluate.corpora import load_corpora
-from qjax.report.figures import write_reports
+from qjax.report.reports import write_reports
 from qjax.sweep.store import ROWS, read_rows
 
 ORDERS = ("parallel", "block", "sequential", "qep")

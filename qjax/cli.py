@@ -20,6 +20,7 @@ from qjax.options import (
     CalibrationWindows,
     ConventionName,
     Data,
+    Folder,
     MaxQuestions,
     MaxWindows,
     ModelName,
@@ -83,7 +84,7 @@ def sweep(
     from qjax.evaluate.corpora import load_corpora
     from qjax.evaluate.perplexity import parse_convention
     from qjax.evaluate.tasks import load_tasks
-    from qjax.report.figures import write_reports
+    from qjax.report.reports import write_reports
     from qjax.sweep.cells import canonical, expand
     from qjax.sweep.runner import Sweep, rules_in_order, run_sweep
     from qjax.sweep.store import ROWS, read_rows
@@ -177,11 +178,10 @@ def sensitivity(
     """Measure what each block costs when it alone is quantized; rows and a table go to --out."""
     from qjax.evaluate.corpora import load_corpora
     from qjax.evaluate.perplexity import parse_convention
-    from qjax.report.figures import write_table
-    from qjax.report.rendering import to_rich
-    from qjax.report.tables import sensitivity_table, split_tables
+    from qjax.report.reports import write_reports
     from qjax.sweep.cells import canonical
     from qjax.sweep.runner import Sweep, run_sweep
+    from qjax.sweep.store import ROWS, read_rows
 
     names, measured = canonical([recipe], order), parse_convention(convention)
     _prepare(out)
@@ -192,11 +192,9 @@ def sensitivity(
     plan = Sweep(tuple(names), corpora, measured, max_windows or None, seed=seed, calibration=tokens, one_block=True)
     with live_sweep() as watcher:
         rows = run_sweep(loaded, plan, out, watcher)
-    for number, part in enumerate(split_tables(rows), start=1):
-        table = sensitivity_table(part)
-        console().print(to_rich(table))
-        for path in write_table(out, f"sensitivity-{number}", table):
-            typer.echo(path)
+    print_tables(rows)
+    for path in write_reports(out, read_rows(out / ROWS)):
+        typer.echo(path)
 
 
 @app.command("eval")
@@ -304,17 +302,18 @@ def info(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="A folder with rows.jsonl.")],
+    folder: Folder,
+    width: Annotated[str, typer.Option(help="Of the figures: single or double column of a paper.")] = "single",
 ) -> None:
     """Tables and figures of a finished or unfinished sweep, from its rows alone."""
-    from qjax.report.figures import write_reports
+    from qjax.report.reports import write_reports
     from qjax.sweep.store import ROWS, read_rows
 
     rows = read_rows(folder / ROWS)
     if not rows:
         raise QjaxError(f"{folder / ROWS} holds no rows; `qjax sweep --out {folder}` writes them")
     print_tables(rows)
-    for path in write_reports(folder, rows):
+    for path in write_reports(folder, rows, width=width):
         typer.echo(path)
 
 

@@ -42,3 +42,4 @@ OrderName = Annotated[
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Write into a folder that is not empty.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder to write.")]
+Folder = Annotated[Path, typer.Argument(help="A folder with rows.jsonl.")]

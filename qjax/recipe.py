@@ -229,6 +229,19 @@ def _show(value: object) -> str:
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
+def method_name(recipe: Recipe | None) -> str:
+    """The method a figure draws a line for: stages without options; the grid for nearest rounding to a codebook."""
+    if recipe is None:
+        return "none"
+    if recipe.is_cast:
+        return str(recipe.format)
+    stages = [stage.name for stage in recipe.transforms]
+    codebook = not recipe.format.grid.startswith("int")
+    if not stages and recipe.rounding.name == "rtn" and codebook:
+        return recipe.format.grid
+    return "+".join(stages if stages and recipe.rounding.name == "rtn" else [*stages, recipe.rounding.name])
+
+
 def method_table() -> list[dict[str, str]]:
     """One record per registered method and order: name, kind, options with defaults, statistics, what it does."""
     kinds = {"rounding": ROUNDINGS, "transform": TRANSFORMS, "order": ORDERS}

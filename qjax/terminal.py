@@ -67,22 +67,11 @@ def live_sweep() -> Iterator[object]:
 
 def print_tables(rows: list[dict[str, object]]) -> None:
     """Every table that the rows fill."""
-    from qjax.report.accuracy import accuracy_table, divergence_table, has_divergence, tasks_of
     from qjax.report.rendering import to_rich
-    from qjax.report.seeds import seeds_of, seeds_table
-    from qjax.report.tables import perplexity_table, split_tables
-    from qjax.report.tradeoff import has_speed, tradeoff_table
+    from qjax.report.reports import tables
 
-    for part in split_tables(rows):
-        console().print(to_rich(perplexity_table(part)))
-        if tasks_of(part):
-            console().print(to_rich(accuracy_table(part)))
-        if seeds_of(part):
-            console().print(to_rich(seeds_table(part)))
-        if has_speed(part):
-            console().print(to_rich(tradeoff_table(part)))
-        if has_divergence(part):
-            console().print(to_rich(divergence_table(part)))
+    for _, table in tables(rows):
+        console().print(to_rich(table))
 
 
 def print_accuracies(model: "Model", tasks: tuple, *, packed: bool) -> None:

@@ -9,7 +9,7 @@ BASELINE = 10.0
 
 def measured_row(recipe: str, delta: float = 0.0, stderr: float = 0.01, **changes: object) -> dict[str, object]:
     """A row of `recipe` whose loss is `delta` nats above the unquantized model's perplexity of 10."""
-    stages, _, name = recipe.rpartition(":")
+    stages, _, name = recipe.partition("@")[0].rpartition(":")
     fmt = None if recipe == "none" else parse_format(name)
     bits = fmt.bits_per_weight(256, 512) if fmt else 16.0
     codebook = fmt and not fmt.grid.startswith("int")

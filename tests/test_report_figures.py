@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from qjax.errors import QjaxError
-from qjax.report.figures import log_ticks, perplexity_figure, report_names, save_figure, tick_text, write_reports
+from qjax.report.axes import log_ticks, tick_text
+from qjax.report.figures import perplexity_figure
+from qjax.report.reports import report_names, save_figure, write_reports
 from qjax.report.series import group_series
 from qjax.report.style import METHOD_STYLES, WIDTHS, ink, method_style
 from tests.report_rows import infinite_row, measured_row, sweep_rows
@@ -174,10 +176,11 @@ def test_reports_are_written_and_written_again_equal(tmp_path):
     second.mkdir()
     paths = write_reports(first, rows)
     again = write_reports(second, list(reversed(rows[:4])) + rows[4:])
+    stems = ("toy-python-docs-windows-512", "toy-text-a-b.txt-windows-512")
     assert [path.name for path in paths] == [
-        *(f"toy-python-docs-windows-512.{suffix}" for suffix in ("md", "tex", "csv", "png", "pdf")),
-        *(f"toy-python-docs-windows-512-increase.{suffix}" for suffix in ("png", "pdf")),
-        *(f"toy-text-a-b.txt-windows-512.{suffix}" for suffix in ("md", "tex", "csv", "png", "pdf")),
+        *(f"{stem}.{suffix}" for stem in stems for suffix in ("md", "tex", "csv")),
+        *(f"{stems[0]}{kind}.{suffix}" for kind in ("", "-increase") for suffix in ("png", "pdf")),
+        *(f"{stems[1]}.{suffix}" for suffix in ("png", "pdf")),
     ]
     assert sorted(path.name for path in first.iterdir()) == sorted(path.name for path in paths)
     assert [path.read_bytes() for path in paths] == [path.read_bytes() for path in again]

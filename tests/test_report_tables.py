@@ -205,6 +205,6 @@ def test_layers_table():
 
 
 def test_importing_reports_is_light():
-    code = "import sys, qjax.report.figures, qjax.report.memory; print({'jax', 'matplotlib', 'rich'} & set(sys.modules))"
+    code = "import sys, qjax.report.reports, qjax.report.memory; print({'jax', 'matplotlib', 'rich'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from qjax.report.figures import write_reports
+from qjax.report.reports import write_reports
 from qjax.sweep.store import LAYERS, ROWS, read_rows
 
 RESULTS = Path(__file__).parents[1] / "results"

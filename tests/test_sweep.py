@@ -18,7 +18,7 @@ from qjax.errors import QjaxError
 from qjax.evaluate.corpora import Corpus
 from qjax.evaluate.perplexity import parse_convention
 from qjax.models.model import stages
-from qjax.report.figures import write_reports
+from qjax.report.reports import write_reports
 from qjax.sweep import runner
 from qjax.sweep.record import compare, digest, method_name, model_fingerprint
 from qjax.sweep.runner import Sweep, Watcher, run_sweep

@@ -13,7 +13,7 @@ from qjax.evaluate.divergence import divergence
 from qjax.evaluate.perplexity import parse_convention
 from qjax.evaluate.questions import last_word, make_task, multiple_choice
 from qjax.evaluate.statistics import accuracy_difference
-from qjax.report.figures import write_reports
+from qjax.report.reports import write_reports
 from qjax.sweep.runner import Sweep, run_sweep
 from qjax.sweep.store import ROWS, read_rows
 

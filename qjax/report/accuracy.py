@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from qjax.errors import QjaxError
 from qjax.report.numbers import MISSING, number, with_error
 from qjax.report.rendering import Column, Row, Table, columns_of, decimals, digits
-from qjax.report.tables import NOISE, change_of_perplexity, describe, in_order, is_baseline, require_one_group
+from qjax.report.tables import NOISE, change_of_perplexity, describe, distinctions, in_order, is_baseline, require_one_group
 
 PREFIX = "accuracy:"
 
@@ -85,7 +85,7 @@ def divergence_table(rows: Sequence[Row]) -> Table:
 def _heading(rows: Sequence[Row], rank: int = 0) -> list[Column]:
     return [
         Column("recipe", "recipe", text=True),
-        *([Column("seed", "seed")] if len({row.get("seed") for row in rows}) > 1 else []),
+        *distinctions(rows),
         Column("bits_per_weight", "bits per\nweight", decimals(3)),
         Column("perplexity_ratio", "perplexity\nchange (%)", change_of_perplexity, error="perplexity_ratio_stderr", rank=rank),
     ]

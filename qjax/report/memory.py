@@ -6,6 +6,7 @@ Quantized formats hold the linear kernels, everything else stays as it is stored
 in that type. Activations and the key-value cache are not weights and are not counted.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 
@@ -62,6 +63,26 @@ def parameters_table(parameters: float, *, formats: Sequence[str] = MEMORY_FORMA
     title = f"Memory of {_count(count)} parameters, every one quantized"
     shape = " x ".join(map(str, REFERENCE_SHAPE))
     return _table(title, measured, (f"Bits per weight are those of a {shape} matrix; real models keep embeddings at 16 bits.",))
+
+
+def memory_row(model: str, shapes: Iterable[tuple[int, int]], others: Iterable[tuple[int, int]] = ()) -> dict[str, object]:
+    """What a folder of results keeps of a model that is not measured: a row of the kind "memory", see `memory_table`."""
+    return {
+        "key": f"memory: {model}",
+        "kind": "memory",
+        "model": model,
+        "shapes": [[*shape, count] for shape, count in Counter(map(tuple, shapes)).items()],
+        "others": [list(each) for each in others],
+    }
+
+
+def memory_rows_table(rows: Sequence[Row]) -> Table:
+    """The memory table of the row of kind "memory" among the rows; raises QjaxError unless there is exactly one."""
+    found = [row for row in rows if row.get("kind") == "memory"]
+    if len(found) != 1:
+        raise QjaxError(f"a memory table is of one model, got rows of {len(found)}; a folder holds one of them")
+    shapes = [(inputs, outputs) for inputs, outputs, count in found[0]["shapes"] for _ in range(count)]
+    return memory_table(shapes, map(tuple, found[0]["others"]), title=str(found[0]["model"]))
 
 
 def _row(name: str, precision: str, size: int, parameters: int, bits: float) -> Row:

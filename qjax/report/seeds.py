@@ -15,7 +15,12 @@ from qjax.evaluate.statistics import accuracy_difference, aggregate_seeds
 from qjax.report.accuracy import tasks_of
 from qjax.report.numbers import number, significant, with_error
 from qjax.report.rendering import Column, Row, Table, columns_of, decimals
-from qjax.report.tables import MEASURED, NOISE, describe, in_order, is_baseline, require_one_group
+from qjax.report.tables import MEASURED, NOISE, describe, distinctions, in_order, is_baseline, require_one_group
+
+KEPT = (
+    *("recipe", "method", "format", "model", "corpus", "convention", "bits_per_weight", "size_bytes"),
+    *("calibration", "calibration_windows", "calibration_window_tokens", "place", "place_recipe"),
+)
 
 
 def seeds_of(rows: Sequence[Row]) -> list[list[Row]]:
@@ -47,7 +52,7 @@ def _merge(group: Sequence[Row], baseline: Row) -> Row:
     first, counts = group[0], np.array(baseline["window_tokens"])
     change = aggregate_seeds([np.subtract(row["window_nll"], baseline["window_nll"]) for row in group], counts)
     ratio = math.exp(min(change.value, 700.0))
-    merged = {key: first[key] for key in ("recipe", "model", "corpus", "convention", "bits_per_weight", "size_bytes")} | {
+    merged = {key: first[key] for key in KEPT if key in first} | {
         "seeds": change.seeds,
         "nll_delta": change.value,
         "nll_delta_stderr": change.stderr,
@@ -76,6 +81,7 @@ def seeds_table(rows: Sequence[Row]) -> Table:
         raise QjaxError("no recipe was measured with more than one seed; `qjax sweep --seed N` measures another")
     columns = [
         Column("recipe", "recipe", text=True),
+        *distinctions(merged, seed=False),
         Column("seeds", "seeds"),
         Column("bits_per_weight", "bits per\nweight", decimals(3)),
         Column("perplexity_ratio", "perplexity\nchange (%)", _change, error="perplexity_ratio_stderr"),

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from qjax.formats import INTEGERS, parse_format
 from qjax.recipe import UNQUANTIZED
@@ -56,6 +56,26 @@ def _name_and_grouping(row: Row) -> tuple[str, str]:
         return (stages if method else str(row["method"])) + placed, "-".join(filter(None, (grouping, others)))
     stages = "" if stages == "rtn" or fmt.is_float else stages
     return " ".join(filter(None, (stages, fmt.grid, others))) + placed, ""
+
+
+MOST_LINES = 12  # in one panel: more names are not legible
+
+
+def split_panels(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    """(grouping, rows) of the panels of a figure: one, or where it would have many lines one for every grouping of integers.
+
+    What has no integer grouping (codebooks, casts, the unquantized model) is in every panel.
+    """
+    groupings = {id(row): "" if is_baseline(row) else _name_and_grouping(row)[1] for row in rows}
+    names = sorted(set(groupings.values()) - {""}, key=_by_size)
+    if len(names) < 2 or len(group_series(rows)) <= MOST_LINES:
+        return [("", list(rows))]
+    return [(name, [row for row in rows if groupings[id(row)] in ("", name)]) for name in names]
+
+
+def _by_size(grouping: str) -> tuple:
+    size, _, others = grouping.partition("-")
+    return (int(size[1:]), others) if size[1:].isdigit() else (math.inf, grouping)
 
 
 def increase(row: Row) -> float:

@@ -4,7 +4,6 @@ Rows of different models, texts or conventions are never put in one table: `spli
 """
 
 import json
-import re
 from collections.abc import Iterable, Sequence
 
 from qjax.errors import QjaxError
@@ -14,8 +13,8 @@ from qjax.report.numbers import MISSING, byte_unit, fixed, number, with_error
 from qjax.report.rendering import Column, Row, Table, columns_of, decimals, digits, to_csv, to_latex, to_markdown, to_rich
 
 __all__ = [
-    "Column", "Row", "Table", "formats_table", "layers_table", "perplexity_table", "recipes_table", "sensitivity_table",
-    "split_tables", "to_csv", "to_latex", "to_markdown", "to_rich",
+    "Column", "Row", "Table", "formats_table", "layers_table", "perplexity_table", "recipes_table", "split_tables",
+    "to_csv", "to_latex", "to_markdown", "to_rich",
 ]  # fmt: skip
 
 GROUP_KEYS = ("model", "fingerprint", "corpus", "corpus_fingerprint", "convention", "windows", "compute_dtype", "tasks")
@@ -46,13 +45,18 @@ def within_noise(row: Row) -> bool:
     return not is_baseline(row) and abs(number(row, "nll_delta")) < NOISE * number(row, "nll_delta_stderr")
 
 
+def cells_of(rows: Iterable[Row]) -> list[Row]:
+    """The rows that are cells of a sweep: those without a `kind`."""
+    return [row for row in rows if "kind" not in row]
+
+
 def split_tables(rows: Iterable[Row]) -> list[list[Row]]:
-    """Rows that may stand in one table, in order of first appearance.
+    """Rows that may stand in one table, in order of first appearance; rows that are no cells of a sweep (`kind`) are left out.
 
     Of rows that measured the same thing (again, with another version of the code) the last one counts.
     """
     groups: dict[tuple, dict[str, Row]] = {}
-    for row in rows:
+    for row in cells_of(rows):
         measured = MEASURED | {"seed"} if is_baseline(row) else MEASURED  # no seed changes the unquantized model
         identity = json.dumps(
             {key: value for key, value in row.items() if key not in measured and ":" not in key}, sort_keys=True
@@ -74,8 +78,28 @@ def require_one_group(rows: Sequence[Row]) -> None:
 def in_order(rows: Iterable[Row]) -> list[Row]:
     """Unquantized first, then by descending bits per weight, recipe and seed."""
     return sorted(
-        rows, key=lambda row: (not is_baseline(row), -number(row, "bits_per_weight"), row["recipe"], str(row.get("seed")))
+        rows,
+        key=lambda row: (
+            not is_baseline(row),
+            -number(row, "bits_per_weight"),
+            row["recipe"],
+            *(str(row.get(column.key)).rjust(8) for column in DISTINCTIONS),
+        ),
     )
+
+
+DISTINCTIONS = (  # columns beside the recipe that are shown where they tell rows apart
+    Column("calibration", "calibration\ntext", text=True),
+    Column("calibration_windows", "calibration\nwindows"),
+    Column("calibration_window_tokens", "tokens\na window"),
+    Column("seed", "seed"),
+)
+
+
+def distinctions(rows: Sequence[Row], *, seed: bool = True) -> list[Column]:
+    """The columns beside the recipe that tell the rows apart. seed: whether the seed is one of them."""
+    values = {column.key: {row[column.key] for row in rows if row.get(column.key) is not None} for column in DISTINCTIONS}
+    return [column for column in DISTINCTIONS if len(values[column.key]) > 1 and (seed or column.key != "seed")]
 
 
 def describe(row: Row) -> str:
@@ -93,11 +117,11 @@ def perplexity_table(rows: Sequence[Row]) -> Table:
     unit, unit_bytes = byte_unit([number(row, "size_bytes") for row in rows])
     columns = [
         Column("recipe", "recipe", text=True),
-        *([Column("seed", "seed")] if len({row.get("seed") for row in rows}) > 1 else []),
+        *distinctions(rows),
         Column("bits_per_weight", "bits per\nweight", decimals(3)),
         Column("model_bits_per_weight", "model bits\nper weight", decimals(3), rank=1),
         Column("size_bytes", f"size\n({unit})", lambda row, key: fixed(number(row, key) / unit_bytes, 2)),
-        Column("perplexity", "perplexity", _perplexity, error="perplexity_stderr"),
+        Column("perplexity", "perplexity", perplexity_text, error="perplexity_stderr"),
         Column("perplexity_ratio", "change\n(%)", change_of_perplexity, error="perplexity_ratio_stderr"),
         Column("weight_error", "weight\nerror", digits(2), rank=2),
         Column("output_error", "output\nerror", digits(2), rank=2),
@@ -163,34 +187,8 @@ def layers_table(layers: Iterable[tuple]) -> Table:
     return Table(title, columns_of(rows, columns), rows, notes)
 
 
-def sensitivity_table(rows: Sequence[Row]) -> Table:
-    """What each block costs when it alone is quantized, the costliest first. rows: of a sweep one block at a time.
-
-    Raises QjaxError when there are no such rows, or rows of more than one model, text or convention.
-    """
-    require_one_group(rows)
-    found = []
-    for row in rows:
-        match = re.search(r"\^block_(\d+)/=(\S+)$", row["recipe"])
-        if match:
-            found.append({**row, "block": int(match.group(1)), "block_recipe": match.group(2)})
-    if not found:
-        raise QjaxError("no row has one block quantized; `qjax sensitivity` measures them")
-    found.sort(key=lambda row: (row["block_recipe"], -number(row, "nll_delta")))
-    columns = [
-        Column("block_recipe", "recipe", text=True),
-        Column("block", "block"),
-        Column("perplexity", "perplexity", _perplexity, error="perplexity_stderr"),
-        Column("perplexity_ratio", "change\n(%)", change_of_perplexity, error="perplexity_ratio_stderr"),
-        Column("output_error", "output\nerror", digits(2), rank=1),
-    ]
-    notes = ["One block is quantized at a time. ±: standard error of the paired difference from the unquantized model."]
-    if any(within_noise(row) for row in found):
-        notes.append(f"≈: within {NOISE} such standard errors of the unquantized model.")
-    return Table(f"Sensitivity of {describe(found[0])}", columns_of(found, columns), tuple(found), tuple(notes))
-
-
-def _perplexity(row: Row, key: str) -> str:
+def perplexity_text(row: Row, key: str) -> str:
+    """A column's format: perplexity with its standard error."""
     return with_error(number(row, key), number(row, "perplexity_stderr"))
 
 

@@ -6,7 +6,7 @@ from qjax.errors import QjaxError
 from qjax.report.accuracy import mean_change
 from qjax.report.numbers import byte_unit, fixed, number
 from qjax.report.rendering import Column, Row, Table, columns_of, decimals
-from qjax.report.tables import change_of_perplexity, in_order, require_one_group
+from qjax.report.tables import change_of_perplexity, distinctions, in_order, require_one_group
 
 HELD = ("dense", "packed")  # how the weights are held while running
 
@@ -32,7 +32,7 @@ def tradeoff_table(rows: Sequence[Row]) -> Table:
 
     columns = [
         Column("recipe", "recipe", text=True),
-        *([Column("seed", "seed")] if len({row.get("seed") for row in rows}) > 1 else []),
+        *distinctions(rows),
         Column("bits_per_weight", "bits per\nweight", decimals(3)),
         Column("size_bytes", f"size\n({unit})", size),
         Column("perplexity_ratio", "perplexity\nchange (%)", change_of_perplexity, error="perplexity_ratio_stderr"),

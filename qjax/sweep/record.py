@@ -28,7 +28,7 @@ from qjax.driver import Report
 from qjax.evaluate.perplexity import PerplexityResult
 from qjax.evaluate.statistics import bootstrap_interval, ratio_stderr
 from qjax.models.model import Model, compute_dtype
-from qjax.recipe import UNQUANTIZED, Recipe, Stage
+from qjax.recipe import UNQUANTIZED, Recipe, Stage, method_name
 
 PACKAGE = Path(__file__).parents[1]
 UNMEASURED = (
@@ -101,19 +101,6 @@ def layer_rows(key: str | None, report: Report) -> list[dict[str, object]]:
     """One flat row a quantized kernel; key: of the cell, None outside a sweep."""
     records = [record._asdict() for record in report.layers if record.recipe != UNQUANTIZED]
     return [({"key": key} if key else {}) | {name: _jsonable(value) for name, value in record.items()} for record in records]
-
-
-def method_name(recipe: Recipe | None) -> str:
-    """The method a figure draws a line for: stages without options; the grid for nearest rounding to a codebook."""
-    if recipe is None:
-        return "none"
-    if recipe.is_cast:
-        return str(recipe.format)
-    stages = [stage.name for stage in recipe.transforms]
-    codebook = not recipe.format.grid.startswith("int")
-    if not stages and recipe.rounding.name == "rtn" and codebook:
-        return recipe.format.grid
-    return "+".join(stages if stages and recipe.rounding.name == "rtn" else [*stages, recipe.rounding.name])
 
 
 def make_row(

@@ -25,6 +25,8 @@ COLUMNS = {  # what every row must have for resuming and reports; a perplexity m
     **dict.fromkeys(("perplexity", "nll"), (*NUMBER, str)),
 }
 
+OTHER_COLUMNS = {"key": str, "kind": str}  # of rows that are no cells of a sweep
+
 
 def read_rows(path: Path) -> list[dict[str, object]]:
     """All finished rows of a file, none where there is no file."""
@@ -39,7 +41,8 @@ def read_rows(path: Path) -> list[dict[str, object]]:
             row = None
         if not isinstance(row, dict):
             raise QjaxError(f"{path}: line {number} is not a JSON object; mend or remove that line")
-        wrong = [name for name, kind in COLUMNS.items() if not isinstance(row.get(name), kind)]
+        needed = COLUMNS if "kind" not in row else OTHER_COLUMNS
+        wrong = [name for name, kind in needed.items() if not isinstance(row.get(name), kind)]
         if wrong:
             raise QjaxError(f"{path}: line {number} is no row of a sweep: {', '.join(wrong)} missing or of another type")
         rows.append(row)

@@ -1,0 +1,136 @@
+"""A folder of results: every table and figure that its rows fill, made from the rows alone.
+
+What may be shown is data: `TABLES` and `FIGURES` for each group of rows of one model, text and convention (`split_tables`),
+`FOLDER_TABLES` for all rows of a folder at once. A new table or figure is a pure function of rows and a line here; the command
+line prints it, `write_reports` writes it, and the test of committed results makes it again.
+
+Rows that are no cells of a sweep (`kind`) reach only the parts of the whole folder.
+"""
+
+import io
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from qjax.errors import QjaxError
+from qjax.files import write_atomically
+from qjax.report.accuracy import accuracy_table, divergence_table, has_divergence, tasks_of
+from qjax.report.dots import dots_figure, has_dots
+from qjax.report.figures import has_lines, perplexity_figure
+from qjax.report.memory import memory_rows_table
+from qjax.report.rendering import Row, Table, to_csv, to_latex, to_markdown
+from qjax.report.seeds import seeds_of, seeds_table
+from qjax.report.sensitivity import ordinary, placed_alone, sensitivity_table
+from qjax.report.series import increase
+from qjax.report.style import PNG_DPI, RC
+from qjax.report.tables import perplexity_table, split_tables
+from qjax.report.tradeoff import has_speed, tradeoff_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class Part(NamedTuple):
+    """A table or figure. suffix: of its file name; shows(rows): true where the rows fill it; make(rows), of a figure
+    make(rows, width).
+    """
+
+    suffix: str
+    shows: Callable[[Sequence[Row]], object]
+    make: Callable[..., object]
+
+
+def of_kind(kind: str) -> Callable[[Sequence[Row]], bool]:
+    """Whether any row is of that kind."""
+    return lambda rows: any(row.get("kind") == kind for row in rows)
+
+
+def _lines(value: str) -> Callable[[Sequence[Row], str], "Figure"]:
+    return lambda rows, width: perplexity_figure(ordinary(rows), value=value, width=width)
+
+
+TABLES = (
+    Part("", ordinary, lambda rows: perplexity_table(ordinary(rows))),
+    Part("accuracy", tasks_of, accuracy_table),
+    Part("seeds", seeds_of, seeds_table),
+    Part("tradeoff", has_speed, tradeoff_table),
+    Part("divergence", has_divergence, divergence_table),
+    Part("sensitivity", placed_alone, sensitivity_table),
+)
+FIGURES = (
+    Part("", has_lines, _lines("perplexity")),
+    Part("increase", lambda rows: has_lines(rows) and any(increase(row) > 0 for row in rows), _lines("increase")),
+    Part("accuracy", lambda rows: has_lines(rows) and tasks_of(rows), _lines("accuracy")),
+    Part("divergence", lambda rows: has_lines(rows) and has_divergence(rows), _lines("divergence")),
+    Part("recipes", has_dots, dots_figure),
+)
+FOLDER_TABLES = (Part("memory", of_kind("memory"), memory_rows_table),)
+
+
+def tables(rows: Sequence[Row]) -> list[tuple[str, Table]]:
+    """(file name without suffix, table) of everything the rows fill; raises QjaxError when there are no rows."""
+    if not rows:
+        raise QjaxError("a report needs rows, got none; `qjax sweep` measures some")
+    found = [(name, part.make(group)) for name, part, group in _parts(rows, TABLES)]
+    return found + [(part.suffix, part.make(rows)) for part in FOLDER_TABLES if part.shows(rows)]
+
+
+def figures(rows: Sequence[Row], width: str = "single") -> Iterator[tuple[str, "Figure"]]:
+    """(file name without suffix, figure) of everything the rows fill, drawn one by one. width: "single" | "double" column."""
+    for name, part, group in _parts(rows, FIGURES):
+        yield name, part.make(group, width)
+
+
+def write_reports(folder: str | Path, rows: Sequence[Row], *, width: str = "single") -> list[Path]:
+    """Writes every table (md, tex, csv) and figure (png, pdf) that the rows fill.
+
+    width: of the figures, "single" or "double" column. Returns the paths. Raises QjaxError when there are no rows or the folder
+    cannot be written.
+    """
+    paths = [path for name, table in tables(rows) for path in write_table(folder, name, table)]
+    return paths + [path for name, figure in figures(rows, width) for path in save_figure(figure, folder, name)]
+
+
+def write_table(folder: str | Path, name: str, table: Table) -> list[Path]:
+    """Writes folder/name.md, .tex and .csv."""
+    paths = []
+    for suffix, render in (("md", to_markdown), ("tex", to_latex), ("csv", to_csv)):
+        paths.append(Path(folder) / f"{name}.{suffix}")
+        write_atomically(paths[-1], render(table))
+    return paths
+
+
+def save_figure(figure: "Figure", folder: str | Path, name: str) -> list[Path]:
+    """Writes folder/name.png and folder/name.pdf (vector, fonts embedded); the same figure gives the same bytes.
+
+    Raises QjaxError when the folder is missing or cannot be written.
+    """
+    import matplotlib.style
+
+    paths = []
+    for suffix, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None, "Creator": "qjax"})):
+        content = io.BytesIO()
+        with matplotlib.style.context(["default", RC]):
+            figure.savefig(content, format=suffix, dpi=PNG_DPI, metadata=metadata)
+        paths.append(Path(folder) / f"{name}.{suffix}")
+        write_atomically(paths[-1], content.getvalue())
+    return paths
+
+
+def _parts(rows: Sequence[Row], parts: Sequence[Part]) -> Iterator[tuple[str, Part, list[Row]]]:
+    """(file name, part, rows) of what each group fills."""
+    groups = split_tables(rows)
+    for name, group in zip(report_names(groups), groups, strict=True):
+        yield from ((f"{name}-{part.suffix}".rstrip("-"), part, group) for part in parts if part.shows(group))
+
+
+def report_names(groups: Sequence[Sequence[Row]]) -> list[str]:
+    """File names, without suffix, by model, text and convention; what tells two of the same name apart is appended."""
+    names = [_slug("model", "corpus", "convention", row=group[0]) for group in groups]
+    details = [_slug("fingerprint", "corpus_fingerprint", "windows", "tasks", row=group[0]) for group in groups]
+    return [f"{name}-{more}" if names.count(name) > 1 else name for name, more in zip(names, details, strict=True)]
+
+
+def _slug(*keys: str, row: Row) -> str:
+    return "-".join(re.sub(r"[^A-Za-z0-9._]+", "-", str(row.get(key))).strip("-.") for key in keys)
