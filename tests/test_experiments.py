@@ -42,6 +42,15 @@ def test_order(tmp_path):
     assert "gptq:int4-g128@parallel" in table.read_text()
 
 
+def test_kernel_benchmark(tmp_path):
+    run("kernel_benchmark.py", "--tiny", "--out", tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    measured = {(row["format"], row["implementation"], row["rows"]) for row in rows}
+    assert {("dense", "dense", 1), ("int4-g128", "reference", 16), ("nf4-g64", "xla", 1)} <= measured
+    assert all(row["seconds"] > 0 and row["bandwidth_fraction"] > 0 for row in rows)
+    assert "| int4-g128" in (tmp_path / "kernels.md").read_text()
+
+
 @pytest.mark.slow
 def test_train_bundled_model(tmp_path):
     pytest.importorskip("orbax.checkpoint")

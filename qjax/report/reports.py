@@ -18,6 +18,7 @@ from qjax.files import write_atomically
 from qjax.report.accuracy import accuracy_table, divergence_table, has_divergence, tasks_of
 from qjax.report.dots import dots_figure, has_dots
 from qjax.report.figures import has_lines, perplexity_figure
+from qjax.report.kernels import kernels_table
 from qjax.report.memory import memory_rows_table
 from qjax.report.rendering import Row, Table, to_csv, to_latex, to_markdown
 from qjax.report.seeds import seeds_of, seeds_table
@@ -65,7 +66,10 @@ FIGURES = (
     Part("divergence", lambda rows: has_lines(rows) and has_divergence(rows), _lines("divergence")),
     Part("recipes", has_dots, dots_figure),
 )
-FOLDER_TABLES = (Part("memory", of_kind("memory"), memory_rows_table),)
+FOLDER_TABLES = (
+    Part("memory", of_kind("memory"), memory_rows_table),
+    Part("kernels", of_kind("kernels"), kernels_table),
+)
 
 
 def tables(rows: Sequence[Row]) -> list[tuple[str, Table]]:
