@@ -29,7 +29,7 @@ def relative_error(x, q, y, *, transposed: bool = False) -> float:
     else:
         product, size = exact(x, q)
     assert y.dtype == x.dtype and y.shape == product.shape
-    return float(np.max(np.abs(np.asarray(y, np.float64) - product) / size))
+    return float(np.max(np.abs(np.asarray(y, np.float64) - product) / np.maximum(size, 1e-30)))  # int1 has rows of zeros
 
 
 def check(fmt: str, rows: int, inputs: int, outputs: int, dtype, *, transposed: bool = False, interpret: bool = True) -> None:
@@ -140,6 +140,16 @@ def test_int8_and_vmap_lower_for_cuda():
     for rows in (1, 16):
         x = jax.ShapeDtypeStruct((3, rows, 256), jnp.bfloat16)
         assert KERNEL in lower(jax.vmap(gpu.multiply), x, stack).as_text()
+
+
+def test_traces_under_shard_map():
+    """With the outputs of a weight over devices; x is the same on all. (Lowered, it would ask the mesh for its GPU.)"""
+    mesh = jax.make_mesh((1,), ("outputs",), axis_types=(jax.sharding.AxisType.Auto,))
+    held, x = abstract((256, 64), "int4-g128"), jax.ShapeDtypeStruct((1, 256), jnp.bfloat16)
+    split = jax.sharding.PartitionSpec(None, "outputs")
+    specs = jax.tree.map(lambda leaf: jax.sharding.PartitionSpec(*[None] * (leaf.ndim - 1), "outputs"), held)
+    sharded = jax.shard_map(gpu.multiply, mesh=mesh, in_specs=(jax.sharding.PartitionSpec(), specs), out_specs=split)
+    assert jax.eval_shape(sharded, x, held).shape == (1, 64)
 
 
 def tensor_bytes(types: str) -> list[int]:

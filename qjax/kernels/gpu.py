@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Array, Float, Int8, PyTree
 
 from qjax.kernels import layout
 from qjax.kernels.layout import KernelWeight
@@ -46,7 +46,7 @@ class Blocks:
     rows: int  # of x in a tile; the vector kernel takes all
     units: int  # in a tile of weights, fewer where a unit has several words
     outputs: int
-    programs: int  # inputs are split until there are so many
+    programs: int  # inputs are split as long as there are no more of them
     warps: int
     stages: int
 
@@ -124,13 +124,19 @@ def multiply_transposed(
     units = weight.words.shape[1]
     parts = pl.pallas_call(
         functools.partial(_transposed_kernel, tile=Tile(weight, blocks), rows=rows),
-        out_shape=jax.ShapeDtypeStruct((count, len(y), units), y.dtype),
+        out_shape=_result((count, len(y), units), y.dtype, (y, weight)),
         grid=(pl.cdiv(len(y), rows), pl.cdiv(units, blocks.units)),
         compiler_params=triton.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
         interpret=interpret,
         name="packed_multiply_transposed",
     )(y, _operands(weight))
     return layout.join_inputs(parts, weight.in_features)
+
+
+def _result(shape: tuple[int, ...], dtype: DTypeLike, operands: PyTree) -> jax.ShapeDtypeStruct:
+    """What a kernel returns; under shard_map it differs along every mesh axis that an operand differs along."""
+    varying = frozenset().union(*(jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(operands)))
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.sharding.ManualAxisType(varying=varying))
 
 
 def _of_type(kernel: str, x: jax.Array) -> str:
@@ -159,14 +165,16 @@ class Tile:
         self.units, self.outputs = blocks.units, blocks.outputs
         self.units_per_group = weight.group // self.count if len(weight.scales) > 1 else 0
         self.chunks = pl.cdiv(self.all_units, self.units)
-        # The fewest splits with enough programs, then evened out: no split is left without a chunk.
+        # As many splits as there is room for, then evened out: no split is left without a chunk.
         tiles = row_tiles * pl.cdiv(self.all_outputs, self.outputs)
-        wanted = min(pl.cdiv(blocks.programs, tiles), self.chunks)
+        wanted = min(max(blocks.programs // tiles, 1), self.chunks)
         self.chunks_per_split = pl.cdiv(self.chunks, wanted)
         self.splits = pl.cdiv(self.chunks, self.chunks_per_split)
 
     def load(self, refs, unit, column) -> tuple[list, jax.Array, jax.Array | float]:
         """(the words of every plane, float32 scales, zeros) at units (units,) and columns (outputs,); zeros outside."""
+        # All loads of a tile get one layout: that of the words, 16 bytes a thread, though 16 zeros would fit as well.
+        column = triton.max_contiguous(column, 4)
         shape = (self.units, self.outputs)
         inside_units = (unit < self.all_units)[:, None]
         inside = inside_units & (column < self.all_outputs)[None, :]
@@ -225,7 +233,7 @@ def _vector(x, weight: KernelWeight, blocks: Blocks, interpret: bool) -> Float[A
     dtype = x.dtype if tile.splits == 1 else jnp.float32
     return pl.pallas_call(
         functools.partial(_vector_kernel, tile=tile),
-        out_shape=jax.ShapeDtypeStruct((tile.splits, len(x), tile.all_outputs), dtype),
+        out_shape=_result((tile.splits, len(x), tile.all_outputs), dtype, (x, weight)),
         grid=(pl.cdiv(tile.all_outputs, tile.outputs), tile.splits),
         compiler_params=triton.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
         interpret=interpret,
@@ -266,7 +274,7 @@ def _dot(x, weight: KernelWeight, blocks: Blocks, interpret: bool, sum_dtype) ->
     dtype = x.dtype if tile.splits == 1 and sum_dtype == jnp.float32 else sum_dtype
     return pl.pallas_call(
         functools.partial(_dot_kernel, tile=tile, rows=blocks.rows, sum_dtype=sum_dtype),
-        out_shape=jax.ShapeDtypeStruct((tile.splits, rows, tile.all_outputs), dtype),
+        out_shape=_result((tile.splits, rows, tile.all_outputs), dtype, (x, weight)),
         # Programs that share weights run next to each other.
         grid=(pl.cdiv(rows, blocks.rows), pl.cdiv(tile.all_outputs, tile.outputs), tile.splits),
         compiler_params=triton.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
