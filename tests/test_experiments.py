@@ -130,6 +130,15 @@ def test_paper_shapes_on_a_real_model(load, tmp_path):
     assert {row["model"] for row in rows if "kind" not in row} == {"stories260K-hf"}
 
 
+def test_kernel_benchmark(tmp_path):
+    run("kernel_benchmark.py", "--tiny", "--out", tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    measured = {(row["format"], row["implementation"], row["rows"]) for row in rows}
+    assert {("dense", "dense", 1), ("int4-g128", "reference", 16), ("nf4-g64", "xla", 1)} <= measured
+    assert all(row["seconds"] > 0 and row["bandwidth_fraction"] > 0 for row in rows)
+    assert "| int4-g128" in (tmp_path / "kernels.md").read_text()
+
+
 @pytest.mark.slow
 def test_train_bundled_model(tmp_path):
     pytest.importorskip("orbax.checkpoint")

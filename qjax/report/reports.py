@@ -18,6 +18,7 @@ from qjax.files import write_atomically
 from qjax.report.accuracy import accuracy_table, divergence_table, has_divergence, tasks_of
 from qjax.report.dots import dots_figure, has_dots
 from qjax.report.figures import has_lines, perplexity_figure
+from qjax.report.kernels import kernels_table
 from qjax.report.memory import memory_rows_table
 from qjax.report.paper_shapes import KIND, paper_shapes_table
 from qjax.report.rendering import Row, Table, to_csv, to_latex, to_markdown
@@ -71,6 +72,7 @@ FIGURES = (
 FOLDER_TABLES = (
     Part("memory", of_kind("memory"), memory_rows_table),
     Part(KIND, of_kind(KIND), paper_shapes_table),
+    Part("kernels", of_kind("kernels"), kernels_table),
 )
 
 
