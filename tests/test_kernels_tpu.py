@@ -20,7 +20,7 @@ TOLERANCE = {"float32": 1e-6, "bfloat16": 5e-3}  # of |x| |W|
 CASES = [
     ("int4-g32", 5, 384, 130, "float32", SMALL),
     ("int4-g128", 40, 256, 200, "bfloat16", None),
-    ("int4-g32", 5, 1096, 72, "bfloat16", Blocks("", 2**31, rows=16, inputs=1024, columns=128)),  # pairs, groups that share
+    ("int4-g32-fp32", 5, 1096, 72, "bfloat16", Blocks("", 2**31, rows=16, inputs=1024, columns=128)),  # pairs, groups that share
     ("int4-channel", 1, 200, 130, "bfloat16", SMALL),  # pairs
     ("int3-g128-sym", 1, 256, 72, "bfloat16", None),  # pairs of codes that straddle words
     ("int3-g32-sym", 40, 200, 72, "float32", None),
