@@ -1,6 +1,7 @@
 """The TPU kernels in Pallas's TPU interpreter (memory that nothing wrote is NaN, races are found) against float64 products."""
 
 import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 import qjax
 from qjax.kernels import layout, tpu, tpu_pairs
 from qjax.kernels.tpu import Blocks
+from tests.paths import REPOSITORY
 
 SMALL = Blocks("", 2**31, rows=16, inputs=128, columns=128)  # several tiles along every axis of a small weight
 STRICT = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
@@ -20,7 +22,14 @@ TOLERANCE = {"float32": 1e-6, "bfloat16": 5e-3}  # of |x| |W|
 CASES = [
     ("int4-g32", 5, 384, 130, "float32", SMALL),
     ("int4-g128", 40, 256, 200, "bfloat16", None),
-    ("int4-g32", 5, 1096, 72, "bfloat16", Blocks("", 2**31, rows=16, inputs=1024, columns=128)),  # pairs, groups that share
+    (
+        "int4-g32-fp32",
+        5,
+        1096,
+        72,
+        "bfloat16",
+        Blocks("", 2**31, rows=16, inputs=1024, columns=128),
+    ),  # pairs, groups that share
     ("int4-channel", 1, 200, 130, "bfloat16", SMALL),  # pairs
     ("int3-g128-sym", 1, 256, 72, "bfloat16", None),  # pairs of codes that straddle words
     ("int3-g32-sym", 40, 200, 72, "float32", None),
@@ -119,3 +128,15 @@ def test_refusals():
 def test_table_covers_every_number_of_rows():
     for rows in (1, 16, 17, 10**6):
         assert tpu.pick_blocks(rows, "any device").rows >= min(rows, 17)
+
+
+def test_tuner():
+    """It refuses a CPU, and finds sizes where products run, here in the interpreter."""
+    specification = importlib.util.spec_from_file_location("tune_kernels", REPOSITORY / "experiments" / "tune_kernels.py")
+    tuner = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(tuner)
+    if jax.default_backend() == "cpu":
+        with pytest.raises(SystemExit, match="needs a GPU or a TPU"):
+            tuner.load_kernels()
+    found, seconds = tuner.tune(tpu, [tuner.make_case("int4-g32", 1, 32, 8, weights=1)], "here", repeats=1, interpret=True)
+    assert (found.device, found.most_rows) == ("here", 1) and 0 < seconds < 10

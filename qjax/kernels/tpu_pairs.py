@@ -7,6 +7,9 @@ are the bfloat16 number 128 + code, exactly, for code < 128; a 32-bit word holds
 two weights, where decoding to scaled values takes a shift, a mask, a conversion, a subtraction, a product and a rounding for
 each. The scale multiplies sums of a whole group, in float32: more exact than weights that are rounded to bfloat16.
 
+By the compiler's schedule for v5e, int4-g128 takes 703 instructions for a tile of 4096 x 256 this way and 1627 the other way;
+reading the tile takes about 980 cycles. No TPU has run it yet.
+
 The matrix unit wants long sums, at least 128 inputs. Groups that are shorter meet in one product: x stands there once for each,
 with zeros outside its group. Such a block of groups has its inputs in the order [code in the first half of a unit][unit][half].
 """
