@@ -8,15 +8,17 @@ to start afresh, give another folder with --out, or remove results/NAME/rows.jso
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 EXPERIMENTS = (
-    *("quickstart", "accuracy", "tradeoff", "order", "formats_at_4_bits", "sensitivity", "calibration", "composition"),
-    *("paper_shapes", "bitwidth_sweep"),
+    *("quickstart", "accuracy", "tradeoff", "kernel_benchmark", "order", "formats_at_4_bits", "sensitivity"),
+    *("calibration", "composition", "paper_shapes", "bitwidth_sweep"),
 )
+FOLDERS = {"kernel_benchmark": "kernels"}  # those not named like their script
 
 
 def main() -> int:
@@ -28,12 +30,13 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="every experiment's tiny twin")
     options = parser.parse_args()
     flags = ["--tiny"] if options.tiny else []
-    flags += ["--data-folder", str(options.data_folder)] if options.data_folder else []
+    environment = os.environ | ({"QJAX_TEST_DATA": str(options.data_folder)} if options.data_folder else {})
     failed, started = 0, time.monotonic()
     for name in options.names or EXPERIMENTS:
         begun = time.monotonic()
         script = Path(__file__).with_name(f"{name}.py")
-        done = subprocess.run([sys.executable, script, "--out", options.out / name, *flags], check=False)
+        folder = options.out / FOLDERS.get(name, name)
+        done = subprocess.run([sys.executable, script, "--out", folder, *flags], env=environment, check=False)
         failed += done.returncode != 0
         print(f"{name}: {'failed after ' * bool(done.returncode)}{time.monotonic() - begun:.0f} s", flush=True)
     print(f"all: {(time.monotonic() - started) / 60:.0f} min, {failed} failed")
