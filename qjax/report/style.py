@@ -48,7 +48,7 @@ RC = {  # matplotlib's settings, on top of its defaults
     "lines.linewidth": 1.2,
     "lines.markersize": 4,
     "pdf.fonttype": 42,  # TrueType, which publishers ask for
-    "figure.dpi": 144,
+    "figure.dpi": PNG_DPI,  # the width of letters changes a little with it
 }
 
 
