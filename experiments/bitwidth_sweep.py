@@ -15,7 +15,7 @@ import common
 
 from qjax.sweep.cells import expand
 
-SETTINGS = common.Settings(tasks=True, divergence=True)
+SETTINGS = common.Settings(questions=200, tasks=True, divergence=True)
 
 
 @dataclasses.dataclass(frozen=True)

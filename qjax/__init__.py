@@ -32,6 +32,7 @@ _PUBLIC = {
     "Recipe": "recipe",
     "parse_recipe": "recipe",
     "parse_rule": "rules",
+    "register": "recipe",
     "quantize": "driver",
     "quantize_flax": "driver",
     "apply_flax": "driver",
@@ -61,6 +62,7 @@ _PUBLIC = {
     # sweeps
     "Sweep": "sweep.runner",
     "run_sweep": "sweep.runner",
+    "write_reports": "report.reports",
     # errors
     "QjaxError": "errors",
     "QjaxWarning": "errors",

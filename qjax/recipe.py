@@ -15,7 +15,8 @@
 A method is a function of a weight and a format; its keyword-only arguments are its options, of the annotated type: bool,
 int, float, str or a Literal of choices, or one of these `| None`, where None is written none. Arguments named like a
 statistic (`STATISTICS`) are filled from calibration instead; one with a default is asked for only by an option whose value is
-its name, as clip=hessian. To add a method write the function in a file of its own and a line in the registry below.
+its name, as clip=hessian. To add a method to the package write the function in a file of its own and a line in the registry
+below; `register` adds one from outside.
 """
 
 import dataclasses
@@ -30,12 +31,12 @@ import typing
 from collections.abc import Callable, Collection
 
 from qjax.errors import QjaxError
-from qjax.formats import Format, parse_format
+from qjax.formats import GRIDS, Format, parse_format
 
 STATISTICS = ("hessian", "abs_mean", "abs_max", "module")  # "module": the error of the parent module's output, a function
 DERIVED = ("factor",)  # computed from a statistic, for methods that take it
-ROUNDINGS = {"rtn": "qjax.rounding.nearest:rtn", "gptq": "qjax.rounding.gptq:gptq"}
-TRANSFORMS = {"awq": "qjax.transforms.awq:awq_scale"}
+ROUNDINGS: dict[str, str | Callable] = {"rtn": "qjax.rounding.nearest:rtn", "gptq": "qjax.rounding.gptq:gptq"}
+TRANSFORMS: dict[str, str | Callable] = {"awq": "qjax.transforms.awq:awq_scale"}
 FOLLOWED_BY = {"awq": "rtn(clip=hessian)"}  # the rounding of a recipe that ends in this transform; others end in rtn
 ORDERS = {name: f"qjax.calibrate.order:{name}" for name in ("parallel", "block", "sequential", "qep")}
 DEFAULT_ORDER = "qep"
@@ -98,8 +99,34 @@ class Recipe:
 @functools.cache
 def method(name: str) -> Callable:
     """The function of a registered rounding or transform."""
-    module, function = {**ROUNDINGS, **TRANSFORMS, **ORDERS}[name].split(":")
+    found = {**ROUNDINGS, **TRANSFORMS, **ORDERS}[name]
+    if callable(found):
+        return found
+    module, function = found.split(":")
     return getattr(importlib.import_module(module), function)
+
+
+def register(function: Callable, *, transform: bool = False) -> Callable:
+    """Makes a function a rounding (transform: a transform) under its own name, in recipes and all that takes them; returns it.
+
+    Registering a name of one's own again replaces the function. Raises QjaxError for names of the package's methods and
+    formats, and for names that no recipe can spell.
+    """
+    name = function.__name__
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise QjaxError(f"register: {name!r} is no name for a method; a recipe spells it with a-z, 0-9 and _, a letter first")
+    if name in (*ROUNDINGS, *TRANSFORMS, *GRIDS, UNQUANTIZED) and name not in added_methods():
+        raise QjaxError(f"register: {name} is a method or format of qjax already; give the function another name")
+    for registry in (ROUNDINGS, TRANSFORMS):
+        registry.pop(name, None)
+    (TRANSFORMS if transform else ROUNDINGS)[name] = function
+    method.cache_clear()
+    return function
+
+
+def added_methods() -> dict[str, Callable]:
+    """Methods from outside the package, see `register`."""
+    return {name: function for name, function in (ROUNDINGS | TRANSFORMS).items() if callable(function)}
 
 
 def options_of(name: str) -> dict[str, inspect.Parameter]:

@@ -19,6 +19,7 @@ from qjax.evaluate.divergence import measure_divergence
 from qjax.evaluate.perplexity import Convention, corpus_windows, measure, require_finite
 from qjax.evaluate.questions import Task
 from qjax.evaluate.speed import measure_speed
+from qjax.files import require_writable
 from qjax.layerwise import LayerRecord, problem_of
 from qjax.models.model import Model, runnable
 from qjax.recipe import UNQUANTIZED, Stage, parse_recipe
@@ -66,19 +67,21 @@ class Watcher:
         """A row is on disk; is_new is False when it was there before."""
 
 
-def run_sweep(model: Model, sweep: Sweep, folder: Path, watcher: Watcher | None = None) -> list[dict[str, object]]:
+def run_sweep(model: Model, sweep: Sweep, folder: str | Path, watcher: Watcher | None = None) -> list[dict[str, object]]:
     """Measures every cell that folder/rows.jsonl does not hold yet; returns this sweep's rows, baseline first.
 
-    Everything that can be wrong with the request (recipes, rules, texts shorter than a window) is an error before
-    anything is computed. A recipe that makes the model diverge gets a row with infinite perplexity.
+    The folder is made where it is missing. Everything that can be wrong with the request (recipes, rules, texts shorter than
+    a window) is an error before anything is computed. A recipe that makes the model diverge gets a row with infinite
+    perplexity.
     """
-    watcher = watcher or Watcher()
+    watcher, folder = watcher or Watcher(), Path(folder)
     plans = plans_of(sweep, model.config.layers)
     orders = {plan: calibration_order(model, *plan) for plan in plans}
     _check_calibration(model, sweep, [plan for plan in plans if orders[plan]])
     convention = sweep.convention.clipped(model.config.context)
     corpora = list({corpus.fingerprint: corpus for corpus in sweep.corpora}.values())  # the same text counts once
     windows = [corpus_windows(model, corpus, convention, sweep.max_windows) for corpus in corpora]
+    require_writable(folder)
     known = {row["key"]: row for row in read_rows(folder / ROWS)}
     fingerprint = model_fingerprint(model)
     rows, baselines = [], {}
