@@ -47,7 +47,7 @@ class Subject:
 WIKITEXT = "text:{data}/text/wikitext2/wiki.test.raw"
 STORIES = HALF + "{data}/text/tinystories_val.txt"
 SUBJECTS = {
-    "bundled": Subject("bundled", ("python-docs", WIKITEXT), "python-docs", ("cloze",)),
+    "bundled": Subject("bundled", ("python-docs",), "python-docs", ("cloze",)),
     "stories260K": Subject("{data}/models/stories260K-hf", (STORIES, WIKITEXT), STORIES, groups=("32", "channel"), window=256),
     # Its tokenizer knows the 105 characters of its stories and no others: WikiText-2 would be mostly unknown tokens.
     "babyllama": Subject("{data}/models/babyllama-hf", (STORIES,), STORIES, groups=("32", "channel")),
@@ -56,7 +56,7 @@ SUBJECTS = {
     "mistral-7b-v0.2": Subject("mistral-community/Mistral-7B-v0.2"),
 }
 LOCAL = ("bundled", "stories260K", "babyllama")  # models that need no network
-BUNDLED = (dataclasses.replace(SUBJECTS["bundled"], corpora=("python-docs",)),)
+BUNDLED = (SUBJECTS["bundled"],)
 
 
 @dataclasses.dataclass(frozen=True)
