@@ -102,33 +102,79 @@ def test_jit_vmap_scan_and_leading_axes():
     np.testing.assert_allclose(stacked.reshape(expected.shape), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_shard_map():
-    """Outputs sharded over a mesh of the devices at hand."""
-    mesh = jax.make_mesh((1,), ("columns",), axis_types=(jax.sharding.AxisType.Auto,))
-    q = weight_of(64, 24, "int4-g32-sym")
-    x = jax.random.normal(jax.random.key(1), (5, 64))
-    spec = jax.sharding.PartitionSpec(None, "columns")
-    product = jax.shard_map(
-        functools.partial(qjax.matmul, precision="highest"),
-        mesh=mesh,
-        in_specs=(jax.sharding.PartitionSpec(), spec),
-        out_specs=spec,
+@pytest.mark.parametrize("split", ["weight", "x"])
+def test_shard_map(split):
+    """Outputs of the weight, or rows of x, over a mesh (of one device: what JAX checks of types is the same), and gradients."""
+    mesh = jax.make_mesh((1,), ("part",), axis_types=(jax.sharding.AxisType.Auto,))
+    q, x = weight_of(64, 24, "int4-g32-sym"), jax.random.normal(jax.random.key(1), (5, 64))
+    whole, rows, columns = (jax.sharding.PartitionSpec(*axes) for axes in ((), ("part",), (None, "part")))
+    specs = {"weight": ((whole, columns), columns), "x": ((rows, whole), rows)}[split]
+
+    def loss(x, scales, implementation):
+        multiply = functools.partial(qjax.matmul, precision="highest", implementation=implementation)
+        product = jax.shard_map(multiply, mesh=mesh, in_specs=specs[0], out_specs=specs[1])
+        return jnp.sum(jnp.sin(product(x, qjax.QTensor(q.codes, scales, None, q.format, q.in_features))))
+
+    found, expected = (
+        jax.value_and_grad(loss, (0, 1))(x, q.scales.astype(jnp.float32), name) for name in ("auto", "reference")
     )
-    np.testing.assert_allclose(product(x, q), x @ qjax.dequantize(q), rtol=1e-4, atol=1e-4)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.max(jnp.abs(b)))), found, expected
+    )
 
 
+@pytest.mark.parametrize("module", [tpu, gpu])
+def test_kernels_trace_under_shard_map(module):
+    """With the outputs of a weight over devices; x is the same on all. (Lowered, they would ask the mesh for its device.)"""
+    mesh = jax.make_mesh((1,), ("part",), axis_types=(jax.sharding.AxisType.Auto,))
+    held, whole = layout.prepare(weight_of(64, 24, "int4-g32")), jax.sharding.PartitionSpec()
+    specs = jax.tree.map(lambda leaf: jax.sharding.PartitionSpec(*[None] * (leaf.ndim - 1), "part"), held)
+    columns = jax.sharding.PartitionSpec(None, "part")
+    forward = jax.shard_map(module.multiply, mesh=mesh, in_specs=(whole, specs), out_specs=columns)
+    assert jax.eval_shape(forward, jax.ShapeDtypeStruct((3, 64), jnp.float32), held).shape == (3, 24)
+    back = jax.shard_map(
+        lambda y, w: jax.lax.psum(module.multiply_transposed(y, w), "part"),
+        mesh=mesh,
+        in_specs=(columns, specs),
+        out_specs=whole,
+    )
+    assert jax.eval_shape(back, jax.ShapeDtypeStruct((3, 24), jnp.float32), held).shape == (3, 64)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
 @pytest.mark.parametrize("inputs", [96, 3000])
-def test_int8_activations(inputs):
-    """W8A8: exactly the integer product of codes, in float64, for every implementation."""
+def test_int8_activations(implementation, inputs):
+    """W8A8: exactly the integer product of codes, in float64; its gradient is straight-through."""
     q = weight_of(inputs, 33, "int8-channel-sym")
     x = jax.random.normal(jax.random.key(1), (5, inputs)).at[2].set(0)
     largest = np.max(np.abs(np.asarray(x)), axis=1, keepdims=True)
     scale = np.where(largest == 0, 1, largest / np.float32(127))
     codes = np.round(np.asarray(x) / scale).astype(np.int64)
     product = codes @ (np.asarray(q.codes, np.int64) - 128) * scale.astype(np.float64) * np.asarray(q.scales, np.float64)
-    found = qjax.matmul(x, q, activations="int8-token")
+    multiply = functools.partial(qjax.matmul, activations="int8-token", implementation=implementation)
+    found = multiply(x, q)
     np.testing.assert_allclose(found, product, rtol=1e-6)
     assert float(jnp.max(jnp.abs(found - x @ qjax.dequantize(q)))) < 0.02 * float(jnp.max(jnp.abs(found)))
+    np.testing.assert_allclose(qjax.matmul(x, layout.prepare(q), activations="int8-token"), product, rtol=1e-6)
+    gradient = jax.grad(lambda x: jnp.sum(multiply(x, q)))(x)
+    np.testing.assert_allclose(gradient[0], jnp.sum(qjax.dequantize(q), axis=1), rtol=1e-4, atol=1e-4)
+
+
+def test_int8_sums_are_exact():
+    """The largest codes in every place, with signs such that sums of parts cancel."""
+    inputs = 2 * xla.EXACT_ROWS + 100
+    q = weight_of(inputs, 3, "int8-channel-sym")
+    signs = jnp.where(jnp.arange(inputs) < xla.EXACT_ROWS, 1, -1)[:, None]
+    codes = jnp.where(signs > 0, 0, 255) * jnp.ones((1, 3), jnp.int32)
+    extreme = qjax.QTensor(codes.astype(jnp.uint8), jnp.ones_like(q.scales), None, q.format, inputs)
+    found = xla.multiply_int8(jnp.full((1, inputs), -127, jnp.int8), jnp.ones((1, 1)), extreme)
+    assert found.tolist() == [[float(-127 * (-128 * xla.EXACT_ROWS + 127 * (inputs - xla.EXACT_ROWS)))] * 3]
+
+
+def test_no_rows():
+    q = weight_of(64, 24, "int4-g32")
+    value, gradient = jax.value_and_grad(lambda x: jnp.sum(qjax.matmul(x, q)))(jnp.zeros((0, 64)))
+    assert value == 0 and gradient.shape == (0, 64)
 
 
 def test_a_prepared_weight_multiplies_too():
@@ -155,7 +201,7 @@ def test_dispatch_to_kernels(accelerator):
     q, x = weight_of(64, 24, "int4-g32"), jax.random.normal(jax.random.key(1), (2, 3, 64))
     assert choose("auto", jnp.float32, q) == accelerator
     linear = qjax.QLinear(q, jnp.linspace(0.5, 2, 64).astype(jnp.float16))
-    tree = matmul_module.prepare({"a": linear, "b": jnp.ones(3)}, jnp.float32)
+    tree = matmul_module.prepare_tree({"a": linear, "b": jnp.ones(3)}, jnp.float32)
     assert isinstance(tree["a"], layout.KernelWeight) and tree["a"].shape == (64, 24)
     for held in (linear, tree["a"]):
         value, (dx, dheld) = jax.value_and_grad(lambda x, w: jnp.sum(qjax.matmul(x, w) ** 2), (0, 1), allow_int=True)(x, held)
@@ -163,7 +209,11 @@ def test_dispatch_to_kernels(accelerator):
         expected, dense = jax.value_and_grad(lambda x, weight=weight: jnp.sum((x @ weight) ** 2))(x)
         np.testing.assert_allclose(value, expected, rtol=1e-4)
         np.testing.assert_allclose(dx, dense, rtol=1e-4, atol=1e-3 * float(jnp.max(jnp.abs(dense))))
-        assert jnp.any((dheld.weight if held is linear else dheld).scales != 0)
+        _, exact = jax.value_and_grad(lambda w: jnp.sum(qjax.matmul(x, w, implementation="reference") ** 2), allow_int=True)(
+            held
+        )
+        dscales, scales = ((each.weight if held is linear else each).scales.astype(jnp.float32) for each in (dheld, exact))
+        np.testing.assert_allclose(dscales, scales, rtol=1e-2, atol=1e-3 * float(jnp.max(jnp.abs(scales))))
     eight = weight_of(64, 24, "int8-channel-sym")
     np.testing.assert_allclose(
         qjax.matmul(x, eight, activations="int8-token"),
@@ -204,5 +254,11 @@ def test_what_auto_takes_and_what_is_refused():
         qjax.matmul(x, q, implementation="fast")
     with pytest.raises(qjax.QjaxError, match=r"activations=int8-token needs a weight in int8-channel-sym, got int4-g32"):
         qjax.matmul(x, q, activations="int8-token")
+    with pytest.raises(qjax.QjaxError, match="x is int32, expected floating point"):
+        qjax.matmul(jnp.ones((2, 64), jnp.int32), q)
+    with pytest.raises(qjax.QjaxError, match=r"the weight is a .*; expected a QTensor"):
+        qjax.matmul(x, x.T)
+    with pytest.raises(qjax.QjaxError, match=r"x has shape \(\)"):
+        qjax.matmul(x[0, 0], q)
     with pytest.raises(qjax.QjaxError, match="unknown activations 'int4'"):
         qjax.matmul(x, q, activations="int4")

@@ -142,16 +142,6 @@ def test_int8_and_vmap_lower_for_cuda():
         assert KERNEL in lower(jax.vmap(gpu.multiply), x, stack).as_text()
 
 
-def test_traces_under_shard_map():
-    """With the outputs of a weight over devices; x is the same on all. (Lowered, it would ask the mesh for its GPU.)"""
-    mesh = jax.make_mesh((1,), ("outputs",), axis_types=(jax.sharding.AxisType.Auto,))
-    held, x = abstract((256, 64), "int4-g128"), jax.ShapeDtypeStruct((1, 256), jnp.bfloat16)
-    split = jax.sharding.PartitionSpec(None, "outputs")
-    specs = jax.tree.map(lambda leaf: jax.sharding.PartitionSpec(*[None] * (leaf.ndim - 1), "outputs"), held)
-    sharded = jax.shard_map(gpu.multiply, mesh=mesh, in_specs=(jax.sharding.PartitionSpec(), specs), out_specs=split)
-    assert jax.eval_shape(sharded, x, held).shape == (1, 64)
-
-
 def tensor_bytes(types: str) -> list[int]:
     """Bytes of every tensor type in a text of StableHLO."""
     sizes = {"bf16": 2, "f16": 2, "f32": 4, "i32": 4, "ui8": 1}

@@ -15,7 +15,7 @@ from qjax.kernels.tpu import Blocks
 from tests.paths import REPOSITORY
 
 SMALL = Blocks("", 2**31, rows=16, inputs=128, columns=128)  # several tiles along every axis of a small weight
-STRICT = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+STRICT = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", num_cores_or_threads=2)
 TOLERANCE = {"float32": 1e-6, "bfloat16": 5e-3}  # of |x| |W|
 
 # format, rows, inputs, columns, type of x, blocks: edges in every axis, all shape classes, scales of every type

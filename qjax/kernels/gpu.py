@@ -27,13 +27,15 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int8, PyTree
+from jaxtyping import Array, Float, Int8
 
+from qjax.errors import QjaxError
 from qjax.kernels import layout
 from qjax.kernels.layout import KernelWeight
 
 MAGIC = 2.0**23  # whose float32 has a mantissa of 23 zeros, room for a code and what stands below it
 MAGIC_BITS = 0x4B000000
+OLDEST = "8.0"  # compute capability: Ampere
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +84,9 @@ def refusal(x_dtype: DTypeLike, weight: KernelWeight) -> str | None:
         return f"x is {jnp.dtype(x_dtype)}; float32 and bfloat16 are served"
     if weight.words.ndim != 3:
         return f"the weight is a stack of shape {weight.shape}; one (in, out) matrix is served, a stack under vmap or scan"
+    capability = getattr(jax.devices()[0], "compute_capability", OLDEST)  # a GPU's; CPUs, which interpret, have none
+    if float(capability) < float(OLDEST):
+        return f"an NVIDIA GPU of compute capability {OLDEST} or newer is served, this one has {capability}"
     return None
 
 
@@ -89,6 +94,7 @@ def multiply(
     x: Float[Array, "rows in"], weight: KernelWeight, *, interpret: bool = False, blocks: Blocks | None = None
 ) -> Float[Array, "rows out"]:
     """x (M, in) float32 or bfloat16 times the weight, float32 sums, in x's type; blocks: other sizes than the table's."""
+    _check(x, weight, 0)
     kernel = "vector" if len(x) <= VECTOR_ROWS[x.dtype] else _of_type("dot", x)
     blocks = blocks or pick_blocks(kernel, len(x))
     if blocks.kernel == "vector":
@@ -116,6 +122,7 @@ def multiply_transposed(
     y: Float[Array, "rows out"], weight: KernelWeight, *, interpret: bool = False, blocks: Blocks | None = None
 ) -> Float[Array, "rows in"]:
     """y (M, out) float32 or bfloat16 times the weight's transpose, float32 sums, in y's type."""
+    _check(y, weight, 1)
     blocks = blocks or pick_blocks(_of_type("transposed", y), len(y))
     blocks = dataclasses.replace(blocks, stages=1 if weight.format.codebook else blocks.stages)
     count, _ = layout.unit(weight.format.bits)
@@ -124,7 +131,7 @@ def multiply_transposed(
     units = weight.words.shape[1]
     parts = pl.pallas_call(
         functools.partial(_transposed_kernel, tile=Tile(weight, blocks), rows=rows),
-        out_shape=_result((count, len(y), units), y.dtype, (y, weight)),
+        out_shape=layout.result((count, len(y), units), y.dtype, (y, weight)),
         grid=(pl.cdiv(len(y), rows), pl.cdiv(units, blocks.units)),
         compiler_params=triton.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
         interpret=interpret,
@@ -133,10 +140,11 @@ def multiply_transposed(
     return layout.join_inputs(parts, weight.in_features)
 
 
-def _result(shape: tuple[int, ...], dtype: DTypeLike, operands: PyTree) -> jax.ShapeDtypeStruct:
-    """What a kernel returns; under shard_map it differs along every mesh axis that an operand differs along."""
-    varying = frozenset().union(*(jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(operands)))
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.sharding.ManualAxisType(varying=varying))
+def _check(x: jax.Array, weight: KernelWeight, axis: int) -> None:
+    if reason := refusal(x.dtype, weight):
+        raise QjaxError(f"pallas_gpu: {reason}")
+    if x.shape[1] != weight.shape[axis]:
+        raise QjaxError(f"pallas_gpu: inputs of shape {x.shape} do not fit axis {axis} of a weight of shape {weight.shape}")
 
 
 def _of_type(kernel: str, x: jax.Array) -> str:
@@ -233,7 +241,7 @@ def _vector(x, weight: KernelWeight, blocks: Blocks, interpret: bool) -> Float[A
     dtype = x.dtype if tile.splits == 1 else jnp.float32
     return pl.pallas_call(
         functools.partial(_vector_kernel, tile=tile),
-        out_shape=_result((tile.splits, len(x), tile.all_outputs), dtype, (x, weight)),
+        out_shape=layout.result((tile.splits, len(x), tile.all_outputs), dtype, (x, weight)),
         grid=(pl.cdiv(tile.all_outputs, tile.outputs), tile.splits),
         compiler_params=triton.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
         interpret=interpret,
@@ -274,7 +282,7 @@ def _dot(x, weight: KernelWeight, blocks: Blocks, interpret: bool, sum_dtype) ->
     dtype = x.dtype if tile.splits == 1 and sum_dtype == jnp.float32 else sum_dtype
     return pl.pallas_call(
         functools.partial(_dot_kernel, tile=tile, rows=blocks.rows, sum_dtype=sum_dtype),
-        out_shape=_result((tile.splits, rows, tile.all_outputs), dtype, (x, weight)),
+        out_shape=layout.result((tile.splits, rows, tile.all_outputs), dtype, (x, weight)),
         # Programs that share weights run next to each other.
         grid=(pl.cdiv(rows, blocks.rows), pl.cdiv(tile.all_outputs, tile.outputs), tile.splits),
         compiler_params=triton.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),

@@ -21,7 +21,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Array, Float, Int, Int32, PyTree
 
 from qjax import grid
 from qjax.errors import QjaxError
@@ -79,10 +79,16 @@ def refusal(q: QTensor | QLinear) -> str | None:
     count = unit(fmt.bits)[0] if not fmt.is_float else 0
     if fmt.is_float:
         return f"{fmt} is a cast and holds no codes"
+    return uneven(q, count, "words")
+
+
+def uneven(q: QTensor | QLinear, count: int, units: str) -> str | None:
+    """Why the groups of a weight are not whole units of `count` codes in one output channel, or None."""
+    fmt = q.format
     if fmt.granularity == "block" and q.in_features % fmt.group:
         return f"blocks of {fmt} cross output channels where {fmt.group} does not divide the {q.in_features} inputs"
     if fmt.granularity in ("group", "block") and fmt.group % count and fmt.group < q.in_features:
-        return f"groups of {fmt.group} are not whole words of {fmt.bits}-bit codes: a multiple of {count} is"
+        return f"groups of {fmt.group} are not whole {units} of {fmt.bits}-bit codes: a multiple of {count} is"
     return None
 
 
@@ -131,6 +137,17 @@ def code(words: Int32[Array, "width units out"], bits: int, index: int) -> Int32
     if offset + bits > 32:
         found |= words[word + 1] << (32 - offset)
     return found & (2**bits - 1)
+
+
+def result(shape: tuple[int, ...], dtype: DTypeLike, operands: PyTree) -> jax.ShapeDtypeStruct:
+    """What a kernel returns; under shard_map it differs along every mesh axis that an operand differs along."""
+    varying = frozenset().union(*map(varying_axes, jax.tree.leaves(operands)))
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.sharding.ManualAxisType(varying=varying))
+
+
+def varying_axes(array: Array) -> frozenset[str]:
+    """Mesh axes that a value inside shard_map differs along."""
+    return jax.typeof(array).manual_axis_type.varying
 
 
 def split_inputs(x: Float[Array, "rows in"], bits: int) -> Float[Array, "count rows units"]:

@@ -5,7 +5,10 @@ decodes a part of the weight at a time; `pallas_tpu` and `pallas_gpu` are kernel
 implementations (`PREFERRED`) that serves the weight; one that is asked for by name serves it or says why not.
 
 The derivative with respect to x multiplies with the packed weight, transposed. With respect to scales it goes through the
-decoded weight; XLA leaves that out where nobody asks for it.
+decoded weight; compiled programs leave that out where nobody asks for it. Forward-mode derivatives (jvp) are for `reference`.
+
+The device is JAX's default backend, not where an array lies: on a machine with an accelerator a product on its CPU needs
+implementation="xla".
 """
 
 import dataclasses
@@ -18,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.lax import PrecisionLike
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int8, PyTree
 
 from qjax.errors import QjaxError
 from qjax.kernels import layout, xla
@@ -51,27 +54,35 @@ def matmul(
 
     implementation: "auto", "reference", "xla", "pallas_tpu" or "pallas_gpu". precision: as in jnp.matmul, for the two that
     use it. activations: "int8-token" rounds every row of x to int8 by its largest value and multiplies with the int8 codes
-    of an int8-channel-sym weight, in integers (W8A8); no gradient passes the rounding.
+    of an int8-channel-sym weight, in integers (W8A8); its derivative is that of the product without the rounding
+    (straight-through). A stack of weights (..., in, out) is decoded and multiplied as jnp.matmul does; under vmap or scan its
+    weights come one by one.
 
-    Raises QjaxError for an unknown implementation, one that cannot serve this weight or device, with the reason, and when x's
-    last axis is not the weight's input axis.
+    Raises QjaxError for an unknown implementation, one that cannot serve this weight or device, with the reason, for x that
+    is not floating point, and when x's last axis is not the weight's input axis.
     """
     if implementation not in IMPLEMENTATIONS:
         raise QjaxError(f"matmul: unknown implementation {implementation!r}; allowed: {', '.join(IMPLEMENTATIONS)}")
-    if x.shape[-1] != q.in_features:
-        raise QjaxError(f"matmul: x has {x.shape[-1]} features, the weight {q.shape} expects {q.in_features}")
+    if not isinstance(q, (QTensor, QLinear, KernelWeight)):
+        raise QjaxError(f"matmul: the weight is a {type(q).__name__}; expected a QTensor, QLinear or KernelWeight")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise QjaxError(f"matmul: x is {x.dtype}, expected floating point; cast it first")
+    if not x.ndim or x.shape[-1] != q.in_features:
+        raise QjaxError(f"matmul: x has shape {x.shape}, the weight {q.shape} expects (..., {q.in_features})")
     if activations not in (None, ACTIVATIONS):
         raise QjaxError(f"matmul: unknown activations {activations!r}; allowed: {ACTIVATIONS}")
     if q.shape[:-2]:
         if implementation not in ("auto", "reference") or activations:
-            raise QjaxError(f"matmul: {implementation} multiplies with one weight, got {q.shape}; use jax.vmap for a stack")
+            asked = f"activations={activations}" if activations else implementation
+            raise QjaxError(f"matmul: {asked} is for one weight, got a stack of shape {q.shape}; use jax.vmap")
         return jnp.matmul(x, _decoded(q, x.dtype), precision=precision)
-    if isinstance(q, QLinear):
-        x, q = x * q.input_scale.astype(x.dtype), q.weight
-    elif isinstance(q, KernelWeight) and q.input_scale is not None:
-        x, q = x * q.input_scale.astype(x.dtype), dataclasses.replace(q, input_scale=None)
+    if getattr(q, "input_scale", None) is not None:
+        x = (x * q.input_scale.astype(jnp.float32)).astype(x.dtype)
+        q = q.weight if isinstance(q, QLinear) else dataclasses.replace(q, input_scale=None)
     chosen = choose(implementation, x.dtype, q, activations=activations)
-    if chosen == "reference" and not activations:
+    if chosen == "reference":
+        if activations:
+            return _reference_int8(x, q)
         return jnp.matmul(x, _decoded(q, x.dtype), precision=precision)
     if chosen in KERNELS and isinstance(q, QTensor):
         q = layout.prepare(q)
@@ -88,16 +99,16 @@ def choose(implementation: str, dtype: DTypeLike, q: QTensor | KernelWeight, *, 
         if reason := _refusal(implementation, dtype, q, activations):
             raise QjaxError(f"matmul: {implementation} cannot serve this product: {reason}")
         return implementation
-    for name in (*PREFERRED[jax.default_backend()], "reference"):
+    for name in (*PREFERRED.get(jax.default_backend(), ("xla",)), "reference"):
         if not (reason := _refusal(name, dtype, q, activations)):
             return name
     raise QjaxError(f"matmul: nothing serves this product: {reason}")
 
 
-def prepare(tree: PyTree, dtype: DTypeLike) -> PyTree:
+def prepare_tree(tree: PyTree, dtype: DTypeLike) -> PyTree:
     """A tree whose quantized weights are laid out for the kernels of JAX's default device, once, for inputs of `dtype`.
 
-    Where `auto` would not take a kernel (on CPU never) a leaf stays as it is.
+    Where `auto` would not take a kernel (on CPU never) a leaf stays as it is; so do stacks of weights.
     """
 
     def convert(leaf):
@@ -136,17 +147,32 @@ def _decoded(q: QTensor | QLinear | KernelWeight, dtype: DTypeLike = jnp.float32
     return (layout.dequantize if isinstance(q, KernelWeight) else dequantize)(q, dtype)
 
 
+def _tokens_int8(x: Float[Array, "*rows in"]) -> tuple[Int8[Array, "*rows in"], Float[Array, "*rows 1"]]:
+    """Rows rounded to int8, and the float32 scale of each."""
+    scale = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1, keepdims=True) / 127
+    scale = jnp.where(scale == 0, 1.0, scale)
+    return jnp.clip(jnp.round(x / scale), -127, 127).astype(jnp.int8), scale
+
+
+def _reference_int8(x: Float[Array, "*batch in"], q: QTensor | KernelWeight) -> Float[Array, "*batch out"]:
+    """W8A8 by XLA's product of integers, straight-through in x: the oracle."""
+    ones = jnp.ones_like(q.scales)
+    codes = _decoded(dataclasses.replace(q, scales=ones)).astype(jnp.int8)
+    rounded, scale = _tokens_int8(jax.lax.stop_gradient(x))
+    total = jnp.matmul(rounded, codes, preferred_element_type=jnp.int32)
+    exact = total * scale * q.scales.reshape(-1).astype(jnp.float32)
+    through = jnp.matmul(x, _decoded(q, x.dtype))
+    return jax.lax.stop_gradient(exact.astype(x.dtype)) + (through - jax.lax.stop_gradient(through))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _multiply(x: Float[Array, "rows in"], q: QTensor | KernelWeight, choice: _Choice) -> Float[Array, "rows out"]:
+    module = _kernels(choice.implementation) if choice.implementation in KERNELS else xla
+    if not len(x):
+        return jnp.zeros((0, q.shape[-1]), x.dtype)
     if choice.activations:
-        largest = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=1, keepdims=True)
-        scale = jnp.where(largest == 0, 1.0, largest / 127)
-        codes = jnp.round(x / scale).astype(jnp.int8)
-        module = _kernels(choice.implementation) if choice.implementation in KERNELS else xla
-        return module.multiply_int8(codes, scale, q).astype(x.dtype)
-    if choice.implementation == "xla":
-        return xla.multiply(x, q, precision=choice.precision)
-    return _kernels(choice.implementation).multiply(x, q)
+        return module.multiply_int8(*_tokens_int8(x), q).astype(x.dtype)
+    return xla.multiply(x, q, precision=choice.precision) if module is xla else module.multiply(x, q)
 
 
 def _forward(x, q, choice):
@@ -155,13 +181,21 @@ def _forward(x, q, choice):
 
 def _backward(choice, saved, dy):
     x, q = saved
-    if choice.implementation in KERNELS:
+    if not len(x):
+        dx = jnp.zeros_like(x)
+    elif choice.implementation in KERNELS:
         dx = _kernels(choice.implementation).multiply_transposed(dy, q)
     else:
         dx = xla.multiply_transposed(dy, q, precision=choice.precision)
-    _, to_weight = jax.vjp(_decoded, q)
+    decoded, to_weight = jax.vjp(_decoded, q)
     weight = jnp.matmul(x.astype(jnp.float32).T, dy.astype(jnp.float32), precision=choice.precision)
-    return dx, *to_weight(weight)
+    return _summed_like(dx, x), *to_weight(_summed_like(weight, decoded))
+
+
+def _summed_like(cotangent: Array, primal: Array) -> Array:
+    """Under shard_map: the sum over the mesh axes along which the primal value is the same."""
+    axes = layout.varying_axes(cotangent) - layout.varying_axes(primal)
+    return jax.lax.psum(cotangent, tuple(axes)) if axes else cotangent
 
 
 _multiply.defvjp(_forward, _backward)

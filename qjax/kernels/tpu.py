@@ -33,7 +33,7 @@ from qjax.errors import QjaxError
 from qjax.formats import Format
 from qjax.kernels import tpu_pairs
 from qjax.kernels.decode import decode, float16_values
-from qjax.kernels.layout import KernelWeight, code, unit
+from qjax.kernels.layout import KernelWeight, code, result, unit
 
 LANES, SUBLANES = 128, 8
 FEW_ROWS = 16  # up to so many, reading words is the bound
@@ -204,7 +204,7 @@ def _run(x: Array, weight: KernelWeight, plan: _Plan, dtype, interpret) -> Array
     shape = (len(x), out if plan.axis == 0 else unit_tiles * plan.inputs)
     return pl.pallas_call(
         functools.partial(_kernel, plan=plan, resident=resident),
-        out_shape=jax.ShapeDtypeStruct(shape, dtype),
+        out_shape=result(shape, dtype, (x, weight)),
         grid=grid,
         in_specs=[
             x_spec,

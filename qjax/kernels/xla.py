@@ -15,10 +15,11 @@ from jax.lax import PrecisionLike
 from jaxtyping import Array, Float, Int8
 
 from qjax import grid, packing
+from qjax.kernels.layout import uneven
 from qjax.qtensor import QTensor, unpack_parameters
 
 CHUNK = 2**21  # weights decoded at a time: 8 MB of float32
-EXACT_ROWS = 1040  # so many products of two int8 add up to less than 2^24: exact in float32
+EXACT_ROWS = 512  # so many products of -128..127 and -127..127 add up to less than 2^24: exact in float32
 
 
 def refusal(q: QTensor) -> str | None:
@@ -26,12 +27,7 @@ def refusal(q: QTensor) -> str | None:
     fmt = q.format
     if fmt.is_float:
         return f"{fmt} is a cast and holds no codes"
-    if fmt.granularity == "block" and q.in_features % fmt.group:
-        return f"blocks of {fmt} cross output channels where {fmt.group} does not divide the {q.in_features} inputs"
-    count, _ = packing.unit(fmt.bits)
-    if _group(q) % count:
-        return f"groups of {fmt.group} are not whole bytes of {fmt.bits}-bit codes: a multiple of {count} is"
-    return None
+    return uneven(q, packing.unit(fmt.bits)[0], "bytes")
 
 
 @functools.partial(jax.jit, static_argnames="precision")
@@ -54,7 +50,7 @@ def multiply_transposed(y: Float[Array, "rows out"], q: QTensor, *, precision: P
 
     def put(result, start, count, decoded):
         parts = jnp.stack([jnp.matmul(wide, weights.T, precision=precision) for weights in decoded], axis=-1)
-        inputs = parts.reshape(len(y), -1)[:, :count]
+        inputs = parts.reshape(len(y), parts.shape[1] * parts.shape[2])[:, :count]
         return jax.lax.dynamic_update_slice_in_dim(result, inputs, start, axis=1)
 
     return _over_chunks(put, _zeros((len(y), q.in_features), y, q), q).astype(y.dtype)
@@ -67,12 +63,17 @@ def multiply_int8(x: Int8[Array, "rows in"], scale: Float[Array, "rows 1"], q: Q
     A sum of EXACT_ROWS products of int8 is exact in float32, whose matrix product is many times as fast as XLA's of
     integers on CPU; sums of sums are int32.
     """
-    weights = q.codes[: q.in_features].astype(jnp.float32) - 128
-    total = jnp.zeros((len(x), q.shape[-1]), jnp.int32)
-    for start in range(0, q.in_features, EXACT_ROWS):
-        rows = slice(start, start + EXACT_ROWS)
-        part = jnp.matmul(x[:, rows].astype(jnp.float32), weights[rows], precision="highest")
-        total += part.astype(jnp.int32)
+
+    def add(total, start, count):
+        inputs = jax.lax.dynamic_slice_in_dim(x, start, count, axis=1).astype(jnp.float32)
+        weights = jax.lax.dynamic_slice_in_dim(q.codes, start, count).astype(jnp.float32) - 128
+        return total + jnp.matmul(inputs, weights, precision="highest").astype(jnp.int32)
+
+    total = _zeros((len(x), q.shape[-1]), x, q).astype(jnp.int32)
+    rows = min(EXACT_ROWS, q.in_features)
+    whole, rest = divmod(q.in_features, rows)
+    total = jax.lax.fori_loop(0, whole, lambda number, total: add(total, number * rows, rows), total)
+    total = add(total, whole * rows, rest) if rest else total
     return total * scale * unpack_parameters(q)[0]
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from qjax.errors import QjaxError
 from qjax.interception import quantized_kernels
-from qjax.kernels.matmul import prepare
+from qjax.kernels.matmul import prepare_tree
 from qjax.models.config import DecoderConfig
 from qjax.models.decoder import Block, Embed, Head
 from qjax.models.layout import Cache, Layout
@@ -52,7 +52,7 @@ def compute_dtype() -> DTypeLike:
 
 def runnable(model: Model, packed: bool = False) -> Model:
     """The model with its kernels decoded to the compute type, once; packed: laid out for the device's kernels instead."""
-    convert = prepare if packed else dequantize_tree
+    convert = prepare_tree if packed else dequantize_tree
     return model._replace(params=convert(model.params, compute_dtype()))
 
 
