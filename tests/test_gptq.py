@@ -331,6 +331,24 @@ def test_refined_codes_are_a_minimum():
             assert np.all(loss(codes, other) >= least * (1 - 1e-5))
 
 
+@pytest.mark.parametrize("damp", [0.0, 0.01])
+def test_refinement_passes_over_dead_inputs(damp):
+    """Weights that calibration never moved are rounded to nearest and do not pull at the scales they share with others."""
+    weight, hessian = weights(), np.array(layer()[1])
+    dead = np.arange(IN) % 3 == 0
+    hessian[dead] = hessian[:, dead] = 0
+    losses = []
+    for refine in (0, 2, 6):
+        q, info = gptq(weight, "int3-channel", hessian=hessian, damp=damp, refine=refine)
+        scale, zero = (np.asarray(part)[0] for part in unpack_parameters(q))
+        nearest = np.clip(np.round(weight[dead] / scale) + zero, 0, 7)
+        assert np.mean(np.asarray(unpack_codes(q))[dead] == nearest) > 0.99
+        error = np.asarray(dequantize(q), np.float64) - weight
+        losses.append(np.sum(error * (hessian.astype(np.float64) @ error)))
+        np.testing.assert_allclose(info.proxy_loss, losses[-1], rtol=1e-3)
+    assert losses[0] > losses[1] >= losses[2] * (1 - 1e-4)
+
+
 def test_refinement_refuses_blocks_that_cross_columns():
     weight, hessian = layer()
     with pytest.raises(QjaxError, match="blocks of nf4-b32 cross output columns where 32 does not divide the 48 inputs"):

@@ -1,6 +1,8 @@
 """Rounding with error feedback, input by input: the loop of GPTQ, for any grid.
 
-    for i in order:  target_i = W_i + sum over j < i of feedback_ij E_j,   W'_i = nearest(target_i),   E_i = W_i - W'_i
+    for i in order:  target_i = W_i + sum over j of feedback_ij E_j,   W'_i = nearest(target_i),   E_i = W_i - W'_i
+
+GPTQ's feedback is strictly lower triangular, so that only errors made before count; refinement's is not.
 
 One compiled program whatever the width: a scan over blocks of inputs, whose feedback from all earlier blocks is one matrix
 product, and inside it a scan over the block's inputs. Output columns are independent of each other.

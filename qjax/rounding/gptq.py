@@ -33,7 +33,7 @@ from qjax.rounding.feedback import round_with_feedback, row_grid, row_grids
 from qjax.rounding.info import Info, relative
 from qjax.rounding.nearest import Clip, check_clip, check_shapes
 from qjax.rounding.ranges import search_shrink
-from qjax.rounding.refine import refine as descend
+from qjax.rounding.refine import check_blocks, descend
 
 
 def gptq(
@@ -69,6 +69,8 @@ def gptq(
         )
     if not static_groups:
         _check_dynamic(fmt, weight.shape[0], act_order)
+    if refine:
+        check_blocks(weight.shape[0], fmt)
     factor = factorize(hessian, damp=damp, act_order=act_order) if factor is None else factor
     weight = weight.astype(jnp.float32)
     largest = jnp.int32(fmt.largest_code)  # traced, so that one compiled loop serves every number of bits
@@ -79,11 +81,12 @@ def gptq(
         rounded = _round_static(weight, factor, grids, codebook, largest, block)
     else:
         parameters, rounded = _round_dynamic(weight, factor, fmt, clip, largest)
-    damped_loss = jnp.sum(_costs(factor) * rounded.losses)
+    added, damped_loss = factor.added, jnp.sum(_costs(factor) * rounded.losses)
     if refine:
-        damped = hessian + jnp.diag(factor.added)
+        added = jnp.where(jnp.diagonal(hessian) == 0, 0.0, added)  # inputs never moved weigh nothing
+        damped = hessian + jnp.diag(added)
         *rounded, parameters, damped_loss = descend(weight, damped, rounded.codes, parameters, fmt, sweeps=refine, block=block)
-    return _finish(weight, factor, parameters, *rounded[:2], damped_loss, fmt)
+    return _finish(weight, factor.damp, added, parameters, *rounded[:2], damped_loss, fmt)
 
 
 class _Rounded(NamedTuple):
@@ -177,9 +180,9 @@ def _round(weight, factor, find_grid, codebook, largest, block):
 
 
 @functools.partial(jax.jit, static_argnames="fmt")
-def _finish(weight, factor, parameters, codes, errors, damped_loss, fmt) -> tuple[QTensor, Info]:
+def _finish(weight, damp, added, parameters, codes, errors, damped_loss, fmt) -> tuple[QTensor, Info]:
     squares = jnp.sum(jnp.square(errors), axis=1)
-    proxy_loss = jnp.maximum(damped_loss - jnp.sum(factor.added * squares), 0)
+    proxy_loss = jnp.maximum(damped_loss - jnp.sum(added * squares), 0)
     groups = grid.to_groups(weight, fmt)
     zero = None if parameters.zero is None else parameters.zero[:, None]
     ends = [grid.decode(jnp.uint8(code), parameters.decoded_scale[:, None], zero, fmt) for code in (0, fmt.largest_code)]
@@ -189,6 +192,6 @@ def _finish(weight, factor, parameters, codes, errors, damped_loss, fmt) -> tupl
         weight_error=jnp.where(jnp.isfinite(proxy_loss), weight_error, jnp.nan),
         clipped=jnp.sum(clipped, dtype=jnp.float32) / weight.size,
         proxy_loss=proxy_loss,
-        damp=factor.damp,
+        damp=damp,
     )
     return from_codes(codes, parameters, fmt), info

@@ -8,7 +8,8 @@
 Each step is the exact minimum with everything else held, so no sweep raises the loss: GPTQ's feedback reaches the inputs that
 come later, this reaches those that came before too. The codes' step is the one of QuantEase (Behdin et al. 2023, arXiv
 2309.01885) and is run by the loop of `feedback.py`, with H_ij / H_ii as its feedback and the errors at hand to start from.
-Zero points stay; so do scales that are stored doubly quantized, since one of them cannot be moved alone.
+Zero points stay; so do scales that are stored doubly quantized, since one of them cannot be moved alone. H is damped as GPTQ
+damps it, and it is the damped loss that falls. Inputs that calibration never moved weigh nothing and are rounded to nearest.
 """
 
 import functools
@@ -35,8 +36,14 @@ class Refined(NamedTuple):
     loss: Float[Array, ""]
 
 
+def check_blocks(inputs: int, fmt: Format) -> None:
+    """Raises QjaxError for blocks of weights that cross output columns, which have no scale of one column to fit."""
+    if fmt.granularity == "block" and inputs % fmt.group:
+        raise QjaxError(f"refine: blocks of {fmt} cross output columns where {fmt.group} does not divide the {inputs} inputs")
+
+
 @functools.partial(jax.jit, static_argnames=("fmt", "sweeps", "block"))
-def refine(
+def descend(
     weight: Float[Array, "in out"],
     hessian: Float[Array, "in in"],
     codes: UInt8[Array, "in out"],
@@ -46,15 +53,10 @@ def refine(
     sweeps: int,
     block: int = 64,
 ) -> Refined:
-    """`sweeps` times the scales, then the codes of a rounded weight; hessian is damped. Float32 throughout.
-
-    Raises QjaxError for blocks of weights that cross output columns.
-    """
-    inputs = len(weight)
-    if fmt.granularity == "block" and inputs % fmt.group:
-        raise QjaxError(f"refine: blocks of {fmt} cross output columns where {fmt.group} does not divide the {inputs} inputs")
-    diagonal = jnp.diagonal(hessian)
-    feedback = _pad(hessian / diagonal[:, None] - jnp.eye(inputs), block, both=True)
+    """`sweeps` times the scales, then the codes of a rounded weight; hessian is damped. Float32 throughout."""
+    inputs, diagonal = len(weight), jnp.diagonal(hessian)[:, None]
+    others = hessian * (1 - jnp.eye(inputs))
+    feedback = _pad(jnp.where(diagonal > 0, others / jnp.where(diagonal > 0, diagonal, 1), 0), block, both=True)
     padded = _pad(weight, block)
     codebook = fmt if fmt.codebook else None
 
