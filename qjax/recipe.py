@@ -31,10 +31,11 @@ import typing
 from collections.abc import Callable, Collection
 
 from qjax.errors import QjaxError
-from qjax.formats import GRIDS, Format, parse_format
+from qjax.formats import ALIASES, GRIDS, Format, parse_format
 
 STATISTICS = ("hessian", "abs_mean", "abs_max", "module")  # "module": the error of the parent module's output, a function
 DERIVED = ("factor",)  # computed from a statistic, for methods that take it
+GIVEN = (*STATISTICS, *DERIVED)
 ROUNDINGS: dict[str, str | Callable] = {"rtn": "qjax.rounding.nearest:rtn", "gptq": "qjax.rounding.gptq:gptq"}
 TRANSFORMS: dict[str, str | Callable] = {"awq": "qjax.transforms.awq:awq_scale"}
 FOLLOWED_BY = {"awq": "rtn(clip=hessian)"}  # the rounding of a recipe that ends in this transform; others end in rtn
@@ -109,14 +110,21 @@ def method(name: str) -> Callable:
 def register(function: Callable, *, transform: bool = False) -> Callable:
     """Makes a function a rounding (transform: a transform) under its own name, in recipes and all that takes them; returns it.
 
-    Registering a name of one's own again replaces the function. Raises QjaxError for names of the package's methods and
-    formats, and for names that no recipe can spell.
+    Registering a name of one's own again replaces the function. Raises QjaxError for names of qjax's own methods, orders and
+    formats, names that no recipe can spell, and options without the type that a recipe reads them as.
     """
-    name = function.__name__
+    name = getattr(function, "__name__", "")
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise QjaxError(f"register: {name!r} is no name for a method; a recipe spells it with a-z, 0-9 and _, a letter first")
-    if name in (*ROUNDINGS, *TRANSFORMS, *GRIDS, UNQUANTIZED) and name not in added_methods():
-        raise QjaxError(f"register: {name} is a method or format of qjax already; give the function another name")
+    if name in (*ROUNDINGS, *TRANSFORMS, *ORDERS, *GRIDS, *ALIASES, UNQUANTIZED) and name not in added_methods():
+        raise QjaxError(f"register: {name} is a method, order or format of qjax already; give the function another name")
+    parameters = inspect.signature(function).parameters.values()
+    untyped = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.annotation is p.empty and p.name not in GIVEN]
+    if len([p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]) < 2 or untyped:
+        raise QjaxError(
+            f"register: {name}{inspect.signature(function)} is no method: expected (weight, fmt, *, options), and every option "
+            "with a default and its type, as `sigmas: float = 3.0`"
+        )
     for registry in (ROUNDINGS, TRANSFORMS):
         registry.pop(name, None)
     (TRANSFORMS if transform else ROUNDINGS)[name] = function
@@ -129,10 +137,25 @@ def added_methods() -> dict[str, Callable]:
     return {name: function for name, function in (ROUNDINGS | TRANSFORMS).items() if callable(function)}
 
 
+def sources(recipe: Recipe | None) -> dict[str, str]:
+    """Source of every method of a recipe that comes from outside the package; functions that it calls are not seen.
+
+    Raises QjaxError where there is none to read.
+    """
+    stages = () if recipe is None else (*recipe.transforms, recipe.rounding)
+    added = {name: function for name, function in added_methods().items() if name in {stage.name for stage in stages}}
+    try:
+        return {name: inspect.getsource(function) for name, function in added.items()}
+    except (OSError, TypeError):
+        raise QjaxError(
+            f"the source of {', '.join(added)} cannot be read, and rows are told apart by it; define it in a file or a notebook"
+        ) from None
+
+
 def options_of(name: str) -> dict[str, inspect.Parameter]:
     """Options of a method: its keyword-only arguments that are not statistics."""
-    parameters = inspect.signature(method(name)).parameters.values()
-    return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in (*STATISTICS, *DERIVED)}
+    parameters = inspect.signature(method(name), eval_str=True).parameters.values()
+    return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in GIVEN}
 
 
 def statistics_of(stage: Stage) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ import pytest
 
 import qjax
 from qjax.errors import QjaxError
-from qjax.recipe import ROUNDINGS, TRANSFORMS, added_methods, parse_recipe
+from qjax.recipe import ROUNDINGS, TRANSFORMS, added_methods, method, parse_recipe, sources
 from qjax.sweep.record import provenance
 from tests.paths import REPOSITORY
 
@@ -16,13 +16,14 @@ README = (REPOSITORY / "README.md").read_text("utf-8")
 
 
 @pytest.fixture
-def registries(monkeypatch):
+def registries():
     """The registries as they were, afterwards."""
     kept = dict(ROUNDINGS), dict(TRANSFORMS)
     yield
     for registry, before in zip((ROUNDINGS, TRANSFORMS), kept, strict=True):
         registry.clear()
         registry.update(before)
+    method.cache_clear()
 
 
 def test_own_method_from_function_to_figure(tmp_path):
@@ -50,21 +51,39 @@ def test_registered_methods():
     def twice(weight, fmt):
         return qjax.rtn(2 * weight, fmt)
 
-    before = provenance()["code"]
+    before = sources(parse_recipe("twice:int4-g32"))
     assert str(parse_recipe("awq+twice:int4-g32")) == "awq+twice:int4-g32" and list(added_methods()) == ["twice"]
+    assert sources(parse_recipe("rtn:int4-g32")) == {} and provenance(before)["code"] != provenance()["code"]
 
     @qjax.register
     def twice(weight, fmt, *, by: float = 2.0):  # noqa: F811
         return qjax.rtn(by * weight, fmt)
 
     assert str(parse_recipe("twice(by=3):int4-g32")) == "twice(by=3.0):int4-g32"
-    assert provenance()["code"] != before
-    for name, message in (("rtn", "already"), ("nf4", "already"), ("none", "already"), ("Twice", "no name for a method")):
-        twice.__name__ = name
-        with pytest.raises(QjaxError, match=message):
-            qjax.register(twice)
+    assert sources(parse_recipe("twice:int4-g32")) != before
     made = {}
     exec("def unseen(weight, fmt): ...", made)
     qjax.register(made["unseen"])
-    with pytest.raises(QjaxError, match="the source of the method unseen cannot be read"):
-        provenance()
+    with pytest.raises(QjaxError, match="the source of unseen cannot be read"):
+        sources(parse_recipe("unseen:int4-g32"))
+
+
+@pytest.mark.usefixtures("registries")
+@pytest.mark.parametrize("name", ["rtn", "awq", "qep", "nf4", "fp4", "none", "Twice", ""])
+def test_names_that_cannot_be_registered(name):
+    def function(weight, fmt): ...
+
+    function.__name__ = name
+    with pytest.raises(QjaxError, match="no name for a method" if name in ("Twice", "") else f"{name} is a method, order or"):
+        qjax.register(function)
+
+
+@pytest.mark.usefixtures("registries")
+def test_functions_that_are_no_methods():
+    def untyped(weight, fmt, *, sigmas=3.0): ...
+
+    def short(weight): ...
+
+    for function in (untyped, short):
+        with pytest.raises(QjaxError, match=r"is no method: expected \(weight, fmt, \*, options\)"):
+            qjax.register(function)

@@ -8,13 +8,12 @@ import datetime
 import functools
 import hashlib
 import importlib.metadata
-import inspect
 import json
 import math
 import os
 import platform
 import resource
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -26,11 +25,10 @@ from flax.traverse_util import flatten_dict
 import qjax
 from qjax.calibrate.tokens import Calibration
 from qjax.driver import Report
-from qjax.errors import QjaxError
 from qjax.evaluate.perplexity import PerplexityResult
 from qjax.evaluate.statistics import bootstrap_interval, ratio_stderr
 from qjax.models.model import Model, compute_dtype
-from qjax.recipe import UNQUANTIZED, Recipe, Stage, added_methods, method_name
+from qjax.recipe import UNQUANTIZED, Recipe, Stage, method_name
 
 PACKAGE = Path(__file__).parents[1]
 UNMEASURED = (
@@ -74,27 +72,17 @@ def code_fingerprint() -> str:
     return total.hexdigest()[:16]
 
 
-def provenance() -> dict[str, object]:
-    """Versions, code (methods from outside the package too) and device of this process."""
-    added = {name: _source(name, function) for name, function in added_methods().items()}
+def provenance(added: Mapping[str, str] = MappingProxyType({})) -> dict[str, object]:
+    """Versions, code and device of this process. added: sources of methods that do not belong to the package."""
     versions = [f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES]
     device = jax.devices()[0]
     kind = device.device_kind if device.platform != "cpu" else f"{platform.machine()} x{os.cpu_count()}"
     return {
         "versions": ", ".join([f"qjax {qjax.__version__}", f"python {platform.python_version()}", *versions]),
-        "code": digest(code_fingerprint(), added) if added else code_fingerprint(),
+        "code": digest(code_fingerprint(), dict(added)) if added else code_fingerprint(),
         "device": f"{device.platform}: {kind}",
         "compute_dtype": jnp.dtype(compute_dtype()).name,
     }
-
-
-def _source(name: str, function: Callable) -> str:
-    try:
-        return inspect.getsource(function)
-    except (OSError, TypeError):
-        raise QjaxError(
-            f"the source of the method {name} cannot be read, and rows are told apart by it; define it in a file or a notebook"
-        ) from None
 
 
 def calibration_columns(calibration: Calibration | None, order: Stage | None) -> dict[str, object]:

@@ -22,7 +22,7 @@ from qjax.evaluate.speed import measure_speed
 from qjax.files import require_writable
 from qjax.layerwise import LayerRecord, problem_of
 from qjax.models.model import Model, runnable
-from qjax.recipe import UNQUANTIZED, Stage, parse_recipe
+from qjax.recipe import UNQUANTIZED, Stage, parse_recipe, sources
 from qjax.rules import parse_rule
 from qjax.sweep.cells import canonical
 from qjax.sweep.measures import accuracy_columns, divergence_columns, mean_columns, speed_columns, tasks_identity
@@ -99,7 +99,7 @@ def run_sweep(model: Model, sweep: Sweep, folder: str | Path, watcher: Watcher |
             "max_windows": sweep.max_windows,
             **calibration_columns(sweep.calibration, orders[plan]),
             **({"tasks": tasks_identity(sweep.tasks)} if sweep.tasks else {}),
-            **provenance(),
+            **provenance(added_sources(*plan)),
         }
         return identity, digest(identity, str(convention), *(name for name in ("divergence", "speed") if getattr(sweep, name)))
 
@@ -171,6 +171,12 @@ def _check_calibration(model: Model, sweep: Sweep, needing: list[tuple[str, tupl
                 f"{same[0]} is both measured and calibrated on, which makes calibrated methods look better than they are; "
                 "give another text to --calibration or --data"
             )
+
+
+def added_sources(recipe: str, rules: tuple[str, ...]) -> dict[str, str]:
+    """Sources of the methods from outside the package that a recipe and rules use."""
+    recipes = (parse_recipe(recipe), *(parse_rule(rule).recipe for rule in rules))
+    return {name: source for each in recipes for name, source in sources(each).items()}
 
 
 class Quantizer:
