@@ -9,14 +9,14 @@ bfloat16. A timed program multiplies with several weights, so that starting it c
 
 import argparse
 import dataclasses
-import statistics
-import time
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
 
 import qjax
-from qjax.kernels import layout
+from qjax.kernels import layout, timing
 
 WEIGHTS = 8  # a timed program multiplies with so many
 
@@ -43,18 +43,12 @@ def neighbours(blocks):
 
 def seconds(kernels, x, weights, blocks, *, repeats: int, interpret: bool = False) -> float:
     """Median seconds of one product; infinity where the sizes cannot be had."""
-    multiply = jax.jit(lambda x, weights: [kernels.multiply(x, w, blocks=blocks, interpret=interpret) for w in weights])
-    times = []
+    multiply = functools.partial(kernels.multiply, blocks=blocks, interpret=interpret)
     try:
-        jax.block_until_ready(multiply(x, weights))
-        for _ in range(repeats):
-            start = time.perf_counter()
-            jax.block_until_ready(multiply(x, weights))
-            times.append((time.perf_counter() - start) / len(weights))
+        return timing.seconds_per_call(multiply, x, weights, repeats=repeats)
     except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
         print(f"# passed over: {blocks}: {str(error).splitlines()[0][:100]}")
-        return float("inf")
-    return statistics.median(times)
+        return math.inf
 
 
 def tune(kernels, cases, device: str, *, repeats: int = 9, interpret: bool = False):
@@ -72,6 +66,8 @@ def tune(kernels, cases, device: str, *, repeats: int = 9, interpret: bool = Fal
     best = min(starts, key=measure)
     while (faster := min(neighbours(best), key=measure)) and measure(faster) < 0.98 * measure(best):
         best = faster
+    if math.isinf(measure(best)):
+        raise SystemExit(f"tune_kernels: no sizes for {rows} rows compile on {device}; start from others in TABLE")
     return dataclasses.replace(best, device=device, most_rows=rows), measure(best)
 
 

@@ -58,6 +58,11 @@ def test_products(sharding, fmt, dtype, rows, shape):
         assert memory.temp_size_in_bytes < shape[0] * shape[1]  # a byte a weight: half of an unpacked one
 
 
+@pytest.mark.parametrize("fmt", ["int4-g32", "int3-g32", "fp4_bnb-g64-bf16", "nf4-g64-dq", "fp8_e4m3-channel", "int1-g32"])
+def test_other_formats(sharding, fmt):
+    compile_memory(sharding, tpu.multiply, jax.ShapeDtypeStruct((1, EDGES[0]), jnp.bfloat16), weight_shapes(fmt, *EDGES))
+
+
 @pytest.mark.parametrize(("rows", "shape"), [(1, SQUARE), (512, SQUARE), (5, EDGES)])
 def test_int8(sharding, rows, shape):
     x, x_scale = jax.ShapeDtypeStruct((rows, shape[0]), jnp.int8), jax.ShapeDtypeStruct((rows, 1), jnp.float32)
