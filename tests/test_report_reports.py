@@ -3,9 +3,10 @@
 import pytest
 
 from qjax.errors import QjaxError
+from qjax.report.comparison import comparison_tables
 from qjax.report.memory import memory_row, memory_table
 from qjax.report.rendering import to_markdown
-from qjax.report.reports import FIGURES, FOLDER_TABLES, TABLES, tables, write_reports
+from qjax.report.reports import FIGURES, FOLDER_TABLES, TABLES, figures, tables, write_reports
 from qjax.report.sensitivity import place_of, sensitivity_table
 from qjax.report.tables import perplexity_table, split_tables
 from qjax.sweep.store import ROWS, append_rows, read_rows
@@ -63,6 +64,20 @@ def test_places_quantized_alone():
     assert len(sensitivity_table([*rows, measured_row("rtn:int4-g128", 0.1)]).rows) == 3
     with pytest.raises(QjaxError, match="qjax sensitivity"):
         sensitivity_table(sweep_rows())
+
+
+def test_a_seed_that_diverged_leaves_every_table_and_figure():
+    rows = [row for row in calibrated_rows() if row.get("calibration", "c4") == "c4"]
+    bad = rows[-1]
+    infinite = dict.fromkeys(("perplexity", "nll", "nll_delta", "nll_delta_low", "nll_delta_high", "perplexity_ratio"), "inf")
+    unknown = dict.fromkeys(("perplexity_stderr", "nll_delta_stderr", "perplexity_ratio_stderr"))
+    rows[-1] = bad | infinite | unknown | {"window_nll": ["inf", None, *bad["window_nll"][2:]]}
+    assert names(rows) == [STEM, f"{STEM}-seeds"]
+    cells = dict(tables(rows))[f"{STEM}-seeds"].cells()
+    assert [" ∞" in f" {' '.join(line)}" for line in cells] == [False, True]  # 8 windows; 32, of which one seed diverged
+    assert [name for name, _ in figures(rows)] == [f"{STEM}-recipes"]
+    worse, better = (comparison_tables(*pair, ("a", "b"))[0] for pair in ((rows[-2:], rows[-2:]), ([bad], rows[-1:])))
+    assert [line[-1] for line in worse.cells()] == ["0", "-"] and better.cells()[0][-2:] == ["∞", "-"]
 
 
 def test_calibration_is_a_column_where_it_tells_rows_apart():

@@ -12,7 +12,7 @@ import numpy as np
 
 from qjax.errors import QjaxError
 from qjax.evaluate.statistics import accuracy_difference, ratio_stderr
-from qjax.report.numbers import MISSING, number, significant, with_error
+from qjax.report.numbers import MISSING, loss_change, number, significant, with_error
 from qjax.report.rendering import Column, Row, Table, columns_of
 from qjax.report.tables import NOISE, cells_of, distinctions, is_baseline
 
@@ -116,7 +116,7 @@ def _loss_error(old: Row, new: Row, metric: str) -> float:
     """Paired over windows, carried from nll to the metric at the mean of both (the delta method)."""
     if "window_nll" not in old or "window_nll" not in new or old["window_tokens"] != new["window_tokens"]:
         return math.nan
-    error = ratio_stderr(np.subtract(new["window_nll"], old["window_nll"]), np.array(new["window_tokens"]))
+    error = ratio_stderr(loss_change(new, old), np.array(new["window_tokens"]))
     if metric in ("nll", "nll_delta"):
         return error
     if metric == "bits_per_byte":

@@ -7,6 +7,9 @@ standard error is known (None or nan) the value gets four significant digits and
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+from jaxtyping import Float
+
 INFINITY, MISSING = "∞", "-"
 BYTE_UNITS = (("B", 1), ("kB", 10**3), ("MB", 10**6), ("GB", 10**9), ("TB", 10**12))  # decimal, as disks and papers count
 SCIENTIFIC_ABOVE = 1e6
@@ -17,6 +20,17 @@ def number(row: Mapping[str, object], key: str) -> float:
     """A row's figure; nan where the row has none."""
     value = row.get(key)
     return math.nan if value is None else float(value)
+
+
+def losses(row: Mapping[str, object]) -> Float[np.ndarray, " windows"]:
+    """A row's loss of every window, nats; infinite where the model diverged, which a row holds as "inf" or null."""
+    return np.array([math.inf if loss is None else float(loss) for loss in row["window_nll"]])
+
+
+def loss_change(row: Mapping[str, object], other: Mapping[str, object]) -> Float[np.ndarray, " windows"]:
+    """By how much the row's losses are above the other's; nan where both diverged."""
+    with np.errstate(invalid="ignore"):
+        return losses(row) - losses(other)
 
 
 def with_error(value: float, error: float, *, sign: str = "") -> str:

@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Float
 
 from qjax.errors import QjaxError
-from qjax.report.numbers import MISSING, number, with_error
+from qjax.report.numbers import MISSING, loss_change, number, with_error
 from qjax.report.rendering import Column, Row, Table
 from qjax.report.tables import describe, is_baseline, split_tables
 
@@ -202,16 +202,11 @@ def _costs_of_seeds(rows: Sequence[Row], baseline: Row) -> list[Costs]:
 
 
 def _cost(row: Row, baseline: Row) -> Float[np.ndarray, " n"]:
-    change = _losses(row) - _losses(baseline)
+    change = loss_change(row, baseline)
     counts = np.asarray(baseline["window_tokens"], float)
     total, tokens = np.append(0.0, change), np.append(0.0, counts)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         return 100 * np.expm1((change.sum() - total) / (counts.sum() - tokens))
-
-
-def _losses(row: Row) -> Float[np.ndarray, " n"]:
-    """Losses of the windows; a model that diverged has "inf" and null among them."""
-    return np.array([math.nan if loss is None else float(loss) for loss in row["window_nll"]])
 
 
 def paper_shapes_table(rows: Sequence[Row], findings: Sequence[Finding] = FINDINGS) -> Table:

@@ -13,7 +13,7 @@ import numpy as np
 from qjax.errors import QjaxError
 from qjax.evaluate.statistics import accuracy_difference, aggregate_seeds
 from qjax.report.accuracy import tasks_of
-from qjax.report.numbers import number, significant, with_error
+from qjax.report.numbers import loss_change, number, significant, with_error
 from qjax.report.rendering import Column, Row, Table, columns_of, decimals
 from qjax.report.tables import MEASURED, NOISE, describe, distinctions, in_order, is_baseline, require_one_group
 
@@ -50,8 +50,9 @@ def merge_seeds(rows: Sequence[Row]) -> list[Row]:
 
 def _merge(group: Sequence[Row], baseline: Row) -> Row:
     first, counts = group[0], np.array(baseline["window_tokens"])
-    change = aggregate_seeds([np.subtract(row["window_nll"], baseline["window_nll"]) for row in group], counts)
-    ratio = math.exp(min(change.value, 700.0))
+    with np.errstate(invalid="ignore"):  # of seeds that diverged the mean is infinite and its error unknown
+        change = aggregate_seeds([loss_change(row, baseline) for row in group], counts)
+    ratio = math.exp(change.value) if change.value < 700 else math.inf
     merged = {key: first[key] for key in KEPT if key in first} | {
         "seeds": change.seeds,
         "nll_delta": change.value,
