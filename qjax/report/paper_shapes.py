@@ -5,9 +5,10 @@ in. Its error adds two parts: over windows, by the jackknife (every window left 
 
     error^2 = (n - 1) / n sum_i (f_(i) - mean f_(i))^2                                    Efron and Stein 1981
 
-and over seeds of calibration, the variance between them over their number. A finding holds where two errors to either side are
-in the range, does not where they are out of it, and is open in between. The papers' numbers are computed from their tables, of
-models a hundred times larger and more; the ranges leave room below what their smallest models and their claims say.
+and over seeds of calibration, the variance between them over their number. A finding holds where two errors to either side (of
+few seeds more, `reach_of`) are in the range, does not where they are out of it, and is open in between, or where a cost that
+another is divided by is not so far above 0. The papers' numbers are computed from their tables, of models a hundred times larger
+and more; the ranges leave room beside what their smallest models and their claims say.
 
 GPTQ: Frantar et al. 2022 (arXiv 2210.17323). AWQ: Lin et al. 2023 (2306.00978). QLoRA: Dettmers et al. 2023 (2305.14314).
 """
@@ -22,12 +23,11 @@ import numpy as np
 from jaxtyping import Float
 
 from qjax.errors import QjaxError
-from qjax.report.numbers import MISSING, loss_change, number, with_error
+from qjax.report.numbers import ERRORS, MISSING, loss_change, number, reach_of, with_error
 from qjax.report.rendering import Column, Row, Table
 from qjax.report.tables import describe, is_baseline, split_tables
 
 KIND = "paper_shapes"
-ERRORS = 2  # to either side
 Costs = Mapping[str, Float[np.ndarray, " n"]]  # recipe -> percent; of all windows, then with each one left out
 
 
@@ -77,12 +77,15 @@ def smallest_step(*costs: np.ndarray) -> np.ndarray:
     return np.diff(np.stack(costs), axis=0).min(axis=0)
 
 
-def _change(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-    return 100 * (perplexity_ratio(ours, theirs) - 1)
-
-
 def _falls(ours_few: np.ndarray, theirs_few: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
     return share(ours_few, theirs_few) / share(ours, theirs)
+
+
+DIVISORS = {share: (1,), _falls: (1, 2, 3)}  # of a measure: its arguments that must be above 0 for its number to mean anything
+
+
+def _change(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    return 100 * (perplexity_ratio(ours, theirs) - 1)
 
 
 _INT4 = "rtn:int4-g64-sym-max"
@@ -170,12 +173,23 @@ def judge(finding: Finding, rows: Sequence[Row]) -> Judged | None:
         return None
     if finding.measure is None:
         value, error = (100 * number(rows[0], key) for key in ("accuracy_mean_delta", "accuracy_mean_delta_stderr"))
-        return None if math.isnan(value) else _judged(finding, value, error)
-    samples = [finding.measure(*(costs[recipe] for recipe in finding.recipes)) for costs in _costs_of_seeds(rows, baseline)]
+        return None if math.isnan(value) else _judged(finding, value, error, ERRORS * error)
+    seeds = [[costs[recipe] for recipe in finding.recipes] for costs in _costs_of_seeds(rows, baseline)]
+    with np.errstate(invalid="ignore", divide="ignore"):  # of costs that are 0 or infinite
+        found = _judged(finding, *_estimate([finding.measure(*costs) for costs in seeds]))
+        divisors = [_estimate([costs[i] for costs in seeds]) for i in DIVISORS.get(finding.measure, ())]
+    sure = all(value == math.inf or value > reach for value, _, reach in divisors)
+    return found if sure else found._replace(holds="open")
+
+
+def _estimate(samples: Sequence[Float[np.ndarray, " n"]]) -> tuple[float, float, float]:
+    """(mean over seeds, its standard error, how far to either side it may be). samples: a seed's figure, of all windows, then
+    with each left out.
+    """
     values = [float(sample[0]) for sample in samples]
     over_windows = float(np.mean([jackknife_error(sample[1:]) for sample in samples]))
     over_seeds = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return _judged(finding, float(np.mean(values)), math.hypot(over_windows, over_seeds))
+    return float(np.mean(values)), math.hypot(over_windows, over_seeds), reach_of(over_windows, over_seeds, len(values))
 
 
 def jackknife_error(left_out: Float[np.ndarray, " n"]) -> float:
@@ -184,8 +198,9 @@ def jackknife_error(left_out: Float[np.ndarray, " n"]) -> float:
     return math.sqrt((n - 1) / n * float(np.sum((left_out - left_out.mean()) ** 2))) if n > 1 else math.nan
 
 
-def _judged(finding: Finding, value: float, error: float) -> Judged:
-    reach = ERRORS * error
+def _judged(finding: Finding, value: float, error: float, reach: float) -> Judged:
+    if value == math.inf:  # one of the models diverged, and no error is known
+        return Judged(value, math.nan, "no" if math.isfinite(finding.high) else "open")
     inside = finding.low <= value - reach and value + reach <= finding.high
     outside = value + reach < finding.low or finding.high < value - reach
     return Judged(value, error, "yes" if inside else "no" if outside else "open")
@@ -206,7 +221,8 @@ def _cost(row: Row, baseline: Row) -> Float[np.ndarray, " n"]:
     counts = np.asarray(baseline["window_tokens"], float)
     total, tokens = np.append(0.0, change), np.append(0.0, counts)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        return 100 * np.expm1((change.sum() - total) / (counts.sum() - tokens))
+        left = np.where(np.isposinf(change.sum()), np.inf, change.sum() - total)  # diverged: whatever window is left out
+        return 100 * np.expm1(left / (counts.sum() - tokens))
 
 
 def paper_shapes_table(rows: Sequence[Row], findings: Sequence[Finding] = FINDINGS) -> Table:
@@ -238,7 +254,9 @@ def paper_shapes_table(rows: Sequence[Row], findings: Sequence[Finding] = FINDIN
     notes = (
         f"Measured on {'; '.join(map(describe, (group[0] for group in groups)))}. "
         "±: standard error, of windows and of seeds of calibration. "
-        f"Yes: {ERRORS} errors to either side are in the range; no: they are out of it; open: neither. "
+        f"Yes: {ERRORS} errors to either side (of few seeds more, by Student's t) are in the range; no: they are out of it; "
+        "open: neither, or a divisor is not that far above 0. "
+        "A range below 1 tests the direction alone, not the papers' size. "
         "Cost: increase of perplexity over the unquantized model, in percent; its differences are points. "
         "RTN: nearest rounding; INT4: symmetric, scale max/7; DQ: double quantization.",
     )
