@@ -23,7 +23,7 @@ from qjax.report.reports import tables
 from tests.report_rows import measured_row
 
 WINDOWS, TOKENS = 6, 100
-RTN, GPTQ = "rtn:int4-channel", "gptq:int4-channel@block"
+RTN, GPTQ = "rtn:int4-channel", "gptq(act_order=false,static_groups=false):int4-channel@block"
 
 
 def row(recipe: str, changes=0.0, **columns):
@@ -126,6 +126,26 @@ def test_table_of_a_folder_has_every_finding_and_model():
     assert value.startswith("0.192") and others == ["yes", "-", "-"]
     with pytest.raises(QjaxError, match="unquantized"):
         paper_shapes_table([row(RTN)])
+
+
+def test_settings_are_the_papers():
+    for each in FINDINGS:
+        orders = {recipe.partition("@")[2] for recipe in each.recipes if recipe.startswith(("gptq", "awq"))}
+        if each.source.startswith("GPTQ, "):
+            assert orders == {"block"} and all("act_order=false" in r for r in each.recipes if r.startswith("gptq"))
+        elif each.source.startswith("GPTQ's code"):
+            assert "sequential" in orders
+        elif each.source == "shape check":
+            assert each.paper == ""
+
+
+@pytest.mark.parametrize(
+    ("index", "costs"),  # perplexities less the unquantized model's of OPT-350M and BLOOM-7.1B, GPTQ then RTN
+    [(1, (2.24, 3.94)), (2, (11.79, 42.57)), (3, (11.79, 42.57, 2.24, 3.94)), (2, (2.10, 6.01)), (3, (2.10, 6.01, 0.36, 0.73))],
+)
+def test_the_papers_own_models_are_in_the_range(index, costs):
+    each = FINDINGS[index]
+    assert each.low <= each.measure(*map(np.array, costs)) <= each.high
 
 
 def test_recipes_are_canonical():
