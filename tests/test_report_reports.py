@@ -7,6 +7,7 @@ from qjax.report.comparison import comparison_tables
 from qjax.report.memory import memory_row, memory_table
 from qjax.report.rendering import to_markdown
 from qjax.report.reports import FIGURES, FOLDER_TABLES, TABLES, figures, tables, write_reports
+from qjax.report.seeds import seeds_table
 from qjax.report.sensitivity import place_of, sensitivity_table
 from qjax.report.tables import perplexity_table, split_tables
 from qjax.sweep.store import ROWS, append_rows, read_rows
@@ -66,6 +67,15 @@ def test_places_quantized_alone():
         sensitivity_table(sweep_rows())
 
 
+@pytest.mark.parametrize(("errors", "noise"), [(10, True), (14, False)])  # t of one degree of freedom: 12.7
+def test_two_seeds_are_within_noise_by_students_t(errors, noise):
+    rows = [measured_row("none", window_nll=[600.0] * 8, window_tokens=[100] * 8)]
+    for seed, change in enumerate((0.01 * (errors - 1), 0.01 * (errors + 1))):  # their mean has an error of 0.01
+        losses = {"window_nll": [600.0 + 100 * change] * 8, "window_tokens": [100] * 8}
+        rows.append(measured_row("gptq:int3-g128", change, seed=seed, **losses))
+    assert ("≈" in seeds_table(rows).cells()[0][3]) == noise
+
+
 def test_a_seed_that_diverged_leaves_every_table_and_figure():
     rows = [row for row in calibrated_rows() if row.get("calibration", "c4") == "c4"]
     bad = rows[-1]
@@ -86,5 +96,11 @@ def test_calibration_is_a_column_where_it_tells_rows_apart():
     assert "calibration text" in headers and "calibration windows" in headers and "tokens a window" not in headers
     assert names(rows) == [STEM, f"{STEM}-seeds"]
     assert len(tables(rows)[1][1].rows) == 4  # 2 texts x 2 numbers of windows, each of 2 seeds
+    (alone,) = [
+        line
+        for line in seeds_table([*rows, measured_row("rtn:int3-g128", 0.2, window_nll=[660.0] * 8)]).rows
+        if line["seeds"] == 1
+    ]
+    assert alone["recipe"] == "rtn:int3-g128" and alone["nll_delta"] == pytest.approx(60 / 256)
     same = [row for row in rows if row.get("calibration") in (None, "c4") and row.get("calibration_windows") in (None, 8)]
     assert not any("calibration" in header for header in perplexity_table(same).headers())

@@ -9,7 +9,7 @@ and over seeds of calibration, the variance between them over their number. A fi
 few seeds more, `reach_of`) are in the range, does not where they are out of it, and is open in between, or where a cost that
 another is divided by is not so far above 0. The papers' numbers are computed from their tables, of models up to a
 thousand times larger; the ranges leave room beside what their smallest models and their claims say. The settings are theirs:
-GPTQ's paper has no act-order and sees the quantized blocks before; its code on LLaMA has act-order and sees the quantized layers
+GPTQ's paper has no act-order and sees the quantized blocks before; its code on LLaMA has act-order and sees the layers
 before (with act-order our groups are static, its were not); AWQ sees the unquantized model.
 
 GPTQ: Frantar et al. 2022 (arXiv 2210.17323). AWQ: Lin et al. 2023 (2306.00978). QLoRA: Dettmers et al. 2023 (2305.14314).
@@ -44,8 +44,8 @@ class Judged(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class Finding:
     """text: what was found, with the unit of its number. paper: its number there; "": none. source: where. recipes: canonical,
-    whose rows it needs. low, high: the range its number is in where it holds. measure: of their costs; None: the change of accuracy of the
-    only recipe, points.
+    whose rows it needs. low, high: the range its number is in where it holds. measure: of their costs; None: the change of
+    accuracy of the only recipe, points.
     """
 
     text: str
