@@ -139,6 +139,23 @@ def test_kernel_benchmark(tmp_path):
     assert "| int4-g128" in (tmp_path / "kernels.md").read_text()
 
 
+def test_kernels_are_measured_again_with_other_code_or_versions(load, tmp_path, monkeypatch):
+    script = load("kernel_benchmark")
+    made = {"device": "cpu", "code": "a", "versions": "1"}
+    row = {
+        "format": "dense",
+        "implementation": "dense",
+        "dtype": "float32",
+        "seconds": 1.0,
+        "speedup": 1.0,
+        "bytes_per_second": 1.0,
+    }
+    monkeypatch.setattr(script, "measure", lambda *_: [row])
+    for changes, count in (({}, 2), ({}, 2), ({"code": "b"}, 4), ({"versions": "2"}, 6)):
+        monkeypatch.setattr(script, "provenance", lambda found=made | changes: found)
+        assert len(script.run(script.TINY, tmp_path)) == count
+
+
 @pytest.mark.slow
 def test_train_bundled_model(tmp_path):
     pytest.importorskip("orbax.checkpoint")

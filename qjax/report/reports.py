@@ -18,7 +18,7 @@ from qjax.files import write_atomically
 from qjax.report.accuracy import accuracy_table, divergence_table, has_divergence, tasks_of
 from qjax.report.dots import dots_figure, has_dots
 from qjax.report.figures import has_lines, perplexity_figure
-from qjax.report.kernels import kernels_table
+from qjax.report.kernels import by_device, kernels_table
 from qjax.report.memory import memory_rows_table
 from qjax.report.paper_shapes import KIND, paper_shapes_table
 from qjax.report.rendering import Row, Table, to_csv, to_latex, to_markdown
@@ -36,12 +36,13 @@ if TYPE_CHECKING:
 
 class Part(NamedTuple):
     """A table or figure. suffix: of its file name; shows(rows): true where the rows fill it; make(rows), of a figure
-    make(rows, width).
+    make(rows, width). split(rows), of a folder's: further suffix -> rows, each of a table of their own; None: one of all.
     """
 
     suffix: str
     shows: Callable[[Sequence[Row]], object]
     make: Callable[..., object]
+    split: Callable[[Sequence[Row]], dict[str, list[Row]]] | None = None
 
 
 def of_kind(kind: str) -> Callable[[Sequence[Row]], bool]:
@@ -72,7 +73,7 @@ FIGURES = (
 FOLDER_TABLES = (
     Part("memory", of_kind("memory"), memory_rows_table),
     Part(KIND, of_kind(KIND), paper_shapes_table),
-    Part("kernels", of_kind("kernels"), kernels_table),
+    Part("kernels", of_kind("kernels"), kernels_table, by_device),
 )
 
 
@@ -81,7 +82,13 @@ def tables(rows: Sequence[Row]) -> list[tuple[str, Table]]:
     if not rows:
         raise QjaxError("a report needs rows, got none; `qjax sweep` measures some")
     found = [(name, part.make(group)) for name, part, group in _parts(rows, TABLES)]
-    return found + [(part.suffix, part.make(rows)) for part in FOLDER_TABLES if part.shows(rows)]
+    for part in (part for part in FOLDER_TABLES if part.shows(rows)):
+        groups = part.split(rows) if part.split else {"": rows}
+        found += [(f"{part.suffix}-{more}".rstrip("-"), part.make(group)) for more, group in groups.items()]
+    if not found:
+        kinds = ", ".join(dict.fromkeys(str(row.get("kind")) for row in rows))
+        raise QjaxError(f"no table or figure shows rows of the kind {kinds}; `qjax sweep` measures some that are shown")
+    return found
 
 
 def figures(rows: Sequence[Row], width: str = "single") -> Iterator[tuple[str, "Figure"]]:
