@@ -17,6 +17,7 @@ import qjax
 from qjax.rules import place
 from qjax.sweep.cells import canonical
 from qjax.sweep.store import ROWS, read_rows
+from tests.dictionary import undescribed
 from tests.paths import REPOSITORY, real_data
 
 SCRIPTS = REPOSITORY / "experiments"
@@ -136,6 +137,7 @@ def test_kernel_benchmark(tmp_path):
     measured = {(row["format"], row["implementation"], row["rows"]) for row in rows}
     assert {("dense", "dense", 1), ("int4-g128", "reference", 16), ("nf4-g64", "xla", 1)} <= measured
     assert all(row["seconds"] > 0 and row["bandwidth_fraction"] > 0 for row in rows)
+    assert undescribed(rows, f"Columns of `{ROWS}`") == []
     assert "| int4-g128" in (tmp_path / "kernels.md").read_text()
 
 
