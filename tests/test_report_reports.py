@@ -67,6 +67,15 @@ def test_places_quantized_alone():
         sensitivity_table(sweep_rows())
 
 
+def test_devices_stand_in_tables_of_their_own_and_a_limit_that_changed_nothing_does_not():
+    rows = [measured_row("none"), measured_row("rtn:int4-g128", 0.1)]
+    other = [row | {"device": "gpu: H100"} for row in rows]
+    assert names([*rows, *other]) == [f"{STEM}-cpu-x86_64-x2", f"{STEM}-gpu-H100"]
+    assert [len(table.rows) for _, table in tables([*rows, *other])] == [2, 2]
+    (table,) = [table for _, table in tables([*rows, *(row | {"max_windows": 8} for row in rows)])]
+    assert len(table.rows) == 2
+
+
 @pytest.mark.parametrize(("errors", "noise"), [(10, True), (14, False)])  # t of one degree of freedom: 12.7
 def test_two_seeds_are_within_noise_by_students_t(errors, noise):
     rows = [measured_row("none", window_nll=[600.0] * 8, window_tokens=[100] * 8)]

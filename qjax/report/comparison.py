@@ -17,7 +17,7 @@ from qjax.report.rendering import Column, Row, Table, columns_of
 from qjax.report.tables import NOISE, cells_of, distinctions, is_baseline
 
 ASKED = (
-    *("fingerprint", "recipe", "corpus_fingerprint", "convention", "max_windows", "windows", "seed", "tasks"),
+    *("fingerprint", "recipe", "corpus_fingerprint", "convention", "windows", "seed", "tasks"),
     *("calibration_source", "calibration_windows", "calibration_window_tokens", "order"),
 )
 DEFAULT_METRIC = "perplexity"

@@ -239,8 +239,12 @@ def paper_shapes_table(rows: Sequence[Row], findings: Sequence[Finding] = FINDIN
         raise QjaxError(
             "a table of the papers' findings needs rows of an unquantized model; experiments/paper_shapes.py measures"
         )
-    models = [str(group[0]["model"]) for group in groups]
-    names = [name if models.count(name) == 1 else describe(group[0]) for name, group in zip(models, groups, strict=True)]
+    names = [str(group[0]["model"]) for group in groups]
+    for more in (
+        describe,
+        lambda row: f"{describe(row)}, {row.get('windows')} windows, {row.get('tasks')}, {row.get('device')}",
+    ):
+        names = [name if names.count(name) == 1 else more(group[0]) for name, group in zip(names, groups, strict=True)]
     lines = []
     for finding in findings:
         line = {"finding": finding.text, "paper": finding.paper, "source": finding.source, "range": finding.range}

@@ -143,8 +143,12 @@ def _parts(rows: Sequence[Row], parts: Sequence[Part]) -> Iterator[tuple[str, Pa
 def report_names(groups: Sequence[Sequence[Row]]) -> list[str]:
     """File names, without suffix, by model, text and convention; what tells two of the same name apart is appended."""
     names = [_slug("model", "corpus", "convention", row=group[0]) for group in groups]
-    details = [_slug("fingerprint", "corpus_fingerprint", "windows", "tasks", row=group[0]) for group in groups]
-    return [f"{name}-{more}" if names.count(name) > 1 else name for name, more in zip(names, details, strict=True)]
+    for keys in (("fingerprint", "corpus_fingerprint", "windows", "tasks"), ("device",), ("compute_dtype",)):
+        details = [_slug(*keys, row=group[0]) for group in groups]
+        pairs = list(zip(names, details, strict=True))
+        telling = {name for name, _ in pairs if len({more for other, more in pairs if other == name}) > 1}
+        names = [f"{name}-{more}" if name in telling else name for name, more in pairs]
+    return names
 
 
 def _slug(*keys: str, row: Row) -> str:

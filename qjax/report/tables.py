@@ -1,6 +1,6 @@
 """The tables qjax prints and writes, as functions of rows (flat dicts, one per measured cell; `sweep/record.py` makes them).
 
-Rows of different models, texts or conventions are never put in one table: `split_tables` groups them.
+Rows of different models, texts, conventions or devices are never put in one table: `split_tables` groups them.
 """
 
 import json
@@ -17,11 +17,15 @@ __all__ = [
     "to_csv", "to_latex", "to_markdown", "to_rich",
 ]  # fmt: skip
 
-GROUP_KEYS = ("model", "fingerprint", "corpus", "corpus_fingerprint", "convention", "windows", "compute_dtype", "tasks")
-# What a measurement gives and where it was made, as do columns of a task (COLUMN:TASK); all other keys say what was measured.
+GROUP_KEYS = (
+    *("model", "fingerprint", "corpus", "corpus_fingerprint", "convention", "windows", "tasks"),
+    *("compute_dtype", "device"),
+)
+# What a measurement gives and by what it was made, as do columns of a task (COLUMN:TASK); all other keys say what was measured.
+# `windows` says how many were measured, whatever limit was asked for.
 MEASURED = frozenset(
     (
-        "key", "time", "versions", "code",
+        "key", "time", "versions", "code", "max_windows",
         "bits_per_weight", "model_bits_per_weight", "size_bytes", "weight_error", "output_error", "damp",
         "perplexity", "perplexity_stderr", "perplexity_ratio", "perplexity_ratio_stderr",
         "nll", "nll_stderr", "nll_delta", "nll_delta_stderr", "nll_delta_low", "nll_delta_high",
