@@ -61,12 +61,14 @@ def split_tables(rows: Iterable[Row]) -> list[list[Row]]:
     """
     groups: dict[tuple, dict[str, Row]] = {}
     for row in cells_of(rows):
-        measured = MEASURED | {"seed"} if is_baseline(row) else MEASURED  # no seed changes the unquantized model
-        identity = json.dumps(
-            {key: value for key, value in row.items() if key not in measured and ":" not in key}, sort_keys=True
-        )
-        groups.setdefault(_group(row), {})[identity] = row
+        groups.setdefault(_group(row), {})[identity_of(row)] = row
     return [list(group.values()) for group in groups.values()]
+
+
+def identity_of(row: Row) -> str:
+    """What the row measured and on what device; rows of equal identity measured the same thing, the last one counts."""
+    measured = MEASURED | {"seed"} if is_baseline(row) else MEASURED  # no seed changes the unquantized model
+    return json.dumps({key: value for key, value in row.items() if key not in measured and ":" not in key}, sort_keys=True)
 
 
 def require_one_group(rows: Sequence[Row]) -> None:
