@@ -76,6 +76,13 @@ def test_devices_stand_in_tables_of_their_own_and_a_limit_that_changed_nothing_d
     assert len(table.rows) == 2
 
 
+def test_rows_that_fill_nothing_and_figures_that_are_none_are_named():
+    with pytest.raises(QjaxError, match="no table or figure shows rows of the kind other"):
+        tables([{"kind": "other", "key": "k"}])
+    with pytest.raises(QjaxError, match="nll_delta is 'abc', expected a number"):
+        tables([measured_row("none"), measured_row("rtn:int4-g128", nll_delta="abc")])
+
+
 @pytest.mark.parametrize(("errors", "noise"), [(10, True), (14, False)])  # t of one degree of freedom: 12.7
 def test_two_seeds_are_within_noise_by_students_t(errors, noise):
     rows = [measured_row("none", window_nll=[600.0] * 8, window_tokens=[100] * 8)]

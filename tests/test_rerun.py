@@ -190,6 +190,9 @@ def test_rows_without_what_is_needed_say_what():
     del row["corpus_fingerprint"]
     with pytest.raises(QjaxError, match="lacks corpus_fingerprint"):
         request_of(row)
+    for tasks in ("garbage", "cloze(8,ab) garbage"):
+        with pytest.raises(QjaxError, match=r"tasks are .*garbage.*NAME"):
+            request_of(measured_row("rtn:int4-g128", tasks=tasks))
     given = measured_row("gptq:int4-g128", order="qep", calibration="given tokens", calibration_source="")
     with pytest.raises(QjaxError, match=r"calibration_windows.*not read from a text"):
         request_of(given)

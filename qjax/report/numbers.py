@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Float
 
+from qjax.errors import QjaxError
+
 INFINITY, MISSING = "∞", "-"
 BYTE_UNITS = (("B", 1), ("kB", 10**3), ("MB", 10**6), ("GB", 10**9), ("TB", 10**12))  # decimal, as disks and papers count
 SCIENTIFIC_ABOVE = 1e6
@@ -18,9 +20,12 @@ ERRORS = 2  # to either side, of many units
 
 
 def number(row: Mapping[str, object], key: str) -> float:
-    """A row's figure; nan where the row has none."""
+    """A row's figure; nan where the row has none. Raises QjaxError for what is no number."""
     value = row.get(key)
-    return math.nan if value is None else float(value)
+    try:
+        return math.nan if value is None else float(value)
+    except (TypeError, ValueError):
+        raise QjaxError(f"row {row.get('key')}: {key} is {value!r}, expected a number; mend or remove the row") from None
 
 
 def losses(row: Mapping[str, object]) -> Float[np.ndarray, " windows"]:

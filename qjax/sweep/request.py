@@ -69,7 +69,7 @@ def request_of(row: Row) -> Request:
         if row.get("calibration_source") == "":
             missing.append("calibration_source (the tokens were given, not read from a text)")
         calibration = AskedCalibration(*(row.get(name) for name in columns))
-    tasks = re.findall(r"(\S.*?)\((\d+),([0-9a-f]+)\)(?: |$)", str(row.get("tasks") or ""))
+    tasks = _tasks(row)
     if missing:
         raise QjaxError(f"row {row['key']} cannot be measured again, it lacks {', '.join(missing)}")
     recipe, *rules = str(row["recipe"]).split("; ")
@@ -81,10 +81,21 @@ def request_of(row: Row) -> Request:
         max_windows=row.get("max_windows"),
         seed=int(row["seed"]),
         calibration=calibration,
-        tasks=tuple(AskedTask(name, int(count), fingerprint) for name, count, fingerprint in tasks),
+        tasks=tasks,
         divergence="kl" in row,
         speed="speed_batch" in row,
     )
+
+
+def _tasks(row: Row) -> tuple[AskedTask, ...]:
+    text = str(row.get("tasks") or "")
+    found = re.findall(r"(\S.*?)\((\d+),([0-9a-f]+)\)(?: |$)", text)
+    tasks = tuple(AskedTask(name, int(count), fingerprint) for name, count, fingerprint in found)
+    if " ".join(map(str, tasks)) != text:
+        raise QjaxError(
+            f"row {row['key']}: tasks are {text!r}, expected NAME(QUESTIONS,FINGERPRINT), one or more; mend the row"
+        )
+    return tasks
 
 
 def find_row(rows: Sequence[Row], wanted: str, where: str) -> Row:
