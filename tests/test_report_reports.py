@@ -83,6 +83,24 @@ def test_rows_that_fill_nothing_and_figures_that_are_none_are_named():
         tables([measured_row("none"), measured_row("rtn:int4-g128", nll_delta="abc")])
 
 
+def test_the_default_order_is_named_beside_others():
+    orders = {
+        f"gptq:int3-g128{at}": order for at, order in (("", "qep"), ("@block", "block"), ("@qep(alpha=0.5)", "qep(alpha=0.5)"))
+    }
+    rows = [
+        measured_row("none"),
+        *(measured_row(recipe, 0.1 + 0.01 * i, order=orders[recipe]) for i, recipe in enumerate(orders)),
+    ]
+    lines = {line[0] for line in dict(tables([*rows, measured_row("awq:int3-g128", 0.2, order="qep")]))[STEM].cells()}
+    gptq = {f"gptq:int3-g128@{order}" for order in orders.values()}
+    assert lines == {"none", "awq:int3-g128", *gptq}  # what has one order alone keeps its name
+    assert dict(tables(rows[:2]))[STEM].cells()[1][0] == "gptq:int3-g128"
+    again = [row | {"seed": 1, "window_nll": [1.0]} for row in rows[1:]]  # seeds are shown one under the other
+    first = [row | {"window_nll": [0.0], "window_tokens": [1]} for row in rows]
+    figure = dict(figures([*first, *again]))[f"{STEM}-recipes"]
+    assert {text.get_text() for text in figure.axes[0].get_yticklabels()} == gptq
+
+
 @pytest.mark.parametrize(("errors", "noise"), [(10, True), (14, False)])  # t of one degree of freedom: 12.7
 def test_two_seeds_are_within_noise_by_students_t(errors, noise):
     rows = [measured_row("none", window_nll=[600.0] * 8, window_tokens=[100] * 8)]

@@ -26,7 +26,7 @@ from qjax.report.seeds import seeds_of, seeds_table
 from qjax.report.sensitivity import ordinary, placed_alone, sensitivity_table
 from qjax.report.series import increase
 from qjax.report.style import PNG_DPI, RC
-from qjax.report.tables import perplexity_table, split_tables
+from qjax.report.tables import name_orders, perplexity_table, split_tables
 from qjax.report.tradeoff import has_speed, tradeoff_table
 from qjax.report.widths import has_widths, widths_table
 
@@ -137,7 +137,8 @@ def _parts(rows: Sequence[Row], parts: Sequence[Part]) -> Iterator[tuple[str, Pa
     """(file name, part, rows) of what each group fills."""
     groups = split_tables(rows)
     for name, group in zip(report_names(groups), groups, strict=True):
-        yield from ((f"{name}-{part.suffix}".rstrip("-"), part, group) for part in parts if part.shows(group))
+        shown = group if placed_alone(group) else name_orders(group)
+        yield from ((f"{name}-{part.suffix}".rstrip("-"), part, shown) for part in parts if part.shows(shown))
 
 
 def report_names(groups: Sequence[Sequence[Row]]) -> list[str]:

@@ -94,6 +94,25 @@ def in_order(rows: Iterable[Row]) -> list[Row]:
     )
 
 
+def name_orders(rows: Sequence[Row]) -> list[Row]:
+    """The rows, the default order of calibration named too (gptq:int3-g128@qep) where others of the same recipe are."""
+    orders: dict[str, set[object]] = {}
+    for row in rows:
+        orders.setdefault(_without_order(row), set()).add(row.get("order"))
+    return [_named(row) if len(orders[_without_order(row)]) > 1 else row for row in rows]
+
+
+def _without_order(row: Row) -> str:
+    recipe, _, rules = str(row["recipe"]).partition("; ")
+    return f"{recipe.partition('@')[0]}; {rules}"
+
+
+def _named(row: Row) -> Row:
+    recipe, rule, rules = str(row["recipe"]).partition("; ")
+    order = f"@{row['order']}" if row.get("order") and "@" not in recipe else ""
+    return {**row, "recipe": recipe + order + rule + rules}
+
+
 DISTINCTIONS = (  # columns beside the recipe that are shown where they tell rows apart
     Column("calibration", "calibration\ntext", text=True),
     Column("calibration_windows", "calibration\nwindows"),
