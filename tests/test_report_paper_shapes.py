@@ -128,6 +128,12 @@ def test_table_of_a_folder_has_every_finding_and_model():
         paper_shapes_table([row(RTN)])
 
 
+def test_a_model_on_two_devices_has_columns_for_each():
+    rows = [row(recipe, 0.1 * (recipe != "none"), device=device) for device in ("cpu", "gpu") for recipe in ("none", RTN, GPTQ)]
+    table = paper_shapes_table(rows)
+    assert len({column.key for column in table.columns}) == len(table.columns) == 4 + 2 * 2
+
+
 def test_settings_are_the_papers():
     for each in FINDINGS:
         orders = {recipe.partition("@")[2] for recipe in each.recipes if recipe.startswith(("gptq", "awq"))}
