@@ -24,11 +24,14 @@ FOLDERS = {"kernel_benchmark": "kernels"}  # those not named like their script
 def main() -> int:
     """The number of experiments that failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", choices=[*EXPERIMENTS, []], metavar="NAME", help=", ".join(EXPERIMENTS))
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(EXPERIMENTS))
     parser.add_argument("--out", type=Path, default=Path("results"))
     parser.add_argument("--data-folder", type=Path)
     parser.add_argument("--tiny", action="store_true", help="every experiment's tiny twin")
     options = parser.parse_args()
+    unknown = [name for name in options.names if name not in EXPERIMENTS]
+    if unknown:
+        parser.error(f"unknown experiments {', '.join(unknown)}; there are {', '.join(EXPERIMENTS)}")
     flags = ["--tiny"] if options.tiny else []
     environment = os.environ | ({"QJAX_TEST_DATA": str(options.data_folder)} if options.data_folder else {})
     failed, started = 0, time.monotonic()

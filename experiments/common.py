@@ -7,17 +7,23 @@ A script holds a frozen `Experiment`, its tiny twin, and `run(out, *, tiny, subj
     --model NAME     of `SUBJECTS` or anything `qjax.load` takes (once or more); by default the script's own choice
     --data-folder F  real models and texts (models/, text/); by default $QJAX_TEST_DATA, or ../shared/data. What is not there
                      is left out, and a line says so
+    --task SPEC      a further task of every subject, NAME:PATH (once or more), where the experiment asks questions
+
+A mistake is one line and exit code 2, as is a run of which no subject is left.
 """
 
 import argparse
 import dataclasses
 import functools
 import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import qjax
 from qjax.cache import enable_compilation_cache
+from qjax.driver import placement
+from qjax.errors import QjaxError
 from qjax.evaluate.corpora import Corpus, load_corpus
 from qjax.evaluate.questions import Task
 from qjax.evaluate.tasks import load_tasks
@@ -127,6 +133,11 @@ def add_row(out: Path, row: dict[str, object]) -> None:
         append_row(out / ROWS, row)
 
 
+def kernels(subject: Subject) -> list[str]:
+    """The paths of the subject's linear kernels."""
+    return list(placement(_model(subject.model), None))
+
+
 def _reads_data(recipe: str, rules: tuple[str, ...]) -> bool:
     parsed = [parse_recipe(recipe), *(qjax.parse_rule(rule).recipe for rule in rules)]
     return any(each is not None and each.statistics for each in parsed)
@@ -210,9 +221,19 @@ def main(doc: str, name: str, run: Callable[..., object], models: tuple[str, ...
     parser.add_argument("--data-folder", type=Path, default=DATA)
     parser.add_argument("--task", action="append", default=[], metavar="SPEC", help="a further task, NAME:PATH")
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    subjects = BUNDLED
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        run(options.out, tiny=options.tiny, subjects=_subjects(options, models))
+    except (QjaxError, OSError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _subjects(options: argparse.Namespace, models: tuple[str, ...] | None) -> tuple[Subject, ...]:
+    """Those asked for, with further tasks; raises QjaxError when none is left."""
+    found = BUNDLED
     if not options.tiny and (options.model or models):
-        subjects = locate(options.model or models, options.data_folder)
-    subjects = [dataclasses.replace(each, tasks=(*each.tasks, *options.task), data=options.data_folder) for each in subjects]
-    run(options.out, tiny=options.tiny, subjects=tuple(subjects))
+        found = locate(options.model or models, options.data_folder)
+    if not found:
+        raise QjaxError("no model to measure is there; name one with --model, or a folder that has it with --data-folder")
+    return tuple(dataclasses.replace(each, tasks=(*each.tasks, *options.task), data=options.data_folder) for each in found)

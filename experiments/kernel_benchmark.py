@@ -45,17 +45,17 @@ Cases = dict[tuple[str, str], tuple[timing.Program, int]]  # (format, implementa
 
 
 def run(experiment: Experiment, out: Path) -> list[dict[str, object]]:
-    """Measures the shapes and M that out/rows.jsonl lacks, and writes the table."""
+    """Measures the shapes and M that out/rows.jsonl lacks of this device, code and versions, and writes the table."""
     rows = read_rows(out / ROWS)
     made = provenance()
     copy = timing.copy_bandwidth(experiment.copied_bytes, repeats=experiment.repeats)
     for shape in experiment.shapes:
         for count in experiment.rows:
-            about = {"kind": "kernels", "device": made["device"], "inputs": shape[0], "outputs": shape[1], "rows": count}
+            about = made | {"kind": "kernels", "inputs": shape[0], "outputs": shape[1], "rows": count}
             if any(about.items() <= row.items() for row in rows):
                 continue
             measured = [
-                made | about | row | {"copy_bytes_per_second": copy, "bandwidth_fraction": row["bytes_per_second"] / copy}
+                about | row | {"copy_bytes_per_second": copy, "bandwidth_fraction": row["bytes_per_second"] / copy}
                 for row in measure(experiment, shape, count)
             ]
             key = "kernels: {device}, {inputs}x{outputs}, {format}, {implementation}, M={rows}"

@@ -7,6 +7,7 @@ Questions: are some blocks or kinds worth more bits than others? Is what the par
 """
 
 import dataclasses
+import re
 from pathlib import Path
 
 import common
@@ -18,7 +19,7 @@ SETTINGS = common.Settings(max_windows=256)
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """What is measured. kinds: patterns of kernels' paths."""
+    """What is measured. kinds: patterns of kernels' paths; those of which a model has none are left out."""
 
     recipes: tuple[str, ...] = ("rtn:int3-g128", "gptq(clip=mse):int3-g128")
     blocks: bool = True
@@ -44,8 +45,10 @@ def run(out: Path, *, tiny: bool = False, subjects: tuple[common.Subject, ...] =
         common.measure(out, subject, experiment.recipes, experiment.settings)  # the whole, to compare the sum with
         if experiment.blocks:
             common.measure(out, subject, experiment.recipes, experiment.settings, one_block=True)
+        kernels = common.kernels(subject)
+        kinds = [kind for kind in experiment.kinds if any(re.search(kind, path) for path in kernels)]
         for recipe in experiment.recipes:
-            for kind in experiment.kinds:
+            for kind in kinds:
                 common.measure(out, subject, (UNQUANTIZED,), experiment.settings, rules=(f"{kind}={recipe}",))
     return common.report(out)
 

@@ -40,7 +40,7 @@ def rerun(
     rows = _read(folder)
     from qjax.cache import enable_compilation_cache
     from qjax.report.rendering import to_rich
-    from qjax.report.rerun import rerun_table, unequal
+    from qjax.report.rerun_table import rerun_table, unequal
     from qjax.sweep.request import find_row
     from qjax.sweep.rerun import rerun as measure_again
 

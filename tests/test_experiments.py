@@ -3,10 +3,12 @@
 Twins run in this process, where they share compiled programs; one runs from a shell, as a user would.
 """
 
+import functools
 import importlib
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,11 +19,12 @@ import qjax
 from qjax.rules import place
 from qjax.sweep.cells import canonical
 from qjax.sweep.store import ROWS, read_rows
+from tests.dictionary import undescribed
 from tests.paths import REPOSITORY, real_data
 
 SCRIPTS = REPOSITORY / "experiments"
-SUFFIXES = {  # experiment -> tables that it is about
-    "quickstart": set(),
+SUFFIXES = {  # experiment -> tables that it is about; "": of perplexity
+    "quickstart": {""},
     "accuracy": {"accuracy", "divergence", "tradeoff"},
     "tradeoff": {"accuracy", "tradeoff", "memory"},
     "order": {"seeds"},
@@ -61,7 +64,7 @@ def test_from_a_shell(tmp_path):
 def test_tiny_twin(load, name, tmp_path):
     rows = load(name).run(tmp_path, tiny=True)
     assert len(rows) >= 2 and rows == read_rows(tmp_path / ROWS)
-    assert {path.stem.rpartition("-")[2] for path in tmp_path.glob("*.md")} >= SUFFIXES[name]
+    assert {re.sub(r"^.*-windows-\d+-?", "", path.stem) for path in tmp_path.glob("*.md")} >= SUFFIXES[name]
     assert list(tmp_path.glob("*.png"))
 
 
@@ -76,6 +79,12 @@ def test_order_draws_a_calibration_for_every_seed(load, tmp_path):
     assert load("order").run(tmp_path, tiny=True) == rows  # nothing is measured twice
 
 
+@functools.cache
+def texts_of(spec: str, split: str) -> frozenset[str]:
+    """The documents of a text that has parts, else its name."""
+    return frozenset(qjax.load_corpus(spec, split).documents) if spec == "python-docs" else frozenset([Path(spec).name])
+
+
 @pytest.mark.parametrize("name", SUFFIXES)
 def test_full_experiment_asks_for_what_exists(load, name, tmp_path, monkeypatch):
     """Recipes and rules of the full experiment parse, and none is calibrated on what is measured."""
@@ -86,14 +95,56 @@ def test_full_experiment_asks_for_what_exists(load, name, tmp_path, monkeypatch)
         asked.extend(canonical(recipes))
         place(kernels, None, map(qjax.parse_rule, rules))
         assert settings.calibration_windows > 1 and (settings.max_windows or 128) >= 128
-        assert calibration is None or "calib" in calibration or "shakespeare" in calibration
+        for text in subject.corpora:
+            assert not texts_of(text, "test") & texts_of(calibration or subject.calibration, "calibration")
 
+    monkeypatch.setattr(common, "texts", lambda specs, data: [spec.format(data=data) for spec in specs])
     monkeypatch.setattr(common, "measure", measure)
     monkeypatch.setattr(common, "report", lambda out: [])
     script.run(tmp_path, subjects=(common.SUBJECTS["bundled"],))
     assert len(asked) >= 8
     assert f"results/{name}/" in inspect.getdoc(script)
     assert load("all").EXPERIMENTS.count(name) == 1
+
+
+def test_no_subject_is_calibrated_on_what_it_measures(load):
+    common = load("common")
+    for subject in common.SUBJECTS.values():
+        for text in subject.corpora:
+            halved = text == subject.calibration and text.startswith(common.HALF)
+            assert halved or not texts_of(text, "test") & texts_of(subject.calibration, "calibration")
+
+
+def test_kinds_of_layers_that_a_model_lacks_are_left_out(load, tmp_path, monkeypatch):
+    script, common, rules = load("sensitivity"), load("common"), []
+    monkeypatch.setattr(common, "kernels", lambda subject: ["block_0/attention/q/kernel", "block_0/mlp/up/kernel"])
+    monkeypatch.setattr(common, "measure", lambda *given, **named: rules.extend(named.get("rules", ())))
+    monkeypatch.setattr(common, "report", lambda out: [])
+    script.run(tmp_path)
+    assert {rule.partition("=")[0] for rule in rules} == {"attention/q/", "mlp/up/"}
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--model", "babyllama", "--data-folder", "nowhere"], "no model to measure is there"),
+        (["--model", "no/such/folder/"], "order: .*no/such/folder"),
+    ],
+)
+def test_a_mistake_is_one_line(load, tmp_path, monkeypatch, capsys, options, named):
+    common = load("common")
+    monkeypatch.setattr(sys, "argv", ["order.py", "--out", str(tmp_path), *options])
+    with pytest.raises(SystemExit) as stopped:
+        common.main("", "order", load("order").run)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.count("\n") == 1 and re.search(named, said)
+
+
+def test_all_names_unknown_experiments(load, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["all.py", "ordr"])
+    with pytest.raises(SystemExit) as stopped:
+        load("all").main()
+    assert stopped.value.code == 2 and "unknown experiments ordr; there are quickstart" in capsys.readouterr().err
 
 
 def test_a_row_of_another_kind_is_added_once(load, tmp_path):
@@ -106,7 +157,7 @@ def test_missing_data_is_left_out_and_said(load, tmp_path, capsys):
     common = load("common")
     found = common.locate(common.LOCAL, tmp_path)
     assert [(each.model, each.corpora) for each in found] == [("bundled", ("python-docs",))]
-    assert capsys.readouterr().out.count("left out") == 3  # two models, and a text of the bundled one
+    assert capsys.readouterr().out.count("left out") == 2  # two models
 
 
 def test_a_text_is_halved_into_what_is_measured_and_what_is_calibrated_on(load, tmp_path, monkeypatch):
@@ -136,7 +187,25 @@ def test_kernel_benchmark(tmp_path):
     measured = {(row["format"], row["implementation"], row["rows"]) for row in rows}
     assert {("dense", "dense", 1), ("int4-g128", "reference", 16), ("nf4-g64", "xla", 1)} <= measured
     assert all(row["seconds"] > 0 and row["bandwidth_fraction"] > 0 for row in rows)
+    assert undescribed(rows, f"Columns of `{ROWS}`") == []
     assert "| int4-g128" in (tmp_path / "kernels.md").read_text()
+
+
+def test_kernels_are_measured_again_with_other_code_or_versions(load, tmp_path, monkeypatch):
+    script = load("kernel_benchmark")
+    made = {"device": "cpu", "code": "a", "versions": "1"}
+    row = {
+        "format": "dense",
+        "implementation": "dense",
+        "dtype": "float32",
+        "seconds": 1.0,
+        "speedup": 1.0,
+        "bytes_per_second": 1.0,
+    }
+    monkeypatch.setattr(script, "measure", lambda *_: [row])
+    for changes, count in (({}, 2), ({}, 2), ({"code": "b"}, 4), ({"versions": "2"}, 6)):
+        monkeypatch.setattr(script, "provenance", lambda found=made | changes: found)
+        assert len(script.run(script.TINY, tmp_path)) == count
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import pytest
 
 from qjax import QjaxError
 from qjax.report.kernels import kernels_table
+from qjax.report.reports import tables
 
 
 def row(implementation: str, rows: int, seconds: float, **changes) -> dict[str, object]:
@@ -24,6 +25,25 @@ def test_table():
         ["64 x 32", "int4-g32", "reference", "2.00", "-", "25", "2.00"],
     ]
     assert "cpu" in table.title and "20 GB/s" in table.notes[0]
+
+
+def test_a_table_for_every_device():
+    fast = row("xla", 1, 5e-4, device="gpu: H100", dtype="bfloat16", copy_bytes_per_second=3e12)
+    later = row("xla", 16, 1e-3, copy_bytes_per_second=3e10)
+    found = dict(tables([row("xla", 1, 1e-3), fast, later]))
+    assert list(found) == ["kernels-cpu", "kernels-gpu-H100"]
+    assert [table.cells()[0][3] for table in found.values()] == ["1.00", "0.500"]
+    assert [table.notes[0][:51] for table in found.values()] == [
+        "Type of x: float32. A copy moves 20 to 30 GB/s, rea",
+        "Type of x: bfloat16. A copy moves 3000 GB/s, read a",
+    ]
+    assert [name for name, _ in tables([fast])] == ["kernels"]
+
+
+def test_a_row_that_lacks_a_column_is_named():
+    for changed in ({"key": "k", "kind": "kernels", "device": "cpu"}, {"key": "k", "kind": "memory", "model": "m"}):
+        with pytest.raises(QjaxError, match=r"row k of the kind .* lacks (inputs|shapes), "):
+            tables([changed])
 
 
 def test_one_device():

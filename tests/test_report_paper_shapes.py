@@ -23,7 +23,7 @@ from qjax.report.reports import tables
 from tests.report_rows import measured_row
 
 WINDOWS, TOKENS = 6, 100
-RTN, GPTQ = "rtn:int4-channel", "gptq:int4-channel@block"
+RTN, GPTQ = "rtn:int4-channel", "gptq(act_order=false,static_groups=false):int4-channel@block"
 
 
 def row(recipe: str, changes=0.0, **columns):
@@ -93,7 +93,27 @@ def test_what_was_not_measured_is_missing_and_what_diverged_does_not_hold():
     assert judge(finding(), [row("none"), row(GPTQ)]) is None
     diverged = row(GPTQ, 1.0)
     diverged["window_nll"] = ["inf", None, *diverged["window_nll"][2:]]
-    assert judge(finding(), [row("none"), diverged, row(RTN, 0.1)]).holds != "yes"
+    assert judge(finding(), [row("none"), diverged, row(RTN, 0.1)]) == (math.inf, pytest.approx(math.nan, nan_ok=True), "no")
+    assert judge(finding(), [row("none"), row(GPTQ, 0.1), diverged | {"recipe": RTN}])[::2] == (0, "yes")
+    finite = row(GPTQ, math.log(1.02), seed=1)
+    assert judge(finding(), [row("none"), diverged, finite, row(RTN, 0.1)]).holds == "no"
+
+
+@pytest.mark.parametrize("measured", [-0.0001, 0.0001 + 0.001 * np.array([1, -1, 2, -2, 1.5, -1.5])], ids=["negative", "noisy"])
+def test_a_share_of_what_is_not_surely_a_cost_is_open(measured):
+    assert judge(finding(), [row("none"), row(GPTQ, 0.02), row(RTN, measured)]).holds == "open"
+    falls = next(each for each in FINDINGS if len(each.recipes) == 4 and each.measure is not smallest_step)
+    costs = dict(zip(falls.recipes, (0.1, 0.5, 0.02, 0.04), strict=True))
+    assert judge(falls, [row("none"), *(row(*each) for each in costs.items())]).holds == "yes"
+    for recipe in falls.recipes[1:]:
+        assert judge(falls, [row("none"), *(row(*each) for each in (costs | {recipe: measured}).items())]).holds == "open"
+
+
+def test_few_seeds_reach_as_far_as_students_t():
+    seeds = [row(GPTQ, math.log(1 + 0.08 * part), seed=seed) for seed, part in enumerate((0.4, 0.5, 0.6))]
+    rows, error = [row("none"), *seeds, row(RTN, math.log(1.08))], 0.1 / math.sqrt(3)
+    assert judge(finding(high=0.5 + 4.2 * error), rows).holds == "open"  # t of two degrees of freedom: 4.303
+    assert judge(finding(high=0.5 + 4.4 * error), rows).holds == "yes"
 
 
 def test_table_of_a_folder_has_every_finding_and_model():
@@ -106,6 +126,32 @@ def test_table_of_a_folder_has_every_finding_and_model():
     assert value.startswith("0.192") and others == ["yes", "-", "-"]
     with pytest.raises(QjaxError, match="unquantized"):
         paper_shapes_table([row(RTN)])
+
+
+def test_a_model_on_two_devices_has_columns_for_each():
+    rows = [row(recipe, 0.1 * (recipe != "none"), device=device) for device in ("cpu", "gpu") for recipe in ("none", RTN, GPTQ)]
+    table = paper_shapes_table(rows)
+    assert len({column.key for column in table.columns}) == len(table.columns) == 4 + 2 * 2
+
+
+def test_settings_are_the_papers():
+    for each in FINDINGS:
+        orders = {recipe.partition("@")[2] for recipe in each.recipes if recipe.startswith(("gptq", "awq"))}
+        if each.source.startswith("GPTQ, "):
+            assert orders == {"block"} and all("act_order=false" in r for r in each.recipes if r.startswith("gptq"))
+        elif each.source.startswith("GPTQ's code"):
+            assert "sequential" in orders
+        elif each.source == "shape check":
+            assert each.paper == ""
+
+
+@pytest.mark.parametrize(
+    ("index", "costs"),  # perplexities less the unquantized model's of OPT-350M and BLOOM-7.1B, GPTQ then RTN
+    [(1, (2.24, 3.94)), (2, (11.79, 42.57)), (3, (11.79, 42.57, 2.24, 3.94)), (2, (2.10, 6.01)), (3, (2.10, 6.01, 0.36, 0.73))],
+)
+def test_the_papers_own_models_are_in_the_range(index, costs):
+    each = FINDINGS[index]
+    assert each.low <= each.measure(*map(np.array, costs)) <= each.high
 
 
 def test_recipes_are_canonical():

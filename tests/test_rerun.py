@@ -15,7 +15,7 @@ from qjax.errors import QjaxError
 from qjax.evaluate.corpora import load_corpus
 from qjax.evaluate.tasks import load_task
 from qjax.report.comparison import comparison_tables, match_rows
-from qjax.report.rerun import rerun_table, unequal
+from qjax.report.rerun_table import rerun_table, unequal
 from qjax.sweep.cells import canonical
 from qjax.sweep.request import find_row, request_of
 from qjax.sweep.store import ROWS, append_row, append_rows, read_rows
@@ -25,7 +25,7 @@ from .paths import REPOSITORY
 from .report_rows import measured_row
 from .test_cli import TEXT, fails
 
-COMMITTED = [row for path in sorted(REPOSITORY.glob(f"results/*/{ROWS}")) for row in read_rows(path)]
+COMMITTED = sorted(REPOSITORY.glob(f"results/*/{ROWS}"))
 
 
 def invoke(capsys, *arguments) -> tuple[int, str]:
@@ -155,7 +155,8 @@ def test_accuracies_are_paired_question_by_question():
     better = [1 if i < 8 and i % 4 == 1 else 0 for i in range(100)]
     new = old | {"answers:cloze": better, "accuracy:cloze": 0.27}
     row = comparison_tables([old], [new], ("a", "b"), "accuracy:cloze")[0].rows[0]
-    assert 0.01 < row["difference_stderr"] < 0.03  # 2 of 100 answers: about sqrt(3) / 102, not 0.06 of two unpaired
+    # Of 100 answers 2 became right and none wrong, half an answer is added to each of four outcomes; two unpaired have 0.06.
+    assert row["difference_stderr"] == pytest.approx(math.sqrt((3 / 102 + 1 / 102 - (2 / 102) ** 2) / 102))
 
 
 def test_rows_match_by_what_was_asked():
@@ -173,16 +174,26 @@ def test_rows_match_by_what_was_asked():
     assert match_rows([baseline], [baseline | {"seed": 5}])[0]  # no seed changes the unquantized model
 
 
-@pytest.mark.parametrize("row", COMMITTED, ids=lambda row: f"{row['key'][:4]}-{row.get('recipe', row.get('kind'))}")
-def test_committed_rows_hold_what_a_rerun_needs(row):
-    if "kind" in row:
-        return
-    asked = request_of(row)
-    assert "; ".join([asked.recipe, *asked.rules]) == row["recipe"]
-    assert canonical([asked.recipe]) == [asked.recipe]
-    assert " ".join(map(str, asked.tasks)) == row.get("tasks", "")
-    assert (asked.calibration is None) == (row.get("order") is None)
-    assert asked.divergence == ("kl_p99" in row) and asked.speed == ("decode_tokens_per_second:packed" in row)
+def test_other_questions_change_what_is_of_questions_alone():
+    old = measured_row("rtn:int4-g128", **{"tasks": "cloze(1201,ab)", "questions:cloze": 1201, "accuracy:cloze": 0.5})
+    new = old | {"tasks": "cloze(400,cd)", "questions:cloze": 400}
+    assert comparison_tables([old], [new], ("a", "b"))[0].cells()[0][-1] == "0"
+    (table,) = comparison_tables([old], [new], ("a", "b"), "accuracy:cloze")
+    assert "Rows that only" in table.title and "differ in tasks (cloze(1201,ab); cloze(400,cd))." in table.notes[0]
+    (table,) = comparison_tables([old], [new | {"tasks": old["tasks"]}], ("a", "b"), "questions:cloze")
+    assert table.cells() == [["rtn:int4-g128", "1201", "400", "-801"]]
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.parent.name)
+def test_committed_rows_hold_what_a_rerun_needs(path):
+    for row in (row for row in read_rows(path) if "kind" not in row):
+        asked = request_of(row)
+        assert "; ".join([asked.recipe, *asked.rules]) == row["recipe"], row["key"]
+        assert canonical([asked.recipe]) == [asked.recipe], row["key"]
+        assert " ".join(map(str, asked.tasks)) == row.get("tasks", ""), row["key"]
+        assert (asked.calibration is None) == (row.get("order") is None), row["key"]
+        assert asked.divergence == ("kl_p99" in row), row["key"]
+        assert asked.speed == ("decode_tokens_per_second:packed" in row), row["key"]
 
 
 def test_rows_without_what_is_needed_say_what():
@@ -190,17 +201,26 @@ def test_rows_without_what_is_needed_say_what():
     del row["corpus_fingerprint"]
     with pytest.raises(QjaxError, match="lacks corpus_fingerprint"):
         request_of(row)
+    for tasks in ("garbage", "cloze(8,ab) garbage"):
+        with pytest.raises(QjaxError, match=r"tasks are .*garbage.*NAME"):
+            request_of(measured_row("rtn:int4-g128", tasks=tasks))
     given = measured_row("gptq:int4-g128", order="qep", calibration="given tokens", calibration_source="")
     with pytest.raises(QjaxError, match=r"calibration_windows.*not read from a text"):
         request_of(given)
 
 
 def test_rows_are_found_by_key_and_by_recipe():
-    rows = [measured_row("rtn:nf4-g64", key="ab1"), measured_row("none", key="ab"), measured_row("none", key="cd")]
+    rows = [measured_row("rtn:nf4-g64", key="ab1"), measured_row("none", key="ab"), measured_row("none", key="cd", corpus="c4")]
     assert find_row(rows, "ab", "f")["recipe"] == "none"  # a whole key, though another begins with it
     assert find_row(rows, "nf4", "f")["key"] == "ab1"
-    with pytest.raises(QjaxError, match=r"2 rows of f are 'none'.*: ab, cd"):
+    with pytest.raises(QjaxError, match=r"2 rows of f are 'none'.*: ab \(python-docs, seed 0\), cd \(c4, seed 0\)"):
         find_row(rows, "none", "f")
+    again = [measured_row("none", 0.1 * i, key=f"k{i}", code=f"{i}", versions=f"{i}", max_windows=i) for i in range(3)]
+    assert find_row(again, "none", "f")["key"] == "k2"  # the newest of one cell
+    assert find_row(again, "k1", "f")["key"] == "k1"
+    calibrated = [measured_row("gptq:int3-g128", key=f"{i}", calibration="c4", calibration_windows=i) for i in (8, 32)]
+    with pytest.raises(QjaxError, match=r"8 \(python-docs, seed 0, 8 windows of c4\), 32 \("):
+        find_row(calibrated, "gptq:int3-g128", "f")
 
 
 def test_what_must_be_equal():

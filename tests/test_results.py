@@ -43,7 +43,20 @@ def test_every_column_is_described(folder: Path):
 
 def test_every_folder_is_described():
     assert FOLDERS
-    assert all(f"`{folder.name}/`" in README.read_text() for folder in FOLDERS)
+    lines = README.read_text().splitlines()
+    assert [
+        folder.name for folder in FOLDERS if not any(line.startswith(f"| `{folder.name}/` | `python ") for line in lines)
+    ] == []
+
+
+def test_every_table_is_whole():
+    """No line of a table stands after a blank one, where it would be shown as text."""
+    lines = README.read_text().splitlines()
+    assert [
+        line
+        for before, line, after in zip(["", *lines], lines, [*lines[1:], ""], strict=False)
+        if line[:1] == "|" and not before and after[:4] != "|---"
+    ] == []
 
 
 def test_an_undescribed_column_is_found():

@@ -47,6 +47,10 @@ def test_every_truncation_of_the_last_row_loses_that_row_only(tmp_path):
         ("{}", "key, recipe"),
         (json.dumps(row("b", bits_per_weight=None)), "bits_per_weight"),
         (json.dumps(row("b", recipe=3)), "recipe"),
+        (json.dumps(row("b", perplexity="abc")), "perplexity"),
+        (json.dumps(row("b", windows=None)), "windows"),
+        (json.dumps(row("b", seed="x")), "seed"),
+        (json.dumps(row("b", window_nll=3.0)), "window_nll"),
     ],
 )
 def test_a_damaged_or_foreign_line_is_named(tmp_path, line, named):

@@ -1,6 +1,7 @@
 """Two folders of results side by side: what was asked alike, old and new, and the difference with its paired error.
 
-Rows match where model (fingerprint), recipe, text, convention, windows, seed and calibration are the same. The difference of
+Rows match where model (fingerprint), recipe, text, convention, windows, seed and calibration are the same, and for figures of
+tasks their questions. The difference of
 losses is paired window by window, and of accuracies question by question, where both rows keep these; otherwise the two errors
 are added as if independent, or no error is given.
 """
@@ -12,20 +13,26 @@ import numpy as np
 
 from qjax.errors import QjaxError
 from qjax.evaluate.statistics import accuracy_difference, ratio_stderr
-from qjax.report.numbers import MISSING, number, significant, with_error
+from qjax.report.accuracy import tasks_of
+from qjax.report.numbers import MISSING, loss_change, number, significant, with_error
 from qjax.report.rendering import Column, Row, Table, columns_of
 from qjax.report.tables import NOISE, cells_of, distinctions, is_baseline
 
 ASKED = (
-    *("fingerprint", "recipe", "corpus_fingerprint", "convention", "max_windows", "windows", "seed", "tasks"),
+    *("fingerprint", "recipe", "corpus_fingerprint", "convention", "windows", "seed"),
     *("calibration_source", "calibration_windows", "calibration_window_tokens", "order"),
 )
 DEFAULT_METRIC = "perplexity"
 
 
-def match_rows(old: Sequence[Row], new: Sequence[Row]) -> tuple[list[tuple[Row, Row]], list[Row], list[Row]]:
-    """(pairs, rows in old only, rows in new only); of rows that were asked the same the last one of a folder counts."""
-    before, after = ({_asked(row): row for row in cells_of(rows)} for rows in (old, new))
+def match_rows(
+    old: Sequence[Row], new: Sequence[Row], asked: Sequence[str] = ASKED
+) -> tuple[list[tuple[Row, Row]], list[Row], list[Row]]:
+    """(pairs, rows in old only, rows in new only); of rows that were asked the same the last one of a folder counts.
+
+    asked: the columns in which rows match.
+    """
+    before, after = ({_asked(row, asked): row for row in cells_of(rows)} for rows in (old, new))
     pairs = [(row, after[key]) for key, row in before.items() if key in after]
     return (
         pairs,
@@ -34,8 +41,13 @@ def match_rows(old: Sequence[Row], new: Sequence[Row]) -> tuple[list[tuple[Row, 
     )
 
 
-def _asked(row: Row) -> tuple[str, ...]:
-    return tuple("" if key == "seed" and is_baseline(row) else str(row.get(key)) for key in ASKED)
+def _asked(row: Row, asked: Sequence[str]) -> tuple[str, ...]:
+    return tuple("" if key == "seed" and is_baseline(row) else str(row.get(key)) for key in asked)
+
+
+def _of_tasks(metric: str, rows: Sequence[Row]) -> bool:
+    """Whether the metric is of answers to questions."""
+    return metric.startswith("accuracy_mean") or metric.partition(":")[2] in tasks_of(rows)
 
 
 def comparison_tables(
@@ -52,13 +64,26 @@ def comparison_tables(
     metrics = list(dict.fromkeys(key for row in cells_of([*old, *new]) for key, value in row.items() if _is_metric(key, value)))
     if metric not in metrics:
         raise QjaxError(f"no row has the metric {metric!r}; the rows have {', '.join(metrics)}")
-    pairs, gone, come = match_rows(old, new)
+    asked = (*ASKED, "tasks") if _of_tasks(metric, [*old, *new]) else ASKED
+    pairs, gone, come = match_rows(old, new, asked)
     groups: dict[tuple, list[tuple[Row, Row]]] = {}
     for pair in pairs:
-        keys = ("model", "corpus", "convention", "windows", "fingerprint", "corpus_fingerprint", "tasks")
+        keys = ("model", "corpus", "convention", "windows", "fingerprint", "corpus_fingerprint", *asked[len(ASKED) :])
         groups.setdefault(tuple(str(pair[1].get(key)) for key in keys), []).append(pair)
     tables = [_pairs_table(key, group, names, metric) for key, group in groups.items()]
-    return tables + ([_single_table(gone, come, names)] if gone or come else [])
+    notes = () if pairs else (_nearest(gone, come, names, asked),)
+    return tables + ([_single_table(gone, come, names, notes)] if gone or come else [])
+
+
+def _nearest(gone: Sequence[Row], come: Sequence[Row], names: tuple[str, str], asked: Sequence[str]) -> str:
+    """What differs between the two rows that are most alike, where none were asked the same."""
+    olds, news = ({_asked(row, asked): row for row in rows} for rows in (gone, come))
+    pairs = ((one, other) for one in olds for other in news)
+    one, other = min(pairs, key=lambda pair: sum(a != b for a, b in zip(*pair, strict=True)))
+    differ = [f"{key} ({a}; {b})" for key, a, b in zip(asked, one, other, strict=True) if a != b]
+    recipes = dict.fromkeys((str(olds[one]["recipe"]), str(news[other]["recipe"])))
+    nearest = f"the nearest, {' and '.join(recipes)}, differ in {', '.join(differ)}"
+    return f"No rows were asked the same in {names[0]} and {names[1]}; {nearest}."
 
 
 def _is_metric(key: str, value: object) -> bool:
@@ -69,10 +94,8 @@ def _pairs_table(key: tuple[str, ...], pairs: Sequence[tuple[Row, Row]], names: 
     rows = []
     for old, new in pairs:
         error = _difference_error(old, new, metric)
-        change = number(new, metric) - number(old, metric)
-        rows.append(
-            {**new, "old": number(old, metric), "new": number(new, metric), "difference": change, "difference_stderr": error}
-        )
+        before, after = _value(old, metric), _value(new, metric)
+        rows.append({**new, "old": before, "new": after, "difference": after - before, "difference_stderr": error})
     columns = [
         Column("recipe", "recipe", text=True),
         *distinctions(rows),
@@ -85,7 +108,13 @@ def _pairs_table(key: tuple[str, ...], pairs: Sequence[tuple[Row, Row]], names: 
     return Table(title, columns_of(rows, columns), tuple(rows), tuple(notes))
 
 
-def _single_table(gone: Sequence[Row], come: Sequence[Row], names: tuple[str, str]) -> Table:
+def _value(row: Row, metric: str) -> float:
+    """A row's figure; a count stays an integer."""
+    value = row.get(metric)
+    return value if isinstance(value, int) else number(row, metric)
+
+
+def _single_table(gone: Sequence[Row], come: Sequence[Row], names: tuple[str, str], notes: tuple[str, ...]) -> Table:
     rows = [{**row, "only": name} for name, part in zip(names, (gone, come), strict=True) for row in part]
     columns = [
         Column("only", "only in", text=True),
@@ -97,7 +126,7 @@ def _single_table(gone: Sequence[Row], come: Sequence[Row], names: tuple[str, st
         Column("seed", "seed", rank=4),
         Column("key", "key"),
     ]
-    return Table("Rows that only one folder has", columns_of(rows, columns), tuple(rows))
+    return Table("Rows that only one folder has", columns_of(rows, columns), tuple(rows), notes)
 
 
 def _difference_error(old: Row, new: Row, metric: str) -> float:
@@ -116,7 +145,7 @@ def _loss_error(old: Row, new: Row, metric: str) -> float:
     """Paired over windows, carried from nll to the metric at the mean of both (the delta method)."""
     if "window_nll" not in old or "window_nll" not in new or old["window_tokens"] != new["window_tokens"]:
         return math.nan
-    error = ratio_stderr(np.subtract(new["window_nll"], old["window_nll"]), np.array(new["window_tokens"]))
+    error = ratio_stderr(loss_change(new, old), np.array(new["window_tokens"]))
     if metric in ("nll", "nll_delta"):
         return error
     if metric == "bits_per_byte":
@@ -125,7 +154,7 @@ def _loss_error(old: Row, new: Row, metric: str) -> float:
 
 
 def _figure(row: Row, key: str) -> str:
-    return significant(row[key], 5)
+    return str(row[key]) if isinstance(row[key], int) else significant(row[key], 5)
 
 
 def _difference(row: Row, key: str) -> str:
@@ -133,5 +162,7 @@ def _difference(row: Row, key: str) -> str:
         return "0"
     if not math.isfinite(row[key]):
         return MISSING
+    if isinstance(row[key], int):
+        return f"{row[key]:+d}"
     mark = " *" if abs(row[key]) > NOISE * row["difference_stderr"] else ""
     return with_error(row[key], row["difference_stderr"], sign="+") + mark

@@ -6,6 +6,7 @@ One row of the table is a weight in one format by one implementation; its column
     x dense    time of the dense product (float32 on CPU, bfloat16 elsewhere) over the time of this one, from turns of one run
 """
 
+import re
 from collections.abc import Sequence
 
 from qjax.errors import QjaxError
@@ -13,6 +14,25 @@ from qjax.report.numbers import fixed, number
 from qjax.report.rendering import Column, Row, Table, digits
 
 SUMMARISED = (1, 16)  # the M of which bandwidth and speed are shown
+NEEDED = (
+    *("device", "inputs", "outputs", "rows", "format", "implementation", "dtype"),
+    *("seconds", "speedup", "bandwidth_fraction", "copy_bytes_per_second"),
+)
+
+
+def by_device(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows of kernels of each device by its name as part of a file name, "" where there is one device alone.
+
+    Raises QjaxError for a row without a column that the table needs.
+    """
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.get("kind") == "kernels":
+            missing = [name for name in NEEDED if name not in row]
+            if missing:
+                raise QjaxError(f"row {row['key']} of the kind 'kernels' lacks {', '.join(missing)}; mend or remove it")
+            groups.setdefault(re.sub(r"[^A-Za-z0-9._]+", "-", str(row["device"])).strip("-"), []).append(row)
+    return groups if len(groups) > 1 else {"": next(iter(groups.values()))}
 
 
 def kernels_table(rows: Sequence[Row]) -> Table:
@@ -38,8 +58,10 @@ def kernels_table(rows: Sequence[Row]) -> Table:
         *(Column(f"of_copy_{size}", f"of copy (%)\nM={size}", _places(0)) for size in shown),
         *(Column(f"speedup_{size}", f"x dense\nM={size}", _places(2)) for size in shown),
     )
-    copy = number(rows[0], "copy_bytes_per_second") / 1e9
-    notes = (f"Type of x: {rows[0]['dtype']}. A copy moves {copy:.3g} GB/s, read and written together.",)
+    copies = sorted({float(f"{number(row, 'copy_bytes_per_second') / 1e9:.3g}") for row in rows})
+    copy = f"{copies[0]:g}" if len(copies) == 1 else f"{copies[0]:g} to {copies[-1]:g}"  # runs at other times
+    types = " and ".join(sorted({str(row["dtype"]) for row in rows}))
+    notes = (f"Type of x: {types}. A copy moves {copy} GB/s, read and written together.",)
     return Table(f"Products of M rows with a packed weight, {devices[0]}", columns, tuple(lines.values()), notes)
 
 

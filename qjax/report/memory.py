@@ -81,6 +81,9 @@ def memory_rows_table(rows: Sequence[Row]) -> Table:
     found = [row for row in rows if row.get("kind") == "memory"]
     if len(found) != 1:
         raise QjaxError(f"a memory table is of one model, got rows of {len(found)}; a folder holds one of them")
+    missing = [name for name in ("model", "shapes", "others") if name not in found[0]]
+    if missing:
+        raise QjaxError(f"row {found[0]['key']} of the kind 'memory' lacks {', '.join(missing)}; mend or remove it")
     shapes = [(inputs, outputs) for inputs, outputs, count in found[0]["shapes"] for _ in range(count)]
     return memory_table(shapes, map(tuple, found[0]["others"]), title=str(found[0]["model"]))
 

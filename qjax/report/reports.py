@@ -18,7 +18,7 @@ from qjax.files import write_atomically
 from qjax.report.accuracy import accuracy_table, divergence_table, has_divergence, tasks_of
 from qjax.report.dots import dots_figure, has_dots
 from qjax.report.figures import has_lines, perplexity_figure
-from qjax.report.kernels import kernels_table
+from qjax.report.kernels import by_device, kernels_table
 from qjax.report.memory import memory_rows_table
 from qjax.report.paper_shapes import KIND, paper_shapes_table
 from qjax.report.rendering import Row, Table, to_csv, to_latex, to_markdown
@@ -26,7 +26,7 @@ from qjax.report.seeds import seeds_of, seeds_table
 from qjax.report.sensitivity import ordinary, placed_alone, sensitivity_table
 from qjax.report.series import increase
 from qjax.report.style import PNG_DPI, RC
-from qjax.report.tables import perplexity_table, split_tables
+from qjax.report.tables import name_orders, perplexity_table, split_tables
 from qjax.report.tradeoff import has_speed, tradeoff_table
 from qjax.report.widths import has_widths, widths_table
 
@@ -36,12 +36,13 @@ if TYPE_CHECKING:
 
 class Part(NamedTuple):
     """A table or figure. suffix: of its file name; shows(rows): true where the rows fill it; make(rows), of a figure
-    make(rows, width).
+    make(rows, width). split(rows), of a folder's: further suffix -> rows, each of a table of their own; None: one of all.
     """
 
     suffix: str
     shows: Callable[[Sequence[Row]], object]
     make: Callable[..., object]
+    split: Callable[[Sequence[Row]], dict[str, list[Row]]] | None = None
 
 
 def of_kind(kind: str) -> Callable[[Sequence[Row]], bool]:
@@ -72,7 +73,7 @@ FIGURES = (
 FOLDER_TABLES = (
     Part("memory", of_kind("memory"), memory_rows_table),
     Part(KIND, of_kind(KIND), paper_shapes_table),
-    Part("kernels", of_kind("kernels"), kernels_table),
+    Part("kernels", of_kind("kernels"), kernels_table, by_device),
 )
 
 
@@ -81,7 +82,13 @@ def tables(rows: Sequence[Row]) -> list[tuple[str, Table]]:
     if not rows:
         raise QjaxError("a report needs rows, got none; `qjax sweep` measures some")
     found = [(name, part.make(group)) for name, part, group in _parts(rows, TABLES)]
-    return found + [(part.suffix, part.make(rows)) for part in FOLDER_TABLES if part.shows(rows)]
+    for part in (part for part in FOLDER_TABLES if part.shows(rows)):
+        groups = part.split(rows) if part.split else {"": rows}
+        found += [(f"{part.suffix}-{more}".rstrip("-"), part.make(group)) for more, group in groups.items()]
+    if not found:
+        kinds = ", ".join(dict.fromkeys(str(row.get("kind")) for row in rows))
+        raise QjaxError(f"no table or figure shows rows of the kind {kinds}; `qjax sweep` measures some that are shown")
+    return found
 
 
 def figures(rows: Sequence[Row], width: str = "single") -> Iterator[tuple[str, "Figure"]]:
@@ -130,14 +137,19 @@ def _parts(rows: Sequence[Row], parts: Sequence[Part]) -> Iterator[tuple[str, Pa
     """(file name, part, rows) of what each group fills."""
     groups = split_tables(rows)
     for name, group in zip(report_names(groups), groups, strict=True):
-        yield from ((f"{name}-{part.suffix}".rstrip("-"), part, group) for part in parts if part.shows(group))
+        shown = group if placed_alone(group) else name_orders(group)
+        yield from ((f"{name}-{part.suffix}".rstrip("-"), part, shown) for part in parts if part.shows(shown))
 
 
 def report_names(groups: Sequence[Sequence[Row]]) -> list[str]:
     """File names, without suffix, by model, text and convention; what tells two of the same name apart is appended."""
     names = [_slug("model", "corpus", "convention", row=group[0]) for group in groups]
-    details = [_slug("fingerprint", "corpus_fingerprint", "windows", "tasks", row=group[0]) for group in groups]
-    return [f"{name}-{more}" if names.count(name) > 1 else name for name, more in zip(names, details, strict=True)]
+    for keys in (("fingerprint", "corpus_fingerprint", "windows", "tasks"), ("device",), ("compute_dtype",)):
+        details = [_slug(*keys, row=group[0]) for group in groups]
+        pairs = list(zip(names, details, strict=True))
+        telling = {name for name, _ in pairs if len({more for other, more in pairs if other == name}) > 1}
+        names = [f"{name}-{more}" if name in telling else name for name, more in pairs]
+    return names
 
 
 def _slug(*keys: str, row: Row) -> str:

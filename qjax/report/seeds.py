@@ -13,9 +13,9 @@ import numpy as np
 from qjax.errors import QjaxError
 from qjax.evaluate.statistics import accuracy_difference, aggregate_seeds
 from qjax.report.accuracy import tasks_of
-from qjax.report.numbers import number, significant, with_error
+from qjax.report.numbers import ERRORS, loss_change, number, reach_of, significant, with_error
 from qjax.report.rendering import Column, Row, Table, columns_of, decimals
-from qjax.report.tables import MEASURED, NOISE, describe, distinctions, in_order, is_baseline, require_one_group
+from qjax.report.tables import MEASURED, describe, distinctions, in_order, is_baseline, require_one_group
 
 KEPT = (
     *("recipe", "method", "format", "model", "corpus", "convention", "bits_per_weight", "size_bytes"),
@@ -28,13 +28,21 @@ def seeds_of(rows: Sequence[Row]) -> list[list[Row]]:
 
     Recipes that draw nothing give the same figures under every seed: these are no samples and are left out.
     """
+    return [group for group in _by_recipe(rows) if _varies(group)]
+
+
+def _varies(group: Sequence[Row]) -> bool:
+    return any(row["window_nll"] != group[0]["window_nll"] for row in group)
+
+
+def _by_recipe(rows: Sequence[Row]) -> list[list[Row]]:
     groups: dict[str, list[Row]] = {}
     for row in rows:
         drawn = {"seed", *(["calibration_fingerprint"] if row.get("calibration_source") else [])}
         same = {key: value for key, value in row.items() if key not in MEASURED | drawn and ":" not in key}
         if not is_baseline(row) and "window_nll" in row:
             groups.setdefault(json.dumps(same, sort_keys=True), []).append(row)
-    return [group for group in groups.values() if any(row["window_nll"] != group[0]["window_nll"] for row in group)]
+    return list(groups.values())
 
 
 def merge_seeds(rows: Sequence[Row]) -> list[Row]:
@@ -42,16 +50,22 @@ def merge_seeds(rows: Sequence[Row]) -> list[Row]:
 
     Raises QjaxError where the unquantized model's row is missing.
     """
+    baseline = _baseline(rows)
+    return [_merge(group, baseline) for group in seeds_of(rows)]
+
+
+def _baseline(rows: Sequence[Row]) -> Row:
     baseline = next((row for row in rows if is_baseline(row) and "window_nll" in row), None)
     if baseline is None:
         raise QjaxError("seeds are compared with the unquantized model, whose row is missing; `qjax sweep` measures it")
-    return [_merge(group, baseline) for group in seeds_of(rows)]
+    return baseline
 
 
 def _merge(group: Sequence[Row], baseline: Row) -> Row:
     first, counts = group[0], np.array(baseline["window_tokens"])
-    change = aggregate_seeds([np.subtract(row["window_nll"], baseline["window_nll"]) for row in group], counts)
-    ratio = math.exp(min(change.value, 700.0))
+    with np.errstate(invalid="ignore"):  # of seeds that diverged the mean is infinite and its error unknown
+        change = aggregate_seeds([loss_change(row, baseline) for row in group], counts)
+    ratio = math.exp(change.value) if change.value < 700 else math.inf
     merged = {key: first[key] for key in KEPT if key in first} | {
         "seeds": change.seeds,
         "nll_delta": change.value,
@@ -59,6 +73,7 @@ def _merge(group: Sequence[Row], baseline: Row) -> Row:
         "perplexity_ratio": ratio,
         "perplexity_ratio_stderr": ratio * change.stderr,
         "perplexity_ratio_between": ratio * change.between,
+        "perplexity_ratio_reach": ratio * _reach(change.stderr, change.between, change.seeds),
     }
     tasks = [task for task in tasks_of(group) if f"answers:{task}" in baseline]
     for task in tasks:
@@ -67,18 +82,26 @@ def _merge(group: Sequence[Row], baseline: Row) -> Row:
         found = aggregate_seeds([each.astype(float) - before for each in right])
         # The error over questions is that of a single seed's difference, which few changed answers do not make 0.
         over_questions = float(np.mean([accuracy_difference(each, before).stderr for each in right]))
-        stderr = math.hypot(over_questions, found.between / math.sqrt(found.seeds))
+        stderr = math.hypot(over_questions, found.between / math.sqrt(found.seeds)) if found.seeds > 1 else over_questions
         merged |= {f"accuracy_delta:{task}": found.value, f"accuracy_delta_stderr:{task}": stderr}
         merged[f"accuracy_delta_between:{task}"] = found.between
+        merged[f"accuracy_delta_reach:{task}"] = _reach(stderr, found.between, found.seeds)
     return merged
 
 
+def _reach(stderr: float, between: float, seeds: int) -> float:
+    """How far from 0 noise may be, from the error of windows and seeds together."""
+    over_seeds = between / math.sqrt(seeds) if seeds > 1 else 0.0
+    return reach_of(math.sqrt(max(0.0, stderr**2 - over_seeds**2)), over_seeds, seeds)
+
+
 def seeds_table(rows: Sequence[Row]) -> Table:
-    """One line for every recipe with several seeds."""
+    """One line for every recipe, its seeds together; raises QjaxError where none has several."""
     require_one_group(rows)
-    merged = in_order(merge_seeds(rows))
-    if not merged:
+    if not seeds_of(rows):
         raise QjaxError("no recipe was measured with more than one seed; `qjax sweep --seed N` measures another")
+    baseline = _baseline(rows)
+    merged = in_order(_merge(group if _varies(group) else group[:1], baseline) for group in _by_recipe(rows))
     columns = [
         Column("recipe", "recipe", text=True),
         *distinctions(merged, seed=False),
@@ -92,24 +115,24 @@ def seeds_table(rows: Sequence[Row]) -> Table:
         columns.append(Column(f"accuracy_delta:{task}", f"{task} change\n(points)", _points, error=error))
         columns.append(Column(f"accuracy_delta_between:{task}", "between\nseeds", _between, rank=1))
     notes = (
-        "±: standard error of the mean over seeds, of windows (questions) and seeds together.",
+        "±: standard error of the mean over seeds, of windows (questions) and seeds together; of one seed, of windows alone.",
         "Between seeds: standard deviation.",
-        f"≈: within {NOISE} standard errors of the unquantized model.",
+        f"≈: within {ERRORS} standard errors of the unquantized model (of few seeds more, by Student's t).",
     )
     return Table(f"Seeds together, {describe(rows[0])}", columns_of(merged, columns), tuple(merged), notes)
 
 
 def _change(row: Row, key: str) -> str:
-    error = number(row, f"{key}_stderr")
-    return _marked(100 * (number(row, key) - 1), 100 * error)
+    return _marked(100 * (number(row, key) - 1), *(100 * number(row, f"{key}_{part}") for part in ("stderr", "reach")))
 
 
 def _points(row: Row, key: str) -> str:
-    return _marked(100 * number(row, key), 100 * number(row, key.replace("_delta:", "_delta_stderr:")))
+    errors = (100 * number(row, key.replace("_delta:", f"_delta_{part}:")) for part in ("stderr", "reach"))
+    return _marked(100 * number(row, key), *errors)
 
 
-def _marked(value: float, error: float) -> str:
-    return ("≈ " if abs(value) <= NOISE * error else "") + with_error(value, error, sign="+")
+def _marked(value: float, error: float, reach: float) -> str:
+    return ("≈ " if abs(value) <= reach else "") + with_error(value, error, sign="+")
 
 
 def _between(row: Row, key: str) -> str:

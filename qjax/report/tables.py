@@ -1,6 +1,6 @@
 """The tables qjax prints and writes, as functions of rows (flat dicts, one per measured cell; `sweep/record.py` makes them).
 
-Rows of different models, texts or conventions are never put in one table: `split_tables` groups them.
+Rows of different models, texts, conventions or devices are never put in one table: `split_tables` groups them.
 """
 
 import json
@@ -17,11 +17,15 @@ __all__ = [
     "to_csv", "to_latex", "to_markdown", "to_rich",
 ]  # fmt: skip
 
-GROUP_KEYS = ("model", "fingerprint", "corpus", "corpus_fingerprint", "convention", "windows", "compute_dtype", "tasks")
-# What a measurement gives and where it was made, as do columns of a task (COLUMN:TASK); all other keys say what was measured.
+GROUP_KEYS = (
+    *("model", "fingerprint", "corpus", "corpus_fingerprint", "convention", "windows", "tasks"),
+    *("compute_dtype", "device"),
+)
+# What a measurement gives and by what it was made, as do columns of a task (COLUMN:TASK); all other keys say what was measured.
+# `windows` says how many were measured, whatever limit was asked for.
 MEASURED = frozenset(
     (
-        "key", "time", "versions", "code",
+        "key", "time", "versions", "code", "max_windows",
         "bits_per_weight", "model_bits_per_weight", "size_bytes", "weight_error", "output_error", "damp",
         "perplexity", "perplexity_stderr", "perplexity_ratio", "perplexity_ratio_stderr",
         "nll", "nll_stderr", "nll_delta", "nll_delta_stderr", "nll_delta_low", "nll_delta_high",
@@ -57,12 +61,14 @@ def split_tables(rows: Iterable[Row]) -> list[list[Row]]:
     """
     groups: dict[tuple, dict[str, Row]] = {}
     for row in cells_of(rows):
-        measured = MEASURED | {"seed"} if is_baseline(row) else MEASURED  # no seed changes the unquantized model
-        identity = json.dumps(
-            {key: value for key, value in row.items() if key not in measured and ":" not in key}, sort_keys=True
-        )
-        groups.setdefault(_group(row), {})[identity] = row
+        groups.setdefault(_group(row), {})[identity_of(row)] = row
     return [list(group.values()) for group in groups.values()]
+
+
+def identity_of(row: Row) -> str:
+    """What the row measured and on what device; rows of equal identity measured the same thing, the last one counts."""
+    measured = MEASURED | {"seed"} if is_baseline(row) else MEASURED  # no seed changes the unquantized model
+    return json.dumps({key: value for key, value in row.items() if key not in measured and ":" not in key}, sort_keys=True)
 
 
 def require_one_group(rows: Sequence[Row]) -> None:
@@ -86,6 +92,25 @@ def in_order(rows: Iterable[Row]) -> list[Row]:
             *(str(row.get(column.key)).rjust(8) for column in DISTINCTIONS),
         ),
     )
+
+
+def name_orders(rows: Sequence[Row]) -> list[Row]:
+    """The rows, the default order of calibration named too (gptq:int3-g128@qep) where others of the same recipe are."""
+    orders: dict[str, set[object]] = {}
+    for row in rows:
+        orders.setdefault(_without_order(row), set()).add(row.get("order"))
+    return [_named(row) if len(orders[_without_order(row)]) > 1 else row for row in rows]
+
+
+def _without_order(row: Row) -> str:
+    recipe, _, rules = str(row["recipe"]).partition("; ")
+    return f"{recipe.partition('@')[0]}; {rules}"
+
+
+def _named(row: Row) -> Row:
+    recipe, rule, rules = str(row["recipe"]).partition("; ")
+    order = f"@{row['order']}" if row.get("order") and "@" not in recipe else ""
+    return {**row, "recipe": recipe + order + rule + rules}
 
 
 DISTINCTIONS = (  # columns beside the recipe that are shown where they tell rows apart

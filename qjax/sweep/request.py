@@ -6,9 +6,10 @@ a name is what was measured. Calibration windows are drawn by the sweep's seed.
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from qjax.errors import QjaxError
+from qjax.report.tables import identity_of
 from qjax.sweep.cells import canonical
 
 Row = Mapping[str, object]
@@ -68,7 +69,7 @@ def request_of(row: Row) -> Request:
         if row.get("calibration_source") == "":
             missing.append("calibration_source (the tokens were given, not read from a text)")
         calibration = AskedCalibration(*(row.get(name) for name in columns))
-    tasks = re.findall(r"(\S.*?)\((\d+),([0-9a-f]+)\)(?: |$)", str(row.get("tasks") or ""))
+    tasks = _tasks(row)
     if missing:
         raise QjaxError(f"row {row['key']} cannot be measured again, it lacks {', '.join(missing)}")
     recipe, *rules = str(row["recipe"]).split("; ")
@@ -80,16 +81,28 @@ def request_of(row: Row) -> Request:
         max_windows=row.get("max_windows"),
         seed=int(row["seed"]),
         calibration=calibration,
-        tasks=tuple(AskedTask(name, int(count), fingerprint) for name, count, fingerprint in tasks),
+        tasks=tasks,
         divergence="kl" in row,
         speed="speed_batch" in row,
     )
 
 
-def find_row(rows: Sequence[Row], wanted: str, where: str) -> Row:
-    """The row whose key begins with `wanted`, or whose recipe it is. where: the rows' file, for messages.
+def _tasks(row: Row) -> tuple[AskedTask, ...]:
+    text = str(row.get("tasks") or "")
+    found = re.findall(r"(\S.*?)\((\d+),([0-9a-f]+)\)(?: |$)", text)
+    tasks = tuple(AskedTask(name, int(count), fingerprint) for name, count, fingerprint in found)
+    if " ".join(map(str, tasks)) != text:
+        raise QjaxError(
+            f"row {row['key']}: tasks are {text!r}, expected NAME(QUESTIONS,FINGERPRINT), one or more; mend the row"
+        )
+    return tasks
 
-    Raises QjaxError where there is none or more than one.
+
+def find_row(rows: Sequence[Row], wanted: str, where: str) -> Row:
+    """The row whose key begins with `wanted`, or whose recipe it is; of rows of one cell, measured again with other
+    code, the last. where: the rows' file, for messages.
+
+    Raises QjaxError where there is none, or where several cells have it.
     """
     found = [row for row in rows if row["key"] == wanted] or [row for row in rows if str(row["key"]).startswith(wanted)]
     if not found:
@@ -97,9 +110,18 @@ def find_row(rows: Sequence[Row], wanted: str, where: str) -> Row:
         found = [row for row in rows if row.get("recipe") in names]
     if not found:
         raise QjaxError(f"{where} has no row {wanted!r}; give the start of a row's key, or a recipe of {_few(rows, 'recipe')}")
-    if len(found) > 1:
-        raise QjaxError(f"{len(found)} rows of {where} are {wanted!r}; give more of one key: {_few(found, 'key')}")
-    return found[0]
+    cells = list({identity_of(row) if "kind" not in row else row["key"]: row for row in found}.values())
+    if len(cells) > 1:
+        raise QjaxError(f"{len(cells)} rows of {where} are {wanted!r}; give more of one key: {_listed(map(_cell, cells))}")
+    return cells[0]
+
+
+def _cell(row: Row) -> str:
+    """A row's key and what tells cells of one recipe apart."""
+    if "kind" in row:
+        return f"{row['key']} ({row['kind']})"
+    calibrated = f", {row.get('calibration_windows')} windows of {row['calibration']}" if row.get("calibration") else ""
+    return f"{row['key']} ({row['corpus']}, seed {row.get('seed')}{calibrated})"
 
 
 def _canonical(recipe: str) -> list[str]:
@@ -110,5 +132,9 @@ def _canonical(recipe: str) -> list[str]:
 
 
 def _few(rows: Sequence[Row], column: str, most: int = 6) -> str:
-    values = list(dict.fromkeys(str(row[column]) for row in rows if column in row))
+    return _listed((str(row[column]) for row in rows if column in row), most)
+
+
+def _listed(values: Iterable[str], most: int = 6) -> str:
+    values = list(dict.fromkeys(values))
     return ", ".join(values[:most]) + (f" and {len(values) - most} more" if len(values) > most else "")

@@ -24,7 +24,7 @@ COLUMNS = {  # what every row must have for resuming and reports; a perplexity m
     **dict.fromkeys(("bits_per_weight", "size_bytes", "tokens"), NUMBER),
     **dict.fromkeys(("perplexity", "nll"), (*NUMBER, str)),
 }
-
+OPTIONAL = {**dict.fromkeys(("windows", "seed"), int), "tasks": str, **dict.fromkeys(("window_nll", "window_tokens"), list)}
 OTHER_COLUMNS = {"key": str, "kind": str}  # of rows that are no cells of a sweep
 
 
@@ -42,7 +42,9 @@ def read_rows(path: Path) -> list[dict[str, object]]:
         if not isinstance(row, dict):
             raise QjaxError(f"{path}: line {number} is not a JSON object; mend or remove that line")
         needed = COLUMNS if "kind" not in row else OTHER_COLUMNS
-        wrong = [name for name, kind in needed.items() if not isinstance(row.get(name), kind)]
+        optional = {name: kind for name, kind in OPTIONAL.items() if name in row} if needed is COLUMNS else {}
+        wrong = [name for name, kind in (needed | optional).items() if not isinstance(row.get(name), kind)]
+        wrong += [name for name in ("perplexity", "nll") if isinstance(row.get(name), str) and row[name] != "inf"]
         if wrong:
             raise QjaxError(f"{path}: line {number} is no row of a sweep: {', '.join(wrong)} missing or of another type")
         rows.append(row)
