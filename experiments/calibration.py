@@ -3,7 +3,8 @@
     python experiments/calibration.py                 writes results/calibration/, about ten minutes on 2 cores
     python experiments/calibration.py --tiny --out X  a few windows and one source, for tests
 
-One thing is varied at a time from 128 windows of 256 tokens of the text's own kind. Questions: does text of another kind cost
+One thing is varied at a time from 128 windows of 256 tokens of the text's own kind, in the order `parallel`, where the recipes
+share what is captured. Questions: does text of another kind cost
 more than other windows of the same text do? From how many tokens on does more data change nothing?
 """
 
@@ -22,7 +23,7 @@ SETTINGS = common.Settings(seeds=(0, 1, 2, 3, 4))
 class Experiment:
     """What is measured. sizes: (windows, tokens of one)."""
 
-    recipes: tuple[str, ...] = ("gptq(clip=mse):int3-g128", "awq:int3-g128")
+    recipes: tuple[str, ...] = ("gptq(clip=mse):int3-g128@parallel", "awq:int3-g128@parallel")
     sources: tuple[str, ...] = SOURCES
     sizes: tuple[tuple[int, int], ...] = ((128, 256), (2, 256), (8, 256), (32, 256), (512, 256), (512, 64), (1024, 32))
     settings: common.Settings = SETTINGS

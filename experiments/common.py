@@ -54,9 +54,9 @@ WIKITEXT = "text:{data}/text/wikitext2/wiki.test.raw"
 STORIES = HALF + "{data}/text/tinystories_val.txt"
 SUBJECTS = {
     "bundled": Subject("bundled", ("python-docs",), "python-docs", ("cloze",)),
-    "stories260K": Subject("{data}/models/stories260K-hf", (STORIES, WIKITEXT), STORIES, groups=("32", "channel"), window=256),
+    "stories260K": Subject("{data}/models/stories260K-hf", (STORIES, WIKITEXT), STORIES, groups=("32",), window=256),
     # Its tokenizer knows the 105 characters of its stories and no others: WikiText-2 would be mostly unknown tokens.
-    "babyllama": Subject("{data}/models/babyllama-hf", (STORIES,), STORIES, groups=("32", "channel")),
+    "babyllama": Subject("{data}/models/babyllama-hf", (STORIES,), STORIES, groups=("32",)),
     "gpt2": Subject("openai-community/gpt2"),
     "llama-2-7b": Subject("meta-llama/Llama-2-7b-hf"),
     "mistral-7b-v0.2": Subject("mistral-community/Mistral-7B-v0.2"),
