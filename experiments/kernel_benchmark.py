@@ -35,9 +35,9 @@ class Experiment:
     shapes: tuple[tuple[int, int], ...] = ((4096, 4096), (4096, 14336), (14336, 4096))
     formats: tuple[str, ...] = ("int8-channel-sym", "int4-g128", "int3-g128", "int2-g64", "nf4-g64")
     rows: tuple[int, ...] = (1, 8, 16, 32, 128, 512)
-    copies: int = 4  # of a weight: more bytes than a cache holds
+    copies: int = 2  # of a weight: more bytes than a cache holds
     copied_bytes: int = 2**30  # for the device's bandwidth
-    repeats: int = 7
+    repeats: int = 5
 
 
 TINY = Experiment(((256, 128),), ("int4-g128", "nf4-g64"), (1, 16), copies=2, copied_bytes=2**20, repeats=2)
