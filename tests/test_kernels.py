@@ -61,6 +61,26 @@ def test_products(implementation, fmt):
         assert y.dtype == jnp.bfloat16 and np.max(np.abs(np.asarray(y, np.float64) - product) / size) < 1e-2
 
 
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("module", [tpu, gpu], ids=["tpu", "gpu"])
+def test_kernel_products(module, fmt):
+    """The Pallas kernels in the interpreter, one row in bfloat16 and some in float32, x W and y W^T."""
+    inputs, outputs = (96, 40) if "-b32" in fmt else (100, 33)
+    q = weight_of(inputs, outputs, fmt)
+    decoded = np.asarray(qjax.dequantize(q), np.float64)
+
+    @jax.jit
+    def run(x, y, held):
+        return module.multiply(x, held, interpret=True), module.multiply_transposed(y, held, interpret=True)
+
+    for rows, dtype, limit in ((1, jnp.bfloat16, 1e-2), (5, jnp.float32, 1e-5)):
+        x, y = (jax.random.normal(jax.random.key(size), (rows, size)).astype(dtype) for size in (inputs, outputs))
+        for found, given, weight in zip(run(x, y, layout.prepare(q)), (x, y), (decoded, decoded.T), strict=True):
+            wide = np.asarray(given, np.float64)
+            assert found.dtype == dtype and found.shape == (rows, weight.shape[1])
+            assert np.all(np.abs(np.asarray(found, np.float64) - wide @ weight) <= limit * (np.abs(wide) @ np.abs(weight)))
+
+
 @pytest.mark.parametrize("fmt", ["int4-g32", "int3-g64", "int8-channel-sym", "nf4-g64"])
 @pytest.mark.usefixtures("small_chunks")
 def test_xla_in_many_chunks(fmt):

@@ -41,23 +41,6 @@ def check(fmt: str, rows: int, inputs: int, outputs: int, dtype, *, transposed: 
     assert relative_error(x, q, y, transposed=transposed) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize(
-    ("fmt", "rows", "shape", "dtype"),
-    [
-        ("int4-g32", 1, (100, 72), jnp.bfloat16),
-        ("int4-g32", 16, (100, 72), jnp.bfloat16),
-        ("int3-g64-sym", 1, (100, 72), jnp.float32),
-        ("nf4-g64", 5, (384, 130), jnp.float32),
-    ],
-)
-def test_products(fmt, rows, shape, dtype):
-    check(fmt, rows, *shape, dtype)
-
-
-def test_transposed_products():
-    check("int4-g32", 5, 100, 72, jnp.bfloat16, transposed=True)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("fmt", FORMATS)
