@@ -68,6 +68,9 @@ def test_kernel_products(module, fmt):
     inputs, outputs = (96, 40) if "-b32" in fmt else (100, 33)
     q = weight_of(inputs, outputs, fmt)
     decoded = np.asarray(qjax.dequantize(q), np.float64)
+    if fmt == "int5-g40":
+        assert layout.refusal(q) == "groups of 40 are not whole words of 5-bit codes: a multiple of 32 is"
+        return
 
     @jax.jit
     def run(x, y, held):
