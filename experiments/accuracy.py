@@ -12,7 +12,7 @@ from pathlib import Path
 
 import common
 
-SETTINGS = common.Settings(max_windows=256, questions=None, tasks=True, divergence=True, speed=True)
+SETTINGS = common.Settings(max_windows=256, questions=None, tasks=True, divergence=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Experiment:
 
 
 TINY = Experiment(
-    recipes=("rtn:int8-g128",), settings=dataclasses.replace(common.TINY, tasks=True, divergence=True, speed=True)
+    recipes=("rtn:int8-g128",), settings=dataclasses.replace(common.TINY, tasks=True, divergence=True)
 )
 
 

@@ -25,7 +25,7 @@ from tests.paths import REPOSITORY, real_data
 SCRIPTS = REPOSITORY / "experiments"
 SUFFIXES = {  # experiment -> tables that it is about; "": of perplexity
     "quickstart": {""},
-    "accuracy": {"accuracy", "divergence", "tradeoff"},
+    "accuracy": {"accuracy", "divergence"},
     "tradeoff": {"accuracy", "tradeoff", "memory"},
     "order": {"seeds"},
     "formats_at_4_bits": {"divergence"},
