@@ -119,7 +119,7 @@ def scale_bits(axes: "Axes", bits: np.ndarray, names: float) -> None:
     """Limits and ticks, logarithmic where casts to 16 or 32 bits are shown. names: width of those at the left."""
     bits = bits if len(bits) else np.array([16.0])
     low, high = bits.min(), bits.max()
-    room = min(0.5, names * axes.figure.dpi / POINT / axes.get_window_extent().width)
+    room = min(0.62, names * axes.figure.dpi / POINT / axes.get_window_extent().width)
     room /= 1 - room
     if high > 9:
         axes.set_xscale("log", base=2)
