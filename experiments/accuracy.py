@@ -27,9 +27,7 @@ class Experiment:
     settings: common.Settings = SETTINGS
 
 
-TINY = Experiment(
-    recipes=("rtn:int8-g128",), settings=dataclasses.replace(common.TINY, tasks=True, divergence=True)
-)
+TINY = Experiment(recipes=("rtn:int8-g128",), settings=dataclasses.replace(common.TINY, tasks=True, divergence=True))
 
 
 def run(out: Path, *, tiny: bool = False, subjects: tuple[common.Subject, ...] = common.BUNDLED) -> list[dict[str, object]]:

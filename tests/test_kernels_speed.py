@@ -1,7 +1,7 @@
 """What a packed 4096 x 4096 product costs on a CPU, against the dense float32 product and decoding all of the weight.
 
-Only ratios count: ours and theirs run in turns, each a second time right after a first that is not timed, so that what the other
-left in the caches does not count; the median of the ratios of neighbours is asserted.
+Only ratios count: ours and theirs run in turns, each a second time right after a first that is not timed, so that what the
+other left in the caches does not count; the median of the ratios of neighbours is asserted.
 """
 
 import statistics
