@@ -24,11 +24,10 @@ def console():
 
 def progress_bars():
     """Bars on stderr, gone when done."""
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    from rich.console import Console
-
     return Progress(*columns, console=Console(stderr=True), transient=True)
 
 

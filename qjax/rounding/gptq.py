@@ -13,8 +13,8 @@ we depart from the paper's code:
 - inputs that calibration never moved are rounded to nearest instead of set to zero.
 - clip=mse and clip=hessian search every group's range (`ranges.py`); hessian weighs input i by R_ii^2, what its error costs
   in the loss that feedback leaves.
-- refine=N goes over scales and codes N more times (`refine.py`), for N + 1 times the time: 4 sweeps take 4 % off the layer
-  error at 4 bits, 7 % at 3, 20 % at 2.
+- refine=N goes over scales and codes N more times (`refine.py`), each time at the cost of the feedback loop:
+  4 sweeps lower what 2 bits cost the bundled model from 55 to 45 % of perplexity (results/composition).
 """
 
 import functools

@@ -60,7 +60,10 @@ def test_products(sharding, fmt, dtype, rows, shape):
 
 @pytest.mark.parametrize("fmt", ["int4-g32", "int3-g32", "fp4_bnb-g64-bf16", "nf4-g64-dq", "fp8_e4m3-channel", "int1-g32"])
 def test_other_formats(sharding, fmt):
-    compile_memory(sharding, tpu.multiply, jax.ShapeDtypeStruct((1, EDGES[0]), jnp.bfloat16), weight_shapes(fmt, *EDGES))
+    held = weight_shapes(fmt, *EDGES)
+    memory = compile_memory(sharding, tpu.multiply, jax.ShapeDtypeStruct((1, EDGES[0]), jnp.bfloat16), held)
+    assert memory.argument_size_in_bytes >= 4 * held.words.size
+    assert memory.temp_size_in_bytes < EDGES[0] * EDGES[1]
 
 
 @pytest.mark.parametrize(("rows", "shape"), [(1, SQUARE), (512, SQUARE), (5, EDGES)])
