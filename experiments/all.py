@@ -1,6 +1,6 @@
 """Makes the whole of results/ again, one experiment after another, and prints how long each took.
 
-    python experiments/all.py                  one to two hours on 2 idle cores
+    python experiments/all.py                  under three hours on 2 cores
     python experiments/all.py order calibration    these alone
 
 Each runs in a process of its own, so that its times and its memory are its own. What is measured already is not measured again:
