@@ -8,10 +8,11 @@ one block, one batch of its activations, and the hidden states of all calibratio
 order `qep`).
 """
 
+import dataclasses
 import re
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -19,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
 from qjax.calibrate.capture import Batch, sharing
@@ -29,7 +31,7 @@ from qjax.interception import KernelView, linear_layers, quantized_kernels
 from qjax.layerwise import LayerRecord, Part, Plan, Quantized, quantize_part
 from qjax.models.decoder import Block, Head
 from qjax.models.folding import folds
-from qjax.models.model import Model, compute_dtype, embedding_table, stages
+from qjax.models.model import Model, compiled, compute_dtype, embedding_table, stages
 from qjax.qtensor import FLOAT_DTYPES, QLinear, QTensor, dequantize, is_quantized
 from qjax.recipe import DEFAULT_ORDER, UNQUANTIZED, Recipe, Stage, method, parse_order, parse_recipe
 from qjax.rules import Rule, parse_rule, place
@@ -131,44 +133,56 @@ def _quantize_decoder(
 ) -> list[tuple[str, list[Quantized]]]:
     """The parts of a decoder, block by block and the head, each with its path prefix."""
     config, dtype = model.config, compute_dtype()
-    run, allowed = stages(config, dtype), folds(config)
     needed = any(recipe and recipe.statistics for plan in plans for recipe in plan.values())
     pieces = list(_batches(calibration)) if needed else []
     weights = [weight for _, weight in pieces]
-    current = [run.embed(model.params["embed"], tokens) for tokens, _ in pieces]
+    current = [stages(config, dtype).embed(model.params["embed"], tokens) for tokens, _ in pieces]
     exact = list(current) if order.alpha else []  # hidden states of the unquantized model, where an order compares with them
-    last = max((i for i in range(config.layers) for plan in plans if _calibrated(plan, f"block_{i}/")), default=-1)
-    head = any(_calibrated(plan, "head/") for plan in plans)
-    parts, shared = [], {}
-    for name in [*(f"block_{i}" for i in range(config.layers)), "head"]:
-        prefix, params = f"{name}/", model.params[name]
-        inside = [
-            {path.removeprefix(prefix): recipe for path, recipe in plan.items() if path.startswith(prefix)} for plan in plans
-        ]
+    parts, shared = list(_parts(model, plans, order, dtype)), {}
+    last = max((i for i, (_, inside) in enumerate(parts) if any(map(_calibrated, inside))), default=-1)
+    results = []
+    for number, (part, inside) in enumerate(parts):
+        module, params = part.module, part.params
+        further = (embedding_table(model),) if isinstance(module, Head) else ()
+        batches = [Batch((x, *further), w) for x, w in zip(current, weights, strict=True)]
+        references = [Batch((x, *further), w) for x, w in zip(exact, weights, strict=False)]
+        if batches and module not in shared:  # equal blocks are traced once
+            shared[module] = sharing(module, params, *batches[0].args)
+        part = dataclasses.replace(part, shared=shared.get(module, {}))  # noqa: PLW2901
+        found = quantize_part(part, inside, order, batches, references, on_layer)
+        results.append((part.prefix, [each._replace(floating={}, outputs=[]) for each in found]))  # no longer than its part
+        if number < last:
+            run = compiled(module)
+            current = found[0].outputs or [run(found[0].floating if order.prefix else params, x) for x in current]
+            exact = [run(params, x) for x in exact]
+    return results
+
+
+def _parts(model: Model, plans: Sequence[Plan], order: Order, dtype: DTypeLike) -> Iterator[tuple[Part, list[Plan]]]:
+    """What a decoder is quantized by, with what each plan has for it: blocks, or their halves, where layers see what becomes
+    of those before them in their block, so that none runs twice; and the head.
+    """
+    config = model.config
+    halves = (Block(config, dtype, "attention"), Block(config, dtype, "mlp")) if order.inside else (Block(config, dtype),)
+    blocks = [(f"block_{i}/", module) for i in range(config.layers) for module in halves]
+    for prefix, module in [*blocks, ("head/", Head(config, dtype))]:
+        half = getattr(module, "half", None) or ""
+        params = {name: leaves for name, leaves in model.params[prefix[:-1]].items() if name.startswith(half)}
+        paths = {prefix + path: path for path in flatten_dict(params, sep="/")}
+        inside = [{paths[path]: recipe for path, recipe in plan.items() if path in paths} for plan in plans]
         views = {
             path: KernelView(leaf.shape, (0,), (1,))
             for path, leaf in flatten_dict(params, sep="/").items()
             if path in inside[0]
         }
-        is_head = name == "head"
-        module = Head(config, dtype) if is_head else Block(config, dtype)
-        further = (embedding_table(model),) if is_head else ()
-        batches = [Batch((x, *further), w) for x, w in zip(current, weights, strict=True)]
-        references = [Batch((x, *further), w) for x, w in zip(exact, weights, strict=False)]
-        if batches and module not in shared:  # equal blocks are traced once
-            shared[module] = sharing(module, params, *batches[0].args)
-        part = Part(module, prefix, params, views, shared.get(module, {}), () if is_head else allowed)
-        found = quantize_part(part, inside, order, batches, references, on_layer)
-        parts.append((prefix, [each._replace(floating={}, outputs=[]) for each in found]))  # lives no longer than its block
-        if is_head or not needed or not (head or int(name.removeprefix("block_")) < last):
-            continue
-        current = found[0].outputs or [run.block(found[0].floating if order.prefix else params, x) for x in current]
-        exact = [run.block(params, x) for x in exact]
-    return parts
+        allowed = (
+            () if isinstance(module, Head) else tuple(fold for fold in folds(config) if fold.source.split("/")[0] in params)
+        )
+        yield Part(module, prefix, params, views, {}, allowed), inside
 
 
-def _calibrated(plan: Plan, prefix: str) -> bool:
-    return any(recipe and recipe.statistics for path, recipe in plan.items() if path.startswith(prefix))
+def _calibrated(plan: Plan) -> bool:
+    return any(recipe and recipe.statistics for recipe in plan.values())
 
 
 def _batches(calibration: Calibration) -> Iterable[tuple[Array, Array]]:

@@ -85,29 +85,30 @@ def slowly(case, order: Order, transform: bool) -> dict[str, np.ndarray]:
     for number in range(case.model.config.layers):
         prefix = f"block_{number}/"
         block = {path: leaf for path, leaf in original.items() if path.startswith(prefix)}
-        before = result if order.prefix else original
-        if transform:
-            seen = inputs(before | block)
-            for layers, source in FOLDED:
+        before, done = result if order.prefix else original, {}
+        for half in ("attention", "mlp"):
+            seen = inputs(before | block | (done if order.inside else {})) if transform else {}
+            for layers, source in FOLDED if transform else ():
+                if not source.startswith(half):
+                    continue
                 scale = powers(np.sum(np.abs(seen[f"{prefix}{layers[0]}/kernel"]) * counts, 0) / np.sum(counts), np)
                 for layer in layers:
                     block[f"{prefix}{layer}/kernel"] = block[f"{prefix}{layer}/kernel"] * scale[:, None]
                 block[prefix + source] = block[prefix + source] / scale
                 if (bias := (prefix + source).replace("/kernel", "/bias")) in block and source.endswith("kernel"):
                     block[bias] = block[bias] / scale
-        done = dict(block)
-        for layer in CALLS:
-            path = f"{prefix}{layer}/kernel"
-            x = inputs(before | (done if order.inside else block))[path]
-            hessian = x.T @ (x * counts) / np.sum(counts)
-            weight = block[path]
-            if order.alpha:
-                exact = inputs(original | block)[path]
-                drift = x.T @ ((exact - x) * counts) / np.sum(counts)
-                damped = hessian + order.damp * np.mean(np.diag(hessian)) * np.eye(len(hessian))
-                weight = weight + order.alpha * np.linalg.solve(damped, drift @ weight)
-            done[path] = shrink(weight, hessian, np.sum(np.abs(x) * counts, 0) / np.sum(counts), np)
-        result |= done
+            for layer in (layer for layer in CALLS if layer.startswith(half)):
+                path = f"{prefix}{layer}/kernel"
+                x = inputs(before | block | (done if order.inside else {}))[path]
+                hessian = x.T @ (x * counts) / np.sum(counts)
+                weight = block[path]
+                if order.alpha:
+                    exact = inputs(original | block)[path]
+                    drift = x.T @ ((exact - x) * counts) / np.sum(counts)
+                    damped = hessian + order.damp * np.mean(np.diag(hessian)) * np.eye(len(hessian))
+                    weight = weight + order.alpha * np.linalg.solve(damped, drift @ weight)
+                done[path] = shrink(weight, hessian, np.sum(np.abs(x) * counts, 0) / np.sum(counts), np)
+        result |= block | done
     return result
 
 

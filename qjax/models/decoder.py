@@ -164,20 +164,26 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer block on hidden states (batch, time, hidden); layout and cache as in `Attention`."""
+    """One transformer block on hidden states (batch, time, hidden); layout and cache as in `Attention`.
+
+    half: "attention" or "mlp", one residual branch alone; the second after the first is the block, with the same parameters.
+    """
 
     config: DecoderConfig
     dtype: DTypeLike = jnp.float32
+    half: str | None = None
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "batch time hidden"], layout: Layout | None = None, cache: Cache | None = None
     ) -> Float[Array, "batch time hidden"] | tuple[Float[Array, "batch time hidden"], Cache]:
         c = self.config
-        mixed = Attention(c, self.dtype, name="attention")(make_norm(c, self.dtype, "attention_norm")(x), layout, cache)
-        mixed, cache = mixed if cache is not None else (mixed, None)
-        x = x + mixed
-        x = x + MLP(c, self.dtype, name="mlp")(make_norm(c, self.dtype, "mlp_norm")(x))
+        if self.half != "mlp":
+            mixed = Attention(c, self.dtype, name="attention")(make_norm(c, self.dtype, "attention_norm")(x), layout, cache)
+            mixed, cache = mixed if cache is not None else (mixed, None)
+            x = x + mixed
+        if self.half != "attention":
+            x = x + MLP(c, self.dtype, name="mlp")(make_norm(c, self.dtype, "mlp_norm")(x))
         return x if cache is None else (x, cache)
 
 

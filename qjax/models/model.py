@@ -5,8 +5,10 @@ stages. Each stage (embed, block, head) is compiled once per configuration and k
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -56,18 +58,22 @@ def runnable(model: Model, packed: bool = False) -> Model:
     return model._replace(params=convert(model.params, compute_dtype()))
 
 
+@functools.lru_cache(maxsize=32)
+def compiled(module: nn.Module) -> Callable[..., object]:
+    """(params, *args) -> what the module returns, for float and quantized kernels."""
+
+    @jax.jit
+    def run(params, *args):
+        with quantized_kernels():
+            return module.apply({"params": params}, *args)
+
+    return run
+
+
 @functools.lru_cache(maxsize=8)
 def stages(config: DecoderConfig, dtype: DTypeLike) -> Stages:
     """The compiled stages of a configuration, computing in `dtype`."""
-
-    def run(module):
-        def call(params, *args):
-            with quantized_kernels():
-                return module.apply({"params": params}, *args)
-
-        return jax.jit(call)
-
-    head = run(Head(config, dtype))
+    head = compiled(Head(config, dtype))
 
     @jax.jit
     def losses(params, x, table, targets):
@@ -101,7 +107,7 @@ def stages(config: DecoderConfig, dtype: DTypeLike) -> Stages:
         with quantized_kernels():
             return block.apply({"params": params}, x, layout, cache)
 
-    return Stages(run(Embed(config, dtype)), run(block), head, losses, scores, cached)
+    return Stages(compiled(Embed(config, dtype)), compiled(block), head, losses, scores, cached)
 
 
 def embedding_table(model: Model) -> Float[Array, "vocabulary hidden"] | None:
