@@ -6,7 +6,8 @@ import pytest
 
 from qjax.errors import QjaxError
 from qjax.models.config import DecoderConfig, LinearScaling, Llama3Scaling
-from qjax.models.families import FAMILIES, find_family, read_config, stored_tensors, write_config
+from qjax.models.families import FAMILIES, find_family, read_config, write_config
+from qjax.models.family import stored_tensors
 from qjax.models.parameters import parameter_shapes
 
 LLAMA = {

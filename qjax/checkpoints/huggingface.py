@@ -18,7 +18,8 @@ from qjax.checkpoints.tensors import FLOATS, Header, read_headers, read_tensor, 
 from qjax.errors import QjaxError
 from qjax.files import expand, listing, prepare_output_folder, read_json, write_atomically
 from qjax.models.config import DecoderConfig
-from qjax.models.families import FAMILIES, Family, StoredTensor, head_name, read_config, stored_tensors, write_config
+from qjax.models.families import FAMILIES, read_config, write_config
+from qjax.models.family import Family, StoredTensor, head_name, stored_tensors
 from qjax.models.model import Model
 from qjax.models.parameters import check_parameters, flatten, parameter_shapes, unflatten
 from qjax.models.tokenizer import Tokenizer, load_tokenizer

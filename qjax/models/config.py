@@ -1,7 +1,7 @@
 """Everything that distinguishes one decoder-only language model from another, as data.
 
 A family (Llama, GPT-2, ...) is a mapping from its own configuration file to `DecoderConfig` plus a map of parameter names
-(`families.py`); the decoder itself (`decoder.py`) knows no family.
+(`family.py`); the decoder itself (`decoder.py`) knows no family.
 """
 
 import dataclasses

@@ -1,0 +1,77 @@
+"""GPT-2."""
+
+from qjax.models import config_entries as entries
+from qjax.models.config import DecoderConfig
+from qjax.models.family import Family
+
+GPT2_MODULES = {
+    "embed/tokens": "transformer.wte",
+    "embed/positions": "transformer.wpe",
+    "block_{i}/attention_norm": "transformer.h.{i}.ln_1",
+    "block_{i}/attention/q": "transformer.h.{i}.attn.c_attn",
+    "block_{i}/attention/k": "transformer.h.{i}.attn.c_attn",
+    "block_{i}/attention/v": "transformer.h.{i}.attn.c_attn",
+    "block_{i}/attention/o": "transformer.h.{i}.attn.c_proj",
+    "block_{i}/mlp_norm": "transformer.h.{i}.ln_2",
+    "block_{i}/mlp/up": "transformer.h.{i}.mlp.c_fc",
+    "block_{i}/mlp/down": "transformer.h.{i}.mlp.c_proj",
+    "head/norm": "transformer.ln_f",
+    "head/output": "lm_head",
+}
+
+
+def _read_gpt2(config: dict) -> DecoderConfig:
+    entries.require(config, "scale_attn_weights", True, True)
+    entries.require(config, "scale_attn_by_inverse_layer_idx", False, False)
+    entries.require(config, "add_cross_attention", False, False)
+    # reorder_and_upcast_attn is about precision alone: the decoder's softmax is in float32 in any case.
+    hidden, heads = entries.get(config, "n_embd", int), entries.get(config, "n_head", int)
+    return DecoderConfig(
+        family="gpt2",
+        vocabulary_size=entries.get(config, "vocab_size", int),
+        hidden_size=hidden,
+        mlp_size=entries.get(config, "n_inner", int, 4 * hidden),
+        layers=entries.get(config, "n_layer", int),
+        heads=heads,
+        kv_heads=heads,
+        head_dim=entries.head_dim(hidden, heads),
+        context=entries.get(config, "n_positions", int),
+        norm="layer",
+        norm_epsilon=float(entries.get(config, "layer_norm_epsilon", float, 1e-5)),
+        activation=entries.activation(config, "activation_function", "gelu_new"),
+        gated=False,
+        positions="learned",
+        qkv_bias=True,
+        attention_output_bias=True,
+        mlp_bias=True,
+        tied=entries.get(config, "tie_word_embeddings", bool, True),
+        **entries.token_ids(config),
+    )
+
+
+def _write_gpt2(config: DecoderConfig) -> dict:
+    return {
+        "vocab_size": config.vocabulary_size,
+        "n_embd": config.hidden_size,
+        "n_inner": config.mlp_size,
+        "n_layer": config.layers,
+        "n_head": config.heads,
+        "n_positions": config.context,
+        "layer_norm_epsilon": config.norm_epsilon,
+        "activation_function": entries.ACTIVATION_NAMES[config.activation],
+        "tie_word_embeddings": config.tied,
+        "bos_token_id": config.bos_id,
+        "eos_token_id": config.eos_id,
+    }
+
+
+GPT2 = Family(
+    "gpt2",
+    ("GPT2LMHeadModel", "GPT2Model"),
+    _read_gpt2,
+    _write_gpt2,
+    GPT2_MODULES,
+    "transformer.",
+    kernels_in_out=True,
+    ignored=r"h\.\d+\.attn\.(masked_)?bias$",
+)
