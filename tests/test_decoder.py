@@ -1,13 +1,15 @@
 """qjax.models.decoder: what the parity tests against other libraries do not see."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from qjax.models.config import LinearScaling, Llama3Scaling
-from qjax.models.decoder import rope_frequencies
+from qjax.models.decoder import Block, rope_frequencies, rotate
 
-from .conftest import tiny_config
+from .conftest import FAMILY_CHANGES, tiny_config
+from .random_weights import small_model
 
 HALF = 64
 
@@ -26,3 +28,24 @@ def test_rotary_frequencies_are_the_nearest_float32(theta, scaling):
     assert not isinstance(found, jax.Array)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, rtol=2**-24)
+
+
+def test_positions_rotate_the_first_features_of_a_head_alone():
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 5, 2, 16)), jnp.float32)
+    config = tiny_config(head_dim=16, rotary_fraction=0.5)
+    frequencies = rope_frequencies(config)
+    np.testing.assert_array_equal(frequencies, rope_frequencies(tiny_config(head_dim=8)))
+    angles = jnp.arange(5)[:, None] * frequencies
+    rotated = rotate(x, jnp.cos(angles), jnp.sin(angles))
+    np.testing.assert_array_equal(rotated[..., 8:], x[..., 8:])
+    np.testing.assert_array_equal(rotated[..., :8], rotate(x[..., :8], jnp.cos(angles), jnp.sin(angles)))
+
+
+def test_a_parallel_residual_is_the_sum_of_both_branches():
+    """x + attention(norm(x)) + mlp(norm(x)): what either branch adds does not depend on the other's weights."""
+    model = small_model(tiny_config(**FAMILY_CHANGES["gpt_neox"]))
+    params, block = model.params["block_0"], Block(model.config)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 7, 32)), jnp.float32)
+    silent = {name: jax.tree.map(jnp.zeros_like, params[name]) for name in ("attention", "mlp")}
+    added = [block.apply({"params": params | {name: silent[name]}}, x) - x for name in silent]
+    np.testing.assert_allclose(block.apply({"params": params}, x), x + sum(added), rtol=1e-5, atol=1e-5)

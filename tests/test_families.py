@@ -33,6 +33,19 @@ GPT2 = {
     "n_head": 4,
     "n_positions": 64,
 }
+GPT_NEOX = {
+    "model_type": "gpt_neox",
+    "architectures": ["GPTNeoXForCausalLM"],
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "use_parallel_residual": True,
+    "rotary_pct": 0.25,
+}
+EVERY = (LLAMA, MISTRAL, QWEN2, GPT2, GPT_NEOX)
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -121,6 +134,36 @@ def test_gpt2():
     assert read_config(GPT2 | {"n_inner": None}).mlp_size == 128
 
 
+def test_gpt_neox():
+    config = read_config(GPT_NEOX)
+    assert (config.norm, config.positions, config.activation, config.gated, config.tied) == (
+        "layer",
+        "rope",
+        "gelu",
+        False,
+        False,
+    )
+    assert (config.qkv_bias, config.attention_output_bias, config.mlp_bias) == (True, True, True)
+    assert (config.parallel_residual, config.rotary_fraction, config.rotary_dim) == (True, 0.25, 2)
+    changed = read_config(GPT_NEOX | {"use_parallel_residual": False, "attention_bias": False, "hidden_act": "gelu_fast"})
+    assert (changed.parallel_residual, changed.activation) == (False, "gelu_tanh")
+    assert (changed.qkv_bias, changed.attention_output_bias, changed.mlp_bias) == (False, False, True)
+    assert read_config({key: value for key, value in GPT_NEOX.items() if key != "rotary_pct"}).rotary_fraction == 0.25
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"rotary_pct": 0.5, "rotary_emb_base": 5e5},
+        {"rotary_pct": 0.5, "rotary_emb_base": 500000, "partial_rotary_factor": 0.5, "rope_theta": 5e5},
+        {"rotary_pct": None, "rope_parameters": {"rope_theta": 5e5, "partial_rotary_factor": 0.5, "rope_type": "default"}},
+    ],
+)
+def test_every_name_of_partly_rotated_heads(entries):
+    config = read_config(GPT_NEOX | entries)
+    assert (config.rope_theta, config.rotary_fraction, config.rope_scaling) == (5e5, 0.5, None)
+
+
 @pytest.mark.parametrize("newer", [False, True])
 @pytest.mark.parametrize(
     ("entry", "scaling"),
@@ -169,6 +212,13 @@ def test_the_oldest_name_of_the_rotary_type():
         (LLAMA | {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "full_attention"),
         (LLAMA | {"partial_rotary_factor": 0.5}, "'partial_rotary_factor' is 0.5"),
         (QWEN2 | {"use_sliding_window": True, "layer_types": ["linear_attention"] * 3}, "linear_attention"),
+        (LLAMA | {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}}, "'rope_theta' disagree: 10000.0, 500000.0"),
+        (GPT_NEOX | {"partial_rotary_factor": 0.5}, "'partial_rotary_factor' and 'rotary_pct' disagree: 0.25, 0.5"),
+        (GPT_NEOX | {"rotary_pct": 0.4}, "even number of features of each head, got 0.4 of 8"),
+        (GPT_NEOX | {"rotary_pct": 0.0}, "even number of features of each head, got 0.0 of 8"),
+        (GPT_NEOX | {"rotary_pct": 2}, "even number of features of each head, got 2.0 of 8"),
+        (GPT_NEOX | {"rotary_pct": float("nan")}, "even number of features of each head, got nan of 8"),
+        (GPT_NEOX | {"hidden_act": "quick_gelu"}, "'hidden_act' is 'quick_gelu'"),
         (GPT2 | {"scale_attn_by_inverse_layer_idx": True}, "'scale_attn_by_inverse_layer_idx' is True"),
         (GPT2 | {"scale_attn_weights": False}, "'scale_attn_weights' is False"),
         (GPT2 | {"add_cross_attention": True}, "'add_cross_attention' is True"),
@@ -181,7 +231,8 @@ def test_what_cannot_be_done_is_refused(config, message):
 
 
 def test_either_name_of_the_architecture_is_enough():
-    for config in (LLAMA, MISTRAL, QWEN2, GPT2):
+    assert [config["model_type"] for config in EVERY] == list(FAMILIES)
+    for config in EVERY:
         name, architectures = config["model_type"], config["architectures"]
         assert find_family({"model_type": name}).name == name
         assert find_family({"architectures": architectures}).name == name
@@ -198,6 +249,9 @@ def test_either_name_of_the_architecture_is_enough():
         QWEN2 | {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0},
         GPT2,
         GPT2 | {"n_inner": 50, "activation_function": "relu", "tie_word_embeddings": False},
+        GPT_NEOX,
+        GPT_NEOX | {"rotary_pct": 1.0, "use_parallel_residual": False, "attention_bias": False, "tie_word_embeddings": True},
+        GPT_NEOX | {"rope_scaling": {"type": "linear", "factor": 3.0}, "rotary_emb_base": 5e5, "hidden_act": "gelu_fast"},
     ],
 )
 def test_written_configurations_read_back(config):
@@ -206,7 +260,11 @@ def test_written_configurations_read_back(config):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("sliding_window", 8), ("norm", "layer"), ("attention_output_bias", True), ("gated", False)]
+    ("field", "value"),
+    [
+        *(("sliding_window", 8), ("norm", "layer"), ("attention_output_bias", True), ("gated", False)),
+        *(("parallel_residual", True), ("rotary_fraction", 0.5)),
+    ],
 )
 def test_what_a_family_cannot_say_is_not_written(field, value):
     with pytest.raises(QjaxError, match=f"cannot say .*{field}"):
@@ -214,23 +272,28 @@ def test_what_a_family_cannot_say_is_not_written(field, value):
 
 
 def test_an_unknown_family_is_not_written():
-    with pytest.raises(QjaxError, match="unknown family 'other'; supported: llama, mistral, qwen2, gpt2"):
+    with pytest.raises(QjaxError, match="unknown family 'other'; supported: llama, mistral, qwen2, gpt2, gpt_neox"):
         write_config(dataclasses.replace(read_config(LLAMA), family="other"))
 
 
-@pytest.mark.parametrize("config", [LLAMA, LLAMA | {"attention_bias": True, "mlp_bias": True}, MISTRAL, QWEN2, GPT2])
+@pytest.mark.parametrize("config", [*EVERY, LLAMA | {"attention_bias": True, "mlp_bias": True}])
 def test_every_parameter_has_one_place_in_the_checkpoint(config):
     config = read_config(config)
     shapes = parameter_shapes(config)
-    tensors = stored_tensors(FAMILIES[config.family], shapes)
+    tensors = stored_tensors(FAMILIES[config.family], shapes, config.heads)
     parts = [part for tensor in tensors for part in tensor.parts]
     assert dict(parts) == shapes
     assert len(parts) == len(shapes)
     assert len({tensor.name for tensor in tensors}) == len(tensors)
 
 
+def named_tensors(config):
+    config = read_config(config)
+    return {tensor.name: tensor for tensor in stored_tensors(FAMILIES[config.family], parameter_shapes(config), config.heads)}
+
+
 def test_names_and_shapes_of_llama():
-    tensors = {tensor.name: tensor for tensor in stored_tensors(FAMILIES["llama"], parameter_shapes(read_config(LLAMA)))}
+    tensors = named_tensors(LLAMA)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     assert shapes["model.embed_tokens.weight"] == shapes["lm_head.weight"] == (100, 32)
     assert shapes["model.layers.2.self_attn.k_proj.weight"] == (16, 32)
@@ -240,7 +303,7 @@ def test_names_and_shapes_of_llama():
 
 
 def test_names_and_shapes_of_gpt2():
-    tensors = {tensor.name: tensor for tensor in stored_tensors(FAMILIES["gpt2"], parameter_shapes(read_config(GPT2)))}
+    tensors = named_tensors(GPT2)
     fused = tensors["transformer.h.1.attn.c_attn.weight"]
     assert fused.shape == (32, 96)
     assert [path for path, _ in fused.parts] == [f"block_1/attention/{name}/kernel" for name in "qkv"]
@@ -248,3 +311,12 @@ def test_names_and_shapes_of_gpt2():
     assert tensors["transformer.h.0.mlp.c_fc.weight"].shape == (32, 128)
     assert tensors["transformer.wpe.weight"].shape == (64, 32)
     assert "lm_head.weight" not in tensors
+
+
+def test_names_and_shapes_of_gpt_neox():
+    tensors = named_tensors(GPT_NEOX)
+    fused = tensors["gpt_neox.layers.1.attention.query_key_value.weight"]
+    assert fused.shape == (96, 32)
+    assert [path for path, _ in fused.parts] == [f"block_1/attention/{name}/kernel" for name in "qkv"]
+    assert tensors["gpt_neox.layers.2.mlp.dense_4h_to_h.weight"].shape == (32, 48)
+    assert tensors["embed_out.weight"].shape == tensors["gpt_neox.embed_in.weight"].shape == (100, 32)

@@ -177,3 +177,15 @@ def test_a_real_tokenizer(name):
     assert counts.sum() == len(text.encode())
     if name == "stories260K-hf":
         assert tokenizer.decode(ids) == text
+
+
+MIXED = "The  queue's\tend:\n\n    return é😀漢 (1234567)" + " " * 30 + "x"
+
+
+def test_the_tokenizer_of_pythia():
+    """Runs of spaces are tokens of their own, added behind the vocabulary."""
+    tokenizer = load_tokenizer(real_data("tokenizers/neox/20B_tokenizer.json"), bos_id=0, eos_id=0)
+    assert (tokenizer.vocabulary_size, tokenizer.adds_bos, tokenizer.bos_id) == (50277, False, 0)
+    ids, counts = tokenizer.encode_with_bytes(MIXED)
+    assert tokenizer.decode(ids) == MIXED and counts.sum() == len(MIXED.encode())
+    assert ids.max() >= 50254

@@ -53,6 +53,23 @@ class DecoderConfig:
     tied: bool = False  # the head multiplies with the embedding table
     bos_id: int | None = None
     eos_id: int | None = None
+    # Fields from here on came later: see __repr__.
+    parallel_residual: bool = False  # attention and MLP both read the block's input, rather than one after the other
+    rotary_fraction: float = 1.0  # of each head, its first features, which positions rotate
+
+    @property
+    def rotary_dim(self) -> int:
+        """Features of a head that positions rotate."""
+        return int(self.head_dim * self.rotary_fraction)
+
+    def __repr__(self):
+        """As a dataclass writes it, without later fields that stand at their default: fingerprints of models are made of
+        it, and those of models measured before a field existed stay what they were.
+        """
+        fields = dataclasses.fields(self)
+        first = [field.name for field in fields].index("eos_id") + 1
+        shown = [*fields[:first], *(field for field in fields[first:] if getattr(self, field.name) != field.default)]
+        return f"DecoderConfig({', '.join(f'{field.name}={getattr(self, field.name)!r}' for field in shown)})"
 
     def __post_init__(self):
         sizes = ("vocabulary_size", "hidden_size", "mlp_size", "layers", "heads", "kv_heads", "head_dim", "context")
@@ -72,5 +89,10 @@ class DecoderConfig:
                 raise QjaxError(f"model configuration: {name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
         if self.heads % self.kv_heads:
             raise QjaxError(f"model configuration: {self.heads} heads cannot share {self.kv_heads} key/value heads evenly")
-        if self.positions == "rope" and self.head_dim % 2:
-            raise QjaxError(f"model configuration: rotary positions need an even head size, got {self.head_dim}")
+        if self.positions == "rope" and not (
+            0 < self.rotary_fraction <= 1 and self.rotary_dim > 0 and self.rotary_dim % 2 == 0
+        ):
+            raise QjaxError(
+                "model configuration: rotary positions need an even number of features of each head, got "
+                f"{self.rotary_fraction} of {self.head_dim}"
+            )

@@ -5,9 +5,11 @@ model of any depth costs one block's compilation, and quantization holds one blo
 
     block:  x <- x + o(attention(q(n), k(n), v(n))),  n = norm(x)
             x <- x + down(activation(gate(m)) * up(m)),  m = norm(x)        (gated; else down(activation(up(m))))
+    or, with a parallel residual, both at once: m = norm(x) of the x before attention
 
 Vaswani et al. 2017 (arXiv 1706.03762); Llama: Touvron et al. 2023 (2302.13971); rotary positions: Su et al. 2021
-(2104.09864), in Hugging Face's half-split order; grouped queries: Ainslie et al. 2023 (2305.13245).
+(2104.09864), in Hugging Face's half-split order; grouped queries: Ainslie et al. 2023 (2305.13245); parallel residual and
+partly rotated heads: GPT-NeoX, Black et al. 2022 (2204.06745).
 Every linear layer is an `nn.Dense` whose kernel is (in, out), so `interception.py` serves it as it does any user's model.
 """
 
@@ -40,7 +42,7 @@ def rope_frequencies(config: DecoderConfig) -> Float[np.ndarray, " half"]:
 
 
 def _scaled_frequencies(config: DecoderConfig) -> Float[np.ndarray, " half"]:
-    half = config.head_dim // 2
+    half = config.rotary_dim // 2
     frequencies = config.rope_theta ** (-np.arange(half, dtype=np.float64) / half)
     match config.rope_scaling:
         case None:
@@ -56,10 +58,13 @@ def _scaled_frequencies(config: DecoderConfig) -> Float[np.ndarray, " half"]:
 def rotate(
     x: Float[Array, "batch time heads dim"], cos: Float[Array, "*batch time half"], sin: Float[Array, "*batch time half"]
 ) -> Float[Array, "batch time heads dim"]:
-    """Rotates pairs (x[i], x[i + dim/2]) by each position's angles, which all sequences share or each has its own."""
-    first, second = jnp.split(x, 2, axis=-1)
+    """Rotates pairs (x[i], x[i + half]) by each position's angles, which all sequences share or each has its own; features
+    behind the pairs stay.
+    """
+    half = cos.shape[-1]
+    first, second, rest = jnp.split(x, [half, 2 * half], axis=-1)
     cos, sin = cos[..., None, :], sin[..., None, :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
 
 
 def make_norm(config: DecoderConfig, dtype: DTypeLike, name: str) -> nn.Module:
@@ -176,8 +181,9 @@ class Block(nn.Module):
         c = self.config
         mixed = Attention(c, self.dtype, name="attention")(make_norm(c, self.dtype, "attention_norm")(x), layout, cache)
         mixed, cache = mixed if cache is not None else (mixed, None)
-        x = x + mixed
-        x = x + MLP(c, self.dtype, name="mlp")(make_norm(c, self.dtype, "mlp_norm")(x))
+        before, x = x, x + mixed
+        inner = before if c.parallel_residual else x
+        x = x + MLP(c, self.dtype, name="mlp")(make_norm(c, self.dtype, "mlp_norm")(inner))
         return x if cache is None else (x, cache)
 
 

@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
+import numpy as np
+
 from qjax.models.config import DecoderConfig
 
 LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
@@ -21,6 +23,7 @@ class Family:
         side along the output axis in the table's order.
     prefix: starts all names but the head's; some checkpoints leave it out.
     kernels_in_out: the blocks' kernels are stored (in, out), as ours, rather than (out, in).
+    fused_by_head: modules stored as one tensor are so head by head: (head, module, dim) along the output axis.
     ignored: regular expression of stored tensors that are constants, not weights.
     """
 
@@ -31,15 +34,19 @@ class Family:
     modules: Mapping[str, str]
     prefix: str
     kernels_in_out: bool = False
+    fused_by_head: bool = False
     ignored: str = r"$^"
 
 
 class StoredTensor(NamedTuple):
-    """A tensor of a checkpoint and the parameters of ours that it holds, (path, shape), side by side on the last axis."""
+    """A tensor of a checkpoint and the parameters of ours that it holds, (path, shape), side by side on the last axis: in
+    `blocks` blocks, each with an equal piece of every part.
+    """
 
     name: str
     parts: tuple[tuple[str, tuple[int, ...]], ...]
     transposed: bool
+    blocks: int = 1
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -48,8 +55,23 @@ class StoredTensor(NamedTuple):
         shape = (*first[:-1], sum(shape[-1] for _, shape in self.parts))
         return shape[::-1] if self.transposed else shape
 
+    def split(self, array: np.ndarray) -> dict[str, np.ndarray]:
+        """Our parameters by path, of the stored array."""
+        array = array.T if self.transposed else array
+        pieces = array.reshape(*array.shape[:-1], self.blocks, -1)
+        bounds = np.cumsum([shape[-1] // self.blocks for _, shape in self.parts])[:-1]
+        pieces = np.split(pieces, bounds, axis=-1)
+        return {path: piece.reshape(shape) for (path, shape), piece in zip(self.parts, pieces, strict=True)}
 
-def stored_tensors(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> list[StoredTensor]:
+    def join(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The inverse of `split`; other paths are left aside."""
+        pieces = [arrays[path].reshape(*shape[:-1], self.blocks, -1) for path, shape in self.parts]
+        array = np.concatenate(pieces, axis=-1) if len(pieces) > 1 else pieces[0]  # one piece is not copied
+        array = array.reshape(*array.shape[:-2], -1)
+        return array.T if self.transposed else array
+
+
+def stored_tensors(family: Family, shapes: Mapping[str, tuple[int, ...]], heads: int) -> list[StoredTensor]:
     """What a checkpoint of the family must hold for parameters of these shapes (`parameters.parameter_shapes`)."""
     parts, transposed = collections.defaultdict(list), {}
     for layer, ours, theirs in _modules(family, shapes):
@@ -58,7 +80,10 @@ def stored_tensors(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> lis
             if path in shapes:
                 parts[name].append((path, shapes[path]))
                 transposed[name] = leaf == "kernel" and not (family.kernels_in_out and layer is not None)
-    return [StoredTensor(name, tuple(held), transposed[name]) for name, held in parts.items()]
+    return [
+        StoredTensor(name, tuple(held), transposed[name], heads if family.fused_by_head and len(held) > 1 else 1)
+        for name, held in parts.items()
+    ]
 
 
 def _modules(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[int | None, str, str]]:

@@ -1,4 +1,4 @@
-"""GPT-2."""
+"""GPT-2 and GPT-NeoX (Pythia)."""
 
 from qjax.models import config_entries as entries
 from qjax.models.config import DecoderConfig
@@ -17,6 +17,19 @@ GPT2_MODULES = {
     "block_{i}/mlp/down": "transformer.h.{i}.mlp.c_proj",
     "head/norm": "transformer.ln_f",
     "head/output": "lm_head",
+}
+GPT_NEOX_MODULES = {
+    "embed/tokens": "gpt_neox.embed_in",
+    "block_{i}/attention_norm": "gpt_neox.layers.{i}.input_layernorm",
+    "block_{i}/attention/q": "gpt_neox.layers.{i}.attention.query_key_value",
+    "block_{i}/attention/k": "gpt_neox.layers.{i}.attention.query_key_value",
+    "block_{i}/attention/v": "gpt_neox.layers.{i}.attention.query_key_value",
+    "block_{i}/attention/o": "gpt_neox.layers.{i}.attention.dense",
+    "block_{i}/mlp_norm": "gpt_neox.layers.{i}.post_attention_layernorm",
+    "block_{i}/mlp/up": "gpt_neox.layers.{i}.mlp.dense_h_to_4h",
+    "block_{i}/mlp/down": "gpt_neox.layers.{i}.mlp.dense_4h_to_h",
+    "head/norm": "gpt_neox.final_layer_norm",
+    "head/output": "embed_out",
 }
 
 
@@ -74,4 +87,65 @@ GPT2 = Family(
     "transformer.",
     kernels_in_out=True,
     ignored=r"h\.\d+\.attn\.(masked_)?bias$",
+)
+
+
+def _read_gpt_neox(config: dict) -> DecoderConfig:
+    hidden, heads = entries.get(config, "hidden_size", int), entries.get(config, "num_attention_heads", int)
+    bias = entries.get(config, "attention_bias", bool, True)
+    return DecoderConfig(
+        family="gpt_neox",
+        vocabulary_size=entries.get(config, "vocab_size", int),
+        hidden_size=hidden,
+        mlp_size=entries.get(config, "intermediate_size", int),
+        layers=entries.get(config, "num_hidden_layers", int),
+        heads=heads,
+        kv_heads=heads,
+        head_dim=entries.head_dim(hidden, heads),
+        context=entries.get(config, "max_position_embeddings", int),
+        norm="layer",
+        norm_epsilon=float(entries.get(config, "layer_norm_eps", float, 1e-5)),
+        activation=entries.activation(config, "hidden_act", "gelu"),
+        gated=False,
+        qkv_bias=bias,
+        attention_output_bias=bias,
+        mlp_bias=True,
+        tied=entries.get(config, "tie_word_embeddings", bool, False),
+        parallel_residual=entries.get(config, "use_parallel_residual", bool, True),
+        **entries.partial_rope(config, share=0.25, older=("rotary_emb_base", "rotary_pct")),
+        **entries.token_ids(config),
+    )
+
+
+def _write_gpt_neox(config: DecoderConfig) -> dict:
+    rope = entries.write_rope(config)
+    return {
+        "vocab_size": config.vocabulary_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.mlp_size,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "max_position_embeddings": config.context,
+        "layer_norm_eps": config.norm_epsilon,
+        "hidden_act": entries.ACTIVATION_NAMES[config.activation],
+        "attention_bias": config.qkv_bias,
+        "tie_word_embeddings": config.tied,
+        "use_parallel_residual": config.parallel_residual,
+        "rotary_emb_base": rope["rope_theta"],
+        "rotary_pct": config.rotary_fraction,
+        "rope_scaling": rope["rope_scaling"],
+        "bos_token_id": config.bos_id,
+        "eos_token_id": config.eos_id,
+    }
+
+
+GPT_NEOX = Family(
+    "gpt_neox",
+    ("GPTNeoXForCausalLM", "GPTNeoXModel"),
+    _read_gpt_neox,
+    _write_gpt_neox,
+    GPT_NEOX_MODULES,
+    "gpt_neox.",
+    fused_by_head=True,
+    ignored=r"(attention\.(masked_)?bias|rotary_emb\.inv_freq)$",
 )
