@@ -52,12 +52,14 @@ GPT_NEOX = {
     "parallel_residual": True,
     "rotary_fraction": 0.25,
 }
+OPT = GPT2 | {"family": "opt", "mlp_size": 48, "activation": "relu", "position_offset": 2}
 FAMILY_CHANGES = {  # family -> what makes `tiny_config` one of it
     "llama": {},
     "mistral": {"family": "mistral", "sliding_window": 5},
     "qwen2": {"family": "qwen2", "qkv_bias": True, "tied": True},
     "gpt2": GPT2,
     "gpt_neox": GPT_NEOX,
+    "opt": OPT,
 }
 
 

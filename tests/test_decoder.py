@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qjax.models.config import LinearScaling, Llama3Scaling
-from qjax.models.decoder import Block, rope_frequencies, rotate
+from qjax.models.decoder import Block, Embed, rope_frequencies, rotate
 
 from .conftest import FAMILY_CHANGES, tiny_config
 from .random_weights import small_model
@@ -39,6 +39,14 @@ def test_positions_rotate_the_first_features_of_a_head_alone():
     rotated = rotate(x, jnp.cos(angles), jnp.sin(angles))
     np.testing.assert_array_equal(rotated[..., 8:], x[..., 8:])
     np.testing.assert_array_equal(rotated[..., :8], rotate(x[..., :8], jnp.cos(angles), jnp.sin(angles)))
+
+
+def test_learned_positions_begin_behind_their_offset():
+    config = tiny_config(**FAMILY_CHANGES["opt"])
+    params, tokens = small_model(config).params["embed"], jnp.arange(12).reshape(2, 6)
+    expected = params["tokens"]["embedding"][tokens] + params["positions"]["embedding"][2:8]
+    np.testing.assert_array_equal(Embed(config).apply({"params": params}, tokens), expected)
+    assert params["positions"]["embedding"].shape == (config.context + 2, 32)
 
 
 def test_a_parallel_residual_is_the_sum_of_both_branches():

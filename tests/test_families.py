@@ -45,7 +45,19 @@ GPT_NEOX = {
     "use_parallel_residual": True,
     "rotary_pct": 0.25,
 }
-EVERY = (LLAMA, MISTRAL, QWEN2, GPT2, GPT_NEOX)
+OPT = {
+    "model_type": "opt",
+    "architectures": ["OPTForCausalLM"],
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "word_embed_proj_dim": 32,
+    "ffn_dim": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "do_layer_norm_before": True,
+}
+EVERY = (LLAMA, MISTRAL, QWEN2, GPT2, GPT_NEOX, OPT)
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -164,6 +176,18 @@ def test_every_name_of_partly_rotated_heads(entries):
     assert (config.rope_theta, config.rotary_fraction, config.rope_scaling) == (5e5, 0.5, None)
 
 
+def test_opt():
+    config = read_config(OPT)
+    assert (config.norm, config.positions, config.activation, config.gated, config.tied) == (
+        *("layer", "learned", "relu"),
+        *(False, True),
+    )
+    assert (config.context, config.position_offset) == (64, 2)
+    assert (config.qkv_bias, config.attention_output_bias, config.mlp_bias) == (True, True, True)
+    bare = read_config(OPT | {"enable_bias": False, "word_embed_proj_dim": None, "activation_function": "gelu"})
+    assert (bare.qkv_bias, bare.attention_output_bias, bare.mlp_bias, bare.activation) == (False, False, False, "gelu")
+
+
 @pytest.mark.parametrize("newer", [False, True])
 @pytest.mark.parametrize(
     ("entry", "scaling"),
@@ -219,6 +243,10 @@ def test_the_oldest_name_of_the_rotary_type():
         (GPT_NEOX | {"rotary_pct": 2}, "even number of features of each head, got 2.0 of 8"),
         (GPT_NEOX | {"rotary_pct": float("nan")}, "even number of features of each head, got nan of 8"),
         (GPT_NEOX | {"hidden_act": "quick_gelu"}, "'hidden_act' is 'quick_gelu'"),
+        (OPT | {"do_layer_norm_before": False}, "'do_layer_norm_before' is False; the decoder can only do True"),
+        (OPT | {"word_embed_proj_dim": 16}, "'word_embed_proj_dim' is 16; the decoder can only do 32"),
+        (OPT | {"_remove_final_layer_norm": True}, "'_remove_final_layer_norm' is True"),
+        (OPT | {"layer_norm_elementwise_affine": False}, "'layer_norm_elementwise_affine' is False"),
         (GPT2 | {"scale_attn_by_inverse_layer_idx": True}, "'scale_attn_by_inverse_layer_idx' is True"),
         (GPT2 | {"scale_attn_weights": False}, "'scale_attn_weights' is False"),
         (GPT2 | {"add_cross_attention": True}, "'add_cross_attention' is True"),
@@ -252,6 +280,8 @@ def test_either_name_of_the_architecture_is_enough():
         GPT_NEOX,
         GPT_NEOX | {"rotary_pct": 1.0, "use_parallel_residual": False, "attention_bias": False, "tie_word_embeddings": True},
         GPT_NEOX | {"rope_scaling": {"type": "linear", "factor": 3.0}, "rotary_emb_base": 5e5, "hidden_act": "gelu_fast"},
+        OPT,
+        OPT | {"enable_bias": False, "activation_function": "gelu", "tie_word_embeddings": False, "bos_token_id": 2},
     ],
 )
 def test_written_configurations_read_back(config):
@@ -263,7 +293,7 @@ def test_written_configurations_read_back(config):
     ("field", "value"),
     [
         *(("sliding_window", 8), ("norm", "layer"), ("attention_output_bias", True), ("gated", False)),
-        *(("parallel_residual", True), ("rotary_fraction", 0.5)),
+        *(("parallel_residual", True), ("rotary_fraction", 0.5), ("position_offset", 2)),
     ],
 )
 def test_what_a_family_cannot_say_is_not_written(field, value):
@@ -272,7 +302,7 @@ def test_what_a_family_cannot_say_is_not_written(field, value):
 
 
 def test_an_unknown_family_is_not_written():
-    with pytest.raises(QjaxError, match="unknown family 'other'; supported: llama, mistral, qwen2, gpt2, gpt_neox"):
+    with pytest.raises(QjaxError, match="unknown family 'other'; supported: llama, mistral, qwen2, gpt2, gpt_neox, opt"):
         write_config(dataclasses.replace(read_config(LLAMA), family="other"))
 
 
@@ -320,3 +350,11 @@ def test_names_and_shapes_of_gpt_neox():
     assert [path for path, _ in fused.parts] == [f"block_1/attention/{name}/kernel" for name in "qkv"]
     assert tensors["gpt_neox.layers.2.mlp.dense_4h_to_h.weight"].shape == (32, 48)
     assert tensors["embed_out.weight"].shape == tensors["gpt_neox.embed_in.weight"].shape == (100, 32)
+
+
+def test_names_and_shapes_of_opt():
+    tensors = named_tensors(OPT)
+    assert tensors["model.decoder.embed_positions.weight"].shape == (66, 32)
+    assert tensors["model.decoder.layers.2.fc1.weight"].shape == (48, 32)
+    assert tensors["model.decoder.layers.0.final_layer_norm.bias"].shape == (32,)
+    assert "lm_head.weight" not in tensors

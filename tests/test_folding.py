@@ -8,7 +8,7 @@ from qjax.models.families import FAMILIES
 from qjax.models.folding import FOLDS, fold_scale, folds
 from qjax.models.model import apply
 from qjax.models.parameters import flatten, unflatten
-from tests.conftest import FAMILY_CHANGES, GPT2, GPT_NEOX, tiny_config
+from tests.conftest import FAMILY_CHANGES, GPT2, GPT_NEOX, OPT, tiny_config
 from tests.random_weights import small_model
 
 CASES = {
@@ -33,6 +33,8 @@ CASES = {
         GPT_NEOX | {"activation": "relu", "qkv_bias": False, "attention_output_bias": False, "rotary_fraction": 1.0},
         {"attention/q", "attention/o", "mlp/up", "mlp/down"},
     ),
+    "opt": (OPT, {"attention/q", "attention/o", "mlp/up", "mlp/down"}),
+    "opt, gelu": (OPT | {"activation": "gelu"}, {"attention/q", "attention/o", "mlp/up"}),
 }
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 61, (2, 12)))
 

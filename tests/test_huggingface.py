@@ -26,7 +26,7 @@ from qjax.models.model import apply
 from qjax.models.parameters import flatten, unflatten
 from qjax.qtensor import dequantize
 from qjax.rounding.nearest import rtn
-from tests.conftest import GPT2, GPT_NEOX, byte_tokenizer, random_model, tiny_config
+from tests.conftest import GPT2, GPT_NEOX, OPT, byte_tokenizer, random_model, tiny_config
 from tests.paths import real_data
 from tests.random_weights import weights_model
 
@@ -44,6 +44,10 @@ CONFIGS = {
     "gpt_neox-variant": tiny_config(
         **GPT_NEOX
         | {"parallel_residual": False, "qkv_bias": False, "attention_output_bias": False, "rotary_fraction": 1.0, "tied": True}
+    ),
+    "opt": tiny_config(**OPT),
+    "opt-variant": tiny_config(
+        **OPT | {"qkv_bias": False, "attention_output_bias": False, "mlp_bias": False, "tied": False, "activation": "gelu"}
     ),
 }
 
@@ -195,7 +199,7 @@ def test_load_finds_folders_by_path(source, monkeypatch):
 # Variants of checkpoints
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "opt"])
 def test_names_without_the_prefix(name, tmp_path):
     model = weights_model(CONFIGS[name])
     save_huggingface(tmp_path, model)

@@ -56,6 +56,7 @@ class DecoderConfig:
     # Fields from here on came later: see __repr__.
     parallel_residual: bool = False  # attention and MLP both read the block's input, rather than one after the other
     rotary_fraction: float = 1.0  # of each head, its first features, which positions rotate
+    position_offset: int = 0  # rows of the learned positions' table before that of position 0
 
     @property
     def rotary_dim(self) -> int:
@@ -87,6 +88,8 @@ class DecoderConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise QjaxError(f"model configuration: {name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
+        if not isinstance(self.position_offset, int) or not 0 <= self.position_offset < 2**31:
+            raise QjaxError(f"model configuration: position_offset must not be negative, got {self.position_offset!r}")
         if self.heads % self.kv_heads:
             raise QjaxError(f"model configuration: {self.heads} heads cannot share {self.kv_heads} key/value heads evenly")
         if self.positions == "rope" and not (

@@ -86,7 +86,8 @@ class Embed(nn.Module):
         x = nn.Embed(c.vocabulary_size, c.hidden_size, dtype=self.dtype, name="tokens")(tokens)
         if c.positions == "learned":
             positions = jnp.arange(tokens.shape[1]) if layout is None else layout.positions
-            x = x + nn.Embed(c.context, c.hidden_size, dtype=self.dtype, name="positions")(positions)
+            rows = c.context + c.position_offset
+            x = x + nn.Embed(rows, c.hidden_size, dtype=self.dtype, name="positions")(positions + c.position_offset)
         return x
 
 

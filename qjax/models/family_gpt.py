@@ -1,4 +1,4 @@
-"""GPT-2 and GPT-NeoX (Pythia)."""
+"""GPT-2, GPT-NeoX (Pythia) and OPT: layer norms, biases, no gate."""
 
 from qjax.models import config_entries as entries
 from qjax.models.config import DecoderConfig
@@ -30,6 +30,20 @@ GPT_NEOX_MODULES = {
     "block_{i}/mlp/down": "gpt_neox.layers.{i}.mlp.dense_4h_to_h",
     "head/norm": "gpt_neox.final_layer_norm",
     "head/output": "embed_out",
+}
+OPT_MODULES = {
+    "embed/tokens": "model.decoder.embed_tokens",
+    "embed/positions": "model.decoder.embed_positions",
+    "block_{i}/attention_norm": "model.decoder.layers.{i}.self_attn_layer_norm",
+    "block_{i}/attention/q": "model.decoder.layers.{i}.self_attn.q_proj",
+    "block_{i}/attention/k": "model.decoder.layers.{i}.self_attn.k_proj",
+    "block_{i}/attention/v": "model.decoder.layers.{i}.self_attn.v_proj",
+    "block_{i}/attention/o": "model.decoder.layers.{i}.self_attn.out_proj",
+    "block_{i}/mlp_norm": "model.decoder.layers.{i}.final_layer_norm",
+    "block_{i}/mlp/up": "model.decoder.layers.{i}.fc1",
+    "block_{i}/mlp/down": "model.decoder.layers.{i}.fc2",
+    "head/norm": "model.decoder.final_layer_norm",
+    "head/output": "lm_head",
 }
 
 
@@ -149,3 +163,56 @@ GPT_NEOX = Family(
     fused_by_head=True,
     ignored=r"(attention\.(masked_)?bias|rotary_emb\.inv_freq)$",
 )
+
+
+def _read_opt(config: dict) -> DecoderConfig:
+    hidden, heads = entries.get(config, "hidden_size", int), entries.get(config, "num_attention_heads", int)
+    # Of the published sizes 350m alone has norms behind its layers, and narrower embeddings with projections.
+    entries.require(config, "do_layer_norm_before", True, True)
+    entries.require(config, "word_embed_proj_dim", hidden, hidden)
+    entries.require(config, "_remove_final_layer_norm", False, False)
+    entries.require(config, "layer_norm_elementwise_affine", True, True)
+    bias = entries.get(config, "enable_bias", bool, True)
+    return DecoderConfig(
+        family="opt",
+        vocabulary_size=entries.get(config, "vocab_size", int),
+        hidden_size=hidden,
+        mlp_size=entries.get(config, "ffn_dim", int),
+        layers=entries.get(config, "num_hidden_layers", int),
+        heads=heads,
+        kv_heads=heads,
+        head_dim=entries.head_dim(hidden, heads),
+        context=entries.get(config, "max_position_embeddings", int),
+        norm="layer",
+        norm_epsilon=1e-5,  # config.json has no word for it
+        activation=entries.activation(config, "activation_function", "relu"),
+        gated=False,
+        positions="learned",
+        position_offset=2,
+        qkv_bias=bias,
+        attention_output_bias=bias,
+        mlp_bias=bias,
+        tied=entries.get(config, "tie_word_embeddings", bool, True),
+        **entries.token_ids(config),
+    )
+
+
+def _write_opt(config: DecoderConfig) -> dict:
+    return {
+        "vocab_size": config.vocabulary_size,
+        "hidden_size": config.hidden_size,
+        "word_embed_proj_dim": config.hidden_size,
+        "ffn_dim": config.mlp_size,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "max_position_embeddings": config.context,
+        "do_layer_norm_before": True,
+        "activation_function": entries.ACTIVATION_NAMES[config.activation],
+        "enable_bias": config.qkv_bias,
+        "tie_word_embeddings": config.tied,
+        "bos_token_id": config.bos_id,
+        "eos_token_id": config.eos_id,
+    }
+
+
+OPT = Family("opt", ("OPTForCausalLM", "OPTModel"), _read_opt, _write_opt, OPT_MODULES, "model.")

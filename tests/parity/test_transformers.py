@@ -33,7 +33,11 @@ SHAPE = {
     "max_position_embeddings": 64,
     "initializer_range": 48**-0.5,  # logits of order one, as a trained model has them
 }
-UNKNOWN = {"GPT2": ("num_key_value_heads", "intermediate_size"), "GPTNeoX": ("num_key_value_heads",)}  # of SHAPE, to a family
+UNKNOWN = {
+    "GPT2": ("num_key_value_heads", "intermediate_size"),
+    "GPTNeoX": ("num_key_value_heads",),
+    "OPT": ("num_key_value_heads", "intermediate_size", "initializer_range"),
+}  # of SHAPE, to a family
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -66,6 +70,10 @@ MODELS = {  # name -> (configuration class, its arguments beside SHAPE)
     "gpt_neox-linear": ("GPTNeoX", {"rope_parameters": LINEAR | {"partial_rotary_factor": 0.5}}),
     "gpt_neox-no-attention-bias": ("GPTNeoX", {"attention_bias": False, "hidden_act": "gelu_fast"}),
     "gpt_neox-tied": ("GPTNeoX", {"tie_word_embeddings": True, "use_parallel_residual": False, "hidden_act": "relu"}),
+    "opt": ("OPT", {}),
+    "opt-untied": ("OPT", {"tie_word_embeddings": False}),
+    "opt-no-bias": ("OPT", {"enable_bias": False}),
+    "opt-gelu": ("OPT", {"activation_function": "gelu"}),
 }
 
 
@@ -73,6 +81,8 @@ def build(name):
     """A random model of the transformers library, biases and norms random too."""
     family, options = MODELS[name]
     shape = {key: value for key, value in SHAPE.items() if key not in UNKNOWN.get(family, ())}
+    if family == "OPT":
+        shape |= {"ffn_dim": SHAPE["intermediate_size"], "init_std": SHAPE["initializer_range"]}
     config = getattr(transformers, f"{family}Config")(**{**shape, **options})
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
