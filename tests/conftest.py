@@ -53,6 +53,16 @@ GPT_NEOX = {
     "rotary_fraction": 0.25,
 }
 OPT = GPT2 | {"family": "opt", "mlp_size": 48, "activation": "relu", "position_offset": 2}
+GEMMA = {
+    "family": "gemma",
+    "kv_heads": 1,
+    "head_dim": 12,
+    "norm": "rms_offset",
+    "norm_epsilon": 1e-6,
+    "activation": "gelu_tanh",
+    "scaled_embeddings": True,
+    "tied": True,
+}
 FAMILY_CHANGES = {  # family -> what makes `tiny_config` one of it
     "llama": {},
     "mistral": {"family": "mistral", "sliding_window": 5},
@@ -60,6 +70,7 @@ FAMILY_CHANGES = {  # family -> what makes `tiny_config` one of it
     "gpt2": GPT2,
     "gpt_neox": GPT_NEOX,
     "opt": OPT,
+    "gemma": GEMMA,
 }
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qjax.models.config import LinearScaling, Llama3Scaling
-from qjax.models.decoder import Block, Embed, rope_frequencies, rotate
+from qjax.models.decoder import Block, Embed, Head, make_norm, rope_frequencies, rotate
 
 from .conftest import FAMILY_CHANGES, tiny_config
 from .random_weights import small_model
@@ -47,6 +47,27 @@ def test_learned_positions_begin_behind_their_offset():
     expected = params["tokens"]["embedding"][tokens] + params["positions"]["embedding"][2:8]
     np.testing.assert_array_equal(Embed(config).apply({"params": params}, tokens), expected)
     assert params["positions"]["embedding"].shape == (config.context + 2, 32)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_an_offset_norm_is_the_norm_by_one_more(dtype):
+    offset = jnp.asarray(np.random.default_rng(0).standard_normal(32), jnp.bfloat16)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 7, 32)), dtype)
+    norms = [make_norm(tiny_config(norm=name), dtype, "norm") for name in ("rms_offset", "rms")]
+    got = norms[0].apply({"params": {"offset": offset}}, x)
+    expected = norms[1].apply({"params": {"scale": 1 + offset.astype(jnp.float32)}}, x)
+    assert got.dtype == expected.dtype == dtype
+    np.testing.assert_allclose(got.astype(jnp.float32), expected.astype(jnp.float32), rtol=float(jnp.finfo(dtype).eps))
+
+
+def test_scaled_embeddings_do_not_scale_the_tied_head():
+    plain, scaled = (tiny_config(tied=True, scaled_embeddings=on) for on in (False, True))
+    params, tokens = small_model(plain).params, jnp.arange(12).reshape(2, 6)
+    once, more = (Embed(config).apply({"params": params["embed"]}, tokens) for config in (plain, scaled))
+    np.testing.assert_allclose(more, once * 32**0.5, rtol=1e-6)
+    table = params["embed"]["tokens"]["embedding"]
+    heads = [Head(config).apply({"params": params["head"]}, once, table) for config in (plain, scaled)]
+    np.testing.assert_array_equal(*heads)
 
 
 def test_a_parallel_residual_is_the_sum_of_both_branches():

@@ -57,7 +57,8 @@ OPT = {
     "max_position_embeddings": 64,
     "do_layer_norm_before": True,
 }
-EVERY = (LLAMA, MISTRAL, QWEN2, GPT2, GPT_NEOX, OPT)
+GEMMA = LLAMA | {"model_type": "gemma", "architectures": ["GemmaForCausalLM"], "head_dim": 16}
+EVERY = (LLAMA, MISTRAL, QWEN2, GPT2, GPT_NEOX, OPT, GEMMA)
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -188,6 +189,32 @@ def test_opt():
     assert (bare.qkv_bias, bare.attention_output_bias, bare.mlp_bias, bare.activation) == (False, False, False, "gelu")
 
 
+def test_gemma():
+    config = read_config(GEMMA)
+    assert (config.norm, config.activation, config.gated, config.tied, config.scaled_embeddings) == (
+        *("rms_offset", "gelu_tanh"),
+        *(True, True, True),
+    )
+    assert (config.head_dim, config.kv_heads, config.qkv_bias) == (16, 2, False)
+    assert read_config({key: value for key, value in GEMMA.items() if key != "head_dim"}).head_dim == 256
+    untied = read_config(GEMMA | {"tie_word_embeddings": False, "attention_bias": True})
+    assert (untied.tied, untied.qkv_bias, untied.attention_output_bias) == (False, True, True)
+
+
+@pytest.mark.parametrize(
+    ("entries", "activation"),
+    [
+        ({"hidden_act": "gelu_pytorch_tanh"}, "gelu_tanh"),
+        ({"hidden_act": "gelu", "hidden_activation": "gelu_pytorch_tanh"}, "gelu_tanh"),
+        ({"hidden_act": "gelu", "hidden_activation": "gelu"}, "gelu"),
+        ({"hidden_act": "silu", "hidden_activation": None}, "silu"),
+        ({"hidden_activation": "silu"}, "silu"),
+    ],
+)
+def test_both_names_of_gemmas_activation(entries, activation):
+    assert read_config(GEMMA | entries).activation == activation
+
+
 @pytest.mark.parametrize("newer", [False, True])
 @pytest.mark.parametrize(
     ("entry", "scaling"),
@@ -247,6 +274,11 @@ def test_the_oldest_name_of_the_rotary_type():
         (OPT | {"word_embed_proj_dim": 16}, "'word_embed_proj_dim' is 16; the decoder can only do 32"),
         (OPT | {"_remove_final_layer_norm": True}, "'_remove_final_layer_norm' is True"),
         (OPT | {"layer_norm_elementwise_affine": False}, "'layer_norm_elementwise_affine' is False"),
+        (GEMMA | {"hidden_act": "gelu"}, "'hidden_act' is 'gelu', which versions .* add 'hidden_activation'"),
+        (GEMMA | {"hidden_act": "silu", "hidden_activation": "gelu_new"}, "'hidden_act' 'silu' .* 'gelu_new' disagree"),
+        (GEMMA | {"use_bidirectional_attention": True}, "'use_bidirectional_attention' is True"),
+        (GEMMA | {"num_key_value_heads": None}, "'num_key_value_heads' must be int, got nothing"),
+        (GEMMA | {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}, "unknown architecture: model_type 'gemma2'"),
         (GPT2 | {"scale_attn_by_inverse_layer_idx": True}, "'scale_attn_by_inverse_layer_idx' is True"),
         (GPT2 | {"scale_attn_weights": False}, "'scale_attn_weights' is False"),
         (GPT2 | {"add_cross_attention": True}, "'add_cross_attention' is True"),
@@ -280,6 +312,8 @@ def test_either_name_of_the_architecture_is_enough():
         GPT_NEOX,
         GPT_NEOX | {"rotary_pct": 1.0, "use_parallel_residual": False, "attention_bias": False, "tie_word_embeddings": True},
         GPT_NEOX | {"rope_scaling": {"type": "linear", "factor": 3.0}, "rotary_emb_base": 5e5, "hidden_act": "gelu_fast"},
+        GEMMA,
+        GEMMA | {"hidden_activation": "gelu", "tie_word_embeddings": False, "attention_bias": True, "rope_theta": 5e5},
         OPT,
         OPT | {"enable_bias": False, "activation_function": "gelu", "tie_word_embeddings": False, "bos_token_id": 2},
     ],
@@ -293,7 +327,7 @@ def test_written_configurations_read_back(config):
     ("field", "value"),
     [
         *(("sliding_window", 8), ("norm", "layer"), ("attention_output_bias", True), ("gated", False)),
-        *(("parallel_residual", True), ("rotary_fraction", 0.5), ("position_offset", 2)),
+        *(("parallel_residual", True), ("rotary_fraction", 0.5), ("position_offset", 2), ("scaled_embeddings", True)),
     ],
 )
 def test_what_a_family_cannot_say_is_not_written(field, value):
@@ -302,7 +336,7 @@ def test_what_a_family_cannot_say_is_not_written(field, value):
 
 
 def test_an_unknown_family_is_not_written():
-    with pytest.raises(QjaxError, match="unknown family 'other'; supported: llama, mistral, qwen2, gpt2, gpt_neox, opt"):
+    with pytest.raises(QjaxError, match="unknown family 'other'; supported: llama, mistral, qwen2, gpt2, gpt_neox, opt, gemma"):
         write_config(dataclasses.replace(read_config(LLAMA), family="other"))
 
 

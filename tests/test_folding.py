@@ -8,7 +8,7 @@ from qjax.models.families import FAMILIES
 from qjax.models.folding import FOLDS, fold_scale, folds
 from qjax.models.model import apply
 from qjax.models.parameters import flatten, unflatten
-from tests.conftest import FAMILY_CHANGES, GPT2, GPT_NEOX, OPT, tiny_config
+from tests.conftest import FAMILY_CHANGES, GEMMA, GPT2, GPT_NEOX, OPT, tiny_config
 from tests.random_weights import small_model
 
 CASES = {
@@ -34,6 +34,11 @@ CASES = {
         {"attention/q", "attention/o", "mlp/up", "mlp/down"},
     ),
     "opt": (OPT, {"attention/q", "attention/o", "mlp/up", "mlp/down"}),
+    "gemma": (GEMMA, {"attention/q", "mlp/gate", "mlp/down"}),
+    "gemma, all heads, biases": (
+        GEMMA | {"kv_heads": 4, "qkv_bias": True, "attention_output_bias": True},
+        {"attention/q", "attention/o", "mlp/gate", "mlp/down"},
+    ),
     "opt, gelu": (OPT | {"activation": "gelu"}, {"attention/q", "attention/o", "mlp/up"}),
 }
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 61, (2, 12)))

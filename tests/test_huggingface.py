@@ -26,7 +26,7 @@ from qjax.models.model import apply
 from qjax.models.parameters import flatten, unflatten
 from qjax.qtensor import dequantize
 from qjax.rounding.nearest import rtn
-from tests.conftest import GPT2, GPT_NEOX, OPT, byte_tokenizer, random_model, tiny_config
+from tests.conftest import GEMMA, GPT2, GPT_NEOX, OPT, byte_tokenizer, random_model, tiny_config
 from tests.paths import real_data
 from tests.random_weights import weights_model
 
@@ -46,6 +46,8 @@ CONFIGS = {
         | {"parallel_residual": False, "qkv_bias": False, "attention_output_bias": False, "rotary_fraction": 1.0, "tied": True}
     ),
     "opt": tiny_config(**OPT),
+    "gemma": tiny_config(**GEMMA),
+    "gemma-untied": tiny_config(**GEMMA | {"tied": False, "kv_heads": 4}),
     "opt-variant": tiny_config(
         **OPT | {"qkv_bias": False, "attention_output_bias": False, "mlp_bias": False, "tied": False, "activation": "gelu"}
     ),

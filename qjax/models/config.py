@@ -39,7 +39,7 @@ class DecoderConfig:
     kv_heads: int
     head_dim: int
     context: int
-    norm: str = "rms"  # rms | layer
+    norm: str = "rms"  # rms | rms_offset (the scale is 1 + offset) | layer
     norm_epsilon: float = 1e-5
     activation: str = "silu"  # silu | gelu | gelu_tanh | relu
     gated: bool = True  # gate/up/down (SwiGLU) or up/down
@@ -56,6 +56,7 @@ class DecoderConfig:
     # Fields from here on came later: see __repr__.
     parallel_residual: bool = False  # attention and MLP both read the block's input, rather than one after the other
     rotary_fraction: float = 1.0  # of each head, its first features, which positions rotate
+    scaled_embeddings: bool = False  # those of tokens are multiplied by sqrt(hidden_size); a tied head's table is not
     position_offset: int = 0  # rows of the learned positions' table before that of position 0
 
     @property
@@ -81,7 +82,7 @@ class DecoderConfig:
         if huge or self.context < 2:
             raise QjaxError(f"model configuration: sizes out of all bounds: {huge or {'context': self.context}}")
         choices = {
-            "norm": ("rms", "layer"),
+            "norm": ("rms", "rms_offset", "layer"),
             "activation": ("silu", "gelu", "gelu_tanh", "relu"),
             "positions": ("rope", "learned"),
         }

@@ -9,7 +9,7 @@ model of any depth costs one block's compilation, and quantization holds one blo
 
 Vaswani et al. 2017 (arXiv 1706.03762); Llama: Touvron et al. 2023 (2302.13971); rotary positions: Su et al. 2021
 (2104.09864), in Hugging Face's half-split order; grouped queries: Ainslie et al. 2023 (2305.13245); parallel residual and
-partly rotated heads: GPT-NeoX, Black et al. 2022 (2204.06745).
+partly rotated heads: GPT-NeoX, Black et al. 2022 (2204.06745); norms by 1 + offset: Gemma (2403.08295).
 Every linear layer is an `nn.Dense` whose kernel is (in, out), so `interception.py` serves it as it does any user's model.
 """
 
@@ -67,10 +67,28 @@ def rotate(
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
 
 
+class OffsetRMSNorm(nn.Module):
+    """x / rms(x) * (1 + offset) in float32. The offset is a parameter as checkpoints hold it: 1 + offset, rounded to their
+    type, would not give it back.
+    """
+
+    epsilon: float
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch hidden"]:
+        offset = self.param("offset", nn.initializers.zeros_init(), x.shape[-1:])
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
+        return (x * (1 + offset.astype(jnp.float32))).astype(self.dtype)
+
+
 def make_norm(config: DecoderConfig, dtype: DTypeLike, name: str) -> nn.Module:
     """The family's normalisation, computed in float32."""
     if config.norm == "rms":
         return nn.RMSNorm(epsilon=config.norm_epsilon, dtype=dtype, name=name)
+    if config.norm == "rms_offset":
+        return OffsetRMSNorm(epsilon=config.norm_epsilon, dtype=dtype, name=name)
     return nn.LayerNorm(epsilon=config.norm_epsilon, use_fast_variance=False, dtype=dtype, name=name)
 
 
@@ -84,6 +102,8 @@ class Embed(nn.Module):
     def __call__(self, tokens: Int[Array, "batch time"], layout: Layout | None = None) -> Float[Array, "batch time hidden"]:
         c = self.config
         x = nn.Embed(c.vocabulary_size, c.hidden_size, dtype=self.dtype, name="tokens")(tokens)
+        if c.scaled_embeddings:
+            x = x * jnp.asarray(math.sqrt(c.hidden_size), self.dtype)
         if c.positions == "learned":
             positions = jnp.arange(tokens.shape[1]) if layout is None else layout.positions
             rows = c.context + c.position_offset

@@ -12,9 +12,9 @@ from qjax.models import config_entries as entries
 from qjax.models.config import DecoderConfig
 from qjax.models.family import Family
 from qjax.models.family_gpt import GPT2, GPT_NEOX, OPT
-from qjax.models.family_llama import LLAMA, MISTRAL, QWEN2
+from qjax.models.family_llama import GEMMA, LLAMA, MISTRAL, QWEN2
 
-FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, GPT2, GPT_NEOX, OPT)}
+FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, GPT2, GPT_NEOX, OPT, GEMMA)}
 
 
 def find_family(config: dict) -> Family:

@@ -1,4 +1,4 @@
-"""Llama and its relatives: Mistral, Qwen2."""
+"""Llama and its relatives: Mistral, Qwen2, Gemma."""
 
 from collections.abc import Callable
 
@@ -26,7 +26,7 @@ LLAMA_MODULES = {
 def _read_llama_like(config: dict, **fields) -> DecoderConfig:
     hidden, heads = entries.get(config, "hidden_size", int), entries.get(config, "num_attention_heads", int)
     head_dim = entries.get(config, "head_dim", int, None)
-    return DecoderConfig(
+    shared = dict(
         vocabulary_size=entries.get(config, "vocab_size", int),
         hidden_size=hidden,
         mlp_size=entries.get(config, "intermediate_size", int),
@@ -40,8 +40,8 @@ def _read_llama_like(config: dict, **fields) -> DecoderConfig:
         tied=entries.get(config, "tie_word_embeddings", bool, False),
         **entries.rope(config),
         **entries.token_ids(config),
-        **fields,
     )
+    return DecoderConfig(**shared | fields)
 
 
 def _write_llama_like(config: DecoderConfig, **further) -> dict:
@@ -106,6 +106,47 @@ def _write_qwen2(config: DecoderConfig) -> dict:
     )
 
 
+def _read_gemma(config: dict) -> DecoderConfig:
+    entries.require(config, "use_bidirectional_attention", False, False)
+    bias = entries.get(config, "attention_bias", bool, False)
+    return _read_llama_like(
+        config,
+        family="gemma",
+        kv_heads=entries.get(config, "num_key_value_heads", int),
+        head_dim=entries.get(config, "head_dim", int, 256),
+        norm="rms_offset",
+        activation=_gemma_activation(config),
+        scaled_embeddings=True,
+        qkv_bias=bias,
+        attention_output_bias=bias,
+        tied=entries.get(config, "tie_word_embeddings", bool, True),
+    )
+
+
+def _gemma_activation(config: dict) -> str:
+    """Gemma's first files say "gelu" and mean its tanh form. transformers 4 reads hidden_activation, and the tanh form where
+    it is missing; transformers 5 reads hidden_act.
+    """
+    former, later = (
+        None if config.get(key) is None else entries.activation(config, key, "") for key in ("hidden_act", "hidden_activation")
+    )
+    if former == "gelu" and later is None:
+        raise QjaxError(
+            "'hidden_act' is 'gelu', which versions of transformers read differently for this family; add "
+            "'hidden_activation': 'gelu_pytorch_tanh', what Gemma was trained with, or 'gelu'"
+        )
+    if former not in (None, "gelu", later) and later is not None:
+        raise QjaxError(
+            f"'hidden_act' {config['hidden_act']!r} and 'hidden_activation' {config['hidden_activation']!r} disagree"
+        )
+    return later or former or "gelu_tanh"
+
+
+def _write_gemma(config: DecoderConfig) -> dict:
+    written = _write_llama_like(config, attention_bias=config.qkv_bias)
+    return written | {"hidden_activation": written["hidden_act"]}
+
+
 def _llama_like(name: str, title: str, read: Callable, write: Callable) -> Family:
     classes = (f"{title}ForCausalLM", f"{title}Model")
     return Family(name, classes, read, write, LLAMA_MODULES, "model.", ignored=r"rotary_emb\.inv_freq$")
@@ -114,3 +155,4 @@ def _llama_like(name: str, title: str, read: Callable, write: Callable) -> Famil
 LLAMA = _llama_like("llama", "Llama", _read_llama, _write_llama)
 MISTRAL = _llama_like("mistral", "Mistral", _read_mistral, _write_mistral)
 QWEN2 = _llama_like("qwen2", "Qwen2", _read_qwen2, _write_qwen2)
+GEMMA = _llama_like("gemma", "Gemma", _read_gemma, _write_gemma)

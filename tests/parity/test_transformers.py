@@ -70,6 +70,10 @@ MODELS = {  # name -> (configuration class, its arguments beside SHAPE)
     "gpt_neox-linear": ("GPTNeoX", {"rope_parameters": LINEAR | {"partial_rotary_factor": 0.5}}),
     "gpt_neox-no-attention-bias": ("GPTNeoX", {"attention_bias": False, "hidden_act": "gelu_fast"}),
     "gpt_neox-tied": ("GPTNeoX", {"tie_word_embeddings": True, "use_parallel_residual": False, "hidden_act": "relu"}),
+    "gemma": ("Gemma", {"head_dim": 16}),  # wider than hidden size / heads
+    "gemma-one-key": ("Gemma", {"head_dim": 8, "num_key_value_heads": 1}),
+    "gemma-untied": ("Gemma", {"head_dim": 16, "tie_word_embeddings": False, "attention_bias": True}),
+    "gemma-silu": ("Gemma", {"head_dim": 16, "hidden_act": "silu", "rope_parameters": LLAMA3}),
     "opt": ("OPT", {}),
     "opt-untied": ("OPT", {"tie_word_embeddings": False}),
     "opt-no-bias": ("OPT", {"enable_bias": False}),
