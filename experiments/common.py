@@ -58,6 +58,7 @@ SUBJECTS = {
     # Its tokenizer knows the 105 characters of its stories and no others: WikiText-2 would be mostly unknown tokens.
     "babyllama": Subject("{data}/models/babyllama-hf", (STORIES,), STORIES, groups=("32",)),
     "gpt2": Subject("openai-community/gpt2"),
+    "pythia-160m": Subject("EleutherAI/pythia-160m"),
     "llama-2-7b": Subject("meta-llama/Llama-2-7b-hf"),
     "mistral-7b-v0.2": Subject("mistral-community/Mistral-7B-v0.2"),
 }

@@ -163,7 +163,8 @@ def _parts(model: Model, plans: Sequence[Plan], order: Order, dtype: DTypeLike) 
     of those before them in their block, so that none runs twice; and the head.
     """
     config = model.config
-    halves = (Block(config, dtype, "attention"), Block(config, dtype, "mlp")) if order.inside else (Block(config, dtype),)
+    split = order.inside and not config.parallel_residual
+    halves = (Block(config, dtype, "attention"), Block(config, dtype, "mlp")) if split else (Block(config, dtype),)
     blocks = [(f"block_{i}/", module) for i in range(config.layers) for module in halves]
     for prefix, module in [*blocks, ("head/", Head(config, dtype))]:
         half = getattr(module, "half", None) or ""

@@ -40,6 +40,39 @@ GPT2 = {  # changes that make `tiny_config` a GPT-2
     "tied": True,
 }
 
+GPT_NEOX = {
+    "family": "gpt_neox",
+    "kv_heads": 4,
+    "norm": "layer",
+    "activation": "gelu",
+    "gated": False,
+    "qkv_bias": True,
+    "attention_output_bias": True,
+    "mlp_bias": True,
+    "parallel_residual": True,
+    "rotary_fraction": 0.25,
+}
+OPT = GPT2 | {"family": "opt", "mlp_size": 48, "activation": "relu", "position_offset": 2}
+GEMMA = {
+    "family": "gemma",
+    "kv_heads": 1,
+    "head_dim": 12,
+    "norm": "rms_offset",
+    "norm_epsilon": 1e-6,
+    "activation": "gelu_tanh",
+    "scaled_embeddings": True,
+    "tied": True,
+}
+FAMILY_CHANGES = {  # family -> what makes `tiny_config` one of it
+    "llama": {},
+    "mistral": {"family": "mistral", "sliding_window": 5},
+    "qwen2": {"family": "qwen2", "qkv_bias": True, "tied": True},
+    "gpt2": GPT2,
+    "gpt_neox": GPT_NEOX,
+    "opt": OPT,
+    "gemma": GEMMA,
+}
+
 
 def tiny_config(**changes) -> DecoderConfig:
     """A Llama of 2 layers and 32 features, context 32, 257 tokens."""

@@ -1,13 +1,15 @@
 """qjax.models.decoder: what the parity tests against other libraries do not see."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from qjax.models.config import LinearScaling, Llama3Scaling
-from qjax.models.decoder import rope_frequencies
+from qjax.models.decoder import Block, Embed, Head, make_norm, rope_frequencies, rotate
 
-from .conftest import tiny_config
+from .conftest import FAMILY_CHANGES, tiny_config
+from .random_weights import small_model
 
 HALF = 64
 
@@ -26,3 +28,53 @@ def test_rotary_frequencies_are_the_nearest_float32(theta, scaling):
     assert not isinstance(found, jax.Array)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, rtol=2**-24)
+
+
+def test_positions_rotate_the_first_features_of_a_head_alone():
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 5, 2, 16)), jnp.float32)
+    config = tiny_config(head_dim=16, rotary_fraction=0.5)
+    frequencies = rope_frequencies(config)
+    np.testing.assert_array_equal(frequencies, rope_frequencies(tiny_config(head_dim=8)))
+    angles = jnp.arange(5)[:, None] * frequencies
+    rotated = rotate(x, jnp.cos(angles), jnp.sin(angles))
+    np.testing.assert_array_equal(rotated[..., 8:], x[..., 8:])
+    np.testing.assert_array_equal(rotated[..., :8], rotate(x[..., :8], jnp.cos(angles), jnp.sin(angles)))
+
+
+def test_learned_positions_begin_behind_their_offset():
+    config = tiny_config(**FAMILY_CHANGES["opt"])
+    params, tokens = small_model(config).params["embed"], jnp.arange(12).reshape(2, 6)
+    expected = params["tokens"]["embedding"][tokens] + params["positions"]["embedding"][2:8]
+    np.testing.assert_array_equal(Embed(config).apply({"params": params}, tokens), expected)
+    assert params["positions"]["embedding"].shape == (config.context + 2, 32)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_an_offset_norm_is_the_norm_by_one_more(dtype):
+    offset = jnp.asarray(np.random.default_rng(0).standard_normal(32), jnp.bfloat16)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 7, 32)), dtype)
+    norms = [make_norm(tiny_config(norm=name), dtype, "norm") for name in ("rms_offset", "rms")]
+    got = norms[0].apply({"params": {"offset": offset}}, x)
+    expected = norms[1].apply({"params": {"scale": 1 + offset.astype(jnp.float32)}}, x)
+    assert got.dtype == expected.dtype == dtype
+    np.testing.assert_allclose(got.astype(jnp.float32), expected.astype(jnp.float32), rtol=float(jnp.finfo(dtype).eps))
+
+
+def test_scaled_embeddings_do_not_scale_the_tied_head():
+    plain, scaled = (tiny_config(tied=True, scaled_embeddings=on) for on in (False, True))
+    params, tokens = small_model(plain).params, jnp.arange(12).reshape(2, 6)
+    once, more = (Embed(config).apply({"params": params["embed"]}, tokens) for config in (plain, scaled))
+    np.testing.assert_allclose(more, once * 32**0.5, rtol=1e-6)
+    table = params["embed"]["tokens"]["embedding"]
+    heads = [Head(config).apply({"params": params["head"]}, once, table) for config in (plain, scaled)]
+    np.testing.assert_array_equal(*heads)
+
+
+def test_a_parallel_residual_is_the_sum_of_both_branches():
+    """x + attention(norm(x)) + mlp(norm(x)): what either branch adds does not depend on the other's weights."""
+    model = small_model(tiny_config(**FAMILY_CHANGES["gpt_neox"]))
+    params, block = model.params["block_0"], Block(model.config)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 7, 32)), jnp.float32)
+    silent = {name: jax.tree.map(jnp.zeros_like, params[name]) for name in ("attention", "mlp")}
+    added = [block.apply({"params": params | {name: silent[name]}}, x) - x for name in silent]
+    np.testing.assert_allclose(block.apply({"params": params}, x), x + sum(added), rtol=1e-5, atol=1e-5)

@@ -6,7 +6,8 @@ import pytest
 
 from qjax.errors import QjaxError
 from qjax.models.config import DecoderConfig, LinearScaling, Llama3Scaling
-from qjax.models.families import FAMILIES, find_family, read_config, stored_tensors, write_config
+from qjax.models.families import FAMILIES, find_family, read_config, write_config
+from qjax.models.family import stored_tensors
 from qjax.models.parameters import parameter_shapes
 
 LLAMA = {
@@ -32,6 +33,32 @@ GPT2 = {
     "n_head": 4,
     "n_positions": 64,
 }
+GPT_NEOX = {
+    "model_type": "gpt_neox",
+    "architectures": ["GPTNeoXForCausalLM"],
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "use_parallel_residual": True,
+    "rotary_pct": 0.25,
+}
+OPT = {
+    "model_type": "opt",
+    "architectures": ["OPTForCausalLM"],
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "word_embed_proj_dim": 32,
+    "ffn_dim": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "do_layer_norm_before": True,
+}
+GEMMA = LLAMA | {"model_type": "gemma", "architectures": ["GemmaForCausalLM"], "head_dim": 16}
+EVERY = (LLAMA, MISTRAL, QWEN2, GPT2, GPT_NEOX, OPT, GEMMA)
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -120,6 +147,74 @@ def test_gpt2():
     assert read_config(GPT2 | {"n_inner": None}).mlp_size == 128
 
 
+def test_gpt_neox():
+    config = read_config(GPT_NEOX)
+    assert (config.norm, config.positions, config.activation, config.gated, config.tied) == (
+        "layer",
+        "rope",
+        "gelu",
+        False,
+        False,
+    )
+    assert (config.qkv_bias, config.attention_output_bias, config.mlp_bias) == (True, True, True)
+    assert (config.parallel_residual, config.rotary_fraction, config.rotary_dim) == (True, 0.25, 2)
+    changed = read_config(GPT_NEOX | {"use_parallel_residual": False, "attention_bias": False, "hidden_act": "gelu_fast"})
+    assert (changed.parallel_residual, changed.activation) == (False, "gelu_tanh")
+    assert (changed.qkv_bias, changed.attention_output_bias, changed.mlp_bias) == (False, False, True)
+    assert read_config({key: value for key, value in GPT_NEOX.items() if key != "rotary_pct"}).rotary_fraction == 0.25
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"rotary_pct": 0.5, "rotary_emb_base": 5e5},
+        {"rotary_pct": 0.5, "rotary_emb_base": 500000, "partial_rotary_factor": 0.5, "rope_theta": 5e5},
+        {"rotary_pct": None, "rope_parameters": {"rope_theta": 5e5, "partial_rotary_factor": 0.5, "rope_type": "default"}},
+    ],
+)
+def test_every_name_of_partly_rotated_heads(entries):
+    config = read_config(GPT_NEOX | entries)
+    assert (config.rope_theta, config.rotary_fraction, config.rope_scaling) == (5e5, 0.5, None)
+
+
+def test_opt():
+    config = read_config(OPT)
+    assert (config.norm, config.positions, config.activation, config.gated, config.tied) == (
+        *("layer", "learned", "relu"),
+        *(False, True),
+    )
+    assert (config.context, config.position_offset) == (64, 2)
+    assert (config.qkv_bias, config.attention_output_bias, config.mlp_bias) == (True, True, True)
+    bare = read_config(OPT | {"enable_bias": False, "word_embed_proj_dim": None, "activation_function": "gelu"})
+    assert (bare.qkv_bias, bare.attention_output_bias, bare.mlp_bias, bare.activation) == (False, False, False, "gelu")
+
+
+def test_gemma():
+    config = read_config(GEMMA)
+    assert (config.norm, config.activation, config.gated, config.tied, config.scaled_embeddings) == (
+        *("rms_offset", "gelu_tanh"),
+        *(True, True, True),
+    )
+    assert (config.head_dim, config.kv_heads, config.qkv_bias) == (16, 2, False)
+    assert read_config({key: value for key, value in GEMMA.items() if key != "head_dim"}).head_dim == 256
+    untied = read_config(GEMMA | {"tie_word_embeddings": False, "attention_bias": True})
+    assert (untied.tied, untied.qkv_bias, untied.attention_output_bias) == (False, True, True)
+
+
+@pytest.mark.parametrize(
+    ("entries", "activation"),
+    [
+        ({"hidden_act": "gelu_pytorch_tanh"}, "gelu_tanh"),
+        ({"hidden_act": "gelu", "hidden_activation": "gelu_pytorch_tanh"}, "gelu_tanh"),
+        ({"hidden_act": "gelu", "hidden_activation": "gelu"}, "gelu"),
+        ({"hidden_act": "silu", "hidden_activation": None}, "silu"),
+        ({"hidden_activation": "silu"}, "silu"),
+    ],
+)
+def test_both_names_of_gemmas_activation(entries, activation):
+    assert read_config(GEMMA | entries).activation == activation
+
+
 @pytest.mark.parametrize("newer", [False, True])
 @pytest.mark.parametrize(
     ("entry", "scaling"),
@@ -168,6 +263,22 @@ def test_the_oldest_name_of_the_rotary_type():
         (LLAMA | {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "full_attention"),
         (LLAMA | {"partial_rotary_factor": 0.5}, "'partial_rotary_factor' is 0.5"),
         (QWEN2 | {"use_sliding_window": True, "layer_types": ["linear_attention"] * 3}, "linear_attention"),
+        (LLAMA | {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}}, "'rope_theta' disagree: 10000.0, 500000.0"),
+        (GPT_NEOX | {"partial_rotary_factor": 0.5}, "'partial_rotary_factor' and 'rotary_pct' disagree: 0.25, 0.5"),
+        (GPT_NEOX | {"rotary_pct": 0.4}, "even number of features of each head, got 0.4 of 8"),
+        (GPT_NEOX | {"rotary_pct": 0.0}, "even number of features of each head, got 0.0 of 8"),
+        (GPT_NEOX | {"rotary_pct": 2}, "even number of features of each head, got 2.0 of 8"),
+        (GPT_NEOX | {"rotary_pct": float("nan")}, "even number of features of each head, got nan of 8"),
+        (GPT_NEOX | {"hidden_act": "quick_gelu"}, "'hidden_act' is 'quick_gelu'"),
+        (OPT | {"do_layer_norm_before": False}, "'do_layer_norm_before' is False; the decoder can only do True"),
+        (OPT | {"word_embed_proj_dim": 16}, "'word_embed_proj_dim' is 16; the decoder can only do 32"),
+        (OPT | {"_remove_final_layer_norm": True}, "'_remove_final_layer_norm' is True"),
+        (OPT | {"layer_norm_elementwise_affine": False}, "'layer_norm_elementwise_affine' is False"),
+        (GEMMA | {"hidden_act": "gelu"}, "'hidden_act' is 'gelu', which versions .* add 'hidden_activation'"),
+        (GEMMA | {"hidden_act": "silu", "hidden_activation": "gelu_new"}, "'hidden_act' 'silu' .* 'gelu_new' disagree"),
+        (GEMMA | {"use_bidirectional_attention": True}, "'use_bidirectional_attention' is True"),
+        (GEMMA | {"num_key_value_heads": None}, "'num_key_value_heads' must be int, got nothing"),
+        (GEMMA | {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}, "unknown architecture: model_type 'gemma2'"),
         (GPT2 | {"scale_attn_by_inverse_layer_idx": True}, "'scale_attn_by_inverse_layer_idx' is True"),
         (GPT2 | {"scale_attn_weights": False}, "'scale_attn_weights' is False"),
         (GPT2 | {"add_cross_attention": True}, "'add_cross_attention' is True"),
@@ -180,7 +291,8 @@ def test_what_cannot_be_done_is_refused(config, message):
 
 
 def test_either_name_of_the_architecture_is_enough():
-    for config in (LLAMA, MISTRAL, QWEN2, GPT2):
+    assert [config["model_type"] for config in EVERY] == list(FAMILIES)
+    for config in EVERY:
         name, architectures = config["model_type"], config["architectures"]
         assert find_family({"model_type": name}).name == name
         assert find_family({"architectures": architectures}).name == name
@@ -197,6 +309,13 @@ def test_either_name_of_the_architecture_is_enough():
         QWEN2 | {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0},
         GPT2,
         GPT2 | {"n_inner": 50, "activation_function": "relu", "tie_word_embeddings": False},
+        GPT_NEOX,
+        GPT_NEOX | {"rotary_pct": 1.0, "use_parallel_residual": False, "attention_bias": False, "tie_word_embeddings": True},
+        GPT_NEOX | {"rope_scaling": {"type": "linear", "factor": 3.0}, "rotary_emb_base": 5e5, "hidden_act": "gelu_fast"},
+        GEMMA,
+        GEMMA | {"hidden_activation": "gelu", "tie_word_embeddings": False, "attention_bias": True, "rope_theta": 5e5},
+        OPT,
+        OPT | {"enable_bias": False, "activation_function": "gelu", "tie_word_embeddings": False, "bos_token_id": 2},
     ],
 )
 def test_written_configurations_read_back(config):
@@ -205,7 +324,11 @@ def test_written_configurations_read_back(config):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("sliding_window", 8), ("norm", "layer"), ("attention_output_bias", True), ("gated", False)]
+    ("field", "value"),
+    [
+        *(("sliding_window", 8), ("norm", "layer"), ("attention_output_bias", True), ("gated", False)),
+        *(("parallel_residual", True), ("rotary_fraction", 0.5), ("position_offset", 2), ("scaled_embeddings", True)),
+    ],
 )
 def test_what_a_family_cannot_say_is_not_written(field, value):
     with pytest.raises(QjaxError, match=f"cannot say .*{field}"):
@@ -213,23 +336,28 @@ def test_what_a_family_cannot_say_is_not_written(field, value):
 
 
 def test_an_unknown_family_is_not_written():
-    with pytest.raises(QjaxError, match="unknown family 'other'; supported: llama, mistral, qwen2, gpt2"):
+    with pytest.raises(QjaxError, match="unknown family 'other'; supported: llama, mistral, qwen2, gpt2, gpt_neox, opt, gemma"):
         write_config(dataclasses.replace(read_config(LLAMA), family="other"))
 
 
-@pytest.mark.parametrize("config", [LLAMA, LLAMA | {"attention_bias": True, "mlp_bias": True}, MISTRAL, QWEN2, GPT2])
+@pytest.mark.parametrize("config", [*EVERY, LLAMA | {"attention_bias": True, "mlp_bias": True}])
 def test_every_parameter_has_one_place_in_the_checkpoint(config):
     config = read_config(config)
     shapes = parameter_shapes(config)
-    tensors = stored_tensors(FAMILIES[config.family], shapes)
+    tensors = stored_tensors(FAMILIES[config.family], shapes, config.heads)
     parts = [part for tensor in tensors for part in tensor.parts]
     assert dict(parts) == shapes
     assert len(parts) == len(shapes)
     assert len({tensor.name for tensor in tensors}) == len(tensors)
 
 
+def named_tensors(config):
+    config = read_config(config)
+    return {tensor.name: tensor for tensor in stored_tensors(FAMILIES[config.family], parameter_shapes(config), config.heads)}
+
+
 def test_names_and_shapes_of_llama():
-    tensors = {tensor.name: tensor for tensor in stored_tensors(FAMILIES["llama"], parameter_shapes(read_config(LLAMA)))}
+    tensors = named_tensors(LLAMA)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     assert shapes["model.embed_tokens.weight"] == shapes["lm_head.weight"] == (100, 32)
     assert shapes["model.layers.2.self_attn.k_proj.weight"] == (16, 32)
@@ -239,11 +367,28 @@ def test_names_and_shapes_of_llama():
 
 
 def test_names_and_shapes_of_gpt2():
-    tensors = {tensor.name: tensor for tensor in stored_tensors(FAMILIES["gpt2"], parameter_shapes(read_config(GPT2)))}
+    tensors = named_tensors(GPT2)
     fused = tensors["transformer.h.1.attn.c_attn.weight"]
     assert fused.shape == (32, 96)
     assert [path for path, _ in fused.parts] == [f"block_1/attention/{name}/kernel" for name in "qkv"]
     assert tensors["transformer.h.1.attn.c_attn.bias"].shape == (96,)
     assert tensors["transformer.h.0.mlp.c_fc.weight"].shape == (32, 128)
     assert tensors["transformer.wpe.weight"].shape == (64, 32)
+    assert "lm_head.weight" not in tensors
+
+
+def test_names_and_shapes_of_gpt_neox():
+    tensors = named_tensors(GPT_NEOX)
+    fused = tensors["gpt_neox.layers.1.attention.query_key_value.weight"]
+    assert fused.shape == (96, 32)
+    assert [path for path, _ in fused.parts] == [f"block_1/attention/{name}/kernel" for name in "qkv"]
+    assert tensors["gpt_neox.layers.2.mlp.dense_4h_to_h.weight"].shape == (32, 48)
+    assert tensors["embed_out.weight"].shape == tensors["gpt_neox.embed_in.weight"].shape == (100, 32)
+
+
+def test_names_and_shapes_of_opt():
+    tensors = named_tensors(OPT)
+    assert tensors["model.decoder.embed_positions.weight"].shape == (66, 32)
+    assert tensors["model.decoder.layers.2.fc1.weight"].shape == (48, 32)
+    assert tensors["model.decoder.layers.0.final_layer_norm.bias"].shape == (32,)
     assert "lm_head.weight" not in tensors

@@ -4,10 +4,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qjax.models.families import FAMILIES
 from qjax.models.folding import FOLDS, fold_scale, folds
 from qjax.models.model import apply
 from qjax.models.parameters import flatten, unflatten
-from tests.conftest import GPT2, tiny_config
+from tests.conftest import FAMILY_CHANGES, GEMMA, GPT2, GPT_NEOX, OPT, tiny_config
 from tests.random_weights import small_model
 
 CASES = {
@@ -26,8 +27,25 @@ CASES = {
     "gpt2": (GPT2, {"attention/q", "attention/o", "mlp/up"}),
     "gpt2, relu": (GPT2 | {"activation": "relu"}, {"attention/q", "attention/o", "mlp/up", "mlp/down"}),
     "gpt2, silu": (GPT2 | {"activation": "silu"}, {"attention/q", "attention/o", "mlp/up"}),
+    "gpt_neox": (GPT_NEOX, {"attention/q", "attention/o", "mlp/up"}),
+    "gpt_neox, one after the other": (GPT_NEOX | {"parallel_residual": False}, {"attention/q", "attention/o", "mlp/up"}),
+    "gpt_neox, relu, no biases": (
+        GPT_NEOX | {"activation": "relu", "qkv_bias": False, "attention_output_bias": False, "rotary_fraction": 1.0},
+        {"attention/q", "attention/o", "mlp/up", "mlp/down"},
+    ),
+    "opt": (OPT, {"attention/q", "attention/o", "mlp/up", "mlp/down"}),
+    "gemma": (GEMMA, {"attention/q", "mlp/gate", "mlp/down"}),
+    "gemma, all heads, biases": (
+        GEMMA | {"kv_heads": 4, "qkv_bias": True, "attention_output_bias": True},
+        {"attention/q", "attention/o", "mlp/gate", "mlp/down"},
+    ),
+    "opt, gelu": (OPT | {"activation": "gelu"}, {"attention/q", "attention/o", "mlp/up"}),
 }
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 61, (2, 12)))
+
+
+def test_no_family_is_forgotten():
+    assert {changes.get("family", "llama") for changes, _ in CASES.values()} == set(FAMILY_CHANGES) == set(FAMILIES)
 
 
 @pytest.mark.parametrize("name", CASES)

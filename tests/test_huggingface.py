@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from qjax.models.model import apply
 from qjax.models.parameters import flatten, unflatten
 from qjax.qtensor import dequantize
 from qjax.rounding.nearest import rtn
-from tests.conftest import GPT2, byte_tokenizer, random_model, tiny_config
+from tests.conftest import GEMMA, GPT2, GPT_NEOX, OPT, byte_tokenizer, random_model, tiny_config
 from tests.paths import real_data
 from tests.random_weights import weights_model
 
@@ -39,6 +40,17 @@ CONFIGS = {
     "qwen2": tiny_config(family="qwen2", qkv_bias=True, rope_theta=1e6),
     "gpt2": tiny_config(**GPT2),
     "gpt2-untied": tiny_config(**GPT2 | {"tied": False}),
+    "gpt_neox": tiny_config(**GPT_NEOX),
+    "gpt_neox-variant": tiny_config(
+        **GPT_NEOX
+        | {"parallel_residual": False, "qkv_bias": False, "attention_output_bias": False, "rotary_fraction": 1.0, "tied": True}
+    ),
+    "opt": tiny_config(**OPT),
+    "gemma": tiny_config(**GEMMA),
+    "gemma-untied": tiny_config(**GEMMA | {"tied": False, "kv_heads": 4}),
+    "opt-variant": tiny_config(
+        **OPT | {"qkv_bias": False, "attention_output_bias": False, "mlp_bias": False, "tied": False, "activation": "gelu"}
+    ),
 }
 
 
@@ -145,6 +157,18 @@ def test_gpt2_fuses_q_k_v_and_keeps_in_out(tmp_path):
     assert stored["transformer.h.0.mlp.c_fc.weight"].shape == (32, 128)
 
 
+def test_gpt_neox_fuses_q_k_v_head_by_head(tmp_path):
+    model = weights_model(CONFIGS["gpt_neox"])
+    save_huggingface(tmp_path / "a", model)
+    stored = load_file(tmp_path / "a" / "model.safetensors")
+    attention = model.params["block_0"]["attention"]
+    weight = stored["gpt_neox.layers.0.attention.query_key_value.weight"].reshape(4, 3, 8, 32)  # (head, q k v, dim, in)
+    bias = stored["gpt_neox.layers.0.attention.query_key_value.bias"].reshape(4, 3, 8)
+    for place, name in enumerate("qkv"):
+        np.testing.assert_array_equal(weight[:, place].reshape(32, 32), attention[name]["kernel"].T)
+        np.testing.assert_array_equal(bias[:, place].reshape(32), attention[name]["bias"])
+
+
 def test_quantized_kernels_are_written_as_their_values(tmp_path):
     model = weights_model(tiny_config(), dtype=jnp.bfloat16)
     leaves = flatten(model.params)
@@ -177,14 +201,14 @@ def test_load_finds_folders_by_path(source, monkeypatch):
 # Variants of checkpoints
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "opt"])
 def test_names_without_the_prefix(name, tmp_path):
     model = weights_model(CONFIGS[name])
     save_huggingface(tmp_path, model)
 
     def strip(tensors):
         for key in list(tensors):
-            tensors[key.removeprefix("model.").removeprefix("transformer.")] = tensors.pop(key)
+            tensors[re.sub(r"^(model|transformer|gpt_neox)\.", "", key)] = tensors.pop(key)
 
     edit_weights(tmp_path, strip)
     assert_equal_trees(load_huggingface(tmp_path).params, model.params)
@@ -198,6 +222,10 @@ def test_constants_among_the_weights_are_ignored(folder, tmp_path):
     masks = {"transformer.h.0.attn.bias": mask, "h.1.attn.bias": mask, "h.1.attn.masked_bias": np.float32([-1e4])}
     edit_weights(tmp_path / "gpt2", lambda t: t.update(masks))
     assert_equal_trees(load_huggingface(tmp_path / "gpt2").params, weights_model(CONFIGS["gpt2"]).params)
+    save_huggingface(tmp_path / "neox", weights_model(CONFIGS["gpt_neox"]))
+    names = ("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq")
+    edit_weights(tmp_path / "neox", lambda t: t.update({f"gpt_neox.layers.0.{name}": mask for name in names}))
+    assert_equal_trees(load_huggingface(tmp_path / "neox").params, weights_model(CONFIGS["gpt_neox"]).params)
 
 
 def test_a_tied_head_may_be_stored_too(tmp_path):

@@ -7,15 +7,12 @@ import pytest
 from qjax.models.layout import cache_layout, tree_layout
 from qjax.models.model import apply, empty_caches, hidden_states, hidden_states_cached
 
-from .conftest import random_model, tiny_config
-
-GPT2 = {"positions": "learned", "norm": "layer", "gated": False, "activation": "gelu_tanh", "kv_heads": 4, "qkv_bias": True}
-CONFIGS = {"window": {"sliding_window": 5, "tied": True}, "gpt2": GPT2}
+from .conftest import FAMILY_CHANGES, random_model, tiny_config
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(scope="module", params=FAMILY_CHANGES)
 def model(request):
-    return random_model(tiny_config(**CONFIGS[request.param]))
+    return random_model(tiny_config(**FAMILY_CHANGES[request.param]))
 
 
 def test_branches_see_the_beginning_and_themselves(model):

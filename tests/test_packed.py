@@ -25,7 +25,7 @@ from qjax.models.model import apply
 from qjax.models.parameters import flatten, unflatten
 from qjax.qtensor import QTensor, is_quantized
 from qjax.rounding.nearest import rtn
-from tests.conftest import byte_tokenizer, tiny_config
+from tests.conftest import FAMILY_CHANGES, byte_tokenizer, tiny_config
 from tests.random_weights import weights_model
 
 FORMATS = [
@@ -130,6 +130,7 @@ def test_the_file_holds_the_packed_bytes_and_no_more(source):
         tiny_config(),
         tiny_config(rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 16), sliding_window=3, bos_id=1),
         tiny_config(rope_scaling=LinearScaling(2.0), tied=True, norm="layer"),
+        *(tiny_config(**changes) for changes in FAMILY_CHANGES.values()),
     ],
 )
 def test_configurations_survive_json(config):

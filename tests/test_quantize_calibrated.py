@@ -15,23 +15,10 @@ from qjax.driver import quantize_together
 from qjax.errors import QjaxError, QjaxWarning
 from qjax.models.parameters import flatten, unflatten
 from qjax.qtensor import QLinear, QTensor, dequantize_tree
-from tests.conftest import tiny_config
+from tests.conftest import FAMILY_CHANGES, tiny_config
 from tests.random_weights import small_model
 
 LLAMA = tiny_config(vocabulary_size=61)  # grouped heads: o cannot be folded
-GPT2 = tiny_config(
-    family="gpt2",
-    vocabulary_size=61,
-    kv_heads=4,
-    norm="layer",
-    activation="gelu_tanh",
-    gated=False,
-    positions="learned",
-    qkv_bias=True,
-    attention_output_bias=True,
-    mlp_bias=True,
-    tied=True,
-)
 TOKENS = np.random.default_rng(0).integers(0, 61, (16, 32)).astype(np.int32)  # 512, many more than any layer has inputs
 AWQ_GPTQ = "awq+gptq:int3-g16"
 
@@ -219,7 +206,7 @@ def test_scales_of_two_transforms_are_the_ones_stored(model):
 
 def test_gpt2_from_end_to_end(tmp_path):
     """Layer norms with biases take scales, down keeps its own (nothing folds through gelu), the head is tied."""
-    model = small_model(GPT2, dtype=jnp.bfloat16)
+    model = small_model(tiny_config(vocabulary_size=61, **FAMILY_CHANGES["gpt2"]), dtype=jnp.bfloat16)
     quantized, report = qjax.quantize(model, "awq+gptq:int4-g16", calibration=TOKENS)
     leaves = flatten(quantized.params)
     assert isinstance(leaves["block_0/mlp/down/kernel"], QLinear)
@@ -234,6 +221,22 @@ def test_gpt2_from_end_to_end(tmp_path):
     errors = [float(jnp.mean(jnp.square(qjax.apply(each, TOKENS) - exact))) for each in (quantized, plain)]
     assert errors[0] < errors[1] < float(jnp.var(exact))
     assert report.bits_per_weight < 6.5
+
+
+@pytest.mark.parametrize("family", FAMILY_CHANGES)
+def test_every_family_in_every_order(family, tmp_path):
+    model = small_model(tiny_config(vocabulary_size=61, **FAMILY_CHANGES[family]))
+    exact = qjax.apply(model, TOKENS)
+    plain, _ = qjax.quantize(model, "rtn:int4-g16")
+    error = lambda found: float(jnp.mean(jnp.square(qjax.apply(found, TOKENS) - exact)))  # noqa: E731
+    for order in ("parallel", "block", "sequential", "qep"):
+        quantized, report = qjax.quantize(model, f"awq+gptq:int4-g16@{order}", calibration=TOKENS)
+        assert all(record.tokens == 512 for record in report.layers if record.recipe != "none")
+        assert error(quantized) < error(plain) < float(jnp.var(exact)), order
+    save(tmp_path / "model", quantized)
+    loaded = load_packed(tmp_path / "model")
+    assert_same_bits(loaded, quantized)
+    np.testing.assert_array_equal(qjax.apply(loaded, TOKENS), qjax.apply(quantized, TOKENS))
 
 
 def test_fewer_tokens_than_inputs_warn(model):

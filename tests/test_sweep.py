@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import qjax
+from qjax.calibrate.tokens import as_calibration
 from qjax.errors import QjaxError
 from qjax.evaluate.corpora import Corpus
 from qjax.evaluate.perplexity import parse_convention
@@ -23,6 +24,8 @@ from qjax.sweep import runner
 from qjax.sweep.record import compare, digest, method_name, model_fingerprint
 from qjax.sweep.runner import Sweep, Watcher, run_sweep
 from qjax.sweep.store import ROWS, read_rows
+
+from .conftest import FAMILY_CHANGES, byte_tokenizer, random_model, tiny_config
 
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 8
 CORPORA = (Corpus("dickens", (TEXT,), "f1"), Corpus("reversed", (TEXT[::-1],), "f2"))
@@ -42,6 +45,18 @@ def measured(rows):
     """What must be equal between runs: everything but times and memory."""
     noisy = ("time", "seconds_quantize", "seconds_evaluate", "tokens_per_second", "peak_rss_bytes")
     return [{key: value for key, value in row.items() if key not in noisy} for row in rows]
+
+
+@pytest.mark.parametrize("family", FAMILY_CHANGES)
+def test_every_family(family, tmp_path):
+    model = random_model(tiny_config(**FAMILY_CHANGES[family]), byte_tokenizer())
+    calibration = as_calibration(model, np.random.default_rng(0).integers(0, 256, (4, 32)))
+    recipes = ("rtn:int8-g16", "awq+gptq:int8-g16@parallel")
+    rows = run_sweep(
+        model, plan(*recipes, corpora=CORPORA[:1], max_windows=4, calibration=calibration, divergence=True), tmp_path
+    )
+    assert [row["recipe"] for row in rows] == ["none", *recipes]
+    assert all(abs(row["perplexity_ratio"] - 1) < 0.02 and row["kl"] < 1e-2 for row in rows)
 
 
 def test_rows_are_flat_complete_and_on_disk(tiny_model, tmp_path):

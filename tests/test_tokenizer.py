@@ -177,3 +177,29 @@ def test_a_real_tokenizer(name):
     assert counts.sum() == len(text.encode())
     if name == "stories260K-hf":
         assert tokenizer.decode(ids) == text
+
+
+MIXED = "The  queue's\tend:\n\n    return é😀漢 (1234567)" + " " * 30 + "x"
+
+
+def test_the_tokenizer_of_pythia():
+    """Runs of spaces are tokens of their own, added behind the vocabulary."""
+    tokenizer = load_tokenizer(real_data("tokenizers/neox/20B_tokenizer.json"), bos_id=0, eos_id=0)
+    assert (tokenizer.vocabulary_size, tokenizer.adds_bos, tokenizer.bos_id) == (50277, False, 0)
+    ids, counts = tokenizer.encode_with_bytes(MIXED)
+    assert tokenizer.decode(ids) == MIXED and counts.sum() == len(MIXED.encode())
+    assert ids.max() >= 50254
+
+
+def test_the_tokenizer_of_opt(tmp_path):
+    """GPT-2's bytes and merges with a beginning of text; as transformers' save_pretrained writes it."""
+    folder = real_data("tokenizers/opt")
+    inner = tokenizers.Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    inner.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 2)])
+    inner.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.json", bos_id=2, eos_id=2)
+    assert (tokenizer.vocabulary_size, tokenizer.adds_bos, tokenizer.bos_id) == (50265, True, 2)
+    ids, counts = tokenizer.encode_with_bytes(MIXED)
+    assert tokenizer.decode(ids) == MIXED and counts.sum() == len(MIXED.encode())
+    assert tokenizer.encode(MIXED, special_tokens=True)[0] == 2

@@ -18,7 +18,8 @@ from qjax.checkpoints.tensors import FLOATS, Header, read_headers, read_tensor, 
 from qjax.errors import QjaxError
 from qjax.files import expand, listing, prepare_output_folder, read_json, write_atomically
 from qjax.models.config import DecoderConfig
-from qjax.models.families import FAMILIES, Family, StoredTensor, head_name, read_config, stored_tensors, write_config
+from qjax.models.families import FAMILIES, read_config, write_config
+from qjax.models.family import Family, StoredTensor, head_name, stored_tensors
 from qjax.models.model import Model
 from qjax.models.parameters import check_parameters, flatten, parameter_shapes, unflatten
 from qjax.models.tokenizer import Tokenizer, load_tokenizer
@@ -47,7 +48,7 @@ def load_huggingface(folder: str | Path) -> Model:
     except QjaxError as error:
         raise QjaxError(f"{folder / CONFIG}: {error}") from error
     family = FAMILIES[config.family]
-    tensors = stored_tensors(family, parameter_shapes(config))
+    tensors = stored_tensors(family, parameter_shapes(config), config.heads)
     headers = _canonical(family, tensors, read_headers(weight_files(folder)))
     _check(folder, family, config, tensors, headers)
     tokenizer = load_folder_tokenizer(folder, config)
@@ -116,10 +117,7 @@ def _read_parameters(folder: Path, tensors: list[StoredTensor], headers: Mapping
         array = read_tensor(headers[tensor.name])
         if not np.isfinite(array).all():
             broken.append(headers[tensor.name].name)
-        array = array.T if tensor.transposed else array
-        bounds = np.cumsum([shape[-1] for _, shape in tensor.parts])[:-1]
-        pieces = np.split(array, bounds, axis=-1)
-        leaves.update({path: jnp.asarray(piece) for (path, _), piece in zip(tensor.parts, pieces, strict=True)})
+        leaves.update({path: jnp.asarray(piece) for path, piece in tensor.split(array).items()})
     if broken:
         raise QjaxError(f"{folder}: NaN or infinite weights in {listing(broken)}; get an intact checkpoint")
     return unflatten(leaves)
@@ -173,11 +171,10 @@ def save_huggingface(folder: str | Path, model: Model, *, overwrite: bool = Fals
         overwrite=overwrite,
         replaces=("qjax.json", CONFIG, INDEX, "model-*.safetensors", TOKENIZER, TOKENIZER_CONFIG),
     )
-    tensors = {}
-    for tensor in stored_tensors(FAMILIES[model.config.family], shapes):
-        parts = [_to_numpy(leaves[path], dtype) for path, _ in tensor.parts]
-        array = np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
-        tensors[tensor.name] = array.T if tensor.transposed else array
+    tensors = {
+        tensor.name: tensor.join({path: _to_numpy(leaves[path], dtype) for path, _ in tensor.parts})
+        for tensor in stored_tensors(FAMILIES[model.config.family], shapes, model.config.heads)
+    }
     write_tensors(folder / WEIGHTS, tensors)
     if model.tokenizer is not None:
         write_atomically(folder / TOKENIZER, model.tokenizer.to_json())

@@ -1,7 +1,7 @@
 """Everything that distinguishes one decoder-only language model from another, as data.
 
 A family (Llama, GPT-2, ...) is a mapping from its own configuration file to `DecoderConfig` plus a map of parameter names
-(`families.py`); the decoder itself (`decoder.py`) knows no family.
+(`family.py`); the decoder itself (`decoder.py`) knows no family.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ class DecoderConfig:
     kv_heads: int
     head_dim: int
     context: int
-    norm: str = "rms"  # rms | layer
+    norm: str = "rms"  # rms | rms_offset (the scale is 1 + offset) | layer
     norm_epsilon: float = 1e-5
     activation: str = "silu"  # silu | gelu | gelu_tanh | relu
     gated: bool = True  # gate/up/down (SwiGLU) or up/down
@@ -53,6 +53,25 @@ class DecoderConfig:
     tied: bool = False  # the head multiplies with the embedding table
     bos_id: int | None = None
     eos_id: int | None = None
+    # Fields from here on came later: see __repr__.
+    parallel_residual: bool = False  # attention and MLP both read the block's input, rather than one after the other
+    rotary_fraction: float = 1.0  # of each head, its first features, which positions rotate
+    scaled_embeddings: bool = False  # those of tokens are multiplied by sqrt(hidden_size); a tied head's table is not
+    position_offset: int = 0  # rows of the learned positions' table before that of position 0
+
+    @property
+    def rotary_dim(self) -> int:
+        """Features of a head that positions rotate."""
+        return int(self.head_dim * self.rotary_fraction)
+
+    def __repr__(self):
+        """As a dataclass writes it, without later fields that stand at their default: fingerprints of models are made of
+        it, and those of models measured before a field existed stay what they were.
+        """
+        fields = dataclasses.fields(self)
+        first = [field.name for field in fields].index("eos_id") + 1
+        shown = [*fields[:first], *(field for field in fields[first:] if getattr(self, field.name) != field.default)]
+        return f"DecoderConfig({', '.join(f'{field.name}={getattr(self, field.name)!r}' for field in shown)})"
 
     def __post_init__(self):
         sizes = ("vocabulary_size", "hidden_size", "mlp_size", "layers", "heads", "kv_heads", "head_dim", "context")
@@ -63,14 +82,21 @@ class DecoderConfig:
         if huge or self.context < 2:
             raise QjaxError(f"model configuration: sizes out of all bounds: {huge or {'context': self.context}}")
         choices = {
-            "norm": ("rms", "layer"),
+            "norm": ("rms", "rms_offset", "layer"),
             "activation": ("silu", "gelu", "gelu_tanh", "relu"),
             "positions": ("rope", "learned"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise QjaxError(f"model configuration: {name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
+        if not isinstance(self.position_offset, int) or not 0 <= self.position_offset < 2**31:
+            raise QjaxError(f"model configuration: position_offset must not be negative, got {self.position_offset!r}")
         if self.heads % self.kv_heads:
             raise QjaxError(f"model configuration: {self.heads} heads cannot share {self.kv_heads} key/value heads evenly")
-        if self.positions == "rope" and self.head_dim % 2:
-            raise QjaxError(f"model configuration: rotary positions need an even head size, got {self.head_dim}")
+        if self.positions == "rope" and not (
+            0 < self.rotary_fraction <= 1 and self.rotary_dim > 0 and self.rotary_dim % 2 == 0
+        ):
+            raise QjaxError(
+                "model configuration: rotary positions need an even number of features of each head, got "
+                f"{self.rotary_fraction} of {self.head_dim}"
+            )

@@ -65,13 +65,23 @@ def token_ids(config: dict) -> dict[str, int | None]:
 
 
 def rope(config: dict) -> dict[str, object]:
-    """rope_theta and rope_scaling of DecoderConfig, from either generation of names."""
+    """rope_theta and rope_scaling of DecoderConfig, for a family that rotates whole heads."""
+    found = partial_rope(config, share=1.0)
+    if (share := found.pop("rotary_fraction")) != 1:
+        raise QjaxError(f"'partial_rotary_factor' is {share}; the family rotates whole heads")
+    return found
+
+
+def partial_rope(config: dict, *, share: float, older: tuple[str, ...] = ()) -> dict[str, object]:
+    """rope_theta, rope_scaling and rotary_fraction of DecoderConfig, from either generation of names.
+
+    share: the fraction where config.json does not say it. older: the family's own names of theta and the fraction.
+    """
     parameters = get(config, "rope_parameters", dict, None) or get(config, "rope_scaling", dict, None) or {}
     if nested := [key for key, value in parameters.items() if isinstance(value, dict)]:
         raise QjaxError(f"rotary settings of their own for {nested} are not supported; supported: the same in all layers")
-    theta = get(parameters, "rope_theta", float, None) or get(config, "rope_theta", float, 10000.0)
-    for source in (config, parameters):
-        require(source, "partial_rotary_factor", 1.0, 1.0)
+    theta = agreed((parameters, config), ("rope_theta", *older[:1]), 10000.0)
+    share = agreed((parameters, config), ("partial_rotary_factor", *older[1:]), share)
     match kind := parameters.get("rope_type", parameters.get("type", "default")):
         case "default":
             scaling = None
@@ -86,7 +96,16 @@ def rope(config: dict) -> dict[str, object]:
             )
         case _:
             raise QjaxError(f"rotary scaling {kind!r} is not supported; supported: default, linear, llama3")
-    return {"rope_theta": float(theta), "rope_scaling": scaling}
+    return {"rope_theta": theta, "rope_scaling": scaling, "rotary_fraction": share}
+
+
+def agreed(sources: tuple[dict, ...], names: tuple[str, ...], default: float) -> float:
+    """The one number that all of these names, wherever they stand, have."""
+    values = [get(source, name, float, None) for source in sources for name in names]
+    values = sorted({float(value) for value in values if value is not None}) or [default]
+    if len(values) > 1:
+        raise QjaxError(f"{' and '.join(map(repr, names))} disagree: {', '.join(map(str, values))}")
+    return values[0]
 
 
 def write_rope(config: DecoderConfig) -> dict:

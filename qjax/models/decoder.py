@@ -5,9 +5,11 @@ model of any depth costs one block's compilation, and quantization holds one blo
 
     block:  x <- x + o(attention(q(n), k(n), v(n))),  n = norm(x)
             x <- x + down(activation(gate(m)) * up(m)),  m = norm(x)        (gated; else down(activation(up(m))))
+    or, with a parallel residual, both at once: m = norm(x) of the x before attention
 
 Vaswani et al. 2017 (arXiv 1706.03762); Llama: Touvron et al. 2023 (2302.13971); rotary positions: Su et al. 2021
-(2104.09864), in Hugging Face's half-split order; grouped queries: Ainslie et al. 2023 (2305.13245).
+(2104.09864), in Hugging Face's half-split order; grouped queries: Ainslie et al. 2023 (2305.13245); parallel residual and
+partly rotated heads: GPT-NeoX, Black et al. 2022 (2204.06745); norms by 1 + offset: Gemma (2403.08295).
 Every linear layer is an `nn.Dense` whose kernel is (in, out), so `interception.py` serves it as it does any user's model.
 """
 
@@ -40,7 +42,7 @@ def rope_frequencies(config: DecoderConfig) -> Float[np.ndarray, " half"]:
 
 
 def _scaled_frequencies(config: DecoderConfig) -> Float[np.ndarray, " half"]:
-    half = config.head_dim // 2
+    half = config.rotary_dim // 2
     frequencies = config.rope_theta ** (-np.arange(half, dtype=np.float64) / half)
     match config.rope_scaling:
         case None:
@@ -56,16 +58,37 @@ def _scaled_frequencies(config: DecoderConfig) -> Float[np.ndarray, " half"]:
 def rotate(
     x: Float[Array, "batch time heads dim"], cos: Float[Array, "*batch time half"], sin: Float[Array, "*batch time half"]
 ) -> Float[Array, "batch time heads dim"]:
-    """Rotates pairs (x[i], x[i + dim/2]) by each position's angles, which all sequences share or each has its own."""
-    first, second = jnp.split(x, 2, axis=-1)
+    """Rotates pairs (x[i], x[i + half]) by each position's angles, which all sequences share or each has its own; features
+    behind the pairs stay.
+    """
+    half = cos.shape[-1]
+    first, second, rest = jnp.split(x, [half, 2 * half], axis=-1)
     cos, sin = cos[..., None, :], sin[..., None, :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+
+
+class OffsetRMSNorm(nn.Module):
+    """x / rms(x) * (1 + offset) in float32. The offset is a parameter as checkpoints hold it: 1 + offset, rounded to their
+    type, would not give it back.
+    """
+
+    epsilon: float
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch hidden"]:
+        offset = self.param("offset", nn.initializers.zeros_init(), x.shape[-1:])
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
+        return (x * (1 + offset.astype(jnp.float32))).astype(self.dtype)
 
 
 def make_norm(config: DecoderConfig, dtype: DTypeLike, name: str) -> nn.Module:
     """The family's normalisation, computed in float32."""
     if config.norm == "rms":
         return nn.RMSNorm(epsilon=config.norm_epsilon, dtype=dtype, name=name)
+    if config.norm == "rms_offset":
+        return OffsetRMSNorm(epsilon=config.norm_epsilon, dtype=dtype, name=name)
     return nn.LayerNorm(epsilon=config.norm_epsilon, use_fast_variance=False, dtype=dtype, name=name)
 
 
@@ -79,9 +102,12 @@ class Embed(nn.Module):
     def __call__(self, tokens: Int[Array, "batch time"], layout: Layout | None = None) -> Float[Array, "batch time hidden"]:
         c = self.config
         x = nn.Embed(c.vocabulary_size, c.hidden_size, dtype=self.dtype, name="tokens")(tokens)
+        if c.scaled_embeddings:
+            x = x * jnp.asarray(math.sqrt(c.hidden_size), self.dtype)
         if c.positions == "learned":
             positions = jnp.arange(tokens.shape[1]) if layout is None else layout.positions
-            x = x + nn.Embed(c.context, c.hidden_size, dtype=self.dtype, name="positions")(positions)
+            rows = c.context + c.position_offset
+            x = x + nn.Embed(rows, c.hidden_size, dtype=self.dtype, name="positions")(positions + c.position_offset)
         return x
 
 
@@ -166,7 +192,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One transformer block on hidden states (batch, time, hidden); layout and cache as in `Attention`.
 
-    half: "attention" or "mlp", one residual branch alone; the second after the first is the block, with the same parameters.
+    half: "attention" or "mlp", one residual branch alone; the second after the first is the block, with the same parameters,
+    unless the branches are parallel.
     """
 
     config: DecoderConfig
@@ -178,12 +205,14 @@ class Block(nn.Module):
         self, x: Float[Array, "batch time hidden"], layout: Layout | None = None, cache: Cache | None = None
     ) -> Float[Array, "batch time hidden"] | tuple[Float[Array, "batch time hidden"], Cache]:
         c = self.config
+        before = x
         if self.half != "mlp":
             mixed = Attention(c, self.dtype, name="attention")(make_norm(c, self.dtype, "attention_norm")(x), layout, cache)
             mixed, cache = mixed if cache is not None else (mixed, None)
             x = x + mixed
         if self.half != "attention":
-            x = x + MLP(c, self.dtype, name="mlp")(make_norm(c, self.dtype, "mlp_norm")(x))
+            inner = before if c.parallel_residual else x
+            x = x + MLP(c, self.dtype, name="mlp")(make_norm(c, self.dtype, "mlp_norm")(inner))
         return x if cache is None else (x, cache)
 
 

@@ -51,6 +51,8 @@ def fold_scale(leaves: Mapping[str, Array], fold: Fold, scale: Float[Array, " in
         path = f"{fold.source}/{name}"
         if path in leaves:
             changed[path] = leaves[path].astype(jnp.float32) / scale
+    if (path := f"{fold.source}/offset") in leaves:  # of a norm whose scale is 1 + offset
+        changed[path] = (1 + leaves[path].astype(jnp.float32)) / scale - 1
     return changed
 
 

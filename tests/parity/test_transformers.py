@@ -33,7 +33,11 @@ SHAPE = {
     "max_position_embeddings": 64,
     "initializer_range": 48**-0.5,  # logits of order one, as a trained model has them
 }
-NOT_IN_GPT2 = ("num_key_value_heads", "intermediate_size")
+UNKNOWN = {
+    "GPT2": ("num_key_value_heads", "intermediate_size"),
+    "GPTNeoX": ("num_key_value_heads",),
+    "OPT": ("num_key_value_heads", "intermediate_size", "initializer_range"),
+}  # of SHAPE, to a family
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -59,13 +63,30 @@ MODELS = {  # name -> (configuration class, its arguments beside SHAPE)
     "gpt2": ("GPT2", {}),
     "gpt2-inner": ("GPT2", {"n_inner": 100, "activation_function": "relu"}),
     "gpt2-untied": ("GPT2", {"tie_word_embeddings": False}),
+    "gpt_neox": ("GPTNeoX", {}),  # heads of 8 features, 2 of them rotated
+    "gpt_neox-sequential": ("GPTNeoX", {"use_parallel_residual": False}),
+    "gpt_neox-half": ("GPTNeoX", {"rope_parameters": {"rope_theta": 5e5, "partial_rotary_factor": 0.5}}),
+    "gpt_neox-whole": ("GPTNeoX", {"rotary_pct": 1.0, "rotary_emb_base": 5e5}),
+    "gpt_neox-linear": ("GPTNeoX", {"rope_parameters": LINEAR | {"partial_rotary_factor": 0.5}}),
+    "gpt_neox-no-attention-bias": ("GPTNeoX", {"attention_bias": False, "hidden_act": "gelu_fast"}),
+    "gpt_neox-tied": ("GPTNeoX", {"tie_word_embeddings": True, "use_parallel_residual": False, "hidden_act": "relu"}),
+    "gemma": ("Gemma", {"head_dim": 16}),  # wider than hidden size / heads
+    "gemma-one-key": ("Gemma", {"head_dim": 8, "num_key_value_heads": 1}),
+    "gemma-untied": ("Gemma", {"head_dim": 16, "tie_word_embeddings": False, "attention_bias": True}),
+    "gemma-silu": ("Gemma", {"head_dim": 16, "hidden_act": "silu", "rope_parameters": LLAMA3}),
+    "opt": ("OPT", {}),
+    "opt-untied": ("OPT", {"tie_word_embeddings": False}),
+    "opt-no-bias": ("OPT", {"enable_bias": False}),
+    "opt-gelu": ("OPT", {"activation_function": "gelu"}),
 }
 
 
 def build(name):
     """A random model of the transformers library, biases and norms random too."""
     family, options = MODELS[name]
-    shape = SHAPE if family != "GPT2" else {key: value for key, value in SHAPE.items() if key not in NOT_IN_GPT2}
+    shape = {key: value for key, value in SHAPE.items() if key not in UNKNOWN.get(family, ())}
+    if family == "OPT":
+        shape |= {"ffn_dim": SHAPE["intermediate_size"], "init_std": SHAPE["initializer_range"]}
     config = getattr(transformers, f"{family}Config")(**{**shape, **options})
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
@@ -120,12 +141,18 @@ def test_bfloat16_weights_survive(tmp_path):
     assert_same_weights(back, peer)
 
 
-def test_older_configuration_names(tmp_path):
-    peer = build("llama-rope-llama3")
+@pytest.mark.parametrize(
+    ("name", "theta", "share"),
+    [("llama-rope-llama3", "rope_theta", None), ("gpt_neox-linear", "rotary_emb_base", "rotary_pct")],
+)
+def test_older_configuration_names(name, theta, share, tmp_path):
+    peer = build(name)
     peer.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     scaling = config.pop("rope_parameters")
-    config |= {"rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling}
+    config |= {theta: scaling.pop("rope_theta"), "rope_scaling": scaling}
+    if share is not None:
+        config[share] = scaling.pop("partial_rotary_factor")
     (tmp_path / "config.json").write_text(json.dumps(config))
     tokens = np.arange(40)[None]
     assert difference(apply(load_huggingface(tmp_path), tokens), theirs(peer, tokens)) < TOLERANCE

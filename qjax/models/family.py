@@ -1,0 +1,99 @@
+"""A model family as data: how its config.json reads as a DecoderConfig, and what its checkpoints call our parameters."""
+
+import collections
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from qjax.models.config import DecoderConfig
+
+LEAF_NAMES = {"kernel": "weight", "scale": "weight", "offset": "weight", "embedding": "weight", "bias": "bias"}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Family:
+    """One architecture. `name` is config.json's model_type.
+
+    architectures: config.json's class names, the first is the one we write.
+    read: config.json -> DecoderConfig; write: its inverse.
+    modules: our module path -> theirs, {i} the layer. Modules with the same name there are stored as one tensor, side by
+        side along the output axis in the table's order.
+    prefix: starts all names but the head's; some checkpoints leave it out.
+    kernels_in_out: the blocks' kernels are stored (in, out), as ours, rather than (out, in).
+    fused_by_head: modules stored as one tensor are so head by head: (head, module, dim) along the output axis.
+    ignored: regular expression of stored tensors that are constants, not weights.
+    """
+
+    name: str
+    architectures: tuple[str, ...]
+    read: Callable[[dict], DecoderConfig]
+    write: Callable[[DecoderConfig], dict]
+    modules: Mapping[str, str]
+    prefix: str
+    kernels_in_out: bool = False
+    fused_by_head: bool = False
+    ignored: str = r"$^"
+
+
+class StoredTensor(NamedTuple):
+    """A tensor of a checkpoint and the parameters of ours that it holds, (path, shape), side by side on the last axis: in
+    `blocks` blocks, each with an equal piece of every part.
+    """
+
+    name: str
+    parts: tuple[tuple[str, tuple[int, ...]], ...]
+    transposed: bool
+    blocks: int = 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape in the checkpoint."""
+        first = self.parts[0][1]
+        shape = (*first[:-1], sum(shape[-1] for _, shape in self.parts))
+        return shape[::-1] if self.transposed else shape
+
+    def split(self, array: np.ndarray) -> dict[str, np.ndarray]:
+        """Our parameters by path, of the stored array."""
+        array = array.T if self.transposed else array
+        pieces = array.reshape(*array.shape[:-1], self.blocks, -1)
+        bounds = np.cumsum([shape[-1] // self.blocks for _, shape in self.parts])[:-1]
+        pieces = np.split(pieces, bounds, axis=-1)
+        return {path: piece.reshape(shape) for (path, shape), piece in zip(self.parts, pieces, strict=True)}
+
+    def join(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The inverse of `split`; other paths are left aside."""
+        pieces = [arrays[path].reshape(*shape[:-1], self.blocks, -1) for path, shape in self.parts]
+        array = np.concatenate(pieces, axis=-1) if len(pieces) > 1 else pieces[0]  # one piece is not copied
+        array = array.reshape(*array.shape[:-2], -1)
+        return array.T if self.transposed else array
+
+
+def stored_tensors(family: Family, shapes: Mapping[str, tuple[int, ...]], heads: int) -> list[StoredTensor]:
+    """What a checkpoint of the family must hold for parameters of these shapes (`parameters.parameter_shapes`)."""
+    parts, transposed = collections.defaultdict(list), {}
+    for layer, ours, theirs in _modules(family, shapes):
+        for leaf, stored in LEAF_NAMES.items():
+            path, name = f"{ours}/{leaf}", f"{theirs}.{stored}"
+            if path in shapes:
+                parts[name].append((path, shapes[path]))
+                transposed[name] = leaf == "kernel" and not (family.kernels_in_out and layer is not None)
+    return [
+        StoredTensor(name, tuple(held), transposed[name], heads if family.fused_by_head and len(held) > 1 else 1)
+        for name, held in parts.items()
+    ]
+
+
+def _modules(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[int | None, str, str]]:
+    """(layer or None, our module, their module) for every row of the table and every layer."""
+    layers = sum(1 for path in shapes if re.fullmatch(r"block_\d+/attention/q/kernel", path))
+    for ours, theirs in family.modules.items():
+        for layer in range(layers) if "{i}" in ours else [None]:
+            yield layer, ours.replace("{i}", str(layer)), theirs.replace("{i}", str(layer))
+
+
+def head_name(family: Family) -> str:
+    """The stored name of the head's weight, which a tied checkpoint may repeat."""
+    return family.modules["head/output"] + ".weight"
