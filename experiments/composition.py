@@ -30,17 +30,19 @@ class Experiment:
         "gptq(clip=mse,refine=4)",
     )
     transforms: tuple[str, ...] = ("", "awq+")
+    further: tuple[str, ...] = ("awq(guard=false)", "awq(guard=false)+gptq(clip=mse)")  # the scale kept whatever it gives
     bits: tuple[int, ...] = (4, 3, 2)
     settings: common.Settings = SETTINGS
 
 
-TINY = Experiment(("rtn", "gptq(clip=mse)"), ("",), (3,), dataclasses.replace(common.TINY, seeds=(0, 1)))
+TINY = Experiment(("rtn", "gptq(clip=mse)"), ("",), (), (3,), dataclasses.replace(common.TINY, seeds=(0, 1)))
 
 
 def run(out: Path, *, tiny: bool = False, subjects: tuple[common.Subject, ...] = common.BUNDLED) -> list[dict[str, object]]:
     """Measures what is missing in out/rows.jsonl and writes the tables and figures of all seeds."""
     experiment = TINY if tiny else Experiment()
     methods = [transform + rounding for transform in experiment.transforms for rounding in experiment.roundings]
+    methods += experiment.further
     for subject in subjects:
         common.measure(out, subject, expand(methods, experiment.bits), experiment.settings)
     return common.report(out)

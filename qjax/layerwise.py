@@ -239,11 +239,20 @@ def _find_scale(part, paths, flat, recipe, statistics, batches) -> Float[Array, 
     for stage in recipe.transforms:
         module = _module_error(part, paths, flat, total, statistics, batches)
         taken = {name: module if name == "module" else statistics[name] for name in statistics_of(stage)}
+        if "rounded" in inspect.signature(method(stage.name)).parameters:
+            taken["rounded"] = functools.partial(_scaled_rounding, tuple(weights), recipe, statistics)
         scale = method(stage.name)(weights, recipe.format, **taken, **dict(stage.options))
         total = total * scale
         weights = [weight * scale[:, None] for weight in weights]
         statistics = rescale(statistics, scale)
     return total
+
+
+def _scaled_rounding(weights, recipe, statistics, scale) -> list[Float[Array, "in out"]]:
+    """What weights that share an input become when they are scaled, rounded by the recipe's rounding and scaled back."""
+    known, memo = rescale(statistics, scale), Memo()
+    scaled = [weight * scale[:, None] for weight in weights]
+    return [dequantize(round_weight(weight, recipe, known, memo)[0]) / scale[:, None] for weight in scaled]
 
 
 def _module_error(part, paths, flat, scale, statistics, batches) -> Callable[[Sequence[Array]], Array]:

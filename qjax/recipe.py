@@ -34,7 +34,7 @@ from qjax.errors import QjaxError
 from qjax.formats import ALIASES, GRIDS, Format, parse_format
 
 STATISTICS = ("hessian", "abs_mean", "abs_max", "module")  # "module": the error of the parent module's output, a function
-DERIVED = ("factor",)  # computed from a statistic, for methods that take it
+DERIVED = ("factor", "rounded")  # computed for methods that take it: from a statistic; what the rounding that follows gives
 GIVEN = (*STATISTICS, *DERIVED)
 ROUNDINGS: dict[str, str | Callable] = {"rtn": "qjax.rounding.nearest:rtn", "gptq": "qjax.rounding.gptq:gptq"}
 TRANSFORMS: dict[str, str | Callable] = {"awq": "qjax.transforms.awq:awq_scale"}

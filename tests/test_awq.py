@@ -89,6 +89,30 @@ def test_module_loss_takes_the_least_of_what_the_module_says():
     np.testing.assert_array_equal(by_module, by_hessian)
 
 
+@pytest.mark.parametrize("loss", ["hessian", "module"])
+def test_a_scale_is_kept_only_where_the_rounding_that_follows_gains(loss):
+    """A rounding that is exact without a scale wants none; one that rounds as the search did keeps what was found."""
+    weights, x = case()
+    known, fmt = statistics(x), parse_format("int3-g8")
+    weights = [jnp.asarray(weight) for weight in weights]
+
+    def module(replaced):
+        return sum(jnp.sum(jnp.square(x @ (new - old))) for new, old in zip(replaced, weights, strict=True))
+
+    def exact_without(scale):
+        return [weight + 0.01 * jnp.abs(jnp.log(scale))[:, None] for weight in weights]
+
+    def as_searched(scale):
+        return [dequantize(rtn(weight * scale[:, None], fmt)[0]) / scale[:, None] for weight in weights]
+
+    find = functools.partial(awq_scale, weights, fmt, **known, loss=loss, module=module, ratios=5)
+    found = find()
+    assert np.ptp(found) > 0
+    np.testing.assert_array_equal(find(rounded=exact_without), 1)
+    np.testing.assert_array_equal(find(rounded=exact_without, guard=False), found)
+    np.testing.assert_array_equal(find(rounded=as_searched), found)
+
+
 def test_equal_channels_need_no_scale():
     """Of equal errors the first candidate wins, which is 1."""
     weights, _ = case()

@@ -1,5 +1,6 @@
 """quantize, quantize_together and quantize_flax with calibrated recipes: what must not matter, what must, and bad input."""
 
+import collections
 import warnings
 
 import flax.linen as nn
@@ -310,6 +311,28 @@ def net():
     batches = [(x, False, 1.0) for x in xs]
     params = Net().init(jax.random.key(1), *batches[0])["params"]
     return Net(), params, batches
+
+
+def test_scaling_costs_no_layer_anything_before_error_feedback():
+    """Layers that share an input lose together at most what they lose without scales, as awq(guard=false) does not promise."""
+    model = qjax.load("bundled")
+    tokens = qjax.load_calibration(model, "python-docs", windows=8, window=256)
+    inputs = {"attention/q": "q", "attention/k": "q", "attention/v": "q", "mlp/gate": "gate", "mlp/up": "gate"}
+
+    def losses(recipe):  # of inputs that no other fold changes the weights of
+        _, report = qjax.quantize(model, recipe, calibration=tokens, rules=["attention/o|mlp/down=none"])
+        total = collections.Counter()
+        for layer in report.layers:
+            block, _, name = layer.path.removesuffix("/kernel").partition("/")
+            if name in inputs:
+                total[block, inputs[name]] += layer.proxy_loss
+        return total
+
+    plain, guarded = losses("gptq(clip=mse):int3-g128@parallel"), losses("awq+gptq(clip=mse):int3-g128@parallel")
+    always = losses("awq(guard=false)+gptq(clip=mse):int3-g128@parallel")
+    assert all(guarded[part] <= plain[part] * (1 + 1e-4) for part in plain)
+    assert any(guarded[part] < 0.999 * plain[part] for part in plain)
+    assert any(always[part] > 1.001 * plain[part] for part in plain)
 
 
 @pytest.mark.parametrize("recipe", ["awq+gptq:int4-g8", "awq(loss=module):int4-g8@parallel"])

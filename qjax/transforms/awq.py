@@ -9,6 +9,8 @@
     loss=module         error = squared change of the output of the module they are in (attention, MLP), as in the paper's code
 
 r = 0, 1/20, ..., 19/20 as in the paper's code, and s = 1 is always among the candidates. Lin et al. 2023 (arXiv 2306.00978).
+The search rounds to nearest, as the paper's code does; what follows may be another rounding, which has no use for the scale it
+found. So the scale is kept only where that rounding loses less with it than without (guard=false: always).
 The search of ranges that belongs to AWQ is the rounding's: `awq` alone in a recipe is followed by rtn(clip=hessian), and
 awq+rtn leaves it out.
 """
@@ -43,13 +45,16 @@ def awq_scale(
     loss: Loss = "hessian",
     scaling: Scaling = "both",
     ratios: int = 20,
+    rounded: Callable[[Array], Sequence[Array]] | None = None,
+    guard: bool = True,
 ) -> Float[Array, " in"]:
     """Scale (in,) float32, by which the rows of the weights (in, out_k) that share an input are to be multiplied before
     rounding.
 
     abs_mean (in,): mean |x|. hessian (in, in): mean of x x^T, for loss="hessian". module: for loss="module", the error of the
-    parent module's output with these weights in place. Raises QjaxError for an unknown loss or scaling, and a missing
-    statistic.
+    parent module's output with these weights in place. rounded: what the weights become when they are scaled by a scale (in,)
+    and rounded by the rounding that follows, scale undone; with guard, the scale found must lose less in it than none.
+    Raises QjaxError for an unknown loss or scaling, and a missing statistic.
     """
     fmt = parse_format(fmt)
     given = {"hessian": hessian, "module": module}
@@ -71,7 +76,15 @@ def awq_scale(
         errors = sum(_hessian_errors(weight, candidates, hessian, fmt) for weight in weights)
     else:
         errors = jnp.stack([module([_scaled_rounding(weight, scale, fmt) for weight in weights]) for scale in candidates])
-    return candidates[jnp.argmin(errors)]
+    found, none = candidates[jnp.argmin(errors)], jnp.ones_like(abs_mean)
+    if rounded is None or not guard:
+        return found
+
+    def error(new):
+        changes = zip(new, weights, strict=True)
+        return module(new) if loss == "module" else sum(output_loss(after - before, hessian) for after, before in changes)
+
+    return jnp.where(error(rounded(found)) < error(rounded(none)), found, none)
 
 
 def awq(
@@ -83,6 +96,7 @@ def awq(
     scaling: Scaling = "both",
     ratios: int = 20,
     clip: Clip = "hessian",
+    guard: bool = True,
 ) -> tuple[QLinear, Info]:
     """One weight (in, out) by AWQ: the QLinear holds the rounded diag(s) W and the input scale 1 / s.
 
@@ -90,9 +104,17 @@ def awq(
     `qjax.quantize`.
     """
     check_shapes("awq", weight, hessian)
-    scale = awq_scale([weight], fmt, abs_mean=abs_mean, hessian=hessian, scaling=scaling, ratios=ratios)
+
+    def scaled_rtn(scale):
+        return rtn(weight * scale[:, None], fmt, hessian=hessian / (scale[:, None] * scale), clip=clip)
+
+    def rounded(scale):
+        return [dequantize(scaled_rtn(scale)[0]) / scale[:, None]]
+
+    options = {"scaling": scaling, "ratios": ratios, "guard": guard}
+    scale = awq_scale([weight], fmt, abs_mean=abs_mean, hessian=hessian, rounded=rounded, **options)
     input_scale, scale = storable_input_scale(scale)
-    q, info = rtn(weight * scale[:, None], fmt, hessian=hessian / (scale[:, None] * scale), clip=clip)
+    q, info = scaled_rtn(scale)
     result = QLinear(q, input_scale)
     proxy_loss = output_loss(dequantize(result) - weight, hessian)
     return result, info._replace(proxy_loss=proxy_loss, output_error=relative(proxy_loss, output_loss(weight, hessian)))
