@@ -15,10 +15,12 @@ afterwards, with a table of 2^16 equal steps instead of the nearest code.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 
 from qjax.formats import DOUBLE_QUANT_BLOCK, Format, dynamic_map
@@ -160,16 +162,27 @@ def decode(
     if fmt.codebook is None:
         zero = 2 ** (fmt.bits - 1) if zero is None else zero
         return (codes.astype(jnp.float32) - zero) * scale
-    first, *others = fmt.codebook.values
     if fmt.grid in FLOAT8:
-        middle = jnp.int16(len(others) // 2)
+        middle = jnp.int16(len(fmt.codebook.values) // 2)
         codes = codes.astype(jnp.int16)
         bits = jnp.where(codes < middle, 128 + middle - codes, codes - middle).astype(jnp.uint8)
         return jax.lax.bitcast_convert_type(bits, FLOAT8[fmt.grid]).astype(jnp.float32) * scale
-    values = jnp.float32(first)
-    for code, value in enumerate(others, 1):  # selects become vector instructions, a table look-up does not
-        values = jnp.where(codes >= code, jnp.float32(value), values)
-    return values * scale
+    return select(codes, fmt.codebook.values) * scale
+
+
+def select(codes: Int[Array, "..."], values: Sequence[float]) -> Float[Array, "..."]:
+    """values[codes], bit after bit of the codes: selects become vector instructions, a table look-up does not.
+
+    Codes past the end name some of the values.
+    """
+    found = [np.float32(value) for value in values]
+    bit = 1
+    while len(found) > 1:
+        found += found[-1:] * (len(found) % 2)
+        odd = (codes & bit) != 0
+        found = [jnp.where(odd, high, low) for low, high in zip(found[::2], found[1::2], strict=True)]
+        bit *= 2
+    return found[0]
 
 
 def store_scales(scale: Float[Array, "groups channels"], fmt: Format) -> jax.Array | QuantizedScales:

@@ -2,17 +2,16 @@
 
     value = (code - zero) * scale, or grid value(code) * scale
 
-`grid.decode` is the definition. Here a codebook is a tree of selects over the bits of the code: 2^bits - 1 selects with only
-`bits` different conditions; FP8 is put together from its exponent and mantissa. Scales in float16, which Mosaic does not
+`grid.decode` is the definition. FP8 is put together from its exponent and mantissa. Scales in float16, which Mosaic does not
 load, come as their bits.
 """
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int16, Int32
 
 from qjax.formats import Format
+from qjax.grid import select
 
 FLOAT8 = {"fp8_e4m3": (3, 7), "fp8_e5m2": (2, 15)}  # bits of the mantissa, bias of the exponent
 
@@ -32,7 +31,7 @@ def values(codes: Int32[Array, "units out"], zero: Float[Array, "..."] | None, f
     if fmt.grid in FLOAT8:
         return _float8(codes, *FLOAT8[fmt.grid], middle=len(fmt.codebook.values) // 2)
     if fmt.codebook:
-        return _select(codes, fmt.codebook.values, fmt.bits)
+        return select(codes, fmt.codebook.values)
     return codes.astype(jnp.float32) - (2.0 ** (fmt.bits - 1) if zero is None else zero)
 
 
@@ -41,15 +40,6 @@ def float16_values(bits: Int16[Array, "..."]) -> Float[Array, "..."]:
     bits = bits.astype(jnp.int32)
     magnitude = _small_float(bits & 0x7FFF, mantissa_bits=10, bias=15)
     return jnp.where(bits < 0, -magnitude, magnitude)
-
-
-def _select(codes, book: tuple[float, ...], bits: int):
-    """The entry of `book` that each code names; codes past its end name the last one."""
-    level = [np.float32(value) for value in (*book, *[book[-1]] * (2**bits - len(book)))]
-    for bit in range(bits):
-        is_set = (codes & (1 << bit)) != 0
-        level = [jnp.where(is_set, high, low) for low, high in zip(level[::2], level[1::2], strict=True)]
-    return level[0]
 
 
 def _float8(codes, mantissa_bits: int, bias: int, middle: int):

@@ -3,8 +3,9 @@
     y = sum over chunks of inputs, sum over c of x[:, c::count] @ decode(code c of every packing unit)
 
 A chunk's weights stay in the cache between being decoded and being multiplied, and nothing is interleaved: code c of all units
-meets every count-th input. On CPU one input row costs about what the dense float32 product costs, as that has four to eight
-times the bytes to read. Everything is computed in float32, whatever the type of x: bfloat16 is slow on CPUs.
+meets every count-th input. One row of x is multiplied a few inputs at a time instead, in one elementwise loop over the output
+columns that writes no decoded weight at all: on CPU about the cost of the dense float32 product, which has four to eight times
+the bytes to read. Everything is computed in float32, whatever the type of x: bfloat16 is slow on CPUs.
 """
 
 import functools
@@ -19,6 +20,7 @@ from qjax.kernels.layout import uneven
 from qjax.qtensor import QTensor, unpack_parameters
 
 CHUNK = 2**21  # weights decoded at a time: 8 MB of float32
+STEP = 32  # weights of a column that one row of x meets at a time: their bytes come from a cache set each
 EXACT_ROWS = 512  # so many products of -128..127 and -127..127 add up to less than 2^24: exact in float32
 
 
@@ -33,6 +35,8 @@ def refusal(q: QTensor) -> str | None:
 @functools.partial(jax.jit, static_argnames="precision")
 def multiply(x: Float[Array, "rows in"], q: QTensor, *, precision: PrecisionLike = None) -> Float[Array, "rows out"]:
     """x W in x's type, for weights that are not refused."""
+    if len(x) == 1:
+        return _multiply_row(x[0].astype(jnp.float32), q)[None].astype(x.dtype)
 
     def add(total, start, count, decoded):
         inputs = jax.lax.dynamic_slice_in_dim(x, start, count, axis=1).astype(jnp.float32)
@@ -100,6 +104,32 @@ def _over_chunks(step, carry, q: QTensor):
     whole, rest = divmod(q.in_features, rows)
     carry = jax.lax.fori_loop(0, whole, lambda number, carry: chunk(carry, number * rows, rows), carry)
     return chunk(carry, whole * rows, rest) if rest else carry
+
+
+def _multiply_row(x: Float[Array, " in"], q: QTensor) -> Float[Array, " out"]:
+    """x W, STEP inputs of one group at a time."""
+    count, width = packing.unit(q.format.bits)
+    units = q.codes.reshape(-1, width, q.shape[-1])
+    inputs = jnp.pad(x, (0, -len(x) % count)).reshape(-1, count)
+    each = _group(q) // count or len(units)  # units that share a scale
+    most = min(STEP // count, each)
+    size = max(size for size in range(1, most + 1) if each % size == 0) if _group(q) else most
+    parameters = unpack_parameters(q)
+
+    def add(total, start, size):
+        of_step = (jax.lax.dynamic_slice_in_dim(array, start, size) for array in (inputs, units))
+        scale, zero = (
+            None if p is None else jax.lax.dynamic_index_in_dim(p, start // each, keepdims=False) for p in parameters
+        )
+        partial = jnp.zeros(())
+        for held_inputs, held in zip(*of_step, strict=True):
+            for index in range(count):
+                partial += held_inputs[index] * grid.decode(packing.take(held, q.format.bits, index), 1.0, zero, q.format)
+        return total + scale * partial
+
+    whole, rest = divmod(len(units), size)
+    total = jax.lax.fori_loop(0, whole, lambda number, total: add(total, number * size, size), _zeros((q.shape[-1],), x, q))
+    return add(total, whole * size, rest) if rest else total
 
 
 def _zeros(shape: tuple[int, int], x, q: QTensor):
