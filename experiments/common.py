@@ -52,11 +52,12 @@ class Subject:
 
 WIKITEXT = "text:{data}/text/wikitext2/wiki.test.raw"
 STORIES = HALF + "{data}/text/tinystories_val.txt"
+FILES = tuple(f"{name}:{{data}}/tasks/{name}.jsonl" for name in ("arc_easy", "piqa"))
 SUBJECTS = {
     "bundled": Subject("bundled", ("python-docs",), "python-docs", ("cloze",)),
-    "stories260K": Subject("{data}/models/stories260K-hf", (STORIES, WIKITEXT), STORIES, groups=("32",), window=256),
+    "stories260K": Subject("{data}/models/stories260K-hf", (STORIES, WIKITEXT), STORIES, FILES, ("32", "channel"), 256),
     # Its tokenizer knows the 105 characters of its stories and no others: WikiText-2 would be mostly unknown tokens.
-    "babyllama": Subject("{data}/models/babyllama-hf", (STORIES,), STORIES, groups=("32",)),
+    "babyllama": Subject("{data}/models/babyllama-hf", (STORIES,), STORIES, groups=("32", "128")),
     "gpt2": Subject("openai-community/gpt2"),
     "pythia-160m": Subject("EleutherAI/pythia-160m"),
     "llama-2-7b": Subject("meta-llama/Llama-2-7b-hf"),
@@ -175,13 +176,17 @@ def locate(names: Iterable[str], data: Path) -> list[Subject]:
     found = []
     for name in names:
         subject = SUBJECTS.get(name, Subject(name))
-        missing = [spec for spec in (subject.model, subject.calibration, *subject.corpora) if not _there(spec, data)]
+        specs = (subject.model, subject.calibration, *subject.corpora, *subject.tasks)
+        missing = [spec for spec in specs if not _there(spec, data)]
         for spec in missing[:1] if subject.model in missing else dict.fromkeys(missing):
             print(f"{name}: left out {spec.format(data=data)}, which is not there; --data-folder names a folder that has it")
         corpora = tuple(_place(spec, data, first=True) for spec in subject.corpora if spec not in missing)
         if subject.model not in missing and subject.calibration not in missing and corpora:
             model, calibration = subject.model.format(data=data), _place(subject.calibration, data, first=False)
-            found.append(dataclasses.replace(subject, model=model, corpora=corpora, calibration=calibration, data=data))
+            tasks = tuple(spec.format(data=data) for spec in subject.tasks if spec not in missing)
+            found.append(
+                dataclasses.replace(subject, model=model, corpora=corpora, calibration=calibration, tasks=tasks, data=data)
+            )
     return found
 
 
@@ -194,7 +199,7 @@ def texts(specs: Iterable[str], data: Path) -> list[str]:
 
 
 def _there(spec: str, data: Path) -> bool:
-    return "{data}" not in spec or Path(spec.removeprefix(HALF).removeprefix("text:").format(data=data)).exists()
+    return "{data}" not in spec or Path(spec[spec.index("{data}") :].format(data=data)).exists()
 
 
 def _place(spec: str, data: Path, *, first: bool) -> str:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qjax.models import decoder
 from qjax.models.config import LinearScaling, Llama3Scaling
 from qjax.models.decoder import Block, Embed, Head, make_norm, rope_frequencies, rotate
 
@@ -78,3 +79,19 @@ def test_a_parallel_residual_is_the_sum_of_both_branches():
     silent = {name: jax.tree.map(jnp.zeros_like, params[name]) for name in ("attention", "mlp")}
     added = [block.apply({"params": params | {name: silent[name]}}, x) - x for name in silent]
     np.testing.assert_allclose(block.apply({"params": params}, x), x + sum(added), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 70])
+def test_pieces_of_a_long_sequence_see_what_the_whole_sees(window, monkeypatch):
+    """Queries go piece by piece, with the keys up to the last of the piece; the last piece is shorter."""
+    config = tiny_config(context=256, sliding_window=window)
+    model = small_model(config)
+    size, keys, attend = decoder.SMALLEST_PIECE, [], decoder.attend
+    shape = (2, 3 * size - 5, config.hidden_size)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
+    monkeypatch.setattr(decoder, "attend", lambda q, k, v, visible: keys.append(k.shape[2]) or attend(q, k, v, visible))
+    pieces = Block(config).apply({"params": model.params["block_0"]}, x)
+    monkeypatch.setattr(decoder, "QUERY_PIECES", 1)
+    whole = Block(config).apply({"params": model.params["block_0"]}, x)
+    np.testing.assert_allclose(pieces, whole, atol=1e-5)
+    assert keys == [size, 2 * size, shape[1], shape[1]]

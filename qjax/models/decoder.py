@@ -20,11 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from qjax.models.config import DecoderConfig, LinearScaling, Llama3Scaling
 from qjax.models.layout import Cache, Layout
 
+QUERY_PIECES = 4  # of a sequence: a piece leaves out the keys after it, five eighths of all scores are left
+SMALLEST_PIECE = 64  # queries
 ACTIVATIONS = {
     "silu": nn.silu,
     "gelu": lambda x: nn.gelu(x, approximate=False),
@@ -111,8 +113,25 @@ class Embed(nn.Module):
         return x
 
 
+def attend(
+    q: Float[Array, "batch kv_heads group time dim"],
+    k: Float[Array, "batch kv_heads keys dim"],
+    v: Float[Array, "batch kv_heads keys dim"],
+    visible: Bool[Array, "..."],
+) -> Float[Array, "batch kv_heads group time dim"]:
+    """Mixtures of v for scaled queries; visible broadcasts against (batch, kv_heads, group, time, keys). Softmax in float32.
+
+    Queries that share a key head stand in one matrix: XLA's CPU matmul is twice as fast on (group * time, dim).
+    """
+    batch, kv_heads, group, time, dim = q.shape
+    scores = jnp.einsum("bkqd,bksd->bkqs", q.reshape(batch, kv_heads, -1, dim), k, preferred_element_type=jnp.float32)
+    scores = jnp.where(visible, scores.reshape(batch, kv_heads, group, time, -1), -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(batch, kv_heads, group * time, -1)
+    return jnp.einsum("bkqs,bksd->bkqd", weights, v).reshape(q.shape)
+
+
 class Attention(nn.Module):
-    """Causal self-attention with grouped key/value heads; softmax in float32.
+    """Causal self-attention with grouped key/value heads.
 
     layout: what stands where, if not one sequence a row. cache: keys and values of earlier positions, to which those of x are
     added; the result is then (hidden states, cache).
@@ -146,20 +165,19 @@ class Attention(nn.Module):
                 visible &= distance < c.sliding_window
         else:
             visible = layout.visible[:, None, None]  # (batch, 1, 1, query, key)
-        # Queries that share a key head stand in one matrix: XLA's CPU matmul is twice as fast on (group * time, dim).
-        group = c.heads // c.kv_heads
-        q = (q * c.head_dim**-0.5).reshape(batch, time, c.kv_heads, group, c.head_dim)
-        q = q.transpose(0, 2, 3, 1, 4).reshape(batch, c.kv_heads, group * time, c.head_dim)
+        q = (q * c.head_dim**-0.5).reshape(batch, time, c.kv_heads, c.heads // c.kv_heads, c.head_dim).transpose(0, 2, 3, 1, 4)
         k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # (batch, kv_heads, time, dim)
         if cache is not None:
             cache = Cache(_write(cache.keys, k, position[:, 0]), _write(cache.values, v, position[:, 0]))
             k, v = cache.keys, cache.values
-        keys = k.shape[2]
-        scores = jnp.einsum("bkqd,bksd->bkqs", q, k, preferred_element_type=jnp.float32)
-        scores = scores.reshape(batch, c.kv_heads, group, time, keys)
-        weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1).astype(self.dtype)
-        mixed = jnp.einsum("bkqs,bksd->bkqd", weights.reshape(batch, c.kv_heads, group * time, keys), v)
-        mixed = mixed.reshape(batch, c.heads, time, c.head_dim).transpose(0, 2, 1, 3).reshape(batch, time, -1)
+        if layout is None:  # no key after the last query of a piece is visible in it
+            size = max(-(-time // QUERY_PIECES), SMALLEST_PIECE)
+            pieces = [(start, min(start + size, time)) for start in range(0, time, size)]
+            parts = [attend(q[..., a:b, :], k[:, :, :b], v[:, :, :b], visible[a:b, :b]) for a, b in pieces]
+            mixed = jnp.concatenate(parts, axis=3)
+        else:
+            mixed = attend(q, k, v, visible)
+        mixed = mixed.transpose(0, 3, 1, 2, 4).reshape(batch, time, -1)
         mixed = nn.Dense(c.hidden_size, use_bias=c.attention_output_bias, dtype=self.dtype, name="o")(mixed)
         return mixed if cache is None else (mixed, cache)
 
