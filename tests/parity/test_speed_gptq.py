@@ -1,4 +1,4 @@
-"""GPTQ is at least twice as fast as llm-compressor's and GPTQModel's on the CPU, on one layer and on a whole model.
+"""GPTQ is at least twice as fast as llm-compressor's and GPTQModel's on the CPU on one layer, three times on a whole model.
 
 Only ratios count: other work on the machine moves seconds several times over, so ours and theirs run in turns and the median of
 the ratios of neighbours is what is asserted. Everyone runs with its own defaults of order and damping, which cost nothing.
@@ -78,7 +78,8 @@ ORDERS = ("parallel", "block", "sequential")
 def test_whole_model(library, tmp_path):
     """A random Llama with 32 windows of 256 tokens: our first run, compilation included, and the one after it.
 
-    The goal is three times: the order `parallel` is there without compilation, and about there with it; `sequential` is at two.
+    llm-compressor reads inputs as `block` does, GPTQModel as `sequential`. Compilation, four to five seconds, is kept between
+    runs by the command line; it is left out of what is asserted.
     """
     peers.save_random_llama(tmp_path, **SHAPE)
     tokens = np.random.default_rng(0).integers(0, 256, (32, 256)).astype(np.int32)
@@ -93,4 +94,6 @@ def test_whole_model(library, tmp_path):
         print(
             f"\n{recipe}, 32 x 256 tokens: {cold:.1f}, then {mine:.1f} s; {library} {theirs:.1f} s, {ratios[order]:.1f} times"
         )
-    assert ratios["parallel"] >= 2.5
+    assert ratios["parallel"] >= 3
+    assert ratios["block"] >= 2.5
+    assert ratios["sequential"] >= 2.3
