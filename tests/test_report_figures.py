@@ -9,7 +9,7 @@ import pytest
 
 from qjax.errors import QjaxError
 from qjax.report.axes import log_ticks, tick_text
-from qjax.report.figures import perplexity_figure
+from qjax.report.figures import perplexity_figure, with_share
 from qjax.report.reports import report_names, save_figure, write_reports
 from qjax.report.series import group_series
 from qjax.report.style import METHOD_STYLES, WIDTHS, ink, method_style
@@ -238,3 +238,25 @@ def test_tick_text():
     assert [tick_text(tick) for tick in (0.003, 12, 99999, 1e5, 3e6, 1e-5)] == [
         "0.003", "12", "99999", "$10^{5}$", r"$3 \cdot 10^{6}$", "$10^{-5}$",
     ]  # fmt: skip
+
+
+def test_shares_are_of_nearest_rounding_in_the_same_format():
+    """Not of formats in which nearest rounding costs next to nothing, nor of codebooks, which have no plain rounding beside."""
+    gptq = {"options": "gptq"}
+    rows = [
+        measured_row("none"),
+        measured_row("rtn:int2-g128", 1.0, 0.05, options="rtn"),
+        measured_row("rtn:int8-g128", 0.001, 0.0005, options="rtn"),
+        measured_row("gptq:int2-g128", 0.5, 0.02, **gptq),
+        measured_row("gptq:int8-g128", 0.0005, 0.0005, **gptq),
+        measured_row("gptq:int3-g128", 0.1, 0.01, **gptq),
+        measured_row("nf4-g64", 0.05, 0.002, options="rtn"),
+    ]
+    shares = {row["recipe"]: (row["share"], row["share_stderr"]) for row in with_share(rows)}
+    assert list(shares) == ["rtn:int2-g128", "gptq:int2-g128"]
+    whole = np.expm1(1.0)
+    np.testing.assert_allclose(shares["rtn:int2-g128"], (1, 0.05 * np.exp(1.0) / whole))
+    np.testing.assert_allclose(shares["gptq:int2-g128"], (np.expm1(0.5) / whole, 0.02 * np.exp(0.5) / whole))
+    axes = perplexity_figure(rows, value="share").axes[0]
+    assert {text.get_text() for text in axes.texts} >= {"rtn", "gptq"}
+    assert "share" in axes.get_ylabel()

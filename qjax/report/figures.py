@@ -29,10 +29,12 @@ if TYPE_CHECKING:
 VALUES = {
     "perplexity": "perplexity",
     "increase": "increase of perplexity (%)",
+    "share": "share of nearest rounding's increase",
     "accuracy": "accuracy on {tasks} (%)",
     "divergence": "KL divergence (nats a token)",
 }
 SMALLEST = {"increase": 1e-3, "divergence": 1e-6}  # values on a logarithmic axis; what is less is drawn at its lower edge
+RESOLVED = 10  # standard errors of a cost that others are shares of: it is the denominator
 COLUMN_GAP = 9  # points between the names at the left and the first point
 
 
@@ -41,7 +43,8 @@ def perplexity_figure(rows: Sequence[Row], *, value: str = "perplexity", width: 
 
     value: "perplexity", with the unquantized model as a dashed line and a logarithmic axis where the range is large; or
     "increase" over it in percent, on a logarithmic axis, which shows 8, 4 and 2 bits alike; or "accuracy", the mean over the
-    rows' tasks, or "divergence" from the unquantized model, logarithmic too. width: "single" | "double" column.
+    rows' tasks, or "divergence" from the unquantized model, logarithmic too; or "share", the increase over that of nearest
+    rounding to the same format, for recipes that have one (`with_share`). width: "single" | "double" column.
     Many lines of several groupings are shown in a panel per grouping, all with the same axes. Infinity is drawn as ∞ at the
     upper edge, an increase below 0.001 % (or a decrease) as a triangle at the lower edge.
     Raises QjaxError for other options, for no rows, and for rows of more than one model, text or convention.
@@ -49,10 +52,11 @@ def perplexity_figure(rows: Sequence[Row], *, value: str = "perplexity", width: 
     if value not in VALUES:
         raise QjaxError(f"figure of {value!r}: allowed are {' and '.join(VALUES)}")
     require_one_group(rows)
+    rows = with_share(rows) if value == "share" else rows
     panels = split_panels(rows)
     with new_figure(width, len(panels)) as (figure, grid):
         lines = [[(line, _values(line.rows, value)) for line in group_series(part)] for _, part in panels]
-        unquantized = [row for row in rows if is_baseline(row) and value not in SMALLEST]
+        unquantized = [row for row in rows if is_baseline(row) and value not in ("share", *SMALLEST)]
         baseline = float(_values(unquantized[:1], value)[1][0]) if unquantized else math.nan
         everything = [data for panel in lines for _, data in panel]
         for axes in grid:
@@ -73,10 +77,28 @@ def perplexity_figure(rows: Sequence[Row], *, value: str = "perplexity", width: 
             drawn = [_draw(axes, line, *data) for line, data in panel]
             obstacles = [_samples(to_points(axes, points)) for points in drawn]
             if math.isfinite(baseline):
-                obstacles.append(_draw_baseline(axes, baseline))
+                obstacles.append(_draw_baseline(axes, baseline, above=value == "accuracy"))
             obstacles = np.concatenate([np.zeros((0, 2)), *obstacles])
             _write_labels(axes, [line for line, _ in panel], drawn, size, column=column, obstacles=obstacles)
     return figure
+
+
+def with_share(rows: Sequence[Row]) -> list[Row]:
+    """The rows of integer formats that nearest rounding was measured in too, with `share`, increase over its increase there,
+    and share_stderr, of the numerator. Formats whose cost by nearest rounding is less than RESOLVED standard errors are left
+    out.
+    """
+    nearest = {row["format"]: row for row in rows if row.get("method") == row.get("options") == "rtn" and _resolved(row)}
+    return [
+        {**row, "share": increase(row) / whole, "share_stderr": (100 + increase(row)) * number(row, "nll_delta_stderr") / whole}
+        for row in rows
+        if row.get("format") in nearest
+        for whole in [increase(nearest[row["format"]])]
+    ]
+
+
+def _resolved(row: Row) -> bool:
+    return number(row, "nll_delta") > RESOLVED * number(row, "nll_delta_stderr")
 
 
 def has_lines(rows: Sequence[Row]) -> bool:
@@ -107,6 +129,8 @@ def _values(rows: Sequence[Row], value: str) -> tuple[np.ndarray, np.ndarray, np
             100 * np.array([number(row, key) for row in rows]) for key in ("accuracy_mean", "accuracy_mean_delta_stderr")
         )
         return bits, y, error
+    if value == "share":
+        return bits, np.array([number(row, "share") for row in rows]), np.array([number(row, "share_stderr") for row in rows])
     if value == "divergence":
         return bits, np.array([number(row, "kl") for row in rows]), np.array([number(row, "kl_stderr") for row in rows])
     y = np.array([number(row, "perplexity") if value == "perplexity" else increase(row) for row in rows])
@@ -138,13 +162,13 @@ def _draw(axes: "Axes", series: Series, x: np.ndarray, y: np.ndarray, error: np.
     return np.stack([x, np.where(shown, y, np.where(low, bottom, top))], axis=1)
 
 
-def _draw_baseline(axes: "Axes", baseline: float) -> np.ndarray:
-    """The dashed line and its name; returns samples of both, points."""
+def _draw_baseline(axes: "Axes", baseline: float, *, above: bool) -> np.ndarray:
+    """The dashed line and its name, above or below it, where the lines are not; returns samples of both, points."""
     figure, left, right = axes.figure, *axes.get_xlim()
     axes.axhline(baseline, color=GREY, linestyle=(0, (4, 3)), linewidth=0.8, zorder=1)
     text = axes.annotate(
-        f"unquantized {significant(baseline, 4)}", (0, baseline), (3, -2), xycoords=("axes fraction", "data"),
-        textcoords="offset points", va="top", color=GREY, fontsize=LABEL_SIZE,
+        f"unquantized {significant(baseline, 4)}", (0, baseline), (3, 2 if above else -2), xycoords=("axes fraction", "data"),
+        textcoords="offset points", va="bottom" if above else "top", color=GREY, fontsize=LABEL_SIZE,
     )  # fmt: skip
     box = text.get_window_extent(figure.canvas.get_renderer())
     grid = np.stack(np.meshgrid(np.linspace(box.x0, box.x1, 30), np.linspace(box.y0, box.y1, 5)), axis=-1).reshape(-1, 2)

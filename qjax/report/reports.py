@@ -17,14 +17,14 @@ from qjax.errors import QjaxError
 from qjax.files import write_atomically
 from qjax.report.accuracy import accuracy_table, divergence_table, has_divergence, tasks_of
 from qjax.report.dots import dots_figure, has_dots
-from qjax.report.figures import has_lines, perplexity_figure
+from qjax.report.figures import has_lines, perplexity_figure, with_share
 from qjax.report.kernels import by_device, kernels_table
 from qjax.report.memory import memory_rows_table
 from qjax.report.paper_shapes import KIND, paper_shapes_table
 from qjax.report.rendering import Row, Table, to_csv, to_latex, to_markdown
 from qjax.report.seeds import seeds_of, seeds_table
 from qjax.report.sensitivity import ordinary, placed_alone, sensitivity_table
-from qjax.report.series import increase
+from qjax.report.series import group_series, increase
 from qjax.report.style import PNG_DPI, RC
 from qjax.report.tables import name_orders, perplexity_table, split_tables
 from qjax.report.tradeoff import has_speed, tradeoff_table
@@ -66,6 +66,7 @@ TABLES = (
 FIGURES = (
     Part("", has_lines, _lines("perplexity")),
     Part("increase", lambda rows: has_lines(rows) and any(increase(row) > 0 for row in rows), _lines("increase")),
+    Part("share", lambda rows: has_lines(rows) and len(group_series(with_share(rows))) > 1, _lines("share")),
     Part("accuracy", lambda rows: has_lines(rows) and tasks_of(rows), _lines("accuracy")),
     Part("divergence", lambda rows: has_lines(rows) and has_divergence(rows), _lines("divergence")),
     Part("recipes", has_dots, dots_figure),
