@@ -29,7 +29,7 @@ from qjax.calibrate.tokens import Calibration, as_calibration
 from qjax.errors import QjaxError, QjaxWarning
 from qjax.interception import KernelView, linear_layers, quantized_kernels
 from qjax.layerwise import LayerRecord, Part, Plan, Quantized, quantize_part
-from qjax.models.decoder import Block, Head
+from qjax.models.decoder import HALVES, Block, Head
 from qjax.models.folding import folds
 from qjax.models.model import Model, compiled, compute_dtype, embedding_table, stages
 from qjax.qtensor import FLOAT_DTYPES, QLinear, QTensor, dequantize, is_quantized
@@ -141,20 +141,21 @@ def _quantize_decoder(
     parts, shared = list(_parts(model, plans, order, dtype)), {}
     last = max((i for i, (_, inside) in enumerate(parts) if any(map(_calibrated, inside))), default=-1)
     results = []
-    for number, (part, inside) in enumerate(parts):
-        module, params = part.module, part.params
+    for number, (bare, inside) in enumerate(parts):
+        module, params, later = bare.module, bare.params, number < last
         further = (embedding_table(model),) if isinstance(module, Head) else ()
         batches = [Batch((x, *further), w) for x, w in zip(current, weights, strict=True)]
         references = [Batch((x, *further), w) for x, w in zip(exact, weights, strict=False)]
         if batches and module not in shared:  # equal blocks are traced once
             shared[module] = sharing(module, params, *batches[0].args)
-        part = dataclasses.replace(part, shared=shared.get(module, {}))  # noqa: PLW2901
-        found = quantize_part(part, inside, order, batches, references, on_layer)
-        results.append((part.prefix, [each._replace(floating={}, outputs=[]) for each in found]))  # no longer than its part
-        if number < last:
+        part = dataclasses.replace(bare, shared=shared.get(module, {}))
+        found = quantize_part(part, inside, order, batches, references, on_layer, keep_outputs=later)
+        results.append((part.prefix, [each._replace(floating={}, outputs=[]) for each in found]))
+        if later:
             run = compiled(module)
             current = found[0].outputs or [run(found[0].floating if order.prefix else params, x) for x in current]
             exact = [run(params, x) for x in exact]
+        del found  # floating kernels live no longer than their part
     return results
 
 
@@ -164,21 +165,14 @@ def _parts(model: Model, plans: Sequence[Plan], order: Order, dtype: DTypeLike) 
     """
     config = model.config
     split = order.inside and not config.parallel_residual
-    halves = (Block(config, dtype, "attention"), Block(config, dtype, "mlp")) if split else (Block(config, dtype),)
-    blocks = [(f"block_{i}/", module) for i in range(config.layers) for module in halves]
-    for prefix, module in [*blocks, ("head/", Head(config, dtype))]:
-        half = getattr(module, "half", None) or ""
-        params = {name: leaves for name, leaves in model.params[prefix[:-1]].items() if name.startswith(half)}
-        paths = {prefix + path: path for path in flatten_dict(params, sep="/")}
-        inside = [{paths[path]: recipe for path, recipe in plan.items() if path in paths} for plan in plans]
-        views = {
-            path: KernelView(leaf.shape, (0,), (1,))
-            for path, leaf in flatten_dict(params, sep="/").items()
-            if path in inside[0]
-        }
-        allowed = (
-            () if isinstance(module, Head) else tuple(fold for fold in folds(config) if fold.source.split("/")[0] in params)
-        )
+    halves = [Block(config, dtype, half) for half in (HALVES if split else (None,))]
+    blocks = [(f"block_{i}", module, HALVES.get(module.half)) for i in range(config.layers) for module in halves]
+    for name, module, modules in [*blocks, ("head", Head(config, dtype), None)]:
+        prefix, params = f"{name}/", {child: model.params[name][child] for child in modules or model.params[name]}
+        flat = flatten_dict(params, sep="/")
+        inside = [{path: plan[prefix + path] for path in flat if prefix + path in plan} for plan in plans]
+        views = {path: KernelView(flat[path].shape, (0,), (1,)) for path in inside[0]}
+        allowed = tuple(fold for fold in folds(config) if fold.source.split("/")[0] in params)
         yield Part(module, prefix, params, views, {}, allowed), inside
 
 

@@ -91,11 +91,14 @@ def quantize_part(
     batches: Sequence[Batch] = (),
     exact: Sequence[Batch] = (),
     on_layer: Callable[[LayerRecord], None] = lambda record: None,
+    *,
+    keep_outputs: bool = False,
 ) -> list[Quantized]:
     """The part's kernels by each plan. Plans may be several where the order takes no input from quantized layers.
 
     batches: the part's inputs, as the order has them; none are needed by plans that read no calibration data. exact: its
-    inputs in the unquantized model, for orders with a correction. Raises QjaxError for inputs that are not finite and layers
+    inputs in the unquantized model, for orders with a correction. keep_outputs: return those of the unquantized module, where
+    the order gives them. Raises QjaxError for inputs that are not finite and layers
     that cannot be captured.
     """
     flat = flatten_dict(part.params, sep="/")
@@ -124,14 +127,14 @@ def quantize_part(
             sorted(names),
             (reference, exact) if drift else None,
             prefix=part.prefix,
-            keep_outputs=not order.prefix,
+            keep_outputs=keep_outputs and not order.prefix,
         )
 
     reads_before = not order.inside or any(recipe.transforms for plan in needing for recipe in plan.values())
     before, outputs = capture(list(part.views), part.params) if reads_before and any(needing) else Captured({}, [])
     shared_memo, results = Memo(), []
     for plan, calibrated in zip(plans, needing, strict=True):
-        base, scales = _transform(part, flat, calibrated, shared, before, batches)
+        base, scales = _transform(part, flat, calibrated, shared, before, batches, shared_memo)
         current, leaves, records = dict(base), {}, {}
         for group in _in_call_order(plan, shared) if order.inside else [list(plan)]:
             statistics = before
@@ -211,6 +214,7 @@ def _transform(
     shared: Mapping[str, str],
     statistics: Mapping[str, Mapping[str, Array]],
     batches: Sequence[Batch],
+    memo: Memo,
 ) -> tuple[Mapping[str, Array], dict[str, Scale]]:
     """The float leaves after all transforms, and the scale of each kernel that got one; what the module computes is
     unchanged.
@@ -222,17 +226,17 @@ def _transform(
         recipes = {todo.get(path) for path in paths}
         if None in recipes or len(recipes) > 1 or (is_linear(fold, flat) and f"{fold.source}/kernel" not in plan):
             continue  # they cannot share a scale, or what would have to change is to be left as it is
-        scale = _find_scale(part, paths, flat, recipes.pop(), statistics[shared[paths[0]]], batches)
+        scale = _find_scale(part, paths, flat, recipes.pop(), statistics[shared[paths[0]]], batches, memo)
         base |= fold_scale(base, fold, scale)
         scales |= dict.fromkeys(paths, Scale(scale, folded=True))
     for path, recipe in todo.items():
         if path not in scales:
-            scale = _find_scale(part, [path], flat, recipe, statistics[shared[path]], batches)
+            scale = _find_scale(part, [path], flat, recipe, statistics[shared[path]], batches, memo)
             scales[path] = Scale(storable_input_scale(scale)[1], folded=False)  # the weight makes up for what is stored
     return base, scales
 
 
-def _find_scale(part, paths, flat, recipe, statistics, batches) -> Float[Array, " in"]:
+def _find_scale(part, paths, flat, recipe, statistics, batches, memo) -> Float[Array, " in"]:
     """The scale that the recipe's transforms, one after the other, give the kernels at `paths`."""
     weights = [_to_float_matrix(flat[path], view=part.views[path]) for path in paths]
     total = jnp.ones(len(weights[0]))
@@ -240,7 +244,7 @@ def _find_scale(part, paths, flat, recipe, statistics, batches) -> Float[Array, 
         module = _module_error(part, paths, flat, total, statistics, batches)
         taken = {name: module if name == "module" else statistics[name] for name in statistics_of(stage)}
         if "rounded" in inspect.signature(method(stage.name)).parameters:
-            taken["rounded"] = functools.partial(_scaled_rounding, tuple(weights), recipe, statistics)
+            taken["rounded"] = functools.partial(_rounded_by_recipe, tuple(weights), recipe, statistics, memo)
         scale = method(stage.name)(weights, recipe.format, **taken, **dict(stage.options))
         total = total * scale
         weights = [weight * scale[:, None] for weight in weights]
@@ -248,8 +252,12 @@ def _find_scale(part, paths, flat, recipe, statistics, batches) -> Float[Array, 
     return total
 
 
-def _scaled_rounding(weights, recipe, statistics, scale) -> list[Float[Array, "in out"]]:
-    """What weights that share an input become when they are scaled, rounded by the recipe's rounding and scaled back."""
+def _rounded_by_recipe(weights, recipe, statistics, memo, scale=None) -> list[Float[Array, "in out"]]:
+    """What weights that share an input become by the recipe's rounding; scaled before it and scaled back, where a scale is
+    given.
+    """
+    if scale is None:
+        return [dequantize(round_weight(weight, recipe, statistics, memo)[0]) for weight in weights]
     known, memo = rescale(statistics, scale), Memo()
     scaled = [weight * scale[:, None] for weight in weights]
     return [dequantize(round_weight(weight, recipe, known, memo)[0]) / scale[:, None] for weight in scaled]

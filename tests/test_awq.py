@@ -99,10 +99,10 @@ def test_a_scale_is_kept_only_where_the_rounding_that_follows_gains(loss):
     def module(replaced):
         return sum(jnp.sum(jnp.square(x @ (new - old))) for new, old in zip(replaced, weights, strict=True))
 
-    def exact_without(scale):
+    def exact_without(scale=jnp.ones(IN)):  # noqa: B008
         return [weight + 0.01 * jnp.abs(jnp.log(scale))[:, None] for weight in weights]
 
-    def as_searched(scale):
+    def as_searched(scale=jnp.ones(IN)):  # noqa: B008
         return [dequantize(rtn(weight * scale[:, None], fmt)[0]) / scale[:, None] for weight in weights]
 
     find = functools.partial(awq_scale, weights, fmt, **known, loss=loss, module=module, ratios=5)

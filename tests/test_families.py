@@ -261,6 +261,11 @@ def test_the_oldest_name_of_the_rotary_type():
         (LLAMA | {"rope_scaling": {"rope_type": "linear"}}, "'factor' must be a number, got nothing"),
         (LLAMA | {"rope_scaling": LLAMA3 | {"low_freq_factor": None}}, "'low_freq_factor'"),
         (LLAMA | {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "full_attention"),
+        (
+            LLAMA | {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+            "'rope_parameters' and 'rope_scaling' disagree",
+        ),
+        (LLAMA | {"rope_theta": 0}, "rope_theta must be above 0"),
         (LLAMA | {"partial_rotary_factor": 0.5}, "'partial_rotary_factor' is 0.5"),
         (QWEN2 | {"use_sliding_window": True, "layer_types": ["linear_attention"] * 3}, "linear_attention"),
         (LLAMA | {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}}, "'rope_theta' disagree: 10000.0, 500000.0"),

@@ -125,6 +125,29 @@ def test_jit_vmap_scan_and_leading_axes():
     np.testing.assert_allclose(stacked.reshape(expected.shape), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_rows_that_vmap_makes_are_one_product():
+    """One row is met by a loop over its inputs; many, by a matrix product; with a weight for each, each by its own."""
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(weight_of(64, 24, "int4-g32", seed) for seed in range(3)))
+    single = jax.tree.map(lambda leaf: leaf[0], stack)
+    x = jax.random.normal(jax.random.key(1), (3, 64))
+    multiply = functools.partial(qjax.matmul, implementation="xla", precision="highest")
+    assert "dot_general" not in str(jax.make_jaxpr(multiply)(x[0], single))
+    assert "dot_general" in str(jax.make_jaxpr(jax.vmap(multiply, (0, None)))(x, single))
+    wide = qjax.dequantize(stack)
+    np.testing.assert_allclose(jax.vmap(multiply, (0, None))(x, single), x @ wide[0], rtol=1e-4, atol=1e-4)
+    expected = jnp.einsum("bi,bio->bo", x, wide, precision="highest")
+    np.testing.assert_allclose(jax.vmap(multiply)(x, stack), expected, rtol=1e-4, atol=1e-4)
+    expected = jnp.einsum("i,bio->bo", x[0], wide, precision="highest")
+    np.testing.assert_allclose(jax.vmap(multiply, (None, 0))(x[0], stack), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("fmt", ["int8-g37", "int4-g118", "int3-g104"])
+def test_one_row_of_groups_without_small_divisors(fmt):
+    q = weight_of(236, 24, fmt, 0)
+    x = jax.random.normal(jax.random.key(1), (1, 236))
+    np.testing.assert_allclose(qjax.matmul(x, q), x @ qjax.dequantize(q), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("split", ["weight", "x"])
 def test_shard_map(split):
     """Outputs of the weight, or rows of x, over a mesh (of one device: what JAX checks of types is the same), and gradients."""

@@ -21,6 +21,7 @@ from qjax.qtensor import QTensor, unpack_parameters
 
 CHUNK = 2**21  # weights decoded at a time: 8 MB of float32
 STEP = 32  # weights of a column that one row of x meets at a time: their bytes come from a cache set each
+FEWEST = 8  # so many at least, or the loop goes over its sums too often
 EXACT_ROWS = 512  # so many products of -128..127 and -127..127 add up to less than 2^24: exact in float32
 
 
@@ -35,8 +36,9 @@ def refusal(q: QTensor) -> str | None:
 @functools.partial(jax.jit, static_argnames="precision")
 def multiply(x: Float[Array, "rows in"], q: QTensor, *, precision: PrecisionLike = None) -> Float[Array, "rows out"]:
     """x W in x's type, for weights that are not refused."""
-    if len(x) == 1:
-        return _multiply_row(x[0].astype(jnp.float32), q)[None].astype(x.dtype)
+    size = _row_step(q)
+    if len(x) == 1 and size * packing.unit(q.format.bits)[0] >= FEWEST:
+        return _multiply_row(x, q, size, precision)
 
     def add(total, start, count, decoded):
         inputs = jax.lax.dynamic_slice_in_dim(x, start, count, axis=1).astype(jnp.float32)
@@ -106,14 +108,39 @@ def _over_chunks(step, carry, q: QTensor):
     return chunk(carry, whole * rows, rest) if rest else carry
 
 
-def _multiply_row(x: Float[Array, " in"], q: QTensor) -> Float[Array, " out"]:
-    """x W, STEP inputs of one group at a time."""
+def _row_step(q: QTensor) -> int:
+    """Packing units that one row meets at a time: at most STEP inputs, which divide those of a group."""
+    count, width = packing.unit(q.format.bits)
+    most, each = STEP // count, _group(q) // count
+    return max(size for size in range(1, most + 1) if each % size == 0) if each else min(most, len(q.codes) // width)
+
+
+def _multiply_row(x: Float[Array, "1 in"], q: QTensor, size: int, precision: PrecisionLike) -> Float[Array, "1 out"]:
+    """`_row_product`, but rows that vmap makes are multiplied together."""
+
+    @jax.custom_batching.custom_vmap
+    def one(x, q):
+        return _row_product(x[0].astype(jnp.float32), q, size)[None].astype(x.dtype)
+
+    @one.def_vmap
+    def many(count, batched, x, q):
+        if not any(jax.tree.leaves(batched[1])):
+            return multiply(x[:, 0], q, precision=precision)[:, None], True
+        every = [
+            jax.tree.map(lambda leaf, has: leaf if has else jnp.broadcast_to(leaf, (count, *leaf.shape)), part, axes)
+            for part, axes in zip((x, q), batched, strict=True)
+        ]
+        return jax.vmap(lambda x, q: _row_product(x[0].astype(jnp.float32), q, size)[None].astype(x.dtype))(*every), True
+
+    return one(x, q)
+
+
+def _row_product(x: Float[Array, " in"], q: QTensor, size: int) -> Float[Array, " out"]:
+    """x W, `size` packing units of a column at a time. The scale is applied to their sum, which inputs of 1e33 overflow."""
     count, width = packing.unit(q.format.bits)
     units = q.codes.reshape(-1, width, q.shape[-1])
     inputs = jnp.pad(x, (0, -len(x) % count)).reshape(-1, count)
     each = _group(q) // count or len(units)  # units that share a scale
-    most = min(STEP // count, each)
-    size = max(size for size in range(1, most + 1) if each % size == 0) if _group(q) else most
     parameters = unpack_parameters(q)
 
     def add(total, start, size):

@@ -93,6 +93,8 @@ class DecoderConfig:
             raise QjaxError(f"model configuration: position_offset must not be negative, got {self.position_offset!r}")
         if self.heads % self.kv_heads:
             raise QjaxError(f"model configuration: {self.heads} heads cannot share {self.kv_heads} key/value heads evenly")
+        if self.rope_theta <= 0:
+            raise QjaxError(f"model configuration: rope_theta must be above 0, got {self.rope_theta}")
         if self.positions == "rope" and not (
             0 < self.rotary_fraction <= 1 and self.rotary_dim > 0 and self.rotary_dim % 2 == 0
         ):

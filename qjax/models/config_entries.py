@@ -77,7 +77,10 @@ def partial_rope(config: dict, *, share: float, older: tuple[str, ...] = ()) -> 
 
     share: the fraction where config.json does not say it. older: the family's own names of theta and the fraction.
     """
-    parameters = get(config, "rope_parameters", dict, None) or get(config, "rope_scaling", dict, None) or {}
+    newer, former = (get(config, name, dict, None) or {} for name in ("rope_parameters", "rope_scaling"))
+    if newer and any(newer.get(key, value) != value for key, value in former.items()):
+        raise QjaxError("'rope_parameters' and 'rope_scaling' disagree; keep the one that the model was trained with")
+    parameters = newer or former
     if nested := [key for key, value in parameters.items() if isinstance(value, dict)]:
         raise QjaxError(f"rotary settings of their own for {nested} are not supported; supported: the same in all layers")
     theta = agreed((parameters, config), ("rope_theta", *older[:1]), 10000.0)

@@ -207,10 +207,13 @@ class MLP(nn.Module):
         return nn.Dense(c.hidden_size, use_bias=c.mlp_bias, dtype=self.dtype, name="down")(inner)
 
 
+HALVES = {"attention": ("attention_norm", "attention"), "mlp": ("mlp_norm", "mlp")}  # of a block, and their modules
+
+
 class Block(nn.Module):
     """One transformer block on hidden states (batch, time, hidden); layout and cache as in `Attention`.
 
-    half: "attention" or "mlp", one residual branch alone; the second after the first is the block, with the same parameters,
+    half: of HALVES, one residual branch alone; the second after the first is the block, with the same parameters,
     unless the branches are parallel.
     """
 

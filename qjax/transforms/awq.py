@@ -10,7 +10,8 @@
 
 r = 0, 1/20, ..., 19/20 as in the paper's code, and s = 1 is always among the candidates. Lin et al. 2023 (arXiv 2306.00978).
 The search rounds to nearest, as the paper's code does; what follows may be another rounding, which has no use for the scale it
-found. So the scale is kept only where that rounding loses less with it than without (guard=false: always).
+found. So the scale is kept only where that rounding loses less with it than without (guard=false: always), which costs two
+more roundings. Of a chain of transforms each looks at its own scale and those before it.
 The search of ranges that belongs to AWQ is the rounding's: `awq` alone in a recipe is followed by rtn(clip=hessian), and
 awq+rtn leaves it out.
 """
@@ -45,15 +46,16 @@ def awq_scale(
     loss: Loss = "hessian",
     scaling: Scaling = "both",
     ratios: int = 20,
-    rounded: Callable[[Array], Sequence[Array]] | None = None,
+    rounded: Callable[..., Sequence[Array]] | None = None,
     guard: bool = True,
 ) -> Float[Array, " in"]:
     """Scale (in,) float32, by which the rows of the weights (in, out_k) that share an input are to be multiplied before
     rounding.
 
     abs_mean (in,): mean |x|. hessian (in, in): mean of x x^T, for loss="hessian". module: for loss="module", the error of the
-    parent module's output with these weights in place. rounded: what the weights become when they are scaled by a scale (in,)
-    and rounded by the rounding that follows, scale undone; with guard, the scale found must lose less in it than none.
+    parent module's output with these weights in place. rounded: what the weights become by the rounding that follows, as they
+    are, rounded(), or scaled by a scale (in,) before it, which is undone, rounded(scale); with guard, the scale found must lose
+    less than none.
     Raises QjaxError for an unknown loss or scaling, and a missing statistic.
     """
     fmt = parse_format(fmt)
@@ -84,7 +86,7 @@ def awq_scale(
         changes = zip(new, weights, strict=True)
         return module(new) if loss == "module" else sum(output_loss(after - before, hessian) for after, before in changes)
 
-    return jnp.where(error(rounded(found)) < error(rounded(none)), found, none)
+    return jnp.where(error(rounded(found)) < error(rounded()), found, none)
 
 
 def awq(
@@ -108,7 +110,7 @@ def awq(
     def scaled_rtn(scale):
         return rtn(weight * scale[:, None], fmt, hessian=hessian / (scale[:, None] * scale), clip=clip)
 
-    def rounded(scale):
+    def rounded(scale=jnp.ones_like(abs_mean)):  # noqa: B008
         return [dequantize(scaled_rtn(scale)[0]) / scale[:, None]]
 
     options = {"scaling": scaling, "ratios": ratios, "guard": guard}
