@@ -61,20 +61,19 @@ def factorize(hessian: Float[Array, "in in"], *, damp: float | Float[Array, ""] 
     alive = hessian + jnp.diag(revived)
     reversed_hessian = alive[backwards][:, backwards]
 
-    def attempt(relative):
-        return jax.lax.linalg.cholesky(reversed_hessian + relative * mean * jnp.eye(count), symmetrize_input=False)
-
     def failed(state):
         tries, _, lower = state
-        return (tries < ATTEMPTS) & ~(jnp.min(jnp.square(jnp.diagonal(lower))) > SMALLEST_PIVOT * mean)  # also true for nan
+        found = jnp.min(jnp.square(jnp.diagonal(lower))) > SMALLEST_PIVOT * mean  # false for nan
+        return (tries == 0) | (tries <= ATTEMPTS) & ~found
 
-    def escalate(state):
+    def attempt(state):
         tries, relative, _ = state
-        relative = jnp.maximum(10 * relative, FIRST_DAMP)
-        return tries + 1, relative, attempt(relative)
+        relative = jnp.where(tries == 0, relative, jnp.maximum(10 * relative, FIRST_DAMP))
+        damped = reversed_hessian + relative * mean * jnp.eye(count)
+        return tries + 1, relative, jax.lax.linalg.cholesky(damped, symmetrize_input=False)
 
-    damp = jnp.asarray(damp, jnp.float32)
-    _, damp, lower = jax.lax.while_loop(failed, escalate, (0, damp, attempt(damp)))
+    first = (0, jnp.asarray(damp, jnp.float32), jnp.zeros_like(reversed_hessian))
+    _, damp, lower = jax.lax.while_loop(failed, attempt, first)
     root = lower[::-1, ::-1]
     pivots = jnp.diagonal(root)
     feedback = jnp.tril((root / pivots).T, -1)

@@ -28,7 +28,7 @@ FORMATS = ("int8-channel", "int4-g128", "int3-g128", "int2-g128-sym", "nf4-g64")
 
 @pytest.fixture(scope="module", params=["v5e:2x2", "v6e:2x2"])
 def sharding(request):
-    """Of one device of the topology; the library is told not to look for a TPU machine around it, nor to lock one for itself."""
+    """Of one device of the topology; the library is told not to look for a TPU machine around it, nor to lock one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # else a file in /tmp is locked, which fails where another user made it
         patch.setenv("TPU_SKIP_MDS_QUERY", "1")
