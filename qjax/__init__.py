@@ -17,6 +17,7 @@ _PUBLIC = {
     "dequantize_tree": "qtensor",
     "nbytes": "qtensor",
     "matmul": "kernels.matmul",
+    "prepare": "kernels.layout",
     # roundings
     "Info": "rounding.info",
     "rtn": "rounding.nearest",

@@ -1,6 +1,7 @@
 """Every implementation of the packed product x every format x shapes with edges, against float64."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -169,6 +170,29 @@ def test_shard_map(split):
     )
 
 
+@pytest.mark.parametrize("rows", [1, 4])
+def test_explicit_mesh(rows):
+    """JAX's default kind of mesh has the layout of an array in its type: loops start from zeros of the same."""
+    mesh = jax.make_mesh((1,), ("part",), axis_types=(jax.sharding.AxisType.Explicit,))
+    q, x = weight_of(64, 24, "int4-g32"), jax.random.normal(jax.random.key(1), (rows, 64))
+    laid, columns = (jax.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in (("part",), (None, "part")))
+    expected = x @ qjax.dequantize(q)
+    for found in (
+        jax.jit(qjax.matmul)(jax.device_put(x, laid), q),
+        jax.jit(qjax.matmul)(x, jax.tree.map(lambda leaf: jax.device_put(leaf, columns), q)),
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_one_row_with_64_bit_types():
+    q, x = weight_of(64, 24, "int4-g32"), jax.random.normal(jax.random.key(1), (1, 64))
+    jax.config.update("jax_enable_x64", True)
+    try:
+        assert jax.grad(lambda x: jnp.sum(qjax.matmul(x, q)))(x).dtype == jnp.float32
+    finally:
+        jax.config.update("jax_enable_x64", False)
+
+
 @pytest.mark.parametrize("module", [tpu, gpu])
 def test_kernels_trace_under_shard_map(module):
     """With the outputs of a weight over devices; x is the same on all. (Lowered, they would ask the mesh for its device.)"""
@@ -185,6 +209,15 @@ def test_kernels_trace_under_shard_map(module):
         out_specs=whole,
     )
     assert jax.eval_shape(back, jax.ShapeDtypeStruct((3, 24), jnp.float32), held).shape == (3, 64)
+
+
+@pytest.mark.parametrize("fmt", ["int8-channel-sym", "int8-channel-sym-dq"])
+def test_int8_reference_of_every_scale(fmt):
+    q, x = weight_of(96, 33, fmt), jax.random.normal(jax.random.key(1), (5, 96))
+    multiply = functools.partial(qjax.matmul, activations="int8-token")
+    expected = multiply(x, q, implementation="reference")
+    np.testing.assert_allclose(multiply(x, q), expected, rtol=1e-6)
+    np.testing.assert_allclose(multiply(x, layout.prepare(q), implementation="reference"), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
@@ -284,6 +317,21 @@ def test_a_model_runs_on_kernels():
     expected = qjax.apply(runnable(model), tokens)
     assert float(jnp.max(jnp.abs(qjax.apply(run, tokens) - expected))) < 3e-2 * float(jnp.max(jnp.abs(expected)))
     stages.cache_clear()
+
+
+def test_devices_that_kernels_do_not_serve(monkeypatch):
+    """GPUs older than Ampere, AMD's, whose capability is a name, and TPUs before v4."""
+    held = layout.prepare(weight_of(64, 8, "int4-g32"))
+    for module, kind, capability in ((gpu, "", "gfx942"), (gpu, "", "7.5"), (tpu, "TPU v3", "")):
+        device = types.SimpleNamespace(device_kind=kind, compute_capability=capability)
+        monkeypatch.setattr(module.jax, "devices", lambda device=device: [device])
+        assert f"newer is served, this one {'is a' if kind else 'has'} {kind or capability}" in module.refusal(
+            jnp.float32, held
+        )
+        monkeypatch.undo()
+    for module in (gpu, tpu):
+        with pytest.raises(qjax.QjaxError, match="int8 inputs go with symmetric int8 weights of one scale per channel"):
+            module.multiply_int8(jnp.ones((2, 64), jnp.int8), jnp.ones((2, 1)), held)
 
 
 def test_what_auto_takes_and_what_is_refused():

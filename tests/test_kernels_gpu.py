@@ -96,7 +96,7 @@ def abstract(shape: tuple[int, int], fmt: str) -> layout.KernelWeight:
 
 
 def lower(function, *arguments):
-    """The program for an H100, on a machine that need not have one."""
+    """The program for CUDA, on a machine that need not have it."""
     device = contextlib.nullcontext()
     if jax.__version_info__ >= (0, 11):  # asks which GPU it lowers for
         described = jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu")
@@ -113,6 +113,12 @@ def test_lowers_for_cuda(fmt):
             assert lower(gpu.multiply, jax.ShapeDtypeStruct((rows, inputs), dtype), held).as_text().count(KERNEL) == 1
         y = jax.ShapeDtypeStruct((sizes[-1], outputs), dtype)
         assert lower(gpu.multiply_transposed, y, held).as_text().count(KERNEL) == 1
+
+
+@pytest.mark.parametrize("blocks", [b for b in gpu.TABLE if b.device], ids=lambda blocks: blocks.device)
+def test_rows_of_one_device_lower_for_cuda(blocks):
+    x, held = jax.ShapeDtypeStruct((512, 4096), jnp.bfloat16), abstract((4096, 4096), "int4-g128")
+    assert KERNEL in lower(functools.partial(gpu.multiply, blocks=blocks), x, held).as_text()
 
 
 def test_int8_and_vmap_lower_for_cuda():

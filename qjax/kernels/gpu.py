@@ -21,6 +21,7 @@ device; the parts are added in a fixed order, so results do not change between r
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,7 @@ class Blocks:
     stages: int
 
 
-# Reasoned and compiled, not yet tuned; a row of a device goes before those of any.
+# Reasoned and lowered, not yet tuned; a row of a device goes before those of any.
 TABLE = (
     Blocks("", "vector", 2, rows=1, units=256, outputs=32, programs=128, warps=16, stages=1),
     Blocks("", "vector", 4, rows=1, units=128, outputs=32, programs=128, warps=16, stages=1),
@@ -79,13 +80,16 @@ def pick_blocks(kernel: str, rows: int) -> Blocks:
 
 
 def refusal(x_dtype: DTypeLike, weight: KernelWeight) -> str | None:
-    """Why these kernels cannot serve a type of x and a weight, or None."""
-    if jnp.dtype(x_dtype) not in VECTOR_ROWS:
-        return f"x is {jnp.dtype(x_dtype)}; float32 and bfloat16 are served"
+    """Why these kernels cannot serve a type of x and a weight, or None; int8 x is `multiply_int8`'s."""
+    x_dtype = jnp.dtype(x_dtype)
+    if x_dtype == jnp.int8 and (reason := layout.refusal_int8(weight)):
+        return reason
+    if x_dtype not in (*VECTOR_ROWS, jnp.int8):
+        return f"x is {x_dtype}; float32 and bfloat16 are served"
     if weight.words.ndim != 3:
         return f"the weight is a stack of shape {weight.shape}; one (in, out) matrix is served, a stack under vmap or scan"
     capability = getattr(jax.devices()[0], "compute_capability", OLDEST)  # a GPU's; CPUs, which interpret, have none
-    if float(capability) < float(OLDEST):
+    if not re.fullmatch(r"\d+\.\d+", capability) or float(capability) < float(OLDEST):  # AMD's are names
         return f"an NVIDIA GPU of compute capability {OLDEST} or newer is served, this one has {capability}"
     return None
 
@@ -113,6 +117,7 @@ def multiply_int8(
     blocks: Blocks | None = None,
 ) -> Float[Array, "rows out"]:
     """x (M, in) int8 times x_scale (M, 1) float32, times a symmetric int8-channel weight: int32 sums, float32 results."""
+    _check(x, weight, 0)
     blocks = blocks or pick_blocks("dot_int8", len(x))
     parts = _dot(layout.split_inputs(x, weight.format.bits), weight, blocks, interpret, jnp.int32)
     return jnp.sum(parts, axis=0).astype(jnp.float32) * x_scale * weight.scales[0].astype(jnp.float32)

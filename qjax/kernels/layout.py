@@ -75,11 +75,15 @@ class KernelWeight:
 
 def refusal(q: QTensor | QLinear) -> str | None:
     """Why a weight has no such layout, or None."""
-    fmt = q.format
-    count = unit(fmt.bits)[0] if not fmt.is_float else 0
-    if fmt.is_float:
-        return f"{fmt} is a cast and holds no codes"
-    return uneven(q, count, "words")
+    if q.format.is_float:
+        return f"{q.format} is a cast and holds no codes"
+    return uneven(q, unit(q.format.bits)[0], "words")
+
+
+def refusal_int8(weight: KernelWeight) -> str | None:
+    """Why int8 inputs cannot be multiplied with a weight in integers, or None."""
+    fits = weight.format.grid == "int8" and weight.format.symmetric and len(weight.scales) == 1
+    return None if fits else f"int8 inputs go with symmetric int8 weights of one scale per channel, got {weight.format}"
 
 
 def uneven(q: QTensor | QLinear, count: int, units: str) -> str | None:

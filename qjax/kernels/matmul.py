@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int8, PyTree
 from qjax.errors import QjaxError
 from qjax.kernels import layout, xla
 from qjax.kernels.layout import KernelWeight
-from qjax.qtensor import QLinear, QTensor, dequantize, is_quantized
+from qjax.qtensor import QLinear, QTensor, dequantize, is_quantized, unpack_codes, unpack_parameters
 
 IMPLEMENTATIONS = ("auto", "reference", "xla", "pallas_tpu", "pallas_gpu")
 PREFERRED = {"cpu": ("xla",), "tpu": ("pallas_tpu", "xla"), "gpu": ("pallas_gpu", "xla")}
@@ -56,7 +56,10 @@ def matmul(
     use it. activations: "int8-token" rounds every row of x to int8 by its largest value and multiplies with the int8 codes
     of an int8-channel-sym weight, in integers (W8A8); its derivative is that of the product without the rounding
     (straight-through). A stack of weights (..., in, out) is decoded and multiplied as jnp.matmul does; under vmap or scan its
-    weights come one by one.
+    weights come one by one. Sums are taken before their scale: x of magnitudes above 1e33 may overflow.
+
+    Kernels read a layout of their own (KernelWeight), which a QTensor is brought into in every call: `qjax.prepare(q)` does it
+    once, outside the hot loop.
 
     Raises QjaxError for an unknown implementation, one that cannot serve this weight or device, with the reason, for x that
     is not floating point, and when x's last axis is not the weight's input axis.
@@ -65,6 +68,7 @@ def matmul(
         raise QjaxError(f"matmul: unknown implementation {implementation!r}; allowed: {', '.join(IMPLEMENTATIONS)}")
     if not isinstance(q, (QTensor, QLinear, KernelWeight)):
         raise QjaxError(f"matmul: the weight is a {type(q).__name__}; expected a QTensor, QLinear or KernelWeight")
+    x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise QjaxError(f"matmul: x is {x.dtype}, expected floating point; cast it first")
     if not x.ndim or x.shape[-1] != q.in_features:
@@ -156,11 +160,13 @@ def _tokens_int8(x: Float[Array, "*rows in"]) -> tuple[Int8[Array, "*rows in"], 
 
 def _reference_int8(x: Float[Array, "*batch in"], q: QTensor | KernelWeight) -> Float[Array, "*batch out"]:
     """W8A8 by XLA's product of integers, straight-through in x: the oracle."""
-    ones = jnp.ones_like(q.scales)
-    codes = _decoded(dataclasses.replace(q, scales=ones)).astype(jnp.int8)
+    if isinstance(q, KernelWeight):
+        codes, scales = layout.dequantize(dataclasses.replace(q, scales=jnp.ones_like(q.scales))), q.scales
+    else:
+        codes, scales = unpack_codes(q).astype(jnp.int32) - 128, unpack_parameters(q)[0]
     rounded, scale = _tokens_int8(jax.lax.stop_gradient(x))
-    total = jnp.matmul(rounded, codes, preferred_element_type=jnp.int32)
-    exact = total * scale * q.scales.reshape(-1).astype(jnp.float32)
+    total = jnp.matmul(rounded, codes.astype(jnp.int8), preferred_element_type=jnp.int32)
+    exact = total * scale * scales.reshape(-1).astype(jnp.float32)
     through = jnp.matmul(x, _decoded(q, x.dtype))
     return jax.lax.stop_gradient(exact.astype(x.dtype)) + (through - jax.lax.stop_gradient(through))
 

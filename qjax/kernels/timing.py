@@ -1,7 +1,7 @@
 """Timing of products with a weight, and of the device's memory, in one way for tuning, benchmarks and tests.
 
 A product with a few rows takes microseconds, less than starting a program does, and a weight that was just read may still be in
-a cache: so one compiled program multiplies with several weights, one after the other, and the time is divided.
+a cache: so one compiled program multiplies with several weights, and the time is divided.
 """
 
 import statistics

@@ -16,7 +16,8 @@ serves up to 512 rows.
 float32 x multiplies with full float32 products (Precision.HIGHEST); bfloat16 x with weights decoded in float32 and rounded to
 bfloat16 once. What a tile reads beyond the weight's edge may be anything: there x is zero and the scale is set to zero.
 
-Needs a TPU with bfloat16 matrix units; compiled ahead of time for v5e and v6e in tests/parity/test_tpu_compiled.py.
+Needs a TPU v4 or newer, and JAX without 64-bit types (jax_enable_x64); compiled ahead of time for v5e and v6e in
+tests/parity/test_tpu_compiled.py.
 """
 
 import dataclasses
@@ -31,11 +32,12 @@ from jaxtyping import Array, Float, Int8
 
 from qjax.errors import QjaxError
 from qjax.formats import Format
-from qjax.kernels import tpu_pairs
+from qjax.kernels import layout, tpu_pairs
 from qjax.kernels.decode import decode, float16_values
 from qjax.kernels.layout import KernelWeight, code, result, unit
 
 LANES, SUBLANES = 128, 8
+TOO_OLD = ("TPU v2", "TPU v3")  # their matrix units and memories do not take these kernels
 FEW_ROWS = 16  # up to so many, reading words is the bound
 VMEM_BYTES = 48 * 2**20  # what a kernel may use; v5e and v6e have 128 MiB, the compiler's own limit is 16 or 32
 RESIDENT_BYTES = 4 * 2**20  # x of a few rows is held whole in VMEM up to this size
@@ -68,13 +70,16 @@ def pick_blocks(rows: int, device: str) -> Blocks:
 
 
 def refusal(x_dtype: jax.typing.DTypeLike, weight: KernelWeight) -> str | None:
-    """Why these kernels cannot multiply x of this type with this weight, or None. The device is not looked at."""
-    x_dtype, fmt = jnp.dtype(x_dtype), weight.format
+    """Why these kernels cannot multiply x of this type with this weight, or None."""
+    x_dtype, device = jnp.dtype(x_dtype), jax.devices()[0].device_kind
+    if device.startswith(TOO_OLD):
+        return f"a TPU v4 or newer is served, this one is a {device}"
+    if jax.config.jax_enable_x64:
+        return "jax_enable_x64 is on, which Mosaic does not compile; turn it off"
     if weight.words.ndim != 3:
         return f"one (in, out) weight at a time, got a stack of shape {weight.shape}: use vmap"
     if x_dtype == jnp.int8:
-        fits = fmt.grid == "int8" and fmt.symmetric and len(weight.scales) == 1
-        return None if fits else f"int8 inputs go with symmetric int8 weights of one scale per channel, got {fmt}"
+        return layout.refusal_int8(weight)
     if x_dtype not in (jnp.float32, jnp.bfloat16):
         return f"inputs are float32, bfloat16 or int8, got {x_dtype}"
     return None

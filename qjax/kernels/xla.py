@@ -4,8 +4,9 @@
 
 A chunk's weights stay in the cache between being decoded and being multiplied, and nothing is interleaved: code c of all units
 meets every count-th input. One row of x is multiplied a few inputs at a time instead, in one elementwise loop over the output
-columns that writes no decoded weight at all: on CPU about the cost of the dense float32 product, which has four to eight times
-the bytes to read. Everything is computed in float32, whatever the type of x: bfloat16 is slow on CPUs.
+columns that writes no decoded weight at all: on CPU less than the dense float32 product takes where the weight is in a cache,
+up to 2.5 times that where it is not (`results/kernels/`). Everything is computed in float32, whatever the type of x: bfloat16
+is slow on CPUs.
 """
 
 import functools
@@ -46,7 +47,7 @@ def multiply(x: Float[Array, "rows in"], q: QTensor, *, precision: PrecisionLike
             total += jnp.matmul(part, weights, precision=precision)
         return total
 
-    return _over_chunks(add, _zeros((len(x), q.shape[-1]), x, q), q).astype(x.dtype)
+    return _over_chunks(add, _zeros(x[:, :1], q.codes[:1]), q).astype(x.dtype)
 
 
 @functools.partial(jax.jit, static_argnames="precision")
@@ -59,7 +60,7 @@ def multiply_transposed(y: Float[Array, "rows out"], q: QTensor, *, precision: P
         inputs = parts.reshape(len(y), parts.shape[1] * parts.shape[2])[:, :count]
         return jax.lax.dynamic_update_slice_in_dim(result, inputs, start, axis=1)
 
-    return _over_chunks(put, _zeros((len(y), q.in_features), y, q), q).astype(y.dtype)
+    return _over_chunks(put, _zeros(y[:, :1], jnp.sum(q.codes[:0]) + jnp.zeros(q.in_features)), q).astype(y.dtype)
 
 
 @jax.jit
@@ -75,7 +76,7 @@ def multiply_int8(x: Int8[Array, "rows in"], scale: Float[Array, "rows 1"], q: Q
         weights = jax.lax.dynamic_slice_in_dim(q.codes, start, count).astype(jnp.float32) - 128
         return total + jnp.matmul(inputs, weights, precision="highest").astype(jnp.int32)
 
-    total = _zeros((len(x), q.shape[-1]), x, q).astype(jnp.int32)
+    total = _zeros(x[:, :1], q.codes[:1]).astype(jnp.int32)
     rows = min(EXACT_ROWS, q.in_features)
     whole, rest = divmod(q.in_features, rows)
     total = jax.lax.fori_loop(0, whole, lambda number, total: add(total, number * rows, rows), total)
@@ -148,20 +149,20 @@ def _row_product(x: Float[Array, " in"], q: QTensor, size: int) -> Float[Array, 
         scale, zero = (
             None if p is None else jax.lax.dynamic_index_in_dim(p, start // each, keepdims=False) for p in parameters
         )
-        partial = jnp.zeros(())
+        partial = jnp.zeros((), jnp.float32)
         for held_inputs, held in zip(*of_step, strict=True):
             for index in range(count):
                 partial += held_inputs[index] * grid.decode(packing.take(held, q.format.bits, index), 1.0, zero, q.format)
         return total + scale * partial
 
     whole, rest = divmod(len(units), size)
-    total = jax.lax.fori_loop(0, whole, lambda number, total: add(total, number * size, size), _zeros((q.shape[-1],), x, q))
+    total = jax.lax.fori_loop(0, whole, lambda number, total: add(total, number * size, size), _zeros(x[0], q.codes[0]))
     return add(total, whole * size, rest) if rest else total
 
 
-def _zeros(shape: tuple[int, int], x, q: QTensor):
-    """Where a loop starts: zeros that vary over a mesh as x and q do, which loops under shard_map ask for."""
-    return jnp.zeros(shape, jnp.float32) + jnp.sum(x[:0], dtype=jnp.float32) + jnp.sum(q.codes[:0], dtype=jnp.float32)
+def _zeros(rows: Array, columns: Array):
+    """Where a loop starts: float32 zeros of the shape of the product of both, laid over a mesh as it is."""
+    return jnp.zeros_like(rows.astype(jnp.float32) * columns.astype(jnp.float32))
 
 
 def _group(q: QTensor) -> int:
