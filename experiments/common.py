@@ -30,6 +30,7 @@ from qjax.evaluate.tasks import load_tasks
 from qjax.recipe import parse_recipe
 from qjax.report.reports import write_reports
 from qjax.sweep.store import ROWS, append_row, read_rows
+from qjax.terminal import live_sweep
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("QJAX_TEST_DATA") or REPOSITORY.parent / "shared" / "data")
@@ -119,13 +120,15 @@ def measure(
             calibration=_calibration(subject.model, source, windows, window or subject.window, seed) if drawing else None,
             one_block=one_block,
         )
-        qjax.run_sweep(model, sweep, out)
+        with live_sweep() as watcher:
+            qjax.run_sweep(model, sweep, out, watcher)
 
 
 def report(out: Path) -> list[dict[str, object]]:
     """Writes the tables and figures of all rows, and returns them."""
     rows = read_rows(out / ROWS)
-    write_reports(out, rows)
+    for path in write_reports(out, rows):
+        print(path)
     return rows
 
 

@@ -105,7 +105,7 @@ def test_mistakes_are_one_line(work, tmp_path, capsys):
     moved = ["--model", tmp_path / "changed", *places(work)[2:]]
     assert "not what the row was measured with" in fails(capsys, "rerun", results, "--row", key, *moved)
     other = [*places(work)[:2], "--data", f"text:{work / 'other.txt'}", *places(work)[4:]]
-    assert "data 'text:text.txt' is not what" in fails(capsys, "rerun", results, "--row", key, *other)
+    assert "other.txt', named for the row's 'text:text.txt'," in fails(capsys, "rerun", results, "--row", key, *other)
     assert "say with --data where it is" in fails(capsys, "rerun", results, "--row", key, *places(work)[:2])
     append_row(tmp_path / ROWS, {"key": "m", "kind": "memory"})
     assert "no cell of a sweep" in fails(capsys, "rerun", tmp_path, "--row", "m")

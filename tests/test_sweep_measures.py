@@ -143,4 +143,4 @@ def test_commands(task_file, tmp_path, capsys):
     assert code == 2 and "do not fit" in error
     if importlib.util.find_spec("lm_eval") is None:
         code, _, error = run("eval", "bundled", "--lm-eval", "piqa")
-        assert code == 2 and "pip install 'qjax[lm-eval]'" in error
+        assert code == 2 and "pip install lm-eval" in error

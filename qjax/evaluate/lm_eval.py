@@ -17,7 +17,7 @@ try:
 except ImportError as error:
     from qjax.errors import QjaxError
 
-    raise QjaxError(f"lm-evaluation-harness cannot be imported ({error}): pip install 'qjax[lm-eval]'") from error
+    raise QjaxError(f"lm-evaluation-harness cannot be imported ({error}): pip install lm-eval") from error
 
 from qjax.errors import QjaxError
 from qjax.evaluate.generate import generate

@@ -36,7 +36,7 @@ def rerun(
     """
     asked = request_of(row)
     loaded = _find("model", asked.model, model, load)
-    _require("model", asked.model, asked.fingerprint, model_fingerprint(loaded))
+    _require("model", asked.model, model, asked.fingerprint, model_fingerprint(loaded))
     loaded = loaded._replace(name=asked.model)
     sweep = sweep_of(asked, loaded, data=data, calibration=calibration, tasks=tasks)
     with tempfile.TemporaryDirectory() as folder:
@@ -48,7 +48,7 @@ def sweep_of(
 ) -> Sweep:
     """The sweep of one cell; its texts are loaded and checked."""
     corpus = _find("data", asked.corpus, data, load_corpus)
-    _require("data", asked.corpus, asked.corpus_fingerprint, corpus.fingerprint)
+    _require("data", asked.corpus, data, asked.corpus_fingerprint, corpus.fingerprint)
     return Sweep(
         (asked.recipe,),
         (corpus._replace(name=asked.corpus),),
@@ -72,7 +72,7 @@ def _calibration(asked: Request, model: Model, named: str | None) -> Calibration
         return load_calibration(model, name, windows=wanted.windows, window=wanted.window, seed=asked.seed)
 
     found = _find("calibration", wanted.corpus, named, draw)
-    _require("calibration", wanted.corpus, wanted.fingerprint, found.fingerprint)
+    _require("calibration", wanted.corpus, named, wanted.fingerprint, found.fingerprint)
     return found._replace(name=wanted.corpus)
 
 
@@ -82,7 +82,7 @@ def _tasks(asked: Request, named: Sequence[str]) -> tuple[Task, ...]:
     for task in asked.tasks:
         spec = specs.get(task.name.partition(":")[0])
         found.append(_find("tasks", task.name, spec, lambda name, count=task.questions: load_task(name, count)))
-        _require("tasks", task.name, task.fingerprint, found[-1].fingerprint[: len(task.fingerprint)])
+        _require("tasks", task.name, spec, task.fingerprint, found[-1].fingerprint[: len(task.fingerprint)])
     return tuple(found)
 
 
@@ -95,9 +95,10 @@ def _find(option: str, name: str, named: str | None, find: Callable[[str], T]) -
         raise QjaxError(f"{error}{hint}") from error
 
 
-def _require(option: str, name: str, wanted: str, found: str) -> None:
+def _require(option: str, name: str, named: str | None, wanted: str, found: str) -> None:
     if wanted != found:
+        given = repr(name) if named is None else f"{named!r}, named for the row's {name!r},"
         raise QjaxError(
-            f"{option} {name!r} is not what the row was measured with: fingerprint {found}, the row has {wanted}; "
+            f"{option} {given} is not what the row was measured with: fingerprint {found}, the row has {wanted}; "
             f"name the right one with --{option}"
         )
