@@ -56,9 +56,9 @@ STORIES = HALF + "{data}/text/tinystories_val.txt"
 FILES = tuple(f"{name}:{{data}}/tasks/{name}.jsonl" for name in ("arc_easy", "piqa"))
 SUBJECTS = {
     "bundled": Subject("bundled", ("python-docs",), "python-docs", ("cloze",)),
-    "stories260K": Subject("{data}/models/stories260K-hf", (STORIES, WIKITEXT), STORIES, FILES, ("32", "channel"), 256),
+    "stories260K": Subject("{data}/models/stories260K-hf", (STORIES, WIKITEXT), STORIES, FILES, ("32", "64", "channel"), 256),
     # Its tokenizer knows the 105 characters of its stories and no others: WikiText-2 would be mostly unknown tokens.
-    "babyllama": Subject("{data}/models/babyllama-hf", (STORIES,), STORIES, groups=("32", "128")),
+    "babyllama": Subject("{data}/models/babyllama-hf", (STORIES,), STORIES),
     "gpt2": Subject("openai-community/gpt2"),
     "pythia-160m": Subject("EleutherAI/pythia-160m"),
     "llama-2-7b": Subject("meta-llama/Llama-2-7b-hf"),
