@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from qjax.errors import QjaxError
-from qjax.report.dots import dots_figure, has_dots
-from qjax.report.figures import has_lines
+from qjax.report.dots import BELOW, dots_figure, has_dots
+from qjax.report.figures import has_lines, perplexity_figure
 from qjax.report.series import MOST_LINES, group_series, split_panels
-from qjax.report.style import WIDTHS, ink, method_style
+from qjax.report.style import SMALL_SIZE, WIDTHS, ink, method_style
 from tests.report_rows import alone_row, calibrated_rows, infinite_row, measured_row, sweep_rows
 from tests.test_report_figures import many_rows
 
@@ -51,7 +51,10 @@ def test_places_in_the_order_of_the_rows_and_what_lowers_perplexity_at_the_edge(
     figure = dots_figure(ALONE)
     assert names(figure) == ["block 0", "block 1", "block 2"]
     assert names(dots_figure([measured_row("gptq(clip=mse):int3-g128", 0.1), *ALONE]))[-1] == "whole model"
-    (mark,) = [line for line in figure.axes[0].lines if line.get_marker() == "<"]
+    bar, mark = sorted(
+        (line for line in figure.axes[0].lines if line.get_marker() == "<"), key=lambda line: line.get_markersize()
+    )
+    assert bar.get_ydata()[0] == 1  # reaches 0
     assert (mark.get_xdata()[0], mark.get_ydata()[0]) == (figure.axes[0].get_xlim()[0], 2)
     assert figure.texts[0].get_text().startswith("gptq(clip=mse):int3-g128: ")
     assert figure.axes[0].containers[0].lines[0].get_color() == method_style("gptq")[0]
@@ -106,5 +109,68 @@ def test_many_lines_get_a_panel_for_every_grouping():
     rows += [row | {key: row[key].replace("g128", "g32") for key in ("recipe", "format")} for row in rows[1:21]]
     assert len(group_series(rows)) > MOST_LINES
     panels = split_panels(rows)
-    assert [name for name, _ in panels] == ["g32", "g128"]
-    assert np.all([len(group_series(part)) == 9 and part[0]["recipe"] == "none" for _, part in panels])
+    assert [name for name, _ in panels] == ["g32", "g64", "g128"]
+    assert all(part[0]["recipe"] == "none" for _, part in panels)
+    assert [len(group_series(part)) for _, part in panels] == [5, 4, 5]
+    assert all(f"-{name}" in row["recipe"] for name, part in panels for row in part[1:])  # of codebooks too
+    (name,) = {axes.get_ylabel() for axes in perplexity_figure(rows).axes} - {""}
+    assert name == "perplexity"
+
+
+LONG = "gptq(act_order=false,static_groups=false)"
+
+
+@pytest.mark.parametrize(
+    ("recipes", "width", "title"),
+    [
+        (("gptq:int4-g128", "rtn:int4-g128"), "single", "int4-g128: toy"),
+        (("gptq:int4-g128", "rtn:int4-g64"), "single", "toy"),
+        (("bf16", "rtn:int4-g64"), "single", "toy"),
+        ((f"{LONG}:int4-g128@block", "rtn:int4-g128"), "double", "toy"),
+        ((f"{LONG}:int4-g128@block", f"gptq:int4-g128@block; {'/'.join(['layer'] * 30)}=rtn:int8-g128"), "double", "toy"),
+    ],
+    ids=["one-format", "two-formats", "cast", "long", "longer"],
+)
+def test_type_is_never_small(recipes, width, title):
+    rows = [measured_row(recipe.partition(";")[0], 0.1) | {"recipe": recipe} for recipe in recipes]
+    figure = dots_figure([measured_row("none"), *rows])
+    assert figure.get_size_inches()[0] == WIDTHS[width]
+    axes, renderer = figure.axes[0], figure.canvas.get_renderer()
+    boxes = [text.get_window_extent(renderer) for text in axes.get_yticklabels()]
+    assert all(box.x0 >= 0 for box in boxes)
+    assert all(above.y0 >= below.y1 for above, below in itertools.pairwise(boxes))
+    written = [*axes.get_yticklabels(), *axes.get_xticklabels(), *figure.texts]
+    assert min(text.get_fontsize() for text in written) >= SMALL_SIZE
+    assert figure.texts[0].get_text().startswith(title)
+
+
+def test_numbers_of_a_narrow_axis_stay_apart_and_inside():
+    rows = [measured_row(f"{name}:int4-g{group}", delta, 0) for name, group, delta in (
+        ("gptq(clip=mse,refine=4)", 64, 0.0008), ("awq+gptq(clip=mse,refine=4)", 128, 4.7),
+    )]  # fmt: skip
+    figure = dots_figure([measured_row("none"), *rows])
+    boxes = [text.get_window_extent(figure.canvas.get_renderer()) for text in figure.axes[0].get_xticklabels()]
+    assert len(boxes) > 1
+    assert boxes[-1].x1 <= figure.bbox.x1
+    assert all(one.x1 + 2 < other.x0 for one, other in itertools.pairwise(boxes))
+
+
+def test_a_note_explains_marks_at_the_left_edge():
+    assert BELOW in [text.get_text() for text in dots_figure(ALONE).texts]
+    assert BELOW not in [text.get_text() for text in dots_figure(FORMATS).texts]
+
+
+def test_the_bar_of_what_is_below_does_not_lengthen_the_axis():
+    above = [measured_row("none"), measured_row("gptq:int4-g64", 0.1, 0.001), measured_row("rtn:int2-g64", 1, 0.001)]
+    below = dots_figure([*above, measured_row("rtn:int8-g64", -0.01, 0.02)])
+    assert below.axes[0].get_xlim() == dots_figure(above).axes[0].get_xlim()
+
+
+def test_limits_include_error_bars():
+    axes = dots_figure(
+        [measured_row("none"), measured_row("gptq:int4-g64", 0.1, 0.03), measured_row("rtn:int2-g64", 1, 0.4)]
+    ).axes[0]
+    ends = np.concatenate([bars.lines[2][0].get_segments()[0][:, 0] for bars in axes.containers])
+    left, right = axes.get_xlim()
+    assert left < ends.min()
+    assert ends.max() < right

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from qjax.errors import QjaxError
-from qjax.report.axes import log_ticks, tick_text
-from qjax.report.figures import perplexity_figure, with_share
+from qjax.report.axes import log_ticks, new_figure, thin_ticks, tick_texts
+from qjax.report.figures import BELOW, perplexity_figure, with_share
 from qjax.report.reports import report_names, save_figure, write_reports
 from qjax.report.series import group_series
-from qjax.report.style import METHOD_STYLES, WIDTHS, ink, method_style
+from qjax.report.style import METHOD_STYLES, SMALL_SIZE, WIDTHS, ink, method_style
 from tests.report_rows import infinite_row, measured_row, sweep_rows
 
 DAMAGE = {8: 0.0005, 4: 0.02, 3: 0.12, 2: 1.4}
@@ -64,6 +64,13 @@ def test_a_method_looks_the_same_in_every_figure():
     assert len(set(METHOD_STYLES.values())) == len(METHOD_STYLES)
     assert method_style("gptq") == METHOD_STYLES["gptq"]
     assert method_style("somebody's") == ("#117733", ">")  # pinned: a hash must not change with the process
+
+
+def test_unknown_transforms_keep_the_colour_and_change_the_marker():
+    """Of awq+cut and cut the hash is the same colour and marker."""
+    looks = [method_style(method) for method in ("cut", "awq+cut")]
+    assert looks[0][0] == looks[1][0]
+    assert looks[0][1] != looks[1][1]
 
 
 @pytest.mark.parametrize("colour", ["#56B4E9", "#E69F00", "#000000"])
@@ -160,6 +167,79 @@ def test_what_the_axis_cannot_show_is_at_its_end():
     assert list(mark.get_ydata()) == [axes.get_ylim()[0]]
 
 
+@pytest.mark.parametrize(
+    ("value", "worse", "noted"),
+    [("increase", -0.001, True), ("increase", 0.01, True), ("increase", 0.1, False), ("perplexity", -0.001, False)],
+    ids=["point", "bar", "none", "perplexity"],
+)
+def test_a_note_explains_marks_at_the_lower_edge(value, worse, noted):
+    """Of a decrease, and of a bar that reaches 0, on a logarithmic axis."""
+    figure = perplexity_figure([measured_row("none"), measured_row("rtn:int4-g128", worse, 0.01)], value=value)
+    assert (BELOW in [text.get_text() for text in figure.texts]) == noted
+    assert ("v" in [line.get_marker() for line in figure.axes[0].lines]) == noted
+    note = figure.texts[-1].get_window_extent(figure.canvas.get_renderer())
+    assert not note.overlaps(figure.axes[0].xaxis.label.get_window_extent())
+
+
+@pytest.mark.parametrize(
+    ("rows", "value"),
+    [
+        ([measured_row("rtn:int4-g128", 0.1, 0.03), measured_row("gptq:int4-g128", 0.03, 0.015)], "increase"),
+        ([measured_row("rtn:int4-g128", 0.1, 0.08), measured_row("gptq:int4-g128", 0.09, 0.3)], "perplexity"),
+        ([measured_row("rtn:int4-g128", accuracy_mean=0.5, accuracy_mean_delta_stderr=0.2)], "accuracy"),
+    ],
+    ids=["logarithmic", "linear", "few-questions"],
+)
+def test_limits_include_error_bars(rows, value):
+    axes = perplexity_figure([*rows, measured_row("none", accuracy_mean=0.6)], value=value).axes[0]
+    ends = np.concatenate([bars.lines[2][0].get_segments()[0][:, 1] for bars in axes.containers])
+    low, high = axes.get_ylim()
+    assert low < ends.min()
+    assert ends.max() < high
+
+
+@pytest.mark.parametrize("model", ["m" * 55, "a model of many words " * 6, "somebody/a-model-with-a-very-long-name-" * 3])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_titles_fit(model, width):
+    figure = perplexity_figure([row | {"model": model} for row in sweep_rows()], width=width)
+    title = figure.texts[0]
+    box = title.get_window_extent(figure.canvas.get_renderer())
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.x1
+    assert box.y1 <= figure.bbox.y1
+    assert box.y0 >= figure.axes[0].get_window_extent().y1
+    assert title.get_fontsize() >= SMALL_SIZE
+    assert "".join(title.get_text().split()).startswith("".join(model.split()))
+
+
+def test_names_moved_from_their_points_have_leaders():
+    """Four lines begin at one point: a line from there to each name but one that is beside it."""
+    rows = [
+        measured_row(f"{method}:int{bits}-g128", damage)
+        for method, (bits, damage) in itertools.product(("rtn", "gptq", "awq", "awq+gptq"), DAMAGE.items())
+    ]
+    figure = perplexity_figure([measured_row("none"), *rows], value="increase")
+    leaders = {line.get_color() for line in figure.axes[0].lines if line.get_linewidth() == 0.5}
+    moved = {text.get_color() for text in figure.axes[0].texts if abs(text.get_position()[1]) > 2}
+    assert len(moved) >= 3
+    assert moved <= leaders
+
+
+def test_long_names_take_both_columns():
+    rows = [measured_row(f"awq+gptq(clip=mse,refine=4):int{bits}-g128", damage) for bits, damage in DAMAGE.items()]
+    rows += [measured_row(f"rtn:int{bits}-g128", damage) for bits, damage in DAMAGE.items()]
+    assert perplexity_figure(rows).get_size_inches()[0] == WIDTHS["double"]
+
+
+def test_the_unquantized_line_strikes_no_name():
+    figure = perplexity_figure(many_rows())
+    axes, renderer = figure.axes[0], figure.canvas.get_renderer()
+    (dashes,) = [line for line in axes.lines if line.get_zorder() == 1]
+    line = dashes.get_window_extent(renderer)
+    struck = [name for name, text in texts(figure).items() if text.get_window_extent(renderer).overlaps(line)]
+    assert struck == []
+
+
 def test_figures_refuse_what_tables_refuse():
     with pytest.raises(QjaxError, match="convention"):
         perplexity_figure([*sweep_rows(), measured_row("rtn:int8-g128", convention="windows-1024")])
@@ -234,10 +314,19 @@ def test_many_decades_get_at_most_eight_ticks():
     assert 4 <= len(log_ticks(1e-3, 1e20)) <= 8
 
 
-def test_tick_text():
-    assert [tick_text(tick) for tick in (0.003, 12, 99999, 1e5, 3e6, 1e-5)] == [
-        "0.003", "12", "99999", "$10^{5}$", r"$3 \cdot 10^{6}$", "$10^{-5}$",
-    ]  # fmt: skip
+def test_ticks_of_an_axis_are_written_alike():
+    assert tick_texts([0.003, 12, 99999]) == ["0.003", "12", "99999"]
+    assert tick_texts([1e-5, 0.001, 3e6]) == ["$10^{-5}$", "$10^{-3}$", r"$3 \cdot 10^{6}$"]
+    assert tick_texts([]) == []
+
+
+def test_a_number_that_the_edge_of_the_page_would_cut_is_left_out():
+    with new_figure("single") as (_, (axes,)):
+        axes.set_position([0.2, 0.2, 0.8, 0.7])
+        axes.set_xlim(0, 10)
+        axes.set_xticks([0, 5, 10], ["0", "5", "10"])
+        thin_ticks(axes)
+        assert [text.get_text() for text in axes.get_xticklabels()] == ["0", "5"]
 
 
 def test_shares_are_of_nearest_rounding_in_the_same_format():

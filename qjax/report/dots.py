@@ -12,21 +12,34 @@ import numpy as np
 
 from qjax.errors import QjaxError
 from qjax.recipe import method_name, parse_recipe
-from qjax.report.axes import LOG_ABOVE, POINT, fit_panels, log_ticks, new_figure, text_size, tick_text
+from qjax.report.axes import (
+    DECADE,
+    LOG_ABOVE,
+    POINT,
+    fit_panels,
+    log_ticks,
+    new_figure,
+    text_size,
+    thin_ticks,
+    tick_texts,
+    wrap,
+    write_note,
+)
 from qjax.report.figures import SMALLEST, VALUES, has_lines
 from qjax.report.numbers import number
 from qjax.report.rendering import Row
 from qjax.report.seeds import merge_seeds, seeds_of
 from qjax.report.sensitivity import placed_alone
 from qjax.report.series import increase
-from qjax.report.style import LABEL_SIZE, ink, method_style
+from qjax.report.style import LABEL_SIZE, SMALL_SIZE, WIDTHS, ink, method_style
 from qjax.report.tables import describe, distinctions, is_baseline, require_one_group
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FEWEST = 2  # lines
-WIDEST_NAMES = 0.55  # of the page; longer names are written smaller
+WIDEST_NAMES = 0.57  # of the page
+BELOW = "◀ below the axis"
 LINE_HEIGHT, MARGINS = 0.155, 0.75  # inches
 CALIBRATED = {"calibration": "{}", "calibration_windows": "{} windows", "calibration_window_tokens": "{} tokens each"}
 
@@ -41,8 +54,9 @@ def has_dots(rows: Sequence[Row]) -> bool:
 def dots_figure(rows: Sequence[Row], width: str = "single") -> "Figure":
     """The figure of one model, text and convention. width: "single" | "double" column.
 
-    Recipes stand in the order of their increase, places in the order of the rows. Raises QjaxError for rows of more than one
-    model, text or convention, and where there is nothing to show.
+    Recipes stand in the order of their increase, places in the order of the rows. Long names are written smaller; the figure
+    takes both columns where that is not enough, and names too long for these are broken into lines. Raises QjaxError for rows
+    of more than one model, text or convention, and where there is nothing to show.
     """
     require_one_group(rows)
     shown = _shown(rows)
@@ -52,11 +66,15 @@ def dots_figure(rows: Sequence[Row], width: str = "single") -> "Figure":
     if not placed_alone(rows):
         lines = dict(sorted(lines.items(), key=lambda item: _mean(item[1])))
     merged = _merged(rows, shown)
-    with new_figure(width, height=MARGINS + LINE_HEIGHT * (len(lines) + 1)) as (figure, (axes,)):
-        _scale(axes, np.array([increase(row) for row in shown]), len(lines))
-        longest = max(text_size(figure, name)[0] for name in lines) / (POINT * figure.get_size_inches()[0])
-        axes.set_yticks(range(len(lines)), list(lines), fontsize=LABEL_SIZE * min(1, WIDEST_NAMES / longest))
-        axes.tick_params(axis="y", length=0)
+    with new_figure(width) as (figure, (axes,)):
+        longest = max(text_size(figure, name)[0] for name in lines)
+        page = WIDTHS[width if SMALL_SIZE / LABEL_SIZE * longest < _space(WIDTHS[width]) else "double"]
+        size = max(SMALL_SIZE, LABEL_SIZE * min(1, _space(page) / longest))
+        names = [wrap(figure, name, _space(page) * LABEL_SIZE / size) for name in lines]
+        figure.set_size_inches(page, MARGINS + LINE_HEIGHT * max(map(len, names)) * (len(lines) + 1))
+        _scale(axes, [_value_and_error(members, merged.get(name)) for name, members in lines.items()], shown)
+        axes.set_yticks(range(len(lines)), ["\n".join(name) for name in names], fontsize=size)
+        axes.tick_params(axis="y", length=0, pad=5)  # a mark at the edge touches no name
         for height, (text, (name, members)) in enumerate(zip(axes.get_yticklabels(), lines.items(), strict=True)):
             colour, marker = method_style(_method(members[0]))
             text.set_color(ink(colour))
@@ -65,12 +83,20 @@ def dots_figure(rows: Sequence[Row], width: str = "single") -> "Figure":
         axes.set_axisbelow(True)
         fit_panels(
             [axes],
-            title=": ".join(filter(None, (_common_recipe(shown), describe(rows[0])))),
+            title=": ".join(filter(None, (_common_recipe(shown) or _common_format(shown), describe(rows[0])))),
             panel_titles=[""],
             x=VALUES["increase"],
             y="",
         )
+        thin_ticks(axes)
+        if any(line.get_marker() == "<" for line in axes.lines):
+            write_note(figure, BELOW)
     return figure
+
+
+def _space(page: float) -> float:
+    """Points that names may take of a page, inches."""
+    return WIDEST_NAMES * POINT * page
 
 
 def _shown(rows: Sequence[Row]) -> list[Row]:
@@ -88,7 +114,8 @@ def _lines(shown: Sequence[Row]) -> dict[str, list[Row]]:
 def _name(row: Row, shown: Sequence[Row]) -> str:
     """The place or recipe, and how it was calibrated where that tells rows apart."""
     several = len({each.get("place_recipe") for each in shown}) > 1
-    name = row["place"] + (f": {row['place_recipe']}" if several else "") if "place" in row else str(row["recipe"])
+    recipe = str(row["recipe"]).removesuffix(f":{_common_format(shown)}")
+    name = row["place"] + (f": {row['place_recipe']}" if several else "") if "place" in row else recipe
     told = [column.key for column in distinctions(shown, seed=False) if row.get(column.key) is not None]
     told = [CALIBRATED[key].format(row[key]) for key in told]
     return ", ".join([*([] if told and _common_recipe(shown) else [name]), *told])
@@ -98,6 +125,13 @@ def _common_recipe(shown: Sequence[Row]) -> str:
     """What all the lines are of: the recipe where calibration alone differs, or that of places quantized alone; else ""."""
     recipes = {str(row.get("place_recipe", row["recipe"])) for row in shown}
     return recipes.pop() if len(recipes) == 1 else ""
+
+
+def _common_format(shown: Sequence[Row]) -> str:
+    """The format, and order, of recipes that all have the same, without rules: it stands in the title; else ""."""
+    recipes = [str(row["recipe"]) for row in shown]
+    formats = {recipe.rpartition(":")[2] for recipe in recipes}
+    return formats.pop() if len(formats) == 1 and not any(";" in recipe or ":" not in recipe for recipe in recipes) else ""
 
 
 def _merged(rows: Sequence[Row], shown: Sequence[Row]) -> dict[str, Row]:
@@ -115,21 +149,32 @@ def _method(row: Row) -> str:
     return method_name(parse_recipe(row["place_recipe"])) if "place_recipe" in row else str(row["method"])
 
 
-def _scale(axes, values: np.ndarray, lines: int) -> None:
+def _value_and_error(members: Sequence[Row], merged: Row | None) -> tuple[float, float]:
+    """The mean of a line and its standard error, nan where that is not known."""
+    mean = increase(merged) if merged else float(np.mean([increase(row) for row in members]))
+    return mean, number(merged or members[0], "nll_delta_stderr") * (100 + mean)
+
+
+def _scale(axes, bars: Sequence[tuple[float, float]], shown: Sequence[Row]) -> None:
     """Limits and ticks, logarithmic where the range is large. What is below is at the left edge, infinity at the right."""
-    axes.set_ylim(lines - 0.5, -0.5)  # the first line on top
+    axes.set_ylim(len(bars) - 0.5, -0.5)  # the first line on top
+    values = np.array([increase(row) for row in shown])
     values = values[np.isfinite(values)] if np.isfinite(values).any() else np.zeros(1)
-    positive = values[values > SMALLEST["increase"]]
+    means, errors = np.array([bar for bar in bars if np.isfinite(bar).all()]).reshape(-1, 2).T
+    positive, above = values[values > SMALLEST["increase"]], means > SMALLEST["increase"]
     if not len(positive) or positive.max() / positive.min() <= LOG_ABOVE:
-        room = 0.1 * max(np.ptp(values), 0.1 * np.abs(values).max(initial=1e-3))
-        axes.set_xlim(values.min() - room, values.max() + room)
+        ends = np.concatenate([values, means - errors, means + errors])
+        room = 0.1 * max(np.ptp(ends), 0.1 * np.abs(ends).max(initial=1e-3))
+        axes.set_xlim(ends.min() - room, ends.max() + room)
         axes.locator_params(axis="x", nbins=4)
         return
-    room = (positive.max() / positive.min()) ** 0.06
+    low = min(positive.min(), max(positive.min() / DECADE, (means - errors)[above].min(initial=math.inf)))
+    high = max(positive.max(), (means + errors)[above].max(initial=0))
+    room = (high / low) ** 0.06
     axes.set_xscale("log")
-    axes.set_xlim(positive.min() / room, positive.max() * room)
+    axes.set_xlim(low / room, high * room)
     ticks = log_ticks(*axes.get_xlim())
-    axes.set_xticks(ticks, [tick_text(tick) for tick in ticks])
+    axes.set_xticks(ticks, tick_texts(ticks))
     axes.set_xticks([], minor=True)
 
 
@@ -140,8 +185,7 @@ def _draw(axes, height: int, members: Sequence[Row], merged: Row | None, *, colo
     if len(values) > 1:
         inside = values[(values > left) & (values < right)]
         axes.plot(inside, np.full(len(inside), height), "o", color=colour, markersize=2, alpha=0.6, markeredgewidth=0, zorder=3)
-    mean = increase(merged) if merged else float(np.mean(values))
-    error = number(merged or members[0], "nll_delta_stderr") * (100 + mean)
+    mean, error = _value_and_error(members, merged)
     if not left < mean < right:
         look = {"marker": "$\\infty$", "markersize": 8} if mean > left else {"marker": "<"}
         axes.plot([right if mean > left else left], [height], color=colour, clip_on=False, zorder=5, **look)
@@ -150,3 +194,5 @@ def _draw(axes, height: int, members: Sequence[Row], merged: Row | None, *, colo
         [mean], [height], xerr=[error] if math.isfinite(error) else None, fmt=marker, color=colour, markersize=3.5,
         elinewidth=0.8, capsize=1.8, capthick=0.8, zorder=4,
     )  # fmt: skip
+    if mean - error < left:
+        axes.plot([left], [height], "<", color=colour, markersize=2, clip_on=False, zorder=5)

@@ -7,19 +7,19 @@ paired window by window, because that difference is what the figure shows; the e
 import itertools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from qjax.errors import QjaxError
 from qjax.report.accuracy import tasks_of
-from qjax.report.axes import POINT, fit_panels, new_figure, scale_bits, scale_values, text_size, to_points
+from qjax.report.axes import POINT, fit_panels, new_figure, scale_bits, scale_values, text_size, to_points, write_note
 from qjax.report.labels import Label, leader_line, place_labels, spread
 from qjax.report.numbers import number, significant
 from qjax.report.rendering import Row
 from qjax.report.sensitivity import ordinary, placed_alone
 from qjax.report.series import MOST_LINES, Series, group_series, increase, split_panels
-from qjax.report.style import GREY, LABEL_SIZE, LINE_STYLES, ink, method_style
+from qjax.report.style import GREY, HEIGHTS, LABEL_SIZE, LINE_STYLES, WIDTHS, ink, method_style
 from qjax.report.tables import describe, distinctions, is_baseline, require_one_group
 
 if TYPE_CHECKING:
@@ -35,7 +35,11 @@ VALUES = {
 }
 SMALLEST = {"increase": 1e-3, "divergence": 1e-6}  # values on a logarithmic axis; what is less is drawn at its lower edge
 RESOLVED = 10  # standard errors of a cost that others are shares of: it is the denominator
-COLUMN_GAP = 9  # points between the names at the left and the first point
+COLUMN_GAP = 12  # points between the names at the left and the first point
+NEAR, FAR = 8, COLUMN_GAP + 5  # points; a name, or one at the left, that is farther from its point has a leader line,
+SHIFTED = 1.5  # and so has one at the left that is so much above or below its point
+WIDEST_NAMES = 1 / 3  # of the page; a figure with longer names at the left takes both columns
+BELOW = "▼ below the axis"
 
 
 def perplexity_figure(rows: Sequence[Row], *, value: str = "perplexity", width: str = "single") -> "Figure":
@@ -44,9 +48,11 @@ def perplexity_figure(rows: Sequence[Row], *, value: str = "perplexity", width: 
     value: "perplexity", with the unquantized model as a dashed line and a logarithmic axis where the range is large; or
     "increase" over it in percent, on a logarithmic axis, which shows 8, 4 and 2 bits alike; or "accuracy", the mean over the
     rows' tasks, or "divergence" from the unquantized model, logarithmic too; or "share", the increase over that of nearest
-    rounding to the same format, for recipes that have one (`with_share`). width: "single" | "double" column.
+    rounding to the same format, for recipes that have one (`with_share`). width: "single" | "double" column; with long names
+    at the left "double" in any case.
     Many lines of several groupings are shown in a panel per grouping, all with the same axes. Infinity is drawn as ∞ at the
-    upper edge, an increase below 0.001 % (or a decrease) as a triangle at the lower edge.
+    upper edge, an increase below 0.001 % (or a decrease) as a triangle at the lower edge, an error bar that reaches below it as
+    a small one; a note says so.
     Raises QjaxError for other options, for no rows, and for rows of more than one model, text or convention.
     """
     if value not in VALUES:
@@ -58,9 +64,20 @@ def perplexity_figure(rows: Sequence[Row], *, value: str = "perplexity", width: 
         lines = [[(line, _values(line.rows, value)) for line in group_series(part)] for _, part in panels]
         unquantized = [row for row in rows if is_baseline(row) and value not in ("share", *SMALLEST)]
         baseline = float(_values(unquantized[:1], value)[1][0]) if unquantized else math.nan
-        everything = [data for panel in lines for _, data in panel]
+        data = [np.zeros((3, 0)), *(np.array(each) for panel in lines for _, each in panel)]
+        bits, values, errors = np.concatenate(data, axis=1)
+        columns = [_names_at_the_left(panel) for panel in lines]
+        texts = [[line.label for line, _ in panel] for panel in lines]
+        if math.isfinite(baseline):
+            texts = [[*panel, f"unquantized {significant(baseline, 4)}"] for panel in texts]
+            columns = [[*column, len(panel)] if column else [] for column, panel in zip(columns, lines, strict=True)]
+        sizes = [[text_size(figure, text) for text in panel] for panel in texts]
+        longest = max((size[i][0] for size, column in zip(sizes, columns, strict=True) for i in column), default=0)
+        if len(panels) == 1 and longest > WIDEST_NAMES * POINT * figure.get_size_inches()[0]:
+            figure.set_size_inches(WIDTHS["double"], HEIGHTS["double"])
         for axes in grid:
-            scale_values(axes, np.concatenate([[baseline], *(y for _, y, _ in everything)]), SMALLEST.get(value))
+            scale_values(axes, np.append(values, baseline), np.append(errors, 0), SMALLEST.get(value))
+            axes.set_xticks([])  # until there is a width to scale bits to
         tasks = tasks_of(rows)
         fit_panels(
             grid,
@@ -69,17 +86,22 @@ def perplexity_figure(rows: Sequence[Row], *, value: str = "perplexity", width: 
             x="bits per weight, scales included",
             y=VALUES[value].format(tasks=", ".join(tasks) if len(tasks) < 4 else "all tasks"),
         )
-        columns = [_names_at_the_left(panel) for panel in lines]
-        sizes = [[text_size(figure, line.label) for line, _ in panel] for panel in lines]
-        names = [size[i][0] + COLUMN_GAP + 2 for size, column in zip(sizes, columns, strict=True) for i in column]
-        for axes, panel, column, size in zip(grid, lines, columns, sizes, strict=True):
-            scale_bits(axes, np.concatenate([[], *(x for x, _, _ in everything)]), max(names, default=0))
-            drawn = [_draw(axes, line, *data) for line, data in panel]
+        for axes, panel, column, text, size in zip(grid, lines, columns, texts, sizes, strict=True):
+            scale_bits(axes, bits, longest + COLUMN_GAP + 2 if longest else 0)
+            drawn = [_draw(axes, line, *each) for line, each in panel]
+            colours = [ink(method_style(line.method)[0]) for line, _ in panel]
             obstacles = [_samples(to_points(axes, points)) for points in drawn]
             if math.isfinite(baseline):
-                obstacles.append(_draw_baseline(axes, baseline, above=value == "accuracy"))
-            obstacles = np.concatenate([np.zeros((0, 2)), *obstacles])
-            _write_labels(axes, [line for line, _ in panel], drawn, size, column=column, obstacles=obstacles)
+                start = min(drawn[i][0, 0] for i in column if i < len(panel)) if column else axes.get_xlim()[0]
+                drawn.append(_draw_baseline(axes, baseline, start))
+                colours.append(GREY)
+                obstacles.append(_samples(to_points(axes, drawn[-1])))
+            if math.isfinite(baseline) and not column:
+                obstacles.append(_name_baseline(axes, text[-1], baseline, above=value == "accuracy"))
+            names = [Name(*each) for each in zip(text, colours, drawn, size, strict=True)][: None if column else len(panel)]
+            _write_labels(axes, names, column=column, obstacles=np.concatenate([np.zeros((0, 2)), *obstacles]))
+        if np.any(values - np.nan_to_num(errors, posinf=0) < grid[0].get_ylim()[0]):
+            write_note(figure, BELOW)
     return figure
 
 
@@ -154,6 +176,7 @@ def _draw(axes: "Axes", series: Series, x: np.ndarray, y: np.ndarray, error: np.
     )  # fmt: skip
     beyond = (  # which, where on the axis, how
         (low, bottom, {"marker": "v", "markerfacecolor": face}),
+        (shown & (y - error < bottom), bottom, {"marker": "v", "markersize": 2}),
         (~shown & ~low, top, {"marker": "$\\infty$", "markersize": 8, "markeredgewidth": 0}),
     )
     for which, edge, look in beyond:
@@ -162,17 +185,22 @@ def _draw(axes: "Axes", series: Series, x: np.ndarray, y: np.ndarray, error: np.
     return np.stack([x, np.where(shown, y, np.where(low, bottom, top))], axis=1)
 
 
-def _draw_baseline(axes: "Axes", baseline: float, *, above: bool) -> np.ndarray:
-    """The dashed line and its name, above or below it, where the lines are not; returns samples of both, points."""
-    figure, left, right = axes.figure, *axes.get_xlim()
-    axes.axhline(baseline, color=GREY, linestyle=(0, (4, 3)), linewidth=0.8, zorder=1)
+def _draw_baseline(axes: "Axes", baseline: float, start: float) -> np.ndarray:
+    """The dashed line from so many bits to the right edge; returns its ends in data coordinates."""
+    ends = np.array([(start, baseline), (axes.get_xlim()[1], baseline)])
+    axes.plot(*ends.T, color=GREY, linestyle=(0, (4, 3)), linewidth=0.8, zorder=1)
+    return ends
+
+
+def _name_baseline(axes: "Axes", name: str, baseline: float, *, above: bool) -> np.ndarray:
+    """The dashed line's name, above or below it, where the lines are not; returns samples of it, points."""
     text = axes.annotate(
-        f"unquantized {significant(baseline, 4)}", (0, baseline), (3, 2 if above else -2), xycoords=("axes fraction", "data"),
-        textcoords="offset points", va="bottom" if above else "top", color=GREY, fontsize=LABEL_SIZE,
+        name, (0, baseline), (3, 2 if above else -2), xycoords=("axes fraction", "data"), textcoords="offset points",
+        va="bottom" if above else "top", color=GREY, fontsize=LABEL_SIZE,
     )  # fmt: skip
-    box = text.get_window_extent(figure.canvas.get_renderer())
+    box = text.get_window_extent(axes.figure.canvas.get_renderer())
     grid = np.stack(np.meshgrid(np.linspace(box.x0, box.x1, 30), np.linspace(box.y0, box.y1, 5)), axis=-1).reshape(-1, 2)
-    return np.concatenate([_samples(to_points(axes, [(left, baseline), (right, baseline)])), grid * (POINT / figure.dpi)])
+    return grid * (POINT / axes.figure.dpi)
 
 
 def _samples(line: np.ndarray) -> np.ndarray:
@@ -184,38 +212,40 @@ def _samples(line: np.ndarray) -> np.ndarray:
     return np.concatenate(pieces)
 
 
-def _write_labels(
-    axes: "Axes",
-    series: Sequence[Series],
-    drawn: Sequence[np.ndarray],
-    sizes: Sequence[tuple[float, float]],
-    *,
-    column: Sequence[int],
-    obstacles: np.ndarray,
-) -> None:
+class Name(NamedTuple):
+    """The name of a line, its points in data coordinates, (points, 2), and the name's width and height."""
+
+    text: str
+    colour: str
+    line: np.ndarray
+    size: tuple[float, float]
+
+
+def _write_labels(axes: "Axes", names: Sequence[Name], *, column: Sequence[int], obstacles: np.ndarray) -> None:
     """The lines' names, each beside the line's end at the fewest bits, where lines are farthest apart."""
     box = axes.get_window_extent()
     left, bottom, right, top = (edge * POINT / axes.figure.dpi for edge in (box.x0, box.y0, box.x1, box.y1))
-    ends = np.array([to_points(axes, points[:1])[0] for points in drawn]).reshape(-1, 2)
-    sizes = np.array(sizes).reshape(-1, 2)
-    centres = np.zeros_like(ends)
+    ends = np.array([to_points(axes, name.line[:1])[0] for name in names]).reshape(-1, 2)
+    sizes = np.array([name.size for name in names]).reshape(-1, 2)
+    centres, halves = np.zeros_like(ends), sizes / 2
     column = sorted(column, key=lambda i: (-ends[i, 1], ends[i, 0]))
     if column:
         height = sizes[:, 1].max()
-        centres[column, 0] = ends[column, 0].min() - COLUMN_GAP - sizes[column, 0] / 2
+        centres[column, 0] = ends[column, 0].min() - COLUMN_GAP - halves[column, 0]
         centres[column, 1] = spread(ends[column, 1], height, bottom + height / 2, top - height / 2)
-        leaders = [leader_line(ends[i], centres[i], sizes[i] / 2) for i in column]
+        halves[column] = halves[column] * (1, 0) + (1, 0)  # their leaders end at mid-height, before the last letter
+        leaders = [leader_line(ends[i], centres[i], halves[i]) for i in column]
         obstacles = np.concatenate([obstacles, *leaders])
-    others = [i for i in range(len(series)) if i not in column]
+    others = [i for i in range(len(names)) if i not in column]
     area = (left if not column else ends[column, 0].min() - COLUMN_GAP, bottom, right, top)
     centres[others] = place_labels([Label(tuple(ends[i]), tuple(sizes[i])) for i in others], obstacles, area)
-    for line, points, end, centre, half in zip(series, drawn, ends, centres, sizes / 2, strict=True):
-        colour = ink(method_style(line.method)[0])
+    for i, (name, end, centre, half) in enumerate(zip(names, ends, centres, halves, strict=True)):
         axes.annotate(
-            line.label, tuple(points[0]), tuple(centre - end), textcoords="offset points", ha="center", va="center",
-            fontsize=LABEL_SIZE, color=colour, zorder=6, annotation_clip=False,
+            name.text, tuple(name.line[0]), tuple(centre - end), textcoords="offset points", ha="center", va="center",
+            fontsize=LABEL_SIZE, color=name.colour, zorder=6, annotation_clip=False,
         )  # fmt: skip
         leader = leader_line(end, centre, half)
-        if np.linalg.norm(leader[-1] - end) > COLUMN_GAP + 1:
+        far = np.linalg.norm(leader[-1] - end) > (FAR if i in column else NEAR)
+        if far or (i in column and abs(centre[1] - end[1]) > SHIFTED):
             ends_of_leader = axes.transData.inverted().transform(leader[[0, -1]] * (axes.figure.dpi / POINT))
-            axes.plot(*ends_of_leader.T, color=colour, linewidth=0.5, zorder=2.5, clip_on=False)
+            axes.plot(*ends_of_leader.T, color=name.colour, linewidth=0.5, zorder=2.5, clip_on=False)

@@ -62,15 +62,21 @@ MOST_LINES = 12  # in one panel: more names are not legible
 
 
 def split_panels(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
-    """(grouping, rows) of the panels of a figure: one, or where it would have many lines one for every grouping of integers.
+    """(grouping, rows) of the panels of a figure: one, or for many lines over several groupings of integers one for each.
 
-    What has no integer grouping (codebooks, casts, the unquantized model) is in every panel.
+    What has no grouping (casts, the unquantized model) is in every panel.
     """
-    groupings = {id(row): "" if is_baseline(row) else _name_and_grouping(row)[1] for row in rows}
-    names = sorted(set(groupings.values()) - {""}, key=_by_size)
-    if len(names) < 2 or len(group_series(rows)) <= MOST_LINES:
+    groupings = {id(row): "" if is_baseline(row) else _grouping(row) for row in rows}
+    integers = {_name_and_grouping(row)[1] for row in rows if not is_baseline(row)} - {""}
+    if len(integers) < 2 or len(group_series(rows)) <= MOST_LINES:
         return [("", list(rows))]
+    names = sorted(set(groupings.values()) - {""}, key=_by_size)
     return [(name, [row for row in rows if groupings[id(row)] in ("", name)]) for name in names]
+
+
+def _grouping(row: Row) -> str:
+    """The panel of a row: the grouping of an integer format, or of a codebook without what is in its name already."""
+    return _name_and_grouping(row)[1] or str(row["format"]).partition("-")[2].partition("-")[0]
 
 
 def _by_size(grouping: str) -> tuple:

@@ -11,6 +11,7 @@ HEIGHTS = {"single": 2.5, "double": 3.0}
 PNG_DPI = 300
 GREY = "#595959"
 LABEL_SIZE = 7
+SMALL_SIZE = 6  # points; nothing is smaller
 
 METHOD_STYLES = {  # method -> colour, marker
     "rtn": ("#0072B2", "o"),
@@ -53,11 +54,17 @@ RC = {  # matplotlib's settings, on top of its defaults
 
 
 def method_style(method: str) -> tuple[str, str]:
-    """Colour and marker of a method; an unknown one gets the same in every figure, by a hash of its name."""
+    """Colour and marker of a method; an unknown one gets the same in every figure, by a hash of its name.
+
+    Unknown transforms before a rounding keep its colour and change its marker.
+    """
     if method in METHOD_STYLES:
         return METHOD_STYLES[method]
     code = hashlib.sha256(method.encode()).digest()
-    return FALLBACK_COLOURS[code[0] % len(FALLBACK_COLOURS)], FALLBACK_MARKERS[code[1] % len(FALLBACK_MARKERS)]
+    transforms, _, rounding = method.rpartition("+")
+    colour, taken = method_style(rounding) if transforms else (FALLBACK_COLOURS[code[0] % len(FALLBACK_COLOURS)], None)
+    markers = [marker for marker in FALLBACK_MARKERS if marker != taken]
+    return colour, markers[code[1] % len(markers)]
 
 
 def ink(colour: str, darkest: float = 0.2) -> str:
