@@ -23,7 +23,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
-from qjax.calibrate.capture import Batch, sharing
+from qjax.calibrate.capture import Batch, distinct_calls, sharing
 from qjax.calibrate.order import Order
 from qjax.calibrate.tokens import Calibration, as_calibration
 from qjax.errors import QjaxError, QjaxWarning
@@ -147,7 +147,7 @@ def _quantize_decoder(
         batches = [Batch((x, *further), w) for x, w in zip(current, weights, strict=True)]
         references = [Batch((x, *further), w) for x, w in zip(exact, weights, strict=False)]
         if batches and module not in shared:  # equal blocks are traced once
-            shared[module] = sharing(module, params, *batches[0].args)
+            shared[module] = sharing(module, params, batches[0].args)
         part = dataclasses.replace(bare, shared=shared.get(module, {}))
         found = quantize_part(part, inside, order, batches, references, on_layer, keep_outputs=later)
         results.append((part.prefix, [each._replace(floating={}, outputs=[]) for each in found]))
@@ -237,28 +237,37 @@ def quantize_flax(
 ) -> tuple[PyTree, Report]:
     """Quantizes the kernels of any Linen model: nn.Dense, nn.DenseGeneral and nn.Einsum layers, found by tracing it.
 
-    params: the "params" collection. batches: arguments of module.apply, each a tuple; the first is used to trace, all of
-    them by recipes that read calibration data. weights: per batch, how much each token counts (0 leaves it out), an array
-    whose axes are the first axes of every layer's input. order: as in `quantize`; the module counts as one block, so that
-    "block" is "parallel", and "sequential" and "qep" run it once for each set of layers with the same input.
+    params: the "params" collection. batches: arguments of module.apply, each a tuple; between them they reach every layer that
+    is quantized, and recipes that read calibration data see them all. weights: per batch, how much each token counts (0 leaves
+    it out), an array whose axes are the first axes of every layer's input. order: as in `quantize`; the module counts as one
+    block, so that "block" is "parallel", and "sequential" and "qep" run it once for each set of layers with the same input.
     Run the result with `apply_flax`. Raises QjaxError when no layer can be quantized or a rule names none, and lists layers
-    that cannot run with a quantized kernel, or cannot be captured, unless a rule "PATTERN=none" leaves them out.
+    that no batch reaches, that cannot run with a quantized kernel, or cannot be captured, unless a rule "PATTERN=none" leaves
+    them out.
     """
     recipe, rules = _parsed(recipe, rules, order)
     if not batches:
         raise QjaxError("quantize_flax: batches is empty; give at least one tuple of arguments of module.apply")
     if any(is_quantized(leaf) for leaf in flatten_dict(params, sep="/").values()):
         raise QjaxError("quantize_flax: the parameters are quantized already; start from the unquantized ones")
-    views, refused = linear_layers(module, params, *batches[0])
+    flat, calls = flatten_dict(params, sep="/"), distinct_calls(batches)
+    views, refused = {}, {}
+    for args in calls:
+        found = linear_layers(module, params, *args)
+        views |= found.views
+        refused |= found.refused
+    for path in flat:
+        if path.split("/")[-1] == "kernel" and np.ndim(flat[path]) > 1 and path not in views.keys() | refused.keys():
+            refused[path] = f"{path}: no batch reaches it by the __call__ of a layer"
     placed = place([*views, *refused], recipe, rules)
-    blocked = [refused[path] for path in refused if placed[path] is not None and not placed[path].is_cast]
+    cast = recipe if recipe is not None and recipe.is_cast else None  # of every leaf, which needs no view
+    blocked = [why for path, why in refused.items() if placed[path] not in (None, cast)]
     if blocked:
         raise QjaxError(f"{'; '.join(blocked)}. A rule 'PATTERN=none' leaves such a layer as it is")
     if not views:
         raise QjaxError(f"{type(module).__name__}: no Dense, DenseGeneral or Einsum layer found to quantize")
     started = time.perf_counter()
     plan = {path: placed[path] for path in views}
-    flat = flatten_dict(params, sep="/")
     for path, chosen in plan.items():
         if chosen is not None and flat[path].shape != views[path].shape:
             raise QjaxError(
@@ -275,10 +284,12 @@ def quantize_flax(
     stage = _one_order(plan) or Stage("parallel")
     order = method(stage.name)(**dict(stage.options))
     calibrated = any(chosen and chosen.statistics for chosen in plan.values())
-    part = Part(module, "", params, views, sharing(module, params, *batches[0]) if calibrated else {})
+    part = Part(module, "", params, views, sharing(module, params, *calls) if calibrated else {})
     (found,) = quantize_part(part, [plan], order, calibration, calibration, on_layer)
     _warn_of_few_tokens(found.records)
-    leaves = found.leaves | _cast_others(found.leaves, recipe, views)
+    leaves = found.leaves | _cast_others(
+        found.leaves, recipe, [path for path in placed if path in views or placed[path] is None]
+    )
     result = unflatten_dict(leaves, sep="/")
     return result, _report(result, found.records, time.perf_counter() - started)
 
@@ -292,11 +303,14 @@ def apply_flax(module: nn.Module, params: PyTree, *args: object, **kwargs: objec
 def dequantize_flax(module: nn.Module, params: PyTree, *args: object, **kwargs: object) -> PyTree:
     """The inverse of `quantize_flax`: every quantized kernel as a float32 array of the shape module's layer expects.
 
-    args: arguments of module.apply, to find the layers by tracing.
+    args: arguments of module.apply, to find the layers by tracing. Raises QjaxError that lists kernels they do not reach.
     """
     views, _ = linear_layers(module, params, *args, **kwargs)
     flat = flatten_dict(params, sep="/")
-    decoded = {path: views[path].to_kernel(dequantize(leaf)) for path, leaf in flat.items() if is_quantized(leaf)}
+    quantized = {path: leaf for path, leaf in flat.items() if is_quantized(leaf)}
+    if unreached := quantized.keys() - views.keys():
+        raise QjaxError(f"dequantize_flax: these arguments do not reach {', '.join(sorted(unreached))}; give some that do")
+    decoded = {path: views[path].to_kernel(dequantize(leaf)) for path, leaf in quantized.items()}
     return unflatten_dict(flat | decoded, sep="/")
 
 

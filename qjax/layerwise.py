@@ -104,11 +104,6 @@ def quantize_part(
     flat = flatten_dict(part.params, sep="/")
     needing = [{path: recipe for path, recipe in plan.items() if recipe and recipe.statistics} for plan in plans]
     shared = part.shared
-    unseen = [part.prefix + path for plan in needing for path in plan if path not in shared]
-    if unseen:
-        raise QjaxError(
-            f"the calibration data never reached {', '.join(unseen)}; a rule 'PATTERN=none' leaves a layer as it is"
-        )
 
     def capture(paths, floating, *, drift=False, reference=None):
         """Statistics of the layers at `paths`, by the path of the layer that stands for those with its input."""

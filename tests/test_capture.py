@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 
 import qjax
-from qjax.calibrate.capture import Batch, capture_statistics, merge_arguments, parent_outputs, sharing, split_arguments
+from qjax.calibrate.capture import (
+    Batch,
+    capture_statistics,
+    distinct_calls,
+    merge_arguments,
+    parent_outputs,
+    sharing,
+    split_arguments,
+)
 from qjax.errors import QjaxError
 from qjax.models.decoder import Block
 from tests.conftest import tiny_config
@@ -80,7 +88,7 @@ def test_inputs_of_every_kind_of_layer(mixed):
 
 def test_layers_that_share_their_input(mixed):
     module, params, x = mixed
-    shared = sharing(module, params, x)
+    shared = sharing(module, params, (x,))
     assert list(shared) == [f"{n}/kernel" for n in ("left", "right", "other", "twice", "split", "join", "einsum", "dots")]
     assert {path for path, first in shared.items() if path != first} == {"right/kernel"}
     assert shared["right/kernel"] == "left/kernel"
@@ -88,7 +96,7 @@ def test_layers_that_share_their_input(mixed):
 
 def test_sharing_in_the_decoder():
     model = small_model(tiny_config())
-    shared = sharing(Block(model.config), model.params["block_0"], jnp.zeros((1, 4, 32)))
+    shared = sharing(Block(model.config), model.params["block_0"], (jnp.zeros((1, 4, 32)),))
     groups = {}
     for path, first in shared.items():
         groups.setdefault(first, set()).add(path.removesuffix("/kernel"))
@@ -228,6 +236,32 @@ class Sometimes(nn.Module):
     def __call__(self, x, more):
         x = nn.Dense(4, name="always")(x)
         return nn.Dense(4, name="sometimes")(x) if more else x
+
+
+class Branches(nn.Module):
+    """Layers between others, and an input shared with another layer in one of the calls only."""
+
+    @nn.compact
+    def __call__(self, x, more):
+        a, b = nn.Dense(4, name="a")(x), nn.Dense(4, name="b")(x + 0.0 if more else x)
+        if more:
+            a = nn.Dense(4, name="between")(a)
+        return nn.Dense(4, name="last")(a * b)
+
+
+def test_sharing_over_several_calls():
+    module, x = Branches(), jnp.ones((3, 4))
+    params = module.init(jax.random.key(0), x, True)["params"]
+    assert sharing(module, params, (x, False))["b/kernel"] == "a/kernel"
+    found = sharing(module, params, (x, False), (x, True))
+    assert list(found) == [f"{name}/kernel" for name in ("a", "b", "between", "last")]
+    assert all(path == first for path, first in found.items())
+
+
+def test_distinct_calls():
+    x = jnp.ones((3, 4))
+    calls = [(x, False), (x + 1, False), (x, True), (x[:2], True), (x, True)]
+    assert [id(call) for call in distinct_calls(calls)] == [id(calls[i]) for i in (0, 2, 3)]
 
 
 def test_batches_need_not_reach_every_layer():
