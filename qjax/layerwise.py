@@ -330,7 +330,6 @@ def round_weight(
     return function(weight, recipe.format, **taken, **options)
 
 
-@functools.cache
 def problem_of(recipe: Recipe, shape: tuple[int, int]) -> str | None:
     """What is wrong with a rounding's options, alone or for a kernel of this shape; None if nothing is. Computes nothing."""
     array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)

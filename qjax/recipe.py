@@ -128,7 +128,8 @@ def register(function: Callable, *, transform: bool = False) -> Callable:
     for registry in (ROUNDINGS, TRANSFORMS):
         registry.pop(name, None)
     (TRANSFORMS if transform else ROUNDINGS)[name] = function
-    method.cache_clear()
+    for cached in (method, implied_rounding, parse_recipe):
+        cached.cache_clear()
     return function
 
 

@@ -5,6 +5,7 @@ the rows file is skipped, so running the same sweep again finishes what an inter
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -157,10 +158,10 @@ def _check_calibration(model: Model, sweep: Sweep, needing: list[tuple[str, tupl
     if needing and sweep.calibration is None:
         names = ", ".join("; ".join([recipe, *rules]) for recipe, rules in needing[:4])
         raise QjaxError(f"{names} need calibration data; name a text with --calibration, for example --calibration python-docs")
-    kernels = flatten_dict(model.params, sep="/")
+    kernels, find_problem = flatten_dict(model.params, sep="/"), functools.cache(problem_of)
     for plan in needing:
         for path, recipe in placement(model, *plan).items():
-            problem = recipe and recipe.statistics and problem_of(recipe, kernels[path].shape)
+            problem = recipe and recipe.statistics and find_problem(recipe, kernels[path].shape)
             if problem:
                 raise QjaxError(f"{path}: {problem}")
     if needing:
