@@ -4,8 +4,9 @@ By default the linear layers inside the blocks are quantized; embeddings, norms 
 names them. The casts fp32, bf16 and fp16 are storage types of the whole model: every floating-point leaf is cast.
 
 A decoder is quantized block by block. Beyond the model and its result this holds the float32 weights, Hessians and factors of
-one block, one batch of its activations, and the hidden states of all calibration tokens between two blocks (twice for the
-order `qep`).
+one block, one batch of its activations, and hidden states of all calibration tokens: a block's inputs in the orders `block`
+and `sequential`; these and the unquantized model's in `qep`; a block's inputs and its outputs in `parallel`. awq(loss=module)
+adds outputs of the attention or MLP whose scale it looks for: the right ones and those with the candidate being tried.
 """
 
 import dataclasses
@@ -151,12 +152,22 @@ def _quantize_decoder(
         part = dataclasses.replace(bare, shared=shared.get(module, {}))
         found = quantize_part(part, inside, order, batches, references, on_layer, keep_outputs=later)
         results.append((part.prefix, [each._replace(floating={}, outputs=[]) for each in found]))
+        del batches, references  # what holds hidden states, so that each makes room for the next
         if later:
-            run = compiled(module)
-            current = found[0].outputs or [run(found[0].floating if order.prefix else params, x) for x in current]
-            exact = [run(params, x) for x in exact]
+            if found[0].outputs:
+                current = found[0].outputs
+            else:
+                _advance(module, found[0].floating if order.prefix else params, current)
+            _advance(module, params, exact)
         del found  # floating kernels live no longer than their part
     return results
+
+
+def _advance(module: nn.Module, params: PyTree, states: list[Array]) -> None:
+    """Replaces every batch of hidden states by what the module makes of it, one after the other."""
+    run = compiled(module)
+    for number, x in enumerate(states):
+        states[number] = jax.block_until_ready(run(params, x))  # else inputs whose runs wait are held beside the outputs
 
 
 def _parts(model: Model, plans: Sequence[Plan], order: Order, dtype: DTypeLike) -> Iterator[tuple[Part, list[Plan]]]:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import qjax
+from qjax import driver
 from qjax.calibrate.tokens import Calibration
 from qjax.checkpoints.packed import load_packed, save
 from qjax.driver import quantize_together
@@ -182,6 +183,28 @@ def test_v_that_is_left_alone_takes_no_scale(tmp_path):
     assert isinstance(left.params["block_0"]["attention"]["o"]["kernel"], QLinear)
     save(tmp_path / "model", left)
     assert_same_bits(load_packed(tmp_path / "model"), left)
+
+
+@pytest.mark.parametrize(("order", "most"), [("parallel", 2), ("block", 1), ("sequential", 1), ("qep", 2)])
+def test_hidden_states_are_held_as_often_as_the_driver_says(model, order, most, monkeypatch):
+    """Of all batches, `most` times, and of one batch more while a block runs."""
+    monkeypatch.setitem(driver.BATCH_TOKENS, jax.default_backend(), 64)
+    batches, shape, seen = 8, (2, 32, 32), []
+
+    def count(*_):
+        seen.append(sum(array.shape == shape for array in jax.live_arrays()))
+
+    def counting(module):
+        def run(params, x):
+            count()
+            return honest(module)(params, x)
+
+        return run
+
+    honest, before = driver.compiled, sum(array.shape == shape for array in jax.live_arrays())
+    monkeypatch.setattr(driver, "compiled", counting)
+    qjax.quantize(model, f"gptq:int4-g16@{order}", calibration=TOKENS, on_layer=count)
+    assert batches <= max(seen) - before <= most * batches + 1
 
 
 @pytest.mark.parametrize("order", ["parallel", "qep"])
