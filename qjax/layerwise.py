@@ -331,13 +331,28 @@ def round_weight(
 
 
 def problem_of(recipe: Recipe, shape: tuple[int, int]) -> str | None:
-    """What is wrong with a rounding's options, alone or for a kernel of this shape; None if nothing is. Computes nothing."""
+    """What is wrong with a recipe's options, alone or for a kernel of this shape; None if nothing is. Computes nothing.
+
+    A method of one's own that JAX cannot trace is not looked into.
+    """
     array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     statistics = {"hessian": array((shape[0],) * 2), "abs_mean": array(shape[:1]), "abs_max": array(shape[:1])}
+
+    def run(weight, known):
+        for stage in recipe.transforms:
+            given = known | {"module": lambda weights: jnp.sum(weights[0])}
+            taken = {name: given[name] for name in statistics_of(stage)}
+            if "rounded" in inspect.signature(method(stage.name)).parameters:
+                taken["rounded"] = lambda scale=None: [weight]
+            method(stage.name)([weight], recipe.format, **taken, **dict(stage.options))
+        return round_weight(weight, recipe, known)[0].codes
+
     try:
-        jax.eval_shape(lambda weight, known: round_weight(weight, recipe, known)[0].codes, array(shape), statistics)
+        jax.eval_shape(run, array(shape), statistics)
     except QjaxError as error:
         return str(error)
+    except jax.errors.JAXTypeError:
+        return None
     return None
 
 

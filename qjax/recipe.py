@@ -179,7 +179,13 @@ def implied_rounding(transforms: tuple[Stage, ...]) -> Stage:
 
 def parse_order(text: str) -> Stage:
     """The order of calibration named `text`, for example "qep(alpha=1)"; raises QjaxError that lists what is allowed."""
-    return _parse_stage(f"order {text!r}", text, (*ORDERS,), what="order of calibration")
+    return _parse_order(f"order {text!r}", text)
+
+
+def _parse_order(where: str, text: str) -> Stage:
+    stage = _parse_stage(where, text, (*ORDERS,), what="order of calibration")
+    method(stage.name)(**dict(stage.options))  # raises for options out of range
+    return stage
 
 
 @functools.lru_cache(maxsize=1024)
@@ -220,7 +226,7 @@ def parse_recipe(text: str) -> Recipe | None:
     if at:
         if not recipe.statistics:
             raise QjaxError(f"recipe {text!r}: its methods read no calibration data, which an order (@{order_text}) is about")
-        recipe = recipe.in_order(_parse_stage(where, order_text, (*ORDERS,), what="order of calibration"))
+        recipe = recipe.in_order(_parse_order(where, order_text))
     return recipe
 
 
