@@ -27,7 +27,7 @@ from qjax.report.reports import write_reports
 from qjax.sweep import runner
 from qjax.sweep.record import compare, digest, method_name, model_fingerprint
 from qjax.sweep.runner import Sweep, Watcher, run_sweep
-from qjax.sweep.store import ROWS, read_rows
+from qjax.sweep.store import LAYERS, ROWS, append_row, read_rows
 
 from .conftest import FAMILY_CHANGES, byte_tokenizer, random_model, tiny_config
 
@@ -202,6 +202,23 @@ def test_an_order_out_of_range_is_found_before_anything_is_measured(tiny_model, 
         with pytest.raises(QjaxError, match=r"damp not negative.*damp=-1"):
             run_sweep(tiny_model, dataclasses.replace(asked, calibration=tokens), tmp_path)
     assert not (tmp_path / ROWS).exists()
+
+
+def test_layers_are_there_once_after_a_stop_between_them_and_their_row(tiny_model, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(runner, "append_row", lambda path, row: append_row(path, row) if row["recipe"] == "none" else stop())
+        with pytest.raises(KeyboardInterrupt):
+            run_sweep(tiny_model, plan("nf4", corpora=CORPORA[:1]), tmp_path)
+    with (tmp_path / LAYERS).open("r+b") as file:  # and in the middle of a line
+        file.truncate(file.seek(0, os.SEEK_END) - 40)
+    rows = run_sweep(tiny_model, plan("nf4", corpora=CORPORA[:1]), tmp_path)
+    layers = [json.loads(line) for line in (tmp_path / LAYERS).read_text().splitlines()]
+    found = [(row["key"], row["path"]) for row in layers]
+    assert len(set(found)) == len(found) == 14
+    assert {key for key, _ in found} == {rows[1]["key"]}
 
 
 def test_paired_difference():
