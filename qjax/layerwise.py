@@ -241,6 +241,11 @@ def _find_scale(part, paths, flat, recipe, statistics, batches, memo) -> Float[A
         if "rounded" in inspect.signature(method(stage.name)).parameters:
             taken["rounded"] = functools.partial(_rounded_by_recipe, tuple(weights), recipe, statistics, memo)
         scale = method(stage.name)(weights, recipe.format, **taken, **dict(stage.options))
+        if not bool(jnp.all(jnp.isfinite(scale))):
+            raise QjaxError(
+                f"{stage.name} finds no finite scale for {', '.join(part.prefix + path for path in paths)}: the weights, or "
+                "the output of the module they are in, are not finite; start from an intact model and calibration data"
+            )
         total = total * scale
         weights = [weight * scale[:, None] for weight in weights]
         statistics = rescale(statistics, scale)

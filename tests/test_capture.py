@@ -144,6 +144,14 @@ def test_outputs_of_a_submodule(mixed):
     assert len(parent_outputs(module, params, [Batch((x,))] * 2, ("twice",))) == 4  # two calls in each batch
 
 
+def test_outputs_of_tokens_that_do_not_count_may_be_anything(mixed):
+    module, params, x = mixed
+    weights = jnp.ones((4, 5)).at[1, 2].set(0)
+    (got,) = parent_outputs(module, params, [Batch((x.at[1, 2].set(jnp.nan),), weights)], ("left",))
+    (expected,) = parent_outputs(module, params, [Batch((x,), weights)], ("left",))
+    np.testing.assert_array_equal(got, expected)
+
+
 def hidden(lift):
     """A model whose layer `inside` runs within a transformation of Flax."""
 

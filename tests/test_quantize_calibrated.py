@@ -215,6 +215,16 @@ def test_module_loss_goes_with_every_rounding(model, order, rounding):
     assert all(record.weight_error < 0.1 for record in report.layers if record.recipe != "none")
 
 
+def test_scales_by_an_output_that_is_not_finite_are_refused(model):
+    """Inputs of the layers are finite, the output of the attention they are in is not."""
+    leaves = flatten(model.params)
+    leaves["block_1/attention/o/kernel"] = leaves["block_1/attention/o/kernel"].at[3].set(jnp.inf)
+    broken = model._replace(params=unflatten(leaves))
+    rules = ["block_0|mlp|attention/o=none"]
+    with pytest.raises(QjaxError, match=r"awq finds no finite scale for block_1/attention/q/kernel"):
+        qjax.quantize(broken, "awq(loss=module)+rtn:int4-g16@parallel", rules=rules, calibration=TOKENS)
+
+
 def test_scales_of_two_transforms_are_the_ones_stored(model):
     """What Info reports is the error of the weight that the leaf decodes to."""
     _, report = qjax.quantize(model, "awq:int8-g16@parallel", calibration=TOKENS, rules=["attention/[qkv]|mlp|block_1=none"])

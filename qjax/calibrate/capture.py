@@ -215,8 +215,8 @@ def parent_outputs(module: nn.Module, params: PyTree, batches: Iterable[Batch], 
         for result in run(static, watched, params, arrays):
             output = jax.tree.leaves(result)[0].astype(jnp.float32)
             if batch.weights is not None:
-                weights = _token_weights("/".join(watched), batch.weights, output.shape[:-1])
-                output *= jnp.sqrt(weights).reshape(*output.shape[:-1], 1)
+                weights = _token_weights("/".join(watched), batch.weights, output.shape[:-1]).reshape(*output.shape[:-1], 1)
+                output = jnp.where(weights > 0, output * jnp.sqrt(weights), 0)  # 0 times nan would be nan
             outputs.append(output)
     return outputs
 
