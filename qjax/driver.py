@@ -26,7 +26,7 @@ from jaxtyping import Array, PyTree
 
 from qjax.calibrate.capture import Batch, distinct_calls, sharing
 from qjax.calibrate.order import Order
-from qjax.calibrate.tokens import Calibration, as_calibration
+from qjax.calibrate.tokens import Calibration, as_calibration, as_weights
 from qjax.errors import QjaxError, QjaxWarning
 from qjax.interception import KernelView, linear_layers, quantized_kernels
 from qjax.layerwise import LayerRecord, Part, Plan, Quantized, quantize_part
@@ -240,8 +240,8 @@ def quantize_flax(
     params: PyTree,
     recipe: str | Recipe | None,
     *,
-    batches: Sequence[tuple],
-    weights: Sequence[Array] | None = None,
+    batches: Iterable[tuple],
+    weights: Iterable[Array] | None = None,
     rules: Iterable[str | Rule] = (),
     order: str | None = None,
     on_layer: Callable[[LayerRecord], None] = lambda record: None,
@@ -252,13 +252,21 @@ def quantize_flax(
     is quantized, and recipes that read calibration data see them all. weights: per batch, how much each token counts (0 leaves
     it out), an array whose axes are the first axes of every layer's input. order: as in `quantize`; the module counts as one
     block, so that "block" is "parallel", and "sequential" and "qep" run it once for each set of layers with the same input.
-    Run the result with `apply_flax`. Raises QjaxError when no layer can be quantized or a rule names none, and lists layers
+    Run the result with `apply_flax`. Raises QjaxError for weights that are negative or not finite, modules that
+    read collections besides "params", when no layer can be quantized or a rule names none, and lists layers
     that no batch reaches, that cannot run with a quantized kernel, or cannot be captured, unless a rule "PATTERN=none" leaves
     them out.
     """
     recipe, rules = _parsed(recipe, rules, order)
+    batches = list(batches)
     if not batches:
         raise QjaxError("quantize_flax: batches is empty; give at least one tuple of arguments of module.apply")
+    if wrong := [
+        f"batches[{i}] is {type(args).__name__}" for i, args in enumerate(batches) if not isinstance(args, tuple | list)
+    ]:
+        raise QjaxError(f"quantize_flax: {', '.join(wrong)}; give tuples of arguments of module.apply, [(x,)] for one array")
+    if isinstance(params.get("params"), Mapping):
+        raise QjaxError("quantize_flax: params holds a collection 'params'; give that collection, variables['params']")
     if any(is_quantized(leaf) for leaf in flatten_dict(params, sep="/").values()):
         raise QjaxError("quantize_flax: the parameters are quantized already; start from the unquantized ones")
     flat, calls = flatten_dict(params, sep="/"), distinct_calls(batches)
@@ -286,12 +294,10 @@ def quantize_flax(
                 "nn.scan or nn.vmap; quantize such kernels with jax.vmap(qjax.rtn, ...), a rule 'PATTERN=none' leaves them as "
                 "they are"
             )
-    if weights is not None and len(weights) != len(batches):
+    weights = [None] * len(batches) if weights is None else as_weights(weights)
+    if len(weights) != len(batches):
         raise QjaxError(f"quantize_flax: {len(batches)} batches but {len(weights)} arrays of weights")
-    calibration = [
-        Batch(tuple(args), w)
-        for args, w in zip(batches, weights if weights is not None else [None] * len(batches), strict=True)
-    ]
+    calibration = [Batch(tuple(args), w) for args, w in zip(batches, weights, strict=True)]
     stage = _one_order(plan) or Stage("parallel")
     order = method(stage.name)(**dict(stage.options))
     calibrated = any(chosen and chosen.statistics for chosen in plan.values())

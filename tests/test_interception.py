@@ -151,9 +151,35 @@ def test_misuse_is_named(x):
     params = initialise(Mixed(), x)
     with pytest.raises(qjax.QjaxError, match="batches is empty"):
         qjax.quantize_flax(Mixed(), params, "nf4", batches=[])
+    with pytest.raises(qjax.QjaxError, match=r"batches\[1\] is ArrayImpl; give tuples.*\[\(x,\)\]"):
+        qjax.quantize_flax(Mixed(), params, "nf4", batches=[(x,), x])
+    with pytest.raises(qjax.QjaxError, match=r"variables\['params'\]"):
+        qjax.quantize_flax(Mixed(), {"params": params}, "nf4", batches=[(x,)])
     quantized, _ = qjax.quantize_flax(Mixed(), params, "nf4", batches=[(x,)])
     with pytest.raises(qjax.QjaxError, match="quantized already"):
         qjax.quantize_flax(Mixed(), quantized, "nf4", batches=[(x,)])
+
+
+@pytest.mark.parametrize("average", [True, False])
+def test_further_collections_are_named(x, average):
+    """They run with quantized kernels, as the message says."""
+
+    class Normed(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.BatchNorm(use_running_average=average, name="norm")(nn.Dense(8, name="dense")(x))
+
+    variables = Normed().init(jax.random.key(0), x)
+    params = variables["params"]
+    with pytest.raises(qjax.QjaxError, match=r"Normed reads the collection 'batch_stats'.*cannot be captured yet"):
+        qjax.quantize_flax(Normed(), params, "rtn:int8-g4", batches=[(x,)])
+    kernel, _ = qjax.rtn(params["dense"]["kernel"], "int8-g4")
+    with qjax.quantized_kernels():
+        got, _ = Normed().apply(
+            {**variables, "params": params | {"dense": params["dense"] | {"kernel": kernel}}}, x, mutable=["batch_stats"]
+        )
+    expected, _ = Normed().apply(variables, x, mutable=["batch_stats"])
+    np.testing.assert_allclose(got, expected, atol=0.2)
 
 
 def test_rules_leave_layers_out(x):

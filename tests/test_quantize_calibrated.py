@@ -398,12 +398,16 @@ def test_flax_weights_and_bad_input(net):
     stacked, _ = qjax.quantize_flax(module, params, "gptq:int4-g8", batches=batches, weights=jnp.stack(weights))  # an array
     for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(stacked), strict=True):
         np.testing.assert_array_equal(x, y)
+    listed, _ = qjax.quantize_flax(module, params, "gptq:int4-g8", batches=iter(batches), weights=(w.tolist() for w in weights))
+    for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(listed), strict=True):
+        np.testing.assert_array_equal(x, y)
     with pytest.raises(QjaxError, match="3 batches but 1 arrays"):
         qjax.quantize_flax(module, params, "gptq:int4-g8", batches=batches, weights=weights[:1])
     with pytest.raises(QjaxError, match=r"shape \(7,\) do not fit the input of left/kernel"):
         qjax.quantize_flax(module, params, "gptq:int4-g8", batches=batches, weights=[jnp.ones(7)] * 3)
-    with pytest.raises(QjaxError, match="no calibration token of weight above 0 reached left/kernel"):
-        qjax.quantize_flax(module, params, "gptq:int4-g8", batches=batches, weights=[jnp.zeros(40)] * 3)
+    for wrong in (jnp.zeros(40), -jnp.ones(40), jnp.full(40, jnp.nan), ["a"] * 40, [1.0, [2.0]]):
+        with pytest.raises(QjaxError, match="weights must be"):
+            qjax.quantize_flax(module, params, "gptq:int4-g8", batches=batches, weights=[wrong] * 3)
     with pytest.raises(QjaxError, match=r"input of left/kernel.* is not finite"):
         qjax.quantize_flax(module, params, "gptq:int4-g8", batches=[(batches[0][0].at[0, 0].set(jnp.nan), False, 1.0)])
     with pytest.warns(QjaxWarning, match=r"4 calibration tokens.*left/kernel \(16 inputs\)"):
