@@ -1,7 +1,8 @@
 """The driver: a model and a recipe -> the same model with quantized kernels, and a report of every layer.
 
-By default the linear layers inside the blocks are quantized; embeddings, norms and the head stay as they are unless a rule
-names them. The casts fp32, bf16 and fp16 are storage types of the whole model: every floating-point leaf is cast.
+By default the linear layers inside the blocks are quantized; embeddings, norms and the head stay as they are, unless a
+rule names an untied head. The casts fp32, bf16 and fp16 are storage types of the whole model: every floating-point leaf is
+cast.
 
 A decoder is quantized block by block. Beyond the model and its result this holds the float32 weights, Hessians and factors of
 one block, one batch of its activations, and hidden states of all calibration tokens: a block's inputs in the orders `block`
@@ -205,11 +206,11 @@ def _batches(calibration: Calibration) -> Iterable[tuple[Array, Array]]:
 def _warn_of_few_tokens(records: Sequence[LayerRecord]) -> None:
     few = [record for record in records if record.tokens is not None and record.tokens < record.in_features]
     if few:
-        listed = ", ".join(f"{record.path} ({record.in_features} inputs)" for record in few[:5])
+        listed = ", ".join(f"{record.path} ({record.tokens} tokens, {record.in_features} inputs)" for record in few[:5])
         more = f" and {len(few) - 5} more" if len(few) > 5 else ""
         warnings.warn(
-            f"{few[0].tokens} calibration tokens give Hessians of rank {few[0].tokens} at most, less than the inputs of "
-            f"{listed}{more}; damping fills the rest, more tokens would be better",
+            f"fewer calibration tokens than inputs: {listed}{more}; tokens are the rank of a Hessian at most, damping fills "
+            "the rest, more tokens would be better",
             QjaxWarning,
             stacklevel=4,
         )

@@ -274,13 +274,11 @@ def test_every_family_in_every_order(family, tmp_path):
 
 
 def test_fewer_tokens_than_inputs_warn(model):
-    with pytest.warns(
-        QjaxWarning, match=r"10 calibration tokens.*block_0/attention/q/kernel \(32 inputs\).* and 9 more"
-    ) as seen:
+    with pytest.warns(QjaxWarning, match=r"block_0/attention/q/kernel \(10 tokens, 32 inputs\).* and 9 more") as seen:
         quantized, _ = qjax.quantize(model, "gptq:int4-g16", calibration=TOKENS[:1, :10])
     assert seen[0].filename == __file__
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(dequantize_tree(quantized.params)))
-    with pytest.warns(QjaxWarning, match=r"40 calibration tokens.*block_0/mlp/down/kernel \(48 inputs\)") as seen:
+    with pytest.warns(QjaxWarning, match=r"block_0/mlp/down/kernel \(40 tokens, 48 inputs\)") as seen:
         qjax.quantize(model, "gptq:int4-g16@parallel", calibration=TOKENS[:4, :10])
     assert "attention" not in str(seen[0].message)
     with warnings.catch_warnings():
@@ -410,5 +408,5 @@ def test_flax_weights_and_bad_input(net):
             qjax.quantize_flax(module, params, "gptq:int4-g8", batches=batches, weights=[wrong] * 3)
     with pytest.raises(QjaxError, match=r"input of left/kernel.* is not finite"):
         qjax.quantize_flax(module, params, "gptq:int4-g8", batches=[(batches[0][0].at[0, 0].set(jnp.nan), False, 1.0)])
-    with pytest.warns(QjaxWarning, match=r"4 calibration tokens.*left/kernel \(16 inputs\)"):
+    with pytest.warns(QjaxWarning, match=r"left/kernel \(4 tokens, 16 inputs\).*again/kernel \(8 tokens, 24 inputs\)"):
         qjax.quantize_flax(module, params, "gptq:int4-g8@parallel", batches=[(batches[0][0][:4], False, 1.0)])
