@@ -1,11 +1,13 @@
 """The driver: a model and a recipe -> the same model with quantized kernels, and a report of every layer.
 
-By default the linear layers inside the blocks are quantized; embeddings, norms and the head stay as they are unless a rule
-names them. The casts fp32, bf16 and fp16 are storage types of the whole model: every floating-point leaf is cast.
+By default the linear layers inside the blocks are quantized; embeddings, norms and the head stay as they are, unless a
+rule names an untied head. The casts fp32, bf16 and fp16 are storage types of the whole model: every floating-point leaf is
+cast.
 
 A decoder is quantized block by block. Beyond the model and its result this holds the float32 weights, Hessians and factors of
-one block, one batch of its activations, and the hidden states of all calibration tokens between two blocks (twice for the
-order `qep`).
+one block, one batch of its activations, and hidden states of all calibration tokens: a block's inputs in the orders `block`
+and `sequential`; these and the unquantized model's in `qep`; a block's inputs and its outputs in `parallel`. awq(loss=module)
+adds outputs of the attention or MLP whose scale it looks for: the right ones and those with the candidate being tried.
 """
 
 import dataclasses
@@ -23,9 +25,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
-from qjax.calibrate.capture import Batch, sharing
+from qjax.calibrate.capture import Batch, distinct_calls, sharing
 from qjax.calibrate.order import Order
-from qjax.calibrate.tokens import Calibration, as_calibration
+from qjax.calibrate.tokens import Calibration, as_calibration, as_weights
 from qjax.errors import QjaxError, QjaxWarning
 from qjax.interception import KernelView, linear_layers, quantized_kernels
 from qjax.layerwise import LayerRecord, Part, Plan, Quantized, quantize_part
@@ -147,16 +149,26 @@ def _quantize_decoder(
         batches = [Batch((x, *further), w) for x, w in zip(current, weights, strict=True)]
         references = [Batch((x, *further), w) for x, w in zip(exact, weights, strict=False)]
         if batches and module not in shared:  # equal blocks are traced once
-            shared[module] = sharing(module, params, *batches[0].args)
+            shared[module] = sharing(module, params, batches[0].args)
         part = dataclasses.replace(bare, shared=shared.get(module, {}))
         found = quantize_part(part, inside, order, batches, references, on_layer, keep_outputs=later)
         results.append((part.prefix, [each._replace(floating={}, outputs=[]) for each in found]))
+        del batches, references  # what holds hidden states, so that each makes room for the next
         if later:
-            run = compiled(module)
-            current = found[0].outputs or [run(found[0].floating if order.prefix else params, x) for x in current]
-            exact = [run(params, x) for x in exact]
+            if found[0].outputs:
+                current = found[0].outputs
+            else:
+                _advance(module, found[0].floating if order.prefix else params, current)
+            _advance(module, params, exact)
         del found  # floating kernels live no longer than their part
     return results
+
+
+def _advance(module: nn.Module, params: PyTree, states: list[Array]) -> None:
+    """Replaces every batch of hidden states by what the module makes of it, one after the other."""
+    run = compiled(module)
+    for number, x in enumerate(states):
+        states[number] = jax.block_until_ready(run(params, x))  # else inputs whose runs wait are held beside the outputs
 
 
 def _parts(model: Model, plans: Sequence[Plan], order: Order, dtype: DTypeLike) -> Iterator[tuple[Part, list[Plan]]]:
@@ -194,11 +206,11 @@ def _batches(calibration: Calibration) -> Iterable[tuple[Array, Array]]:
 def _warn_of_few_tokens(records: Sequence[LayerRecord]) -> None:
     few = [record for record in records if record.tokens is not None and record.tokens < record.in_features]
     if few:
-        listed = ", ".join(f"{record.path} ({record.in_features} inputs)" for record in few[:5])
+        listed = ", ".join(f"{record.path} ({record.tokens} tokens, {record.in_features} inputs)" for record in few[:5])
         more = f" and {len(few) - 5} more" if len(few) > 5 else ""
         warnings.warn(
-            f"{few[0].tokens} calibration tokens give Hessians of rank {few[0].tokens} at most, less than the inputs of "
-            f"{listed}{more}; damping fills the rest, more tokens would be better",
+            f"fewer calibration tokens than inputs: {listed}{more}; tokens are the rank of a Hessian at most, damping fills "
+            "the rest, more tokens would be better",
             QjaxWarning,
             stacklevel=4,
         )
@@ -229,36 +241,53 @@ def quantize_flax(
     params: PyTree,
     recipe: str | Recipe | None,
     *,
-    batches: Sequence[tuple],
-    weights: Sequence[Array] | None = None,
+    batches: Iterable[tuple],
+    weights: Iterable[Array] | None = None,
     rules: Iterable[str | Rule] = (),
     order: str | None = None,
     on_layer: Callable[[LayerRecord], None] = lambda record: None,
 ) -> tuple[PyTree, Report]:
     """Quantizes the kernels of any Linen model: nn.Dense, nn.DenseGeneral and nn.Einsum layers, found by tracing it.
 
-    params: the "params" collection. batches: arguments of module.apply, each a tuple; the first is used to trace, all of
-    them by recipes that read calibration data. weights: per batch, how much each token counts (0 leaves it out), an array
-    whose axes are the first axes of every layer's input. order: as in `quantize`; the module counts as one block, so that
-    "block" is "parallel", and "sequential" and "qep" run it once for each set of layers with the same input.
-    Run the result with `apply_flax`. Raises QjaxError when no layer can be quantized or a rule names none, and lists layers
-    that cannot run with a quantized kernel, or cannot be captured, unless a rule "PATTERN=none" leaves them out.
+    params: the "params" collection. batches: arguments of module.apply, each a tuple; between them they reach every layer that
+    is quantized, and recipes that read calibration data see them all. weights: per batch, how much each token counts (0 leaves
+    it out), an array whose axes are the first axes of every layer's input. order: as in `quantize`; the module counts as one
+    block, so that "block" is "parallel", and "sequential" and "qep" run it once for each set of layers with the same input.
+    Run the result with `apply_flax`. Raises QjaxError for weights that are negative or not finite, modules that
+    read collections besides "params", when no layer can be quantized or a rule names none, and lists layers
+    that no batch reaches, that cannot run with a quantized kernel, or cannot be captured, unless a rule "PATTERN=none" leaves
+    them out.
     """
     recipe, rules = _parsed(recipe, rules, order)
+    batches = list(batches)
     if not batches:
         raise QjaxError("quantize_flax: batches is empty; give at least one tuple of arguments of module.apply")
+    if wrong := [
+        f"batches[{i}] is {type(args).__name__}" for i, args in enumerate(batches) if not isinstance(args, tuple | list)
+    ]:
+        raise QjaxError(f"quantize_flax: {', '.join(wrong)}; give tuples of arguments of module.apply, [(x,)] for one array")
+    if isinstance(params.get("params"), Mapping):
+        raise QjaxError("quantize_flax: params holds a collection 'params'; give that collection, variables['params']")
     if any(is_quantized(leaf) for leaf in flatten_dict(params, sep="/").values()):
         raise QjaxError("quantize_flax: the parameters are quantized already; start from the unquantized ones")
-    views, refused = linear_layers(module, params, *batches[0])
+    flat, calls = flatten_dict(params, sep="/"), distinct_calls(batches)
+    views, refused = {}, {}
+    for args in calls:
+        found = linear_layers(module, params, *args)
+        views |= found.views
+        refused |= found.refused
+    for path in flat:
+        if path.split("/")[-1] == "kernel" and np.ndim(flat[path]) > 1 and path not in views.keys() | refused.keys():
+            refused[path] = f"{path}: no batch reaches it by the __call__ of a layer"
     placed = place([*views, *refused], recipe, rules)
-    blocked = [refused[path] for path in refused if placed[path] is not None and not placed[path].is_cast]
+    cast = recipe if recipe is not None and recipe.is_cast else None  # of every leaf, which needs no view
+    blocked = [why for path, why in refused.items() if placed[path] not in (None, cast)]
     if blocked:
         raise QjaxError(f"{'; '.join(blocked)}. A rule 'PATTERN=none' leaves such a layer as it is")
     if not views:
         raise QjaxError(f"{type(module).__name__}: no Dense, DenseGeneral or Einsum layer found to quantize")
     started = time.perf_counter()
     plan = {path: placed[path] for path in views}
-    flat = flatten_dict(params, sep="/")
     for path, chosen in plan.items():
         if chosen is not None and flat[path].shape != views[path].shape:
             raise QjaxError(
@@ -266,19 +295,19 @@ def quantize_flax(
                 "nn.scan or nn.vmap; quantize such kernels with jax.vmap(qjax.rtn, ...), a rule 'PATTERN=none' leaves them as "
                 "they are"
             )
-    if weights is not None and len(weights) != len(batches):
+    weights = [None] * len(batches) if weights is None else as_weights(weights)
+    if len(weights) != len(batches):
         raise QjaxError(f"quantize_flax: {len(batches)} batches but {len(weights)} arrays of weights")
-    calibration = [
-        Batch(tuple(args), w)
-        for args, w in zip(batches, weights if weights is not None else [None] * len(batches), strict=True)
-    ]
+    calibration = [Batch(tuple(args), w) for args, w in zip(batches, weights, strict=True)]
     stage = _one_order(plan) or Stage("parallel")
     order = method(stage.name)(**dict(stage.options))
     calibrated = any(chosen and chosen.statistics for chosen in plan.values())
-    part = Part(module, "", params, views, sharing(module, params, *batches[0]) if calibrated else {})
+    part = Part(module, "", params, views, sharing(module, params, *calls) if calibrated else {})
     (found,) = quantize_part(part, [plan], order, calibration, calibration, on_layer)
     _warn_of_few_tokens(found.records)
-    leaves = found.leaves | _cast_others(found.leaves, recipe, views)
+    leaves = found.leaves | _cast_others(
+        found.leaves, recipe, [path for path in placed if path in views or placed[path] is None]
+    )
     result = unflatten_dict(leaves, sep="/")
     return result, _report(result, found.records, time.perf_counter() - started)
 
@@ -292,11 +321,14 @@ def apply_flax(module: nn.Module, params: PyTree, *args: object, **kwargs: objec
 def dequantize_flax(module: nn.Module, params: PyTree, *args: object, **kwargs: object) -> PyTree:
     """The inverse of `quantize_flax`: every quantized kernel as a float32 array of the shape module's layer expects.
 
-    args: arguments of module.apply, to find the layers by tracing.
+    args: arguments of module.apply, to find the layers by tracing. Raises QjaxError that lists kernels they do not reach.
     """
     views, _ = linear_layers(module, params, *args, **kwargs)
     flat = flatten_dict(params, sep="/")
-    decoded = {path: views[path].to_kernel(dequantize(leaf)) for path, leaf in flat.items() if is_quantized(leaf)}
+    quantized = {path: leaf for path, leaf in flat.items() if is_quantized(leaf)}
+    if unreached := quantized.keys() - views.keys():
+        raise QjaxError(f"dequantize_flax: these arguments do not reach {', '.join(sorted(unreached))}; give some that do")
+    decoded = {path: views[path].to_kernel(dequantize(leaf)) for path, leaf in quantized.items()}
     return unflatten_dict(flat | decoded, sep="/")
 
 

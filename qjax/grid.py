@@ -191,7 +191,7 @@ def store_scales(scale: Float[Array, "groups channels"], fmt: Format) -> jax.Arr
     A scale above the largest number of its type becomes that number.
     """
     if not fmt.double_quantized:
-        scale = jnp.minimum(scale, jnp.finfo(fmt.scale_dtype).max).astype(fmt.scale_dtype)
+        scale = in_scale_type(scale, fmt)
         return scale.T.reshape(-1) if fmt.granularity == "block" else scale
     flat = scale.T.reshape(-1)
     offset = jnp.mean(flat)
@@ -205,6 +205,11 @@ def store_scales(scale: Float[Array, "groups channels"], fmt: Format) -> jax.Arr
     table = jnp.array(dynamic_map())
     codes = jnp.searchsorted((table[:-1] + table[1:]) / 2, scaled, side="left").astype(jnp.uint8)
     return QuantizedScales(codes.reshape(-1)[: flat.size], largest, offset)
+
+
+def in_scale_type(scale: Float[Array, "..."], fmt: Format) -> Float[Array, "..."]:
+    """Scales in the format's type for them; one above its largest number becomes that number."""
+    return jnp.minimum(scale, jnp.finfo(fmt.scale_dtype).max).astype(fmt.scale_dtype)
 
 
 def load_scales(stored: jax.Array | QuantizedScales, fmt: Format, shape: tuple[int, int]) -> Float[Array, "groups channels"]:

@@ -9,12 +9,14 @@ is all that a quantizer needs to know of a layer.
 import contextlib
 import dataclasses
 import math
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.errors import ScopeCollectionNotFound
 from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float, PyTree
 
@@ -112,7 +114,10 @@ def recorded(watched: tuple[str, ...] | None = None) -> Iterator[Recording]:
 
 
 def linear_layers(module: nn.Module, params: PyTree, *args: object, **kwargs: object) -> Linears:
-    """Every linear layer that module.apply({"params": params}, *args, **kwargs) calls; nothing is computed."""
+    """Every linear layer that module.apply({"params": params}, *args, **kwargs) calls; nothing is computed.
+
+    Raises QjaxError for a module that reads other collections.
+    """
     views, refused = {}, {}
 
     def record(call, call_args, call_kwargs, context):
@@ -128,8 +133,15 @@ def linear_layers(module: nn.Module, params: PyTree, *args: object, **kwargs: ob
                 refused[path] = str(error)
         return _run_quantized(call, call_args, call_kwargs, context)
 
-    with nn.intercept_methods(record):
-        jax.eval_shape(lambda p: module.apply({"params": p}, *args, **kwargs), params)
+    try:
+        with nn.intercept_methods(record):
+            jax.eval_shape(lambda p: module.apply({"params": p}, *args, **kwargs), params)
+    except ScopeCollectionNotFound as error:
+        collection = re.search('collection "(.*?)"', str(error)).group(1)
+        raise QjaxError(
+            f"{type(module).__name__} reads the collection {collection!r}; modules with further collections than params "
+            "cannot be captured yet: round its kernels with qjax.rtn or qjax.gptq and run it under qjax.quantized_kernels()"
+        ) from None
     return Linears(views, refused)
 
 

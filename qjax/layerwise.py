@@ -104,11 +104,6 @@ def quantize_part(
     flat = flatten_dict(part.params, sep="/")
     needing = [{path: recipe for path, recipe in plan.items() if recipe and recipe.statistics} for plan in plans]
     shared = part.shared
-    unseen = [part.prefix + path for plan in needing for path in plan if path not in shared]
-    if unseen:
-        raise QjaxError(
-            f"the calibration data never reached {', '.join(unseen)}; a rule 'PATTERN=none' leaves a layer as it is"
-        )
 
     def capture(paths, floating, *, drift=False, reference=None):
         """Statistics of the layers at `paths`, by the path of the layer that stands for those with its input."""
@@ -246,6 +241,11 @@ def _find_scale(part, paths, flat, recipe, statistics, batches, memo) -> Float[A
         if "rounded" in inspect.signature(method(stage.name)).parameters:
             taken["rounded"] = functools.partial(_rounded_by_recipe, tuple(weights), recipe, statistics, memo)
         scale = method(stage.name)(weights, recipe.format, **taken, **dict(stage.options))
+        if not bool(jnp.all(jnp.isfinite(scale))):
+            raise QjaxError(
+                f"{stage.name} finds no finite scale for {', '.join(part.prefix + path for path in paths)}: the weights, or "
+                "the output of the module they are in, are not finite; start from an intact model and calibration data"
+            )
         total = total * scale
         weights = [weight * scale[:, None] for weight in weights]
         statistics = rescale(statistics, scale)
@@ -335,15 +335,29 @@ def round_weight(
     return function(weight, recipe.format, **taken, **options)
 
 
-@functools.cache
 def problem_of(recipe: Recipe, shape: tuple[int, int]) -> str | None:
-    """What is wrong with a rounding's options, alone or for a kernel of this shape; None if nothing is. Computes nothing."""
+    """What is wrong with a recipe's options, alone or for a kernel of this shape; None if nothing is. Computes nothing.
+
+    A method of one's own that JAX cannot trace is not looked into.
+    """
     array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     statistics = {"hessian": array((shape[0],) * 2), "abs_mean": array(shape[:1]), "abs_max": array(shape[:1])}
+
+    def run(weight, known):
+        for stage in recipe.transforms:
+            given = known | {"module": lambda weights: jnp.sum(weights[0])}
+            taken = {name: given[name] for name in statistics_of(stage)}
+            if "rounded" in inspect.signature(method(stage.name)).parameters:
+                taken["rounded"] = lambda scale=None: [weight]
+            method(stage.name)([weight], recipe.format, **taken, **dict(stage.options))
+        return round_weight(weight, recipe, known)[0].codes
+
     try:
-        jax.eval_shape(lambda weight, known: round_weight(weight, recipe, known)[0].codes, array(shape), statistics)
+        jax.eval_shape(run, array(shape), statistics)
     except QjaxError as error:
         return str(error)
+    except jax.errors.JAXTypeError:
+        return None
     return None
 
 

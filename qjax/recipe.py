@@ -5,7 +5,6 @@
     awq+gptq(damp=0.05):int3-g128       transforms + rounding : format
     awq:int4-g128                       a transform alone is followed by the rounding that belongs to it, here rtn(clip=hessian)
     gptq:int3-g128@sequential           @ order of calibration: whose inputs statistics are from (`calibrate/order.py`)
-    smoothquant:int8-channel/int8-token format of the weights / of the activations
     nf4                                 a format alone is rounded to nearest
     bf16                                storage in another floating-point type, of the whole model
     none                                the model as it is
@@ -58,14 +57,11 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Transforms, then a rounding, to a weight format and perhaps an activation format; build it with
-    `parse_recipe`.
-    """
+    """Transforms, then a rounding, to a weight format; build it with `parse_recipe`."""
 
     transforms: tuple[Stage, ...]
     rounding: Stage
     format: Format
-    activation: Format | None = None
     order: Stage | None = None
 
     @property
@@ -92,9 +88,8 @@ class Recipe:
         stages = [str(stage) for stage in self.transforms]
         if not stages or self.rounding != implied_rounding(self.transforms):
             stages.append(str(self.rounding))
-        activation = f"/{self.activation}" if self.activation else ""
         order = f"@{self.order}" if self.order and self.order != Stage(DEFAULT_ORDER) else ""
-        return f"{'+'.join(stages)}:{self.format}{activation}{order}"
+        return f"{'+'.join(stages)}:{self.format}{order}"
 
 
 @functools.cache
@@ -128,7 +123,8 @@ def register(function: Callable, *, transform: bool = False) -> Callable:
     for registry in (ROUNDINGS, TRANSFORMS):
         registry.pop(name, None)
     (TRANSFORMS if transform else ROUNDINGS)[name] = function
-    method.cache_clear()
+    for cached in (method, implied_rounding, parse_recipe):
+        cached.cache_clear()
     return function
 
 
@@ -178,7 +174,13 @@ def implied_rounding(transforms: tuple[Stage, ...]) -> Stage:
 
 def parse_order(text: str) -> Stage:
     """The order of calibration named `text`, for example "qep(alpha=1)"; raises QjaxError that lists what is allowed."""
-    return _parse_stage(f"order {text!r}", text, (*ORDERS,), what="order of calibration")
+    return _parse_order(f"order {text!r}", text)
+
+
+def _parse_order(where: str, text: str) -> Stage:
+    stage = _parse_stage(where, text, (*ORDERS,), what="order of calibration")
+    method(stage.name)(**dict(stage.options))  # raises for options out of range
+    return stage
 
 
 @functools.lru_cache(maxsize=1024)
@@ -203,23 +205,16 @@ def parse_recipe(text: str) -> Recipe | None:
         raise QjaxError(f"recipe {text!r}: {late[0]!r} is a rounding and must come last, after the transforms")
     if not head and re.split(r"[(\-:/]", formats)[0] in (*ROUNDINGS, *TRANSFORMS):
         raise QjaxError(f"recipe {text!r}: a method needs a format, for example {formats}:int4-g128")
-    weights, *activation = formats.split("/")
-    if len(activation) > 1:
-        raise QjaxError(f"recipe {text!r}: expected FORMAT or WEIGHT-FORMAT/ACTIVATION-FORMAT, got {formats!r}")
-    recipe = Recipe(
-        tuple(stages[:-1]),
-        stages[-1],
-        _parse_format(text, weights),
-        _parse_format(text, activation[0]) if activation else None,
-    )
+    weights, slash, activation = formats.partition("/")
+    if slash:
+        raise QjaxError(f"recipe {text!r}: activation formats are not supported yet; leave out /{activation}")
+    recipe = Recipe(tuple(stages[:-1]), stages[-1], _parse_format(text, weights))
     if recipe.is_cast and (recipe.transforms or recipe.rounding != Stage("rtn")):
         raise QjaxError(f"recipe {text!r}: {recipe.format} is a cast and takes no method; write {str(recipe.format)!r}")
-    if recipe.activation:
-        raise QjaxError(f"recipe {text!r}: activation formats are not supported yet; leave out /{recipe.activation}")
     if at:
         if not recipe.statistics:
             raise QjaxError(f"recipe {text!r}: its methods read no calibration data, which an order (@{order_text}) is about")
-        recipe = recipe.in_order(_parse_stage(where, order_text, (*ORDERS,), what="order of calibration"))
+        recipe = recipe.in_order(_parse_order(where, order_text))
     return recipe
 
 

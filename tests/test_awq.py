@@ -167,6 +167,19 @@ def test_works_under_jit():
     assert np.mean(np.asarray(plain.weight.codes) == np.asarray(compiled.weight.codes)) > 0.98
 
 
+@pytest.mark.parametrize("broken", ["hessian", "abs_mean", "weight"])
+def test_what_is_not_finite_does_not_give_a_scale_of_one(broken):
+    weights, x = case()
+    given = {"weight": jnp.asarray(weights[0]), **statistics(x)}
+    given[broken] = given[broken].at[0].set(jnp.nan)
+    _, info = awq(fmt="int4-g8", **given)
+    assert not np.isfinite(float(info.weight_error)) and not np.isfinite(float(info.proxy_loss))
+    weight = given.pop("weight")
+    assert not np.any(np.isfinite(awq_scale([weight], "int4-g8", **given)))
+    module = lambda new: jnp.nan * jnp.sum(new[0])  # noqa: E731
+    assert not np.any(np.isfinite(awq_scale([weight], "int4-g8", loss="module", module=module, **given)))
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [

@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 
 import qjax
-from qjax.calibrate.capture import Batch, capture_statistics, merge_arguments, parent_outputs, sharing, split_arguments
+from qjax.calibrate.capture import (
+    Batch,
+    capture_statistics,
+    distinct_calls,
+    merge_arguments,
+    parent_outputs,
+    sharing,
+    split_arguments,
+)
 from qjax.errors import QjaxError
 from qjax.models.decoder import Block
 from tests.conftest import tiny_config
@@ -80,7 +88,7 @@ def test_inputs_of_every_kind_of_layer(mixed):
 
 def test_layers_that_share_their_input(mixed):
     module, params, x = mixed
-    shared = sharing(module, params, x)
+    shared = sharing(module, params, (x,))
     assert list(shared) == [f"{n}/kernel" for n in ("left", "right", "other", "twice", "split", "join", "einsum", "dots")]
     assert {path for path, first in shared.items() if path != first} == {"right/kernel"}
     assert shared["right/kernel"] == "left/kernel"
@@ -88,7 +96,7 @@ def test_layers_that_share_their_input(mixed):
 
 def test_sharing_in_the_decoder():
     model = small_model(tiny_config())
-    shared = sharing(Block(model.config), model.params["block_0"], jnp.zeros((1, 4, 32)))
+    shared = sharing(Block(model.config), model.params["block_0"], (jnp.zeros((1, 4, 32)),))
     groups = {}
     for path, first in shared.items():
         groups.setdefault(first, set()).add(path.removesuffix("/kernel"))
@@ -134,6 +142,14 @@ def test_outputs_of_a_submodule(mixed):
     expected = np.asarray(x) @ np.asarray(params["left"]["kernel"]) + np.asarray(params["left"]["bias"])
     np.testing.assert_allclose(plain[0], expected, atol=1e-5)
     assert len(parent_outputs(module, params, [Batch((x,))] * 2, ("twice",))) == 4  # two calls in each batch
+
+
+def test_outputs_of_tokens_that_do_not_count_may_be_anything(mixed):
+    module, params, x = mixed
+    weights = jnp.ones((4, 5)).at[1, 2].set(0)
+    (got,) = parent_outputs(module, params, [Batch((x.at[1, 2].set(jnp.nan),), weights)], ("left",))
+    (expected,) = parent_outputs(module, params, [Batch((x,), weights)], ("left",))
+    np.testing.assert_array_equal(got, expected)
 
 
 def hidden(lift):
@@ -228,6 +244,32 @@ class Sometimes(nn.Module):
     def __call__(self, x, more):
         x = nn.Dense(4, name="always")(x)
         return nn.Dense(4, name="sometimes")(x) if more else x
+
+
+class Branches(nn.Module):
+    """Layers between others, and an input shared with another layer in one of the calls only."""
+
+    @nn.compact
+    def __call__(self, x, more):
+        a, b = nn.Dense(4, name="a")(x), nn.Dense(4, name="b")(x + 0.0 if more else x)
+        if more:
+            a = nn.Dense(4, name="between")(a)
+        return nn.Dense(4, name="last")(a * b)
+
+
+def test_sharing_over_several_calls():
+    module, x = Branches(), jnp.ones((3, 4))
+    params = module.init(jax.random.key(0), x, True)["params"]
+    assert sharing(module, params, (x, False))["b/kernel"] == "a/kernel"
+    found = sharing(module, params, (x, False), (x, True))
+    assert list(found) == [f"{name}/kernel" for name in ("a", "b", "between", "last")]
+    assert all(path == first for path, first in found.items())
+
+
+def test_distinct_calls():
+    x = jnp.ones((3, 4))
+    calls = [(x, False), (x + 1, False), (x, True), (x[:2], True), (x, True)]
+    assert [id(call) for call in distinct_calls(calls)] == [id(calls[i]) for i in (0, 2, 3)]
 
 
 def test_batches_need_not_reach_every_layer():

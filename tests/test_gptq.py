@@ -307,6 +307,15 @@ def test_refinement_lowers_the_loss_sweep_by_sweep():
         assert losses[0] > losses[1] > losses[2], fmt
 
 
+def test_refined_scales_stay_in_their_type():
+    """float16 holds no scale of such weights."""
+    weight, hessian = layer()
+    for refine in (0, 2):
+        q, info = gptq(1e8 * weight, "int3-g16", hessian=hessian, refine=refine)
+        assert np.all(np.isfinite(dequantize(q)))
+        assert np.isfinite(info.weight_error) and np.isfinite(info.proxy_loss)
+
+
 def test_refined_codes_are_a_minimum():
     """No single code and no single scale can be changed for a lower loss; float64."""
     weight, hessian = layer()

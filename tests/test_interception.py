@@ -107,13 +107,79 @@ def test_stacked_kernels_are_refused_by_name_and_can_be_left_out(x):
     assert not is_quantized(same["layers"]["kernel"])
 
 
+class Two(nn.Module):
+    """A layer that only a flag reaches."""
+
+    @nn.compact
+    def __call__(self, x, use):
+        x = nn.Dense(8, name="a")(x)
+        return nn.Dense(8, name="b")(x) if use else x
+
+
+@pytest.mark.parametrize("recipe", ["rtn:int8-g4", "gptq:int8-g4", "gptq:int8-g4@parallel"])
+def test_every_batch_is_traced(x, recipe):
+    params = Two().init(jax.random.key(0), x, True)["params"]
+    xs = jax.random.normal(jax.random.key(2), (2, 16, 7))
+    quantized, report = qjax.quantize_flax(Two(), params, recipe, batches=[(xs[0], False), (xs[1], True)])
+    assert all(is_quantized(quantized[name]["kernel"]) for name in "ab")
+    assert [record.path for record in report.layers] == ["a/kernel", "b/kernel"]
+    with pytest.raises(qjax.QjaxError, match="do not reach b/kernel"):
+        qjax.dequantize_flax(Two(), quantized, x, False)
+
+
+def test_kernels_that_no_batch_reaches_are_named(x):
+    params = Two().init(jax.random.key(0), x, True)["params"]
+    with pytest.raises(qjax.QjaxError, match=r"b/kernel: no batch reaches it.*'PATTERN=none'"):
+        qjax.quantize_flax(Two(), params, "rtn:int8-g4", batches=[(x, False)])
+    for options in ({"recipe": "rtn:int8-g4", "rules": ["b=none"]}, {"recipe": None, "rules": ["a=rtn:int8-g4"]}):
+        quantized, _ = qjax.quantize_flax(Two(), params, batches=[(x, False)], **options)
+        assert is_quantized(quantized["a"]["kernel"])
+        assert quantized["b"]["kernel"] is params["b"]["kernel"]
+
+
+@pytest.mark.parametrize("recipe", ["rtn:int8-g4", "bf16"])
+def test_rules_on_kernels_that_are_not_run_are_done_or_refused(x, recipe):
+    """Another recipe than the whole model's cast is an error there; none leaves the kernel as it is."""
+    params = Two().init(jax.random.key(0), x, True)["params"]
+    with pytest.raises(qjax.QjaxError, match="b/kernel"):
+        qjax.quantize_flax(Two(), params, recipe, batches=[(x, False)], rules=["b=fp16"])
+    left, _ = qjax.quantize_flax(Two(), params, recipe, batches=[(x, False)], rules=["b=none"])
+    assert left["b"]["kernel"].dtype == jnp.float32
+
+
 def test_misuse_is_named(x):
     params = initialise(Mixed(), x)
     with pytest.raises(qjax.QjaxError, match="batches is empty"):
         qjax.quantize_flax(Mixed(), params, "nf4", batches=[])
+    with pytest.raises(qjax.QjaxError, match=r"batches\[1\] is ArrayImpl; give tuples.*\[\(x,\)\]"):
+        qjax.quantize_flax(Mixed(), params, "nf4", batches=[(x,), x])
+    with pytest.raises(qjax.QjaxError, match=r"variables\['params'\]"):
+        qjax.quantize_flax(Mixed(), {"params": params}, "nf4", batches=[(x,)])
     quantized, _ = qjax.quantize_flax(Mixed(), params, "nf4", batches=[(x,)])
     with pytest.raises(qjax.QjaxError, match="quantized already"):
         qjax.quantize_flax(Mixed(), quantized, "nf4", batches=[(x,)])
+
+
+@pytest.mark.parametrize("average", [True, False])
+def test_further_collections_are_named(x, average):
+    """They run with quantized kernels, as the message says."""
+
+    class Normed(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.BatchNorm(use_running_average=average, name="norm")(nn.Dense(8, name="dense")(x))
+
+    variables = Normed().init(jax.random.key(0), x)
+    params = variables["params"]
+    with pytest.raises(qjax.QjaxError, match=r"Normed reads the collection 'batch_stats'.*cannot be captured yet"):
+        qjax.quantize_flax(Normed(), params, "rtn:int8-g4", batches=[(x,)])
+    kernel, _ = qjax.rtn(params["dense"]["kernel"], "int8-g4")
+    with qjax.quantized_kernels():
+        got, _ = Normed().apply(
+            {**variables, "params": params | {"dense": params["dense"] | {"kernel": kernel}}}, x, mutable=["batch_stats"]
+        )
+    expected, _ = Normed().apply(variables, x, mutable=["batch_stats"])
+    np.testing.assert_allclose(got, expected, atol=0.2)
 
 
 def test_rules_leave_layers_out(x):

@@ -119,7 +119,7 @@ def test_orders_are_what_they_say(case, name, transform):
     stage = parse_order(name)
     order = recipes.method(stage.name)(**dict(stage.options))
     transforms = (Stage("stretch"),) if transform else ()
-    recipe = Recipe(transforms, Stage("fake"), parse_format("fp32"), None, stage)
+    recipe = Recipe(transforms, Stage("fake"), parse_format("fp32"), stage)
     quantized, _ = quantize(case.model, recipe, calibration=Calibration(case.tokens, case.weights), rules=["head=none"])
     expected = slowly(case, order, transform)
     for path, leaf in flatten(quantized.params).items():
@@ -131,7 +131,7 @@ def test_the_orders_differ(case):
     """Otherwise the test above would show nothing."""
     found = []
     for name in ORDERS:
-        recipe = Recipe((), Stage("fake"), parse_format("fp32"), None, parse_order(name))
+        recipe = Recipe((), Stage("fake"), parse_format("fp32"), parse_order(name))
         quantized, _ = quantize(case.model, recipe, calibration=Calibration(case.tokens, case.weights), rules=["head=none"])
         found.append(np.asarray(flatten(quantized.params)["block_1/mlp/down/kernel"]))
     for i, a in enumerate(found):
@@ -143,7 +143,7 @@ def test_the_orders_differ(case):
 
 def test_batches_do_not_matter(case, monkeypatch):
     """Batches of two windows, the last filled up with one that does not count, and all at once."""
-    recipe = Recipe((), Stage("fake"), parse_format("fp32"), None, Stage("sequential"))
+    recipe = Recipe((), Stage("fake"), parse_format("fp32"), Stage("sequential"))
     results = []
     for at_once in (2048, 33):
         monkeypatch.setitem(driver.BATCH_TOKENS, jax.default_backend(), at_once)

@@ -63,6 +63,27 @@ def test_singular_and_dead_inputs(case):
     np.testing.assert_array_equal(run(weight, np.zeros((IN, IN)), np.zeros((IN, IN)), 1.0, 0.0), np.float32(weight))
 
 
+@pytest.mark.parametrize("tokens", [3, 20, 200])
+def test_a_singular_hessian_is_damped_until_it_has_a_factor(tokens):
+    """Without damping the correction would be nan, or what noise of float32 makes of it."""
+    generator = np.random.default_rng(0)
+    x = 3 + 0.1 * generator.standard_normal((tokens, 256))
+    exact, weight = x + 0.1 * generator.standard_normal(x.shape), generator.standard_normal((256, OUT))
+    got = run(weight, x.T @ x / tokens, x.T @ (exact - x) / tokens, 1.0, 0.0)
+    assert np.sum(np.square(got - weight)) < np.sum(np.square(weight))
+    assert np.sum((x @ got - exact @ weight) ** 2) < np.sum((x @ weight - exact @ weight) ** 2)
+
+
+def test_inputs_that_never_moved_ask_for_no_damping(case):
+    weight, x, exact, *_ = case
+    x, exact = x.copy(), exact.copy()
+    x[:, 3] = exact[:, 3] = 0
+    solution = np.linalg.lstsq(x, exact @ weight, rcond=None)[0]
+    solution[3] = weight[3]
+    got = run(weight, x.T @ x / TOKENS, x.T @ (exact - x) / TOKENS, 1.0, 0.0)
+    np.testing.assert_allclose(got, solution, atol=1e-4)
+
+
 def test_half_precision_weights(case):
     weight, _, _, hessian, drift = case
     got = correct(jnp.asarray(weight, jnp.bfloat16), jnp.float32(hessian), jnp.float32(drift), 0.5, 0.01)

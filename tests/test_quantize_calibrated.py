@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import qjax
+from qjax import driver
 from qjax.calibrate.tokens import Calibration
 from qjax.checkpoints.packed import load_packed, save
 from qjax.driver import quantize_together
@@ -184,12 +185,44 @@ def test_v_that_is_left_alone_takes_no_scale(tmp_path):
     assert_same_bits(load_packed(tmp_path / "model"), left)
 
 
+@pytest.mark.parametrize(("order", "most"), [("parallel", 2), ("block", 1), ("sequential", 1), ("qep", 2)])
+def test_hidden_states_are_held_as_often_as_the_driver_says(model, order, most, monkeypatch):
+    """Of all batches, `most` times, and of one batch more while a block runs."""
+    monkeypatch.setitem(driver.BATCH_TOKENS, jax.default_backend(), 64)
+    batches, shape, seen = 8, (2, 32, 32), []
+
+    def count(*_):
+        seen.append(sum(array.shape == shape for array in jax.live_arrays()))
+
+    def counting(module):
+        def run(params, x):
+            count()
+            return honest(module)(params, x)
+
+        return run
+
+    honest, before = driver.compiled, sum(array.shape == shape for array in jax.live_arrays())
+    monkeypatch.setattr(driver, "compiled", counting)
+    qjax.quantize(model, f"gptq:int4-g16@{order}", calibration=TOKENS, on_layer=count)
+    assert batches <= max(seen) - before <= most * batches + 1
+
+
 @pytest.mark.parametrize("order", ["parallel", "qep"])
 @pytest.mark.parametrize("rounding", ["+rtn"])
 def test_module_loss_goes_with_every_rounding(model, order, rounding):
     quantized, report = qjax.quantize(model, f"awq(loss=module){rounding}:int4-g16@{order}", calibration=TOKENS)
     assert isinstance(quantized.params["block_1"]["attention"]["o"]["kernel"], QLinear)
     assert all(record.weight_error < 0.1 for record in report.layers if record.recipe != "none")
+
+
+def test_scales_by_an_output_that_is_not_finite_are_refused(model):
+    """Inputs of the layers are finite, the output of the attention they are in is not."""
+    leaves = flatten(model.params)
+    leaves["block_1/attention/o/kernel"] = leaves["block_1/attention/o/kernel"].at[3].set(jnp.inf)
+    broken = model._replace(params=unflatten(leaves))
+    rules = ["block_0|mlp|attention/o=none"]
+    with pytest.raises(QjaxError, match=r"awq finds no finite scale for block_1/attention/q/kernel"):
+        qjax.quantize(broken, "awq(loss=module)+rtn:int4-g16@parallel", rules=rules, calibration=TOKENS)
 
 
 def test_scales_of_two_transforms_are_the_ones_stored(model):
@@ -241,13 +274,11 @@ def test_every_family_in_every_order(family, tmp_path):
 
 
 def test_fewer_tokens_than_inputs_warn(model):
-    with pytest.warns(
-        QjaxWarning, match=r"10 calibration tokens.*block_0/attention/q/kernel \(32 inputs\).* and 9 more"
-    ) as seen:
+    with pytest.warns(QjaxWarning, match=r"block_0/attention/q/kernel \(10 tokens, 32 inputs\).* and 9 more") as seen:
         quantized, _ = qjax.quantize(model, "gptq:int4-g16", calibration=TOKENS[:1, :10])
     assert seen[0].filename == __file__
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(dequantize_tree(quantized.params)))
-    with pytest.warns(QjaxWarning, match=r"40 calibration tokens.*block_0/mlp/down/kernel \(48 inputs\)") as seen:
+    with pytest.warns(QjaxWarning, match=r"block_0/mlp/down/kernel \(40 tokens, 48 inputs\)") as seen:
         qjax.quantize(model, "gptq:int4-g16@parallel", calibration=TOKENS[:4, :10])
     assert "attention" not in str(seen[0].message)
     with warnings.catch_warnings():
@@ -365,13 +396,17 @@ def test_flax_weights_and_bad_input(net):
     stacked, _ = qjax.quantize_flax(module, params, "gptq:int4-g8", batches=batches, weights=jnp.stack(weights))  # an array
     for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(stacked), strict=True):
         np.testing.assert_array_equal(x, y)
+    listed, _ = qjax.quantize_flax(module, params, "gptq:int4-g8", batches=iter(batches), weights=(w.tolist() for w in weights))
+    for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(listed), strict=True):
+        np.testing.assert_array_equal(x, y)
     with pytest.raises(QjaxError, match="3 batches but 1 arrays"):
         qjax.quantize_flax(module, params, "gptq:int4-g8", batches=batches, weights=weights[:1])
     with pytest.raises(QjaxError, match=r"shape \(7,\) do not fit the input of left/kernel"):
         qjax.quantize_flax(module, params, "gptq:int4-g8", batches=batches, weights=[jnp.ones(7)] * 3)
-    with pytest.raises(QjaxError, match="no calibration token of weight above 0 reached left/kernel"):
-        qjax.quantize_flax(module, params, "gptq:int4-g8", batches=batches, weights=[jnp.zeros(40)] * 3)
+    for wrong in (jnp.zeros(40), -jnp.ones(40), jnp.full(40, jnp.nan), ["a"] * 40, [1.0, [2.0]]):
+        with pytest.raises(QjaxError, match="weights must be"):
+            qjax.quantize_flax(module, params, "gptq:int4-g8", batches=batches, weights=[wrong] * 3)
     with pytest.raises(QjaxError, match=r"input of left/kernel.* is not finite"):
         qjax.quantize_flax(module, params, "gptq:int4-g8", batches=[(batches[0][0].at[0, 0].set(jnp.nan), False, 1.0)])
-    with pytest.warns(QjaxWarning, match=r"4 calibration tokens.*left/kernel \(16 inputs\)"):
+    with pytest.warns(QjaxWarning, match=r"left/kernel \(4 tokens, 16 inputs\).*again/kernel \(8 tokens, 24 inputs\)"):
         qjax.quantize_flax(module, params, "gptq:int4-g8@parallel", batches=[(batches[0][0][:4], False, 1.0)])

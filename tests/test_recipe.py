@@ -7,7 +7,9 @@ import pytest
 from qjax import recipe as module
 from qjax.errors import QjaxError
 from qjax.formats import parse_format
-from qjax.recipe import method_table, parse_recipe
+from qjax.layerwise import problem_of
+from qjax.recipe import Stage, method_table, parse_recipe
+from qjax.rounding.nearest import rtn
 
 
 @pytest.mark.parametrize(
@@ -92,6 +94,29 @@ def every_kind(monkeypatch):
     real = module.method
     monkeypatch.setattr(module, "method", lambda name: kinds if name == "kinds" else real(name))
     monkeypatch.setitem(module.ROUNDINGS, "kinds", "")
+
+
+def test_a_method_registered_again_is_the_new_one(monkeypatch):
+    monkeypatch.setattr(module, "ROUNDINGS", dict(module.ROUNDINGS))
+    monkeypatch.setattr(module, "TRANSFORMS", dict(module.TRANSFORMS))
+
+    def again(weight, fmt, *, sigmas: float = 3.0):
+        raise QjaxError("again: the first one")
+
+    module.register(again)
+    recipe = parse_recipe("again(sigmas=2):int4-g8")
+    assert str(recipe) == "again(sigmas=2.0):int4-g8"
+    assert problem_of(recipe, (8, 8)) == "again: the first one"
+
+    def again(weight, fmt, *, sigmas: float = 2.0):
+        return rtn(weight, fmt)
+
+    module.register(again)
+    recipe = parse_recipe("again(sigmas=2):int4-g8")
+    assert str(recipe) == "again:int4-g8"
+    assert problem_of(recipe, (8, 8)) is None
+    module.register(again, transform=True)
+    assert parse_recipe("again:int4-g8").rounding == Stage("rtn")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The sweep loop: rows, resuming, provenance, a kill at any moment, one compilation for all cells."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -14,16 +15,19 @@ import numpy as np
 import pytest
 
 import qjax
+from qjax import recipe as recipes
 from qjax.calibrate.tokens import as_calibration
 from qjax.errors import QjaxError
 from qjax.evaluate.corpora import Corpus
 from qjax.evaluate.perplexity import parse_convention
+from qjax.layerwise import problem_of
 from qjax.models.model import stages
+from qjax.recipe import parse_recipe
 from qjax.report.reports import write_reports
 from qjax.sweep import runner
 from qjax.sweep.record import compare, digest, method_name, model_fingerprint
 from qjax.sweep.runner import Sweep, Watcher, run_sweep
-from qjax.sweep.store import ROWS, read_rows
+from qjax.sweep.store import LAYERS, ROWS, append_row, read_rows
 
 from .conftest import FAMILY_CHANGES, byte_tokenizer, random_model, tiny_config
 
@@ -168,15 +172,53 @@ def test_a_recipe_that_diverges_gets_a_row_and_the_sweep_goes_on(tiny_model, tmp
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ("gptq(static_groups=false):int4-g16", "static_groups=false with act_order"),
-        ("gptq(block=0):int4-g16", "block at least 1"),
+        ("gptq(static_groups=false):int4-g16", "block_0/attention/.*static_groups=false with act_order"),
+        ("gptq(block=0):int4-g16", "block_0/attention/.*block at least 1"),
+        ("awq(ratios=0):int4-g8", "block_0/attention/.*ratios at least 1; .*ratios=0"),
+        ("awq(loss=module,ratios=0)+gptq:int4-g8", "block_0/attention/.*ratios=0"),
+        ("gptq:int4-g8@qep(alpha=2)", "alpha is between 0 and 1.*alpha=2"),
     ],
 )
 def test_options_that_contradict_each_other_are_found_before_anything_is_measured(tiny_model, tmp_path, recipe, message):
     tokens = qjax.Calibration(np.zeros((2, 32), np.int32))
-    with pytest.raises(QjaxError, match=f"block_0/attention/.*{message}"):
+    with pytest.raises(QjaxError, match=message):
         run_sweep(tiny_model, plan("rtn:int4-g16", recipe, calibration=tokens), tmp_path)
     assert not (tmp_path / ROWS).exists()
+
+
+def test_methods_that_jax_cannot_trace_are_not_looked_into(monkeypatch):
+    def steps(weights, fmt, *, abs_mean):
+        return np.asarray(abs_mean)
+
+    monkeypatch.setattr(recipes, "TRANSFORMS", dict(recipes.TRANSFORMS))
+    qjax.register(steps, transform=True)
+    assert problem_of(parse_recipe("steps+rtn:int4-g8"), (16, 4)) is None
+    assert problem_of(parse_recipe("awq(loss=module)+gptq:int4-g8"), (16, 4)) is None
+
+
+def test_an_order_out_of_range_is_found_before_anything_is_measured(tiny_model, tmp_path):
+    tokens = qjax.Calibration(np.zeros((2, 32), np.int32))
+    for asked in (plan("gptq:int4-g8", order="qep(damp=-1)"), plan("none", rules=("mlp=gptq:int4-g8@qep(damp=-1)",))):
+        with pytest.raises(QjaxError, match=r"damp not negative.*damp=-1"):
+            run_sweep(tiny_model, dataclasses.replace(asked, calibration=tokens), tmp_path)
+    assert not (tmp_path / ROWS).exists()
+
+
+def test_layers_are_there_once_after_a_stop_between_them_and_their_row(tiny_model, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(runner, "append_row", lambda path, row: append_row(path, row) if row["recipe"] == "none" else stop())
+        with pytest.raises(KeyboardInterrupt):
+            run_sweep(tiny_model, plan("nf4", corpora=CORPORA[:1]), tmp_path)
+    with (tmp_path / LAYERS).open("r+b") as file:  # and in the middle of a line
+        file.truncate(file.seek(0, os.SEEK_END) - 40)
+    rows = run_sweep(tiny_model, plan("nf4", corpora=CORPORA[:1]), tmp_path)
+    layers = [json.loads(line) for line in (tmp_path / LAYERS).read_text().splitlines()]
+    found = [(row["key"], row["path"]) for row in layers]
+    assert len(set(found)) == len(found) == 14
+    assert {key for key, _ in found} == {rows[1]["key"]}
 
 
 def test_paired_difference():
@@ -189,8 +231,6 @@ def test_paired_difference():
 
 
 def test_method_names():
-    from qjax.recipe import parse_recipe
-
     names = {"rtn(clip=mse):int3-g128": "rtn", "nf4": "nf4", "fp4": "fp4_e2m1", "bf16": "bf16", "none": "none"}
     assert {text: method_name(parse_recipe(text)) for text in names} == names
     assert digest("a", 1) != digest("a", 2)

@@ -3,7 +3,9 @@
 import pytest
 
 from qjax.errors import QjaxError
+from qjax.recipe import parse_recipe
 from qjax.sweep.cells import canonical, expand
+from qjax.sweep.runner import Sweep, plans_of, rules_in_order
 
 
 def test_methods_times_bits():
@@ -20,6 +22,24 @@ def test_codebooks_appear_at_their_own_bits_and_casts_always():
     with pytest.raises(QjaxError, match="'nf4' has 4 bits"):
         expand(["rtn", "nf4"], [3, 2])
     assert expand(["fp8_e4m3"], [8, 4], "channel") == ["rtn:fp8_e4m3-channel"]
+
+
+@pytest.mark.parametrize("order", [None, "block", "qep", "qep(alpha=1)"])
+def test_names_in_an_order_stay_what_they_are(order):
+    asked = ["gptq:int4-g128@qep", "gptq:int4-g128@parallel", "gptq:int3-g128", "rtn:int4-g128", "bf16", "none"]
+    names, rules = canonical(asked, order), rules_in_order([f"mlp={recipe}" for recipe in asked], order)
+    assert canonical(names, order) == names
+    assert rules_in_order(rules, order) == rules
+    meant = [[str(each and each.in_order(order)) for each in map(parse_recipe, texts)] for texts in (names, asked)]
+    assert meant[0] == meant[1]
+
+
+def test_a_cell_has_one_name_whatever_order_it_was_asked_in():
+    options = {"corpora": (), "convention": None, "rules": ("mlp=gptq:int2-g128@qep",)}
+    asked = [Sweep(("gptq:int4-g128@qep",), order=order, **options) for order in (None, "block", "qep")]
+    plans = [plans_of(sweep, 2) for sweep in asked]
+    assert plans[0] == plans[1] == plans[2]
+    assert plans[0][1] == ("gptq:int4-g128", ("mlp=gptq:int2-g128",))
 
 
 def test_duplicates_are_dropped_and_every_recipe_is_checked():

@@ -29,19 +29,42 @@ class Batch(NamedTuple):
     weights: Float[Array, "..."] | None = None
 
 
-def sharing(module: nn.Module, params: PyTree, *args: object) -> dict[str, str]:
-    """For every linear layer's kernel path, in the order of the calls, the path of the first layer with the same input."""
+def sharing(module: nn.Module, params: PyTree, *calls: tuple) -> dict[str, str]:
+    """For every linear layer's kernel path, in the order of the calls, the path of the first layer with the same input.
+
+    calls: arguments of module.apply, each a tuple. Layers share an input that is the same in every one of them; a layer that
+    only a later one reaches stands after the layer called before it there.
+    """
     found = {}
 
     def run(params):
-        with recorded() as recording:
-            module.apply({"params": params}, *args)
+        inputs, order, recordings = {}, [], []  # the recordings are held, so that no id is used again
+        for number, args in enumerate(calls):
+            with recorded() as recording:
+                module.apply({"params": params}, *args)
+            recordings.append(recording)
+            place = 0
+            for path, sources in recording.sources.items():
+                if path not in order:
+                    order.insert(place, path)
+                place = order.index(path) + 1
+                inputs.setdefault(path, []).extend((number, id(x), axes) for x, axes in sources)
         first = {}
-        for path, sources in recording.sources.items():
-            key = tuple((id(x), axes) for x, axes in sources)
-            found[path] = first.setdefault(key, path)
+        found.update((path, first.setdefault(tuple(inputs[path]), path)) for path in order)
 
     jax.eval_shape(run, params)
+    return found
+
+
+def distinct_calls(calls: Iterable[tuple]) -> list[tuple]:
+    """The calls that differ from those before them in more than the values of arrays: what a trace can tell apart."""
+    seen, found = [], []
+    for args in calls:
+        static, arrays = split_arguments(args)
+        kind = static, [(array.shape, array.dtype) for array in arrays]
+        if kind not in seen:
+            seen.append(kind)
+            found.append(args)
     return found
 
 
@@ -192,8 +215,8 @@ def parent_outputs(module: nn.Module, params: PyTree, batches: Iterable[Batch], 
         for result in run(static, watched, params, arrays):
             output = jax.tree.leaves(result)[0].astype(jnp.float32)
             if batch.weights is not None:
-                weights = _token_weights("/".join(watched), batch.weights, output.shape[:-1])
-                output *= jnp.sqrt(weights).reshape(*output.shape[:-1], 1)
+                weights = _token_weights("/".join(watched), batch.weights, output.shape[:-1]).reshape(*output.shape[:-1], 1)
+                output = jnp.where(weights > 0, output * jnp.sqrt(weights), 0)  # 0 times nan would be nan
             outputs.append(output)
     return outputs
 

@@ -22,12 +22,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from qjax.errors import QjaxError
+from qjax.rounding.factor import ATTEMPTS, FIRST_DAMP, SMALLEST_PIVOT
 
 
 @dataclasses.dataclass(frozen=True)
 class Order:
     """prefix: inputs come from the quantized blocks before. inside: also from the quantized layers of the same block.
-    alpha: share of the correction for the error of the inputs; damp: added to H' in it, relative to its mean diagonal.
+    alpha: share of the correction for the error of the inputs; damp: added to H' in it, relative to its mean diagonal, more
+    where H' needs it.
     """
 
     prefix: bool
@@ -66,9 +68,30 @@ def correct(
     alpha: float,
     damp: float,
 ) -> Float[Array, "in out"]:
-    """W + alpha (H' + damp mean(diag H') I)^-1 D W, float32."""
+    """W + alpha (H' + damp mean(diag H') I)^-1 D W, float32.
+
+    Where H' + damp mean(diag H') I is singular in float32, more damping is tried as for a rounding's factor (`factor.py`).
+    Inputs that calibration never moved have no part in that: their rows of D are 0.
+    """
     product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
     weight = weight.astype(jnp.float32)
-    mean = jnp.mean(jnp.diagonal(hessian))
-    damped = hessian + jnp.maximum(damp, 1e-6) * jnp.where(mean == 0, 1.0, mean) * jnp.eye(len(hessian))
-    return weight + alpha * jax.scipy.linalg.solve(damped, product(drift, weight), assume_a="pos")
+    diagonal = jnp.diagonal(hessian)
+    mean = jnp.mean(diagonal)
+    mean = jnp.where(mean == 0, 1.0, mean)
+
+    def failed(state):
+        tries, _, upper = state
+        pivots = jnp.where(diagonal == 0, mean, jnp.square(jnp.diagonal(upper)))
+        found = jnp.min(pivots) > SMALLEST_PIVOT * mean  # false for nan
+        return (tries == 0) | (tries <= ATTEMPTS) & ~found
+
+    def attempt(state):
+        tries, relative, _ = state
+        relative = jnp.where(tries == 0, relative, jnp.maximum(10 * relative, FIRST_DAMP))
+        damped = hessian + relative * mean * jnp.eye(len(hessian))
+        return tries + 1, relative, jax.scipy.linalg.cho_factor(damped)[0]
+
+    first = (0, jnp.maximum(jnp.asarray(damp, jnp.float32), 1e-6), jnp.zeros_like(hessian))
+    _, _, upper = jax.lax.while_loop(failed, attempt, first)
+    solve = jax.vmap(lambda column: jax.scipy.linalg.cho_solve((upper, False), column), 1, 1)
+    return weight + alpha * solve(product(drift, weight))

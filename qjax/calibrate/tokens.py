@@ -6,6 +6,7 @@ with windows that fit the model.
 """
 
 import hashlib
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
@@ -82,10 +83,19 @@ def as_calibration(model: Model, calibration: object) -> Calibration:
             f"{config.vocabulary_size}; was another model's tokenizer used?"
         )
     if weights is not None:
-        weights = np.asarray(weights, np.float32)
-        if weights.shape != tokens.shape or not np.isfinite(weights).all() or (weights < 0).any() or not weights.any():
-            raise QjaxError(
-                f"calibration: weights must be finite, not negative, not all 0 and of the tokens' shape "
-                f"{tokens.shape}, got shape {weights.shape}"
-            )
+        (weights,) = as_weights([weights], tokens.shape)
     return calibration._replace(tokens=tokens.astype(np.int32), weights=weights)
+
+
+def as_weights(given: Iterable[object], shape: tuple[int, ...] | None = None) -> list[Float[np.ndarray, "..."]]:
+    """Weights of tokens as float32 arrays, checked; shape: the tokens', where it is known. Raises QjaxError."""
+    try:
+        found = [np.asarray(each, np.float32) for each in given]
+    except (TypeError, ValueError):
+        raise QjaxError("calibration: weights must be arrays of numbers") from None
+    fit = all(np.isfinite(each).all() and (each >= 0).all() and shape in (None, each.shape) for each in found)
+    if not fit or not any(each.any() for each in found):
+        expected = "" if shape is None else f" and of the tokens' shape {shape}"
+        shapes = ", ".join(str(each.shape) for each in found)
+        raise QjaxError(f"calibration: weights must be finite, not negative, not all 0{expected}, got shape {shapes}")
+    return found

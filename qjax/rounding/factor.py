@@ -47,7 +47,8 @@ class Factor(NamedTuple):
 def factorize(hessian: Float[Array, "in in"], *, damp: float | Float[Array, ""] = 0.01, act_order: bool = True) -> Factor:
     """Factor of a Hessian (in, in), float32, the mean of x x^T.
 
-    damp: added to the diagonal, relative to its mean; ten times as much is tried, again and again, until the factor exists.
+    damp: added to the diagonal, relative to its mean; until the factor exists ten times as much is tried, and at least
+    FIRST_DAMP, up to ATTEMPTS times.
     act_order: inputs of the largest diagonal first. A Hessian that is not finite gives a factor that is not.
     """
     diagonal = jnp.diagonal(hessian)

@@ -52,8 +52,9 @@ def gptq(
     """Rounds a weight (in, out), any float type, against hessian (in, in) float32, the mean of x x^T over tokens.
 
     factor: `factorize(hessian, damp=damp, act_order=act_order)`, for callers that share it between formats; damp and act_order
-    are then its. damp: relative to the mean diagonal; Info.damp tells what was used. block: inputs between two large
-    matrix products, which changes speed alone. refine: how many times scales and codes are gone over again (`refine.py`).
+    are then its. damp: relative to the mean diagonal; Info.damp tells what was used. block: inputs between two large matrix
+    products, which changes speed alone; of static_groups=false it is the group, or 128 where all inputs are one. refine: how
+    many times scales and codes are gone over again (`refine.py`).
     Works under jit, and under vmap over stacked weights and Hessians.
     A weight or Hessian that is not finite gives an Info that is not. Raises QjaxError for shapes that do not fit, an unknown
     clip, options that contradict each other, and casts.

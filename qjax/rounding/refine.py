@@ -98,7 +98,7 @@ def _fit_scales(hessian, codes, errors, parameters, fmt):
         if fmt.granularity == "tensor":
             gain, curvature = jnp.sum(gain, keepdims=True), jnp.sum(curvature, keepdims=True)
         best = scale + gain / jnp.where(curvature > 0, curvature, jnp.inf)
-        stored = best.astype(fmt.scale_dtype).astype(jnp.float32)
+        stored = grid.in_scale_type(best, fmt).astype(jnp.float32)
         moved = jnp.where(stored > 0, stored, scale)
         change = jnp.zeros((size, columns)) + (moved - scale) * values
         longer = jnp.pad(errors, ((0, size), (0, 0)))

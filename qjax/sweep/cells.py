@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from qjax.errors import QjaxError
 from qjax.formats import ALIASES, FLOATS, GRIDS, INTEGERS
-from qjax.recipe import UNQUANTIZED, parse_order, parse_recipe
+from qjax.recipe import DEFAULT_ORDER, UNQUANTIZED, Recipe, Stage, parse_order, parse_recipe
 
 BITS = (8, 4, 3, 2)
 
@@ -43,11 +43,20 @@ def expand(methods: Iterable[str], bits: Sequence[int] = BITS, group: str | None
 def canonical(recipes: Iterable[str], order: str | None = None) -> list[str]:
     """Canonical names in order, each once; every recipe is checked before anything is computed.
 
-    order: of calibration, for recipes that read data and name none.
+    order: of calibration, for recipes that read data and name none. Its names, given with the same order, are the same again.
     """
-    order = parse_order(order) if order is not None else None
-    parsed = [parse_recipe(recipe) for recipe in recipes]
-    names = [str(recipe.in_order(order)) if recipe else UNQUANTIZED for recipe in parsed]
+    names = [name_in_order(parse_recipe(recipe), order) for recipe in recipes]
     if not names:
         raise QjaxError("no recipes given; name at least one, for example rtn:int4-g128")
     return list(dict.fromkeys(names))
+
+
+def name_in_order(recipe: Recipe | None, order: str | None) -> str:
+    """The recipe's name in an order of calibration, for recipes that read data and name none; the default order is left out
+    only where another would not be read in its place.
+    """
+    if recipe is None:
+        return UNQUANTIZED
+    default, order = Stage(DEFAULT_ORDER), None if order is None else parse_order(order)
+    kept = f"@{default}" if recipe.order == default and order not in (None, default) else ""
+    return f"{recipe.in_order(order)}{kept}"

@@ -5,6 +5,7 @@ the rows file is skipped, so running the same sweep again finishes what an inter
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -24,10 +25,10 @@ from qjax.layerwise import LayerRecord, problem_of
 from qjax.models.model import Model, runnable
 from qjax.recipe import UNQUANTIZED, Stage, parse_recipe, sources
 from qjax.rules import parse_rule
-from qjax.sweep.cells import canonical
+from qjax.sweep.cells import canonical, name_in_order
 from qjax.sweep.measures import accuracy_columns, divergence_columns, mean_columns, speed_columns, tasks_identity
 from qjax.sweep.record import calibration_columns, digest, layer_rows, make_row, model_fingerprint, provenance
-from qjax.sweep.store import LAYERS, ROWS, append_row, append_rows, read_rows
+from qjax.sweep.store import LAYERS, ROWS, append_row, append_rows, layers_held, read_rows
 
 PARALLEL = Stage("parallel")
 MOST_TOGETHER = 8  # models that wait for their measurement, packed, while another is measured
@@ -82,7 +83,7 @@ def run_sweep(model: Model, sweep: Sweep, folder: str | Path, watcher: Watcher |
     corpora = list({corpus.fingerprint: corpus for corpus in sweep.corpora}.values())  # the same text counts once
     windows = [corpus_windows(model, corpus, convention, sweep.max_windows) for corpus in corpora]
     require_writable(folder)
-    known = {row["key"]: row for row in read_rows(folder / ROWS)}
+    known, held = {row["key"]: row for row in read_rows(folder / ROWS)}, layers_held(folder / LAYERS)
     fingerprint = model_fingerprint(model)
     rows, baselines = [], {}
     quantizer = Quantizer(model, sweep.calibration, orders, watcher)
@@ -126,7 +127,8 @@ def run_sweep(model: Model, sweep: Sweep, folder: str | Path, watcher: Watcher |
                 more = {name: value for columns in [*more, timed] for name, value in columns.items()}
                 more |= mean_columns(more, sweep.tasks)
                 row = make_row({"key": key} | identity, parse_recipe(recipe), prepared[1], result, baseline, more=more)
-                append_rows(folder / LAYERS, layer_rows(key, prepared[1]))
+                layers = [layer for layer in layer_rows(key, prepared[1]) if (key, layer["path"]) not in held]
+                append_rows(folder / LAYERS, layers)
                 append_row(folder / ROWS, row)
             baselines.setdefault(corpus.fingerprint, row)
             rows.append(row)
@@ -137,8 +139,8 @@ def run_sweep(model: Model, sweep: Sweep, folder: str | Path, watcher: Watcher |
 
 def plans_of(sweep: Sweep, layers: int) -> list[tuple[str, tuple[str, ...]]]:
     """(recipe, rules) of everything a sweep measures, the unquantized model first."""
-    rules = rules_in_order(sweep.rules, sweep.order)
-    recipes = canonical(sweep.recipes, sweep.order)
+    rules, recipes = rules_in_order(sweep.rules, sweep.order), canonical(sweep.recipes, sweep.order)
+    rules, recipes = rules_in_order(rules, None), canonical(recipes)  # one name for a cell, whatever order it was asked in
     if sweep.one_block:
         found = [(UNQUANTIZED, (*rules, f"^block_{i}/={recipe}")) for recipe in recipes for i in range(layers)]
     else:
@@ -148,8 +150,7 @@ def plans_of(sweep: Sweep, layers: int) -> list[tuple[str, tuple[str, ...]]]:
 
 def rules_in_order(rules: Iterable[str], order: str | None) -> tuple[str, ...]:
     """Canonical rules whose recipes are in the given order where they read data and name none."""
-    parsed = map(parse_rule, rules)
-    return tuple(str(rule._replace(recipe=rule.recipe and rule.recipe.in_order(order))) for rule in parsed)
+    return tuple(f"{rule.pattern}={name_in_order(rule.recipe, order)}" for rule in map(parse_rule, rules))
 
 
 def _check_calibration(model: Model, sweep: Sweep, needing: list[tuple[str, tuple[str, ...]]]) -> None:
@@ -157,10 +158,10 @@ def _check_calibration(model: Model, sweep: Sweep, needing: list[tuple[str, tupl
     if needing and sweep.calibration is None:
         names = ", ".join("; ".join([recipe, *rules]) for recipe, rules in needing[:4])
         raise QjaxError(f"{names} need calibration data; name a text with --calibration, for example --calibration python-docs")
-    kernels = flatten_dict(model.params, sep="/")
+    kernels, find_problem = flatten_dict(model.params, sep="/"), functools.cache(problem_of)
     for plan in needing:
         for path, recipe in placement(model, *plan).items():
-            problem = recipe and recipe.statistics and problem_of(recipe, kernels[path].shape)
+            problem = recipe and recipe.statistics and find_problem(recipe, kernels[path].shape)
             if problem:
                 raise QjaxError(f"{path}: {problem}")
     if needing:

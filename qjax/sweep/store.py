@@ -15,9 +15,7 @@ from qjax.errors import QjaxError
 from qjax.files import reason
 
 ROWS = "rows.jsonl"
-LAYERS = (
-    "layers.jsonl"  # a row a kernel, under the key of its cell; a run killed between this and the cell's row leaves them twice
-)
+LAYERS = "layers.jsonl"  # a row a kernel, under the key of its cell
 NUMBER = (int, float)
 COLUMNS = {  # what every row must have for resuming and reports; a perplexity may be "inf"
     **dict.fromkeys(("key", "recipe", "method", "format", "model", "corpus", "convention", "fingerprint"), str),
@@ -30,17 +28,8 @@ OTHER_COLUMNS = {"key": str, "kind": str}  # of rows that are no cells of a swee
 
 def read_rows(path: Path) -> list[dict[str, object]]:
     """All finished rows of a file, none where there is no file."""
-    if not path.exists():
-        return []
     rows = []
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is unfinished
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if not isinstance(row, dict):
-            raise QjaxError(f"{path}: line {number} is not a JSON object; mend or remove that line")
+    for number, row in _objects(path):
         needed = COLUMNS if "kind" not in row else OTHER_COLUMNS
         optional = {name: kind for name, kind in OPTIONAL.items() if name in row} if needed is COLUMNS else {}
         wrong = [name for name, kind in (needed | optional).items() if not isinstance(row.get(name), kind)]
@@ -49,6 +38,24 @@ def read_rows(path: Path) -> list[dict[str, object]]:
             raise QjaxError(f"{path}: line {number} is no row of a sweep: {', '.join(wrong)} missing or of another type")
         rows.append(row)
     return rows
+
+
+def _objects(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
+    """The number and the object of every finished line."""
+    lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is unfinished
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            raise QjaxError(f"{path}: line {number} is not a JSON object; mend or remove that line")
+        yield number, row
+
+
+def layers_held(path: Path) -> set[tuple[object, object]]:
+    """(key, path) of the kernels in a layers file: a run that is killed before it writes a cell's row has left the cell's."""
+    return {(row.get("key"), row.get("path")) for _, row in _objects(path)}
 
 
 def append_row(path: Path, row: Mapping[str, object]) -> None:

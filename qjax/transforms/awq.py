@@ -56,7 +56,8 @@ def awq_scale(
     parent module's output with these weights in place. rounded: what the weights become by the rounding that follows, as they
     are, rounded(), or scaled by a scale (in,) before it, which is undone, rounded(scale); with guard, the scale found must lose
     less than none.
-    Raises QjaxError for an unknown loss or scaling, and a missing statistic.
+    Weights, statistics or a module's error that are not finite give a scale that is not. Raises QjaxError for an unknown loss
+    or scaling, and a missing statistic.
     """
     fmt = parse_format(fmt)
     given = {"hessian": hessian, "module": module}
@@ -78,15 +79,17 @@ def awq_scale(
         errors = sum(_hessian_errors(weight, candidates, hessian, fmt) for weight in weights)
     else:
         errors = jnp.stack([module([_scaled_rounding(weight, scale, fmt) for weight in weights]) for scale in candidates])
+    known = jnp.isfinite(errors[0]) & jnp.all(jnp.isfinite(abs_mean))  # errors[0] is that of no scale
     found, none = candidates[jnp.argmin(errors)], jnp.ones_like(abs_mean)
     if rounded is None or not guard:
-        return found
+        return jnp.where(known, found, jnp.nan)
 
     def error(new):
         changes = zip(new, weights, strict=True)
         return module(new) if loss == "module" else sum(output_loss(after - before, hessian) for after, before in changes)
 
-    return jnp.where(error(rounded(found)) < error(rounded()), found, none)
+    kept = jnp.where(error(rounded(found)) < error(rounded()), found, none)
+    return jnp.where(known, kept, jnp.nan)
 
 
 def awq(
@@ -102,7 +105,8 @@ def awq(
 ) -> tuple[QLinear, Info]:
     """One weight (in, out) by AWQ: the QLinear holds the rounded diag(s) W and the input scale 1 / s.
 
-    Raises QjaxError for shapes that do not fit and unknown options. In a model, where the layer before can take the scale, use
+    Weights or statistics that are not finite give an Info that is not. Raises QjaxError for shapes that do not fit and unknown
+    options. In a model, where the layer before can take the scale, use
     `qjax.quantize`.
     """
     check_shapes("awq", weight, hessian)
