@@ -4,9 +4,8 @@
 
 A chunk's weights stay in the cache between being decoded and being multiplied, and nothing is interleaved: code c of all units
 meets every count-th input. One row of x is multiplied a few inputs at a time instead, in one elementwise loop over the output
-columns that writes no decoded weight at all: on CPU less than the dense float32 product takes where the weight is in a cache,
-up to 2.5 times that where it is not (`results/kernels/`). Everything is computed in float32, whatever the type of x: bfloat16
-is slow on CPUs.
+columns that writes no decoded weight at all: on CPU about the time of the dense float32 product (`results/kernels/`), which has
+four to eight times the bytes to read. Everything is computed in float32, whatever the type of x: bfloat16 is slow on CPUs.
 """
 
 import functools
