@@ -1,10 +1,10 @@
-"""The table of kernels shows what its rows hold."""
+"""The table and the figure of kernels show what their rows hold."""
 
 import pytest
 
 from qjax import QjaxError
 from qjax.report.kernels import kernels_table
-from qjax.report.reports import tables
+from qjax.report.reports import figures, tables
 
 
 def row(implementation: str, rows: int, seconds: float, **changes) -> dict[str, object]:
@@ -38,6 +38,19 @@ def test_a_table_for_every_device():
         "Type of x: bfloat16. A copy moves 3000 GB/s, read a",
     ]
     assert [name for name, _ in tables([fast])] == ["kernels"]
+
+
+def test_figure():
+    """Times over the dense product's, by M, in a panel for each weight; none of the reference, none of one M."""
+    rows = [row(name, size, 1e-3 * size) for name in ("xla", "reference", "bitsandbytes", "dense") for size in (1, 8)]
+    wide = [{**each, "outputs": 128, "speedup": 1.0} for each in rows]
+    ((name, figure),) = figures([*rows, *wide])
+    assert name == "kernels" and [axes.get_title(loc="left") for axes in figure.axes] == ["64 x 32", "64 x 128"]
+    dense, *lines = figure.axes[0].get_lines()
+    assert set(dense.get_ydata()) == {1.0}
+    assert [list(line.get_ydata()) for line in lines] == [[0.25, 2.0]] * 2
+    assert {text.get_text() for text in figure.axes[0].texts} == {"int4-g32", "int4-g32, bitsandbytes"}
+    assert not list(figures(rows[::2])) and not list(figures([each for each in rows if each["implementation"] == "dense"]))
 
 
 def test_a_row_that_lacks_a_column_is_named():

@@ -1,8 +1,8 @@
 """A folder of results: every table and figure that its rows fill, made from the rows alone.
 
 What may be shown is data: `TABLES` and `FIGURES` for each group of rows of one model, text and convention (`split_tables`),
-`FOLDER_TABLES` for all rows of a folder at once. A new table or figure is a pure function of rows and a line here; the command
-line prints it, `write_reports` writes it, and the test of committed results makes it again.
+`FOLDER_TABLES` and `FOLDER_FIGURES` for all rows of a folder at once. A new table or figure is a pure function of rows and a
+line here; the command line prints it, `write_reports` writes it, and the test of committed results makes it again.
 
 Rows that are no cells of a sweep (`kind`) reach only the parts of the whole folder.
 """
@@ -18,6 +18,7 @@ from qjax.files import write_atomically
 from qjax.report.accuracy import accuracy_table, divergence_table, has_divergence, tasks_of
 from qjax.report.dots import dots_figure, has_dots
 from qjax.report.figures import has_lines, perplexity_figure, with_share
+from qjax.report.kernel_figure import has_kernels, kernels_figure
 from qjax.report.kernels import by_device, kernels_table
 from qjax.report.memory import memory_rows_table
 from qjax.report.paper_shapes import KIND, paper_shapes_table
@@ -76,6 +77,7 @@ FOLDER_TABLES = (
     Part(KIND, of_kind(KIND), paper_shapes_table),
     Part("kernels", of_kind("kernels"), kernels_table, by_device),
 )
+FOLDER_FIGURES = (Part("kernels", has_kernels, kernels_figure, by_device),)
 
 
 def tables(rows: Sequence[Row]) -> list[tuple[str, Table]]:
@@ -83,9 +85,7 @@ def tables(rows: Sequence[Row]) -> list[tuple[str, Table]]:
     if not rows:
         raise QjaxError("a report needs rows, got none; `qjax sweep` measures some")
     found = [(name, part.make(group)) for name, part, group in _parts(rows, TABLES)]
-    for part in (part for part in FOLDER_TABLES if part.shows(rows)):
-        groups = part.split(rows) if part.split else {"": rows}
-        found += [(f"{part.suffix}-{more}".rstrip("-"), part.make(group)) for more, group in groups.items()]
+    found += [(name, part.make(group)) for name, part, group in _folder_parts(rows, FOLDER_TABLES)]
     if not found:
         kinds = ", ".join(dict.fromkeys(str(row.get("kind")) for row in rows))
         raise QjaxError(f"no table or figure shows rows of the kind {kinds}; `qjax sweep` measures some that are shown")
@@ -95,6 +95,8 @@ def tables(rows: Sequence[Row]) -> list[tuple[str, Table]]:
 def figures(rows: Sequence[Row], width: str = "single") -> Iterator[tuple[str, "Figure"]]:
     """(file name without suffix, figure) of everything the rows fill, drawn one by one. width: "single" | "double" column."""
     for name, part, group in _parts(rows, FIGURES):
+        yield name, part.make(group, width)
+    for name, part, group in _folder_parts(rows, FOLDER_FIGURES):
         yield name, part.make(group, width)
 
 
@@ -132,6 +134,14 @@ def save_figure(figure: "Figure", folder: str | Path, name: str) -> list[Path]:
         paths.append(Path(folder) / f"{name}.{suffix}")
         write_atomically(paths[-1], content.getvalue())
     return paths
+
+
+def _folder_parts(rows: Sequence[Row], parts: Sequence[Part]) -> Iterator[tuple[str, Part, list[Row]]]:
+    """(file name, part, rows) of what all rows together fill."""
+    for part in (part for part in parts if part.shows(rows)):
+        for more, group in (part.split(rows) if part.split else {"": list(rows)}).items():
+            if part.shows(group):
+                yield f"{part.suffix}-{more}".rstrip("-"), part, group
 
 
 def _parts(rows: Sequence[Row], parts: Sequence[Part]) -> Iterator[tuple[str, Part, list[Row]]]:
