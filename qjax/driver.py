@@ -270,15 +270,19 @@ def quantize_flax(
         raise QjaxError("quantize_flax: params holds a collection 'params'; give that collection, variables['params']")
     if any(is_quantized(leaf) for leaf in flatten_dict(params, sep="/").values()):
         raise QjaxError("quantize_flax: the parameters are quantized already; start from the unquantized ones")
-    flat, calls = flatten_dict(params, sep="/"), distinct_calls(batches)
+    flat = flatten_dict(params, sep="/")
+    if not flat:
+        raise QjaxError("quantize_flax: params is empty; give the collection 'params' that module.init made")
+    kernels = [path for path in flat if path.split("/")[-1] == "kernel" and np.ndim(flat[path]) > 1]
     views, refused = {}, {}
-    for args in calls:
+    for args in distinct_calls(batches):
         found = linear_layers(module, params, *args)
         views |= found.views
         refused |= found.refused
-    for path in flat:
-        if path.split("/")[-1] == "kernel" and np.ndim(flat[path]) > 1 and path not in views.keys() | refused.keys():
-            refused[path] = f"{path}: no batch reaches it by the __call__ of a layer"
+        if views.keys() | refused.keys() >= set(kernels):
+            break
+    unreached = [path for path in kernels if path not in views and path not in refused]
+    refused |= {path: f"{path}: no batch reaches it by the __call__ of a layer" for path in unreached}
     placed = place([*views, *refused], recipe, rules)
     cast = recipe if recipe is not None and recipe.is_cast else None  # of every leaf, which needs no view
     blocked = [why for path, why in refused.items() if placed[path] not in (None, cast)]
@@ -302,7 +306,7 @@ def quantize_flax(
     stage = _one_order(plan) or Stage("parallel")
     order = method(stage.name)(**dict(stage.options))
     calibrated = any(chosen and chosen.statistics for chosen in plan.values())
-    part = Part(module, "", params, views, sharing(module, params, *calls) if calibrated else {})
+    part = Part(module, "", params, views, sharing(module, params, *distinct_calls(batches)) if calibrated else {})
     (found,) = quantize_part(part, [plan], order, calibration, calibration, on_layer)
     _warn_of_few_tokens(found.records)
     leaves = found.leaves | _cast_others(

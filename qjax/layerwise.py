@@ -356,7 +356,7 @@ def problem_of(recipe: Recipe, shape: tuple[int, int]) -> str | None:
         jax.eval_shape(run, array(shape), statistics)
     except QjaxError as error:
         return str(error)
-    except jax.errors.JAXTypeError:
+    except (jax.errors.JAXTypeError, jax.errors.JAXIndexError):
         return None
     return None
 

@@ -81,6 +81,12 @@ def test_a_singular_hessian_raises_the_damping():
     assert float(factorize(indefinite, damp=0.01).damp) == pytest.approx(0.1)  # ten times as much
 
 
+def test_a_narrow_hessian_is_the_float32_one_of_its_values():
+    x = jax.random.normal(jax.random.key(0), (64, 16))
+    narrow = (x.T @ x / 64).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(factorize(narrow).feedback, factorize(narrow.astype(jnp.float32)).feedback)
+
+
 def test_not_finite_in_not_finite_out():
     hessian = jnp.asarray(random_hessian(8, 50)).at[2, 3].set(jnp.nan).at[3, 2].set(jnp.nan)
     factor = factorize(hessian)

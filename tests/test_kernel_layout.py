@@ -50,3 +50,9 @@ def test_refusals(fmt, inputs, reason):
     assert reason in layout.refusal(q)
     with pytest.raises(qjax.QjaxError, match=reason):
         layout.prepare(q)
+
+
+def test_prepare_takes_quantized_weights_alone():
+    for wrong in (jnp.ones((4, 4)), layout.prepare(qjax.rtn(jnp.ones((32, 4)), "int4-g32")[0])):
+        with pytest.raises(qjax.QjaxError, match=r"prepare: expected a QTensor or QLinear, got \w+"):
+            qjax.prepare(wrong)

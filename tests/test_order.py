@@ -98,3 +98,10 @@ def test_orders():
     for bad in ({"alpha": -0.1}, {"alpha": 1.5}, {"damp": -1.0}):
         with pytest.raises(QjaxError, match=f"alpha is between 0 and 1.*{next(iter(bad))}={next(iter(bad.values()))}"):
             qep(**bad)
+
+
+def test_narrow_statistics_are_the_float32_ones_of_their_values():
+    x = np.random.default_rng(0).standard_normal((64, 16))
+    narrow = [jnp.asarray(array, jnp.bfloat16) for array in (x[:16, :4], x.T @ x / 64, 0.1 * x[:16])]
+    wide = [array.astype(jnp.float32) for array in narrow]
+    np.testing.assert_array_equal(correct(*narrow, 1.0, 0.01), correct(*wide, 1.0, 0.01))

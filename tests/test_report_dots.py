@@ -174,3 +174,11 @@ def test_limits_include_error_bars():
     left, right = axes.get_xlim()
     assert left < ends.min()
     assert ends.max() < right
+
+
+def test_numbers_of_ticks_are_whole():
+    """No factor beside the axis, which would get lost."""
+    places = [alone_row(f"^block_{i}/", (i + 1) * 1e-7) | {"nll_delta_stderr": 1e-8} for i in range(3)]
+    axes = dots_figure([measured_row("none"), *places]).axes[0]
+    assert [float(label.get_text()) for label in axes.get_xticklabels()] == pytest.approx(axes.get_xticks(), rel=1e-3)
+    assert 0 < max(axes.get_xticks()) < 1e-4

@@ -53,6 +53,16 @@ def test_figure():
     assert not list(figures(rows[::2])) and not list(figures([each for each in rows if each["implementation"] == "dense"]))
 
 
+def test_figure_of_rows_of_several_runs():
+    """A weight that lacks a line, a case that was measured again, and a library whose format is not ours."""
+    rows = [row(name, size, 1e-3, format=fmt) for name, fmt in (("xla", "int4-g32"), ("marlin", "m4")) for size in (1, 8)]
+    again = row("xla", 8, 8e-3)
+    ((_, figure),) = figures([*rows, row("xla", 1, 1e-3, outputs=128), again])
+    assert [list(line.get_ydata()) for line in figure.axes[0].get_lines()[1:]] == [[0.25, 2.0], [0.25, 0.25]]
+    assert len(figure.axes[1].get_lines()) == 2
+    assert not list(figures([{"key": "k", "kind": "kernels"}]))
+
+
 def test_a_row_that_lacks_a_column_is_named():
     for changed in ({"key": "k", "kind": "kernels", "device": "cpu"}, {"key": "k", "kind": "memory", "model": "m"}):
         with pytest.raises(QjaxError, match=r"row k of the kind .* lacks (inputs|shapes), "):

@@ -190,9 +190,13 @@ def test_methods_that_jax_cannot_trace_are_not_looked_into(monkeypatch):
     def steps(weights, fmt, *, abs_mean):
         return np.asarray(abs_mean)
 
+    def picks(weights, fmt, *, abs_mean):
+        return abs_mean[abs_mean > 0]
+
     monkeypatch.setattr(recipes, "TRANSFORMS", dict(recipes.TRANSFORMS))
-    qjax.register(steps, transform=True)
-    assert problem_of(parse_recipe("steps+rtn:int4-g8"), (16, 4)) is None
+    for name, function in (("steps", steps), ("picks", picks)):
+        qjax.register(function, transform=True)
+        assert problem_of(parse_recipe(f"{name}+rtn:int4-g8"), (16, 4)) is None
     assert problem_of(parse_recipe("awq(loss=module)+gptq:int4-g8"), (16, 4)) is None
 
 
@@ -219,6 +223,8 @@ def test_layers_are_there_once_after_a_stop_between_them_and_their_row(tiny_mode
     found = [(row["key"], row["path"]) for row in layers]
     assert len(set(found)) == len(found) == 14
     assert {key for key, _ in found} == {rows[1]["key"]}
+    (tmp_path / LAYERS).write_text("no rows\n")  # of no interest to a sweep that is complete
+    assert run_sweep(tiny_model, plan("nf4", corpora=CORPORA[:1]), tmp_path) == rows
 
 
 def test_paired_difference():

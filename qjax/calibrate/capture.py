@@ -6,7 +6,7 @@ Linen module.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -56,16 +56,15 @@ def sharing(module: nn.Module, params: PyTree, *calls: tuple) -> dict[str, str]:
     return found
 
 
-def distinct_calls(calls: Iterable[tuple]) -> list[tuple]:
+def distinct_calls(calls: Iterable[tuple]) -> Iterator[tuple]:
     """The calls that differ from those before them in more than the values of arrays: what a trace can tell apart."""
-    seen, found = [], []
+    seen = []
     for args in calls:
         static, arrays = split_arguments(args)
         kind = static, [(array.shape, array.dtype) for array in arrays]
         if kind not in seen:
             seen.append(kind)
-            found.append(args)
-    return found
+            yield args
 
 
 class Programs(NamedTuple):

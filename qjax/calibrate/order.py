@@ -74,7 +74,7 @@ def correct(
     Inputs that calibration never moved have no part in that: their rows of D are 0.
     """
     product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-    weight = weight.astype(jnp.float32)
+    weight, hessian, drift = (array.astype(jnp.float32) for array in (weight, hessian, drift))
     diagonal = jnp.diagonal(hessian)
     mean = jnp.mean(diagonal)
     mean = jnp.where(mean == 0, 1.0, mean)
@@ -88,7 +88,7 @@ def correct(
     def attempt(state):
         tries, relative, _ = state
         relative = jnp.where(tries == 0, relative, jnp.maximum(10 * relative, FIRST_DAMP))
-        damped = hessian + relative * mean * jnp.eye(len(hessian))
+        damped = hessian + relative * mean * jnp.eye(len(hessian), dtype=jnp.float32)
         return tries + 1, relative, jax.scipy.linalg.cho_factor(damped)[0]
 
     first = (0, jnp.maximum(jnp.asarray(damp, jnp.float32), 1e-6), jnp.zeros_like(hessian))

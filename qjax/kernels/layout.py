@@ -99,6 +99,8 @@ def uneven(q: QTensor | QLinear, count: int, units: str) -> str | None:
 @jax.jit
 def prepare(q: QTensor | QLinear) -> KernelWeight:
     """The layout of a quantized (..., in, out) weight. Raises QjaxError where it has none, see `refusal`."""
+    if not isinstance(q, QTensor | QLinear):
+        raise QjaxError(f"prepare: expected a QTensor or QLinear, got {type(q).__name__}")
     if reason := refusal(q):
         raise QjaxError(f"kernels: {reason}")
     if q.shape[:-2]:

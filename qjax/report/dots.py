@@ -167,6 +167,7 @@ def _scale(axes, bars: Sequence[tuple[float, float]], shown: Sequence[Row]) -> N
         room = 0.1 * max(np.ptp(ends), 0.1 * np.abs(ends).max(initial=1e-3))
         axes.set_xlim(ends.min() - room, ends.max() + room)
         axes.locator_params(axis="x", nbins=4)
+        axes.ticklabel_format(axis="x", style="plain", useOffset=False)  # the whole number at each tick, no factor beside
         return
     low = min(positive.min(), max(positive.min() / DECADE, (means - errors)[above].min(initial=math.inf)))
     high = max(positive.max(), (means + errors)[above].max(initial=0))

@@ -21,7 +21,7 @@ GAP, AIR = 5, 8  # points: between a line and its name, and beyond the longest n
 
 def has_kernels(rows: Sequence[Row]) -> bool:
     """Whether there are times of packed products, at several M."""
-    return len({row["rows"] for row in rows if row.get("kind") == "kernels" and row["implementation"] in OURS}) > 1
+    return len({row.get("rows") for row in rows if row.get("kind") == "kernels" and row.get("implementation") in OURS}) > 1
 
 
 def kernels_figure(rows: Sequence[Row], width: str = "single") -> "Figure":
@@ -31,6 +31,9 @@ def kernels_figure(rows: Sequence[Row], width: str = "single") -> "Figure":
     Integers have one colour and a line style each, codebooks their own colours; what is not ours is grey.
     """
     rows = [row for row in rows if row.get("kind") == "kernels" and row["implementation"] not in ("dense", "reference")]
+    rows = list(
+        {(row["inputs"], row["outputs"], *_line(row), row["rows"]): row for row in rows}.values()
+    )  # the last of each case
     weights = list(dict.fromkeys((row["inputs"], row["outputs"]) for row in rows))
     lines = list(dict.fromkeys((str(row["format"]), str(row["implementation"])) for row in rows))
     names = {line: line[0] if line[1] in OURS else f"{line[0]}, {line[1]}" for line in lines}
@@ -53,7 +56,8 @@ def kernels_figure(rows: Sequence[Row], width: str = "single") -> "Figure":
             _scale_rows(axes, sizes, longest + GAP + AIR)
             axes.plot([axes.get_xlim()[0], sizes[-1]], [1, 1], color=GREY, linewidth=0.8, linestyle=":", zorder=0)
             here = [row for row in rows if (row["inputs"], row["outputs"]) == weight]
-            drawn = {line: _draw(axes, [row for row in here if _line(row) == line], styles[line]) for line in lines}
+            there = [line for line in lines if line in map(_line, here)]
+            drawn = {line: _draw(axes, [row for row in here if _line(row) == line], styles[line]) for line in there}
             _write_names(axes, {names[line]: (point, styles[line]["color"]) for line, point in drawn.items()})
     return figure
 
@@ -66,16 +70,14 @@ def _styles(lines: Sequence[tuple[str, str]]) -> dict[tuple[str, str], dict[str,
     """How each line is drawn."""
     styles, integers = {}, 0
     for fmt, implementation in lines:
+        if implementation not in OURS:
+            styles[fmt, implementation] = {"color": GREY, "marker": method_style(implementation)[1], "linestyle": "-"}
+            continue
         grid = parse_format(fmt).grid
         colour, marker = method_style("rtn" if grid in INTEGERS else grid)
-        style = {"color": colour, "marker": marker, "linestyle": LINE_STYLES[integers % len(LINE_STYLES)]}
-        if implementation not in OURS:
-            style |= {"color": GREY, "linestyle": "-"}
-        elif grid in INTEGERS:
-            integers += 1
-        else:
-            style |= {"linestyle": "-"}
-        styles[fmt, implementation] = style
+        style = LINE_STYLES[integers % len(LINE_STYLES) if grid in INTEGERS else 0]
+        styles[fmt, implementation] = {"color": colour, "marker": marker, "linestyle": style}
+        integers += grid in INTEGERS
     return styles
 
 

@@ -51,6 +51,7 @@ def factorize(hessian: Float[Array, "in in"], *, damp: float | Float[Array, ""] 
     FIRST_DAMP, up to ATTEMPTS times.
     act_order: inputs of the largest diagonal first. A Hessian that is not finite gives a factor that is not.
     """
+    hessian = hessian.astype(jnp.float32)
     diagonal = jnp.diagonal(hessian)
     dead = diagonal == 0
     mean = jnp.mean(diagonal)
@@ -70,7 +71,7 @@ def factorize(hessian: Float[Array, "in in"], *, damp: float | Float[Array, ""] 
     def attempt(state):
         tries, relative, _ = state
         relative = jnp.where(tries == 0, relative, jnp.maximum(10 * relative, FIRST_DAMP))
-        damped = reversed_hessian + relative * mean * jnp.eye(count)
+        damped = reversed_hessian + relative * mean * jnp.eye(count, dtype=jnp.float32)
         return tries + 1, relative, jax.lax.linalg.cholesky(damped, symmetrize_input=False)
 
     first = (0, jnp.asarray(damp, jnp.float32), jnp.zeros_like(reversed_hessian))

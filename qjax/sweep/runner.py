@@ -83,7 +83,7 @@ def run_sweep(model: Model, sweep: Sweep, folder: str | Path, watcher: Watcher |
     corpora = list({corpus.fingerprint: corpus for corpus in sweep.corpora}.values())  # the same text counts once
     windows = [corpus_windows(model, corpus, convention, sweep.max_windows) for corpus in corpora]
     require_writable(folder)
-    known, held = {row["key"]: row for row in read_rows(folder / ROWS)}, layers_held(folder / LAYERS)
+    known = {row["key"]: row for row in read_rows(folder / ROWS)}
     fingerprint = model_fingerprint(model)
     rows, baselines = [], {}
     quantizer = Quantizer(model, sweep.calibration, orders, watcher)
@@ -105,6 +105,7 @@ def run_sweep(model: Model, sweep: Sweep, folder: str | Path, watcher: Watcher |
         return identity, digest(identity, str(convention), *(name for name in ("divergence", "speed") if getattr(sweep, name)))
 
     pending = [plan for plan in plans if any(identify(plan, corpus)[1] not in known for corpus in corpora)]
+    held = layers_held(folder / LAYERS) if pending else set()
     for recipe, placed in plans:
         prepared, answered, timed = None, None, {}
         for corpus, cut in zip(corpora, windows, strict=True):

@@ -55,7 +55,7 @@ def _objects(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
 
 def layers_held(path: Path) -> set[tuple[object, object]]:
     """(key, path) of the kernels in a layers file: a run that is killed before it writes a cell's row has left the cell's."""
-    return {(row.get("key"), row.get("path")) for _, row in _objects(path)}
+    return {(str(row.get("key")), str(row.get("path"))) for _, row in _objects(path)}
 
 
 def append_row(path: Path, row: Mapping[str, object]) -> None:
