@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from qjax.errors import QjaxError
-from qjax.rounding.factor import ATTEMPTS, FIRST_DAMP, SMALLEST_PIVOT
+from qjax.rounding.factor import damp_until_factored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,20 +78,7 @@ def correct(
     diagonal = jnp.diagonal(hessian)
     mean = jnp.mean(diagonal)
     mean = jnp.where(mean == 0, 1.0, mean)
-
-    def failed(state):
-        tries, _, upper = state
-        pivots = jnp.where(diagonal == 0, mean, jnp.square(jnp.diagonal(upper)))
-        found = jnp.min(pivots) > SMALLEST_PIVOT * mean  # false for nan
-        return (tries == 0) | (tries <= ATTEMPTS) & ~found
-
-    def attempt(state):
-        tries, relative, _ = state
-        relative = jnp.where(tries == 0, relative, jnp.maximum(10 * relative, FIRST_DAMP))
-        damped = hessian + relative * mean * jnp.eye(len(hessian), dtype=jnp.float32)
-        return tries + 1, relative, jax.scipy.linalg.cho_factor(damped)[0]
-
-    first = (0, jnp.maximum(jnp.asarray(damp, jnp.float32), 1e-6), jnp.zeros_like(hessian))
-    _, _, upper = jax.lax.while_loop(failed, attempt, first)
+    upper_factor = lambda damped: jax.scipy.linalg.cho_factor(damped)[0]  # noqa: E731
+    _, upper = damp_until_factored(upper_factor, hessian, jnp.maximum(damp, 1e-6), mean, ignored=diagonal == 0)
     solve = jax.vmap(lambda column: jax.scipy.linalg.cho_solve((upper, False), column), 1, 1)
     return weight + alpha * solve(product(drift, weight))

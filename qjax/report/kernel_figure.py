@@ -31,11 +31,11 @@ def kernels_figure(rows: Sequence[Row], width: str = "single") -> "Figure":
     Integers have one colour and a line style each, codebooks their own colours; what is not ours is grey.
     """
     rows = [row for row in rows if row.get("kind") == "kernels" and row["implementation"] not in ("dense", "reference")]
-    rows = list(
-        {(row["inputs"], row["outputs"], *_line(row), row["rows"]): row for row in rows}.values()
-    )  # the last of each case
+    last = {(row["inputs"], row["outputs"], *_line(row), row["rows"]): row for row in rows}  # measured of each case
+    rows = list(last.values())
     weights = list(dict.fromkeys((row["inputs"], row["outputs"]) for row in rows))
-    lines = list(dict.fromkeys((str(row["format"]), str(row["implementation"])) for row in rows))
+    lines = list(dict.fromkeys(map(_line, rows)))
+    sizes = sorted({row["rows"] for row in rows})
     names = {line: line[0] if line[1] in OURS else f"{line[0]}, {line[1]}" for line in lines}
     styles = _styles(lines)
     with new_figure(width, len(weights)) as (figure, grid):
@@ -52,7 +52,6 @@ def kernels_figure(rows: Sequence[Row], width: str = "single") -> "Figure":
         )
         longest = max(text_size(figure, name)[0] for name in names.values())
         for axes, weight in zip(grid, weights, strict=True):
-            sizes = sorted({row["rows"] for row in rows})
             _scale_rows(axes, sizes, longest + GAP + AIR)
             axes.plot([axes.get_xlim()[0], sizes[-1]], [1, 1], color=GREY, linewidth=0.8, linestyle=":", zorder=0)
             here = [row for row in rows if (row["inputs"], row["outputs"]) == weight]

@@ -17,11 +17,12 @@ is rounded to nearest; GPTQ's code sets its weights to zero, which costs nothing
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 SMALLEST_PIVOT = 1e-6  # of the mean diagonal: below it a pivot is rounding noise of float32
 FIRST_DAMP = 1e-3  # what the escalation starts from when no damping was asked for
@@ -63,20 +64,35 @@ def factorize(hessian: Float[Array, "in in"], *, damp: float | Float[Array, ""] 
     alive = hessian + jnp.diag(revived)
     reversed_hessian = alive[backwards][:, backwards]
 
+    lower_factor = functools.partial(jax.lax.linalg.cholesky, symmetrize_input=False)
+    damp, lower = damp_until_factored(lower_factor, reversed_hessian, damp, mean)
+    root = lower[::-1, ::-1]
+    pivots = jnp.diagonal(root)
+    feedback = jnp.tril((root / pivots).T, -1)
+    return Factor(order, feedback, pivots, damp, damp * mean + revived)
+
+
+def damp_until_factored(
+    cholesky: Callable[[Array], Array],
+    hessian: Float[Array, "in in"],
+    damp: float | Float[Array, ""],
+    mean: Float[Array, ""],
+    ignored: Bool[Array, " in"] | bool = False,
+) -> tuple[Float[Array, ""], Float[Array, "in in"]]:
+    """(relative damping used, Cholesky factor of hessian + damping * mean * I), float32: of the first damping from `damp` on
+    whose pivots, but for those ignored, are more than rounding noise; of the last one tried where none has such.
+    """
+
     def failed(state):
-        tries, _, lower = state
-        found = jnp.min(jnp.square(jnp.diagonal(lower))) > SMALLEST_PIVOT * mean  # false for nan
+        tries, _, root = state
+        pivots = jnp.where(ignored, mean, jnp.square(jnp.diagonal(root)))
+        found = jnp.min(pivots) > SMALLEST_PIVOT * mean  # false for nan
         return (tries == 0) | (tries <= ATTEMPTS) & ~found
 
     def attempt(state):
         tries, relative, _ = state
         relative = jnp.where(tries == 0, relative, jnp.maximum(10 * relative, FIRST_DAMP))
-        damped = reversed_hessian + relative * mean * jnp.eye(count, dtype=jnp.float32)
-        return tries + 1, relative, jax.lax.linalg.cholesky(damped, symmetrize_input=False)
+        return tries + 1, relative, cholesky(hessian + relative * mean * jnp.eye(len(hessian), dtype=jnp.float32))
 
-    first = (0, jnp.asarray(damp, jnp.float32), jnp.zeros_like(reversed_hessian))
-    _, damp, lower = jax.lax.while_loop(failed, attempt, first)
-    root = lower[::-1, ::-1]
-    pivots = jnp.diagonal(root)
-    feedback = jnp.tril((root / pivots).T, -1)
-    return Factor(order, feedback, pivots, damp, damp * mean + revived)
+    first = (0, jnp.asarray(damp, jnp.float32), jnp.zeros_like(hessian))
+    return jax.lax.while_loop(failed, attempt, first)[1:]

@@ -6,7 +6,7 @@
     hessian      error_g = e^T H_gg e,  e = Q_p(w_g) - w_g: the output error of the group alone, as AWQ's clip search has it
                  (Lin et al. 2023, arXiv 2306.00978), from the Hessian in place of sampled tokens
 
-At 2 bits the search leaves 0.53, 0.60 and 0.68 of the squared error of Gaussian weights in groups of 128, 64 and 32. The steps
+At 2 bits the search leaves 0.54, 0.60 and 0.68 of the squared error of Gaussian weights in groups of 128, 64 and 32. The steps
 are those of GPTQ's code (Frantar et al. 2022, arXiv 2210.17323), which goes to 0.2 too; its error is the power 2.4 of the
 difference, ours is the square, so that what is minimised is what is reported. Double quantization comes after the search.
 """

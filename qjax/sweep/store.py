@@ -53,7 +53,7 @@ def _objects(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
         yield number, row
 
 
-def layers_held(path: Path) -> set[tuple[object, object]]:
+def layers_held(path: Path) -> set[tuple[str, str]]:
     """(key, path) of the kernels in a layers file: a run that is killed before it writes a cell's row has left the cell's."""
     return {(str(row.get("key")), str(row.get("path"))) for _, row in _objects(path)}
 
