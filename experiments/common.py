@@ -22,7 +22,8 @@ from pathlib import Path
 
 import qjax
 from qjax.cache import enable_compilation_cache
-from qjax.driver import placement
+from qjax.cli.terminal import live_sweep
+from qjax.driver.decoder import placement
 from qjax.errors import QjaxError
 from qjax.evaluate.corpora import Corpus, load_corpus
 from qjax.evaluate.questions import Task
@@ -30,7 +31,6 @@ from qjax.evaluate.tasks import load_tasks
 from qjax.recipe import parse_recipe
 from qjax.report.reports import write_reports
 from qjax.sweep.store import ROWS, append_row, read_rows
-from qjax.terminal import live_sweep
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("QJAX_TEST_DATA") or REPOSITORY.parent / "shared" / "data")

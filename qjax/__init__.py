@@ -19,11 +19,11 @@ _PUBLIC = {
     "matmul": "kernels.matmul",
     "prepare": "kernels.layout",
     # roundings
-    "Info": "rounding.info",
+    "Info": "rounding.parts.info",
     "rtn": "rounding.nearest",
     "gptq": "rounding.gptq",
-    "factorize": "rounding.factor",
-    "output_loss": "rounding.info",
+    "factorize": "rounding.parts.factor",
+    "output_loss": "rounding.parts.info",
     # transforms
     "awq": "transforms.awq",
     # calibration
@@ -32,18 +32,18 @@ _PUBLIC = {
     # recipes and the driver
     "Recipe": "recipe",
     "parse_recipe": "recipe",
-    "parse_rule": "rules",
+    "parse_rule": "driver.placement",
     "register": "recipe",
-    "quantize": "driver",
-    "quantize_flax": "driver",
-    "apply_flax": "driver",
-    "dequantize_flax": "driver",
-    "quantized_kernels": "interception",
+    "quantize": "driver.decoder",
+    "quantize_flax": "driver.decoder",
+    "apply_flax": "driver.decoder",
+    "dequantize_flax": "driver.decoder",
+    "quantized_kernels": "interception.linen",
     # models
     "Model": "models.model",
     "DecoderConfig": "models.config",
     "apply": "models.model",
-    "load": "loading",
+    "load": "checkpoints.load",
     "save": "checkpoints.packed",
     "save_huggingface": "checkpoints.huggingface",
     # evaluation

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from qjax.formats import parse_format
 from qjax.qtensor import QTensor
-from qjax.rounding.info import Info
+from qjax.rounding.parts.info import Info
 
 
 def shrink(weight, hessian, abs_mean, numpy=jnp):

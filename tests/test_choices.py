@@ -5,13 +5,13 @@ import math
 import numpy as np
 import pytest
 
-from qjax.driver import quantize
+from qjax.checkpoints.load import load
+from qjax.driver.decoder import quantize
 from qjax.errors import QjaxError
 from qjax.evaluate.choices import accuracy
 from qjax.evaluate.likelihood import likelihoods, make_pair
 from qjax.evaluate.questions import last_word, make_task, multiple_choice, multiple_context
 from qjax.evaluate.tasks import load_task
-from qjax.loading import load
 
 from .conftest import byte_tokenizer, random_model, tiny_config
 

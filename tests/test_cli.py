@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from qjax import cli
 from qjax.checkpoints.huggingface import save_huggingface
+from qjax.cli import app as cli
 
 from .conftest import byte_tokenizer, random_model, tiny_config
 
@@ -206,7 +206,7 @@ def test_help_is_fast_and_imports_no_jax():
     script = "import sys, qjax.cli; assert not {'jax', 'numpy', 'flax'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)
     shown = subprocess.run(
-        [sys.executable, "-c", "import sys; sys.argv = ['qjax', '--help']; from qjax.cli import main; main()"],
+        [sys.executable, "-c", "import sys; sys.argv = ['qjax', '--help']; from qjax.cli.app import main; main()"],
         capture_output=True,
         text=True,
         check=True,

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import qjax
-from qjax.rules import place
+from qjax.driver.placement import place
 from qjax.sweep.cells import canonical
 from qjax.sweep.store import ROWS, read_rows
 from tests.dictionary import undescribed

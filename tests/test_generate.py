@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from qjax.driver import quantize
+from qjax.driver.decoder import quantize
 from qjax.errors import QjaxError
 from qjax.evaluate.generate import generate, generate_text
 from qjax.evaluate.likelihood import encode

@@ -11,9 +11,9 @@ from qjax import qtensor
 from qjax.errors import QjaxError
 from qjax.formats import parse_format
 from qjax.qtensor import dequantize
-from qjax.rounding.factor import factorize
 from qjax.rounding.gptq import gptq
 from qjax.rounding.nearest import rtn
+from qjax.rounding.parts.factor import factorize
 from tests.oracles import gptq as oracle
 from tests.oracles import nearest as nearest_oracle
 from tests.test_factor import random_hessian

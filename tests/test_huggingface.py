@@ -1,4 +1,4 @@
-"""checkpoints/huggingface.py, checkpoints/tensors.py and loading.py: Hugging Face folders both ways, and every bad one."""
+"""checkpoints/huggingface.py, checkpoints/tensors.py and load.py: Hugging Face folders both ways, and every bad one."""
 
 import dataclasses
 import json
@@ -17,9 +17,9 @@ from safetensors.numpy import load_file, save_file
 
 from qjax.checkpoints import huggingface
 from qjax.checkpoints.huggingface import load_huggingface, save_huggingface
+from qjax.checkpoints.load import load
 from qjax.errors import QjaxError
 from qjax.formats import parse_format
-from qjax.loading import load
 from qjax.models.config import LinearScaling, Llama3Scaling
 from qjax.models.decoder import Decoder
 from qjax.models.model import apply
@@ -385,7 +385,7 @@ def test_corrupt_tokenizer(folder):
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere", "~/nowhere", "a/b/c", "../nowhere"])
 def test_paths_are_not_looked_for_on_the_hub(name, monkeypatch):
-    monkeypatch.setattr("qjax.loading.download", lambda name: pytest.fail(f"looked for {name}"))
+    monkeypatch.setattr("qjax.checkpoints.load.download", lambda name: pytest.fail(f"looked for {name}"))
     with pytest.raises(QjaxError, match="no such folder"):
         load(name)
 
@@ -400,7 +400,7 @@ def test_folders_that_may_not_be_entered(source, monkeypatch):
 
 
 def test_hub_names_are_downloaded(source, monkeypatch):
-    monkeypatch.setattr("qjax.loading.download", lambda name: source)
+    monkeypatch.setattr("qjax.checkpoints.load.download", lambda name: source)
     assert load("someone/some-model").name == "someone/some-model"
 
 

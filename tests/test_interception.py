@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import qjax
-from qjax.interception import linear_layers
+from qjax.interception.linen import linear_layers
 from qjax.qtensor import is_quantized
 
 

@@ -100,7 +100,7 @@ def test_lengths_have_few_buckets():
 
 
 def test_one_compilation_serves_every_recipe(model):
-    from qjax.driver import quantize
+    from qjax.driver.decoder import quantize
     from qjax.models.model import compute_dtype, stages
 
     groups = [[make_pair(model, "a common beginning", end) for end in ("x", "yz")]]

@@ -15,11 +15,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from qjax import files
+from qjax.checkpoints.load import load
 from qjax.checkpoints.packed import config_from_dict, config_to_dict, load_packed, save
 from qjax.errors import QjaxError
 from qjax.files import prepare_output_folder, read_json, write_atomically
 from qjax.formats import parse_format
-from qjax.loading import load
 from qjax.models.config import LinearScaling, Llama3Scaling
 from qjax.models.model import apply
 from qjax.models.parameters import flatten, unflatten

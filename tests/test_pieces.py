@@ -1,10 +1,10 @@
-"""qjax.rounding.pieces: the same result however a weight is cut."""
+"""qjax.rounding.parts.pieces: the same result however a weight is cut."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qjax.rounding import pieces
+from qjax.rounding.parts import pieces
 
 
 @pytest.mark.parametrize("shape", [(1, 12, 4), (6, 4, 2), (5, 7, 3), (3, 1, 1)])

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import qjax
-from qjax import driver
 from qjax.calibrate.tokens import Calibration
 from qjax.checkpoints.packed import load_packed, save
-from qjax.driver import quantize_together
+from qjax.driver import decoder as driver
+from qjax.driver.decoder import quantize_together
 from qjax.errors import QjaxError, QjaxWarning
 from qjax.models.parameters import flatten, unflatten
 from qjax.qtensor import QLinear, QTensor, dequantize_tree

@@ -1,4 +1,4 @@
-"""qjax.rounding.ranges: the search of ranges against trying every shrink in float64, for both kinds of error."""
+"""qjax.rounding.parts.ranges: the search of ranges against trying every shrink in float64, for both kinds of error."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,10 +8,10 @@ from qjax import grid
 from qjax.errors import QjaxError
 from qjax.formats import parse_format
 from qjax.qtensor import dequantize
-from qjax.rounding import ranges
+from qjax.rounding.parts import ranges
 from qjax.rounding.gptq import gptq
 from qjax.rounding.nearest import rtn
-from qjax.rounding.ranges import search_shrink, search_shrink_hessian
+from qjax.rounding.parts.ranges import search_shrink, search_shrink_hessian
 from tests.oracles import nearest as oracle
 from tests.oracles.gptq import layer_error
 from tests.test_factor import random_hessian

@@ -5,9 +5,9 @@ from typing import Literal
 import pytest
 
 from qjax import recipe as module
+from qjax.driver.part import problem_of
 from qjax.errors import QjaxError
 from qjax.formats import parse_format
-from qjax.layerwise import problem_of
 from qjax.recipe import Stage, method_table, parse_recipe
 from qjax.rounding.nearest import rtn
 

@@ -2,9 +2,9 @@
 
 import pytest
 
+from qjax.driver.placement import parse_rule
 from qjax.errors import QjaxError
 from qjax.recipe import DEFAULT_ORDER, Stage, method_table, parse_order, parse_recipe
-from qjax.rules import parse_rule
 from qjax.sweep.cells import canonical
 
 

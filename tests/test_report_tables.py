@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
+from qjax.driver.part import LayerRecord
 from qjax.errors import QjaxError
-from qjax.layerwise import LayerRecord
 from qjax.report.rendering import Column, Table, latex_escape
 from qjax.report.tables import (
     formats_table,

@@ -9,8 +9,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import qjax
-from qjax import cli
 from qjax.checkpoints.huggingface import save_huggingface
+from qjax.cli import app as cli
 from qjax.errors import QjaxError
 from qjax.evaluate.corpora import load_corpus
 from qjax.evaluate.tasks import load_task

@@ -17,10 +17,10 @@ import pytest
 import qjax
 from qjax import recipe as recipes
 from qjax.calibrate.tokens import as_calibration
+from qjax.driver.part import problem_of
 from qjax.errors import QjaxError
 from qjax.evaluate.corpora import Corpus
 from qjax.evaluate.perplexity import parse_convention
-from qjax.layerwise import problem_of
 from qjax.models.model import stages
 from qjax.recipe import parse_recipe
 from qjax.report.reports import write_reports

@@ -6,14 +6,14 @@ import json
 import numpy as np
 import pytest
 
-from qjax.cli import main
+from qjax.cli.app import main
+from qjax.driver.part import LayerRecord
 from qjax.evaluate.choices import accuracy
 from qjax.evaluate.corpora import Corpus
 from qjax.evaluate.divergence import divergence
 from qjax.evaluate.perplexity import parse_convention
 from qjax.evaluate.questions import last_word, make_task, multiple_choice
 from qjax.evaluate.statistics import accuracy_difference
-from qjax.layerwise import LayerRecord
 from qjax.report.reports import write_reports
 from qjax.sweep.runner import Sweep, run_sweep
 from qjax.sweep.store import ROWS, read_rows
@@ -39,7 +39,7 @@ def rows(tiny_model, tmp_path_factory):
 
 
 def test_columns_are_what_the_measurements_give(tiny_model, rows):
-    from qjax.driver import quantize
+    from qjax.driver.decoder import quantize
 
     quantized, _ = quantize(tiny_model, "rtn:int2-g16")
     baseline, _, row = rows

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, PyTree
 
 from qjax.calibrate.statistics import STATISTICS
 from qjax.errors import QjaxError
-from qjax.interception import recorded
+from qjax.interception.linen import recorded
 
 
 class Batch(NamedTuple):

@@ -19,10 +19,10 @@ except ImportError as error:
 
     raise QjaxError(f"lm-evaluation-harness cannot be imported ({error}): pip install lm-eval") from error
 
+from qjax.checkpoints.load import load
 from qjax.errors import QjaxError
 from qjax.evaluate.generate import generate
 from qjax.evaluate.likelihood import encode, likelihoods, make_pair, require_tokenizer, rolling_pairs
-from qjax.loading import load
 from qjax.models.model import Model, runnable
 
 BATCH = 8  # sequences generated at a time

@@ -10,7 +10,7 @@ model of any depth costs one block's compilation, and quantization holds one blo
 Vaswani et al. 2017 (arXiv 1706.03762); Llama: Touvron et al. 2023 (2302.13971); rotary positions: Su et al. 2021
 (2104.09864), in Hugging Face's half-split order; grouped queries: Ainslie et al. 2023 (2305.13245); parallel residual and
 partly rotated heads: GPT-NeoX, Black et al. 2022 (2204.06745); norms by 1 + offset: Gemma (2403.08295).
-Every linear layer is an `nn.Dense` whose kernel is (in, out), so `interception.py` serves it as it does any user's model.
+Every linear layer is an `nn.Dense` whose kernel is (in, out), so `interception/` serves it as it does any user's model.
 """
 
 import math

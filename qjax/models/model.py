@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from qjax.errors import QjaxError
-from qjax.interception import quantized_kernels
+from qjax.interception.linen import quantized_kernels
 from qjax.kernels.matmul import prepare_tree
 from qjax.models.config import DecoderConfig
 from qjax.models.decoder import Block, Embed, Head

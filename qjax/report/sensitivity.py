@@ -6,6 +6,7 @@ A place is a block, a kind of linear layer, or whatever else the rule's pattern 
 import re
 from collections.abc import Sequence
 
+from qjax.driver.placement import parse_rule
 from qjax.errors import QjaxError
 from qjax.recipe import UNQUANTIZED
 from qjax.report.numbers import number
@@ -20,7 +21,6 @@ from qjax.report.tables import (
     require_one_group,
     within_noise,
 )
-from qjax.rules import parse_rule
 
 WHOLE = "whole model"
 

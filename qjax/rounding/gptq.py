@@ -13,7 +13,7 @@ we depart from the paper's code:
 - inputs that calibration never moved are rounded to nearest instead of set to zero.
 - clip=mse and clip=hessian search every group's range (`ranges.py`); hessian weighs input i by R_ii^2, what its error costs
   in the loss that feedback leaves.
-- refine=N goes over scales and codes N more times (`refine.py`), each about one and a half times the cost of
+- refine=N goes over scales and codes N more times (`refining/descend.py`), each about one and a half times the cost of
   the rounding itself: 4 sweeps lower what 2 bits cost the bundled model from 55 to 45 % of perplexity (results/composition).
 """
 
@@ -28,12 +28,12 @@ from qjax import grid
 from qjax.errors import QjaxError
 from qjax.formats import Format, parse_format
 from qjax.qtensor import QTensor, from_codes
-from qjax.rounding.factor import Factor, factorize
-from qjax.rounding.feedback import round_with_feedback, row_grid, row_grids
-from qjax.rounding.info import Info, relative
+from qjax.refining.descend import check_blocks, descend
 from qjax.rounding.nearest import Clip, check_clip, check_shapes
-from qjax.rounding.ranges import search_shrink
-from qjax.rounding.refine import check_blocks, descend
+from qjax.rounding.parts.factor import Factor, factorize
+from qjax.rounding.parts.feedback import round_with_feedback, row_grid, row_grids
+from qjax.rounding.parts.info import Info, relative
+from qjax.rounding.parts.ranges import search_shrink
 
 
 def gptq(
@@ -54,7 +54,7 @@ def gptq(
     factor: `factorize(hessian, damp=damp, act_order=act_order)`, for callers that share it between formats; damp and act_order
     are then its. damp: relative to the mean diagonal; Info.damp tells what was used. block: inputs between two large matrix
     products, which changes speed alone; of static_groups=false it is the group, or 128 where all inputs are one. refine: how
-    many times scales and codes are gone over again (`refine.py`).
+    many times scales and codes are gone over again (`refining/descend.py`).
     Works under jit, and under vmap over stacked weights and Hessians.
     A weight or Hessian that is not finite gives an Info that is not. Raises QjaxError for shapes that do not fit, an unknown
     clip, options that contradict each other, and casts.

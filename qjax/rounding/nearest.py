@@ -16,9 +16,9 @@ from qjax import grid
 from qjax.errors import QjaxError
 from qjax.formats import Format, parse_format
 from qjax.qtensor import FLOAT_DTYPES, QTensor, from_codes
-from qjax.rounding.info import Info
-from qjax.rounding.pieces import map_pieces
-from qjax.rounding.ranges import masked, search_shrink, search_shrink_hessian
+from qjax.rounding.parts.info import Info
+from qjax.rounding.parts.pieces import map_pieces
+from qjax.rounding.parts.ranges import masked, search_shrink, search_shrink_hessian
 
 Clip = Literal["none", "mse", "hessian"]
 

@@ -24,7 +24,7 @@ from flax.traverse_util import flatten_dict
 
 import qjax
 from qjax.calibrate.tokens import Calibration
-from qjax.driver import Report
+from qjax.driver.decoder import Report
 from qjax.evaluate.perplexity import PerplexityResult
 from qjax.evaluate.statistics import bootstrap_interval, ratio_stderr
 from qjax.models.model import Model, compute_dtype
@@ -32,10 +32,7 @@ from qjax.recipe import UNQUANTIZED, Recipe, Stage, method_name
 
 PACKAGE = Path(__file__).parents[1]
 UNMEASURED = (
-    "cli.py",
-    "cli_results.py",
-    "options.py",
-    "terminal.py",
+    "cli",
     "report",
     "train",
     "sweep/request.py",

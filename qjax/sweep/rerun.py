@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from qjax.calibrate.tokens import Calibration, load_calibration
+from qjax.checkpoints.load import load
 from qjax.errors import QjaxError
 from qjax.evaluate.corpora import load_corpus
 from qjax.evaluate.perplexity import parse_convention
 from qjax.evaluate.questions import Task
 from qjax.evaluate.tasks import load_task
-from qjax.loading import load
 from qjax.models.model import Model
 from qjax.sweep.record import model_fingerprint
 from qjax.sweep.request import Request, Row, request_of

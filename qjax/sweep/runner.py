@@ -12,7 +12,9 @@ from pathlib import Path
 from flax.traverse_util import flatten_dict
 
 from qjax.calibrate.tokens import Calibration, as_calibration
-from qjax.driver import Report, calibration_order, placement, quantize_together
+from qjax.driver.decoder import Report, calibration_order, placement, quantize_together
+from qjax.driver.part import LayerRecord, problem_of
+from qjax.driver.placement import parse_rule
 from qjax.errors import QjaxError
 from qjax.evaluate.choices import accuracy
 from qjax.evaluate.corpora import Corpus
@@ -21,10 +23,8 @@ from qjax.evaluate.perplexity import Convention, corpus_windows, measure, requir
 from qjax.evaluate.questions import Task
 from qjax.evaluate.speed import measure_speed
 from qjax.files import require_writable
-from qjax.layerwise import LayerRecord, problem_of
 from qjax.models.model import Model, runnable
 from qjax.recipe import UNQUANTIZED, Stage, parse_recipe, sources
-from qjax.rules import parse_rule
 from qjax.sweep.cells import canonical, name_in_order
 from qjax.sweep.measures import accuracy_columns, divergence_columns, mean_columns, speed_columns, tasks_identity
 from qjax.sweep.record import calibration_columns, digest, layer_rows, make_row, model_fingerprint, provenance

@@ -28,8 +28,8 @@ from qjax import grid
 from qjax.errors import QjaxError
 from qjax.formats import Format, parse_format
 from qjax.qtensor import QLinear, dequantize, storable_input_scale
-from qjax.rounding.info import Info, output_loss, relative
 from qjax.rounding.nearest import Clip, check_shapes, rtn
+from qjax.rounding.parts.info import Info, output_loss, relative
 
 Scaling = Literal["reference", "duo", "both"]
 Loss = Literal["hessian", "module"]

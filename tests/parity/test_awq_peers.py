@@ -22,7 +22,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 import qjax
-from qjax import layerwise
+from qjax.driver import part as layerwise
 from qjax.qtensor import dequantize
 from tests.parity import peers
 from tests.paths import real_data

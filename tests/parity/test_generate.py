@@ -6,10 +6,10 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from qjax.driver import quantize  # noqa: E402
+from qjax.checkpoints.load import load  # noqa: E402
+from qjax.driver.decoder import quantize  # noqa: E402
 from qjax.evaluate.generate import generate  # noqa: E402
 from qjax.evaluate.likelihood import encode  # noqa: E402
-from qjax.loading import load  # noqa: E402
 from tests.paths import real_data  # noqa: E402
 
 pytestmark = pytest.mark.peer

@@ -18,12 +18,12 @@ lm_eval = pytest.importorskip("lm_eval")
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from qjax.driver import quantize  # noqa: E402
+from qjax.checkpoints.load import load  # noqa: E402
+from qjax.driver.decoder import quantize  # noqa: E402
 from qjax.errors import QjaxError  # noqa: E402
 from qjax.evaluate.choices import accuracy  # noqa: E402
 from qjax.evaluate.lm_eval import LM, evaluate  # noqa: E402
 from qjax.evaluate.perplexity import corpus_windows, measure, parse_convention  # noqa: E402
-from qjax.loading import load  # noqa: E402
 from tests.paths import real_data  # noqa: E402
 
 pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("ignore")]  # the harness and its libraries warn a lot

@@ -12,9 +12,9 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 
 import qjax  # noqa: E402
+from qjax.checkpoints.load import load  # noqa: E402
 from qjax.evaluate.choices import accuracy  # noqa: E402
 from qjax.evaluate.tasks import load_task  # noqa: E402
-from qjax.loading import load  # noqa: E402
 from tests.paths import real_data  # noqa: E402
 
 pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("ignore")]

@@ -11,10 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qjax.cli_results import compare, report, rerun
-from qjax.errors import QjaxError
-from qjax.files import require_writable
-from qjax.options import (
+from qjax.cli.options import (
     MODEL_HELP,
     CalibrationName,
     CalibrationWindow,
@@ -33,7 +30,10 @@ from qjax.options import (
     split_names,
     split_numbers,
 )
-from qjax.terminal import console, live_sweep, print_accuracies, print_perplexity, print_tables, progress_bars
+from qjax.cli.results import compare, report, rerun
+from qjax.cli.terminal import console, live_sweep, print_accuracies, print_perplexity, print_tables, progress_bars
+from qjax.errors import QjaxError
+from qjax.files import require_writable
 
 if TYPE_CHECKING:
     from qjax.calibrate.tokens import Calibration
@@ -132,8 +132,8 @@ def quantize(
 
     layers.jsonl beside the weights has a row for every kernel.
     """
-    from qjax import driver
     from qjax.checkpoints.packed import save
+    from qjax.driver import decoder as driver
     from qjax.files import prepare_output_folder, write_atomically
     from qjax.report.rendering import to_rich
     from qjax.report.tables import layers_table
@@ -261,7 +261,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
 ) -> None:
     """Let a model, quantized or not, go on with a prompt."""
-    from qjax.driver import quantize as quantize_model
+    from qjax.driver.decoder import quantize as quantize_model
     from qjax.evaluate.generate import generate_text
     from qjax.sweep.cells import canonical
 
@@ -297,7 +297,7 @@ def info(
     if model is None:
         console().print(to_rich(parameters_table(parameters)))
         return
-    from qjax.driver import kernel_shapes
+    from qjax.driver.decoder import kernel_shapes
 
     console().print(to_rich(memory_table(*kernel_shapes(_load(model)), title=model)))
 
@@ -355,7 +355,7 @@ def _fail(message: str) -> None:
 def _load(name: str) -> "Model":
     """The named model, with compiled programs kept between runs."""
     from qjax.cache import enable_compilation_cache
-    from qjax.loading import load
+    from qjax.checkpoints.load import load
 
     enable_compilation_cache()
     return load(name)
@@ -366,8 +366,8 @@ def _calibration(
 ) -> "Calibration | None":
     """Calibration tokens where a recipe or rule of `asked` reads any; the text defaults to the first named one of `data`."""
     from qjax.calibrate.tokens import load_calibration
+    from qjax.driver.placement import parse_rule
     from qjax.recipe import parse_recipe
-    from qjax.rules import parse_rule
 
     recipes = [*map(parse_recipe, asked[0]), *(parse_rule(rule).recipe for rule in asked[1])]
     if not any(recipe and recipe.statistics for recipe in recipes):

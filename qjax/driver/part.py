@@ -27,12 +27,12 @@ from qjax.calibrate.capture import Batch, Captured, capture_statistics, parent_o
 from qjax.calibrate.order import Order, correct
 from qjax.calibrate.statistics import rescale
 from qjax.errors import QjaxError
-from qjax.interception import KernelView
+from qjax.interception.linen import KernelView
 from qjax.models.folding import Fold, fold_scale, is_linear
 from qjax.qtensor import QLinear, QTensor, dequantize, storable_input_scale
 from qjax.recipe import UNQUANTIZED, Recipe, method, options_of, statistics_of
-from qjax.rounding.factor import factorize
-from qjax.rounding.info import Info, output_loss, relative
+from qjax.rounding.parts.factor import factorize
+from qjax.rounding.parts.info import Info, output_loss, relative
 
 Plan = Mapping[str, Recipe | None]  # what each kernel gets, by path within the module
 

@@ -1,4 +1,4 @@
-"""qjax.layerwise and the driver: every order of calibration against a plain re-computation of the whole model, layer by layer.
+"""The driver: every order of calibration against a plain re-computation of the whole model, layer by layer.
 
 The methods are smooth stand-ins (`fake_methods.py`), so nothing hides behind ties. The slow way runs the whole decoder from
 the tokens for every layer, keeps all activations and does its arithmetic in float64.
@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qjax import driver
 from qjax import recipe as recipes
 from qjax.calibrate.order import Order
 from qjax.calibrate.tokens import Calibration
-from qjax.driver import quantize
+from qjax.driver import decoder as driver
+from qjax.driver.decoder import quantize
+from qjax.driver.part import Memo, Part, quantize_part
 from qjax.formats import parse_format
-from qjax.layerwise import Memo, Part, quantize_part
 from qjax.models.decoder import Decoder
 from qjax.models.parameters import flatten, unflatten
 from qjax.recipe import Recipe, Stage, parse_order
@@ -172,7 +172,7 @@ def test_memo_computes_once_per_object():
 
 def test_a_part_without_calibrated_plans_runs_nothing(case):
     """rtn needs no batches and no tracing, and leaves everything else as it was."""
-    from qjax.interception import KernelView
+    from qjax.interception.linen import KernelView
     from qjax.models.decoder import Block
 
     params = case.model.params["block_0"]

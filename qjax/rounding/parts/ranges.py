@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Shaped
 from qjax import grid
 from qjax.errors import QjaxError
 from qjax.formats import Format
-from qjax.rounding.pieces import map_pieces
+from qjax.rounding.parts.pieces import map_pieces
 
 SHRINKS = 81  # 1.00, 0.99, ..., 0.20
 HESSIAN_STEP = 3  # the quadratic form costs a matrix product a step: every third shrink is tried

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from qjax.driver import quantize
+from qjax.checkpoints.load import load
+from qjax.driver.decoder import quantize
 from qjax.evaluate.corpora import Corpus
 from qjax.evaluate.perplexity import perplexity
-from qjax.loading import load
 
 TEXT = """The queue module
 ================

@@ -2,9 +2,9 @@
 
 import pytest
 
+from qjax.driver.placement import parse_rule, place
 from qjax.errors import QjaxError
 from qjax.recipe import parse_recipe
-from qjax.rules import parse_rule, place
 
 KERNELS = ["block_0/attention/q/kernel", "block_0/mlp/down/kernel", "block_1/mlp/down/kernel", "head/output/kernel"]
 INT4 = parse_recipe("rtn:int4-g128")

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, UInt8
 from qjax import grid
 from qjax.errors import QjaxError
 from qjax.formats import Format
-from qjax.rounding.feedback import round_with_feedback, row_grids
+from qjax.rounding.parts.feedback import round_with_feedback, row_grids
 
 product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 

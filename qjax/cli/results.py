@@ -1,13 +1,13 @@
-"""The commands about folders of results: report, rerun, compare. Only `cli.py` imports it."""
+"""The commands about folders of results: report, rerun, compare. Only `app.py` imports it."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from qjax.cli.options import Folder, split_names
+from qjax.cli.terminal import console, live_sweep, print_tables
 from qjax.errors import QjaxError
-from qjax.options import Folder, split_names
-from qjax.terminal import console, live_sweep, print_tables
 
 UNEQUAL = 1  # exit code of a rerun that gave other figures
 

@@ -28,15 +28,15 @@ from jaxtyping import Array, PyTree
 from qjax.calibrate.capture import Batch, distinct_calls, sharing
 from qjax.calibrate.order import Order
 from qjax.calibrate.tokens import Calibration, as_calibration, as_weights
+from qjax.driver.part import LayerRecord, Part, Plan, Quantized, quantize_part
+from qjax.driver.placement import Rule, parse_rule, place
 from qjax.errors import QjaxError, QjaxWarning
-from qjax.interception import KernelView, linear_layers, quantized_kernels
-from qjax.layerwise import LayerRecord, Part, Plan, Quantized, quantize_part
+from qjax.interception.linen import KernelView, linear_layers, quantized_kernels
 from qjax.models.decoder import HALVES, Block, Head
 from qjax.models.folding import folds
 from qjax.models.model import Model, compiled, compute_dtype, embedding_table, stages
 from qjax.qtensor import FLOAT_DTYPES, QLinear, QTensor, dequantize, is_quantized
 from qjax.recipe import DEFAULT_ORDER, UNQUANTIZED, Recipe, Stage, method, parse_order, parse_recipe
-from qjax.rules import Rule, parse_rule, place
 
 BATCH_TOKENS = {"cpu": 2048, "gpu": 16384, "tpu": 16384}  # calibration tokens run at a time
 
@@ -63,7 +63,7 @@ def quantize(
     """The model with its kernels in the recipe's format, and a report. The given model is left as it is.
 
     calibration: tokens (windows, time) int32 or a `Calibration` (`load_calibration`); needed by recipes that read data.
-    rules: "PATTERN=RECIPE" strings, the first that matches a kernel's path decides (`rules.py`).
+    rules: "PATTERN=RECIPE" strings, the first that matches a kernel's path decides (`placement.py`).
     order: whose inputs statistics are from ("parallel", "block", "sequential", "qep"), for recipes that do not say @ORDER.
     on_layer is called with each layer's record as it is done. Raises QjaxError for a bad recipe or rule, a model that is
     quantized already, missing or unfit calibration tokens, and activations that are not finite. Warns (QjaxWarning) of layers

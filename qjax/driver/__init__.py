@@ -1,0 +1,1 @@
+"""The driver: recipes applied to models, part by part."""

@@ -1,0 +1,1 @@
+"""Refining: what improves a rounded weight, or a whole rounded block."""
