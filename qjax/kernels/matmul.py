@@ -126,9 +126,8 @@ def prepare_tree(tree: PyTree, dtype: DTypeLike) -> PyTree:
 
 def _refusal(name: str, dtype: DTypeLike, q: QTensor | KernelWeight, activations: str | None) -> str | None:
     """Why an implementation cannot serve, or None."""
-    fmt = q.format
-    if activations and not (fmt.grid == "int8" and not fmt.is_affine and fmt.granularity == "channel"):
-        return f"activations={ACTIVATIONS} needs a weight in int8-channel-sym, got {fmt}"
+    if activations and (reason := refusal_of_int8(q)):
+        return reason
     if name == "reference":
         return None
     if name == "xla":
@@ -143,6 +142,13 @@ def _refusal(name: str, dtype: DTypeLike, q: QTensor | KernelWeight, activations
     return _kernels(name).refusal(dtype, q)
 
 
+def refusal_of_int8(q: QTensor | KernelWeight) -> str | None:
+    """Why a weight cannot be multiplied with int8 activations in integers, or None."""
+    fmt = q.format
+    fits = fmt.grid == "int8" and not fmt.is_affine and fmt.granularity == "channel"
+    return None if fits else f"activations={ACTIVATIONS} needs a weight in int8-channel-sym, got {fmt}"
+
+
 def _kernels(name: str) -> ModuleType:
     return importlib.import_module(f"qjax.kernels.{KERNELS[name]}")  # Pallas takes a while to import
 
@@ -151,7 +157,7 @@ def _decoded(q: QTensor | QLinear | KernelWeight, dtype: DTypeLike = jnp.float32
     return (layout.dequantize if isinstance(q, KernelWeight) else dequantize)(q, dtype)
 
 
-def _tokens_int8(x: Float[Array, "*rows in"]) -> tuple[Int8[Array, "*rows in"], Float[Array, "*rows 1"]]:
+def tokens_int8(x: Float[Array, "*rows in"]) -> tuple[Int8[Array, "*rows in"], Float[Array, "*rows 1"]]:
     """Rows rounded to int8, and the float32 scale of each."""
     scale = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1, keepdims=True) / 127
     scale = jnp.where(scale == 0, 1.0, scale)
@@ -164,7 +170,7 @@ def _reference_int8(x: Float[Array, "*batch in"], q: QTensor | KernelWeight) -> 
         codes, scales = layout.dequantize(dataclasses.replace(q, scales=jnp.ones_like(q.scales))), q.scales
     else:
         codes, scales = unpack_codes(q).astype(jnp.int32) - 128, unpack_parameters(q)[0]
-    rounded, scale = _tokens_int8(jax.lax.stop_gradient(x))
+    rounded, scale = tokens_int8(jax.lax.stop_gradient(x))
     total = jnp.matmul(rounded, codes.astype(jnp.int8), preferred_element_type=jnp.int32)
     exact = total * scale * scales.reshape(-1).astype(jnp.float32)
     through = jnp.matmul(x, _decoded(q, x.dtype))
@@ -177,7 +183,7 @@ def _multiply(x: Float[Array, "rows in"], q: QTensor | KernelWeight, choice: _Ch
     if not len(x):
         return jnp.zeros((0, q.shape[-1]), x.dtype)
     if choice.activations:
-        return module.multiply_int8(*_tokens_int8(x), q).astype(x.dtype)
+        return module.multiply_int8(*tokens_int8(x), q).astype(x.dtype)
     return xla.multiply(x, q, precision=choice.precision) if module is xla else module.multiply(x, q)
 
 
