@@ -3,7 +3,7 @@
     x' = maps(x);   y = A(x') W' + x'_o W_o + s (x a) b
 
 maps: exact maps of the input (`maps.py`). A: the activation format (`activations.py`), identity where there is none. W': the
-quantized weight. o: input channels whose rows stay in 16 bits (LLM.int8(): Dettmers et al. 2022, arXiv 2208.07339); A and W' see
+quantized weight. o: inputs whose rows stay in 16 bits (LLM.int8(): Dettmers et al. 2022, arXiv 2208.07339); A and W' see
 0 there. a b: a low-rank adapter of the input as it comes (LoRA: Hu et al. 2021, 2106.09685).
 
 A weight for which nothing more is said is a bare QTensor. Evaluation decodes weights once (`dense`): whatever else a layer does
