@@ -22,8 +22,12 @@ _PUBLIC = {
     "Info": "rounding.parts.info",
     "rtn": "rounding.nearest",
     "gptq": "rounding.gptq",
-    "factorize": "rounding.parts.factor",
+    "factorize": "rounding.parts.feedback",
     "output_loss": "rounding.parts.info",
+    # refining
+    "descend": "refining.descend",
+    "Block": "refining.block",
+    "BlockInfo": "refining.block",
     # transforms
     "awq": "transforms.awq",
     # calibration
@@ -33,11 +37,13 @@ _PUBLIC = {
     "Recipe": "recipe",
     "parse_recipe": "recipe",
     "parse_rule": "driver.placement",
-    "register": "recipe",
+    "register": "methods",
+    "register_statistic": "methods",
+    "Statistic": "calibrate.statistics",
     "quantize": "driver.decoder",
-    "quantize_flax": "driver.decoder",
-    "apply_flax": "driver.decoder",
-    "dequantize_flax": "driver.decoder",
+    "quantize_flax": "driver.function",
+    "apply_flax": "driver.function",
+    "dequantize_flax": "driver.function",
     "quantized_kernels": "interception.linen",
     # models
     "Model": "models.model",

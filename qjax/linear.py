@@ -132,7 +132,7 @@ def dequantize(leaf: Leaf, dtype: DTypeLike = jnp.float32) -> Float[Array, "*bat
     weight = decode(leaf.weight, jnp.float32)
     if leaf.outliers is not None:
         weight = weight.at[leaf.outliers.index].set(leaf.outliers.weight.astype(jnp.float32))
-    weight = maps.undone(leaf.inputs, weight)
+    weight = maps.merged(leaf.inputs, weight)
     if leaf.adapter is not None:
         a, b = (part.astype(jnp.float32) for part in (leaf.adapter.a, leaf.adapter.b))
         weight += leaf.adapter.scaling * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)

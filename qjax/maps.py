@@ -9,6 +9,7 @@ folders of quantized models hold it.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Protocol
 
 import jax
@@ -125,6 +126,22 @@ def on_input(maps: tuple[InputMap, ...], x: Float[Array, "*batch in"]) -> Float[
     for each in maps:
         x = each.on_input(x)
     return x
+
+
+def on_weight(maps: tuple[InputMap, ...], weight: Float[Array, "in out"]) -> Float[Array, "in out"]:
+    """The weight for inputs through all maps."""
+    for each in maps:
+        weight = each.on_weight(weight)
+    return weight
+
+
+def composed(maps: Sequence[InputMap]) -> tuple[InputMap, ...]:
+    """The same maps, neighbours that divide as one."""
+    found: list[InputMap] = []
+    for each in maps:
+        both_divide = found and isinstance(each, Divide) and isinstance(found[-1], Divide)
+        found.append(Divide(found.pop().scale * each.scale) if both_divide else each)
+    return tuple(found)
 
 
 def undone(maps: tuple[InputMap, ...], weight: Float[Array, "in out"]) -> Float[Array, "in out"]:
