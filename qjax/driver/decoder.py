@@ -31,11 +31,13 @@ from qjax.calibrate.tokens import Calibration, as_calibration, as_weights
 from qjax.driver.part import LayerRecord, Part, Plan, Quantized, quantize_part
 from qjax.driver.placement import Rule, parse_rule, place
 from qjax.errors import QjaxError, QjaxWarning
-from qjax.interception.linen import KernelView, linear_layers, quantized_kernels
+from qjax.interception.contraction import KernelView
+from qjax.interception.linen import linear_layers, quantized_kernels
+from qjax.linear import Leaf, dequantize, is_quantized
 from qjax.models.decoder import HALVES, Block, Head
 from qjax.models.folding import folds
 from qjax.models.model import Model, compiled, compute_dtype, embedding_table, stages
-from qjax.qtensor import FLOAT_DTYPES, QLinear, QTensor, dequantize, is_quantized
+from qjax.qtensor import FLOAT_DTYPES
 from qjax.recipe import DEFAULT_ORDER, UNQUANTIZED, Recipe, Stage, method, parse_order, parse_recipe
 
 BATCH_TOKENS = {"cpu": 2048, "gpu": 16384, "tpu": 16384}  # calibration tokens run at a time
@@ -370,5 +372,5 @@ def _report(params: PyTree, records: list[LayerRecord], seconds: float) -> Repor
     return Report(tuple(records), bits, 8 * size / weights, size, seconds)
 
 
-def _weights(leaf: Array | QTensor | QLinear) -> int:
+def _weights(leaf: Leaf) -> int:
     return jax.eval_shape(dequantize, leaf).size if is_quantized(leaf) else leaf.size

@@ -27,9 +27,11 @@ from qjax.calibrate.capture import Batch, Captured, capture_statistics, parent_o
 from qjax.calibrate.order import Order, correct
 from qjax.calibrate.statistics import rescale
 from qjax.errors import QjaxError
-from qjax.interception.linen import KernelView
-from qjax.models.folding import Fold, fold_scale, is_linear
-from qjax.qtensor import QLinear, QTensor, dequantize, storable_input_scale
+from qjax.interception.contraction import KernelView
+from qjax.linear import Linear, dequantize
+from qjax.maps import Divide, InputMap
+from qjax.models.folding import Fold, fold_map, is_linear
+from qjax.qtensor import QTensor
 from qjax.recipe import UNQUANTIZED, Recipe, method, options_of, statistics_of
 from qjax.rounding.parts.factor import factorize
 from qjax.rounding.parts.info import Info, output_loss, relative
@@ -161,16 +163,21 @@ def quantize_part(
 
 
 class Scale(NamedTuple):
-    """A kernel's input scale: `scale` (in,) multiplies its rows; folded into the layer before, or stored as a QLinear's."""
+    """A kernel's input scale: `scale` (in,) multiplies its rows; folded into the layer before, or a map of the leaf."""
 
     scale: Array
-    folded: bool
+    stored: InputMap | None = None
+
+    @property
+    def folded(self) -> bool:
+        """Whether the layer before makes up for it."""
+        return self.stored is None
 
 
 class Rounded(NamedTuple):
     """A kernel's new leaf and diagnostics, not waited for."""
 
-    leaf: QTensor | QLinear
+    leaf: QTensor | Linear
     info: Info
     tokens: Array | None
 
@@ -222,12 +229,13 @@ def _transform(
         if None in recipes or len(recipes) > 1 or (is_linear(fold, flat) and f"{fold.source}/kernel" not in plan):
             continue  # they cannot share a scale, or what would have to change is to be left as it is
         scale = _find_scale(part, paths, flat, recipes.pop(), statistics[shared[paths[0]]], batches, memo)
-        base |= fold_scale(base, fold, scale)
-        scales |= dict.fromkeys(paths, Scale(scale, folded=True))
+        base |= fold_map(base, fold, Divide(scale))
+        scales |= dict.fromkeys(paths, Scale(scale))
     for path, recipe in todo.items():
         if path not in scales:
             scale = _find_scale(part, [path], flat, recipe, statistics[shared[path]], batches, memo)
-            scales[path] = Scale(storable_input_scale(scale)[1], folded=False)  # the weight makes up for what is stored
+            stored = Divide(scale).stored()  # the weight makes up for what is stored
+            scales[path] = Scale(1 / stored.scale.astype(jnp.float32), stored)
     return base, scales
 
 
@@ -240,7 +248,7 @@ def _find_scale(part, paths, flat, recipe, statistics, batches, memo) -> Float[A
         taken = {name: module if name == "module" else statistics[name] for name in statistics_of(stage)}
         if "rounded" in inspect.signature(method(stage.name)).parameters:
             taken["rounded"] = functools.partial(_rounded_by_recipe, tuple(weights), recipe, statistics, memo)
-        scale = method(stage.name)(weights, recipe.format, **taken, **dict(stage.options))
+        scale = method(stage.name)(weights, recipe.format, **taken, **dict(stage.options)).scale
         if not bool(jnp.all(jnp.isfinite(scale))):
             raise QjaxError(
                 f"{stage.name} finds no finite scale for {', '.join(part.prefix + path for path in paths)}: the weights, or "
@@ -252,12 +260,13 @@ def _find_scale(part, paths, flat, recipe, statistics, batches, memo) -> Float[A
     return total
 
 
-def _rounded_by_recipe(weights, recipe, statistics, memo, scale=None) -> list[Float[Array, "in out"]]:
-    """What weights that share an input become by the recipe's rounding; scaled before it and scaled back, where a scale is
+def _rounded_by_recipe(weights, recipe, statistics, memo, divide) -> list[Float[Array, "in out"]]:
+    """What weights that share an input become by the recipe's rounding; scaled before it and scaled back, where a map is
     given.
     """
-    if scale is None:
+    if divide is None:
         return [dequantize(round_weight(weight, recipe, statistics, memo)[0]) for weight in weights]
+    scale = divide.scale
     known, memo = rescale(statistics, scale), Memo()
     scaled = [weight * scale[:, None] for weight in weights]
     return [dequantize(round_weight(weight, recipe, known, memo)[0]) / scale[:, None] for weight in scaled]
@@ -299,7 +308,7 @@ def _round_kernel(weight, recipe, statistics, scale, order, memo) -> Rounded:
         loss = output_loss(dequantize(q) - weight, known["hessian"]) if info.proxy_loss is None else info.proxy_loss
         whole = memo.get(output_loss, weight, known["hessian"])
         info = info._replace(proxy_loss=loss, output_error=relative(loss, whole))
-    leaf = q if scale is None or scale.folded else QLinear(q, (1 / scale.scale).astype(jnp.float16))
+    leaf = q if scale is None or scale.folded else Linear(q, (scale.stored,))
     if "drift" in statistics or scale is not None:  # of the weight as it came, for every method alike
         rows = scale.scale[:, None] if scale is not None and scale.folded else 1.0
         change, before = (jnp.sum(jnp.square(w / rows)) for w in (dequantize(leaf) - original, original))
@@ -348,7 +357,7 @@ def problem_of(recipe: Recipe, shape: tuple[int, int]) -> str | None:
             given = known | {"module": lambda weights: jnp.sum(weights[0])}
             taken = {name: given[name] for name in statistics_of(stage)}
             if "rounded" in inspect.signature(method(stage.name)).parameters:
-                taken["rounded"] = lambda scale=None: [weight]
+                taken["rounded"] = lambda divide: [weight]
             method(stage.name)([weight], recipe.format, **taken, **dict(stage.options))
         return round_weight(weight, recipe, known)[0].codes
 
