@@ -174,7 +174,7 @@ def test_memo_computes_once_per_object():
 
 def test_a_part_without_calibrated_plans_runs_nothing(case):
     """rtn needs no batches and no tracing, and leaves everything else as it was."""
-    from qjax.interception.linen import KernelView
+    from qjax.interception.contraction import KernelView
     from qjax.models.decoder import Block
 
     params = case.model.params["block_0"]

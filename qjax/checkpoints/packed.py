@@ -1,18 +1,17 @@
 """qjax's own folders: packed codes in model.safetensors, and qjax.json that says what they are. They load back bit-equal.
 
     model.safetensors   block_0/attention/q/kernel.codes, .scales, .zeros of a QTensor; doubly quantized scales as
-                        .scales.codes, .scales.scales, .scales.offset; those of a QLinear's weight as .weight.codes and so on,
-                        beside .input_scale; every other parameter under its path
-    qjax.json           version, name, recipe, config, and per QTensor its format and in_features, per QLinear
-                        also "input_scale": true; written last, so a
+                        .scales.codes, .scales.scales, .scales.offset; those of a Linear's weight as .weight.codes and so on,
+                        beside .inputs[0].scale, .outliers.index, .adapter.a, ...; every other parameter under its path
+    qjax.json           version, name, recipe, config, and the record of every quantized leaf (`leaves.py`); written last, so a
                         folder that has it is complete
     tokenizer.json      where the model has one
 
-Keys, shapes and types are checked against the description before anything is read.
+Keys, shapes and types are checked against the description before anything is read. Version 1 knew no Linear, only an input's
+scale: "input_scale": true beside a format, stored as .input_scale.
 """
 
 import dataclasses
-import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,21 +21,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr
 
-from qjax import grid
 from qjax.checkpoints.huggingface import load_folder_tokenizer
+from qjax.checkpoints.leaves import TYPES, describe, entry, template
 from qjax.checkpoints.tensors import FLOATS, Header, read_headers, read_tensor, write_tensors
 from qjax.errors import QjaxError
 from qjax.files import expand, listing, prepare_output_folder, read_json, write_atomically
-from qjax.formats import Format, parse_format
+from qjax.linear import is_quantized
 from qjax.models.config import DecoderConfig, LinearScaling, Llama3Scaling
 from qjax.models.model import Model
 from qjax.models.parameters import check_parameters, flatten, parameter_shapes, unflatten
-from qjax.qtensor import FLOAT_DTYPES, QLinear, QTensor, from_codes, is_quantized
 
 DESCRIPTION, WEIGHTS, TOKENIZER = "qjax.json", "model.safetensors", "tokenizer.json"
-VERSION = 1
+VERSION = 2
 SCALINGS = {"llama3": Llama3Scaling, "linear": LinearScaling}
-TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8"}
 
 
 def save(folder: str | Path, model: Model, *, overwrite: bool = False) -> None:
@@ -46,13 +43,12 @@ def save(folder: str | Path, model: Model, *, overwrite: bool = False) -> None:
     """
     leaves = flatten(model.params)
     check_parameters(leaves, parameter_shapes(model.config))
-    quantized = {path: leaf for path, leaf in leaves.items() if is_quantized(leaf)}
     description = {
         "version": VERSION,
         "name": model.name,
         "recipe": model.recipe,
         "config": config_to_dict(model.config),
-        "quantized": {path: _describe(leaf) for path, leaf in quantized.items()},
+        "quantized": _describe(leaves),
     }
     folder = prepare_output_folder(
         folder,
@@ -65,9 +61,17 @@ def save(folder: str | Path, model: Model, *, overwrite: bool = False) -> None:
     write_atomically(folder / DESCRIPTION, json.dumps(description, indent=1) + "\n")
 
 
-def _describe(leaf: QTensor | QLinear) -> dict:
-    scaled = {"input_scale": True} if isinstance(leaf, QLinear) else {}
-    return {"format": str(leaf.format), "in_features": leaf.in_features, **scaled}
+def _describe(leaves: Mapping[str, object]) -> dict[str, dict]:
+    records, problems = {}, []
+    for path, leaf in leaves.items():
+        if is_quantized(leaf):
+            try:
+                records[path] = describe(leaf)
+            except QjaxError as error:
+                problems.append(f"{path}: {error}")
+    if problems:
+        raise QjaxError(listing(problems))
+    return records
 
 
 def load_packed(folder: str | Path) -> Model:
@@ -75,22 +79,25 @@ def load_packed(folder: str | Path) -> Model:
     folder = expand(folder)
     description = read_json(folder / DESCRIPTION)
     try:
-        if (version := description.get("version")) != VERSION:
-            raise QjaxError(f"version {version!r} is not supported, expected {VERSION}; use the qjax that wrote it")
-        config = config_from_dict(_entry(description, "config", dict))
-        name, recipe = _entry(description, "name", str), _entry(description, "recipe", str)
-        templates = _templates(config, _entry(description, "quantized", dict))
+        if (version := description.get("version")) not in (1, VERSION):
+            raise QjaxError(f"version {version!r} is not supported, expected 1 or {VERSION}; use the qjax that wrote it")
+        config = config_from_dict(entry(description, "config", dict))
+        name, recipe = entry(description, "name", str), entry(description, "recipe", str)
+        records = entry(description, "quantized", dict)
+        templates = _templates(config, _of_version_1(records) if version == 1 else records)
     except QjaxError as error:
         raise QjaxError(f"{folder / DESCRIPTION}: {error}") from error
     headers = read_headers([folder / WEIGHTS])
+    if version == 1:
+        headers = {name.replace(".input_scale", ".inputs[0].scale"): header for name, header in headers.items()}
     _check(folder / WEIGHTS, templates, headers)
     leaves, broken = {}, []
-    for path, template in templates.items():
-        arrays = {key: read_tensor(headers[key]) for key in _stored({path: template})}
-        broken += [key for key, array in arrays.items() if not np.isfinite(array).all()]
-        leaves[path] = jax.tree.unflatten(jax.tree.structure(template), [jnp.asarray(array) for array in arrays.values()])
+    for path, leaf in templates.items():
+        arrays = {key: read_tensor(headers[key]) for key in _stored({path: leaf})}
+        broken += [key for key, array in arrays.items() if not _is_sound(key, array, leaf.shape)]
+        leaves[path] = jax.tree.unflatten(jax.tree.structure(leaf), [jnp.asarray(array) for array in arrays.values()])
     if broken:
-        raise QjaxError(f"{folder}: NaN or infinite values in {listing(broken)}; quantize an intact model again")
+        raise QjaxError(f"{folder}: NaN, infinite or impossible values in {listing(broken)}; quantize an intact model again")
     return Model(config, unflatten(leaves), load_folder_tokenizer(folder, config), name, recipe)
 
 
@@ -103,36 +110,34 @@ def _stored(leaves: Mapping[str, object]) -> dict[str, object]:
     }
 
 
-def _templates(config: DecoderConfig, quantized: dict) -> dict[str, object]:
+def _templates(config: DecoderConfig, records: dict) -> dict[str, object]:
     """Every leaf with ShapeDtypeStructs for arrays; the type of plain leaves is left open as float32."""
     templates = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in parameter_shapes(config).items()}
-    for path, record in quantized.items():
+    for path, record in records.items():
         if path not in templates or len(shape := templates[path].shape) != 2:
             raise QjaxError(f"'quantized' names {path!r}, which is no matrix of this model")
         try:
-            fmt, in_features = parse_format(_entry(record, "format", str)), _entry(record, "in_features", int)
+            templates[path] = template(record, shape)
         except QjaxError as error:
             raise QjaxError(f"{path}: {error}") from error
-        if in_features != shape[0]:
-            raise QjaxError(f"{path} has in_features {in_features}, expected {shape[0]}")
-        templates[path] = _template(fmt, *shape)
-        if record.get("input_scale", False) is True:
-            templates[path] = QLinear(templates[path], jax.ShapeDtypeStruct(shape[:1], jnp.float16))
     return templates
 
 
-@functools.lru_cache(maxsize=64)
-def _template(fmt: Format, in_features: int, out_features: int) -> QTensor:
-    """Shapes and types of a QTensor's fields; nothing is computed."""
-    if fmt.is_float:
-        codes = jax.ShapeDtypeStruct((in_features, out_features), FLOAT_DTYPES[fmt.grid])
-        return QTensor(codes, None, None, fmt, in_features)
+def _of_version_1(records: dict) -> dict:
+    """Records as this version writes them."""
+    scaled = {path for path, record in records.items() if isinstance(record, dict) and record.pop("input_scale", False) is True}
+    return {
+        path: {**record, "linear": {"inputs": [{"map": "Scale", "arrays": {"scale": f"float16[{record.get('in_features')}]"}}]}}
+        if path in scaled
+        else record
+        for path, record in records.items()
+    }
 
-    def quantize(weight):
-        parameters = grid.find_parameters(grid.to_groups(weight, fmt), fmt)
-        return from_codes(weight.astype(jnp.uint8), parameters, fmt)
 
-    return jax.eval_shape(quantize, jax.ShapeDtypeStruct((in_features, out_features), jnp.float32))
+def _is_sound(key: str, array: np.ndarray, shape: tuple[int, ...]) -> bool:
+    """Whether all values are finite, and indices those of a kernel's inputs."""
+    indices = key.endswith(".index") and array.size
+    return bool(np.isfinite(array).all()) and not (indices and (array.min() < 0 or array.max() >= shape[0]))
 
 
 def _check(file: Path, templates: Mapping[str, object], headers: Mapping[str, Header]) -> None:
@@ -140,12 +145,12 @@ def _check(file: Path, templates: Mapping[str, object], headers: Mapping[str, He
     expected = _stored(templates)
     problems = [f"missing {key}" for key in expected if key not in headers]
     problems += [f"unexpected {key}" for key in headers if key not in expected]
-    for key, template in expected.items():
+    for key, array in expected.items():
         if key not in headers:
             continue
-        header, types = headers[key], FLOATS if key in templates else (TYPES[str(template.dtype)],)
-        if header.shape != template.shape or header.dtype not in types:
-            problems.append(f"{key} is {header.dtype} {header.shape}, expected {' or '.join(types)} {tuple(template.shape)}")
+        header, types = headers[key], FLOATS if key in templates else (TYPES[str(array.dtype)],)
+        if header.shape != array.shape or header.dtype not in types:
+            problems.append(f"{key} is {header.dtype} {header.shape}, expected {' or '.join(types)} {tuple(array.shape)}")
     if problems:
         raise QjaxError(f"{file} does not fit {DESCRIPTION}: {listing(problems)}; quantize the model again")
 
@@ -180,10 +185,3 @@ def _build(cls: type, values: dict) -> object:
     if problems:
         raise QjaxError(f"{cls.__name__}: {listing(problems)}")
     return cls(**values)
-
-
-def _entry(values: object, key: str, kind: type) -> object:
-    value = values.get(key) if isinstance(values, dict) else None
-    if not isinstance(value, kind):
-        raise QjaxError(f"{key!r} must be {kind.__name__}, got {'nothing' if value is None else repr(value)}")
-    return value

@@ -32,7 +32,7 @@ from qjax.driver.part import Part
 from qjax.driver.placement import Plan, Rule, one_order, parsed, placement
 from qjax.driver.report import Report, cast_others, make_report, warn_of_few_tokens
 from qjax.errors import QjaxError
-from qjax.interception.linen import KernelView
+from qjax.interception.contraction import KernelView
 from qjax.linear import is_quantized
 from qjax.methods import UNQUANTIZED, Stage
 from qjax.models.decoder import HALVES, Block, Head

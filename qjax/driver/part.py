@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from qjax.interception.linen import KernelView
+from qjax.interception.contraction import KernelView
 from qjax.methods import Memo
 from qjax.models.folding import Fold
 

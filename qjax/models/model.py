@@ -16,12 +16,11 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from qjax.errors import QjaxError
 from qjax.interception.linen import quantized_kernels
-from qjax.kernels.matmul import prepare_tree
+from qjax.linear import dense_tree, prepare_tree
 from qjax.models.config import DecoderConfig
 from qjax.models.decoder import Block, Embed, Head
 from qjax.models.layout import Cache, Layout
 from qjax.models.tokenizer import Tokenizer
-from qjax.qtensor import dequantize_tree
 
 LOGITS_AT_ONCE = 2**23  # elements
 
@@ -53,8 +52,11 @@ def compute_dtype() -> DTypeLike:
 
 
 def runnable(model: Model, packed: bool = False) -> Model:
-    """The model with its kernels decoded to the compute type, once; packed: laid out for the device's kernels instead."""
-    convert = prepare_tree if packed else dequantize_tree
+    """The model with its kernels decoded to the compute type, once; packed: laid out for the device's kernels instead.
+
+    What its layers do to their inputs, activation formats for example, they do either way.
+    """
+    convert = prepare_tree if packed else dense_tree
     return model._replace(params=convert(model.params, compute_dtype()))
 
 
