@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 from qjax.models.config import DecoderConfig
-from qjax.models.decoder import Decoder
 from qjax.models.model import Model
+from qjax.models.walk import Decoder
 
 
 def byte_tokenizer(bos: bool = False):

@@ -20,8 +20,8 @@ from qjax.driver import decoder as driver
 from qjax.driver.decoder import quantize
 from qjax.driver.part import Memo, Part, quantize_part
 from qjax.formats import parse_format
-from qjax.models.decoder import Decoder
 from qjax.models.parameters import flatten, unflatten
+from qjax.models.walk import Decoder
 from qjax.recipe import Recipe, Stage, parse_order
 from tests.conftest import tiny_config
 from tests.fake_methods import powers, shrink

@@ -24,7 +24,7 @@ from jax.tree_util import keystr
 
 from qjax import grid
 from qjax.checkpoints.huggingface import load_folder_tokenizer
-from qjax.checkpoints.tensors import FLOATS, Header, read_headers, read_tensor, write_tensors
+from qjax.checkpoints.tensors import FLOATS, Header, read_arrays, read_headers, write_tensors
 from qjax.errors import QjaxError
 from qjax.files import expand, listing, prepare_output_folder, read_json, write_atomically
 from qjax.formats import Format, parse_format
@@ -54,12 +54,13 @@ def save(folder: str | Path, model: Model, *, overwrite: bool = False) -> None:
         "config": config_to_dict(model.config),
         "quantized": {path: _describe(leaf) for path, leaf in quantized.items()},
     }
+    tensors = {name: np.asarray(array) for name, array in _stored(leaves).items()}  # read before the folder is touched
     folder = prepare_output_folder(
         folder,
         overwrite=overwrite,
         replaces=(DESCRIPTION, "config.json", "model.safetensors.index.json", "model-*.safetensors", "tokenizer*.json"),
     )
-    write_tensors(folder / WEIGHTS, {name: np.asarray(array) for name, array in _stored(leaves).items()})
+    write_tensors(folder / WEIGHTS, tensors)
     if model.tokenizer is not None:
         write_atomically(folder / TOKENIZER, model.tokenizer.to_json())
     write_atomically(folder / DESCRIPTION, json.dumps(description, indent=1) + "\n")
@@ -70,8 +71,11 @@ def _describe(leaf: QTensor | QLinear) -> dict:
     return {"format": str(leaf.format), "in_features": leaf.in_features, **scaled}
 
 
-def load_packed(folder: str | Path) -> Model:
-    """The model that `save` wrote, bit-equal. Raises QjaxError, one line, for whatever is missing or malformed."""
+def load_packed(folder: str | Path, *, lazy: bool = False) -> Model:
+    """The model that `save` wrote, bit-equal. Raises QjaxError, one line, for whatever is missing or malformed.
+
+    lazy: arrays are read from the files, which must stay, whenever they are needed (`lazy.py`).
+    """
     folder = expand(folder)
     description = read_json(folder / DESCRIPTION)
     try:
@@ -80,18 +84,29 @@ def load_packed(folder: str | Path) -> Model:
         config = config_from_dict(_entry(description, "config", dict))
         name, recipe = _entry(description, "name", str), _entry(description, "recipe", str)
         templates = _templates(config, _entry(description, "quantized", dict))
+        files = _files(description)
     except QjaxError as error:
         raise QjaxError(f"{folder / DESCRIPTION}: {error}") from error
-    headers = read_headers([folder / WEIGHTS])
-    _check(folder / WEIGHTS, templates, headers)
-    leaves, broken = {}, []
-    for path, template in templates.items():
-        arrays = {key: read_tensor(headers[key]) for key in _stored({path: template})}
-        broken += [key for key, array in arrays.items() if not np.isfinite(array).all()]
-        leaves[path] = jax.tree.unflatten(jax.tree.structure(template), [jnp.asarray(array) for array in arrays.values()])
-    if broken:
-        raise QjaxError(f"{folder}: NaN or infinite values in {listing(broken)}; quantize an intact model again")
-    return Model(config, unflatten(leaves), load_folder_tokenizer(folder, config), name, recipe)
+    headers = read_headers([folder / file for file in files])
+    _check(folder, templates, headers)
+    arrays = read_arrays(headers, advice="quantize an intact model again", lazy=lazy)
+    return Model(config, unflatten(_filled(templates, arrays)), load_folder_tokenizer(folder, config), name, recipe)
+
+
+def _files(description: dict) -> list[str]:
+    """Names of the files with weights: one, or those that are listed."""
+    files = description.get("files", [WEIGHTS])
+    if not isinstance(files, list) or not files or any(not isinstance(file, str) or Path(file).name != file for file in files):
+        raise QjaxError(f"'files' is {files!r}; expected names of files of this folder")
+    return files
+
+
+def _filled(templates: Mapping[str, object], arrays: Mapping[str, object]) -> dict[str, object]:
+    """The templates' leaves with the arrays of their keys."""
+    return {
+        path: jax.tree.unflatten(jax.tree.structure(template), [arrays[key] for key in _stored({path: template})])
+        for path, template in templates.items()
+    }
 
 
 def _stored(leaves: Mapping[str, object]) -> dict[str, object]:
@@ -135,7 +150,7 @@ def _template(fmt: Format, in_features: int, out_features: int) -> QTensor:
     return jax.eval_shape(quantize, jax.ShapeDtypeStruct((in_features, out_features), jnp.float32))
 
 
-def _check(file: Path, templates: Mapping[str, object], headers: Mapping[str, Header]) -> None:
+def _check(folder: Path, templates: Mapping[str, object], headers: Mapping[str, Header]) -> None:
     """Keys, shapes and types of all tensors against the description."""
     expected = _stored(templates)
     problems = [f"missing {key}" for key in expected if key not in headers]
@@ -147,7 +162,7 @@ def _check(file: Path, templates: Mapping[str, object], headers: Mapping[str, He
         if header.shape != template.shape or header.dtype not in types:
             problems.append(f"{key} is {header.dtype} {header.shape}, expected {' or '.join(types)} {tuple(template.shape)}")
     if problems:
-        raise QjaxError(f"{file} does not fit {DESCRIPTION}: {listing(problems)}; quantize the model again")
+        raise QjaxError(f"{folder}: the weights do not fit {DESCRIPTION}: {listing(problems)}; quantize the model again")
 
 
 def config_to_dict(config: DecoderConfig) -> dict:
