@@ -2,7 +2,8 @@
 
     model.safetensors   block_0/attention/q/kernel.codes, .scales, .zeros of a QTensor; doubly quantized scales as
                         .scales.codes, .scales.scales, .scales.offset; those of a QLinear's weight as .weight.codes and so on,
-                        beside .input_scale; every other parameter under its path
+                        beside .input_scale; every other parameter under its path. It may be several files instead, which
+                        qjax.json lists: `parts.py` writes one for each part of a model
     qjax.json           version, name, recipe, config, and per QTensor its format and in_features, per QLinear
                         also "input_scale": true; written last, so a
                         folder that has it is complete
@@ -14,7 +15,7 @@ Keys, shapes and types are checked against the description before anything is re
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -34,6 +35,7 @@ from qjax.models.parameters import check_parameters, flatten, parameter_shapes, 
 from qjax.qtensor import FLOAT_DTYPES, QLinear, QTensor, from_codes, is_quantized
 
 DESCRIPTION, WEIGHTS, TOKENIZER = "qjax.json", "model.safetensors", "tokenizer.json"
+REPLACED = (DESCRIPTION, "config.json", "model.safetensors.index.json", "model*.safetensors", "tokenizer*.json")
 VERSION = 1
 SCALINGS = {"llama3": Llama3Scaling, "linear": LinearScaling}
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8"}
@@ -46,24 +48,33 @@ def save(folder: str | Path, model: Model, *, overwrite: bool = False) -> None:
     """
     leaves = flatten(model.params)
     check_parameters(leaves, parameter_shapes(model.config))
-    quantized = {path: leaf for path, leaf in leaves.items() if is_quantized(leaf)}
+    tensors = {name: np.asarray(array) for name, array in stored(leaves).items()}  # read before the folder is touched
+    folder = prepare_output_folder(folder, overwrite=overwrite, replaces=REPLACED)
+    write_tensors(folder / WEIGHTS, tensors)
+    write_description(folder, model, describe(leaves))
+
+
+def write_description(folder: Path, model: Model, quantized: Mapping[str, dict], files: Sequence[str] = ()) -> None:
+    """tokenizer.json and, last, qjax.json of a folder whose weights are there.
+
+    quantized: `describe` of the leaves. files: those with weights, where they are several.
+    """
     description = {
         "version": VERSION,
         "name": model.name,
         "recipe": model.recipe,
         "config": config_to_dict(model.config),
-        "quantized": {path: _describe(leaf) for path, leaf in quantized.items()},
+        "quantized": dict(quantized),
+        **({"files": list(files)} if files else {}),
     }
-    tensors = {name: np.asarray(array) for name, array in _stored(leaves).items()}  # read before the folder is touched
-    folder = prepare_output_folder(
-        folder,
-        overwrite=overwrite,
-        replaces=(DESCRIPTION, "config.json", "model.safetensors.index.json", "model-*.safetensors", "tokenizer*.json"),
-    )
-    write_tensors(folder / WEIGHTS, tensors)
     if model.tokenizer is not None:
         write_atomically(folder / TOKENIZER, model.tokenizer.to_json())
     write_atomically(folder / DESCRIPTION, json.dumps(description, indent=1) + "\n")
+
+
+def describe(leaves: Mapping[str, object]) -> dict[str, dict]:
+    """What qjax.json says of quantized leaves, by path."""
+    return {path: _describe(leaf) for path, leaf in leaves.items() if is_quantized(leaf)}
 
 
 def _describe(leaf: QTensor | QLinear) -> dict:
@@ -83,14 +94,14 @@ def load_packed(folder: str | Path, *, lazy: bool = False) -> Model:
             raise QjaxError(f"version {version!r} is not supported, expected {VERSION}; use the qjax that wrote it")
         config = config_from_dict(_entry(description, "config", dict))
         name, recipe = _entry(description, "name", str), _entry(description, "recipe", str)
-        templates = _templates(config, _entry(description, "quantized", dict))
+        templates = templates_of(config, _entry(description, "quantized", dict))
         files = _files(description)
     except QjaxError as error:
         raise QjaxError(f"{folder / DESCRIPTION}: {error}") from error
     headers = read_headers([folder / file for file in files])
     _check(folder, templates, headers)
     arrays = read_arrays(headers, advice="quantize an intact model again", lazy=lazy)
-    return Model(config, unflatten(_filled(templates, arrays)), load_folder_tokenizer(folder, config), name, recipe)
+    return Model(config, unflatten(filled(templates, arrays)), load_folder_tokenizer(folder, config), name, recipe)
 
 
 def _files(description: dict) -> list[str]:
@@ -101,15 +112,15 @@ def _files(description: dict) -> list[str]:
     return files
 
 
-def _filled(templates: Mapping[str, object], arrays: Mapping[str, object]) -> dict[str, object]:
+def filled(templates: Mapping[str, object], arrays: Mapping[str, object]) -> dict[str, object]:
     """The templates' leaves with the arrays of their keys."""
     return {
-        path: jax.tree.unflatten(jax.tree.structure(template), [arrays[key] for key in _stored({path: template})])
+        path: jax.tree.unflatten(jax.tree.structure(template), [arrays[key] for key in stored({path: template})])
         for path, template in templates.items()
     }
 
 
-def _stored(leaves: Mapping[str, object]) -> dict[str, object]:
+def stored(leaves: Mapping[str, object]) -> dict[str, object]:
     """Arrays by the key they are stored under: the path, and for a field of a QTensor its name after a dot."""
     return {
         path + keystr(field): array
@@ -118,7 +129,7 @@ def _stored(leaves: Mapping[str, object]) -> dict[str, object]:
     }
 
 
-def _templates(config: DecoderConfig, quantized: dict) -> dict[str, object]:
+def templates_of(config: DecoderConfig, quantized: dict) -> dict[str, object]:
     """Every leaf with ShapeDtypeStructs for arrays; the type of plain leaves is left open as float32."""
     templates = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in parameter_shapes(config).items()}
     for path, record in quantized.items():
@@ -152,7 +163,7 @@ def _template(fmt: Format, in_features: int, out_features: int) -> QTensor:
 
 def _check(folder: Path, templates: Mapping[str, object], headers: Mapping[str, Header]) -> None:
     """Keys, shapes and types of all tensors against the description."""
-    expected = _stored(templates)
+    expected = stored(templates)
     problems = [f"missing {key}" for key in expected if key not in headers]
     problems += [f"unexpected {key}" for key in headers if key not in expected]
     for key, template in expected.items():
