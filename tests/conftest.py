@@ -6,8 +6,8 @@ import pytest
 
 from qjax import methods
 from qjax.models.config import DecoderConfig
-from qjax.models.decoder import Decoder
 from qjax.models.model import Model
+from qjax.models.walk import Decoder
 
 
 def byte_tokenizer(bos: bool = False):

@@ -22,8 +22,8 @@ from qjax.driver.flow import quantize_part
 from qjax.driver.part import Part
 from qjax.formats import parse_format
 from qjax.methods import Memo, Stage
-from qjax.models.decoder import Decoder
 from qjax.models.parameters import flatten, unflatten
+from qjax.models.walk import Decoder
 from qjax.recipe import Recipe, parse_order, parse_recipe
 from tests.conftest import tiny_config
 from tests.fake_methods import powers, shrink

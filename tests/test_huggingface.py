@@ -21,9 +21,9 @@ from qjax.checkpoints.load import load
 from qjax.errors import QjaxError
 from qjax.formats import parse_format
 from qjax.models.config import LinearScaling, Llama3Scaling
-from qjax.models.decoder import Decoder
 from qjax.models.model import apply
 from qjax.models.parameters import flatten, unflatten
+from qjax.models.walk import Decoder
 from qjax.qtensor import dequantize
 from qjax.rounding.nearest import rtn
 from tests.conftest import GEMMA, GPT2, GPT_NEOX, OPT, byte_tokenizer, random_model, tiny_config

@@ -202,7 +202,7 @@ def test_malformed_description(folder, change, message):
 )
 def test_malformed_weights(folder, change, message):
     edit_weights(folder, change)
-    expect_refusal(folder, "model.safetensors does not fit qjax.json", message)
+    expect_refusal(folder, "the weights do not fit qjax.json", message)
 
 
 @pytest.mark.parametrize("kept", [0, 5, 60, 3000, -1])

@@ -2,7 +2,8 @@
 
     model.safetensors   block_0/attention/q/kernel.codes, .scales, .zeros of a QTensor; doubly quantized scales as
                         .scales.codes, .scales.scales, .scales.offset; those of a Linear's weight as .weight.codes and so on,
-                        beside .inputs[0].scale, .outliers.index, .adapter.a, ...; every other parameter under its path
+                        beside .inputs[0].scale, .outliers.index, .adapter.a, ...; every other parameter under its path. It
+                        may be several files instead, which qjax.json lists: `parts.py` writes one for each part of a model
     qjax.json           version, name, recipe, config, and the record of every quantized leaf (`leaves.py`); written last, so a
                         folder that has it is complete
     tokenizer.json      where the model has one
@@ -13,7 +14,7 @@ scale: "input_scale": true beside a format, stored as .input_scale.
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -21,9 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr
 
+from qjax.checkpoints import leaves as records_of
 from qjax.checkpoints.huggingface import load_folder_tokenizer
-from qjax.checkpoints.leaves import TYPES, describe, entry, template
-from qjax.checkpoints.tensors import FLOATS, Header, read_headers, read_tensor, write_tensors
+from qjax.checkpoints.leaves import TYPES, entry, template
+from qjax.checkpoints.tensors import FLOATS, Header, read_arrays, read_headers, write_tensors
 from qjax.errors import QjaxError
 from qjax.files import expand, listing, prepare_output_folder, read_json, write_atomically
 from qjax.linear import is_quantized
@@ -32,6 +34,7 @@ from qjax.models.model import Model
 from qjax.models.parameters import check_parameters, flatten, parameter_shapes, unflatten
 
 DESCRIPTION, WEIGHTS, TOKENIZER = "qjax.json", "model.safetensors", "tokenizer.json"
+REPLACED = (DESCRIPTION, "config.json", "model.safetensors.index.json", "model*.safetensors", "tokenizer*.json")
 VERSION = 2
 SCALINGS = {"llama3": Llama3Scaling, "linear": LinearScaling}
 
@@ -43,30 +46,38 @@ def save(folder: str | Path, model: Model, *, overwrite: bool = False) -> None:
     """
     leaves = flatten(model.params)
     check_parameters(leaves, parameter_shapes(model.config))
+    quantized = describe(leaves)
+    tensors = {name: np.asarray(array) for name, array in stored(leaves).items()}  # read before the folder is touched
+    folder = prepare_output_folder(folder, overwrite=overwrite, replaces=REPLACED)
+    write_tensors(folder / WEIGHTS, tensors)
+    write_description(folder, model, quantized)
+
+
+def write_description(folder: Path, model: Model, quantized: Mapping[str, dict], files: Sequence[str] = ()) -> None:
+    """tokenizer.json and, last, qjax.json of a folder whose weights are there.
+
+    quantized: `describe` of the leaves. files: those with weights, where they are several.
+    """
     description = {
         "version": VERSION,
         "name": model.name,
         "recipe": model.recipe,
         "config": config_to_dict(model.config),
-        "quantized": _describe(leaves),
+        "quantized": dict(quantized),
+        **({"files": list(files)} if files else {}),
     }
-    folder = prepare_output_folder(
-        folder,
-        overwrite=overwrite,
-        replaces=(DESCRIPTION, "config.json", "model.safetensors.index.json", "model-*.safetensors", "tokenizer*.json"),
-    )
-    write_tensors(folder / WEIGHTS, {name: np.asarray(array) for name, array in _stored(leaves).items()})
     if model.tokenizer is not None:
         write_atomically(folder / TOKENIZER, model.tokenizer.to_json())
     write_atomically(folder / DESCRIPTION, json.dumps(description, indent=1) + "\n")
 
 
-def _describe(leaves: Mapping[str, object]) -> dict[str, dict]:
+def describe(leaves: Mapping[str, object]) -> dict[str, dict]:
+    """What qjax.json says of quantized leaves, by path. Raises QjaxError for those that no folder can hold."""
     records, problems = {}, []
     for path, leaf in leaves.items():
         if is_quantized(leaf):
             try:
-                records[path] = describe(leaf)
+                records[path] = records_of.describe(leaf)
             except QjaxError as error:
                 problems.append(f"{path}: {error}")
     if problems:
@@ -74,8 +85,11 @@ def _describe(leaves: Mapping[str, object]) -> dict[str, dict]:
     return records
 
 
-def load_packed(folder: str | Path) -> Model:
-    """The model that `save` wrote, bit-equal. Raises QjaxError, one line, for whatever is missing or malformed."""
+def load_packed(folder: str | Path, *, lazy: bool = False) -> Model:
+    """The model that `save` wrote, bit-equal. Raises QjaxError, one line, for whatever is missing or malformed.
+
+    lazy: arrays are read from the files, which must stay, whenever they are needed (`lazy.py`).
+    """
     folder = expand(folder)
     description = read_json(folder / DESCRIPTION)
     try:
@@ -84,24 +98,36 @@ def load_packed(folder: str | Path) -> Model:
         config = config_from_dict(entry(description, "config", dict))
         name, recipe = entry(description, "name", str), entry(description, "recipe", str)
         records = entry(description, "quantized", dict)
-        templates = _templates(config, _of_version_1(records) if version == 1 else records)
+        templates = templates_of(config, _of_version_1(records) if version == 1 else records)
+        files = _files(description)
     except QjaxError as error:
         raise QjaxError(f"{folder / DESCRIPTION}: {error}") from error
-    headers = read_headers([folder / WEIGHTS])
+    headers = read_headers([folder / file for file in files])
     if version == 1:
         headers = {name.replace(".input_scale", ".inputs[0].scale"): header for name, header in headers.items()}
-    _check(folder / WEIGHTS, templates, headers)
-    leaves, broken = {}, []
-    for path, leaf in templates.items():
-        arrays = {key: read_tensor(headers[key]) for key in _stored({path: leaf})}
-        broken += [key for key, array in arrays.items() if not _is_sound(key, array, leaf.shape)]
-        leaves[path] = jax.tree.unflatten(jax.tree.structure(leaf), [jnp.asarray(array) for array in arrays.values()])
-    if broken:
-        raise QjaxError(f"{folder}: NaN, infinite or impossible values in {listing(broken)}; quantize an intact model again")
-    return Model(config, unflatten(leaves), load_folder_tokenizer(folder, config), name, recipe)
+    _check(folder, templates, headers)
+    below = {key: templates[path].shape[0] for path in templates for key in stored({path: templates[path]}) if ".index" in key}
+    arrays = read_arrays(headers, advice="quantize an intact model again", lazy=lazy, below=below)
+    return Model(config, unflatten(filled(templates, arrays)), load_folder_tokenizer(folder, config), name, recipe)
 
 
-def _stored(leaves: Mapping[str, object]) -> dict[str, object]:
+def _files(description: dict) -> list[str]:
+    """Names of the files with weights: one, or those that are listed."""
+    files = description.get("files", [WEIGHTS])
+    if not isinstance(files, list) or not files or any(not isinstance(file, str) or Path(file).name != file for file in files):
+        raise QjaxError(f"'files' is {files!r}; expected names of files of this folder")
+    return files
+
+
+def filled(templates: Mapping[str, object], arrays: Mapping[str, object]) -> dict[str, object]:
+    """The templates' leaves with the arrays of their keys."""
+    return {
+        path: jax.tree.unflatten(jax.tree.structure(template), [arrays[key] for key in stored({path: template})])
+        for path, template in templates.items()
+    }
+
+
+def stored(leaves: Mapping[str, object]) -> dict[str, object]:
     """Arrays by the key they are stored under: the path, and for a field of a QTensor its name after a dot."""
     return {
         path + keystr(field): array
@@ -110,7 +136,7 @@ def _stored(leaves: Mapping[str, object]) -> dict[str, object]:
     }
 
 
-def _templates(config: DecoderConfig, records: dict) -> dict[str, object]:
+def templates_of(config: DecoderConfig, records: dict) -> dict[str, object]:
     """Every leaf with ShapeDtypeStructs for arrays; the type of plain leaves is left open as float32."""
     templates = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in parameter_shapes(config).items()}
     for path, record in records.items():
@@ -134,15 +160,9 @@ def _of_version_1(records: dict) -> dict:
     }
 
 
-def _is_sound(key: str, array: np.ndarray, shape: tuple[int, ...]) -> bool:
-    """Whether all values are finite, and indices those of a kernel's inputs."""
-    indices = key.endswith(".index") and array.size
-    return bool(np.isfinite(array).all()) and not (indices and (array.min() < 0 or array.max() >= shape[0]))
-
-
-def _check(file: Path, templates: Mapping[str, object], headers: Mapping[str, Header]) -> None:
+def _check(folder: Path, templates: Mapping[str, object], headers: Mapping[str, Header]) -> None:
     """Keys, shapes and types of all tensors against the description."""
-    expected = _stored(templates)
+    expected = stored(templates)
     problems = [f"missing {key}" for key in expected if key not in headers]
     problems += [f"unexpected {key}" for key in headers if key not in expected]
     for key, array in expected.items():
@@ -152,7 +172,7 @@ def _check(file: Path, templates: Mapping[str, object], headers: Mapping[str, He
         if header.shape != array.shape or header.dtype not in types:
             problems.append(f"{key} is {header.dtype} {header.shape}, expected {' or '.join(types)} {tuple(array.shape)}")
     if problems:
-        raise QjaxError(f"{file} does not fit {DESCRIPTION}: {listing(problems)}; quantize the model again")
+        raise QjaxError(f"{folder}: the weights do not fit {DESCRIPTION}: {listing(problems)}; quantize the model again")
 
 
 def config_to_dict(config: DecoderConfig) -> dict:

@@ -11,24 +11,21 @@ from jaxtyping import PyTree
 
 from qjax.errors import QjaxError
 from qjax.files import listing
+from qjax.lazy import Lazy
 from qjax.linear import is_quantized
 from qjax.models.config import DecoderConfig
-from qjax.models.decoder import Block, Embed, Head
+from qjax.models.walk import parts
 
 
 @functools.lru_cache(maxsize=8)
 def parameter_shapes(config: DecoderConfig) -> Mapping[str, tuple[int, ...]]:
     """Shape of every parameter by its path, for example "block_0/attention/q/kernel": (in, out); nothing is computed."""
     key = jax.eval_shape(lambda: jax.random.key(0))
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     hidden = jax.ShapeDtypeStruct((1, 1, config.hidden_size), jnp.float32)
     table = jax.ShapeDtypeStruct((config.vocabulary_size, config.hidden_size), jnp.float32)
-    block = jax.eval_shape(Block(config).init, key, hidden)["params"]
-    tree = {
-        "embed": jax.eval_shape(Embed(config).init, key, tokens)["params"],
-        **{f"block_{layer}": block for layer in range(config.layers)},
-        "head": jax.eval_shape(Head(config).init, key, hidden, table)["params"],
-    }
+    arguments = {"embed": (jax.ShapeDtypeStruct((1, 1), jnp.int32),), "block": (hidden,), "head": (hidden, table)}
+    initialised = functools.cache(lambda module, kind: jax.eval_shape(module.init, key, *arguments[kind])["params"])
+    tree = {part.name: initialised(part.module, part.kind) for part in parts(config)}  # equal blocks are traced once
     return {path: leaf.shape for path, leaf in flatten(tree).items()}
 
 
@@ -47,7 +44,7 @@ def check_parameters(leaves: Mapping[str, object], shapes: Mapping[str, tuple[in
     problems = [f"missing {path}" for path in shapes if path not in leaves]
     problems += [f"unexpected {path}" for path in leaves if path not in shapes]
     for path, leaf in leaves.items():
-        if not is_quantized(leaf) and not isinstance(leaf, (jax.Array, np.ndarray)):
+        if not is_quantized(leaf) and not isinstance(leaf, (jax.Array, np.ndarray, Lazy)):
             problems.append(f"{path} is a {type(leaf).__name__}, which has no place in a file")
         elif path in shapes and leaf.shape != shapes[path]:
             problems.append(f"{path} has shape {leaf.shape}, expected {shapes[path]}")

@@ -1,5 +1,7 @@
 """Learned rounding and learned steps, which need a block, its inputs, its targets and gradients: AutoRound's and LSQ's."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -37,8 +39,7 @@ def signround(block, start, *, steps: int = 20):
     def step(offsets, rate):
         def loss(offsets):
             weights = {
-                path: fake(site.weight, start[path], parts(start[path])[0], offsets[path])
-                for path, site in block.sites.items()
+                path: fake(site.weight, start[path], parts(start[path])[0], offsets[path]) for path, site in block.sites.items()
             }
             return block_loss(block, weights)
 
@@ -102,13 +103,12 @@ def test_a_block_refiner(tmp_path, refiner, order):
     """It lowers the error of every block's output, and the divergence of the model."""
     qjax.register(refiner, kind="block refiner")
     plain, refined = f"rtn(clip=hessian):int2-g16@{order}", f"rtn(clip=hessian)+{refiner.__name__}:int2-g16@{order}"
-    plain, refined = (str(qjax.parse_recipe(recipe)) for recipe in (plain, refined))
     rows = sweep(tmp_path, plain, refined, divergence=True)
     assert rows[refined]["kl"] < rows[plain]["kl"]
-    layers = [row for row in map(__import__("json").loads, (tmp_path / "layers.jsonl").read_text().splitlines())]
-    told = [row for row in layers if row["recipe"] == refined]
+    layers = [json.loads(line) for line in (tmp_path / "layers.jsonl").read_text().splitlines()]
+    told = [row for row in layers if row["recipe"] == rows[refined]["recipe"]]
     assert len(told) == 14 and all(row["block_loss_after"] < row["block_loss_before"] for row in told)
-    assert all(row.get("block_loss_after") is None for row in layers if row["recipe"] == plain)
+    assert all(row.get("block_loss_after") is None for row in layers if row["recipe"] == rows[plain]["recipe"])
 
 
 def test_codes_survive_with_codes():

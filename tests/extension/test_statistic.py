@@ -51,5 +51,5 @@ def test_a_factor_without_damp(tmp_path):
 
 @pytest.mark.parametrize("name", ["hessian", "tokens", "factor", "Fourth"])
 def test_names_that_are_taken(name):
-    with pytest.raises(QjaxError, match="already|is no name"):
+    with pytest.raises(QjaxError, match=r"already|is no name"):
         qjax.register_statistic(name, fourth)
