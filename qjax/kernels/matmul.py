@@ -127,7 +127,7 @@ def prepare_tree(tree: PyTree, dtype: DTypeLike) -> PyTree:
 def _refusal(name: str, dtype: DTypeLike, q: QTensor | KernelWeight, activations: str | None) -> str | None:
     """Why an implementation cannot serve, or None."""
     fmt = q.format
-    if activations and not (fmt.grid == "int8" and not fmt.is_affine and fmt.granularity == "channel"):
+    if activations and not (fmt.grid == "int8" and fmt.symmetric and fmt.granularity == "channel"):
         return f"activations={ACTIVATIONS} needs a weight in int8-channel-sym, got {fmt}"
     if name == "reference":
         return None
