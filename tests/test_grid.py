@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from qjax import grid
-from qjax.formats import codebooks, dynamic_map, parse_format
+from qjax.formats import codebooks, parse_format
+from qjax.scales import dynamic_map
 from tests.oracles import nearest as oracle
 
 SHAPES = [(8, 5), (7, 5), (1, 1)]

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from qjax.formats import Format, codebooks, dynamic_map
+from qjax.formats import Format, codebooks
+from qjax.scales import dynamic_map
 
 
 class Rounded(NamedTuple):
@@ -45,7 +46,7 @@ def rtn(weight: np.ndarray, fmt: Format, shrink: float | np.ndarray = 1.0) -> Ro
     high = np.array([max(weight[index == g].max(), 0) for g in range(count)]) * shrink
     exact = (high - low) / (2**fmt.bits - 1) if fmt.is_affine else np.maximum(high, -low) / bound(fmt)
     stored = store(exact, fmt)
-    used = exact if fmt.double_quantized and fmt.granularity == "block" else stored
+    used = exact if fmt.scales == "dq" and fmt.granularity == "block" else stored
     values, margin = np.zeros_like(weight), np.zeros_like(weight)
     for g in range(count):
         inside = index == g
@@ -82,8 +83,8 @@ def grid_levels(fmt: Format, low: float, scale: float) -> np.ndarray:
 
 def store(scales: np.ndarray, fmt: Format) -> np.ndarray:
     """Scales after the rounding that storing them brings; scales are numbered like `group_index`."""
-    if not fmt.double_quantized:
-        dtype = ml_dtypes.bfloat16 if fmt.scale_dtype == "bfloat16" else fmt.scale_dtype
+    if fmt.scales != "dq":
+        dtype = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}[fmt.scales]
         return scales.astype(np.float32).astype(dtype).astype(np.float64)
     table, offset = dynamic_map().astype(np.float64), scales.mean()
     stored = np.zeros_like(scales)
