@@ -94,6 +94,31 @@ def test_layers_that_share_their_input(mixed):
     assert shared["right/kernel"] == "left/kernel"
 
 
+class BothAxes(nn.Module):
+    """The same array, contracted over its last axis, over the one before it, over both, and over the last again."""
+
+    @nn.compact
+    def __call__(self, x):  # (batch, 6, 6)
+        return [
+            nn.DenseGeneral(4, axis=axis, name=name)(x)
+            for name, axis in {"last": -1, "middle": -2, "both": (-2, -1), "again": -1}.items()
+        ]
+
+
+def test_one_array_contracted_over_other_axes_is_another_input():
+    module, x = BothAxes(), jnp.asarray(np.random.default_rng(1).standard_normal((4, 6, 6)), jnp.float32)
+    params = shapes_of(module, x)
+    shared = sharing(module, params, (x,))
+    assert shared == {
+        f"{name}/kernel": f"{first}/kernel"
+        for name, first in zip(("last", "middle", "both", "again"), ("last", "middle", "both", "last"), strict=True)
+    }
+    found = capture_statistics(module, params, [Batch((x,))], {"last/kernel": 6, "middle/kernel": 6}, ["hessian"]).statistics
+    rows = {"last/kernel": np.asarray(x).reshape(-1, 6), "middle/kernel": np.asarray(x).swapaxes(1, 2).reshape(-1, 6)}
+    for path, value in rows.items():
+        np.testing.assert_allclose(found[path]["hessian"], value.T @ value / 24, rtol=1e-4, atol=1e-5, err_msg=path)
+
+
 def test_sharing_in_the_decoder():
     model = small_model(tiny_config())
     shared = sharing(Block(model.config), model.params["block_0"], (jnp.zeros((1, 4, 32)),))

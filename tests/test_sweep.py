@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import qjax
-from qjax.calibrate.tokens import as_calibration
+from qjax.calibrate.tokens import Calibration, as_calibration
 from qjax.driver.layer import problem_of
 from qjax.errors import QjaxError
 from qjax.evaluate.corpora import Corpus
@@ -101,6 +101,19 @@ def test_running_again_measures_nothing(tiny_model, tmp_path):
     assert len({row["key"] for row in read_rows(tmp_path / ROWS)}) == 10
 
 
+def test_a_models_fingerprint_is_of_all_that_it_is(tiny_model):
+    """Weights, configuration and tokenizer: the same tokens of another vocabulary are another text."""
+    leaves, tree = jax.tree.flatten(tiny_model.params)
+    others = [
+        tiny_model._replace(tokenizer=byte_tokenizer(bos=True)),
+        tiny_model._replace(tokenizer=None),
+        tiny_model._replace(config=dataclasses.replace(tiny_model.config, rope_theta=5e5)),
+        tiny_model._replace(params=jax.tree.unflatten(tree, [*leaves[:-1], leaves[-1].at[0].add(1e-6)])),
+    ]
+    assert len({model_fingerprint(model) for model in (tiny_model, *others)}) == 5
+    assert model_fingerprint(tiny_model._replace(tokenizer=byte_tokenizer(), name="x")) == model_fingerprint(tiny_model)
+
+
 def test_two_runs_agree_to_the_last_bit(tiny_model, tmp_path):
     rows = [run_sweep(tiny_model, plan("rtn:int3-g16", "nf4-dq"), tmp_path / name) for name in ("a", "b")]
     assert measured(rows[0]) == measured(rows[1])
@@ -129,6 +142,16 @@ def test_errors_come_before_any_work(tiny_model, tmp_path):
     ):
         with pytest.raises(QjaxError, match=named):
             run_sweep(tiny_model, wrong, tmp_path, Fail())
+
+
+def test_calibrating_on_the_text_that_is_measured_is_refused(tiny_model, tmp_path):
+    """By the text's fingerprint, whatever it is called, and only where a recipe reads calibration data."""
+    tokens = np.zeros((2, 32), np.int32)
+    calibration = Calibration(tokens, None, "of another name", CORPORA[1].fingerprint)
+    with pytest.raises(QjaxError, match="reversed is both measured and calibrated on"):
+        run_sweep(tiny_model, plan("rtn:int4-g16", "gptq:int4-g16@parallel", calibration=calibration), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    assert len(run_sweep(tiny_model, plan("none", corpora=CORPORA[1:], max_windows=2, calibration=calibration), tmp_path)) == 1
 
 
 def test_texts_of_one_name_are_told_apart(tiny_model, tmp_path):

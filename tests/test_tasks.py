@@ -10,7 +10,7 @@ import zipfile
 import pytest
 
 from qjax.errors import QjaxError
-from qjax.evaluate.cloze import WORDS, cloze_questions
+from qjax.evaluate.cloze import CONTEXT_WORDS, WORDS, cloze_questions
 from qjax.evaluate.corpora import Corpus
 from qjax.evaluate.questions import make_task
 from qjax.evaluate.tasks import TASKS, load_task, load_tasks
@@ -218,6 +218,20 @@ def test_cloze_is_deterministic_and_fair():
     assert {question.gold for question in questions} == {0, 1, 2, 3}
     with pytest.raises(QjaxError, match="long enough"):
         cloze_questions(Corpus("toy", ("too short",), "f"))
+
+
+def test_wrong_stretches_are_from_outside_the_question():
+    """Words are numbers, each once: a stretch says where it is from, and lies neither in the context nor in the answer."""
+    questions = cloze_questions(Corpus("numbers", (" ".join(map(str, range(3000))),), "f"))
+    assert len(questions) > 20
+    for question in questions:
+        start = int(question.candidates[question.gold][1].split()[0])
+        for number, (context, choice) in enumerate(question.candidates):
+            words = list(map(int, choice.split()))
+            assert list(map(int, context.split())) == list(range(start - CONTEXT_WORDS, start))
+            assert words == list(range(words[0], words[0] + WORDS))
+            outside = words[-1] < start - CONTEXT_WORDS or words[0] >= start + WORDS
+            assert outside or number == question.gold
 
 
 def test_built_in_cloze():

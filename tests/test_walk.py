@@ -10,7 +10,8 @@ from qjax.checkpoints import huggingface, tensors
 from qjax.checkpoints.huggingface import save_huggingface
 from qjax.checkpoints.load import load
 from qjax.checkpoints.packed import save
-from qjax.driver.decoder import kernel_shapes, placement, quantize
+from qjax.driver.decoder import kernel_shapes, quantize
+from qjax.driver.placement import placement
 from qjax.errors import QjaxError
 from qjax.evaluate.divergence import measure_divergence
 from qjax.evaluate.generate import generate
