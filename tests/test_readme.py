@@ -9,7 +9,7 @@ import pytest
 import qjax
 from qjax.errors import QjaxError
 from qjax.recipe import ROUNDINGS, TRANSFORMS, added_methods, method, parse_recipe, sources
-from qjax.sweep.record import provenance
+from qjax.sweep.measurements.provenance import provenance
 from tests.paths import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text("utf-8")
