@@ -76,6 +76,9 @@ _PUBLIC = {
     # sweeps
     "Sweep": "sweep.runner",
     "run_sweep": "sweep.runner",
+    "Column": "sweep.columns",
+    "Measurement": "sweep.columns",
+    "register_measurement": "sweep.columns",
     "write_reports": "report.reports",
     # errors
     "QjaxError": "errors",

@@ -54,10 +54,10 @@ class Recipe:
     transforms: tuple[Stage, ...]
     rounding: Stage
     format: Format
+    order: Stage | None = None
     refiners: tuple[Stage, ...] = ()
     block_refiners: tuple[Stage, ...] = ()
     activation: Activation | None = None
-    order: Stage | None = None
 
     @property
     def stages(self) -> tuple[Stage, ...]:

@@ -21,10 +21,11 @@ from qjax.errors import QjaxError
 from qjax.evaluate.corpora import Corpus
 from qjax.evaluate.perplexity import parse_convention
 from qjax.models.model import stages
-from qjax.recipe import parse_recipe
+from qjax.recipe import method_name, parse_recipe
 from qjax.report.reports import write_reports
-from qjax.sweep import runner
-from qjax.sweep.record import compare, digest, method_name, model_fingerprint
+from qjax.sweep import quantizer, runner
+from qjax.sweep.measurements.perplexity import difference
+from qjax.sweep.record import digest, model_fingerprint
 from qjax.sweep.runner import Sweep, Watcher, run_sweep
 from qjax.sweep.store import LAYERS, ROWS, append_row, read_rows
 
@@ -172,7 +173,7 @@ def test_rules_apply_to_none_and_the_baseline_stays(tiny_model, tmp_path):
 
 
 def test_a_recipe_that_diverges_gets_a_row_and_the_sweep_goes_on(tiny_model, tmp_path, monkeypatch):
-    honest = runner.quantize_together
+    honest = quantizer.quantize_together
 
     def diverge(model, requests, **options):
         ((quantized, report),) = honest(model, requests, **options)
@@ -180,7 +181,7 @@ def test_a_recipe_that_diverges_gets_a_row_and_the_sweep_goes_on(tiny_model, tmp
             quantized = quantized._replace(params=jax.tree.map(lambda leaf: leaf * np.nan, model.params))
         return [(quantized, report)]
 
-    monkeypatch.setattr(runner, "quantize_together", diverge)
+    monkeypatch.setattr(quantizer, "quantize_together", diverge)
     rows = run_sweep(tiny_model, plan("rtn:int2-channel", "nf4", corpora=CORPORA[:1]), tmp_path)
     assert [row["perplexity"] == "inf" for row in rows] == [False, True, False]
     assert "NaN" not in (tmp_path / ROWS).read_text() and "Infinity" not in (tmp_path / ROWS).read_text()
@@ -251,7 +252,7 @@ def test_layers_are_there_once_after_a_stop_between_them_and_their_row(tiny_mode
 def test_paired_difference():
     base = {"nll": 2.0, "window_nll": [20.0, 22.0, 18.0], "window_tokens": [10, 10, 10]}
     worse = {"nll": 2.1, "window_nll": [21.0, 23.0, 19.0], "window_tokens": [10, 10, 10]}
-    change = compare(worse, base)
+    change = difference(worse, base)
     assert change["nll_delta"] == pytest.approx(0.1)
     assert change["nll_delta_stderr"] == pytest.approx(0.0, abs=1e-12)  # every window is worse by the same amount
     assert change["perplexity_ratio"] == pytest.approx(np.exp(0.1))
