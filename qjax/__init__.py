@@ -48,6 +48,7 @@ _PUBLIC = {
     "register_statistic": "methods",
     "Statistic": "calibrate.statistics",
     "quantize": "driver.decoder",
+    "quantize_to": "driver.decoder",
     "quantize_flax": "driver.function",
     "apply_flax": "driver.function",
     "dequantize_flax": "driver.function",

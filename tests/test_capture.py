@@ -12,7 +12,7 @@ from qjax.calibrate.capture import (
     capture_statistics,
     distinct_calls,
     merge_arguments,
-    parent_outputs,
+    module_outputs,
     sharing,
     split_arguments,
 )
@@ -161,19 +161,19 @@ def test_drift_is_of_both_runs(mixed):
 def test_outputs_of_a_submodule(mixed):
     module, params, x = mixed
     weights = jnp.arange(20.0).reshape(4, 5)
-    plain, weighted = (parent_outputs(module, params, [Batch((x,), w)], ("left",)) for w in (None, weights))
+    plain, weighted = (module_outputs(module, params, [Batch((x,), w)], ("left",)) for w in (None, weights))
     assert len(plain) == 1
     np.testing.assert_allclose(weighted[0] ** 2, plain[0] ** 2 * weights[..., None], rtol=1e-4)
     expected = np.asarray(x) @ np.asarray(params["left"]["kernel"]) + np.asarray(params["left"]["bias"])
     np.testing.assert_allclose(plain[0], expected, atol=1e-5)
-    assert len(parent_outputs(module, params, [Batch((x,))] * 2, ("twice",))) == 4  # two calls in each batch
+    assert len(module_outputs(module, params, [Batch((x,))] * 2, ("twice",))) == 4  # two calls in each batch
 
 
 def test_outputs_of_tokens_that_do_not_count_may_be_anything(mixed):
     module, params, x = mixed
     weights = jnp.ones((4, 5)).at[1, 2].set(0)
-    (got,) = parent_outputs(module, params, [Batch((x.at[1, 2].set(jnp.nan),), weights)], ("left",))
-    (expected,) = parent_outputs(module, params, [Batch((x,), weights)], ("left",))
+    (got,) = module_outputs(module, params, [Batch((x.at[1, 2].set(jnp.nan),), weights)], ("left",))
+    (expected,) = module_outputs(module, params, [Batch((x,), weights)], ("left",))
     np.testing.assert_array_equal(got, expected)
 
 

@@ -20,12 +20,13 @@ from qjax.driver.layer import problem_of
 from qjax.errors import QjaxError
 from qjax.evaluate.corpora import Corpus
 from qjax.evaluate.perplexity import parse_convention
+from qjax.models.fingerprint import model_fingerprint
 from qjax.models.model import stages
 from qjax.recipe import method_name, parse_recipe
 from qjax.report.reports import write_reports
 from qjax.sweep import quantizer, runner
 from qjax.sweep.measurements.perplexity import difference
-from qjax.sweep.record import digest, model_fingerprint
+from qjax.sweep.record import digest
 from qjax.sweep.runner import Sweep, Watcher, run_sweep
 from qjax.sweep.store import LAYERS, ROWS, append_row, read_rows
 

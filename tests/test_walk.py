@@ -18,12 +18,13 @@ from qjax.evaluate.generate import generate
 from qjax.evaluate.likelihood import Pair, likelihoods
 from qjax.evaluate.perplexity import Windows, score
 from qjax.lazy import Lazy, is_lazy, map_lazily, materialised
+from qjax.linear import is_quantized
 from qjax.models import model as module
 from qjax.models import walk
+from qjax.models.fingerprint import model_fingerprint
 from qjax.models.model import apply, hidden_batches, runnable
 from qjax.models.parameters import check_parameters, flatten, parameter_shapes
-from qjax.qtensor import is_quantized, nbytes
-from qjax.sweep.record import model_fingerprint
+from qjax.qtensor import nbytes
 from tests.conftest import FAMILY_CHANGES, byte_tokenizer, tiny_config
 from tests.random_weights import small_model
 

@@ -21,12 +21,13 @@ from qjax.evaluate.corpora import Corpus
 from qjax.evaluate.perplexity import Convention, corpus_windows
 from qjax.evaluate.questions import Task
 from qjax.files import require_writable
+from qjax.models.fingerprint import model_fingerprint
 from qjax.models.model import Model
 from qjax.recipe import UNQUANTIZED, parse_recipe
 from qjax.sweep.cells import canonical, name_in_order
 from qjax.sweep.columns import Cell, Measurement, asked_measurements, column_of, misfits
 from qjax.sweep.quantizer import Quantizer
-from qjax.sweep.record import as_json, digest, layer_rows, model_fingerprint
+from qjax.sweep.record import as_json, digest, layer_rows
 from qjax.sweep.store import LAYERS, ROWS, append_row, append_rows, layers_held, read_rows
 
 
