@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 DEFAULT_WINDOWS = 128  # of the bundled text: paired differences to 0.2 % at 4 bits, 0.01 % at 8
 
 
-def load_model(name: str) -> "Model":
+def load_model(name: str, *, lazy: bool = False) -> "Model":
     """The named model, with compiled programs kept between runs."""
     from qjax.cache import enable_compilation_cache
     from qjax.checkpoints.load import load
 
     enable_compilation_cache()
-    return load(name)
+    return load(name, lazy=lazy)
 
 
 def calibration_for(
