@@ -6,8 +6,6 @@
     format, in_features   static
 
 Every field may carry leading axes (a stack of layers under vmap or scan); no full shape is kept, so none goes stale.
-
-QLinear: a QTensor whose input is scaled first, y = (x * input_scale) W'; it stands in a kernel's place like a QTensor.
 """
 
 import dataclasses
@@ -56,46 +54,6 @@ class QTensor:
         return 8 * self.nbytes / weights
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("weight", "input_scale"), meta_fields=())
-@dataclasses.dataclass(frozen=True)
-class QLinear:
-    """A quantized (in, out) weight for an input that is multiplied by input_scale (in,) float16 first."""
-
-    weight: QTensor
-    input_scale: jax.Array
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(..., in, out) of the weight that this stands for."""
-        return self.weight.shape
-
-    @property
-    def format(self) -> Format:
-        """Format of the codes."""
-        return self.weight.format
-
-    @property
-    def in_features(self) -> int:
-        """Length of the input axis."""
-        return self.weight.in_features
-
-    @property
-    def nbytes(self) -> int:
-        """Exact bytes, the input scale included."""
-        return self.weight.nbytes + nbytes(self.input_scale)
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Exact bits per weight, the input scale included."""
-        return self.weight.bits_per_weight * self.nbytes / self.weight.nbytes
-
-
-def storable_input_scale(scale: Float[Array, " in"]) -> tuple[Float[Array, " in"], Float[Array, " in"]]:
-    """(input_scale as a QLinear holds it, exactly its inverse in float32) for weights multiplied by about `scale`."""
-    stored = jnp.clip(1 / scale, 1e-4, 1e4).astype(jnp.float16)  # normal numbers of float16
-    return stored, 1 / stored.astype(jnp.float32)
-
-
 def from_codes(codes: UInt8[Array, "in out"], parameters: grid.Parameters, fmt: Format) -> QTensor:
     """Packs unpacked codes with the parameters of their groups."""
     zeros = None
@@ -124,13 +82,8 @@ def unpack_parameters(q: QTensor) -> tuple[Float[Array, "groups channels"], Floa
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
-def dequantize(q: QTensor | QLinear, dtype: DTypeLike = jnp.float32) -> Float[Array, "*batch in out"]:
-    """The (..., in, out) weight in floating point; values are computed in float32, then cast to `dtype`.
-
-    Of a QLinear it is the weight for the input as it comes, scale and codes together.
-    """
-    if isinstance(q, QLinear):
-        return (q.input_scale.astype(jnp.float32)[..., None] * dequantize(q.weight)).astype(dtype)
+def dequantize(q: QTensor, dtype: DTypeLike = jnp.float32) -> Float[Array, "*batch in out"]:
+    """The (..., in, out) weight in floating point; values are computed in float32, then cast to `dtype`."""
     if q.codes.ndim > 2:
         return jax.vmap(functools.partial(dequantize, dtype=dtype))(q)
     if q.format.is_float:
@@ -141,24 +94,6 @@ def dequantize(q: QTensor | QLinear, dtype: DTypeLike = jnp.float32) -> Float[Ar
     return grid.from_groups(values, q.format, *q.shape).astype(dtype)
 
 
-def is_quantized(leaf: object) -> bool:
-    """True for a QTensor or QLinear: use as `is_leaf` when mapping over a tree of parameters."""
-    return isinstance(leaf, (QTensor, QLinear))
-
-
 def nbytes(tree: PyTree) -> int:
     """Exact bytes of all arrays in a tree."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def dequantize_tree(tree: PyTree, dtype: DTypeLike | None = jnp.float32) -> PyTree:
-    """Every QTensor and QLinear of a tree as a floating-point array, other leaves cast too (dtype None leaves them as they
-    are).
-    """
-
-    def convert(leaf):
-        if is_quantized(leaf):
-            return dequantize(leaf, jnp.float32 if dtype is None else dtype)
-        return leaf if dtype is None or not jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.astype(dtype)
-
-    return jax.tree.map(convert, tree, is_leaf=is_quantized)

@@ -204,7 +204,7 @@ def test_layers_inside_transformations_are_named_and_can_be_left_out(lift):
     with pytest.raises(QjaxError, match=f"{path}.*PATTERN=none"):
         qjax.quantize_flax(module, params, "gptq:int4-g2@parallel", batches=[(x,)])
     left, report = qjax.quantize_flax(module, params, "gptq:int4-g2@parallel", batches=[(x,)], rules=["inside=none"])
-    assert qjax.qtensor.is_quantized(left["outside"]["kernel"])
+    assert qjax.linear.is_quantized(left["outside"]["kernel"])
     assert {record.path: record.tokens for record in report.layers}["outside/kernel"] == 24
     nearest, _ = qjax.quantize_flax(module, params, "rtn:int4-g2", batches=[(x,)])  # reads no inputs
     assert len(jax.tree.leaves(nearest)) > len(jax.tree.leaves(params))
@@ -234,7 +234,7 @@ def test_a_module_that_cannot_be_hashed():
     module, x = Sizes({"sizes": np.array([4, 3])}), jnp.ones((20, 6)) + jnp.arange(6)
     params = shapes_of(module, x)
     quantized, _ = qjax.quantize_flax(module, params, "gptq:int8-g2@parallel", batches=[(x,)])
-    assert qjax.qtensor.is_quantized(quantized["layer_1"]["kernel"])
+    assert qjax.linear.is_quantized(quantized["layer_1"]["kernel"])
 
 
 class Sometimes(nn.Module):

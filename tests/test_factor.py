@@ -1,11 +1,11 @@
-"""qjax.rounding.parts.factor: the triangular factor against float64 NumPy, damping, order, dead inputs, broken Hessians."""
+"""qjax.rounding.parts.feedback: the triangular factor against float64 NumPy, damping, order, dead inputs, broken Hessians."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qjax.rounding.parts.factor import FIRST_DAMP, factorize
+from qjax.rounding.parts.feedback import FIRST_DAMP, factorize
 from tests.oracles import gptq as oracle
 
 

@@ -12,6 +12,8 @@ import qjax
 from qjax.kernels import gpu, layout, tpu, xla
 from qjax.kernels import matmul as matmul_module
 from qjax.kernels.matmul import choose
+from qjax.linear import apply_linear, prepare_tree
+from qjax.maps import Scale
 from qjax.models.model import runnable, stages
 
 from .conftest import random_model, tiny_config
@@ -276,22 +278,23 @@ def accelerator(request, monkeypatch):
 
 
 def test_dispatch_to_kernels(accelerator):
-    """auto takes the device's kernel, for a QTensor, QLinear or prepared weight, forwards and backwards and for W8A8."""
+    """auto takes the device's kernel, for a QTensor, Linear or prepared weight, forwards and backwards and for W8A8."""
     q, x = weight_of(64, 24, "int4-g32"), jax.random.normal(jax.random.key(1), (2, 3, 64))
     assert choose("auto", jnp.float32, q) == accelerator
-    linear = qjax.QLinear(q, jnp.linspace(0.5, 2, 64).astype(jnp.float16))
-    tree = matmul_module.prepare_tree({"a": linear, "b": jnp.ones(3)}, jnp.float32)
-    assert isinstance(tree["a"], layout.KernelWeight) and tree["a"].shape == (64, 24)
+    linear = qjax.Linear(q, (Scale(jnp.linspace(0.5, 2, 64).astype(jnp.float16)),))
+    tree = prepare_tree({"a": linear, "b": jnp.ones(3)}, jnp.float32)
+    assert isinstance(tree["a"].weight, layout.KernelWeight) and tree["a"].shape == (64, 24)
+    assert tree["a"].inputs is linear.inputs
     for held in (linear, tree["a"]):
-        value, (dx, dheld) = jax.value_and_grad(lambda x, w: jnp.sum(qjax.matmul(x, w) ** 2), (0, 1), allow_int=True)(x, held)
+        value, (dx, dheld) = jax.value_and_grad(lambda x, w: jnp.sum(apply_linear(x, w) ** 2), (0, 1), allow_int=True)(x, held)
         weight = qjax.dequantize(linear)
         expected, dense = jax.value_and_grad(lambda x, weight=weight: jnp.sum((x @ weight) ** 2))(x)
         np.testing.assert_allclose(value, expected, rtol=1e-4)
         np.testing.assert_allclose(dx, dense, rtol=1e-4, atol=1e-3 * float(jnp.max(jnp.abs(dense))))
-        _, exact = jax.value_and_grad(lambda w: jnp.sum(qjax.matmul(x, w, implementation="reference") ** 2), allow_int=True)(
+        _, exact = jax.value_and_grad(lambda w: jnp.sum(apply_linear(x, w, implementation="reference") ** 2), allow_int=True)(
             held
         )
-        dscales, scales = ((each.weight if held is linear else each).scales.astype(jnp.float32) for each in (dheld, exact))
+        dscales, scales = (each.weight.scales.astype(jnp.float32) for each in (dheld, exact))
         np.testing.assert_allclose(dscales, scales, rtol=1e-2, atol=1e-3 * float(jnp.max(jnp.abs(scales))))
     eight = weight_of(64, 24, "int8-channel-sym")
     np.testing.assert_allclose(

@@ -20,10 +20,11 @@ from qjax.checkpoints.packed import config_from_dict, config_to_dict, load_packe
 from qjax.errors import QjaxError
 from qjax.files import prepare_output_folder, read_json, write_atomically
 from qjax.formats import parse_format
+from qjax.linear import is_quantized
 from qjax.models.config import LinearScaling, Llama3Scaling
 from qjax.models.model import apply
 from qjax.models.parameters import flatten, unflatten
-from qjax.qtensor import QTensor, is_quantized
+from qjax.qtensor import QTensor
 from qjax.rounding.nearest import rtn
 from tests.conftest import FAMILY_CHANGES, byte_tokenizer, tiny_config
 from tests.random_weights import weights_model
@@ -154,7 +155,7 @@ def test_broken_description(folder, content):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(version=2), "version 2 is not supported, expected 1"),
+        (lambda d: d.update(version=3), "version 3 is not supported, expected 1 or 2"),
         (lambda d: d.pop("version"), "version None"),
         (lambda d: d.pop("config"), "'config' must be dict, got nothing"),
         (lambda d: d.pop("name"), "'name' must be str"),
@@ -170,7 +171,7 @@ def test_broken_description(folder, content):
         (lambda d: d["config"].update(rope_scaling={"kind": "linear"}), "LinearScaling: missing entry 'factor'"),
         (lambda d: d["quantized"]["block_0/mlp/up/kernel"].update(format="int9-g16"), "kernel: format 'int9-g16'"),
         (lambda d: d["quantized"]["block_0/mlp/up/kernel"].pop("format"), "block_0/mlp/up/kernel: 'format' must be str"),
-        (lambda d: d["quantized"]["block_0/mlp/up/kernel"].update(in_features=31), "in_features 31, expected 32"),
+        (lambda d: d["quantized"]["block_0/mlp/up/kernel"].update(in_features=31), "in_features is 31, expected 32"),
         (lambda d: d["quantized"].update({"block_0/mlp/up/kernel": None}), "block_0/mlp/up/kernel: 'format' must be str"),
         (lambda d: d["quantized"].update({"block_7/mlp/up/kernel": {}}), "'block_7/mlp/up/kernel', which is no matrix"),
         (lambda d: d["quantized"].update({"head/norm/scale": {}}), "'head/norm/scale', which is no matrix"),

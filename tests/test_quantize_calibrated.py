@@ -15,8 +15,9 @@ from qjax.checkpoints.packed import load_packed, save
 from qjax.driver import decoder as driver
 from qjax.driver.decoder import quantize_together
 from qjax.errors import QjaxError, QjaxWarning
+from qjax.linear import Linear, dequantize_tree
 from qjax.models.parameters import flatten, unflatten
-from qjax.qtensor import QLinear, QTensor, dequantize_tree
+from qjax.qtensor import QTensor
 from tests.conftest import FAMILY_CHANGES, tiny_config
 from tests.random_weights import small_model
 
@@ -55,7 +56,7 @@ def test_report_and_leaves(model, both):
     assert quantized.recipe == AWQ_GPTQ
     for path, leaf in leaves.items():
         if path.startswith("block_") and path.endswith("kernel"):
-            assert isinstance(leaf, QLinear if "attention/o" in path else QTensor), path
+            assert isinstance(leaf, Linear if "attention/o" in path else QTensor), path
     assert leaves["block_0/attention_norm/scale"].dtype == jnp.float32
     assert float(jnp.max(jnp.abs(leaves["block_0/mlp_norm/scale"] - model.params["block_0"]["mlp_norm"]["scale"]))) > 0.01
     chosen = [record for record in report.layers if record.recipe != "none"]
@@ -149,7 +150,7 @@ def test_rules_give_layers_their_own_recipes(model):
     quantized, report = qjax.quantize(model, AWQ_GPTQ, rules=rules, calibration=TOKENS)
     leaves, original = flatten(quantized.params), flatten(model.params)
     assert leaves["block_0/attention/k/kernel"] is original["block_0/attention/k/kernel"]
-    assert isinstance(leaves["block_0/attention/q/kernel"], QLinear)  # k is left alone, so the norm cannot take a scale
+    assert isinstance(leaves["block_0/attention/q/kernel"], Linear)  # k is left alone, so the norm cannot take a scale
     np.testing.assert_array_equal(leaves["block_0/attention_norm/scale"], original["block_0/attention_norm/scale"])
     assert leaves["block_0/mlp/gate/kernel"].format == qjax.parse_format("int3-g16")
     assert isinstance(leaves["block_0/mlp/gate/kernel"], QTensor)
@@ -180,7 +181,7 @@ def test_v_that_is_left_alone_takes_no_scale(tmp_path):
     assert isinstance(quantized.params["block_0"]["attention"]["o"]["kernel"], QTensor)
     left, _ = qjax.quantize(model, "awq:int4-g16@parallel", rules=["attention/v=none"], calibration=TOKENS)
     assert left.params["block_0"]["attention"]["v"]["kernel"] is model.params["block_0"]["attention"]["v"]["kernel"]
-    assert isinstance(left.params["block_0"]["attention"]["o"]["kernel"], QLinear)
+    assert isinstance(left.params["block_0"]["attention"]["o"]["kernel"], Linear)
     save(tmp_path / "model", left)
     assert_same_bits(load_packed(tmp_path / "model"), left)
 
@@ -211,7 +212,7 @@ def test_hidden_states_are_held_as_often_as_the_driver_says(model, order, most, 
 @pytest.mark.parametrize("rounding", ["+rtn"])
 def test_module_loss_goes_with_every_rounding(model, order, rounding):
     quantized, report = qjax.quantize(model, f"awq(loss=module){rounding}:int4-g16@{order}", calibration=TOKENS)
-    assert isinstance(quantized.params["block_1"]["attention"]["o"]["kernel"], QLinear)
+    assert isinstance(quantized.params["block_1"]["attention"]["o"]["kernel"], Linear)
     assert all(record.weight_error < 0.1 for record in report.layers if record.recipe != "none")
 
 
@@ -243,7 +244,7 @@ def test_gpt2_from_end_to_end(tmp_path):
     model = small_model(tiny_config(vocabulary_size=61, **FAMILY_CHANGES["gpt2"]), dtype=jnp.bfloat16)
     quantized, report = qjax.quantize(model, "awq+gptq:int4-g16", calibration=TOKENS)
     leaves = flatten(quantized.params)
-    assert isinstance(leaves["block_0/mlp/down/kernel"], QLinear)
+    assert isinstance(leaves["block_0/mlp/down/kernel"], Linear)
     assert isinstance(leaves["block_0/mlp/up/kernel"], QTensor)
     assert isinstance(leaves["block_0/attention/o/kernel"], QTensor)
     assert leaves["block_0/attention_norm/bias"].dtype == leaves["block_0/attention/v/bias"].dtype == jnp.float32

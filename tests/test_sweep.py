@@ -15,9 +15,8 @@ import numpy as np
 import pytest
 
 import qjax
-from qjax import recipe as recipes
 from qjax.calibrate.tokens import as_calibration
-from qjax.driver.part import problem_of
+from qjax.driver.layer import problem_of
 from qjax.errors import QjaxError
 from qjax.evaluate.corpora import Corpus
 from qjax.evaluate.perplexity import parse_convention
@@ -173,7 +172,7 @@ def test_a_recipe_that_diverges_gets_a_row_and_the_sweep_goes_on(tiny_model, tmp
     ("recipe", "message"),
     [
         ("gptq(static_groups=false):int4-g16", "block_0/attention/.*static_groups=false with act_order"),
-        ("gptq(block=0):int4-g16", "block_0/attention/.*block at least 1"),
+        ("gptq(panel=0):int4-g16", "block_0/attention/.*panel at least 1"),
         ("awq(ratios=0):int4-g8", "block_0/attention/.*ratios at least 1; .*ratios=0"),
         ("awq(loss=module,ratios=0)+gptq:int4-g8", "block_0/attention/.*ratios=0"),
         ("gptq:int4-g8@qep(alpha=2)", "alpha is between 0 and 1.*alpha=2"),
@@ -193,7 +192,6 @@ def test_methods_that_jax_cannot_trace_are_not_looked_into(monkeypatch):
     def picks(weights, fmt, *, abs_mean):
         return abs_mean[abs_mean > 0]
 
-    monkeypatch.setattr(recipes, "TRANSFORMS", dict(recipes.TRANSFORMS))
     for name, function in (("steps", steps), ("picks", picks)):
         qjax.register(function, transform=True)
         assert problem_of(parse_recipe(f"{name}+rtn:int4-g8"), (16, 4)) is None

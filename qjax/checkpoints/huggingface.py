@@ -19,6 +19,7 @@ from qjax.checkpoints.tensors import FLOATS, Header, dtype_of, read_finite, read
 from qjax.errors import QjaxError
 from qjax.files import expand, listing, prepare_output_folder, read_json, write_atomically
 from qjax.lazy import Lazy, materialised
+from qjax.linear import dequantize, is_quantized
 from qjax.models.config import DecoderConfig
 from qjax.models.families import FAMILIES, read_config, write_config
 from qjax.models.family import Family, StoredTensor, head_name, stored_tensors
@@ -26,7 +27,6 @@ from qjax.models.model import Model
 from qjax.models.parameters import check_parameters, flatten, parameter_shapes, unflatten
 from qjax.models.tokenizer import Tokenizer, load_tokenizer
 from qjax.models.walk import TABLE
-from qjax.qtensor import dequantize, is_quantized
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -179,13 +179,19 @@ def download(name: str) -> Path:
 def save_huggingface(folder: str | Path, model: Model, *, overwrite: bool = False) -> None:
     """Writes a folder that `load_huggingface` and the transformers library read; config.json comes last.
 
-    QTensors are written as the values they stand for, in the checkpoint's type. Raises QjaxError for a folder that is not
-    empty (unless `overwrite`) or cannot be written, and for a model that its family's files cannot express.
+    Quantized leaves are written as the values they stand for, in the checkpoint's type. Raises QjaxError for a folder that is
+    not empty (unless `overwrite`) or cannot be written, for a model that its family's files cannot express, and lists layers
+    with an activation format, which a plain folder has no word for.
     """
     config = write_config(model.config)
     shapes = parameter_shapes(model.config)
     leaves = flatten(model.params)
     check_parameters(leaves, shapes)
+    if rounding := [f"{path} ({leaf.activation})" for path, leaf in leaves.items() if getattr(leaf, "activation", None)]:
+        raise QjaxError(
+            f"a Hugging Face folder cannot say that layers round their inputs: {listing(rounding)}; keep it with qjax.save, or "
+            "write the weights alone: model._replace(params=qjax.dequantize_tree(model.params, None))"
+        )
     dtype = checkpoint_dtype(leaves)
     config["torch_dtype"] = np.dtype(dtype).name
     tensors = {

@@ -1,19 +1,18 @@
 """qjax's own folders: packed codes in model.safetensors, and qjax.json that says what they are. They load back bit-equal.
 
     model.safetensors   block_0/attention/q/kernel.codes, .scales, .zeros of a QTensor; doubly quantized scales as
-                        .scales.codes, .scales.scales, .scales.offset; those of a QLinear's weight as .weight.codes and so on,
-                        beside .input_scale; every other parameter under its path. It may be several files instead, which
-                        qjax.json lists: `parts.py` writes one for each part of a model
-    qjax.json           version, name, recipe, config, and per QTensor its format and in_features, per QLinear
-                        also "input_scale": true; written last, so a
+                        .scales.codes, .scales.scales, .scales.offset; those of a Linear's weight as .weight.codes and so on,
+                        beside .inputs[0].scale, .outliers.index, .adapter.a, ...; every other parameter under its path. It
+                        may be several files instead, which qjax.json lists: `parts.py` writes one for each part of a model
+    qjax.json           version, name, recipe, config, and the record of every quantized leaf (`leaves.py`); written last, so a
                         folder that has it is complete
     tokenizer.json      where the model has one
 
-Keys, shapes and types are checked against the description before anything is read.
+Keys, shapes and types are checked against the description before anything is read. Version 1 knew no Linear, only an input's
+scale: "input_scale": true beside a format, stored as .input_scale.
 """
 
 import dataclasses
-import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,22 +22,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr
 
-from qjax import grid
+from qjax.checkpoints import leaves as records_of
 from qjax.checkpoints.huggingface import load_folder_tokenizer
+from qjax.checkpoints.leaves import TYPES, entry, template
 from qjax.checkpoints.tensors import FLOATS, Header, read_arrays, read_headers, write_tensors
 from qjax.errors import QjaxError
 from qjax.files import expand, listing, prepare_output_folder, read_json, write_atomically
-from qjax.formats import Format, parse_format
+from qjax.linear import is_quantized
 from qjax.models.config import DecoderConfig, LinearScaling, Llama3Scaling
 from qjax.models.model import Model
 from qjax.models.parameters import check_parameters, flatten, parameter_shapes, unflatten
-from qjax.qtensor import FLOAT_DTYPES, QLinear, QTensor, from_codes, is_quantized
 
 DESCRIPTION, WEIGHTS, TOKENIZER = "qjax.json", "model.safetensors", "tokenizer.json"
 REPLACED = (DESCRIPTION, "config.json", "model.safetensors.index.json", "model*.safetensors", "tokenizer*.json")
-VERSION = 1
+VERSION = 2
 SCALINGS = {"llama3": Llama3Scaling, "linear": LinearScaling}
-TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8"}
 
 
 def save(folder: str | Path, model: Model, *, overwrite: bool = False) -> None:
@@ -48,10 +46,11 @@ def save(folder: str | Path, model: Model, *, overwrite: bool = False) -> None:
     """
     leaves = flatten(model.params)
     check_parameters(leaves, parameter_shapes(model.config))
+    quantized = describe(leaves)
     tensors = {name: np.asarray(array) for name, array in stored(leaves).items()}  # read before the folder is touched
     folder = prepare_output_folder(folder, overwrite=overwrite, replaces=REPLACED)
     write_tensors(folder / WEIGHTS, tensors)
-    write_description(folder, model, describe(leaves))
+    write_description(folder, model, quantized)
 
 
 def write_description(folder: Path, model: Model, quantized: Mapping[str, dict], files: Sequence[str] = ()) -> None:
@@ -73,13 +72,17 @@ def write_description(folder: Path, model: Model, quantized: Mapping[str, dict],
 
 
 def describe(leaves: Mapping[str, object]) -> dict[str, dict]:
-    """What qjax.json says of quantized leaves, by path."""
-    return {path: _describe(leaf) for path, leaf in leaves.items() if is_quantized(leaf)}
-
-
-def _describe(leaf: QTensor | QLinear) -> dict:
-    scaled = {"input_scale": True} if isinstance(leaf, QLinear) else {}
-    return {"format": str(leaf.format), "in_features": leaf.in_features, **scaled}
+    """What qjax.json says of quantized leaves, by path. Raises QjaxError for those that no folder can hold."""
+    records, problems = {}, []
+    for path, leaf in leaves.items():
+        if is_quantized(leaf):
+            try:
+                records[path] = records_of.describe(leaf)
+            except QjaxError as error:
+                problems.append(f"{path}: {error}")
+    if problems:
+        raise QjaxError(listing(problems))
+    return records
 
 
 def load_packed(folder: str | Path, *, lazy: bool = False) -> Model:
@@ -90,17 +93,21 @@ def load_packed(folder: str | Path, *, lazy: bool = False) -> Model:
     folder = expand(folder)
     description = read_json(folder / DESCRIPTION)
     try:
-        if (version := description.get("version")) != VERSION:
-            raise QjaxError(f"version {version!r} is not supported, expected {VERSION}; use the qjax that wrote it")
-        config = config_from_dict(_entry(description, "config", dict))
-        name, recipe = _entry(description, "name", str), _entry(description, "recipe", str)
-        templates = templates_of(config, _entry(description, "quantized", dict))
+        if (version := description.get("version")) not in (1, VERSION):
+            raise QjaxError(f"version {version!r} is not supported, expected 1 or {VERSION}; use the qjax that wrote it")
+        config = config_from_dict(entry(description, "config", dict))
+        name, recipe = entry(description, "name", str), entry(description, "recipe", str)
+        records = entry(description, "quantized", dict)
+        templates = templates_of(config, _of_version_1(records) if version == 1 else records)
         files = _files(description)
     except QjaxError as error:
         raise QjaxError(f"{folder / DESCRIPTION}: {error}") from error
     headers = read_headers([folder / file for file in files])
+    if version == 1:
+        headers = {name.replace(".input_scale", ".inputs[0].scale"): header for name, header in headers.items()}
     _check(folder, templates, headers)
-    arrays = read_arrays(headers, advice="quantize an intact model again", lazy=lazy)
+    below = {key: templates[path].shape[0] for path in templates for key in stored({path: templates[path]}) if ".index" in key}
+    arrays = read_arrays(headers, advice="quantize an intact model again", lazy=lazy, below=below)
     return Model(config, unflatten(filled(templates, arrays)), load_folder_tokenizer(folder, config), name, recipe)
 
 
@@ -129,36 +136,28 @@ def stored(leaves: Mapping[str, object]) -> dict[str, object]:
     }
 
 
-def templates_of(config: DecoderConfig, quantized: dict) -> dict[str, object]:
+def templates_of(config: DecoderConfig, records: dict) -> dict[str, object]:
     """Every leaf with ShapeDtypeStructs for arrays; the type of plain leaves is left open as float32."""
     templates = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in parameter_shapes(config).items()}
-    for path, record in quantized.items():
+    for path, record in records.items():
         if path not in templates or len(shape := templates[path].shape) != 2:
             raise QjaxError(f"'quantized' names {path!r}, which is no matrix of this model")
         try:
-            fmt, in_features = parse_format(_entry(record, "format", str)), _entry(record, "in_features", int)
+            templates[path] = template(record, shape)
         except QjaxError as error:
             raise QjaxError(f"{path}: {error}") from error
-        if in_features != shape[0]:
-            raise QjaxError(f"{path} has in_features {in_features}, expected {shape[0]}")
-        templates[path] = _template(fmt, *shape)
-        if record.get("input_scale", False) is True:
-            templates[path] = QLinear(templates[path], jax.ShapeDtypeStruct(shape[:1], jnp.float16))
     return templates
 
 
-@functools.lru_cache(maxsize=64)
-def _template(fmt: Format, in_features: int, out_features: int) -> QTensor:
-    """Shapes and types of a QTensor's fields; nothing is computed."""
-    if fmt.is_float:
-        codes = jax.ShapeDtypeStruct((in_features, out_features), FLOAT_DTYPES[fmt.grid])
-        return QTensor(codes, None, None, fmt, in_features)
-
-    def quantize(weight):
-        parameters = grid.find_parameters(grid.to_groups(weight, fmt), fmt)
-        return from_codes(weight.astype(jnp.uint8), parameters, fmt)
-
-    return jax.eval_shape(quantize, jax.ShapeDtypeStruct((in_features, out_features), jnp.float32))
+def _of_version_1(records: dict) -> dict:
+    """Records as this version writes them."""
+    scaled = {path for path, record in records.items() if isinstance(record, dict) and record.pop("input_scale", False) is True}
+    return {
+        path: {**record, "linear": {"inputs": [{"map": "Scale", "arrays": {"scale": f"float16[{record.get('in_features')}]"}}]}}
+        if path in scaled
+        else record
+        for path, record in records.items()
+    }
 
 
 def _check(folder: Path, templates: Mapping[str, object], headers: Mapping[str, Header]) -> None:
@@ -166,12 +165,12 @@ def _check(folder: Path, templates: Mapping[str, object], headers: Mapping[str, 
     expected = stored(templates)
     problems = [f"missing {key}" for key in expected if key not in headers]
     problems += [f"unexpected {key}" for key in headers if key not in expected]
-    for key, template in expected.items():
+    for key, array in expected.items():
         if key not in headers:
             continue
-        header, types = headers[key], FLOATS if key in templates else (TYPES[str(template.dtype)],)
-        if header.shape != template.shape or header.dtype not in types:
-            problems.append(f"{key} is {header.dtype} {header.shape}, expected {' or '.join(types)} {tuple(template.shape)}")
+        header, types = headers[key], FLOATS if key in templates else (TYPES[str(array.dtype)],)
+        if header.shape != array.shape or header.dtype not in types:
+            problems.append(f"{key} is {header.dtype} {header.shape}, expected {' or '.join(types)} {tuple(array.shape)}")
     if problems:
         raise QjaxError(f"{folder}: the weights do not fit {DESCRIPTION}: {listing(problems)}; quantize the model again")
 
@@ -206,10 +205,3 @@ def _build(cls: type, values: dict) -> object:
     if problems:
         raise QjaxError(f"{cls.__name__}: {listing(problems)}")
     return cls(**values)
-
-
-def _entry(values: object, key: str, kind: type) -> object:
-    value = values.get(key) if isinstance(values, dict) else None
-    if not isinstance(value, kind):
-        raise QjaxError(f"{key!r} must be {kind.__name__}, got {'nothing' if value is None else repr(value)}")
-    return value

@@ -17,9 +17,10 @@ import numpy as np
 
 from qjax.evaluate.generate import generate, layout_of
 from qjax.lazy import materialised
+from qjax.linear import cast_tree
 from qjax.models import walk
 from qjax.models.model import Model, compute_dtype, embedding_table, empty_caches, runnable, stages
-from qjax.qtensor import is_quantized, nbytes
+from qjax.qtensor import nbytes
 
 
 class Speed(NamedTuple):
@@ -43,7 +44,7 @@ def measure_speed(
     The prompt is shortened to half of the model's context where that is less.
     """
     # Leaves that are not packed are cast once, so that both ways differ in the kernels alone.
-    model = runnable(model._replace(params=_cast(materialised(model.params))), packed)
+    model = runnable(model._replace(params=cast_tree(materialised(model.params), compute_dtype())), packed)
     limit = model.config.context
     prompt_tokens = min(prompt_tokens, max(1, limit // 2))
     new_tokens = min(new_tokens, limit - prompt_tokens)
@@ -62,14 +63,6 @@ def measure_speed(
         new_tokens=new_tokens,
         batch=batch,
     )
-
-
-def _cast(params):
-    def cast(leaf):
-        keep = is_quantized(leaf) or not jnp.issubdtype(leaf.dtype, jnp.floating)
-        return leaf if keep else leaf.astype(compute_dtype())
-
-    return jax.tree.map(cast, params, is_leaf=is_quantized)
 
 
 def _working_bytes(model: Model, batch: int, prompt_tokens: int, new_tokens: int) -> int:

@@ -21,12 +21,12 @@ import jax
 import jax.numpy as jnp
 from jax.lax import PrecisionLike
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int8, PyTree
+from jaxtyping import Array, Float, Int8
 
 from qjax.errors import QjaxError
 from qjax.kernels import layout, xla
 from qjax.kernels.layout import KernelWeight
-from qjax.qtensor import QLinear, QTensor, dequantize, is_quantized, unpack_codes, unpack_parameters
+from qjax.qtensor import QTensor, dequantize, unpack_codes, unpack_parameters
 
 IMPLEMENTATIONS = ("auto", "reference", "xla", "pallas_tpu", "pallas_gpu")
 PREFERRED = {"cpu": ("xla",), "tpu": ("pallas_tpu", "xla"), "gpu": ("pallas_gpu", "xla")}
@@ -44,7 +44,7 @@ class _Choice(NamedTuple):
 
 def matmul(
     x: Float[Array, "*batch in"],
-    q: QTensor | QLinear | KernelWeight,
+    q: QTensor | KernelWeight,
     *,
     implementation: str = "auto",
     precision: PrecisionLike = None,
@@ -66,8 +66,10 @@ def matmul(
     """
     if implementation not in IMPLEMENTATIONS:
         raise QjaxError(f"matmul: unknown implementation {implementation!r}; allowed: {', '.join(IMPLEMENTATIONS)}")
-    if not isinstance(q, (QTensor, QLinear, KernelWeight)):
-        raise QjaxError(f"matmul: the weight is a {type(q).__name__}; expected a QTensor, QLinear or KernelWeight")
+    if not isinstance(q, QTensor | KernelWeight):
+        raise QjaxError(
+            f"matmul: the weight is a {type(q).__name__}; expected a QTensor or KernelWeight (a Linear: qjax.apply_linear)"
+        )
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise QjaxError(f"matmul: x is {x.dtype}, expected floating point; cast it first")
@@ -80,9 +82,6 @@ def matmul(
             asked = f"activations={activations}" if activations else implementation
             raise QjaxError(f"matmul: {asked} is for one weight, got a stack of shape {q.shape}; use jax.vmap")
         return jnp.matmul(x, _decoded(q, x.dtype), precision=precision)
-    if getattr(q, "input_scale", None) is not None:
-        x = (x * q.input_scale.astype(jnp.float32)).astype(x.dtype)
-        q = q.weight if isinstance(q, QLinear) else dataclasses.replace(q, input_scale=None)
     chosen = choose(implementation, x.dtype, q, activations=activations)
     if chosen == "reference":
         if activations:
@@ -107,21 +106,6 @@ def choose(implementation: str, dtype: DTypeLike, q: QTensor | KernelWeight, *, 
         if not (reason := _refusal(name, dtype, q, activations)):
             return name
     raise QjaxError(f"matmul: nothing serves this product: {reason}")
-
-
-def prepare_tree(tree: PyTree, dtype: DTypeLike) -> PyTree:
-    """A tree whose quantized weights are laid out for the kernels of JAX's default device, once, for inputs of `dtype`.
-
-    Where `auto` would not take a kernel (on CPU never) a leaf stays as it is; so do stacks of weights.
-    """
-
-    def convert(leaf):
-        if not is_quantized(leaf) or leaf.shape[:-2]:
-            return leaf
-        weight = leaf.weight if isinstance(leaf, QLinear) else leaf
-        return layout.prepare(leaf) if choose("auto", dtype, weight) in KERNELS else leaf
-
-    return jax.tree.map(convert, tree, is_leaf=is_quantized)
 
 
 def _refusal(name: str, dtype: DTypeLike, q: QTensor | KernelWeight, activations: str | None) -> str | None:
@@ -153,7 +137,7 @@ def _kernels(name: str) -> ModuleType:
     return importlib.import_module(f"qjax.kernels.{KERNELS[name]}")  # Pallas takes a while to import
 
 
-def _decoded(q: QTensor | QLinear | KernelWeight, dtype: DTypeLike = jnp.float32) -> Float[Array, "*batch in out"]:
+def _decoded(q: QTensor | KernelWeight, dtype: DTypeLike = jnp.float32) -> Float[Array, "*batch in out"]:
     return (layout.dequantize if isinstance(q, KernelWeight) else dequantize)(q, dtype)
 
 

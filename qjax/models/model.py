@@ -15,15 +15,14 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from qjax.errors import QjaxError
 from qjax.interception.linen import quantized_kernels
-from qjax.kernels.matmul import prepare_tree
 from qjax.lazy import is_lazy, map_lazily
+from qjax.linear import dense_tree, is_quantized, prepare_tree
 from qjax.models import walk
 from qjax.models.config import DecoderConfig
 from qjax.models.decoder import Block, Embed, Head
 from qjax.models.layout import Cache, Layout
 from qjax.models.tokenizer import Tokenizer
 from qjax.models.walk import compiled
-from qjax.qtensor import dequantize_tree, is_quantized
 
 LOGITS_AT_ONCE = 2**23  # elements
 HELD_STATES = 2**30  # elements of hidden states at a time, where all batches go through a part before the next is read
@@ -56,8 +55,11 @@ def compute_dtype() -> DTypeLike:
 
 
 def runnable(model: Model, packed: bool = False) -> Model:
-    """The model with its kernels decoded to the compute type, once; packed: laid out for the device's kernels instead."""
-    convert = functools.partial(prepare_tree if packed else dequantize_tree, dtype=compute_dtype())
+    """The model with its kernels decoded to the compute type, once; packed: laid out for the device's kernels instead.
+
+    What its layers do to their inputs, activation formats for example, they do either way.
+    """
+    convert = functools.partial(prepare_tree if packed else dense_tree, dtype=compute_dtype())
     return model._replace(params=map_lazily(convert, model.params, dtype=compute_dtype(), is_leaf=is_quantized))
 
 

@@ -12,9 +12,9 @@ from jaxtyping import PyTree
 from qjax.errors import QjaxError
 from qjax.files import listing
 from qjax.lazy import Lazy
+from qjax.linear import is_quantized
 from qjax.models.config import DecoderConfig
 from qjax.models.walk import parts
-from qjax.qtensor import is_quantized
 
 
 @functools.lru_cache(maxsize=8)
@@ -30,7 +30,7 @@ def parameter_shapes(config: DecoderConfig) -> Mapping[str, tuple[int, ...]]:
 
 
 def flatten(params: PyTree) -> dict[str, object]:
-    """Leaves (arrays and QTensors) of nested dicts by their path."""
+    """Leaves (arrays, QTensors and Linears) of nested dicts by their path."""
     return traverse_util.flatten_dict(params, sep="/")
 
 
@@ -40,7 +40,7 @@ def unflatten(leaves: Mapping[str, object]) -> PyTree:
 
 
 def check_parameters(leaves: Mapping[str, object], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises QjaxError unless the leaves are the arrays and QTensors, of these shapes, that a decoder has."""
+    """Raises QjaxError unless the leaves are the arrays, QTensors and Linears, of these shapes, that a decoder has."""
     problems = [f"missing {path}" for path in shapes if path not in leaves]
     problems += [f"unexpected {path}" for path in leaves if path not in shapes]
     for path, leaf in leaves.items():

@@ -22,12 +22,51 @@ from jaxtyping import Array, Float, UInt8
 from qjax import grid
 from qjax.errors import QjaxError
 from qjax.formats import Format
-from qjax.rounding.parts.feedback import round_with_feedback, row_grids
+from qjax.qtensor import QTensor, unpack_codes, unpack_parameters
+from qjax.rounding.parts.feedback import Factor, factorize, round_with_feedback, row_grids
+from qjax.rounding.parts.info import Info, finish
 
 product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
-class Refined(NamedTuple):
+def descend(
+    weight: Float[Array, "in out"],
+    start: QTensor,
+    *,
+    hessian: Float[Array, "in in"],
+    factor: Factor | None = None,
+    sweeps: int = 4,
+    damp: float = 0.01,
+    panel: int = 64,
+) -> tuple[QTensor, Info]:
+    """Lowers the loss of a rounded weight: `sweeps` times its scales, then its codes; `start` is what a rounding made of it.
+
+    hessian (in, in) float32: the mean of x x^T over tokens. factor: `factorize(hessian, damp=damp)`, where it is at hand.
+    damp: relative to the mean diagonal, as gptq's. panel: as gptq's. Raises QjaxError for options out of range, casts, and
+    blocks of weights that cross output columns, which have no scale of one column to fit.
+    """
+    fmt = start.format
+    if sweeps < 1 or damp < 0 or panel < 1:
+        raise QjaxError(
+            f"descend: sweeps and panel are at least 1 and damp not negative, got sweeps={sweeps}, panel={panel}, damp={damp}"
+        )
+    if fmt.is_float:
+        raise QjaxError(f"descend: {fmt} is a cast and has no codes to choose")
+    if fmt.granularity == "block" and len(weight) % fmt.group:
+        raise QjaxError(
+            f"descend: blocks of {fmt} cross output columns where {fmt.group} does not divide the {len(weight)} inputs"
+        )
+    factor = factorize(hessian, damp=damp) if factor is None else factor
+    weight = weight.astype(jnp.float32)
+    added = jnp.where(jnp.diagonal(hessian) == 0, 0.0, factor.added)  # inputs never moved weigh nothing
+    scale, zero = unpack_parameters(start)
+    parameters = grid.Parameters(scale, scale, zero, start.scales)
+    damped = hessian + jnp.diag(added)
+    refined = _descend(weight, damped, unpack_codes(start), parameters, fmt, sweeps=sweeps, panel=panel)
+    return finish(weight, factor.damp, added, refined.parameters, refined.codes, refined.errors, refined.loss, fmt)
+
+
+class _Refined(NamedTuple):
     """codes and errors W - W' (in, out), the grids they are of, and tr(E^T H E)."""
 
     codes: UInt8[Array, "in out"]
@@ -36,14 +75,8 @@ class Refined(NamedTuple):
     loss: Float[Array, ""]
 
 
-def check_blocks(inputs: int, fmt: Format) -> None:
-    """Raises QjaxError for blocks of weights that cross output columns, which have no scale of one column to fit."""
-    if fmt.granularity == "block" and inputs % fmt.group:
-        raise QjaxError(f"refine: blocks of {fmt} cross output columns where {fmt.group} does not divide the {inputs} inputs")
-
-
-@functools.partial(jax.jit, static_argnames=("fmt", "sweeps", "block"))
-def descend(
+@functools.partial(jax.jit, static_argnames=("fmt", "sweeps", "panel"))
+def _descend(
     weight: Float[Array, "in out"],
     hessian: Float[Array, "in in"],
     codes: UInt8[Array, "in out"],
@@ -51,13 +84,13 @@ def descend(
     fmt: Format,
     *,
     sweeps: int,
-    block: int = 64,
-) -> Refined:
-    """`sweeps` times the scales, then the codes of a rounded weight; hessian is damped. Float32 throughout."""
+    panel: int,
+) -> _Refined:
+    """On a damped Hessian. Float32 throughout."""
     inputs, diagonal = len(weight), jnp.diagonal(hessian)[:, None]
     others = hessian * (1 - jnp.eye(inputs))
-    feedback = _pad(jnp.where(diagonal > 0, others / jnp.where(diagonal > 0, diagonal, 1), 0), block, both=True)
-    padded = _pad(weight, block)
+    feedback = _pad(jnp.where(diagonal > 0, others / jnp.where(diagonal > 0, diagonal, 1), 0), panel, both=True)
+    padded = _pad(weight, panel)
     codebook = fmt if fmt.codebook else None
 
     def sweep(state, _):
@@ -65,21 +98,21 @@ def descend(
         if not fmt.double_quantized:
             errors, parameters = _fit_scales(hessian, codes, errors, parameters, fmt)
         grids, index = row_grids(parameters, fmt, weight.shape)
-        index = _pad(index, block).reshape(-1, block)
+        index = _pad(index, panel).reshape(-1, panel)
 
         def find_grid(number, updated):
             del updated
             return jax.tree.map(lambda x: x[index[number]], grids), None
 
         codes, errors, _, _ = round_with_feedback(
-            padded, feedback, find_grid, codebook, jnp.int32(fmt.largest_code), block, _pad(errors, block)
+            padded, feedback, find_grid, codebook, jnp.int32(fmt.largest_code), panel, _pad(errors, panel)
         )
         return (codes[:inputs], errors[:inputs], parameters), None
 
     parameters = parameters._replace(scale=parameters.decoded_scale)
     start = (codes, weight - _values(codes, parameters, fmt), parameters)
     (codes, errors, parameters), _ = jax.lax.scan(sweep, start, None, length=sweeps)
-    return Refined(codes, errors, parameters, jnp.sum(errors * product(hessian, errors)))
+    return _Refined(codes, errors, parameters, jnp.sum(errors * product(hessian, errors)))
 
 
 def _fit_scales(hessian, codes, errors, parameters, fmt):
@@ -115,7 +148,7 @@ def _values(codes, parameters, fmt):
     return grid.from_groups(groups, fmt, *codes.shape)
 
 
-def _pad(array, block, *, both=False):
-    """Zeros after the first axis (both: the second too), to whole blocks."""
-    widths = [(0, -array.shape[axis] % block if axis == 0 or both else 0) for axis in range(array.ndim)]
+def _pad(array, panel, *, both=False):
+    """Zeros after the first axis (both: the second too), to whole panels."""
+    widths = [(0, -array.shape[axis] % panel if axis == 0 or both else 0) for axis in range(array.ndim)]
     return jnp.pad(array, widths)

@@ -24,7 +24,7 @@ from flax.traverse_util import flatten_dict
 
 import qjax
 from qjax.calibrate.tokens import Calibration
-from qjax.driver.decoder import Report
+from qjax.driver.report import Report
 from qjax.evaluate.perplexity import PerplexityResult
 from qjax.evaluate.statistics import bootstrap_interval, ratio_stderr
 from qjax.models.model import Model, compute_dtype
@@ -120,7 +120,7 @@ def make_row(
     row = identity | {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "method": method_name(recipe),
-        "options": ",".join(map(str, (*recipe.transforms, recipe.rounding))) if recipe else "",
+        "options": ",".join(map(str, recipe.stages)) if recipe else "",
         "format": str(recipe.format) if recipe else "none",
         "bits": recipe.format.bits if recipe else None,
         "convention": result.convention,

@@ -12,9 +12,10 @@ from pathlib import Path
 from flax.traverse_util import flatten_dict
 
 from qjax.calibrate.tokens import Calibration, as_calibration
-from qjax.driver.decoder import Report, calibration_order, placement, quantize_together
-from qjax.driver.part import LayerRecord, problem_of
-from qjax.driver.placement import parse_rule
+from qjax.driver.decoder import quantize_together
+from qjax.driver.layer import LayerRecord, problem_of
+from qjax.driver.placement import calibration_order, parse_rule, placement
+from qjax.driver.report import Report
 from qjax.errors import QjaxError
 from qjax.evaluate.choices import accuracy
 from qjax.evaluate.corpora import Corpus
@@ -24,7 +25,7 @@ from qjax.evaluate.questions import Task
 from qjax.evaluate.speed import measure_speed
 from qjax.files import require_writable
 from qjax.models.model import Model, runnable
-from qjax.recipe import UNQUANTIZED, Stage, parse_recipe, sources
+from qjax.recipe import UNQUANTIZED, Stage, parse_recipe
 from qjax.sweep.cells import canonical, name_in_order
 from qjax.sweep.measures import accuracy_columns, divergence_columns, mean_columns, speed_columns, tasks_identity
 from qjax.sweep.record import calibration_columns, digest, layer_rows, make_row, model_fingerprint, provenance
@@ -162,7 +163,7 @@ def _check_calibration(model: Model, sweep: Sweep, needing: list[tuple[str, tupl
     kernels, find_problem = flatten_dict(model.params, sep="/"), functools.cache(problem_of)
     for plan in needing:
         for path, recipe in placement(model, *plan).items():
-            problem = recipe and recipe.statistics and find_problem(recipe, kernels[path].shape)
+            problem = recipe and recipe.reads_data and find_problem(recipe, kernels[path].shape)
             if problem:
                 raise QjaxError(f"{path}: {problem}")
     if needing:
@@ -178,7 +179,7 @@ def _check_calibration(model: Model, sweep: Sweep, needing: list[tuple[str, tupl
 def added_sources(recipe: str, rules: tuple[str, ...]) -> dict[str, str]:
     """Sources of the methods from outside the package that a recipe and rules use."""
     recipes = (parse_recipe(recipe), *(parse_rule(rule).recipe for rule in rules))
-    return {name: source for each in recipes for name, source in sources(each).items()}
+    return {name: source for each in recipes if each for name, source in each.sources().items()}
 
 
 class Quantizer:
