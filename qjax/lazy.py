@@ -41,6 +41,11 @@ class Lazy:
         return np.asarray(self.read(), dtype)
 
 
+def is_array(leaf: object) -> bool:
+    """Whether a leaf is an array, read or not."""
+    return isinstance(leaf, jax.Array | np.ndarray | Lazy)
+
+
 def is_lazy(tree: PyTree) -> bool:
     """Whether anything in a tree, or leaf, waits to be read."""
     return any(isinstance(leaf, Lazy) for leaf in jax.tree.leaves(tree))

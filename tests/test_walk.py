@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from qjax.activations import parse_activation
 from qjax.checkpoints import huggingface, tensors
 from qjax.checkpoints.huggingface import save_huggingface
 from qjax.checkpoints.load import load
@@ -18,12 +19,13 @@ from qjax.evaluate.generate import generate
 from qjax.evaluate.likelihood import Pair, likelihoods
 from qjax.evaluate.perplexity import Windows, score
 from qjax.lazy import Lazy, is_lazy, map_lazily, materialised
-from qjax.linear import is_quantized
+from qjax.linear import Linear, is_quantized
+from qjax.maps import Scale
 from qjax.models import model as module
 from qjax.models import walk
 from qjax.models.fingerprint import model_fingerprint
 from qjax.models.model import apply, hidden_batches, runnable
-from qjax.models.parameters import check_parameters, flatten, parameter_shapes
+from qjax.models.parameters import check_parameters, flatten, parameter_shapes, unflatten
 from qjax.qtensor import nbytes
 from tests.conftest import FAMILY_CHANGES, byte_tokenizer, tiny_config
 from tests.random_weights import small_model
@@ -48,12 +50,16 @@ def read(monkeypatch):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A model with fused tensors and a tied head, and one quantized in two formats and none: folders."""
+    """A model with fused tensors and a tied head, and one quantized in two formats, in none, and to layers that do more."""
     folder = tmp_path_factory.mktemp("models")
     save_huggingface(folder / "plain", small_model(tiny_config(**FAMILY_CHANGES["gpt2"]), byte_tokenizer()))
     source = small_model(tiny_config(), byte_tokenizer(), dtype=jnp.bfloat16)
-    quantized, _ = quantize(source, "rtn:int4-g16", rules=["mlp/down=rtn:nf4-g16-dq", "block_1/attention/o=none"])
-    save(folder / "packed", quantized)
+    quantized, _ = quantize(source, None, rules=["mlp/(up|gate)=rtn:int4-g16", "mlp/down=rtn:nf4-g16-dq"])
+    leaves = flatten(quantized.params)
+    for path in ("block_0/mlp/up/kernel", "block_1/mlp/up/kernel"):
+        scale = Scale(jnp.linspace(0.5, 2, 32).astype(jnp.float16))
+        leaves[path] = Linear(leaves[path], (scale,), parse_activation("int8-token"))
+    save(folder / "packed", quantized._replace(params=unflatten(leaves)))
     return folder
 
 
@@ -142,36 +148,37 @@ def test_a_part_reads_its_own_tensors_alone(folders, read):
     assert read[-3:] == ["transformer.ln_f.bias", "transformer.ln_f.weight", "transformer.wte.weight"]
 
 
-@pytest.mark.parametrize(("name", "packed"), [("plain", False), ("packed", True)])
-def test_evaluation_part_by_part_is_bit_equal(folders, read, name, packed, monkeypatch):
+@pytest.mark.parametrize("name", ["plain", "packed"])
+def test_evaluation_part_by_part_is_bit_equal(folders, read, name, monkeypatch):
     """Perplexity, likelihood and divergence, in several batches and groups of them; every tensor is read once a group."""
     eager, lazy = load(folders / name), load(folders / name, lazy=True)
     read.clear()
     monkeypatch.setattr("qjax.evaluate.perplexity.BATCH_TOKENS", {"cpu": 24})
     reported = []
-    expected = score(eager, TOKENS, packed=packed)
-    found = score(lazy, TOKENS, packed=packed, on_batch=lambda *done: reported.append(done))
+    expected = score(eager, TOKENS)
+    found = score(lazy, TOKENS, on_batch=lambda *done: reported.append(done))
     assert found.tobytes() == expected.tobytes() and reported == [(2, 5), (4, 5), (5, 5)]
     once = len(read)
     monkeypatch.setattr(module, "HELD_STATES", 48 * lazy.config.hidden_size)  # two batches
-    assert score(lazy, TOKENS, packed=packed).tobytes() == expected.tobytes()
+    assert score(lazy, TOKENS).tobytes() == expected.tobytes()
     assert len(read) == 3 * once
 
     groups = [[Pair(TOKENS[0, :9], 3), Pair(np.append(TOKENS[0, :7], 5), 2)], [Pair(TOKENS[1], 4)]]
-    for a, b in zip(*(likelihoods(model, groups, packed=packed, batch_tokens=32) for model in (eager, lazy)), strict=True):
+    for a, b in zip(*(likelihoods(model, groups, batch_tokens=32) for model in (eager, lazy)), strict=True):
         assert a.tobytes() == b.tobytes()
 
     windows = Windows(TOKENS, np.ones_like(TOKENS, bool), np.ones(len(TOKENS)))
     other = runnable(eager._replace(params=jax.tree.map(lambda leaf: leaf + 0.01 * leaf, runnable(eager).params)))
-    expected = measure_divergence(eager, other, windows, packed=packed, batch_tokens=24)
-    assert measure_divergence(lazy, other, windows, packed=packed, batch_tokens=24) == expected
+    expected = measure_divergence(eager, other, windows, batch_tokens=24)
+    assert measure_divergence(lazy, other, windows, batch_tokens=24) == expected
     assert expected.kl > 0
 
 
 def test_lazy_models_run_like_others(folders):
     eager, lazy = load(folders / "packed"), load(folders / "packed", lazy=True)
+    """Packed kernels run as they are."""
     np.testing.assert_array_equal(apply(lazy, TOKENS[:2]), apply(eager, TOKENS[:2]))
-    one, other = (generate(model, [TOKENS[0]], 1, packed=True) for model in (eager, lazy))
+    one, other = (generate(model, [TOKENS[0]], 1) for model in (eager, lazy))
     np.testing.assert_array_equal(one.tokens, other.tokens)
 
 
@@ -191,7 +198,9 @@ def test_what_is_wrong_with_values_is_said_when_they_are_read(folders, tmp_path)
     save_file(held | {"lm_head.weight": held["transformer.wte.weight"] + 1}, tmp_path / "model.safetensors")
     model = load(tmp_path, lazy=True)
     walk.params_of(walk.parts(model.config)[1], model.params)
-    with pytest.raises(QjaxError, match=r"NaN or infinite values in transformer.h.1.mlp.c_fc.weight; get an intact checkpoint"):
+    with pytest.raises(
+        QjaxError, match=r"NaN, infinite or impossible values in transformer.h.1.mlp.c_fc.weight; get an intact checkpoint"
+    ):
         walk.params_of(walk.parts(model.config)[2], model.params)
     with pytest.raises(QjaxError, match=r"lm_head.weight differs from the embedding"):
         walk.params_of(walk.parts(model.config)[0], model.params)

@@ -13,12 +13,12 @@ import re
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from qjax import grid
 from qjax.activations import parse_activation
 from qjax.errors import QjaxError
 from qjax.formats import Format, parse_format
+from qjax.lazy import is_array
 from qjax.linear import Linear, LowRank, Outliers, apply_linear
 from qjax.maps import MAPS
 from qjax.qtensor import FLOAT_DTYPES, QTensor, from_codes
@@ -29,7 +29,7 @@ TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8", 
 def describe(leaf: Linear | QTensor) -> dict:
     """The record of a leaf. Raises QjaxError for what no folder can hold."""
     if isinstance(leaf, Linear):
-        weight = {"weight": _spell(leaf.weight)} if isinstance(leaf.weight, jax.Array) else describe(leaf.weight)
+        weight = {"weight": _spell(leaf.weight)} if is_array(leaf.weight) else describe(leaf.weight)
         return {**weight, "linear": _describe_layer(leaf)}
     if not isinstance(leaf, QTensor) or leaf.codes.ndim != 2:
         raise QjaxError(f"a {type(leaf).__name__} {leaf.shape} has no place in a file; save the model as qjax.quantize made it")
@@ -54,7 +54,7 @@ def _describe_layer(leaf: Linear) -> dict:
 
 def _describe_part(part: object) -> dict:
     values = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
-    arrays = {name: _spell(value) for name, value in values.items() if isinstance(value, jax.Array | np.ndarray)}
+    arrays = {name: _spell(value) for name, value in values.items() if is_array(value)}
     static = {name: value for name, value in values.items() if name not in arrays}
     if wrong := [name for name, value in static.items() if not isinstance(value, str | bool | int | float | tuple | None)]:
         raise QjaxError(

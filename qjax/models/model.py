@@ -178,7 +178,8 @@ def _placed(model: Model, tokens: Int[Array, "batch time"], layout: Layout | Non
 def hidden_states_cached(
     model: Model, tokens: Int[Array, "batch time"], layout: Layout, caches: list[Cache]
 ) -> tuple[Float[Array, "batch time hidden"], list[Cache]]:
-    """Hidden states of new tokens and the caches (one a block) with their keys and values; the caches given are used up.
+    """Hidden states of new tokens and the caches (one a block) with their keys and values; the caches given are used up. The
+    model's parameters are in memory.
 
     layout: `layout.cache_layout` of the tokens, whose positions must be below the model's context and the caches' capacity.
     """
@@ -186,7 +187,7 @@ def hidden_states_cached(
     embed, *blocks = walk.body(model.config, compute_dtype())
     x = walk.run(embed, model.params, tokens, layout)
     for block, cache in zip(blocks, caches, strict=True):
-        x, cache = run.cached(walk.params_of(block, model.params), x, layout, cache)  # noqa: PLW2901
+        x, cache = run.cached(walk.subtree(block, model.params), x, layout, cache)  # noqa: PLW2901
         kept.append(cache)
     return x, kept
 

@@ -5,13 +5,12 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import traverse_util
 from jaxtyping import PyTree
 
 from qjax.errors import QjaxError
 from qjax.files import listing
-from qjax.lazy import Lazy
+from qjax.lazy import is_array
 from qjax.linear import is_quantized
 from qjax.models.config import DecoderConfig
 from qjax.models.walk import parts
@@ -44,7 +43,7 @@ def check_parameters(leaves: Mapping[str, object], shapes: Mapping[str, tuple[in
     problems = [f"missing {path}" for path in shapes if path not in leaves]
     problems += [f"unexpected {path}" for path in leaves if path not in shapes]
     for path, leaf in leaves.items():
-        if not is_quantized(leaf) and not isinstance(leaf, (jax.Array, np.ndarray, Lazy)):
+        if not is_quantized(leaf) and not is_array(leaf):
             problems.append(f"{path} is a {type(leaf).__name__}, which has no place in a file")
         elif path in shapes and leaf.shape != shapes[path]:
             problems.append(f"{path} has shape {leaf.shape}, expected {shapes[path]}")

@@ -75,9 +75,14 @@ def head(config: DecoderConfig, dtype: DTypeLike = jnp.float32) -> Part:
     return parts(config, dtype)[-1]
 
 
+def subtree(part: Part, params: PyTree) -> PyTree:
+    """The parameters that a part's module takes, of a model's, as they are."""
+    return {child: params[part.name][child] for child in part.children}
+
+
 def params_of(part: Part, params: PyTree) -> PyTree:
     """The parameters that a part's module takes, of a model's; lazy ones are read, and nothing else is."""
-    return materialised({child: params[part.name][child] for child in part.children})
+    return materialised(subtree(part, params))
 
 
 def further_arguments(part: Part, params: PyTree) -> tuple[Float[Array, "vocabulary hidden"] | None, ...]:
