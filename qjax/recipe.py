@@ -35,7 +35,11 @@ from qjax.formats import ALIASES, GRIDS, Format, parse_format
 STATISTICS = ("hessian", "abs_mean", "abs_max", "module")  # "module": the error of the parent module's output, a function
 DERIVED = ("factor", "rounded")  # computed for methods that take it: from a statistic; what the rounding that follows gives
 GIVEN = (*STATISTICS, *DERIVED)
-ROUNDINGS: dict[str, str | Callable] = {"rtn": "qjax.rounding.nearest:rtn", "gptq": "qjax.rounding.gptq:gptq"}
+ROUNDINGS: dict[str, str | Callable] = {
+    "rtn": "qjax.rounding.nearest:rtn",
+    "gptq": "qjax.rounding.gptq:gptq",
+    "hqq": "qjax.rounding.hqq:hqq",
+}
 TRANSFORMS: dict[str, str | Callable] = {"awq": "qjax.transforms.awq:awq_scale"}
 FOLLOWED_BY = {"awq": "rtn(clip=hessian)"}  # the rounding of a recipe that ends in this transform; others end in rtn
 ORDERS = {name: f"qjax.calibrate.order:{name}" for name in ("parallel", "block", "sequential", "qep")}
@@ -283,7 +287,7 @@ def method_name(recipe: Recipe | None) -> str:
     stages = [stage.name for stage in recipe.transforms]
     codebook = not recipe.format.grid.startswith("int")
     if not stages and recipe.rounding.name == "rtn" and codebook:
-        return recipe.format.grid
+        return recipe.format.grid_name
     return "+".join(stages if stages and recipe.rounding.name == "rtn" else [*stages, recipe.rounding.name])
 
 
