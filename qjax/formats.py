@@ -257,6 +257,11 @@ class Format:
         return SHORT.get(name, name)
 
     @property
+    def grid_name(self) -> str:
+        """The grid, or the name that says scales too: mxfp4."""
+        return str(self) if str(self) in ALIASES else self.grid
+
+    @property
     def searched(self) -> "Format":
         """The format that ranges are searched in: scales that cannot be moved alone are quantized after the search."""
         return self if self.scale_codec.movable else dataclasses.replace(self, scales=default_scales(self.grid))

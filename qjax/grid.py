@@ -126,9 +126,12 @@ def encode(
     values: Float[Array, "..."], scale: Float[Array, "..."], zero: Float[Array, "..."] | None, fmt: Format
 ) -> UInt8[Array, "..."]:
     """Nearest codes of values, elementwise; scale and zero broadcast against values. A scale of 0 gives the code of 0."""
+    return nearest_codes(_scaled(values, scale), zero, fmt)
+
+
+def _scaled(values, scale):
     # By the reciprocal, like bitsandbytes; XLA would make that of a division, but only when it compiles.
-    scaled = jnp.where(scale == 0, 0.0, values * (1 / _nonzero(scale)))
-    return nearest_codes(scaled, zero, fmt)
+    return jnp.where(scale == 0, 0.0, values * (1 / _nonzero(scale)))
 
 
 def nearest_codes(scaled: Float[Array, "..."], zero: Float[Array, "..."] | None, fmt: Format) -> UInt8[Array, "..."]:
@@ -174,6 +177,43 @@ def decode(
         bits = jnp.where(codes < middle, 128 + middle - codes, codes - middle).astype(jnp.uint8)
         return jax.lax.bitcast_convert_type(bits, FLOAT8[fmt.grid]).astype(jnp.float32) * scale
     return select(codes, fmt.codebook.values) * scale
+
+
+def fake_quantize(
+    weight: Float[Array, "..."],
+    scale: Float[Array, "..."],
+    zero: Float[Array, "..."] | None,
+    fmt: Format,
+    *,
+    offset: float | Float[Array, "..."] = 0.0,
+) -> Float[Array, "..."]:
+    """decode(encode(weight)), elementwise, with gradients that pass through the rounding (straight-through).
+
+    offset: added to weight / scale before rounding, as learned rounding has it (Nagel et al. 2020, arXiv 2004.10568; Cheng et
+    al. 2023, 2309.05516). With v = weight / scale + offset and q = value / scale, where v is
+
+        in the grid's range        d/d weight = 1   d/d offset = scale   d/d scale = q - weight / scale   d/d zero = 0
+        beyond it                               0                    0               q                              -scale
+
+    which is LSQ's (Esser et al. 2020, 1902.08153) and LSQ+'s (Bhalgat et al. 2020, 2004.09576). The range goes half a step
+    beyond the outermost values: what rounds to them without being cut off is in it. A scale of 0 gives value and gradients 0
+    but for the scale's own.
+    """
+    scaled = _scaled(weight, scale) + offset
+    value = decode(jax.lax.stop_gradient(nearest_codes(scaled, zero, fmt)), scale, zero, fmt)
+    low, high = _ends(zero, fmt)
+    inside = (scaled >= low) & (scaled <= high)
+    passing = jnp.where(inside, scaled if zero is None else scaled + zero, 0.0)
+    return value + jax.lax.stop_gradient(scale) * (passing - jax.lax.stop_gradient(passing))
+
+
+def _ends(zero, fmt):
+    """The range of weights divided by their scale that round to some value without being cut off."""
+    if fmt.codebook:
+        values = fmt.codebook.values
+        return values[0] - (values[1] - values[0]) / 2, values[-1] + (values[-1] - values[-2]) / 2
+    zero = 2 ** (fmt.bits - 1) if zero is None else jax.lax.stop_gradient(zero)
+    return -0.5 - zero, fmt.largest_code + 0.5 - zero
 
 
 def select(codes: Int[Array, "..."], values: Sequence[float]) -> Float[Array, "..."]:
