@@ -269,7 +269,7 @@ def test_gpt2_from_end_to_end(tmp_path):
     ],
 )
 def test_every_family_in_every_order(family, orders, tmp_path):
-    """Families differ in their blocks, orders in what they make of any block; `parallel` of every family is in a sweep's test."""
+    """Families differ in their blocks, orders in what they make of any; `parallel` of every family is in a sweep's test."""
     model = small_model(tiny_config(vocabulary_size=61, **FAMILY_CHANGES[family]))
     exact = qjax.apply(model, TOKENS)
     plain, _ = qjax.quantize(model, "rtn:int4-g16")
