@@ -152,6 +152,14 @@ def test_flips_explain_the_accuracy_difference(answers):
     assert difference.low <= difference.value <= difference.high
 
 
+def test_standard_errors_by_hand():
+    """Of units of equal counts that of a mean, n - 1 in it; of ratios the linear one: sum((d - R c)^2) n / (n - 1)."""
+    totals = np.array([3.0, 5.0, 10.0, 2.0])
+    assert ratio_stderr(totals, np.full(4, 7)) == pytest.approx(np.std(totals, ddof=1) / 2 / 7)
+    # R = 20 / 10; residuals 1, -1, 2, -2
+    assert ratio_stderr(totals, np.array([1, 3, 4, 2])) == pytest.approx(math.sqrt(4 / 3 * 10) / 10)
+
+
 def test_too_little_to_know():
     assert math.isnan(bootstrap_interval([1.0])[0])
     assert math.isnan(ratio_stderr(np.array([1.0]), np.array([1])))

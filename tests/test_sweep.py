@@ -83,6 +83,20 @@ def test_rows_are_flat_complete_and_on_disk(tiny_model, tmp_path):
     assert int2["size_bytes"] < int8["size_bytes"] < baseline["size_bytes"]
 
 
+def test_a_row_sums_up_its_layers(tiny_model, tmp_path):
+    """Mean errors, and the largest damping that any layer needed."""
+    rules = ("attention|mlp/gate|block_1=none", "mlp/up=gptq(damp=0.2):int8-g16@parallel")
+    tokens = as_calibration(tiny_model, np.random.default_rng(0).integers(0, 256, (4, 32)))
+    asked = plan("gptq:int8-g16@parallel", corpora=CORPORA[:1], max_windows=2, calibration=tokens, rules=rules)
+    row = run_sweep(tiny_model, asked, tmp_path)[-1]
+    layers = [json.loads(line) for line in (tmp_path / LAYERS).read_text().splitlines()]
+    assert [layer["path"] for layer in layers] == ["block_0/mlp/down/kernel", "block_0/mlp/up/kernel"]
+    assert [layer["damp"] for layer in layers] == pytest.approx([0.01, 0.2])
+    assert row["damp"] == pytest.approx(0.2)
+    for name in ("weight_error", "output_error"):
+        assert row[name] == pytest.approx(np.mean([layer[name] for layer in layers]))
+
+
 def test_running_again_measures_nothing(tiny_model, tmp_path):
     first = run_sweep(tiny_model, plan("nf4"), tmp_path)
     seen = []
@@ -257,6 +271,10 @@ def test_paired_difference():
     assert change["nll_delta"] == pytest.approx(0.1)
     assert change["nll_delta_stderr"] == pytest.approx(0.0, abs=1e-12)  # every window is worse by the same amount
     assert change["perplexity_ratio"] == pytest.approx(np.exp(0.1))
+    change = compare(worse | {"window_nll": [21.0, 22.0, 20.0]}, base)  # differences 1, 0, 2 of ten tokens each
+    assert change["nll_delta_stderr"] == pytest.approx(1 / 10 / 3**0.5)
+    assert change["perplexity_ratio_stderr"] == pytest.approx(np.exp(0.1) / 10 / 3**0.5)
+    assert change["nll_delta_low"] < 0.1 < change["nll_delta_high"]
 
 
 def test_method_names():
