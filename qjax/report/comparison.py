@@ -82,8 +82,8 @@ def comparison_tables(
 
 
 def baseline_table(rows: Sequence[Row], baseline: Row, metric: str = DEFAULT_METRIC) -> Table:
-    """Every other row of the baseline's text, convention and windows against it, of whatever model, recipe and seed; of a metric
-    that depends on more, those with the same.
+    """Every other row of the baseline's text, convention and windows against it, of whatever model, recipe and seed; where the
+    metric depends on more, those that agree in that.
 
     Raises QjaxError where there is none, and for a metric that no row has.
     """
