@@ -7,8 +7,7 @@ question, holds zero. Points are percentage points.
 from collections.abc import Sequence
 
 from qjax.errors import QjaxError
-from qjax.report.numbers import MISSING, number, with_error
-from qjax.report.rendering import Column, Row, Table, columns_of, decimals, digits
+from qjax.report.rendering import MISSING, Column, Row, Table, columns_of, decimals, digits, number, with_error
 from qjax.report.tables import NOISE, change_of_perplexity, describe, distinctions, in_order, is_baseline, require_one_group
 
 PREFIX = "accuracy:"

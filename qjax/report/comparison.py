@@ -14,8 +14,7 @@ import numpy as np
 from qjax.errors import QjaxError
 from qjax.evaluate.statistics import accuracy_difference, ratio_stderr
 from qjax.report.accuracy import tasks_of
-from qjax.report.numbers import MISSING, loss_change, number, significant, with_error
-from qjax.report.rendering import Column, Row, Table, columns_of
+from qjax.report.rendering import MISSING, Column, Row, Table, columns_of, loss_change, number, significant, with_error
 from qjax.report.tables import NOISE, cells_of, distinctions, is_baseline
 
 ASKED = (

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from qjax.driver.placement import parse_rule
 from qjax.errors import QjaxError
 from qjax.recipe import UNQUANTIZED
-from qjax.report.numbers import number
-from qjax.report.rendering import Column, Row, Table, columns_of, digits
+from qjax.report.rendering import Column, Row, Table, columns_of, digits, number
 from qjax.report.tables import (
     NOISE,
     change_of_perplexity,
