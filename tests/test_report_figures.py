@@ -11,7 +11,7 @@ from matplotlib.text import Text
 from qjax.errors import QjaxError
 from qjax.report.drawing import METHOD_STYLES, SMALL_SIZE, WIDTHS, ink, method_style, new_figure, scale_values
 from qjax.report.figures import BELOW, perplexity_figure, with_share
-from qjax.report.reports import report_names, save_figure, write_reports
+from qjax.report.reports import report_names, write_reports
 from qjax.report.series import group_series
 from tests.report_rows import infinite_row, measured_row, sweep_rows
 
@@ -253,32 +253,36 @@ def test_figures_refuse_what_tables_refuse():
         perplexity_figure(sweep_rows(), value="nll")
 
 
-def test_reports_are_written_and_written_again_equal(tmp_path):
-    rows = [*sweep_rows(), measured_row("none", corpus="text:a b.txt", corpus_fingerprint="other")]
-    first, second = tmp_path / "first", tmp_path / "second"
-    first.mkdir()
-    second.mkdir()
-    paths = write_reports(first, rows)
-    again = write_reports(second, list(reversed(rows[:4])) + rows[4:])
+WRITTEN = [*sweep_rows(), measured_row("none", corpus="text:a b.txt", corpus_fingerprint="other")]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """The files of two texts' reports."""
+    return write_reports(tmp_path_factory.mktemp("written"), WRITTEN)
+
+
+def test_reports_are_written_and_written_again_equal(written, tmp_path):
+    again = write_reports(tmp_path, list(reversed(WRITTEN[:4])) + WRITTEN[4:])
     stems = ("toy-python-docs-windows-512", "toy-text-a-b.txt-windows-512")
-    assert [path.name for path in paths] == [
+    assert [path.name for path in written] == [
         *(f"{stem}.{suffix}" for stem in stems for suffix in ("md", "tex", "csv")),
         *(f"{stems[0]}{kind}.{suffix}" for kind in ("", "-increase") for suffix in ("png", "pdf")),
         *(f"{stems[1]}.{suffix}" for suffix in ("png", "pdf")),
     ]
-    assert sorted(path.name for path in first.iterdir()) == sorted(path.name for path in paths)
-    assert [path.read_bytes() for path in paths] == [path.read_bytes() for path in again]
+    assert sorted(path.name for path in written[0].parent.iterdir()) == sorted(path.name for path in written)
+    assert [path.read_bytes() for path in written] == [path.read_bytes() for path in again]
 
 
-def test_pdf_has_truetype_fonts_and_no_date(tmp_path):
-    pdf = save_figure(perplexity_figure(sweep_rows()), tmp_path, "figure")[1].read_bytes()
+def test_pdf_has_truetype_fonts_and_no_date(written):
+    pdf = next(path for path in written if path.suffix == ".pdf").read_bytes()
     assert b"/FontFile2" in pdf
     assert b"/Type3" not in pdf
     assert b"CreationDate" not in pdf
 
 
-def test_png_is_sharp_enough_to_print(tmp_path):
-    png = save_figure(perplexity_figure(sweep_rows()), tmp_path, "figure")[0].read_bytes()
+def test_png_is_sharp_enough_to_print(written):
+    png = next(path for path in written if path.suffix == ".png").read_bytes()
     assert int.from_bytes(png[16:20]) >= 200 * WIDTHS["single"]
 
 
