@@ -9,9 +9,9 @@ import pytest
 
 from qjax.errors import QjaxError
 from qjax.report.dots import BELOW, dots_figure, has_dots
+from qjax.report.drawing import SMALL_SIZE, WIDTHS, ink, method_style
 from qjax.report.figures import has_lines, perplexity_figure
 from qjax.report.series import MOST_LINES, group_series, split_panels
-from qjax.report.style import SMALL_SIZE, WIDTHS, ink, method_style
 from tests.report_rows import alone_row, calibrated_rows, infinite_row, measured_row, sweep_rows
 from tests.test_report_figures import many_rows
 
@@ -113,8 +113,9 @@ def test_many_lines_get_a_panel_for_every_grouping():
     assert all(part[0]["recipe"] == "none" for _, part in panels)
     assert [len(group_series(part)) for _, part in panels] == [5, 4, 5]
     assert all(f"-{name}" in row["recipe"] for name, part in panels for row in part[1:])  # of codebooks too
-    (name,) = {axes.get_ylabel() for axes in perplexity_figure(rows).axes} - {""}
-    assert name == "perplexity"
+    figure = perplexity_figure(rows)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["g32", "g64", "g128"]
+    assert figure.get_supylabel() == "perplexity"
 
 
 LONG = "gptq(act_order=false,static_groups=false)"
@@ -180,5 +181,6 @@ def test_numbers_of_ticks_are_whole():
     """No factor beside the axis, which would get lost."""
     places = [alone_row(f"^block_{i}/", (i + 1) * 1e-7) | {"nll_delta_stderr": 1e-8} for i in range(3)]
     axes = dots_figure([measured_row("none"), *places]).axes[0]
-    assert [float(label.get_text()) for label in axes.get_xticklabels()] == pytest.approx(axes.get_xticks(), rel=1e-3)
+    texts = [label.get_text().replace("\N{MINUS SIGN}", "-") for label in axes.get_xticklabels()]
+    assert list(map(float, texts)) == pytest.approx(axes.get_xticks(), rel=1e-3)
     assert 0 < max(axes.get_xticks()) < 1e-4

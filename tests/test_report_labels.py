@@ -1,12 +1,15 @@
 """Names in figures: moved apart as little as possible, off what is drawn."""
 
+import itertools
+
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.path import Path
+from matplotlib.text import Text
 
-from qjax.report.labels import Label, place_labels, spread
-
-AREA = (0.0, 0.0, 200.0, 150.0)
+from qjax.report.drawing import Name, lay_out, name_column, name_points, new_figure, spread
 
 
 def test_names_far_apart_stay():
@@ -50,39 +53,70 @@ def test_spread_is_the_least_change(heights):
     np.testing.assert_allclose(found, x, atol=1e-3)
 
 
-def boxes(labels, centres):
-    return [
-        (centre - np.array(label.size) / 2, centre + np.array(label.size) / 2)
-        for label, centre in zip(labels, centres, strict=True)
-    ]
+NAMED = Name("a name", (0.3, 0.5), "black")
 
 
-def test_names_of_one_point_do_not_overlap():
-    labels = [Label((100.0, 70.0), (30.0, 8.0))] * 6
-    placed = boxes(labels, place_labels(labels, np.zeros((0, 2)), AREA))
-    for i, (low, high) in enumerate(placed):
-        assert np.all(low >= 0)
-        assert np.all(high <= AREA[2:])
-        for other_low, other_high in placed[:i]:
-            assert np.any(low >= other_high) or np.any(high <= other_low)
+def place(names, lines, *, left=0.0, panels=1):
+    """The texts and leaders of names on an axis from 0 to 1, where lines are drawn."""
+    with new_figure("single", panels) as (figure, grid):
+        grid[0].set(xlim=(0, 1), ylim=(0, 1))
+        lay_out(figure)
+        name_points(grid[0], names, [np.array([name.point]) for name in names] + lines, left=left)
+        return grid[0], [text.get_window_extent() for text in grid[0].texts], grid[0].lines
+
+
+def apart(boxes):
+    return not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+
+
+@pytest.mark.parametrize("panels", [1, 3])
+def test_names_of_one_point_do_not_overlap_and_have_leaders(panels):
+    axes, boxes, leaders = place([NAMED] * 6, [], panels=panels)
+    assert len(boxes) == 6 and apart(boxes) and len(leaders) >= 4
+    assert all(axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1 for box in boxes)
+    assert all(axes.bbox.y0 <= box.y0 and box.y1 <= axes.bbox.y1 for box in boxes)
 
 
 def test_a_name_avoids_what_is_drawn():
-    # A thick horizontal bar right of the point: the preferred place is taken.
-    drawn = np.stack(np.meshgrid(np.linspace(100, 200, 51), np.linspace(66, 74, 5)), axis=-1).reshape(-1, 2)
-    label = Label((100.0, 70.0), (30.0, 8.0))
-    ((low, high),) = boxes([label], place_labels([label], drawn, AREA))
-    assert not np.any(np.all((drawn > low) & (drawn < high), axis=1))
-    ((free_low, free_high),) = boxes([label], place_labels([label], np.zeros((0, 2)), AREA))
-    assert np.any(np.all((drawn > free_low) & (drawn < free_high), axis=1))
+    """It goes to the upper right, where nothing is drawn; else off the lines and points, and never left of its area."""
+    axes, (free,), _ = place([NAMED], [])
+    assert free.x0 > axes.transData.transform(NAMED.point)[0]
+    bar = np.array([(0.31, 0.5), (0.9, 0.9)])
+    axes, (box,), _ = place([NAMED], [bar], left=0.29)
+    path = Path(axes.transData.transform(bar))
+    assert path.intersects_bbox(free) and not path.intersects_bbox(box)
+    assert box.x0 >= axes.transData.transform((0.29, 0))[0]
 
 
 def test_a_name_is_nearest_to_its_own_point():
     """To the right, where a name goes first, stands another line's point: the name goes elsewhere."""
-    own, other = np.array([100.0, 100.0]), np.array([116.0, 100.0])
-    labels = [Label(tuple(own), (24.0, 8.0)), Label(tuple(other), (24.0, 8.0))]
-    centres = place_labels(labels, np.zeros((0, 2)), (0.0, 0.0, 300.0, 200.0))
-    half = np.array([12.0, 4.0])
-    for centre, mine, others in zip(centres, (own, other), (other, own), strict=True):
-        near, far = (np.linalg.norm(np.maximum(np.abs(centre - point) - half, 0)) for point in (mine, others))
-        assert near <= far
+    names = [NAMED, Name("other", (0.34, 0.5), "black")]
+    axes, boxes, _ = place(names, [])
+    found = {text.get_text(): box for text, box in zip(axes.texts, boxes, strict=True)}
+    for mine, other in (names, names[::-1]):
+        near, far = (distance(found[mine.text], axes.transData.transform(name.point)) for name in (mine, other))
+        assert near < far
+
+
+def distance(box, point):
+    return np.linalg.norm(np.maximum(0, np.maximum(box.min - point, point - box.max)))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_column_of_names(side):
+    """In the order of their points, apart, on one side of all of them; those moved from their points are led to."""
+    names = [Name(text, point, "black") for text, point in (("a", (0.5, 0.8)), ("bb", (0.4, 0.4)), ("ccc", (0.6, 0.41)))]
+    with new_figure("single") as (figure, (axes,)):
+        axes.set(xlim=(0, 1), ylim=(0, 1))
+        lay_out(figure)
+        leaders = name_column(axes, names, side=side)
+        for text in axes.texts:
+            text.update_positions(figure.canvas.get_renderer())
+        boxes = [Text.get_window_extent(text) for text in axes.texts]
+    heights = {text.get_text(): box.y0 for text, box in zip(axes.texts, boxes, strict=True)}
+    assert heights["a"] > heights["ccc"] > heights["bb"] and apart(boxes)
+    edges = {round(box.x1 if side == "left" else box.x0, 3) for box in boxes}
+    outer = axes.transData.transform((0.4 if side == "left" else 0.6, 0))[0]
+    assert len(edges) == 1 and (edges.pop() < outer) == (side == "left")
+    assert all(text.arrow_patch for text in axes.texts if text.get_text() != "a")
+    assert sorted(tuple(leader[0].round(9)) for leader in leaders) == sorted(name.point for name in names)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qjax.report.numbers import byte_unit, fixed, significant, with_error
+from qjax.report.rendering import byte_unit, fixed, significant, with_error
 
 
 @pytest.mark.parametrize(

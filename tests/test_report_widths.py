@@ -4,7 +4,7 @@ import pytest
 
 from qjax.errors import QjaxError
 from qjax.report.rendering import to_csv, to_markdown
-from qjax.report.widths import has_widths, widths_table
+from qjax.report.series import has_widths, widths_table
 from tests.report_rows import measured_row
 
 METHODS = ("rtn", "gptq(clip=mse)")

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 
 from qjax.errors import QjaxError
 from qjax.report.measured import heading, stderr_key
-from qjax.report.numbers import MISSING, number, with_error
-from qjax.report.rendering import Column, Row, Table, columns_of
+from qjax.report.rendering import MISSING, Column, Row, Table, columns_of, number, with_error
 from qjax.report.tables import NOISE, baseline_name, in_order, is_baseline, model_of, require_one_group
 
 PREFIX = "accuracy:"

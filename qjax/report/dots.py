@@ -12,29 +12,31 @@ import numpy as np
 
 from qjax.errors import QjaxError
 from qjax.recipe import method_name, parse_recipe
-from qjax.report.axes import (
-    DECADE,
-    LOG_ABOVE,
+from qjax.report.drawing import (
+    BARS,
+    LABEL_SIZE,
     POINT,
-    fit_panels,
-    log_ticks,
+    SMALL_SIZE,
+    WIDTHS,
+    ink,
+    lay_out,
+    method_style,
     new_figure,
+    scale_values,
     text_size,
-    thin_ticks,
-    tick_texts,
     wrap,
     write_note,
+    write_titles,
 )
 from qjax.report.figures import SMALLEST, VALUES, has_lines
-from qjax.report.numbers import number
-from qjax.report.rendering import Row
+from qjax.report.rendering import Row, number
 from qjax.report.seeds import merge_seeds, seeds_of
 from qjax.report.sensitivity import placed_alone
 from qjax.report.series import increase
-from qjax.report.style import LABEL_SIZE, SMALL_SIZE, WIDTHS, ink, method_style
 from qjax.report.tables import describe, distinctions, is_baseline, require_one_group
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 FEWEST = 2  # lines
@@ -66,29 +68,29 @@ def dots_figure(rows: Sequence[Row], width: str = "single") -> "Figure":
     if not placed_alone(rows):
         lines = dict(sorted(lines.items(), key=lambda item: _mean(item[1])))
     merged = _merged(rows, shown)
+    bars = np.array([_value_and_error(members, merged.get(name)) for name, members in lines.items()])
     with new_figure(width) as (figure, (axes,)):
         longest = max(text_size(figure, name)[0] for name in lines)
         page = WIDTHS[width if SMALL_SIZE / LABEL_SIZE * longest < _space(WIDTHS[width]) else "double"]
         size = max(SMALL_SIZE, LABEL_SIZE * min(1, _space(page) / longest))
         names = [wrap(figure, name, _space(page) * LABEL_SIZE / size) for name in lines]
         figure.set_size_inches(page, MARGINS + LINE_HEIGHT * max(map(len, names)) * (len(lines) + 1))
-        _scale(axes, [_value_and_error(members, merged.get(name)) for name, members in lines.items()], shown)
+        axes.set_ylim(len(lines) - 0.5, -0.5)  # the first line on top
         axes.set_yticks(range(len(lines)), ["\n".join(name) for name in names], fontsize=size)
         axes.tick_params(axis="y", length=0, pad=5)  # a mark at the edge touches no name
-        for height, (text, (name, members)) in enumerate(zip(axes.get_yticklabels(), lines.items(), strict=True)):
-            colour, marker = method_style(_method(members[0]))
-            text.set_color(ink(colour))
-            _draw(axes, height, members, merged.get(name), colour=colour, marker=marker)
         axes.grid(axis="x", color="#DDDDDD", linewidth=0.5)
         axes.set_axisbelow(True)
-        fit_panels(
-            [axes],
-            title=": ".join(filter(None, (_common_recipe(shown) or _common_format(shown), describe(rows[0])))),
-            panel_titles=[""],
-            x=VALUES["increase"],
-            y="",
-        )
-        thin_ticks(axes)
+        title = ": ".join(filter(None, (_common_recipe(shown) or _common_format(shown), describe(rows[0]))))
+        write_titles(figure, title, x=VALUES["increase"], y="")
+        figure.get_layout_engine().execute(figure)  # how many ticks there is room for
+        values = np.array([increase(row) for row in shown])
+        errors = np.where(np.isfinite(bars[:, 1]), bars[:, 1], 0)
+        scale_values(axes.xaxis, np.append(values, bars[:, 0]), np.append(np.zeros(len(values)), errors), SMALLEST["increase"])
+        for height, (bar, members) in enumerate(zip(bars, lines.values(), strict=True)):
+            colour, marker = method_style(_method(members[0]))
+            axes.get_yticklabels()[height].set_color(ink(colour))
+            _draw(axes, height, members, bar, colour=colour, marker=marker)
+        lay_out(figure)
         if any(line.get_marker() == "<" for line in axes.lines):
             write_note(figure, BELOW)
     return figure
@@ -155,45 +157,19 @@ def _value_and_error(members: Sequence[Row], merged: Row | None) -> tuple[float,
     return mean, number(merged or members[0], "nll_delta_stderr") * (100 + mean)
 
 
-def _scale(axes, bars: Sequence[tuple[float, float]], shown: Sequence[Row]) -> None:
-    """Limits and ticks, logarithmic where the range is large. What is below is at the left edge, infinity at the right."""
-    axes.set_ylim(len(bars) - 0.5, -0.5)  # the first line on top
-    values = np.array([increase(row) for row in shown])
-    values = values[np.isfinite(values)] if np.isfinite(values).any() else np.zeros(1)
-    means, errors = np.array([bar for bar in bars if np.isfinite(bar).all()]).reshape(-1, 2).T
-    positive, above = values[values > SMALLEST["increase"]], means > SMALLEST["increase"]
-    if not len(positive) or positive.max() / positive.min() <= LOG_ABOVE:
-        ends = np.concatenate([values, means - errors, means + errors])
-        room = 0.1 * max(np.ptp(ends), 0.1 * np.abs(ends).max(initial=1e-3))
-        axes.set_xlim(ends.min() - room, ends.max() + room)
-        axes.locator_params(axis="x", nbins=4)
-        axes.ticklabel_format(axis="x", style="plain", useOffset=False)  # the whole number at each tick, no factor beside
-        return
-    low = min(positive.min(), max(positive.min() / DECADE, (means - errors)[above].min(initial=math.inf)))
-    high = max(positive.max(), (means + errors)[above].max(initial=0))
-    room = (high / low) ** 0.06
-    axes.set_xscale("log")
-    axes.set_xlim(low / room, high * room)
-    ticks = log_ticks(*axes.get_xlim())
-    axes.set_xticks(ticks, tick_texts(ticks))
-    axes.set_xticks([], minor=True)
-
-
-def _draw(axes, height: int, members: Sequence[Row], merged: Row | None, *, colour: str, marker: str) -> None:
-    """One line of the figure."""
+def _draw(axes: "Axes", height: int, members: Sequence[Row], bar: Sequence[float], *, colour: str, marker: str) -> None:
+    """One line. bar: mean and standard error. What is below the axis is at its left edge, infinity at the right."""
     left, right = axes.get_xlim()
-    values = np.array([increase(row) for row in members])
-    if len(values) > 1:
+    mean, error = bar
+    if len(members) > 1:
+        values = np.array([increase(row) for row in members])
         inside = values[(values > left) & (values < right)]
         axes.plot(inside, np.full(len(inside), height), "o", color=colour, markersize=2, alpha=0.6, markeredgewidth=0, zorder=3)
-    mean, error = _value_and_error(members, merged)
     if not left < mean < right:
         look = {"marker": "$\\infty$", "markersize": 8} if mean > left else {"marker": "<"}
         axes.plot([right if mean > left else left], [height], color=colour, clip_on=False, zorder=5, **look)
         return
-    axes.errorbar(
-        [mean], [height], xerr=[error] if math.isfinite(error) else None, fmt=marker, color=colour, markersize=3.5,
-        elinewidth=0.8, capsize=1.8, capthick=0.8, zorder=4,
-    )  # fmt: skip
+    xerr = [error] if math.isfinite(error) else None
+    axes.errorbar([mean], [height], xerr=xerr, fmt=marker, color=colour, markersize=3.5, zorder=4, **BARS)
     if mean - error < left:
         axes.plot([left], [height], "<", color=colour, markersize=2, clip_on=False, zorder=5)

@@ -4,7 +4,6 @@ Lines carry their names; there is no legend. Error bars are one standard error o
 paired window by window, because that difference is what the figure shows; the error of perplexity itself is in the tables.
 """
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -13,13 +12,29 @@ import numpy as np
 
 from qjax.errors import QjaxError
 from qjax.report.accuracy import tasks_of
-from qjax.report.axes import POINT, fit_panels, new_figure, scale_bits, scale_values, text_size, to_points, write_note
-from qjax.report.labels import Label, leader_line, place_labels, spread
-from qjax.report.numbers import number, significant
-from qjax.report.rendering import Row
+from qjax.report.drawing import (
+    BARS,
+    COLUMN_GAP,
+    GREY,
+    HEIGHTS,
+    LINE_STYLES,
+    POINT,
+    WIDTHS,
+    Name,
+    ink,
+    lay_out,
+    method_style,
+    name_column,
+    name_points,
+    new_figure,
+    scale_values,
+    text_size,
+    write_note,
+    write_titles,
+)
+from qjax.report.rendering import Row, number, significant
 from qjax.report.sensitivity import ordinary, placed_alone
-from qjax.report.series import MOST_LINES, Series, group_series, increase, split_panels
-from qjax.report.style import GREY, HEIGHTS, LABEL_SIZE, LINE_STYLES, WIDTHS, ink, method_style
+from qjax.report.series import MOST_LINES, group_series, increase, split_panels
 from qjax.report.tables import describe, distinctions, is_baseline, require_one_group
 
 if TYPE_CHECKING:
@@ -33,13 +48,27 @@ VALUES = {
     "accuracy": "accuracy on {tasks} (%)",
     "divergence": "KL divergence (nats a token)",
 }
+COLUMNS = {"accuracy": ("accuracy_mean", "accuracy_mean_delta_stderr"), "divergence": ("kl", "kl_stderr")} | {
+    "share": ("share", "share_stderr")
+}
 SMALLEST = {"increase": 1e-3, "divergence": 1e-6}  # values on a logarithmic axis; what is less is drawn at its lower edge
 RESOLVED = 10  # standard errors of a cost that others are shares of: it is the denominator
-COLUMN_GAP = 12  # points between the names at the left and the first point
-NEAR, FAR = 8, COLUMN_GAP + 5  # points; a name, or one at the left, that is farther from its point has a leader line,
-SHIFTED = 1.5  # and so has one at the left that is so much above or below its point
 WIDEST_NAMES = 1 / 3  # of the page; a figure with longer names at the left takes both columns
 BELOW = "▼ below the axis"
+
+
+class Line(NamedTuple):
+    """A line of a figure: its name, its method, how many lines of that come before it, its bits per weight, values and their
+    standard errors (nan where not known), whether its name stands in the column at the left.
+    """
+
+    name: str
+    method: str
+    variant: int
+    bits: np.ndarray
+    values: np.ndarray
+    errors: np.ndarray
+    aside: bool
 
 
 def perplexity_figure(rows: Sequence[Row], *, value: str = "perplexity", width: str = "single") -> "Figure":
@@ -61,48 +90,60 @@ def perplexity_figure(rows: Sequence[Row], *, value: str = "perplexity", width: 
     rows = with_share(rows) if value == "share" else rows
     panels = split_panels(rows)
     with new_figure(width, len(panels)) as (figure, grid):
-        lines = [[(line, _values(line.rows, value)) for line in group_series(part)] for _, part in panels]
+        lines = [_lines(part, value) for _, part in panels]
         unquantized = [row for row in rows if is_baseline(row) and value not in ("share", *SMALLEST)]
-        baseline = float(_values(unquantized[:1], value)[1][0]) if unquantized else math.nan
-        data = [np.zeros((3, 0)), *(np.array(each) for panel in lines for _, each in panel)]
-        bits, values, errors = np.concatenate(data, axis=1)
-        columns = [_names_at_the_left(panel) for panel in lines]
-        texts = [[line.label for line, _ in panel] for panel in lines]
-        if math.isfinite(baseline):
-            texts = [[*panel, f"unquantized {significant(baseline, 4)}"] for panel in texts]
-            columns = [[*column, len(panel)] if column else [] for column, panel in zip(columns, lines, strict=True)]
-        sizes = [[text_size(figure, text) for text in panel] for panel in texts]
-        longest = max((size[i][0] for size, column in zip(sizes, columns, strict=True) for i in column), default=0)
-        if len(panels) == 1 and longest > WIDEST_NAMES * POINT * figure.get_size_inches()[0]:
+        baseline = float(_values(unquantized[:1], value)[0][0]) if unquantized else math.nan
+        dashed = f"unquantized {significant(baseline, 4)}" if unquantized else ""
+        every = [line for part in lines for line in part]
+        bits, values, errors = np.concatenate([np.zeros((3, 0)), *(np.array(line[3:6]) for line in every)], axis=1)
+        asides = [line.name for line in every if line.aside]
+        longest = max((text_size(figure, name)[0] for name in asides and [dashed, *asides]), default=0)
+        if len(panels) == 1 and longest > WIDEST_NAMES * POINT * WIDTHS[width]:
             figure.set_size_inches(WIDTHS["double"], HEIGHTS["double"])
-        for axes in grid:
-            scale_values(axes, np.append(values, baseline), np.append(errors, 0), SMALLEST.get(value))
-            axes.set_xticks([])  # until there is a width to scale bits to
+        scale_values(
+            grid[0].yaxis,
+            np.append(values, baseline),
+            np.append(errors, 0),
+            SMALLEST.get(value, 0),
+            always_log=value in SMALLEST,
+        )
         tasks = tasks_of(rows)
-        fit_panels(
-            grid,
-            title=describe(rows[0]),
-            panel_titles=[name for name, _ in panels],
+        write_titles(
+            figure,
+            describe(rows[0]),
             x="bits per weight, scales included",
             y=VALUES[value].format(tasks=", ".join(tasks) if len(tasks) < 4 else "all tasks"),
+            panels=[panel for panel, _ in panels],
         )
-        for axes, panel, column, text, size in zip(grid, lines, columns, texts, sizes, strict=True):
-            scale_bits(axes, bits, longest + COLUMN_GAP + 2 if longest else 0)
-            drawn = [_draw(axes, line, *each) for line, each in panel]
-            colours = [ink(method_style(line.method)[0]) for line, _ in panel]
-            obstacles = [_samples(to_points(axes, points)) for points in drawn]
-            if math.isfinite(baseline):
-                start = min(drawn[i][0, 0] for i in column if i < len(panel)) if column else axes.get_xlim()[0]
-                drawn.append(_draw_baseline(axes, baseline, start))
-                colours.append(GREY)
-                obstacles.append(_samples(to_points(axes, drawn[-1])))
-            if math.isfinite(baseline) and not column:
-                obstacles.append(_name_baseline(axes, text[-1], baseline, above=value == "accuracy"))
-            names = [Name(*each) for each in zip(text, colours, drawn, size, strict=True)][: None if column else len(panel)]
-            _write_labels(axes, names, column=column, obstacles=np.concatenate([np.zeros((0, 2)), *obstacles]))
+        lay_out(figure)
+        for axes in grid:
+            _scale_bits(axes, bits, longest + COLUMN_GAP + 2 if longest else 0)
+        for axes, part in zip(grid, lines, strict=True):
+            _draw_panel(axes, part, dashed, baseline)
         if np.any(values - np.nan_to_num(errors, posinf=0) < grid[0].get_ylim()[0]):
             write_note(figure, BELOW)
     return figure
+
+
+def _draw_panel(axes: "Axes", lines: Sequence[Line], dashed: str, baseline: float) -> None:
+    """The lines with their names, and the dashed line of the unquantized model with its own."""
+    points = [_draw(axes, line) for line in lines]
+    named = [
+        (line.aside, Name(line.name, each[0], ink(method_style(line.method)[0])))
+        for line, each in zip(lines, points, strict=True)
+    ]
+    points += [bar for bars in axes.containers for bar in bars.lines[2][0].get_segments()]
+    left, right = axes.get_xlim()
+    if dashed:
+        start = min((name.point[0] for aside, name in named if aside), default=left)
+        points.append(np.array([(start, baseline), (right, baseline)]))
+        axes.plot(*points[-1].T, color=GREY, linestyle=(0, (4, 3)), linewidth=0.8, zorder=1)
+        named.append((start > left, Name(dashed, points[-1][0], GREY)))
+    column = [name for aside, name in named if aside]
+    if column:
+        left = min(name.point[0] for name in column)
+        points += name_column(axes, column, side="left")
+    name_points(axes, [name for aside, name in named if not aside], points, left=left)
 
 
 def with_share(rows: Sequence[Row]) -> list[Row]:
@@ -137,46 +178,51 @@ def has_lines(rows: Sequence[Row]) -> bool:
     return variants < len(LINE_STYLES) - 1 and (len(series) <= MOST_LINES or 2 * points <= len(series))
 
 
-def _names_at_the_left(panel: Sequence[tuple]) -> list[int]:
-    """The lines whose names stand in a column at the left: those of more than one point, where there are several."""
-    column = [i for i, (_, (x, _, _)) in enumerate(panel) if len(np.unique(x)) > 1]
-    return column if len(column) > 1 else []
-
-
-def _values(rows: Sequence[Row], value: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Bits per weight, the values of the vertical axis and their standard errors (nan where not known)."""
-    bits = np.array([number(row, "bits_per_weight") for row in rows])
-    if value == "accuracy":
-        y, error = (
-            100 * np.array([number(row, key) for row in rows]) for key in ("accuracy_mean", "accuracy_mean_delta_stderr")
+def _lines(rows: Sequence[Row], value: str) -> list[Line]:
+    """The lines of a panel. Names stand at the left where several lines have more than one point."""
+    lines = [
+        Line(
+            line.label,
+            line.method,
+            line.variant,
+            np.array([number(row, "bits_per_weight") for row in line.rows]),
+            *_values(line.rows, value),
+            False,
         )
-        return bits, y, error
-    if value == "share":
-        return bits, np.array([number(row, "share") for row in rows]), np.array([number(row, "share_stderr") for row in rows])
-    if value == "divergence":
-        return bits, np.array([number(row, "kl") for row in rows]), np.array([number(row, "kl_stderr") for row in rows])
+        for line in group_series(rows)
+    ]
+    long = [len(np.unique(line.bits)) > 1 for line in lines]
+    return [line._replace(aside=each and sum(long) > 1) for line, each in zip(lines, long, strict=True)]
+
+
+def _values(rows: Sequence[Row], value: str) -> tuple[np.ndarray, np.ndarray]:
+    """The values of the vertical axis and their standard errors (nan where not known)."""
+    if value in COLUMNS:
+        y, error = (np.array([number(row, key) for row in rows]) for key in COLUMNS[value])
+        return (100 * y, 100 * error) if value == "accuracy" else (y, error)
     y = np.array([number(row, "perplexity") if value == "perplexity" else increase(row) for row in rows])
     slope = np.where(np.isfinite(y), y if value == "perplexity" else 100 + y, 0)  # dy / d nll
-    return bits, y, slope * np.array([number(row, "nll_delta_stderr") for row in rows])
+    return y, slope * np.array([number(row, "nll_delta_stderr") for row in rows])
 
 
-def _draw(axes: "Axes", series: Series, x: np.ndarray, y: np.ndarray, error: np.ndarray) -> np.ndarray:
+def _draw(axes: "Axes", line: Line) -> np.ndarray:
     """Draws one line; returns its points in data coordinates, (points, 2), those beyond the axis at its end."""
-    colour, marker = method_style(series.method)
-    face = colour if series.variant == 0 else "white"
+    colour, marker = method_style(line.method)
+    face = colour if line.variant == 0 else "white"
+    x, y = line.bits, line.values
     bottom, top = axes.get_ylim()
     low = y < bottom
     shown = np.isfinite(y) & ~low
     mean_x = np.unique(x[shown])  # several seeds: the line goes through their mean
     mean_y = [y[shown & (x == each)].mean() for each in mean_x]
-    axes.plot(mean_x, mean_y, color=colour, linestyle=LINE_STYLES[series.variant % len(LINE_STYLES)], zorder=3)
+    axes.plot(mean_x, mean_y, color=colour, linestyle=LINE_STYLES[line.variant % len(LINE_STYLES)], zorder=3)
     axes.errorbar(
-        x[shown], y[shown], np.where(np.isfinite(error), error, 0)[shown], fmt=marker, color=colour, markerfacecolor=face,
-        markeredgewidth=0.9, elinewidth=0.8, capsize=1.8, capthick=0.8, zorder=4 if len(mean_x) > 1 else 4.5,
+        x[shown], y[shown], np.where(np.isfinite(line.errors), line.errors, 0)[shown], fmt=marker, color=colour,
+        markerfacecolor=face, markeredgewidth=0.9, zorder=4 if len(mean_x) > 1 else 4.5, **BARS,
     )  # fmt: skip
     beyond = (  # which, where on the axis, how
         (low, bottom, {"marker": "v", "markerfacecolor": face}),
-        (shown & (y - error < bottom), bottom, {"marker": "v", "markersize": 2}),
+        (shown & (y - line.errors < bottom), bottom, {"marker": "v", "markersize": 2}),
         (~shown & ~low, top, {"marker": "$\\infty$", "markersize": 8, "markeredgewidth": 0}),
     )
     for which, edge, look in beyond:
@@ -185,67 +231,23 @@ def _draw(axes: "Axes", series: Series, x: np.ndarray, y: np.ndarray, error: np.
     return np.stack([x, np.where(shown, y, np.where(low, bottom, top))], axis=1)
 
 
-def _draw_baseline(axes: "Axes", baseline: float, start: float) -> np.ndarray:
-    """The dashed line from so many bits to the right edge; returns its ends in data coordinates."""
-    ends = np.array([(start, baseline), (axes.get_xlim()[1], baseline)])
-    axes.plot(*ends.T, color=GREY, linestyle=(0, (4, 3)), linewidth=0.8, zorder=1)
-    return ends
+def _scale_bits(axes: "Axes", bits: np.ndarray, names: float) -> None:
+    """Limits and ticks, logarithmic where casts to 16 or 32 bits are shown. names: width of those at the left, points."""
+    from matplotlib.ticker import MaxNLocator
 
-
-def _name_baseline(axes: "Axes", name: str, baseline: float, *, above: bool) -> np.ndarray:
-    """The dashed line's name, above or below it, where the lines are not; returns samples of it, points."""
-    text = axes.annotate(
-        name, (0, baseline), (3, 2 if above else -2), xycoords=("axes fraction", "data"), textcoords="offset points",
-        va="bottom" if above else "top", color=GREY, fontsize=LABEL_SIZE,
-    )  # fmt: skip
-    box = text.get_window_extent(axes.figure.canvas.get_renderer())
-    grid = np.stack(np.meshgrid(np.linspace(box.x0, box.x1, 30), np.linspace(box.y0, box.y1, 5)), axis=-1).reshape(-1, 2)
-    return grid * (POINT / axes.figure.dpi)
-
-
-def _samples(line: np.ndarray) -> np.ndarray:
-    """Points about 2 apart along a line of (points, 2), and around its markers."""
-    pieces = [line + offset for offset in ((0, 0), (2, 0), (-2, 0), (0, 3), (0, -3))]
-    for start, end in itertools.pairwise(line):
-        count = max(2, int(np.linalg.norm(end - start) / 2))
-        pieces.append(start + np.linspace(0, 1, count)[:, None] * (end - start))
-    return np.concatenate(pieces)
-
-
-class Name(NamedTuple):
-    """The name of a line, its points in data coordinates, (points, 2), and the name's width and height."""
-
-    text: str
-    colour: str
-    line: np.ndarray
-    size: tuple[float, float]
-
-
-def _write_labels(axes: "Axes", names: Sequence[Name], *, column: Sequence[int], obstacles: np.ndarray) -> None:
-    """The lines' names, each beside the line's end at the fewest bits, where lines are farthest apart."""
-    box = axes.get_window_extent()
-    left, bottom, right, top = (edge * POINT / axes.figure.dpi for edge in (box.x0, box.y0, box.x1, box.y1))
-    ends = np.array([to_points(axes, name.line[:1])[0] for name in names]).reshape(-1, 2)
-    sizes = np.array([name.size for name in names]).reshape(-1, 2)
-    centres, halves = np.zeros_like(ends), sizes / 2
-    column = sorted(column, key=lambda i: (-ends[i, 1], ends[i, 0]))
-    if column:
-        height = sizes[:, 1].max()
-        centres[column, 0] = ends[column, 0].min() - COLUMN_GAP - halves[column, 0]
-        centres[column, 1] = spread(ends[column, 1], height, bottom + height / 2, top - height / 2)
-        halves[column] = halves[column] * (1, 0) + (1, 0)  # their leaders end at mid-height, before the last letter
-        leaders = [leader_line(ends[i], centres[i], halves[i]) for i in column]
-        obstacles = np.concatenate([obstacles, *leaders])
-    others = [i for i in range(len(names)) if i not in column]
-    area = (left if not column else ends[column, 0].min() - COLUMN_GAP, bottom, right, top)
-    centres[others] = place_labels([Label(tuple(ends[i]), tuple(sizes[i])) for i in others], obstacles, area)
-    for i, (name, end, centre, half) in enumerate(zip(names, ends, centres, halves, strict=True)):
-        axes.annotate(
-            name.text, tuple(name.line[0]), tuple(centre - end), textcoords="offset points", ha="center", va="center",
-            fontsize=LABEL_SIZE, color=name.colour, zorder=6, annotation_clip=False,
-        )  # fmt: skip
-        leader = leader_line(end, centre, half)
-        far = np.linalg.norm(leader[-1] - end) > (FAR if i in column else NEAR)
-        if far or (i in column and abs(centre[1] - end[1]) > SHIFTED):
-            ends_of_leader = axes.transData.inverted().transform(leader[[0, -1]] * (axes.figure.dpi / POINT))
-            axes.plot(*ends_of_leader.T, color=name.colour, linewidth=0.5, zorder=2.5, clip_on=False)
+    low, high = (bits.min(), bits.max()) if len(bits) else (16.0, 16.0)
+    room = min(0.62, names * axes.figure.dpi / POINT / axes.bbox.width)
+    room /= 1 - room
+    beside = 0 if names else 1  # names keep a distance themselves
+    if high > 9:
+        axes.set_xscale("log", base=2)
+        first, low, high = low / 1.1, low / 1.1**beside, high * 1.15
+        ticks, low = (1, 2, 3, 4, 8, 16, 32), low * (low / high) ** room
+    else:
+        margin = max(0.04 * (high - low), 0.2)
+        first, low, high = low - 0.2, low - margin * beside, high + margin
+        ticks, low = MaxNLocator(7, steps=(1, 2, 5, 10)).tick_values(low, high), low - (high - low) * room
+    axes.set_xlim(low, high)
+    ticks = [tick for tick in ticks if first <= tick <= high]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xticks([], minor=True)

@@ -6,8 +6,7 @@ A figure whose standard error is declared too (NAME_stderr) is shown with it, an
 from collections.abc import Sequence
 
 from qjax.errors import QjaxError
-from qjax.report.numbers import number, significant, with_error
-from qjax.report.rendering import Column, Row, Table, columns_of, decimals
+from qjax.report.rendering import Column, Row, Table, columns_of, decimals, number, significant, with_error
 from qjax.report.tables import baseline_name, change_of_perplexity, describe, distinctions, in_order, require_one_group
 from qjax.sweep import columns as declared
 from qjax.sweep.columns import BASELINE, Measurement, column_of

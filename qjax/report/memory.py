@@ -12,8 +12,7 @@ from fractions import Fraction
 
 from qjax.errors import QjaxError
 from qjax.formats import Format, parse_format
-from qjax.report.numbers import byte_unit, fixed, number
-from qjax.report.rendering import Column, Row, Table, decimals
+from qjax.report.rendering import Column, Row, Table, byte_unit, decimals, fixed, number
 
 MEMORY_FORMATS = ("int8-channel", "int4-g128", "int3-g128", "int2-g64", "nf4-g64", "nf4-g64-dq")
 REFERENCE_SHAPE = (4096, 4096)  # of a weight whose shape is not known: that of the 7-billion-parameter Llama's attention

@@ -25,8 +25,7 @@ import numpy as np
 from jaxtyping import Float
 
 from qjax.errors import QjaxError
-from qjax.report.numbers import ERRORS, MISSING, loss_change, number, reach_of, with_error
-from qjax.report.rendering import Column, Row, Table
+from qjax.report.rendering import ERRORS, MISSING, Column, Row, Table, loss_change, number, reach_of, with_error
 from qjax.report.tables import describe, is_baseline, split_tables
 
 KIND = "paper_shapes"

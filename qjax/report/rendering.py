@@ -1,4 +1,5 @@
-"""What a table is (a title, columns, rows of plain values) and its Markdown, LaTeX, CSV and terminal forms.
+"""The numbers of a row, as many digits as their standard error leaves meaning; what a table is (a title, columns, rows of plain
+values), and its Markdown, LaTeX, CSV and terminal forms.
 
 Markdown, LaTeX and the terminal show each value as its column formats it; CSV holds the value itself with every digit, and its
 standard error in a column of its own. The same rows give the same bytes.
@@ -7,16 +8,97 @@ standard error in a column of its own. The same rows give the same bytes.
 import csv
 import dataclasses
 import io
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from decimal import Decimal
 from typing import TYPE_CHECKING
 
-from qjax.report.numbers import fixed, number, significant
+import numpy as np
+from jaxtyping import Float
+
+from qjax.errors import QjaxError
 
 if TYPE_CHECKING:
     import rich.table
 
 Row = Mapping[str, object]
+INFINITY, MISSING = "∞", "-"
+BYTE_UNITS = (("B", 1), ("kB", 10**3), ("MB", 10**6), ("GB", 10**9), ("TB", 10**12))  # decimal, as disks and papers count
+SCIENTIFIC_ABOVE = 1e6
+MOST_DECIMALS = 8
+ERRORS = 2  # to either side, of many units
+
+
+def number(row: Row, key: str) -> float:
+    """A row's figure; nan where the row has none. Raises QjaxError for what is no number."""
+    value = row.get(key)
+    try:
+        return math.nan if value is None else float(value)
+    except (TypeError, ValueError):
+        raise QjaxError(f"row {row.get('key')}: {key} is {value!r}, expected a number; mend or remove the row") from None
+
+
+def losses(row: Row) -> Float[np.ndarray, " windows"]:
+    """A row's loss of every window, nats; infinite where the model diverged, which a row holds as "inf" or null."""
+    return np.array([math.inf if loss is None else float(loss) for loss in row["window_nll"]])
+
+
+def loss_change(row: Row, other: Row) -> Float[np.ndarray, " windows"]:
+    """By how much the row's losses are above the other's; nan where both diverged."""
+    with np.errstate(invalid="ignore"):
+        return losses(row) - losses(other)
+
+
+def reach_of(over_units: float, over_seeds: float, seeds: int) -> float:
+    """Half the width of an interval that holds a mean over seeds about 19 times of 20, from the two parts of its error.
+
+    ERRORS errors of windows or questions, and of the seeds' part as many as Student's t of seeds - 1 degrees of freedom says
+    (4.3 for three seeds, of which two errors would hold 82 %), in quadrature.
+    """
+    if seeds < 2:
+        return ERRORS * over_units
+    from scipy.special import stdtrit
+
+    return math.hypot(ERRORS * over_units, float(stdtrit(seeds - 1, 0.975)) * over_seeds)
+
+
+def with_error(value: float, error: float, *, sign: str = "") -> str:
+    """value ± error, both to the place of the error's second significant digit: 12.345 ± 0.067. Without an error (nan, 0) four
+    significant digits of the value. sign: "+" shows the sign of positive values too.
+    """
+    if not (math.isfinite(value) and math.isfinite(error) and error):
+        return significant(value, 4, sign=sign)
+    place = Decimal(f"{error:.1e}").as_tuple().exponent  # of the last digit that is shown
+    if abs(value) >= SCIENTIFIC_ABOVE:
+        digits = min(max(2, Decimal(f"{value:.3e}").adjusted() - place + 1), 6)
+        return f"{significant(value, digits, sign=sign)} ± {significant(error, 2)}"
+    step = Decimal(1).scaleb(max(place, -MOST_DECIMALS))
+    return f"{Decimal(value).quantize(step):{sign}f} ± {Decimal(error).quantize(step):f}"
+
+
+def significant(value: float, digits: int = 3, *, sign: str = "") -> str:
+    """`digits` significant digits: 0.0301, 12.35, 3.01e-5, 1.24e6; ∞ for infinity and - for nan."""
+    if math.isnan(value):
+        return MISSING
+    if math.isinf(value):
+        return INFINITY if value > 0 else f"-{INFINITY}"
+    if value == 0:
+        return "0"
+    rounded = Decimal(f"{value:.{digits - 1}e}")
+    scientific = rounded.adjusted() < -3 or abs(value) >= SCIENTIFIC_ABOVE
+    return f"{rounded:{sign}{'e' if scientific else 'f'}}".replace("e+", "e")
+
+
+def fixed(value: float, decimals: int) -> str:
+    """`decimals` decimal places; ∞ for infinity and - for nan."""
+    return f"{value:.{decimals}f}" if math.isfinite(value) else significant(value)
+
+
+def byte_unit(sizes: Sequence[float]) -> tuple[str, int]:
+    """The unit (name, bytes) in which the largest size is at least 1: one unit for a whole column."""
+    largest = max((size for size in sizes if math.isfinite(size)), default=0)
+    return next((unit for unit in reversed(BYTE_UNITS) if largest >= unit[1]), BYTE_UNITS[0])
 
 
 def _as_text(row: Row, key: str) -> str:
@@ -71,39 +153,28 @@ def digits(count: int) -> Callable[[Row, str], str]:
 def to_markdown(table: Table) -> str:
     """A GitHub-flavoured table whose source is aligned too."""
     lines = [[cell.replace("|", "\\|") for cell in line] for line in [table.headers(), *table.cells()]]
-    widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(table.columns))]
-    rule = [":" + "-" * (w - 1) if c.text else "-" * (w - 1) + ":" for c, w in zip(table.columns, widths, strict=True)]
-    lines.insert(1, rule)
-    body = [
-        f"{cell:<{width}}" if column.text else f"{cell:>{width}}"
+    widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
+    aligned = list(zip(widths, [column.text for column in table.columns], strict=True))
+    lines.insert(1, [":".ljust(width, "-") if text else ":".rjust(width, "-") for width, text in aligned])
+    cells = (
+        [cell.ljust(width) if text else cell.rjust(width) for cell, (width, text) in zip(line, aligned, strict=True)]
         for line in lines
-        for cell, column, width in zip(line, table.columns, widths, strict=True)
-    ]
-    count = len(table.columns)
-    rows = ["| " + " | ".join(body[i : i + count]) + " |" for i in range(0, len(body), count)]
+    )
+    rows = [f"| {' | '.join(line)} |" for line in cells]
     return "\n".join([f"**{table.title}**", "", *rows, *(["", " ".join(table.notes)] if table.notes else [])]) + "\n"
 
 
-_LATEX_ESCAPES = {
-    **{letter: f"\\{letter}" for letter in "&%$#_{}"},
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "|": r"\textbar{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "±": r"$\pm$",
-    "≈": r"$\approx$",
-    "∞": r"$\infty$",
-}
+_LATEX_ESCAPES = str.maketrans(
+    {letter: f"\\{letter}" for letter in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "|": r"\textbar{}"}
+    | {"<": r"\textless{}", ">": r"\textgreater{}", "±": r"$\pm$", "≈": r"$\approx$", "∞": r"$\infty$"}
+)
+_NUMBER = re.compile(r"(-?)(\d[\d.]*)(?:e(-?\d+))?")
 
 
 def latex_escape(text: str) -> str:
     """Text as LaTeX prints it."""
-    return "".join(_LATEX_ESCAPES.get(letter, letter) for letter in text)
-
-
-_NUMBER = re.compile(r"(-?)(\d[\d.]*)(?:e(-?\d+))?")
+    return text.translate(_LATEX_ESCAPES)
 
 
 def _latex_number(text: str) -> str:
@@ -139,9 +210,9 @@ def to_csv(table: Table) -> str:
     """Keys as the header and values with every digit; a value that a row does not have is an empty field."""
     keys = list(dict.fromkeys(key for column in table.columns for key in (column.key, column.error) if key))
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(keys)
-    writer.writerows([["" if row.get(key) is None else row[key] for key in keys] for row in table.rows])
+    writer = csv.DictWriter(text, keys, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table.rows)
     return text.getvalue()
 
 
@@ -153,18 +224,16 @@ class RichTable:
 
     def __rich_console__(self, console, options):
         from rich.measure import Measurement
-        from rich.text import Text
 
-        ranks = sorted({column.rank for column in self.table.columns}, reverse=True)
-        for limit in ranks:
+        for limit in sorted({column.rank for column in self.table.columns}, reverse=True):
             grid = self._grid(limit)
             if Measurement.get(console, options.update(width=10_000), grid).maximum <= options.max_width:
                 break
         yield grid
-        yield Text()  # a blank line, so that what is printed next stands apart
+        yield ""  # a blank line, so that what is printed next stands apart
 
     def _grid(self, limit: int) -> "rich.table.Table":
-        from rich import box
+        from rich.box import SIMPLE_HEAD
         from rich.table import Table as Grid
         from rich.text import Text
 
@@ -172,26 +241,13 @@ class RichTable:
         hidden = [header for header, keep in zip(self.table.headers(), shown, strict=True) if not keep]
         notes = [*self.table.notes, *([f"Too narrow for: {', '.join(hidden)}."] if hidden else [])]
         grid = Grid(
-            title=Text(self.table.title, style="bold"),
-            title_justify="left",
+            title=Text(self.table.title, style="bold"), title_justify="left", caption_justify="left",
             caption=Text(" ".join(notes), style="dim") if notes else None,
-            caption_justify="left",
-            box=box.SIMPLE_HEAD,
-            show_edge=False,
-            pad_edge=False,
-            padding=(0, 1, 0, 0),
-            header_style="bold",
-        )
-        for column, keep in zip(self.table.columns, shown, strict=True):
-            if keep:
-                justify = "left" if column.text else "right"
-                grid.add_column(
-                    Text(column.header),
-                    justify=justify,
-                    no_wrap=not column.text,
-                    overflow="fold" if column.text else "ellipsis",
-                    vertical="top",
-                )
+            box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0),
+        )  # fmt: skip
+        for column in (column for column in self.table.columns if column.rank <= limit):
+            look = {"justify": "left", "overflow": "fold"} if column.text else {"justify": "right", "no_wrap": True}
+            grid.add_column(Text(column.header, style="bold"), **look)
         for line in self.table.cells():
             grid.add_row(*(Text(cell) for cell, keep in zip(line, shown, strict=True) if keep))
         return grid

@@ -18,20 +18,18 @@ from qjax.errors import QjaxError
 from qjax.files import write_atomically
 from qjax.report.accuracy import accuracy_table, tasks_of
 from qjax.report.dots import dots_figure, has_dots
+from qjax.report.drawing import PNG_DPI, RC
 from qjax.report.figures import has_lines, perplexity_figure, with_share
-from qjax.report.kernel_figure import has_kernels, kernels_figure
-from qjax.report.kernels import by_device, kernels_table
+from qjax.report.kernels import by_device, has_kernels, kernels_figure, kernels_table
 from qjax.report.measured import has_measured, measured_table, shown_measurements
 from qjax.report.memory import memory_rows_table
 from qjax.report.paper_shapes import KIND, paper_shapes_table
 from qjax.report.rendering import Row, Table, to_csv, to_latex, to_markdown
 from qjax.report.seeds import seeds_of, seeds_table
 from qjax.report.sensitivity import ordinary, placed_alone, sensitivity_table
-from qjax.report.series import group_series, increase
-from qjax.report.style import PNG_DPI, RC
+from qjax.report.series import group_series, has_widths, increase, widths_table
 from qjax.report.tables import is_baseline, name_orders, perplexity_table, split_tables
 from qjax.report.tradeoff import has_speed, tradeoff_table
-from qjax.report.widths import has_widths, widths_table
 from qjax.sweep.rows import with_baseline
 
 if TYPE_CHECKING:

@@ -12,8 +12,19 @@ import numpy as np
 from qjax.errors import QjaxError
 from qjax.evaluate.statistics import accuracy_difference, aggregate_seeds
 from qjax.report.accuracy import tasks_of
-from qjax.report.numbers import ERRORS, loss_change, number, reach_of, significant, with_error
-from qjax.report.rendering import Column, Row, Table, columns_of, decimals
+from qjax.report.rendering import (
+    ERRORS,
+    Column,
+    Row,
+    Table,
+    columns_of,
+    decimals,
+    loss_change,
+    number,
+    reach_of,
+    significant,
+    with_error,
+)
 from qjax.report.tables import baseline_name, describe, distinctions, in_order, is_baseline, require_one_group
 from qjax.sweep.rows import cell_columns
 

@@ -6,8 +6,7 @@ A place is a block, a kind of linear layer, or whatever else the pattern of the 
 from collections.abc import Sequence
 
 from qjax.errors import QjaxError
-from qjax.report.numbers import number
-from qjax.report.rendering import Column, Row, Table, columns_of, digits
+from qjax.report.rendering import Column, Row, Table, columns_of, digits, number
 from qjax.report.tables import (
     NOISE,
     baseline_name,

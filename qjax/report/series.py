@@ -1,14 +1,24 @@
-"""From rows to the lines of a figure: which measurements belong together, and what the line is called."""
+"""Methods over formats: which rows make a line of a figure, and what it is called; and the table with a column for each method.
+
+The table is that of a paper: a line for each integer format, in each cell the change of perplexity; for sweeps of several
+methods over several widths and groupings, whose table of recipes is long.
+"""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Sequence
 
+from qjax.errors import QjaxError
 from qjax.formats import INTEGERS, parse_format
 from qjax.recipe import UNQUANTIZED
-from qjax.report.numbers import number
-from qjax.report.rendering import Row
-from qjax.report.tables import is_baseline
+from qjax.report.rendering import MISSING, Column, Row, Table, decimals, number
+from qjax.report.seeds import seeds_of
+from qjax.report.sensitivity import ordinary
+from qjax.report.tables import change_of_perplexity, describe, is_baseline, require_one_group
+
+MOST_LINES = 12  # in one panel: more names are not legible
+FEWEST = 2  # methods, widths and groupings of a table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +68,6 @@ def _name_and_grouping(row: Row) -> tuple[str, str]:
     return " ".join(filter(None, (stages, fmt.grid, others))) + placed, ""
 
 
-MOST_LINES = 12  # in one panel: more names are not legible
-
-
 def split_panels(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
     """(grouping, rows) of the panels of a figure: one, or for many lines over several groupings of integers one for each.
 
@@ -88,3 +95,61 @@ def increase(row: Row) -> float:
     """By how many percent perplexity is above the unquantized model's; nan where that is not known."""
     delta = number(row, "nll_delta")
     return 100 * math.expm1(delta) if delta < 700 else number(row, "perplexity_ratio")
+
+
+def has_widths(rows: Sequence[Row]) -> bool:
+    """Whether the rows are of several methods, widths and groupings, each once."""
+    found = _cells(rows)
+    formats = {parse_format(fmt) for fmt, _ in found}
+    methods = {method for _, method in found}
+    counts = (len(methods), len({fmt.bits for fmt in formats}), len({(fmt.granularity, fmt.group) for fmt in formats}))
+    return min(counts) >= FEWEST and not seeds_of(rows)
+
+
+def widths_table(rows: Sequence[Row]) -> Table:
+    """The table of one model, text and convention. Raises QjaxError without rows of integer formats."""
+    require_one_group(rows)
+    found = _cells(rows)
+    if not found:
+        raise QjaxError("a table of widths needs rows of integer formats, got none; `qjax sweep --bits 8,4,3,2` measures some")
+    methods = list(dict.fromkeys(method for _, method in found))
+    lines = []
+    for fmt in sorted({fmt for fmt, _ in found}, key=_width_then_size):
+        line = {"format": fmt}
+        for method in (method for method in methods if (fmt, method) in found):
+            row = found[fmt, method]
+            error = number(row, "perplexity_ratio_stderr")
+            line |= {f"ratio:{method}": row["perplexity_ratio"], f"ratio_stderr:{method}": error, f"row:{method}": row}
+            line.setdefault("bits_per_weight", row["bits_per_weight"])  # of nearest rounding, whose column is the first
+        lines.append(line)
+    columns = [
+        Column("format", "format", text=True),
+        Column("bits_per_weight", "bits per\nweight", decimals(3)),
+        *(Column(f"ratio:{m}", m, functools.partial(_change, m), error=f"ratio_stderr:{m}") for m in methods),
+    ]
+    notes = (
+        "Change of perplexity from the unquantized model, percent. "
+        "±: standard error of the difference, window by window; ≈: within two of them of no change.",
+        "Bits per weight are those of the first method; AWQ's input scales add to them where they cannot be folded.",
+    )
+    return Table(f"Methods by width, {describe(rows[0])}", tuple(columns), tuple(lines), notes)
+
+
+def _cells(rows: Sequence[Row]) -> dict[tuple[str, str], Row]:
+    """(format, method with options and order) -> row, of integer formats."""
+    found = {}
+    for row in ordinary(rows):
+        fmt = str(row["format"])
+        if fmt != UNQUANTIZED and parse_format(fmt).grid in INTEGERS:
+            found[fmt, str(row["recipe"]).replace(f":{fmt}", "")] = row
+    return found
+
+
+def _width_then_size(name: str) -> tuple[int, float, str]:
+    fmt = parse_format(name)
+    return -fmt.bits, -fmt.bits_per_weight(), name
+
+
+def _change(method: str, line: Row, key: str) -> str:
+    row = line.get(f"row:{method}")
+    return change_of_perplexity(row, "perplexity_ratio") if row else MISSING

@@ -9,8 +9,23 @@ from collections.abc import Iterable, Sequence
 from qjax.errors import QjaxError
 from qjax.formats import format_table
 from qjax.methods import UNQUANTIZED, method_table
-from qjax.report.numbers import MISSING, byte_unit, fixed, number, with_error
-from qjax.report.rendering import Column, Row, Table, columns_of, decimals, digits, to_csv, to_latex, to_markdown, to_rich
+from qjax.report.rendering import (
+    MISSING,
+    Column,
+    Row,
+    Table,
+    byte_unit,
+    columns_of,
+    decimals,
+    digits,
+    fixed,
+    number,
+    to_csv,
+    to_latex,
+    to_markdown,
+    to_rich,
+    with_error,
+)
 from qjax.sweep.columns import BASELINE, data_dictionary
 from qjax.sweep.rows import cell_columns, is_baseline, with_baseline
 

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 from qjax.errors import QjaxError
 from qjax.report.accuracy import mean_change
-from qjax.report.numbers import byte_unit, fixed, number
-from qjax.report.rendering import Column, Row, Table, columns_of, decimals
+from qjax.report.rendering import Column, Row, Table, byte_unit, columns_of, decimals, fixed, number
 from qjax.report.tables import (
     baseline_name,
     change_of_perplexity,
