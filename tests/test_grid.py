@@ -120,6 +120,16 @@ def test_doubly_quantized_scales(shape):
     np.testing.assert_allclose(np.abs(loaded - flat), distance, atol=2e-6)
 
 
+@pytest.mark.parametrize("count", [3, 11, 300])
+def test_equal_scales_are_their_mean_to_the_last_bit(count):
+    """Though a float32 mean of equal numbers need not be that number."""
+    scale, fmt = jnp.full((1, count), 0.1, jnp.float32), parse_format("nf4-g64-dq")
+    assert float(jnp.mean(scale)) != float(scale[0, 0])
+    stored = grid.store_scales(scale, fmt)
+    assert stored.offset == scale[0, 0]
+    np.testing.assert_array_equal(grid.load_scales(stored, fmt, scale.shape), scale)
+
+
 def test_block_formats_code_with_the_exact_maximum():
     """As bitsandbytes does: the maximum is quantized after the weights."""
     groups = jnp.asarray(np.random.default_rng(0).standard_normal((4, 64, 8)), jnp.float32)

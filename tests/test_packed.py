@@ -222,6 +222,20 @@ def test_malformed_weights(folder, change, message):
     expect_refusal(folder, "the weights do not fit qjax.json", message)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite(folder, value):
+    """In scales of codes and in plain leaves."""
+    names = ("block_0/attention/q/kernel.scales", "head/norm/scale")
+
+    def change(tensors):
+        for name in names:
+            tensors[name] = np.array(tensors[name])
+            tensors[name].flat[3] = value
+
+    edit_weights(folder, change)
+    expect_refusal(folder, "NaN or infinite values in", *names)
+
+
 @pytest.mark.parametrize("kept", [0, 5, 60, 3000, -1])
 def test_truncated_weights(folder, kept):
     content = (folder / "model.safetensors").read_bytes()

@@ -94,6 +94,8 @@ def test_windows_are_clipped_to_the_context_and_the_name_says_so(tiny_model):
     result = perplexity(tiny_model, CORPUS, "gptq-2048")
     assert result.convention == "windows-32"
     assert set(result.window_tokens) == {31}
+    assert result.nll_stderr == pytest.approx(np.std(np.array(result.window_nll) / 31, ddof=1) / len(result.window_nll) ** 0.5)
+    assert result.stderr == pytest.approx(result.value * result.nll_stderr)  # of exp, to first order
 
 
 @pytest.mark.parametrize("tokens_at_once", [32, 96, 4096])

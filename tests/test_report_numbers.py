@@ -14,6 +14,7 @@ from qjax.report.rendering import byte_unit, fixed, significant, with_error
     [
         (12.34567, 0.0671, "12.346 ± 0.067"),
         (12.34567, 0.0996, "12.35 ± 0.10"),  # the error gains a digit by rounding
+        (12.34567, 0.096, "12.346 ± 0.096"),  # two digits of it, not one rounded up
         (12.34567, 1.26, "12.3 ± 1.3"),
         (123456.7, 2345.0, "123500 ± 2300"),
         (1234567.0, 23456.0, "1.235e6 ± 23000"),

@@ -168,6 +168,13 @@ def test_the_last_measurement_of_a_cell_counts():
     assert split_tables([old, other, new]) == [[new, other]]
 
 
+def test_no_seed_changes_the_unquantized_model():
+    """Measured with two seeds it is one line, the last; quantized models are two."""
+    recipes = ("none", "rtn:int4-g128")
+    (table,) = split_tables([measured_row(recipe, seed=seed) for seed in (0, 1) for recipe in recipes])
+    assert [(row["recipe"], row["seed"]) for row in table] == [("none", 1), ("rtn:int4-g128", 0), ("rtn:int4-g128", 1)]
+
+
 @pytest.mark.parametrize("width", [40, 80, 100, 140])
 def test_terminal_table_fits_and_says_what_it_leaves_out(width):
     table = perplexity_table(sweep_rows())

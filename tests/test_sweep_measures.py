@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 
 import numpy as np
 import pytest
@@ -55,6 +56,10 @@ def test_columns_are_what_the_measurements_give(tiny_model, rows):
     assert row["nll_delta_low"] < row["nll_delta"] < row["nll_delta_high"]
     assert row["kl"] == pytest.approx(found.kl) and row["top1_agreement"] == pytest.approx(found.top1)
     assert row["accuracy_mean_delta"] == pytest.approx((row["accuracy_delta:which"] + row["accuracy_delta:last"]) / 2)
+    for column in ("accuracy", "accuracy_delta"):  # two independent tasks
+        errors = [row[f"{column}_stderr:{task}"] for task in ("which", "last")]
+        name = column.replace("accuracy", "accuracy_mean")
+        assert row[f"{name}_stderr"] == pytest.approx(math.hypot(*errors) / 2)
     assert row["running_bytes:packed"] < row["running_bytes:dense"] == baseline["running_bytes:dense"]
 
 
@@ -77,7 +82,9 @@ def test_rows_are_flat_and_resume(tiny_model, rows, tmp_path):
     more = run_sweep(tiny_model, plan("nf4", divergence=False, speed=False, tasks=(LAST,)), tmp_path)
     assert not {row["key"] for row in plain} & {row["key"] for row in more}
     assert run_sweep(tiny_model, plan("nf4", divergence=False, speed=False, tasks=(LAST,)), tmp_path) == more
-    assert len(read_rows(tmp_path / ROWS)) == 4
+    farther = run_sweep(tiny_model, plan("nf4", divergence=True, speed=False, tasks=()), tmp_path)
+    assert not {row["key"] for row in plain} & {row["key"] for row in farther} and "kl" in farther[1]
+    assert len(read_rows(tmp_path / ROWS)) == 6
 
 
 def test_every_column_is_in_the_data_dictionary(rows):
