@@ -15,16 +15,18 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from qjax.activations import parse_activation
 from qjax.checkpoints import huggingface
 from qjax.checkpoints.huggingface import load_huggingface, save_huggingface
 from qjax.checkpoints.load import load
 from qjax.errors import QjaxError
 from qjax.formats import parse_format
+from qjax.linear import Linear, dequantize, dequantize_tree
+from qjax.maps import Scale
 from qjax.models.config import LinearScaling, Llama3Scaling
 from qjax.models.model import apply
 from qjax.models.parameters import flatten, unflatten
 from qjax.models.walk import Decoder
-from qjax.qtensor import dequantize
 from qjax.rounding.nearest import rtn
 from tests.conftest import GEMMA, GPT2, GPT_NEOX, OPT, byte_tokenizer, random_model, tiny_config
 from tests.paths import real_data
@@ -194,6 +196,24 @@ def test_decoded_kernels_of_a_model_of_mixed_types_have_the_embeddings(embedding
     assert json.loads((tmp_path / "a" / "config.json").read_text())["torch_dtype"] == jnp.dtype(embedding).name
     assert params["block_0"]["mlp"]["up"]["kernel"].dtype == params["embed"]["tokens"]["embedding"].dtype == embedding
     assert params["block_0"]["mlp"]["down"]["kernel"].dtype == params["head"]["norm"]["scale"].dtype == norm
+
+
+def test_layers_that_round_their_inputs_are_refused(tmp_path):
+    """With the way out; maps, outliers and adapters are part of the weights."""
+    model = weights_model(tiny_config())
+    leaves = flatten(model.params)
+    path = "block_0/mlp/up/kernel"
+    leaf = Linear(rtn(leaves[path], parse_format("int4-g16"))[0], (Scale(jnp.full(32, 0.5, jnp.float16)),))
+    rounding = dataclasses.replace(leaf, activation=parse_activation("int8-token"))
+    quantized = model._replace(params=unflatten(leaves | {path: rounding}))
+    with pytest.raises(QjaxError, match=rf"{path} \(int8-token\); keep it with qjax\.save, or write the weights alone"):
+        save_huggingface(tmp_path / "a", quantized)
+    assert not (tmp_path / "a").exists()
+    save_huggingface(tmp_path / "a", quantized._replace(params=dequantize_tree(quantized.params, None)))
+    save_huggingface(tmp_path / "b", model._replace(params=unflatten(leaves | {path: leaf})))
+    for folder in "ab":
+        back = load_huggingface(tmp_path / folder).params["block_0"]["mlp"]["up"]["kernel"]
+        np.testing.assert_array_equal(back, 0.5 * dequantize(leaf.weight))
 
 
 def test_shards(folder, source):

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 import qjax
-from qjax.interception.linen import linear_layers
-from qjax.linear import is_quantized
+from qjax.activations import parse_activation
+from qjax.interception.linen import linear_layers, recorded
+from qjax.linear import Linear, apply_linear, dense_tree, is_quantized
+from qjax.maps import Scale
 
 
 class Mixed(nn.Module):
@@ -72,6 +74,29 @@ def test_quantized_model_equals_dequantized_model(x, recipe):
     got = jax.jit(lambda p: qjax.apply_flax(module, p, x))(quantized)
     np.testing.assert_allclose(got, module.apply({"params": decoded}, x), atol=1e-6)
     assert float(jnp.max(jnp.abs(got - module.apply({"params": params}, x)))) > 1e-4
+
+
+def test_layers_run_as_their_leaves_say_and_are_recorded_as_they_are_given(x):
+    """Maps and activation formats in every kind of layer, decoded or not; calibration sees the input before a leaf's maps."""
+    module = Mixed()
+    params = initialise(module, x)
+
+    def leaf(matrix):
+        scale = jnp.linspace(0.5, 2, len(matrix)).astype(jnp.float16)
+        return Linear(qjax.rtn(matrix, "int8-g4")[0], (Scale(scale),), parse_activation("int4-token"))
+
+    views = linear_layers(module, params, x).views
+    held = {
+        name: layer | {"kernel": leaf(views[f"{name}/kernel"].to_matrix(layer["kernel"]))} for name, layer in params.items()
+    }
+    with recorded() as packed:
+        got = module.apply({"params": held}, x)
+    np.testing.assert_array_equal(packed.inputs["dense/kernel"][0], x)
+    first = apply_linear(x, held["dense"]["kernel"]) + params["dense"]["bias"]
+    np.testing.assert_allclose(packed.inputs["split/kernel"][0], first, atol=1e-6)
+    np.testing.assert_allclose(qjax.apply_flax(module, dense_tree(held), x), got, atol=1e-5)
+    decoded = qjax.dequantize_flax(module, held, x)
+    assert float(jnp.max(jnp.abs(got - module.apply({"params": decoded}, x)))) > 1e-3
 
 
 def test_float_model_is_untouched(x):

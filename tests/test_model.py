@@ -1,11 +1,18 @@
-"""qjax.models.model: losses in pieces of tokens."""
+"""qjax.models.model: losses in pieces of tokens, and what layers do to their inputs when a model is made to run."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qjax.activations import parse_activation
+from qjax.evaluate.generate import generate
+from qjax.linear import Linear
 from qjax.models import model as module
+from qjax.models.model import apply, runnable
+from qjax.rounding.nearest import rtn
 
 VOCABULARY = 257  # of tiny_model
 SHAPE = (3, 11)
@@ -32,3 +39,33 @@ def test_losses_keep_the_bound_and_are_those_of_all_logits(tiny_model, monkeypat
     assert losses.shape == SHAPE
     np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-5)
     assert sizes == [tokens * VOCABULARY]
+
+
+def test_what_layers_do_to_their_inputs_survives_being_made_to_run(tiny_model):
+    """An activation format moves the logits, the same whether weights are decoded or packed; without it they are as before."""
+    tokens = jax.random.randint(jax.random.key(0), (2, 8), 0, VOCABULARY)
+
+    def logits(change, packed=False):
+        def leaf(kernel):
+            return change(rtn(kernel, "int8-channel-sym")[0])
+
+        params = dict(tiny_model.params)
+        for name in ("block_0", "block_1"):
+            mlp = params[name]["mlp"]
+            params[name] = params[name] | {"mlp": mlp | {"down": {"kernel": leaf(mlp["down"]["kernel"])}}}
+        model = runnable(tiny_model._replace(params=params), packed)
+        return np.asarray(apply(model, tokens)), model
+
+    bare, _ = logits(lambda q: q)
+    plain, decoded = logits(Linear)
+    np.testing.assert_array_equal(plain, bare)
+    assert isinstance(decoded.params["block_0"]["mlp"]["down"]["kernel"], jax.Array)
+    rounding = functools.partial(Linear, activation=parse_activation("int8-token"))
+    dense, decoded = logits(rounding)
+    packed, held = logits(rounding, packed=True)
+    np.testing.assert_allclose(packed, dense, atol=1e-5 * np.max(np.abs(bare)))
+    moved = np.max(np.abs(dense - bare)) / np.max(np.abs(bare))
+    assert 1e-4 < moved < 0.1
+    np.testing.assert_array_equal(runnable(decoded).params["head"]["norm"]["scale"], tiny_model.params["head"]["norm"]["scale"])
+    texts = [generate(model, [np.asarray(tokens[0])], 4, packed=True).tokens[0].tolist() for model in (decoded, held)]
+    assert texts[0] == texts[1]

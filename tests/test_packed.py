@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 from pathlib import Path
@@ -15,12 +16,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from qjax import files
+from qjax.activations import parse_activation
 from qjax.checkpoints.load import load
 from qjax.checkpoints.packed import config_from_dict, config_to_dict, load_packed, save
 from qjax.errors import QjaxError
 from qjax.files import prepare_output_folder, read_json, write_atomically
 from qjax.formats import parse_format
-from qjax.linear import dequantize, is_quantized
+from qjax.linear import Linear, LowRank, Outliers, dequantize, is_quantized, prepare
+from qjax.maps import Divide, Permute, Scale
 from qjax.models.config import LinearScaling, Llama3Scaling
 from qjax.models.model import apply
 from qjax.models.parameters import flatten, unflatten
@@ -121,6 +124,164 @@ def test_saving_and_loading_is_bit_equal(fmt, tmp_path):
 def test_plain_leaves_keep_their_type(dtype, tmp_path):
     model = weights_model(tiny_config(tied=True), dtype=dtype)
     save(tmp_path, model)
+    assert_equal_models(load_packed(tmp_path), model)
+
+
+def linear_leaf(generator, dtype=jnp.float32):
+    """A (32, 32) layer with some of all parts, drawn at random."""
+
+    def normal(*shape, dtype=dtype):
+        return jnp.asarray(generator.standard_normal(shape), dtype)
+
+    fmt = str(generator.choice(["int4-g16", "nf4-g16-dq", "bf16", ""]))
+    weight = rtn(normal(32, 32, dtype=jnp.float32), fmt)[0] if fmt else normal(32, 32)
+    index = jnp.asarray(generator.permutation(32), jnp.int32)
+    maps = [Scale(normal(32, dtype=jnp.float16)), Permute(index), Divide(normal(32))]
+    activation = parse_activation(str(generator.choice(["int8-token", "int4-g8", "fp8_e4m3-tensor"])))
+    rows = int(generator.integers(1, 4))
+    parts = {
+        "inputs": tuple(maps[: generator.integers(1, 4)]),
+        "activation": activation,
+        "activation_scale": normal() if activation.is_static else None,
+        "outliers": Outliers(jnp.asarray(generator.permutation(32)[:rows], jnp.int32), normal(rows, 32, dtype=jnp.bfloat16)),
+        "adapter": LowRank(normal(32, rows), normal(rows, 32), scaling=float(generator.random())),
+    }
+    kept = {name for name in parts if generator.random() < 0.6} | {"activation_scale"}
+    kept -= set() if "activation" in kept else {"activation_scale"}
+    return Linear(weight, **{name: value for name, value in parts.items() if name in kept})
+
+
+def linear_model(seed):
+    """A model with such layers in the place of some kernels."""
+    generator, model = np.random.default_rng(seed), quantized_model("int4-g16")
+    leaves = flatten(model.params)
+    for layer in range(model.config.layers):
+        for name in "qo":
+            leaves[f"block_{layer}/attention/{name}/kernel"] = linear_leaf(generator)
+    return model._replace(params=unflatten(leaves))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_every_part_of_a_layer_is_kept(seed, tmp_path):
+    model = linear_model(seed)
+    save(tmp_path, model)
+    assert_equal_models(load_packed(tmp_path), model)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert sum(array.nbytes for array in stored.values()) == sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
+
+
+O_KERNEL = "block_0/attention/o/kernel"
+
+
+@pytest.fixture(scope="module")
+def layered(tmp_path_factory):
+    """A folder with a layer of all parts; tests copy it before they break it."""
+    model, folder = quantized_model("int4-g16"), tmp_path_factory.mktemp("layered") / "model"
+    save(folder, with_layer(model))
+    return folder
+
+
+def with_layer(model, **parts):
+    kernel = flatten(model.params)[O_KERNEL]
+    parts = {
+        "inputs": (Scale(jnp.full(32, 0.5, jnp.float16)), Permute(jnp.arange(32, dtype=jnp.int32)[::-1])),
+        "activation": parse_activation("int8-tensor"),
+        "activation_scale": jnp.float32(0.1),
+        "outliers": Outliers(jnp.asarray([3], jnp.int32), jnp.ones((1, 32), jnp.float16)),
+        "adapter": LowRank(jnp.ones((32, 2)), jnp.ones((2, 32)), scaling=0.5),
+    } | parts
+    return model._replace(params=unflatten(flatten(model.params) | {O_KERNEL: Linear(kernel, **parts)}))
+
+
+def test_the_record_of_a_layer_is_plain(layered):
+    assert read_json(layered / "qjax.json")["quantized"][O_KERNEL] == {
+        "format": "int4-g16",
+        "in_features": 32,
+        "linear": {
+            "inputs": [
+                {"map": "Scale", "arrays": {"scale": "float16[32]"}},
+                {"map": "Permute", "arrays": {"index": "int32[32]"}},
+            ],
+            "activation": "int8-tensor",
+            "activation_scale": "float32[]",
+            "outliers": {"arrays": {"index": "int32[1]", "weight": "float16[1, 32]"}},
+            "adapter": {"arrays": {"a": "float32[32, 2]", "b": "float32[2, 32]"}, "static": {"scaling": 0.5}},
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r.update(inputs=[{"map": "Twist", "arrays": {}}]), "unknown map 'Twist'; known are Divide, Scale, Permute"),
+        (lambda r: r.update(inputs=["Scale"]), "'map' must be str, got nothing"),
+        (lambda r: r.update(inputs=3), "'inputs' must be list, got 3"),
+        (lambda r: r["inputs"][0].update(arrays={"size": "float16[32]"}), "Scale: .*unexpected keyword argument 'size'"),
+        (
+            lambda r: r["inputs"][0]["arrays"].update(scale="float16[31]"),
+            "the parts of 'linear' do not fit a kernel (32, 32): ",
+        ),
+        (
+            lambda r: r["inputs"][0]["arrays"].update(scale="float12[32]"),
+            "an array is 'float12[32]', expected a type and a shape",
+        ),
+        (lambda r: r["inputs"][0]["arrays"].update(scale=32), "an array is 32, expected"),
+        (lambda r: r.update(activation="int8"), "activation format 'int8': expected"),
+        (lambda r: r.pop("activation_scale"), "int8-tensor is static, but there is none"),
+        (lambda r: r["outliers"]["arrays"].update(weight="float16[1, 31]"), "do not fit"),
+        (lambda r: r["adapter"].update(static={"scaling": 1.0, "rank": 2}), "unexpected keyword argument 'rank'"),
+        (lambda r: r.update(colour="red"), "unknown entries colour of 'linear'"),
+    ],
+)
+def test_malformed_layers(layered, tmp_path, change, message):
+    """All said by the description alone: nothing is read."""
+    folder = Path(shutil.copytree(layered, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors")))
+    edit(folder, lambda d: change(d["quantized"][O_KERNEL]["linear"]))
+    with pytest.raises(QjaxError, match=f"qjax.json: {O_KERNEL}: .*{message if '.*' in message else re.escape(message)}"):
+        load_packed(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "array", "message"),
+    [
+        (".inputs[0].scale", np.ones(32, np.float32), "is F32 (32,), expected F16 (32,)"),
+        (".inputs[1].index", np.full(32, 32, np.int32), "impossible values in "),
+        (".outliers.index", np.full(1, -1, np.int32), "impossible values in "),
+        (".adapter.a", np.full((32, 2), np.inf, np.float32), "infinite or impossible values in "),
+    ],
+)
+def test_malformed_parts(layered, tmp_path, key, array, message):
+    folder = Path(shutil.copytree(layered, tmp_path / "model"))
+    edit_weights(folder, lambda t: t.update({O_KERNEL + key: array}))
+    expect_refusal(folder, message, O_KERNEL + key)
+
+
+def test_layers_that_no_folder_can_hold_are_named(tmp_path):
+    class Unknown(Scale):
+        pass
+
+    model = quantized_model("int4-g16")
+    unknown = with_layer(model, inputs=(Unknown(jnp.ones(32)),))
+    with pytest.raises(QjaxError, match=f"{O_KERNEL}: its input map Unknown is not known to folders"):
+        save(tmp_path, unknown)
+    leaves = flatten(with_layer(model).params)
+    laid_out = unflatten(leaves | {O_KERNEL: prepare(leaves[O_KERNEL])})
+    with pytest.raises(QjaxError, match=f"{O_KERNEL}: a KernelWeight .* has no place in a file"):
+        save(tmp_path, model._replace(params=laid_out))
+    with pytest.raises(QjaxError, match="an array is int8, folders hold float32"):
+        save(tmp_path, with_layer(model, activation_scale=jnp.int8(1)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_of_version_1(tmp_path):
+    """They knew one thing beside the codes: a scale of the input."""
+    model = with_layer(quantized_model("int4-g16"), activation=None, activation_scale=None, outliers=None, adapter=None)
+    leaf = flatten(model.params)[O_KERNEL]
+    model = model._replace(params=unflatten(flatten(model.params) | {O_KERNEL: Linear(leaf.weight, leaf.inputs[:1])}))
+    save(tmp_path, model)
+    record = {"format": "int4-g16", "in_features": 32, "input_scale": True}
+    edit(tmp_path, lambda d: d.update(version=1) or d["quantized"].update({O_KERNEL: record}))
+    edit_weights(tmp_path, lambda t: t.update({f"{O_KERNEL}.input_scale": t.pop(f"{O_KERNEL}.inputs[0].scale")}))
     assert_equal_models(load_packed(tmp_path), model)
 
 

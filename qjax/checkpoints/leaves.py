@@ -39,9 +39,8 @@ def describe(leaf: Linear | QTensor) -> dict:
 def _describe_layer(leaf: Linear) -> dict:
     for each in leaf.inputs:
         if MAPS.get(type(each).__name__) is not type(each):
-            raise QjaxError(
-                f"its input map {type(each).__name__} is not known to folders; decorate the class with qjax.register_map"
-            )
+            name = type(each).__name__
+            raise QjaxError(f"its input map {name} is not known to folders; decorate the class with qjax.register_map")
     found = {
         "inputs": [{"map": type(each).__name__, **_describe_part(each)} for each in leaf.inputs],
         "activation": leaf.activation and str(leaf.activation),
@@ -76,7 +75,8 @@ def template(record: object, shape: tuple[int, int]) -> Linear | QTensor:
         return weight
     leaf = _layer(weight, entry(record, "linear", dict))
     try:
-        found = jax.eval_shape(apply_linear, jax.ShapeDtypeStruct((1, shape[0]), jnp.float32), leaf)
+        run = functools.partial(apply_linear, implementation="reference")
+        found = jax.eval_shape(run, jax.ShapeDtypeStruct((1, shape[0]), jnp.float32), leaf)
     except QjaxError:
         raise
     except Exception as error:  # whatever JAX, or a map of the user's own, raises for shapes that do not fit
@@ -112,7 +112,7 @@ def _layer(weight: QTensor | jax.ShapeDtypeStruct, record: dict) -> Linear:
         raise QjaxError(f"unknown entries {', '.join(sorted(unknown))} of 'linear'; use the qjax that wrote it")
     return Linear(
         weight,
-        tuple(_map(each) for each in record.get("inputs", ())),
+        tuple(_map(each) for each in entry({"inputs": []} | record, "inputs", list)),
         parse_activation(entry(record, "activation", str)) if "activation" in record else None,
         _array(record["activation_scale"]) if "activation_scale" in record else None,
         _part(Outliers, record["outliers"]) if "outliers" in record else None,

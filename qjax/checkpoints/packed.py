@@ -98,7 +98,9 @@ def load_packed(folder: str | Path, *, lazy: bool = False) -> Model:
         config = config_from_dict(entry(description, "config", dict))
         name, recipe = entry(description, "name", str), entry(description, "recipe", str)
         records = entry(description, "quantized", dict)
-        templates = templates_of(config, _of_version_1(records) if version == 1 else records)
+        if version == 1:
+            records = {path: _of_version_1(record) for path, record in records.items()}
+        templates = templates_of(config, records)
         files = _files(description)
     except QjaxError as error:
         raise QjaxError(f"{folder / DESCRIPTION}: {error}") from error
@@ -149,15 +151,12 @@ def templates_of(config: DecoderConfig, records: dict) -> dict[str, object]:
     return templates
 
 
-def _of_version_1(records: dict) -> dict:
-    """Records as this version writes them."""
-    scaled = {path for path, record in records.items() if isinstance(record, dict) and record.pop("input_scale", False) is True}
-    return {
-        path: {**record, "linear": {"inputs": [{"map": "Scale", "arrays": {"scale": f"float16[{record.get('in_features')}]"}}]}}
-        if path in scaled
-        else record
-        for path, record in records.items()
-    }
+def _of_version_1(record: object) -> object:
+    """A record as this version writes it."""
+    if not isinstance(record, dict) or record.get("input_scale") is not True:
+        return record
+    scale = {"map": "Scale", "arrays": {"scale": f"float16[{record.get('in_features')}]"}}
+    return {**record, "linear": {"inputs": [scale]}}
 
 
 def _check(folder: Path, templates: Mapping[str, object], headers: Mapping[str, Header]) -> None:
