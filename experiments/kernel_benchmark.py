@@ -24,7 +24,7 @@ import qjax
 from qjax.kernels import layout, timing
 from qjax.kernels.matmul import IMPLEMENTATIONS, KERNELS, choose, matmul
 from qjax.report.reports import write_reports
-from qjax.sweep.record import provenance
+from qjax.sweep.measurements.provenance import provenance
 from qjax.sweep.store import ROWS, append_rows, read_rows
 
 

@@ -48,6 +48,7 @@ _PUBLIC = {
     "register_statistic": "methods",
     "Statistic": "calibrate.statistics",
     "quantize": "driver.decoder",
+    "quantize_to": "driver.decoder",
     "quantize_flax": "driver.function",
     "apply_flax": "driver.function",
     "dequantize_flax": "driver.function",
@@ -76,6 +77,9 @@ _PUBLIC = {
     # sweeps
     "Sweep": "sweep.runner",
     "run_sweep": "sweep.runner",
+    "Column": "sweep.columns",
+    "Measurement": "sweep.columns",
+    "register_measurement": "sweep.columns",
     "write_reports": "report.reports",
     # errors
     "QjaxError": "errors",

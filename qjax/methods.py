@@ -35,7 +35,7 @@ from qjax.rounding.parts.feedback import factorize
 
 METHODS: dict[str, dict[str, str | Callable]] = {
     "transform": {"awq": "qjax.transforms.awq:awq_scale"},
-    "rounding": {"rtn": "qjax.rounding.nearest:rtn", "gptq": "qjax.rounding.gptq:gptq"},
+    "rounding": {"rtn": "qjax.rounding.nearest:rtn", "gptq": "qjax.rounding.gptq:gptq", "hqq": "qjax.rounding.hqq:hqq"},
     "refiner": {"descend": "qjax.refining.descend:descend"},
     "block refiner": {},
     "order": {name: f"qjax.calibrate.order:{name}" for name in ("parallel", "block", "sequential", "qep")},

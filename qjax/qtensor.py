@@ -1,8 +1,9 @@
 """QTensor: a quantized weight as a pytree, and its way back to floating point.
 
     codes   uint8 (bytes, out): codes packed along the input axis (`packing.py`); the weight itself for fp32, bf16, fp16
-    scales  (groups, out) in the format's scale type; flat for block formats; QuantizedScales when doubly quantized; or None
-    zeros   uint8 (groups, bytes): zero points packed along the output axis; or None
+    scales  as the format's codec stores them (`scales.py`): mostly (groups, out), flat for block formats; or None
+    zeros   uint8 (groups, bytes): zero points packed along the output axis; real ones (groups, out), flat for block formats;
+            or None
     format, in_features   static
 
 Every field may carry leading axes (a stack of layers under vmap or scan); no full shape is kept, so none goes stale.
@@ -32,7 +33,7 @@ class QTensor:
     """A quantized (in, out) weight. Build it with a rounding method, or from codes with `from_codes`."""
 
     codes: jax.Array
-    scales: jax.Array | grid.QuantizedScales | None
+    scales: grid.StoredScales | None
     zeros: jax.Array | None
     format: Format
     in_features: int
@@ -57,10 +58,8 @@ class QTensor:
 def from_codes(codes: UInt8[Array, "in out"], parameters: grid.Parameters, fmt: Format) -> QTensor:
     """Packs unpacked codes with the parameters of their groups."""
     zeros = None
-    if parameters.zero is not None:
-        zero = parameters.zero.astype(jnp.uint8)
-        zero = zero.T.reshape(1, -1) if fmt.granularity == "block" else zero
-        zeros = packing.pack(zero.T, fmt.bits).T
+    if fmt.is_affine:
+        zeros = fmt.zero_codec.store(parameters.zero, fmt.bits, fmt.is_flat)
     return QTensor(packing.pack(codes, fmt.bits), parameters.stored, zeros, fmt, codes.shape[0])
 
 
@@ -73,12 +72,9 @@ def unpack_parameters(q: QTensor) -> tuple[Float[Array, "groups channels"], Floa
     """float32 scales and zero points (or None) of shape fmt.parameter_shape(in, out)."""
     shape = q.format.parameter_shape(*q.shape)
     scale = grid.load_scales(q.scales, q.format, shape)
-    if q.zeros is None:
+    if not q.format.is_affine:
         return scale, None
-    flat = q.format.granularity == "block"
-    columns = shape[0] * shape[1] if flat else shape[1]
-    zero = packing.unpack(q.zeros.T, q.format.bits, columns).T.astype(jnp.float32)
-    return scale, zero.reshape(shape[::-1]).T if flat else zero
+    return scale, q.format.zero_codec.load(q.zeros, q.format.bits, shape, q.format.is_flat)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")

@@ -54,10 +54,10 @@ class Recipe:
     transforms: tuple[Stage, ...]
     rounding: Stage
     format: Format
+    order: Stage | None = None
     refiners: tuple[Stage, ...] = ()
     block_refiners: tuple[Stage, ...] = ()
     activation: Activation | None = None
-    order: Stage | None = None
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -237,4 +237,4 @@ def method_name(recipe: Recipe | None) -> str:
     hidden = recipe.transforms and recipe.rounding.name == "rtn"
     named = [stage.name for stage in recipe.stages if not (hidden and stage is recipe.rounding)]
     codebook = not recipe.format.grid.startswith("int")
-    return recipe.format.grid if named == ["rtn"] and codebook else "+".join(named)
+    return recipe.format.grid_name if named == ["rtn"] and codebook else "+".join(named)

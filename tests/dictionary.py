@@ -1,23 +1,30 @@
-"""The columns that results/README.md describes, for tests that find undescribed ones."""
+"""The columns that are described, for tests that find undescribed ones: of cells where the measurements declare them, of other
+rows in results/README.md.
+"""
 
 import re
 from collections.abc import Iterable, Mapping
 
+from qjax.sweep.columns import column_of
 from tests.paths import REPOSITORY
 
 README = REPOSITORY / "results" / "README.md"
+CELLS, LAYERS, OTHERS = "Columns of `rows.jsonl`", "Columns of `layers.jsonl`", "Columns of other rows"
+
+
+def section(heading: str) -> str:
+    """What stands under a heading of results/README.md."""
+    return README.read_text().partition(f"## {heading}\n")[2].partition("\n## ")[0]
 
 
 def described(heading: str) -> set[str]:
-    """Names in backticks in the first cells of the table under a heading; a column of a task is NAME:T, of a speed NAME:H."""
-    section = README.read_text().partition(f"## {heading}\n")[2].partition("\n## ")[0]
-    cells = [line.split(" | ")[0] for line in section.splitlines() if line.startswith("| `")]
+    """Names in backticks in the first cells of the table under a heading."""
+    cells = [line.split(" | ")[0] for line in section(heading).splitlines() if line.startswith("| `")]
     return {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
 
 
 def undescribed(rows: Iterable[Mapping[str, object]], heading: str) -> list[str]:
-    """Columns of the rows that the table under a heading does not have."""
-    known = described(heading)
+    """Columns of the rows that are not described; rows of other kinds have a table of their own."""
+    known = described(OTHERS) if heading == CELLS else described(heading)
     columns = {column for row in rows for column in row}
-    named = {column: {column.partition(":")[0] + suffix for suffix in (":T", ":H")} for column in columns if ":" in column}
-    return sorted(column for column in columns if not named.get(column, {column}) & known)
+    return sorted(column for column in columns if column not in known and not (heading == CELLS and column_of(column)))

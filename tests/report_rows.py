@@ -4,12 +4,18 @@ import itertools
 import math
 
 from qjax.formats import parse_format
+from qjax.sweep.columns import complete
 
 BASELINE = 10.0
 
 
 def measured_row(recipe: str, delta: float = 0.0, stderr: float = 0.01, **changes: object) -> dict[str, object]:
     """A row of `recipe` whose loss is `delta` nats above the unquantized model's perplexity of 10."""
+    return complete(early_row(recipe, delta, stderr, **changes))
+
+
+def early_row(recipe: str, delta: float = 0.0, stderr: float = 0.01, **changes: object) -> dict[str, object]:
+    """The same as rows of earlier versions have it."""
     stages, _, name = recipe.partition("@")[0].rpartition(":")
     fmt = None if recipe == "none" else parse_format(name)
     bits = fmt.bits_per_weight(256, 512) if fmt else 16.0
@@ -67,7 +73,7 @@ def infinite_row() -> dict[str, object]:
 def alone_row(pattern: str, delta: float, stderr: float = 0.001) -> dict[str, object]:
     """A row of one place quantized alone."""
     recipe = f"none; {pattern}=gptq(clip=mse):int3-g128"
-    return measured_row("none", delta) | {"recipe": recipe, "key": recipe, "nll_delta_stderr": stderr}
+    return complete(early_row("none", delta) | {"recipe": recipe, "key": recipe, "nll_delta_stderr": stderr})
 
 
 def calibrated_rows() -> list[dict[str, object]]:

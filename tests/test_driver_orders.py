@@ -158,6 +158,33 @@ def test_batches_do_not_matter(case, monkeypatch):
         np.testing.assert_allclose(leaf, results[1][path], atol=1e-5 * float(jnp.max(jnp.abs(leaf))), err_msg=path)
 
 
+def test_a_chain_of_transforms_sees_what_those_before_it_left(case):
+    """Inputs divided by powers of two near their means have means near 1, so the same transform again finds 1."""
+    found, rules = [], ["attention|mlp/down|head|block_1=none"]
+    for transforms in ((Stage("stretch"),), (Stage("stretch"),) * 2):
+        recipe = Recipe(transforms, Stage("fake"), parse_format("fp32"), Stage("parallel"))
+        quantized, _ = quantize(case.model, recipe, calibration=Calibration(case.tokens), rules=rules)
+        found.append(flatten(quantized.params))
+    for path, leaf in found[0].items():
+        np.testing.assert_array_equal(found[1][path], leaf, err_msg=path)
+    changed = found[0]["block_0/mlp_norm/scale"] / case.leaves["block_0/mlp_norm/scale"]
+    assert float(jnp.max(changed)) > 1 > float(jnp.min(changed))
+
+
+def test_windows_that_fill_up_a_batch_do_not_count(case, monkeypatch):
+    """Five windows in batches of three: the sixth is no text."""
+    monkeypatch.setitem(driver.BATCH_TOKENS, jax.default_backend(), 3 * case.tokens.shape[1])
+    recipe = Recipe((), Stage("fake"), parse_format("fp32"), Stage("parallel"))
+    rules = ["attention|mlp/down|head|block_1=none"]
+    quantized, report = quantize(case.model, recipe, calibration=Calibration(case.tokens), rules=rules)
+    assert {record.tokens for record in report.layers} == {None, case.tokens.size}
+    x = recorder(case.model.config)(case.model.params, case.tokens)["block_0/mlp/up/kernel"]
+    x = np.asarray(x, np.float64)
+    weight = np.asarray(case.leaves["block_0/mlp/up/kernel"], np.float64)
+    expected = shrink(weight, x.T @ x / len(x), np.mean(np.abs(x), axis=0), np)
+    np.testing.assert_allclose(flatten(quantized.params)["block_0/mlp/up/kernel"], expected, atol=3e-5 * np.abs(expected).max())
+
+
 def test_memo_computes_once_per_object():
     calls = []
 

@@ -73,6 +73,7 @@ STATIC = [
     *("int4-g16-sym", "int3-channel-sym-max", "int2-tensor-sym", "int1-g16-sym", "int4-g20", "int4-g64"),
     *("int4-b16", "int4-b20", "int3-b7-sym-max", "int4-g16-dq", "nf4-g16-dq", "nf4-b20"),
     *("nf4-g16", "nf4-channel", "fp4_e2m1-g16", "fp4_bnb-g16", "fp8_e4m3-channel", "fp8_e5m2-tensor"),
+    *("mxfp4", "mxfp8_e5m2", "nvfp4", "int2-g16-sym-full", "int3-g16-z16", "int3-b20-z32"),
 ]
 
 

@@ -18,7 +18,7 @@ SCRIPT = textwrap.dedent(
     import pathlib, sys
     import qjax
     from qjax.evaluate.corpora import Corpus
-    from qjax.sweep.record import peak_rss_bytes
+    from qjax.sweep.measurements.provenance import peak_rss_bytes
 
     model = qjax.load(sys.argv[1])
     text = Corpus("text", ("It was the best of times, it was the worst of times. " * 40,), "0")
@@ -35,7 +35,7 @@ CALIBRATED = textwrap.dedent(
     import sys
     import numpy as np
     import qjax
-    from qjax.sweep.record import peak_rss_bytes
+    from qjax.sweep.measurements.provenance import peak_rss_bytes
 
     model = qjax.load(sys.argv[1])
     tokens = np.random.default_rng(0).integers(0, 256, (64, 32)).astype(np.int32)

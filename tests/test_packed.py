@@ -20,7 +20,7 @@ from qjax.checkpoints.packed import config_from_dict, config_to_dict, load_packe
 from qjax.errors import QjaxError
 from qjax.files import prepare_output_folder, read_json, write_atomically
 from qjax.formats import parse_format
-from qjax.linear import is_quantized
+from qjax.linear import dequantize, is_quantized
 from qjax.models.config import LinearScaling, Llama3Scaling
 from qjax.models.model import apply
 from qjax.models.parameters import flatten, unflatten
@@ -32,6 +32,7 @@ from tests.random_weights import weights_model
 FORMATS = [
     *("int4-g16", "int3-channel", "int2-g12", "int8-tensor-sym", "int1-g16-sym", "int5-g16-bf16", "int4-b16", "int4-b24"),
     *("nf4-g16", "nf4-b16-dq", "nf4-g16-dq", "int4-g16-dq", "fp4_e2m1-g16", "fp8_e4m3-channel", "bf16", "fp16", "fp32"),
+    *("mxfp4", "mxfp8_e5m2_ceil", "nvfp4", "fp4-b24-e4m3", "int2-g12-sym-full", "int3-g16-z16", "int4-b24-z32"),
 ]
 NESTED = (".scales.codes", ".scales.scales", ".scales.offset")
 
@@ -91,6 +92,22 @@ def expect_refusal(folder, *parts):
 
 
 # Round trips
+
+
+def test_a_folder_of_the_first_version_loads():
+    """Written by the qjax whose formats had no codecs yet, with the values and logits that it read from it."""
+    fixtures = Path(__file__).parent / "fixtures"
+    expected = read_json(fixtures / "packed_v1_values.json")
+    model = load(fixtures / "packed_v1")
+    leaves = flatten(model.params)
+    rows = {path: np.asarray(dequantize(leaf))[0] for path, leaf in leaves.items() if is_quantized(leaf)}
+    assert {str(leaves[path].format) for path in rows} == {
+        *("int4-g32", "nf4-g16-dq", "nf4-b16-dq", "int3-channel", "int4-g16-sym-max-bf16", "int2-b24")
+    }
+    assert rows.keys() == expected["rows"].keys()
+    for path, row in rows.items():
+        np.testing.assert_allclose(row, expected["rows"][path], rtol=1e-6)
+    np.testing.assert_allclose(apply(model, jnp.arange(8)[None])[0, -1], expected["logits"], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("fmt", FORMATS)

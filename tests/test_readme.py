@@ -10,7 +10,7 @@ import qjax
 from qjax.errors import QjaxError
 from qjax.methods import added_methods
 from qjax.recipe import parse_recipe
-from qjax.sweep.record import provenance
+from qjax.sweep.measurements.provenance import provenance
 from tests.paths import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text("utf-8")

@@ -1,5 +1,6 @@
 """qjax.report.accuracy and seeds: what handmade rows say."""
 
+import functools
 import math
 
 import numpy as np
@@ -7,16 +8,19 @@ import pytest
 
 from qjax.errors import QjaxError
 from qjax.evaluate.statistics import accuracy_difference
-from qjax.report.accuracy import accuracy_table, divergence_table
+from qjax.report.accuracy import accuracy_table
 from qjax.report.figures import perplexity_figure
+from qjax.report.measured import measured_table
 from qjax.report.rendering import to_markdown
 from qjax.report.seeds import merge_seeds, seeds_of, seeds_table
 from qjax.report.tables import split_tables
 from qjax.report.tradeoff import tradeoff_table
+from qjax.sweep.columns import measurements
 
 from .report_rows import measured_row
 
 WINDOWS = 8
+DIVERGENCE = functools.partial(measured_table, measurements()["divergence"])
 
 
 def row(recipe, value=0.5, delta=0.0, *, stderr=0.01, seed=0, kl=0.1, answers=(0, 1, 0, 1)):
@@ -46,9 +50,9 @@ def test_changes_within_noise_are_marked():
 
 
 def test_divergence_leaves_the_baseline_out():
-    text = to_markdown(divergence_table(ROWS))
+    text = to_markdown(DIVERGENCE(ROWS))
     assert "| none" not in text and "2.00 ± 0.20" in text
-    for table in (accuracy_table, divergence_table, tradeoff_table, seeds_table):
+    for table in (accuracy_table, DIVERGENCE, tradeoff_table, seeds_table):
         with pytest.raises(QjaxError, match="qjax sweep"):
             table([measured_row("none"), measured_row("rtn:int4-g128", 0.1)] if table is not seeds_table else ROWS)
 

@@ -8,7 +8,7 @@ from qjax.report.memory import memory_row, memory_table
 from qjax.report.rendering import to_markdown
 from qjax.report.reports import FIGURES, FOLDER_TABLES, TABLES, figures, tables, write_reports
 from qjax.report.seeds import seeds_table
-from qjax.report.sensitivity import place_of, sensitivity_table
+from qjax.report.sensitivity import sensitivity_table
 from qjax.report.tables import perplexity_table, split_tables
 from qjax.sweep.store import ROWS, append_rows, read_rows
 from tests.report_rows import alone_row, calibrated_rows, measured_row, sweep_rows
@@ -53,8 +53,8 @@ def test_places_quantized_alone():
         alone_row(r"mlp/down", 0.05),
         alone_row("^block_1/", 0.001, 0.002),
     ]
-    assert [place_of(row) and place_of(row)[0] for row in rows] == [None, "block 0", "mlp/down", "block 1"]
-    assert place_of(rows[1])[1] == "gptq(clip=mse):int3-g128"
+    assert [row.get("place") for row in rows] == [None, "block 0", "mlp/down", "block 1"]
+    assert rows[1]["place_recipe"] == "gptq(clip=mse):int3-g128" and rows[1]["block"] == 0 and rows[2]["block"] is None
     assert names(rows) == [f"{STEM}-sensitivity"]
     lines = [line.split(" | ")[1:] for line in to_markdown(sensitivity_table(rows)).splitlines()[4:7]]
     assert [line[0].strip() for line in lines] == ["mlp/down", "block 0", "block 1"]  # the costliest first

@@ -125,7 +125,7 @@ def test_seed_is_a_column_where_it_differs():
     [
         ("convention", "sliding-512-256"),
         ("corpus_fingerprint", "other"),
-        ("model", "toy2"),
+        ("baseline", "toy2"),
         ("fingerprint", "f"),
         ("windows", 4),
     ],

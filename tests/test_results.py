@@ -7,8 +7,11 @@ import pytest
 
 from qjax.report.rendering import to_csv, to_latex, to_markdown
 from qjax.report.reports import figures, tables
+from qjax.report.tables import columns_table
+from qjax.sweep.columns import measurements
 from qjax.sweep.store import LAYERS, ROWS, read_rows
-from tests.dictionary import README, described, undescribed
+from tests.dictionary import CELLS, OTHERS, README, described, section, undescribed
+from tests.dictionary import LAYERS as OF_LAYERS
 
 RESULTS = README.parent
 FOLDERS = sorted(path.parent for path in RESULTS.glob(f"*/{ROWS}"))
@@ -36,9 +39,9 @@ def test_figures_are_those_of_the_rows(folder: Path):
 
 @every_folder
 def test_every_column_is_described(folder: Path):
-    assert undescribed(read_rows(folder / ROWS), f"Columns of `{ROWS}`") == []
+    assert undescribed(read_rows(folder / ROWS), CELLS) == []
     layers = (folder / LAYERS).read_text().splitlines() if (folder / LAYERS).exists() else []
-    assert undescribed(map(json.loads, layers), f"Columns of `{LAYERS}`") == []
+    assert undescribed(map(json.loads, layers), OF_LAYERS) == []
 
 
 def test_every_folder_is_described():
@@ -55,13 +58,22 @@ def test_every_table_is_whole():
     assert [
         line
         for before, line, after in zip(["", *lines], lines, [*lines[1:], ""], strict=False)
-        if line[:1] == "|" and not before and after[:4] != "|---"
+        if line[:1] == "|" and not before and not after.startswith(("|---", "| :-"))
     ] == []
 
 
+def test_the_data_dictionary_is_that_of_the_measurements():
+    table = to_markdown(columns_table()).partition("\n\n")[2]
+    assert table in section(CELLS), f"results/README.md, {CELLS}: expected\n{table}"
+    declared = [column.name for each in measurements().values() for column in each.columns]
+    assert [row["column"] for row in columns_table().rows] == declared and len(declared) == len(set(declared)) > 90
+    assert all(row["type"] and row["meaning"] for row in columns_table().rows)
+
+
 def test_an_undescribed_column_is_found():
-    assert undescribed([{"key": 1, "kex": 2, "accuracy:piqa": 3, "acuracy:piqa": 4}], f"Columns of `{ROWS}`") == [
+    assert undescribed([{"key": 1, "kex": 2, "accuracy:piqa": 3, "acuracy:piqa": 4, "kl:piqa": 5}], CELLS) == [
         "acuracy:piqa",
         "kex",
+        "kl:piqa",
     ]
-    assert "prefill_tokens_per_second:H" in described(f"Columns of `{ROWS}`")
+    assert "clipped" in described(OF_LAYERS) and "speedup" in described(OTHERS)

@@ -17,7 +17,7 @@ from qjax.evaluate.statistics import accuracy_difference
 from qjax.report.reports import write_reports
 from qjax.sweep.runner import Sweep, run_sweep
 from qjax.sweep.store import ROWS, read_rows
-from tests.dictionary import undescribed
+from tests.dictionary import CELLS, LAYERS, undescribed
 
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 8
 CORPUS = Corpus("dickens", (TEXT,), "f1")
@@ -81,8 +81,8 @@ def test_rows_are_flat_and_resume(tiny_model, rows, tmp_path):
 
 
 def test_every_column_is_in_the_data_dictionary(rows):
-    assert undescribed(rows, "Columns of `rows.jsonl`") == []
-    assert undescribed([{"key": "", **dict.fromkeys(LayerRecord._fields)}], "Columns of `layers.jsonl`") == []
+    assert undescribed(rows, CELLS) == []
+    assert undescribed([{"key": "", **dict.fromkeys(LayerRecord._fields)}], LAYERS) == []
 
 
 def test_reports_are_made_from_rows_alone(rows, tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from qjax.errors import QjaxError
+from qjax.sweep.columns import complete
 from qjax.sweep.store import append_row, read_rows
 
 
@@ -13,13 +14,13 @@ def row(key, **changes):
     """The least that a row holds."""
     names = ("recipe", "method", "format", "model", "corpus", "convention", "fingerprint")
     figures = {"bits_per_weight": 4.5, "size_bytes": 10, "tokens": 5, "perplexity": 3.0, "nll": 1.1}
-    return {"key": key} | dict.fromkeys(names, "x") | figures | changes
+    return complete({"key": key} | dict.fromkeys(names, "x") | figures | changes)
 
 
 def test_round_trip_keeps_order_and_values(tmp_path):
     path = tmp_path / "new" / "rows.jsonl"
     assert read_rows(path) == []
-    rows = [row("a", perplexity=1 / 3), row("b", window_nll=[1.0, 2.5], text="é\n", perplexity="inf")]
+    rows = [row("a", perplexity=1 / 3), row("b", window_nll=[1.0, None, "inf"], text="é\n", perplexity="inf")]
     for each in rows:
         append_row(path, each)
     assert read_rows(path) == rows
@@ -44,13 +45,19 @@ def test_every_truncation_of_the_last_row_loses_that_row_only(tmp_path):
         ("not json", "not a JSON object"),
         ("[1]", "not a JSON object"),
         ("[" * 100_000, "not a JSON object"),
-        ("{}", "key, recipe"),
+        ("{}", "key, model, fingerprint, recipe"),
         (json.dumps(row("b", bits_per_weight=None)), "bits_per_weight"),
         (json.dumps(row("b", recipe=3)), "recipe"),
         (json.dumps(row("b", perplexity="abc")), "perplexity"),
         (json.dumps(row("b", windows=None)), "windows"),
         (json.dumps(row("b", seed="x")), "seed"),
         (json.dumps(row("b", window_nll=3.0)), "window_nll"),
+        (json.dumps(row("b", window_nll=[1.0, "x"])), "window_nll"),
+        (json.dumps(row("b", rms_dp=True)), "rms_dp"),
+        (
+            json.dumps(row("b", **{"kl": "many", "answers:piqa": [1, 2.5], "word_perplexity:x": {}})),
+            "kl, answers:piqa, word_p",
+        ),
     ],
 )
 def test_a_damaged_or_foreign_line_is_named(tmp_path, line, named):

@@ -11,7 +11,8 @@ from qjax.checkpoints import huggingface, tensors
 from qjax.checkpoints.huggingface import save_huggingface
 from qjax.checkpoints.load import load
 from qjax.checkpoints.packed import save
-from qjax.driver.decoder import kernel_shapes, placement, quantize
+from qjax.driver.decoder import kernel_shapes, quantize
+from qjax.driver.placement import placement
 from qjax.errors import QjaxError
 from qjax.evaluate.divergence import measure_divergence
 from qjax.evaluate.generate import generate
@@ -22,10 +23,10 @@ from qjax.linear import Linear, is_quantized
 from qjax.maps import Scale
 from qjax.models import model as module
 from qjax.models import walk
+from qjax.models.fingerprint import model_fingerprint
 from qjax.models.model import apply, hidden_batches, runnable
 from qjax.models.parameters import check_parameters, flatten, parameter_shapes, unflatten
 from qjax.qtensor import nbytes
-from qjax.sweep.record import model_fingerprint
 from tests.conftest import FAMILY_CHANGES, byte_tokenizer, tiny_config
 from tests.random_weights import small_model
 

@@ -32,6 +32,7 @@ def rerun(
     data: Annotated[str | None, typer.Option(help="Where the text is, as text:PATH.")] = None,
     calibration: Annotated[str | None, typer.Option(help="Where the calibration text is, as text:PATH.")] = None,
     tasks: Annotated[str | None, typer.Option(help="Where task files are, as NAME:PATH, comma-separated.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="Where the model is that differences are from.")] = None,
 ) -> None:
     """Measure a row's cell once again and compare every column; nothing is written.
 
@@ -48,7 +49,8 @@ def rerun(
     named = split_names(tasks) if tasks else []
     enable_compilation_cache()
     with live_sweep() as watcher:
-        new = measure_again(old, model=model, data=data, calibration=calibration, tasks=named, watcher=watcher)
+        places = {"model": model, "data": data, "calibration": calibration, "tasks": named, "baseline": baseline}
+        new = measure_again(old, **places, watcher=watcher)
     console().print(to_rich(rerun_table(old, new)))
     if unequal(old, new):
         raise typer.Exit(UNEQUAL)
@@ -56,15 +58,29 @@ def rerun(
 
 def compare(
     old: Annotated[Path, typer.Argument(metavar="A", help="A folder with rows.jsonl.")],
-    new: Annotated[Path, typer.Argument(metavar="B", help="The folder that is compared with it.")],
+    new: Annotated[Path | None, typer.Argument(metavar="[B]", help="The folder that is compared with it.")] = None,
     metric: Annotated[str, typer.Option(help="A column of numbers, as nll, kl, size_bytes, accuracy:TASK.")] = "perplexity",
+    baseline: Annotated[
+        str | None,
+        typer.Option(help="Compare every row with this one of A: the start of its key, or its recipe.", metavar="KEY"),
+    ] = None,
 ) -> None:
-    """Rows of two folders that were asked the same, old and new; a difference beyond two of its errors is marked *."""
-    from qjax.report.comparison import comparison_tables
+    """Rows of two folders that were asked the same, old and new, or all rows with one of them; a difference beyond two of its
+    errors is marked *.
+    """
+    from qjax.report.comparison import baseline_table, comparison_tables
     from qjax.report.rendering import to_rich
+    from qjax.sweep.request import find_row
 
-    names = (old.name, new.name) if old.name != new.name else (str(old), str(new))
-    for table in comparison_tables(_read(old), _read(new), names, metric):
+    if (new is None) and baseline is None:
+        raise QjaxError("compare: give a second folder, or --baseline, a row that every other is compared with")
+    before, after = _read(old), [] if new is None else _read(new)
+    if baseline is not None:
+        found = [baseline_table([*before, *after], find_row(before, baseline, str(old)), metric)]
+    else:
+        names = (old.name, new.name) if old.name != new.name else (str(old), str(new))
+        found = comparison_tables(before, after, names, metric)
+    for table in found:
         console().print(to_rich(table))
 
 

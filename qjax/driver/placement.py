@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict
 from qjax.errors import QjaxError
 from qjax.linear import is_quantized
 from qjax.methods import UNQUANTIZED, Stage
+from qjax.models import walk
 from qjax.models.model import Model
 from qjax.recipe import DEFAULT_ORDER, Recipe, parse_order, parse_recipe
 
@@ -91,7 +92,7 @@ def placement(model: Model, recipe: str | Recipe | None, rules: Iterable[str | R
     flat = flatten_dict(model.params, sep="/")
     kernels = [path for path in flat if path.endswith("/kernel")]
     everywhere = recipe is not None and recipe.is_cast
-    placed = place(kernels, recipe, rules, kernels if everywhere else [path for path in kernels if path.startswith("block_")])
+    placed = place(kernels, recipe, rules, kernels if everywhere else list(filter(walk.in_blocks, kernels)))
     again = [path for path, chosen in placed.items() if chosen is not None and is_quantized(flat[path])]
     if again:
         raise QjaxError(

@@ -1,7 +1,7 @@
 """The layout that accelerator kernels read: codes in 32-bit words, their parameters unpacked, made once from a QTensor.
 
     words   int32 (width, units, out)   a unit is `width` words that hold `count` whole codes of consecutive inputs
-    scales  (groups, out) float16, bfloat16 or float32; doubly quantized scales are decoded to float32
+    scales  (groups, out) float16, bfloat16 or float32; scales that are no floats themselves are decoded to float32
     zeros   uint8 (groups, out); or None
 
 A QTensor packs a little-endian bit stream along the input axis, so words are its bytes, four at a time, and nothing is
@@ -26,7 +26,6 @@ from jaxtyping import Array, Float, Int, Int32, PyTree
 from qjax import grid
 from qjax.errors import QjaxError
 from qjax.formats import Format
-from qjax.grid import QuantizedScales
 from qjax.qtensor import QTensor, nbytes, unpack_parameters
 
 
@@ -73,6 +72,8 @@ def refusal(q: QTensor) -> str | None:
     """Why a weight has no such layout, or None."""
     if q.format.is_float:
         return f"{q.format} is a cast and holds no codes"
+    if not q.format.has_whole_zeros:
+        return f"{q.format} has real zero points, kernels read whole ones"
     return uneven(q, unit(q.format.bits)[0], "words")
 
 
@@ -85,7 +86,7 @@ def refusal_int8(weight: KernelWeight) -> str | None:
 def uneven(q: QTensor, count: int, units: str) -> str | None:
     """Why the groups of a weight are not whole units of `count` codes in one output channel, or None."""
     fmt = q.format
-    if fmt.granularity == "block" and q.in_features % fmt.group:
+    if fmt.crosses_columns(q.in_features):
         return f"blocks of {fmt} cross output channels where {fmt.group} does not divide the {q.in_features} inputs"
     if fmt.granularity in ("group", "block") and fmt.group % count and fmt.group < q.in_features:
         return f"groups of {fmt.group} are not whole {units} of {fmt.bits}-bit codes: a multiple of {count} is"
@@ -107,7 +108,8 @@ def prepare(q: QTensor) -> KernelWeight:
     octets = packed.reshape(units, width, 4, -1).transpose(1, 0, 3, 2)
     words = jax.lax.bitcast_convert_type(octets, jnp.int32)
     scale, zero = unpack_parameters(q)
-    dtype = jnp.float32 if isinstance(q.scales, QuantizedScales) else q.scales.dtype
+    dtype = getattr(q.scales, "dtype", jnp.float32)
+    dtype = dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.float32
     columns = q.shape[-1]
     scales = jnp.broadcast_to(scale.astype(dtype), (len(scale), columns))
     zeros = None if zero is None else jnp.broadcast_to(zero.astype(jnp.uint8), scales.shape)

@@ -129,7 +129,7 @@ def _refusal(name: str, dtype: DTypeLike, q: QTensor | KernelWeight, activations
 def refusal_of_int8(q: QTensor | KernelWeight) -> str | None:
     """Why a weight cannot be multiplied with int8 activations in integers, or None."""
     fmt = q.format
-    fits = fmt.grid == "int8" and not fmt.is_affine and fmt.granularity == "channel"
+    fits = fmt.grid == "int8" and fmt.symmetric and fmt.granularity == "channel"
     return None if fits else f"activations={ACTIVATIONS} needs a weight in int8-channel-sym, got {fmt}"
 
 

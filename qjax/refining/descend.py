@@ -8,7 +8,7 @@
 Each step is the exact minimum with everything else held, so no sweep raises the loss: GPTQ's feedback reaches the inputs that
 come later, this reaches those that came before too. The codes' step is the one of QuantEase (Behdin et al. 2023, arXiv
 2309.01885) and is run by the loop of `feedback.py`, with H_ij / H_ii as its feedback and the errors at hand to start from.
-Zero points stay; so do scales that are stored doubly quantized, since one of them cannot be moved alone. H is damped as GPTQ
+Zero points stay; so do scales that are stored so that one of them cannot be moved alone (dq). H is damped as GPTQ
 damps it, and it is the damped loss that falls. Inputs that calibration never moved weigh nothing and are rounded to nearest.
 """
 
@@ -23,7 +23,7 @@ from qjax import grid
 from qjax.errors import QjaxError
 from qjax.formats import Format
 from qjax.qtensor import QTensor, unpack_codes, unpack_parameters
-from qjax.rounding.parts.feedback import Factor, factorize, round_with_feedback, row_grids
+from qjax.rounding.parts.feedback import Factor, coded_by, factorize, round_with_feedback, row_grids
 from qjax.rounding.parts.info import Info, finish
 
 product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -52,7 +52,7 @@ def descend(
         )
     if fmt.is_float:
         raise QjaxError(f"descend: {fmt} is a cast and has no codes to choose")
-    if fmt.granularity == "block" and len(weight) % fmt.group:
+    if fmt.crosses_columns(len(weight)):
         raise QjaxError(
             f"descend: blocks of {fmt} cross output columns where {fmt.group} does not divide the {len(weight)} inputs"
         )
@@ -91,11 +91,11 @@ def _descend(
     others = hessian * (1 - jnp.eye(inputs))
     feedback = _pad(jnp.where(diagonal > 0, others / jnp.where(diagonal > 0, diagonal, 1), 0), panel, both=True)
     padded = _pad(weight, panel)
-    codebook = fmt if fmt.codebook else None
+    coder = coded_by(fmt)
 
     def sweep(state, _):
         codes, errors, parameters = state
-        if not fmt.double_quantized:
+        if fmt.scale_codec.movable:
             errors, parameters = _fit_scales(hessian, codes, errors, parameters, fmt)
         grids, index = row_grids(parameters, fmt, weight.shape)
         index = _pad(index, panel).reshape(-1, panel)
@@ -105,7 +105,7 @@ def _descend(
             return jax.tree.map(lambda x: x[index[number]], grids), None
 
         codes, errors, _, _ = round_with_feedback(
-            padded, feedback, find_grid, codebook, jnp.int32(fmt.largest_code), panel, _pad(errors, panel)
+            padded, feedback, find_grid, coder, jnp.int32(fmt.largest_code), panel, _pad(errors, panel)
         )
         return (codes[:inputs], errors[:inputs], parameters), None
 
@@ -123,6 +123,9 @@ def _fit_scales(hessian, codes, errors, parameters, fmt):
     rows = grid.to_groups(hessian, fmt) if fmt.granularity != "tensor" else hessian[None]  # (groups, size, in)
     start = jnp.arange(count) * size
 
+    codec = fmt.scale_codec
+    common = codec.common_of(parameters.stored)
+
     def fit(errors, group):
         first, rows, values, scale = group
         gain = jnp.sum(values * product(rows, errors), axis=0)
@@ -131,15 +134,15 @@ def _fit_scales(hessian, codes, errors, parameters, fmt):
         if fmt.granularity == "tensor":
             gain, curvature = jnp.sum(gain, keepdims=True), jnp.sum(curvature, keepdims=True)
         best = scale + gain / jnp.where(curvature > 0, curvature, jnp.inf)
-        stored = grid.in_scale_type(best, fmt).astype(jnp.float32)
-        moved = jnp.where(stored > 0, stored, scale)
+        stored = codec.nearest(best, common)
+        moved = jnp.where(stored != 0 if fmt.bound == "full" else stored > 0, stored, scale)
         change = jnp.zeros((size, columns)) + (moved - scale) * values
         longer = jnp.pad(errors, ((0, size), (0, 0)))
         before = jax.lax.dynamic_slice(longer, (first, 0), (size, columns))
         return jax.lax.dynamic_update_slice(longer, before - change, (first, 0))[: len(errors)], moved
 
     errors, scale = jax.lax.scan(fit, errors, (start, rows, values, parameters.scale))
-    return errors, parameters._replace(scale=scale, decoded_scale=scale, stored=grid.store_scales(scale, fmt))
+    return errors, parameters._replace(scale=scale, decoded_scale=scale, stored=grid.store_scales(scale, fmt, common))
 
 
 def _values(codes, parameters, fmt):

@@ -1,37 +1,35 @@
-"""Two folders of results side by side: what was asked alike, old and new, and the difference with its paired error.
+"""Two folders of results side by side: what was asked alike, old and new, and the difference with its paired error; or all rows
+against one of them.
 
-Rows match where model (fingerprint), recipe, text, convention, windows, seed and calibration are the same, and for figures of
-tasks their questions. The difference of
-losses is paired window by window, and of accuracies question by question, where both rows keep these; otherwise the two errors
-are added as if independent, or no error is given.
+Rows match where model (fingerprint), recipe, text, convention, windows, seed and calibration are the same, and what else a
+figure depends on: of tasks their questions, of differences the baseline. The difference of losses is paired window by window,
+and of accuracies question by question, where both rows keep these; otherwise the two errors are added as if independent, or no
+error is given.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from qjax.errors import QjaxError
 from qjax.evaluate.statistics import accuracy_difference, ratio_stderr
-from qjax.report.accuracy import tasks_of
 from qjax.report.numbers import MISSING, loss_change, number, significant, with_error
 from qjax.report.rendering import Column, Row, Table, columns_of
 from qjax.report.tables import NOISE, cells_of, distinctions, is_baseline
+from qjax.sweep.columns import BASELINE, cell_columns, column_of, with_roles
 
-ASKED = (
-    *("fingerprint", "recipe", "corpus_fingerprint", "convention", "windows", "seed"),
-    *("calibration_source", "calibration_windows", "calibration_window_tokens", "order"),
-)
 DEFAULT_METRIC = "perplexity"
 
 
 def match_rows(
-    old: Sequence[Row], new: Sequence[Row], asked: Sequence[str] = ASKED
+    old: Sequence[Row], new: Sequence[Row], asked: Sequence[str] = ()
 ) -> tuple[list[tuple[Row, Row]], list[Row], list[Row]]:
     """(pairs, rows in old only, rows in new only); of rows that were asked the same the last one of a folder counts.
 
-    asked: the columns in which rows match.
+    asked: the columns in which rows match; none: those of the role asked.
     """
+    asked = asked or with_roles("asked")
     before, after = ({_asked(row, asked): row for row in cells_of(rows)} for rows in (old, new))
     pairs = [(row, after[key]) for key, row in before.items() if key in after]
     return (
@@ -45,9 +43,13 @@ def _asked(row: Row, asked: Sequence[str]) -> tuple[str, ...]:
     return tuple("" if key == "seed" and is_baseline(row) else str(row.get(key)) for key in asked)
 
 
-def _of_tasks(metric: str, rows: Sequence[Row]) -> bool:
-    """Whether the metric is of answers to questions."""
-    return metric.startswith("accuracy_mean") or metric.partition(":")[2] in tasks_of(rows)
+def _given(rows: Sequence[Row], metric: str) -> list[str]:
+    """The further asked column that the metric depends on. Raises QjaxError for one that no row has, listing what they have."""
+    metrics = dict.fromkeys(key for row in cells_of(rows) for key, value in row.items() if _is_metric(key, value))
+    if metric not in metrics:
+        raise QjaxError(f"no row has the metric {metric!r}; the rows have {', '.join(metrics)}")
+    declared = column_of(metric)
+    return [declared.given] if declared and declared.given else []
 
 
 def comparison_tables(
@@ -61,18 +63,33 @@ def comparison_tables(
     for name, rows in zip(names, (old, new), strict=True):
         if not cells_of(rows):
             raise QjaxError(f"{name} holds no rows of a sweep to compare; `qjax sweep --out {name}` writes some")
-    metrics = list(dict.fromkeys(key for row in cells_of([*old, *new]) for key, value in row.items() if _is_metric(key, value)))
-    if metric not in metrics:
-        raise QjaxError(f"no row has the metric {metric!r}; the rows have {', '.join(metrics)}")
-    asked = (*ASKED, "tasks") if _of_tasks(metric, [*old, *new]) else ASKED
+    given = _given([*old, *new], metric)
+    asked = [*with_roles("asked"), *given]
     pairs, gone, come = match_rows(old, new, asked)
     groups: dict[tuple, list[tuple[Row, Row]]] = {}
     for pair in pairs:
-        keys = ("model", "corpus", "convention", "windows", "fingerprint", "corpus_fingerprint", *asked[len(ASKED) :])
+        keys = ("model", "corpus", "convention", "windows", "fingerprint", "corpus_fingerprint", *given)
         groups.setdefault(tuple(str(pair[1].get(key)) for key in keys), []).append(pair)
-    tables = [_pairs_table(key, group, names, metric) for key, group in groups.items()]
+    tables = []
+    for key, group in groups.items():
+        title = f"{names[1]} against {names[0]}: {key[0]} on {key[1]} ({key[2]}), {key[3]} windows"
+        tables.append(_pairs_table(title, group, {"old": names[0], "new": names[1]}, metric))
     notes = () if pairs else (_nearest(gone, come, names, asked),)
     return tables + ([_single_table(gone, come, names, notes)] if gone or come else [])
+
+
+def baseline_table(rows: Sequence[Row], baseline: Row, metric: str = DEFAULT_METRIC) -> Table:
+    """Every other row of the baseline's text, convention and windows against it: of whatever model, recipe and seed.
+
+    Raises QjaxError where there is none, and for a metric that no row has.
+    """
+    keys = ["corpus_fingerprint", "convention", "windows", *(key for key in _given(rows, metric) if key != BASELINE)]
+    last = {cell_columns(row): row for row in cells_of(rows)}.values()
+    others = [row for row in last if row is not baseline and all(row.get(key) == baseline.get(key) for key in keys)]
+    if not others:
+        raise QjaxError(f"no other row has the {', '.join(keys)} of row {baseline['key']} ({baseline['recipe']}); measure some")
+    title = f"Against {baseline['recipe']} of {baseline['model']}, {baseline['corpus']} ({baseline['convention']})"
+    return _pairs_table(title, [(baseline, row) for row in others], {"new": ""}, metric)
 
 
 def _nearest(gone: Sequence[Row], come: Sequence[Row], names: tuple[str, str], asked: Sequence[str]) -> str:
@@ -87,10 +104,13 @@ def _nearest(gone: Sequence[Row], come: Sequence[Row], names: tuple[str, str], a
 
 
 def _is_metric(key: str, value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and key not in ASKED and "_stderr" not in key
+    declared = column_of(key)
+    figure = isinstance(value, (int, float)) and not isinstance(value, bool) and "_stderr" not in key
+    return figure and (declared is None or declared.role in ("found", "spent"))
 
 
-def _pairs_table(key: tuple[str, ...], pairs: Sequence[tuple[Row, Row]], names: tuple[str, str], metric: str) -> Table:
+def _pairs_table(title: str, pairs: Sequence[tuple[Row, Row]], shown: Mapping[str, str], metric: str) -> Table:
+    """shown: which of "old" and "new" has a column, with its name."""
     rows = []
     for old, new in pairs:
         error = _difference_error(old, new, metric)
@@ -99,12 +119,10 @@ def _pairs_table(key: tuple[str, ...], pairs: Sequence[tuple[Row, Row]], names: 
     columns = [
         Column("recipe", "recipe", text=True),
         *distinctions(rows),
-        Column("old", f"{metric}\n{names[0]}", _figure),
-        Column("new", f"{metric}\n{names[1]}", _figure),
+        *(Column(key, f"{metric}\n{name}".strip(), _figure) for key, name in shown.items()),
         Column("difference", "difference", _difference, error="difference_stderr"),
     ]
     notes = [f"±: standard error of the difference, paired where both rows keep what it takes. *: beyond {NOISE} of them."]
-    title = f"{names[1]} against {names[0]}: {key[0]} on {key[1]} ({key[2]}), {key[3]} windows"
     return Table(title, columns_of(rows, columns), tuple(rows), tuple(notes))
 
 

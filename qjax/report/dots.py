@@ -117,7 +117,7 @@ def _name(row: Row, shown: Sequence[Row]) -> str:
     recipe = str(row["recipe"]).removesuffix(f":{_common_format(shown)}")
     name = row["place"] + (f": {row['place_recipe']}" if several else "") if "place" in row else recipe
     told = [column.key for column in distinctions(shown, seed=False) if row.get(column.key) is not None]
-    told = [CALIBRATED[key].format(row[key]) for key in told]
+    told = [CALIBRATED.get(key, "{}").format(row[key]) for key in told]
     return ", ".join([*([] if told and _common_recipe(shown) else [name]), *told])
 
 

@@ -7,6 +7,7 @@ line here; the command line prints it, `write_reports` writes it, and the test o
 Rows that are no cells of a sweep (`kind`) reach only the parts of the whole folder.
 """
 
+import functools
 import io
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -15,11 +16,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from qjax.errors import QjaxError
 from qjax.files import write_atomically
-from qjax.report.accuracy import accuracy_table, divergence_table, has_divergence, tasks_of
+from qjax.report.accuracy import accuracy_table, tasks_of
 from qjax.report.dots import dots_figure, has_dots
 from qjax.report.figures import has_lines, perplexity_figure, with_share
 from qjax.report.kernel_figure import has_kernels, kernels_figure
 from qjax.report.kernels import by_device, kernels_table
+from qjax.report.measured import has_measured, measured_table, shown_measurements
 from qjax.report.memory import memory_rows_table
 from qjax.report.paper_shapes import KIND, paper_shapes_table
 from qjax.report.rendering import Row, Table, to_csv, to_latex, to_markdown
@@ -27,9 +29,10 @@ from qjax.report.seeds import seeds_of, seeds_table
 from qjax.report.sensitivity import ordinary, placed_alone, sensitivity_table
 from qjax.report.series import group_series, increase
 from qjax.report.style import PNG_DPI, RC
-from qjax.report.tables import name_orders, perplexity_table, split_tables
+from qjax.report.tables import is_baseline, name_orders, perplexity_table, split_tables
 from qjax.report.tradeoff import has_speed, tradeoff_table
 from qjax.report.widths import has_widths, widths_table
+from qjax.sweep.columns import with_baseline
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,7 +64,6 @@ TABLES = (
     Part("widths", has_widths, widths_table),
     Part("seeds", seeds_of, seeds_table),
     Part("tradeoff", has_speed, tradeoff_table),
-    Part("divergence", has_divergence, divergence_table),
     Part("sensitivity", placed_alone, sensitivity_table),
 )
 FIGURES = (
@@ -69,7 +71,11 @@ FIGURES = (
     Part("increase", lambda rows: has_lines(rows) and any(increase(row) > 0 for row in rows), _lines("increase")),
     Part("share", lambda rows: has_lines(rows) and len(group_series(with_share(rows))) > 1, _lines("share")),
     Part("accuracy", lambda rows: has_lines(rows) and tasks_of(rows), _lines("accuracy")),
-    Part("divergence", lambda rows: has_lines(rows) and has_divergence(rows), _lines("divergence")),
+    Part(
+        "divergence",
+        lambda rows: has_lines(rows) and any("kl" in row and not is_baseline(row) for row in rows),
+        _lines("divergence"),
+    ),
     Part("recipes", has_dots, dots_figure),
 )
 FOLDER_TABLES = (
@@ -80,11 +86,20 @@ FOLDER_TABLES = (
 FOLDER_FIGURES = (Part("kernels", has_kernels, kernels_figure, by_device),)
 
 
+def table_parts() -> list[Part]:
+    """The tables of a group: those of `TABLES`, and one for each measurement that declares what it shows."""
+    measured = [
+        Part(each.name, functools.partial(has_measured, each), functools.partial(measured_table, each))
+        for each in shown_measurements()
+    ]
+    return [*TABLES, *measured]
+
+
 def tables(rows: Sequence[Row]) -> list[tuple[str, Table]]:
     """(file name without suffix, table) of everything the rows fill; raises QjaxError when there are no rows."""
     if not rows:
         raise QjaxError("a report needs rows, got none; `qjax sweep` measures some")
-    found = [(name, part.make(group)) for name, part, group in _parts(rows, TABLES)]
+    found = [(name, part.make(group)) for name, part, group in _parts(rows, table_parts())]
     found += [(name, part.make(group)) for name, part, group in _folder_parts(rows, FOLDER_TABLES)]
     if not found:
         kinds = ", ".join(dict.fromkeys(str(row.get("kind")) for row in rows))
@@ -154,8 +169,8 @@ def _parts(rows: Sequence[Row], parts: Sequence[Part]) -> Iterator[tuple[str, Pa
 
 def report_names(groups: Sequence[Sequence[Row]]) -> list[str]:
     """File names, without suffix, by model, text and convention; what tells two of the same name apart is appended."""
-    names = [_slug("model", "corpus", "convention", row=group[0]) for group in groups]
-    for keys in (("fingerprint", "corpus_fingerprint", "windows", "tasks"), ("device",), ("compute_dtype",)):
+    names = [_slug("baseline", "corpus", "convention", row=group[0]) for group in groups]
+    for keys in (("baseline_fingerprint", "corpus_fingerprint", "windows", "tasks"), ("device",), ("compute_dtype",)):
         details = [_slug(*keys, row=group[0]) for group in groups]
         pairs = list(zip(names, details, strict=True))
         telling = {name for name, _ in pairs if len({more for other, more in pairs if other == name}) > 1}
@@ -164,4 +179,5 @@ def report_names(groups: Sequence[Sequence[Row]]) -> list[str]:
 
 
 def _slug(*keys: str, row: Row) -> str:
+    row = with_baseline(row)
     return "-".join(re.sub(r"[^A-Za-z0-9._]+", "-", str(row.get(key))).strip("-.") for key in keys)

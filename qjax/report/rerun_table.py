@@ -7,24 +7,12 @@ import numpy as np
 
 from qjax.report.rendering import Column, Row, Table
 from qjax.report.tables import describe
+from qjax.sweep.columns import VARYING, column_of, with_roles
 
-# Columns that another run may change though nothing is wrong: clocks and memory, and where and by what a row was made.
-CIRCUMSTANCES = ("device", "versions", "code", "compute_dtype")
-# What was asked for, which fingerprints guarantee: shown only where it differs.
-ASKED = frozenset(
-    (
-        *CIRCUMSTANCES, "key", "time", "model", "recipe", "method", "options", "format", "bits", "corpus", "seed",
-        "fingerprint", "corpus_fingerprint", "max_windows", "order", "calibration", "calibration_source",
-        "calibration_fingerprint", "calibration_windows", "calibration_window_tokens", "tasks", "convention",
-    )
-)  # fmt: skip
-UNSTABLE = frozenset(
-    (
-        *CIRCUMSTANCES, "key", "time", "seconds_quantize", "seconds_evaluate", "seconds_task", "tokens_per_second",
-        "peak_rss_bytes", "prefill_tokens_per_second", "decode_tokens_per_second", "first_token_seconds", "running_bytes",
-        "peak_bytes",
-    )
-)  # fmt: skip
+
+def _circumstances() -> list[str]:
+    """Where and by what a row was made, which another run may change though nothing is wrong."""
+    return [name for name in with_roles("machine", "made") if name not in ("key", "time")]
 
 
 def unequal(old: Row, new: Row) -> list[str]:
@@ -35,7 +23,8 @@ def unequal(old: Row, new: Row) -> list[str]:
 def rerun_table(old: Row, new: Row) -> Table:
     """Every measured column, old and new; the notes name what differs and where circumstances do."""
     differing = set(unequal(old, new))
-    names = [name for name in dict.fromkeys([*old, *new]) if name in differing or name not in ASKED]
+    told = {*with_roles("asked", "named", "told", "machine", "made")}  # fingerprints guarantee it: shown only where it differs
+    names = [name for name in dict.fromkeys([*old, *new]) if name in differing or name not in told]
     rows = [
         {"column": name, "old": _text(old, name), "new": _text(new, name, old), "equal": _verdict(name, old, new, differing)}
         for name in names
@@ -47,13 +36,13 @@ def rerun_table(old: Row, new: Row) -> Table:
         Column("equal", "equal?", text=True),
     )
     notes = [f"Different: {', '.join(sorted(differing))}." if differing else "All columns that should be equal are equal."]
-    changed = [name for name in CIRCUMSTANCES if old.get(name) != new.get(name)]
+    changed = [name for name in _circumstances() if old.get(name) != new.get(name)]
     notes += [f"{name}: {_change(str(old.get(name)), str(new.get(name)))}." for name in changed]
     return Table(f"{old['recipe']} measured again, {describe(old)}, key {old['key']}", columns, tuple(rows), tuple(notes))
 
 
 def _is_stable(name: str) -> bool:
-    return name.partition(":")[0] not in UNSTABLE
+    return (column := column_of(name)) is None or column.role not in VARYING
 
 
 def _equal(one: object, other: object) -> bool:

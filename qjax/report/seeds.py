@@ -1,10 +1,9 @@
-"""Several seeds of one recipe as one line: mean change from the unquantized model, and how much of its error is the seeds'.
+"""Several seeds of one recipe as one line: mean change from the baseline, and how much of its error is the seeds'.
 
 The change is averaged over seeds window by window and question by question; its error adds what windows (or questions) and what
 seeds contribute (`evaluate/statistics.py`).
 """
 
-import json
 import math
 from collections.abc import Sequence
 
@@ -15,16 +14,18 @@ from qjax.evaluate.statistics import accuracy_difference, aggregate_seeds
 from qjax.report.accuracy import tasks_of
 from qjax.report.numbers import ERRORS, loss_change, number, reach_of, significant, with_error
 from qjax.report.rendering import Column, Row, Table, columns_of, decimals
-from qjax.report.tables import MEASURED, describe, distinctions, in_order, is_baseline, require_one_group
+from qjax.report.tables import baseline_name, describe, distinctions, in_order, is_baseline, require_one_group
+from qjax.sweep.columns import cell_columns
 
 KEPT = (
-    *("recipe", "method", "format", "model", "corpus", "convention", "bits_per_weight", "size_bytes"),
+    *("recipe", "method", "format", "model", "fingerprint", "baseline", "baseline_fingerprint", "corpus", "convention"),
+    *("bits_per_weight", "size_bytes"),
     *("calibration", "calibration_windows", "calibration_window_tokens", "place", "place_recipe"),
 )
 
 
 def seeds_of(rows: Sequence[Row]) -> list[list[Row]]:
-    """Rows that differ in their seed and what it drew alone, of quantized models with more than one seed.
+    """Rows that differ in their seed and what it drew alone, of other models than the baseline with more than one seed.
 
     Recipes that draw nothing give the same figures under every seed: these are no samples and are left out.
     """
@@ -39,9 +40,8 @@ def _by_recipe(rows: Sequence[Row]) -> list[list[Row]]:
     groups: dict[str, list[Row]] = {}
     for row in rows:
         drawn = {"seed", *(["calibration_fingerprint"] if row.get("calibration_source") else [])}
-        same = {key: value for key, value in row.items() if key not in MEASURED | drawn and ":" not in key}
         if not is_baseline(row) and "window_nll" in row:
-            groups.setdefault(json.dumps(same, sort_keys=True), []).append(row)
+            groups.setdefault(cell_columns(row, without=drawn), []).append(row)
     return list(groups.values())
 
 
@@ -117,7 +117,7 @@ def seeds_table(rows: Sequence[Row]) -> Table:
     notes = (
         "±: standard error of the mean over seeds, of windows (questions) and seeds together; of one seed, of windows alone.",
         "Between seeds: standard deviation.",
-        f"≈: within {ERRORS} standard errors of the unquantized model (of few seeds more, by Student's t).",
+        f"≈: within {ERRORS} standard errors of {baseline_name(rows[0])} (of few seeds more, by Student's t).",
     )
     return Table(f"Seeds together, {describe(rows[0])}", columns_of(merged, columns), tuple(merged), notes)
 

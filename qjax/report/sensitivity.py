@@ -1,18 +1,16 @@
-"""What each place of a model costs when it alone is quantized: rows of the recipe `none` with one rule.
+"""What each place of a model costs when it alone is quantized: rows with a column `place`.
 
-A place is a block, a kind of linear layer, or whatever else the rule's pattern names.
+A place is a block, a kind of linear layer, or whatever else the pattern of the only rule names.
 """
 
-import re
 from collections.abc import Sequence
 
-from qjax.driver.placement import parse_rule
 from qjax.errors import QjaxError
-from qjax.recipe import UNQUANTIZED
 from qjax.report.numbers import number
 from qjax.report.rendering import Column, Row, Table, columns_of, digits
 from qjax.report.tables import (
     NOISE,
+    baseline_name,
     change_of_perplexity,
     describe,
     distinctions,
@@ -25,23 +23,12 @@ from qjax.report.tables import (
 WHOLE = "whole model"
 
 
-def place_of(row: Row) -> tuple[str, str] | None:
-    """("block 3", "rtn:int3-g128") of "none; ^block_3/=rtn:int3-g128"; None for rows of another recipe."""
-    recipe, *rules = str(row["recipe"]).split("; ")
-    if recipe != UNQUANTIZED or len(rules) != 1:
-        return None
-    pattern, placed = parse_rule(rules[0])[:2]
-    block = re.fullmatch(r"\^block_(\d+)/", pattern)
-    return f"block {block.group(1)}" if block else pattern.strip("/"), str(placed)
-
-
 def placed_alone(rows: Sequence[Row]) -> list[Row]:
-    """The rows of one place quantized alone, recipe by recipe, with columns `place` and `place_recipe`.
+    """The rows of one place quantized alone (those with columns `place` and `place_recipe`), recipe by recipe.
 
     Beside them stands what their recipe costs in the whole model, where that was measured.
     """
-    places = [(row, place_of(row)) for row in rows]
-    found = [{**row, "place": place[0], "place_recipe": place[1]} for row, place in places if place]
+    found = [row for row in rows if "place" in row]
     recipes = {row["place_recipe"] for row in found}
     found += [{**row, "place": WHOLE, "place_recipe": row["recipe"]} for row in rows if row["recipe"] in recipes]
     return sorted(found, key=lambda row: row["place_recipe"])
@@ -49,7 +36,7 @@ def placed_alone(rows: Sequence[Row]) -> list[Row]:
 
 def ordinary(rows: Sequence[Row]) -> list[Row]:
     """The other rows; none where the unquantized model alone is left."""
-    left = [row for row in rows if not place_of(row)]
+    left = [row for row in rows if "place" not in row]
     return left if len(left) == len(rows) or not all(map(is_baseline, left)) else []
 
 
@@ -71,7 +58,8 @@ def sensitivity_table(rows: Sequence[Row]) -> Table:
         Column("perplexity_ratio", "change\n(%)", change_of_perplexity, error="perplexity_ratio_stderr"),
         Column("output_error", "output\nerror", digits(2), rank=1),
     ]
-    notes = ["One place is quantized at a time. ±: standard error of the paired difference from the unquantized model."]
+    baseline = baseline_name(found[0])
+    notes = [f"One place is quantized at a time. ±: standard error of the paired difference from {baseline}."]
     if any(within_noise(row) for row in found):
-        notes.append(f"≈: within {NOISE} such standard errors of the unquantized model.")
+        notes.append(f"≈: within {NOISE} such standard errors of {baseline}.")
     return Table(f"Sensitivity of {describe(found[0])}", columns_of(found, columns), tuple(found), tuple(notes))

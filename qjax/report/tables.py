@@ -1,9 +1,9 @@
-"""The tables qjax prints and writes, as functions of rows (flat dicts, one per measured cell; `sweep/record.py` makes them).
+"""The tables qjax prints and writes, as functions of rows (flat dicts, one per measured cell; `sweep/columns.py` says what
+they hold).
 
-Rows of different models, texts, conventions or devices are never put in one table: `split_tables` groups them.
+Rows of different baselines, texts, conventions or devices are never put in one table: `split_tables` groups them.
 """
 
-import json
 from collections.abc import Iterable, Sequence
 
 from qjax.errors import QjaxError
@@ -11,41 +11,22 @@ from qjax.formats import format_table
 from qjax.methods import UNQUANTIZED, method_table
 from qjax.report.numbers import MISSING, byte_unit, fixed, number, with_error
 from qjax.report.rendering import Column, Row, Table, columns_of, decimals, digits, to_csv, to_latex, to_markdown, to_rich
+from qjax.sweep.columns import BASELINE, cell_columns, data_dictionary, is_baseline, with_baseline
 
 __all__ = [
     "Column", "Row", "Table", "formats_table", "layers_table", "perplexity_table", "recipes_table", "split_tables",
     "to_csv", "to_latex", "to_markdown", "to_rich",
 ]  # fmt: skip
 
-GROUP_KEYS = (
-    *("model", "fingerprint", "corpus", "corpus_fingerprint", "convention", "windows", "tasks"),
+GROUP_KEYS = (  # rows of one table have these in common; the model is that which differences are from
+    *("baseline", "baseline_fingerprint", "corpus", "corpus_fingerprint", "convention", "windows", "tasks"),
     *("compute_dtype", "device"),
 )
-# What a measurement gives and by what it was made, as do columns of a task (COLUMN:TASK); all other keys say what was measured.
-# `windows` says how many were measured, whatever limit was asked for.
-MEASURED = frozenset(
-    (
-        "key", "time", "versions", "code", "max_windows",
-        "bits_per_weight", "model_bits_per_weight", "size_bytes", "weight_error", "output_error", "damp",
-        "perplexity", "perplexity_stderr", "perplexity_ratio", "perplexity_ratio_stderr",
-        "nll", "nll_stderr", "nll_delta", "nll_delta_stderr", "nll_delta_low", "nll_delta_high",
-        "bits_per_byte", "tokens", "window_nll", "window_tokens",
-        "seconds_quantize", "seconds_evaluate", "tokens_per_second", "peak_rss_bytes",
-        "accuracy_mean", "accuracy_mean_stderr", "accuracy_mean_delta", "accuracy_mean_delta_stderr",
-        "speed_prompt_tokens", "speed_new_tokens", "speed_batch",
-        "kl", "kl_stderr", "kl_median", "kl_p99", "top1_agreement", "top1_agreement_stderr", "rms_dp", "rms_dp_stderr",
-    )
-)  # fmt: skip
-NOISE = 2  # paired standard errors within which a difference from the unquantized model counts as none
-
-
-def is_baseline(row: Row) -> bool:
-    """Whether the row is the unquantized model's."""
-    return row["recipe"] == UNQUANTIZED
+NOISE = 2  # paired standard errors within which a difference from the baseline counts as none
 
 
 def within_noise(row: Row) -> bool:
-    """Whether a quantized model's loss differs from the unquantized one's by less than two paired standard errors."""
+    """Whether a model's loss differs from the baseline's by less than two paired standard errors."""
     return not is_baseline(row) and abs(number(row, "nll_delta")) < NOISE * number(row, "nll_delta_stderr")
 
 
@@ -61,28 +42,22 @@ def split_tables(rows: Iterable[Row]) -> list[list[Row]]:
     """
     groups: dict[tuple, dict[str, Row]] = {}
     for row in cells_of(rows):
-        groups.setdefault(_group(row), {})[identity_of(row)] = row
+        groups.setdefault(_group(row), {})[cell_columns(row)] = row
     return [list(group.values()) for group in groups.values()]
-
-
-def identity_of(row: Row) -> str:
-    """What the row measured and on what device; rows of equal identity measured the same thing, the last one counts."""
-    measured = MEASURED | {"seed"} if is_baseline(row) else MEASURED  # no seed changes the unquantized model
-    return json.dumps({key: value for key, value in row.items() if key not in measured and ":" not in key}, sort_keys=True)
 
 
 def require_one_group(rows: Sequence[Row]) -> None:
     """Raises QjaxError for no rows, and for rows of different models, texts or conventions; the message lists the values."""
     if not rows:
         raise QjaxError("a table or figure needs rows, got none; `qjax sweep` measures some")
-    mixed = {key: list(dict.fromkeys(str(row.get(key)) for row in rows)) for key in GROUP_KEYS}
+    mixed = {key: list(dict.fromkeys(values)) for key, *values in zip(GROUP_KEYS, *map(_group, rows), strict=True)}
     mixed = [f"{key} {', '.join(values)}" for key, values in mixed.items() if len(values) > 1]
     if mixed:
         raise QjaxError(f"rows that cannot be compared in one table: {'; '.join(mixed)}; group them with split_tables")
 
 
 def in_order(rows: Iterable[Row]) -> list[Row]:
-    """Unquantized first, then by descending bits per weight, recipe and seed."""
+    """The baseline first, then by descending bits per weight, recipe and seed."""
     return sorted(
         rows,
         key=lambda row: (
@@ -98,22 +73,19 @@ def name_orders(rows: Sequence[Row]) -> list[Row]:
     """The rows, the default order of calibration named too (gptq:int3-g128@qep) where others of the same recipe are."""
     orders: dict[str, set[object]] = {}
     for row in rows:
-        orders.setdefault(_without_order(row), set()).add(row.get("order"))
-    return [_named(row) if len(orders[_without_order(row)]) > 1 else row for row in rows]
+        orders.setdefault(_named(row, None), set()).add(row.get("order"))
+    return [{**row, "recipe": _named(row, row.get("order"))} if len(orders[_named(row, None)]) > 1 else row for row in rows]
 
 
-def _without_order(row: Row) -> str:
-    recipe, _, rules = str(row["recipe"]).partition("; ")
-    return f"{recipe.partition('@')[0]}; {rules}"
-
-
-def _named(row: Row) -> Row:
-    recipe, rule, rules = str(row["recipe"]).partition("; ")
-    order = f"@{row['order']}" if row.get("order") and "@" not in recipe else ""
-    return {**row, "recipe": recipe + order + rule + rules}
+def _named(row: Row, order: object) -> str:
+    """The recipe and its rules with an order, or none; a row of a method that is not known here keeps its name."""
+    if "recipe_alone" not in row:
+        return str(row["recipe"])
+    return "; ".join([f"{row['recipe_alone']}@{order}" if order else row["recipe_alone"], *row["rules"]])
 
 
 DISTINCTIONS = (  # columns beside the recipe that are shown where they tell rows apart
+    Column("model", "model", text=True),
     Column("calibration", "calibration\ntext", text=True),
     Column("calibration_windows", "calibration\nwindows"),
     Column("calibration_window_tokens", "tokens\na window"),
@@ -129,7 +101,19 @@ def distinctions(rows: Sequence[Row], *, seed: bool = True) -> list[Column]:
 
 def describe(row: Row) -> str:
     """Model, text and convention of a row, as a title."""
-    return f"{row['model']} on {row['corpus']} ({row['convention']})"
+    return f"{model_of(row)} on {row['corpus']} ({row['convention']})"
+
+
+def model_of(row: Row) -> object:
+    """The model that a table is about: the one that differences are from."""
+    return row.get("baseline", row["model"])
+
+
+def baseline_name(row: Row) -> str:
+    """What a row's differences are from, in words."""
+    row = with_baseline(row)
+    own = row[BASELINE] == row.get("fingerprint") and row["model_recipe"] == UNQUANTIZED
+    return "the unquantized model" if own else str(row["baseline"])
 
 
 def perplexity_table(rows: Sequence[Row]) -> Table:
@@ -155,9 +139,10 @@ def perplexity_table(rows: Sequence[Row]) -> Table:
     ]
     first = rows[0]
     counts = [f"{first[key]:,} {key}" for key in ("windows", "tokens") if key in first]
-    notes = ["±: standard error over windows; of the change, of the difference from the unquantized model window by window."]
+    baseline = baseline_name(first)
+    notes = [f"±: standard error over windows; of the change, of the difference from {baseline} window by window."]
     if any(within_noise(row) for row in rows):
-        notes.append(f"≈: within {NOISE} such standard errors of the unquantized model.")
+        notes.append(f"≈: within {NOISE} such standard errors of {baseline}.")
     devices = sorted({str(row["device"]) for row in rows if "device" in row})
     notes += [f"Measured on {' and '.join(devices)}."] if devices else []
     title = ", ".join([f"Perplexity of {describe(first)}", *counts])
@@ -184,6 +169,19 @@ def recipes_table() -> Table:
         "The order says whose inputs calibration sees.",
     )
     return Table("Methods", columns, tuple(method_table()), notes)
+
+
+def columns_table() -> Table:
+    """Every column of rows, by measurement: the data dictionary."""
+    columns = (
+        Column("measurement", "measurement", text=True, rank=1),
+        Column("column", "column", lambda row, key: f"`{row[key]}`", text=True),
+        *(Column(key, key, text=True) for key in ("type", "unit", "meaning")),
+    )
+    notes = (
+        "A column NAME:PART stands for one of every PART. `qjax sweep --measure` takes the measurements that are not implied.",
+    )
+    return Table("Columns of rows", columns, tuple(data_dictionary()), notes)
 
 
 def layers_table(layers: Iterable[tuple]) -> Table:
@@ -218,7 +216,7 @@ def perplexity_text(row: Row, key: str) -> str:
 
 
 def change_of_perplexity(row: Row, key: str) -> str:
-    """A column's format: change from the unquantized model, percent, with its paired standard error; ≈ within noise."""
+    """A column's format: change from the baseline, percent, with its paired standard error; ≈ within noise."""
     if is_baseline(row):
         return MISSING
     change, error = 100 * (number(row, key) - 1), 100 * number(row, "perplexity_ratio_stderr")
@@ -226,4 +224,5 @@ def change_of_perplexity(row: Row, key: str) -> str:
 
 
 def _group(row: Row) -> tuple[str, ...]:
+    row = with_baseline(row)
     return tuple(str(row.get(key)) for key in GROUP_KEYS)

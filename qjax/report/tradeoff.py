@@ -6,7 +6,15 @@ from qjax.errors import QjaxError
 from qjax.report.accuracy import mean_change
 from qjax.report.numbers import byte_unit, fixed, number
 from qjax.report.rendering import Column, Row, Table, columns_of, decimals
-from qjax.report.tables import change_of_perplexity, distinctions, in_order, is_baseline, require_one_group
+from qjax.report.tables import (
+    baseline_name,
+    change_of_perplexity,
+    distinctions,
+    in_order,
+    is_baseline,
+    model_of,
+    require_one_group,
+)
 
 HELD = ("dense", "packed")  # how the weights are held while running
 
@@ -55,10 +63,10 @@ def tradeoff_table(rows: Sequence[Row]) -> Table:
     notes = [
         "Dense: kernels decoded to the compute type before running; packed: decoded at each use. "
         "Peak: weights, cache and working memory as planned by XLA.",
-        "Times smaller: than the unquantized model as it is stored.",
+        f"Times smaller: than {baseline_name(first)} as it is stored.",
         f"Timed on {timed.get('device')}, batch 1, prompt of {timed['speed_prompt_tokens']} tokens.",
     ]
-    title = f"Trade-off of {first['model']}, perplexity on {first['corpus']} ({first['convention']})"
+    title = f"Trade-off of {model_of(first)}, perplexity on {first['corpus']} ({first['convention']})"
     return Table(title, columns_of(rows, columns), tuple(rows), tuple(notes))
 
 

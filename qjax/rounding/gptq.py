@@ -28,7 +28,7 @@ from qjax.errors import QjaxError
 from qjax.formats import Format, parse_format
 from qjax.qtensor import QTensor
 from qjax.rounding.nearest import Clip, check_clip, check_shapes
-from qjax.rounding.parts.feedback import Factor, factorize, round_with_feedback, row_grid, row_grids
+from qjax.rounding.parts.feedback import Factor, coded_by, factorize, round_with_feedback, row_grid, row_grids
 from qjax.rounding.parts.info import Info, finish
 from qjax.rounding.parts.ranges import search_shrink
 
@@ -66,11 +66,11 @@ def gptq(
     factor = factorize(hessian, damp=damp, act_order=act_order) if factor is None else factor
     weight = weight.astype(jnp.float32)
     largest = jnp.int32(fmt.largest_code)  # traced, so that one compiled loop serves every number of bits
-    codebook = fmt if fmt.codebook else None
+    coder = coded_by(fmt)
     if static_groups:
         parameters = _find_grids(weight, factor, fmt, clip)
         grids = row_grids(parameters, fmt, weight.shape)
-        rounded = _round_static(weight, factor, grids, codebook, largest, panel)
+        rounded = _round_static(weight, factor, grids, coder, largest, panel)
     else:
         parameters, rounded = _round_dynamic(weight, factor, fmt, clip, largest)
     damped_loss = jnp.sum(_costs(factor) * rounded.losses)
@@ -90,11 +90,11 @@ def _check_dynamic(fmt: Format, inputs: int, act_order: bool) -> None:
         raise QjaxError(
             "gptq: static_groups=false with act_order=true would need a permutation in the file; turn one of them off"
         )
-    if fmt.double_quantized:
+    if fmt.scale_codec.together:
         raise QjaxError(
-            f"gptq: static_groups=false cannot go with {fmt}: dq quantizes all scales together, before the first code"
+            f"gptq: static_groups=false cannot go with {fmt}: {fmt.scales} quantizes all scales together, before the first code"
         )
-    if fmt.granularity == "block" and inputs % fmt.group:
+    if fmt.crosses_columns(inputs):
         raise QjaxError(f"gptq: static_groups=false cannot go with {fmt} on {inputs} inputs: its blocks span output columns")
 
 
@@ -106,8 +106,7 @@ def _find_grids(weight: Float[Array, "in out"], factor: Factor, fmt: Format, cli
     present = grid.padding_mask(groups, weight.size)
     importance = present
     if clip == "hessian":
-        crosses = fmt.granularity == "block" and len(weight) % fmt.group
-        columns = weight.shape[1] if crosses else 1
+        columns = weight.shape[1] if fmt.crosses_columns(len(weight)) else 1
         importance = grid.to_groups(jnp.broadcast_to(_costs(factor)[:, None], (len(weight), columns)), fmt)
     return grid.find_parameters(groups, fmt, search_shrink(groups, importance, fmt))
 
@@ -117,8 +116,8 @@ def _costs(factor: Factor) -> Float[Array, " in"]:
     return jnp.zeros(len(factor.order)).at[factor.order].set(jnp.square(factor.pivots))
 
 
-@functools.partial(jax.jit, static_argnames=("codebook", "panel"))
-def _round_static(weight, factor, grids, codebook, largest, panel) -> _Rounded:
+@functools.partial(jax.jit, static_argnames=("coder", "panel"))
+def _round_static(weight, factor, grids, coder, largest, panel) -> _Rounded:
     grids, index = grids
     panel = min(panel, len(weight))
     index = jnp.pad(index[factor.order], (0, -len(weight) % panel)).reshape(-1, panel)
@@ -127,7 +126,7 @@ def _round_static(weight, factor, grids, codebook, largest, panel) -> _Rounded:
         del updated
         return jax.tree.map(lambda x: x[index[number]], grids), None
 
-    rounded, _ = _round(weight, factor, find_grid, codebook, largest, panel)
+    rounded, _ = _round(weight, factor, find_grid, coder, largest, panel)
     return rounded
 
 
@@ -136,9 +135,7 @@ def _round_dynamic(weight, factor, fmt, clip, largest) -> tuple[grid.Parameters,
     """Every group's grid is found when the group is reached, on weights with all earlier feedback."""
     if fmt.granularity in ("tensor", "channel"):  # one group: nothing comes before it
         parameters = _find_grids(weight, factor, fmt, clip)
-        return parameters, _round_static(
-            weight, factor, row_grids(parameters, fmt, weight.shape), fmt if fmt.codebook else None, largest, 128
-        )
+        return parameters, _round_static(weight, factor, row_grids(parameters, fmt, weight.shape), coded_by(fmt), largest, 128)
     size = min(fmt.group, len(weight))
     pivots = jnp.pad(jnp.square(factor.pivots), (0, -len(weight) % size)).reshape(-1, 1, size, 1)
     one_group = Format(**{**vars(fmt), "granularity": "group"})
@@ -150,18 +147,18 @@ def _round_dynamic(weight, factor, fmt, clip, largest) -> tuple[grid.Parameters,
         parameters = grid.find_parameters(group, one_group, shrink)
         return row_grid(parameters, fmt), (parameters.scale, parameters.zero)
 
-    rounded, (scale, zero) = _round(weight, factor, find_grid, fmt if fmt.codebook else None, largest, size)
+    rounded, (scale, zero) = _round(weight, factor, find_grid, coded_by(fmt), largest, size)
     scale = scale.reshape(-1, scale.shape[-1])
     zero = None if zero is None else zero.reshape(scale.shape)
     return grid.Parameters(scale, scale, zero, grid.store_scales(scale, fmt)), rounded
 
 
-def _round(weight, factor, find_grid, codebook, largest, panel):
+def _round(weight, factor, find_grid, coder, largest, panel):
     """Permutes, pads to whole panels, rounds and undoes both."""
     rows = len(weight)
     padding = -rows % panel
     permuted = jnp.pad(weight[factor.order], ((0, padding), (0, 0)))
     feedback = jnp.pad(factor.feedback, ((0, padding), (0, padding)))
-    codes, errors, losses, kept = round_with_feedback(permuted, feedback, find_grid, codebook, largest, panel)
+    codes, errors, losses, kept = round_with_feedback(permuted, feedback, find_grid, coder, largest, panel)
     back = jnp.argsort(factor.order)
     return _Rounded(codes[:rows][back], errors[:rows][back], losses[:rows][back]), kept

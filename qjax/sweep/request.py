@@ -4,20 +4,18 @@ Paths are no part of a row, which holds a text's file name and a model's name; f
 a name is what was measured. Calibration windows are drawn by the sweep's seed.
 """
 
-import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from qjax.errors import QjaxError
-from qjax.report.tables import identity_of
 from qjax.sweep.cells import canonical
+from qjax.sweep.columns import Row, cell_columns, complete, recipe_without_rules
 
-Row = Mapping[str, object]
 NEEDED = ("model", "fingerprint", "recipe", "corpus", "corpus_fingerprint", "convention", "seed")
 
 
-@dataclasses.dataclass(frozen=True)
-class AskedTask:
+class AskedTask(NamedTuple):
     """A task by name, its number of questions and the start of their fingerprint."""
 
     name: str
@@ -28,24 +26,25 @@ class AskedTask:
         return f"{self.name}({self.questions},{self.fingerprint})"
 
 
-@dataclasses.dataclass(frozen=True)
-class AskedCalibration:
-    """A calibration text by name, how many windows of how many tokens were drawn, and the fingerprint of these tokens."""
+class AskedCalibration(NamedTuple):
+    """A calibration text by name, the fingerprint of the tokens drawn, and how many windows of how many tokens."""
 
-    corpus: str
-    windows: int
-    window: int
-    fingerprint: str
+    calibration: str
+    calibration_fingerprint: str
+    calibration_windows: int
+    calibration_window_tokens: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """One cell: what to measure, and fingerprints of what it was measured with."""
+class Request(NamedTuple):
+    """One cell: what to measure, and fingerprints of what it was measured with. block: the only one that is quantized."""
 
     model: str
     fingerprint: str
     recipe: str
     rules: tuple[str, ...]
+    block: int | None
+    baseline: str
+    baseline_fingerprint: str
     corpus: str
     corpus_fingerprint: str
     convention: str
@@ -53,38 +52,33 @@ class Request:
     seed: int
     calibration: AskedCalibration | None
     tasks: tuple[AskedTask, ...]
-    divergence: bool
-    speed: bool
+    measures: tuple[str, ...]
 
 
 def request_of(row: Row) -> Request:
     """What a row was asked for. Raises QjaxError for rows that are no cells of a sweep, or that lack what is needed."""
     if "kind" in row:
         raise QjaxError(f"row {row['key']} is of the kind {row['kind']!r}, no cell of a sweep; its experiment makes it again")
+    row = complete(row)
     missing = [name for name in NEEDED if row.get(name) is None]
     calibration = None
     if row.get("order") is not None:
-        columns = ("calibration", "calibration_windows", "calibration_window_tokens", "calibration_fingerprint")
-        missing += [name for name in columns if row.get(name) is None]
+        missing += [name for name in AskedCalibration._fields if row.get(name) is None]
         if row.get("calibration_source") == "":
             missing.append("calibration_source (the tokens were given, not read from a text)")
-        calibration = AskedCalibration(*(row.get(name) for name in columns))
-    tasks = _tasks(row)
+        calibration = AskedCalibration(*map(row.get, AskedCalibration._fields))
+    found = {name: row.get(name) for name in Request._fields} | {
+        "recipe": recipe_without_rules(row),
+        "rules": tuple(row["rules"]),
+        "calibration": calibration,
+        "tasks": _tasks(row),
+        "measures": tuple(row["measures"]),
+    }
     if missing:
         raise QjaxError(f"row {row['key']} cannot be measured again, it lacks {', '.join(missing)}")
-    recipe, *rules = str(row["recipe"]).split("; ")
-    return Request(
-        *(str(row[name]) for name in ("model", "fingerprint")),
-        recipe=recipe,
-        rules=tuple(rules),
-        **{name: str(row[name]) for name in ("corpus", "corpus_fingerprint", "convention")},
-        max_windows=row.get("max_windows"),
-        seed=int(row["seed"]),
-        calibration=calibration,
-        tasks=tasks,
-        divergence="kl" in row,
-        speed="speed_batch" in row,
-    )
+    if found["block"] is not None:
+        found |= {"recipe": row["place_recipe"], "rules": found["rules"][:-1]}
+    return Request(**found)
 
 
 def _tasks(row: Row) -> tuple[AskedTask, ...]:
@@ -110,7 +104,7 @@ def find_row(rows: Sequence[Row], wanted: str, where: str) -> Row:
         found = [row for row in rows if row.get("recipe") in names]
     if not found:
         raise QjaxError(f"{where} has no row {wanted!r}; give the start of a row's key, or a recipe of {_few(rows, 'recipe')}")
-    cells = list({identity_of(row) if "kind" not in row else row["key"]: row for row in found}.values())
+    cells = list({cell_columns(row) if "kind" not in row else row["key"]: row for row in found}.values())
     if len(cells) > 1:
         raise QjaxError(f"{len(cells)} rows of {where} are {wanted!r}; give more of one key: {_listed(map(_cell, cells))}")
     return cells[0]

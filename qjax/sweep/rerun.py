@@ -1,5 +1,6 @@
 """Measures the cell of a row once again, from its request alone; nothing is kept on disk."""
 
+import dataclasses
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,8 +13,8 @@ from qjax.evaluate.corpora import load_corpus
 from qjax.evaluate.perplexity import parse_convention
 from qjax.evaluate.questions import Task
 from qjax.evaluate.tasks import load_task
+from qjax.models.fingerprint import model_fingerprint
 from qjax.models.model import Model
-from qjax.sweep.record import model_fingerprint
 from qjax.sweep.request import Request, Row, request_of
 from qjax.sweep.runner import Sweep, Watcher, run_sweep
 
@@ -27,20 +28,28 @@ def rerun(
     data: str | None = None,
     calibration: str | None = None,
     tasks: Sequence[str] = (),
+    baseline: str | None = None,
     watcher: Watcher | None = None,
 ) -> dict[str, object]:
-    """The row of the same cell, measured now (the unquantized model is measured first, as in any sweep).
+    """The row of the same cell, measured now (the baseline is measured first, as in any sweep).
 
-    model, data, calibration, tasks: where the row's model and texts are now, where their names do not say; tasks as NAME:PATH.
-    Raises QjaxError where one is missing or is not what the row was measured with, by fingerprint.
+    model, data, calibration, tasks, baseline: where the row's models and texts are now, where their names do not say; tasks as
+    NAME:PATH. Raises QjaxError where one is missing or is not what the row was measured with, by fingerprint.
     """
     asked = request_of(row)
-    loaded = _find("model", asked.model, model, load)
-    _require("model", asked.model, model, asked.fingerprint, model_fingerprint(loaded))
-    loaded = loaded._replace(name=asked.model)
+    loaded = _model("model", asked.model, model, asked.fingerprint)
+    other = asked.baseline_fingerprint != asked.fingerprint
+    before = _model("baseline", asked.baseline, baseline, asked.baseline_fingerprint) if other else None
     sweep = sweep_of(asked, loaded, data=data, calibration=calibration, tasks=tasks)
     with tempfile.TemporaryDirectory() as folder:
-        return run_sweep(loaded, sweep, Path(folder), watcher)[-1]
+        return run_sweep(loaded, dataclasses.replace(sweep, baseline=before), Path(folder), watcher)[-1]
+
+
+def _model(option: str, name: str, named: str | None, fingerprint: str) -> Model:
+    """A row's model under the row's name for it."""
+    loaded = _find(option, name, named, load)
+    _require(option, name, named, fingerprint, model_fingerprint(loaded))
+    return loaded._replace(name=name)
 
 
 def sweep_of(
@@ -57,9 +66,10 @@ def sweep_of(
         rules=asked.rules,
         seed=asked.seed,
         tasks=_tasks(asked, tasks),
-        divergence=asked.divergence,
-        speed=asked.speed,
         calibration=_calibration(asked, model, calibration),
+        one_block=asked.block is not None,
+        blocks=() if asked.block is None else (asked.block,),
+        measures=asked.measures,
     )
 
 
@@ -69,11 +79,12 @@ def _calibration(asked: Request, model: Model, named: str | None) -> Calibration
         return None
 
     def draw(name: str) -> Calibration:
-        return load_calibration(model, name, windows=wanted.windows, window=wanted.window, seed=asked.seed)
+        size = {"windows": wanted.calibration_windows, "window": wanted.calibration_window_tokens}
+        return load_calibration(model, name, seed=asked.seed, **size)
 
-    found = _find("calibration", wanted.corpus, named, draw)
-    _require("calibration", wanted.corpus, named, wanted.fingerprint, found.fingerprint)
-    return found._replace(name=wanted.corpus)
+    found = _find("calibration", wanted.calibration, named, draw)
+    _require("calibration", wanted.calibration, named, wanted.calibration_fingerprint, found.fingerprint)
+    return found._replace(name=wanted.calibration)
 
 
 def _tasks(asked: Request, named: Sequence[str]) -> tuple[Task, ...]:

@@ -6,38 +6,34 @@ the rows file is skipped, so running the same sweep again finishes what an inter
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 from flax.traverse_util import flatten_dict
 
 from qjax.calibrate.tokens import Calibration, as_calibration
-from qjax.driver.decoder import quantize_together
 from qjax.driver.layer import LayerRecord, problem_of
 from qjax.driver.placement import calibration_order, parse_rule, placement
-from qjax.driver.report import Report
 from qjax.errors import QjaxError
-from qjax.evaluate.choices import accuracy
 from qjax.evaluate.corpora import Corpus
-from qjax.evaluate.divergence import measure_divergence
-from qjax.evaluate.perplexity import Convention, corpus_windows, measure, require_finite
+from qjax.evaluate.perplexity import Convention, corpus_windows
 from qjax.evaluate.questions import Task
-from qjax.evaluate.speed import measure_speed
 from qjax.files import require_writable
-from qjax.models.model import Model, runnable
-from qjax.recipe import UNQUANTIZED, Stage, parse_recipe
+from qjax.models.fingerprint import model_fingerprint
+from qjax.models.model import Model
+from qjax.recipe import UNQUANTIZED, parse_recipe
 from qjax.sweep.cells import canonical, name_in_order
-from qjax.sweep.measures import accuracy_columns, divergence_columns, mean_columns, speed_columns, tasks_identity
-from qjax.sweep.record import calibration_columns, digest, layer_rows, make_row, model_fingerprint, provenance
+from qjax.sweep.columns import Cell, Measurement, asked_measurements, column_of, misfits
+from qjax.sweep.quantizer import Quantizer
+from qjax.sweep.record import as_json, digest, layer_rows
 from qjax.sweep.store import LAYERS, ROWS, append_row, append_rows, layers_held, read_rows
-
-PARALLEL = Stage("parallel")
-MOST_TOGETHER = 8  # models that wait for their measurement, packed, while another is measured
 
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """What is measured: recipes, each with the rules, x corpora, in one convention. The unquantized model comes first."""
+    """What is measured: recipes, each with the rules, x corpora, in one convention. The model as it is comes first."""
 
     recipes: tuple[str, ...]
     corpora: tuple[Corpus, ...]
@@ -46,11 +42,37 @@ class Sweep:
     rules: tuple[str, ...] = ()
     seed: int = 0
     tasks: tuple[Task, ...] = ()
-    divergence: bool = False  # from the unquantized model
-    speed: bool = False  # with dense and with packed weights
+    divergence: bool = False  # short for its name among measures, as is speed
+    speed: bool = False
     calibration: Calibration | None = None  # for recipes that read data
     order: str | None = None  # of calibration, for recipes that name none
-    one_block: bool = False  # each recipe in one block at a time, the others unquantized: a sensitivity table
+    one_block: bool = False  # each recipe in one block at a time, the others as they are: a sensitivity table
+    blocks: tuple[int, ...] = ()  # with one_block, these only; none: all
+    measures: tuple[str, ...] = ()  # further measurements, by name (`columns.py`)
+    baseline: Model | None = None  # that differences are from, of the same vocabulary and context; None: the model as it is
+
+    def __post_init__(self):
+        short = [name for name in ("divergence", "speed") if getattr(self, name)]
+        object.__setattr__(self, "measures", tuple(dict.fromkeys([*self.measures, *short])))
+
+
+class Plan(NamedTuple):
+    """What is done to a model: a recipe with rules. block: the one that the last rule names, where it alone is quantized."""
+
+    recipe: str
+    rules: tuple[str, ...] = ()
+    block: int | None = None
+
+    def __str__(self) -> str:
+        return "; ".join([self.recipe, *self.rules])
+
+    def sources(self) -> dict[str, str]:
+        """Sources of the methods from outside the package that it uses."""
+        recipes = (parse_recipe(self.recipe), *(parse_rule(rule).recipe for rule in self.rules))
+        return {name: source for each in recipes if each for name, source in each.sources().items()}
+
+
+AS_IT_IS = Plan(UNQUANTIZED)
 
 
 class Watcher:
@@ -72,82 +94,106 @@ class Watcher:
 def run_sweep(model: Model, sweep: Sweep, folder: str | Path, watcher: Watcher | None = None) -> list[dict[str, object]]:
     """Measures every cell that folder/rows.jsonl does not hold yet; returns this sweep's rows, baseline first.
 
-    The folder is made where it is missing. Everything that can be wrong with the request (recipes, rules, texts shorter than
-    a window) is an error before anything is computed. A recipe that makes the model diverge gets a row with infinite
-    perplexity.
+    The folder is made where it is missing. Everything that can be wrong with the request (recipes, rules, measurements, texts
+    shorter than a window) is an error before anything is computed. A recipe that makes the model diverge gets a row with
+    infinite perplexity.
     """
-    watcher, folder = watcher or Watcher(), Path(folder)
+    watcher, folder, asked = watcher or Watcher(), Path(folder), asked_measurements(sweep)
+    cells = _cells(model, sweep)
+    require_writable(folder)
+    known = {row["key"]: row for row in read_rows(folder / ROWS)}
+    heads = [_head(cell, asked) for cell in cells]
+    pending = [
+        (number, cell) for number, (cell, head) in enumerate(zip(cells, heads, strict=True), 1) if head["key"] not in known
+    ]
+    held = layers_held(folder / LAYERS) if pending else set()
+    quantizer, rows, baselines, shared = Quantizer(watcher.layer), [], {}, {}
+    for number, (cell, head) in enumerate(zip(cells, heads, strict=True), start=1):
+        watcher.cell(number, len(cells), head["recipe"], cell.corpus.name)
+        row, before = known.get(head["key"]), baselines.get(cell.corpus.fingerprint)
+        if row is None:
+            later = [other for at, other in pending if at > number]
+            cell = quantizer.prepare(cell, later)._replace(before=before, on_batch=watcher.batch)  # noqa: PLW2901
+            row = _measured(cell, head, asked, shared)
+            layers = [layer for layer in layer_rows(row["key"], cell.report) if (row["key"], layer["path"]) not in held]
+            append_rows(folder / LAYERS, layers)
+            append_row(folder / ROWS, row)
+        baselines.setdefault(cell.corpus.fingerprint, row)
+        rows.append(row)
+        watcher.row(row, is_new=head["key"] not in known)
+    return rows
+
+
+def _head(cell: Cell, asked: Sequence[Measurement]) -> dict[str, object]:
+    """What is asked in a cell, under its key."""
+    columns = {name: value for each in asked if each.asks for name, value in each.asks(cell).items()}
+    return {"key": digest(columns)} | columns
+
+
+def _measured(cell: Cell, head: dict[str, object], asked: Sequence[Measurement], shared: dict) -> dict[str, object]:
+    """The row of a cell. shared: what earlier cells found that no text changes, added to.
+
+    Raises QjaxError for a measurement that gives what it has not declared.
+    """
+    row = dict(head)
+    for each in (each for each in asked if each.measure):
+        place = (cell.fingerprint, cell.plan, each.name)
+        found = shared.get(place) or each.measure(cell._replace(row=row))
+        if not each.on_every_text:
+            shared[place] = found
+        wrong = [name for name in found if column_of(name) not in each.columns] or misfits(as_json(found), whole=False)
+        if wrong:
+            raise QjaxError(f"measurement {each.name} gives {', '.join(wrong)}, undeclared or of another type; see its columns")
+        row |= found
+    return as_json(row)
+
+
+def _cells(model: Model, sweep: Sweep) -> list[Cell]:
+    """Every cell of a sweep, the baseline's first, not measured yet. Raises what can be wrong with the request."""
     plans = plans_of(sweep, model.config.layers)
-    orders = {plan: calibration_order(model, *plan) for plan in plans}
+    orders = {plan: None if plan == AS_IT_IS else calibration_order(model, plan.recipe, plan.rules) for plan in plans}
     _check_calibration(model, sweep, [plan for plan in plans if orders[plan]])
     convention = sweep.convention.clipped(model.config.context)
     corpora = list({corpus.fingerprint: corpus for corpus in sweep.corpora}.values())  # the same text counts once
     windows = [corpus_windows(model, corpus, convention, sweep.max_windows) for corpus in corpora]
-    require_writable(folder)
-    known = {row["key"]: row for row in read_rows(folder / ROWS)}
-    fingerprint = model_fingerprint(model)
-    rows, baselines = [], {}
-    quantizer = Quantizer(model, sweep.calibration, orders, watcher)
-
-    def identify(plan, corpus):
-        """What is measured in a cell and where, and the cell's key."""
-        identity = {
-            "model": model.name,
-            "recipe": "; ".join([plan[0], *plan[1]]),
-            "corpus": corpus.name,
-            "seed": sweep.seed,
-            "fingerprint": fingerprint,
-            "corpus_fingerprint": corpus.fingerprint,
-            "max_windows": sweep.max_windows,
-            **calibration_columns(sweep.calibration, orders[plan]),
-            **({"tasks": tasks_identity(sweep.tasks)} if sweep.tasks else {}),
-            **provenance(added_sources(*plan)),
-        }
-        return identity, digest(identity, str(convention), *(name for name in ("divergence", "speed") if getattr(sweep, name)))
-
-    pending = [plan for plan in plans if any(identify(plan, corpus)[1] not in known for corpus in corpora)]
-    held = layers_held(folder / LAYERS) if pending else set()
-    for recipe, placed in plans:
-        prepared, answered, timed = None, None, {}
+    fingerprint, baseline, theirs = model_fingerprint(model), model, None
+    if sweep.baseline is not None:
+        theirs = model_fingerprint(sweep.baseline)
+        baseline = model if theirs == fingerprint else sweep.baseline
+    todo = [(model, fingerprint, plan) for plan in plans]
+    if baseline is not model:
         for corpus, cut in zip(corpora, windows, strict=True):
-            identity, key = identify((recipe, placed), corpus)
-            watcher.cell(len(rows) + 1, len(plans) * len(corpora), identity["recipe"], corpus.name)
-            if key in known:
-                row = known[key]
-            else:
-                prepared = prepared or quantizer.prepare(recipe, placed, later=pending)
-                result = measure(prepared[0], cut, convention, corpus, on_batch=watcher.batch)
-                if not baselines.get(corpus.fingerprint):
-                    require_finite(model, result)
-                baseline = baselines.get(corpus.fingerprint)
-                answered = answered or [accuracy(prepared[0], task, on_batch=watcher.batch) for task in sweep.tasks]
-                more = [accuracy_columns(each, baseline) for each in answered]
-                if sweep.divergence:
-                    more.append(divergence_columns(measure_divergence(prepared[0], model, cut, on_batch=watcher.batch)))
-                if sweep.speed and not timed:
-                    timed = speed_columns(measure_speed(prepared[0]), measure_speed(prepared[2], packed=True))
-                more = {name: value for columns in [*more, timed] for name, value in columns.items()}
-                more |= mean_columns(more, sweep.tasks)
-                row = make_row({"key": key} | identity, parse_recipe(recipe), prepared[1], result, baseline, more=more)
-                layers = [layer for layer in layer_rows(key, prepared[1]) if (key, layer["path"]) not in held]
-                append_rows(folder / LAYERS, layers)
-                append_row(folder / ROWS, row)
-            baselines.setdefault(corpus.fingerprint, row)
-            rows.append(row)
-            watcher.row(row, is_new=key not in known)
-        pending = [plan for plan in pending if plan != (recipe, placed)]
-    return rows
+            _check_baseline(
+                model, baseline, cut.tokens, lambda c=corpus: corpus_windows(baseline, c, convention, sweep.max_windows)
+            )
+        todo = [(baseline, theirs, AS_IT_IS), *todo]
+    own = theirs or fingerprint
+    return [
+        Cell(sweep, subject, mark, plan, orders[plan], corpus, cut, convention, baseline, own)
+        for subject, mark, plan in todo
+        for corpus, cut in zip(corpora, windows, strict=True)
+    ]
 
 
-def plans_of(sweep: Sweep, layers: int) -> list[tuple[str, tuple[str, ...]]]:
-    """(recipe, rules) of everything a sweep measures, the unquantized model first."""
+def _check_baseline(model: Model, baseline: Model, tokens: np.ndarray, cut) -> None:
+    ours, others = ((each.config.vocabulary_size, each.config.context) for each in (model, baseline))
+    if ours != others or not np.array_equal(tokens, cut().tokens):
+        raise QjaxError(
+            f"baseline {baseline.name}: expected the vocabulary, tokenizer and context of {model.name}, (vocabulary, context) "
+            f"{ours}, got {others}{'' if ours != others else ' and other tokens of the same text'}; choose another baseline"
+        )
+
+
+def plans_of(sweep: Sweep, layers: int) -> list[Plan]:
+    """Everything a sweep measures, the model as it is first."""
     rules, recipes = rules_in_order(sweep.rules, sweep.order), canonical(sweep.recipes, sweep.order)
     rules, recipes = rules_in_order(rules, None), canonical(recipes)  # one name for a cell, whatever order it was asked in
     if sweep.one_block:
-        found = [(UNQUANTIZED, (*rules, f"^block_{i}/={recipe}")) for recipe in recipes for i in range(layers)]
+        blocks = sweep.blocks or range(layers)
+        found = [Plan(UNQUANTIZED, (*rules, f"^block_{i}/={recipe}"), i) for recipe in recipes for i in blocks]
     else:
-        found = [(recipe, rules) for recipe in recipes]
-    return list(dict.fromkeys([(UNQUANTIZED, ()), *found]))
+        found = [Plan(recipe, rules) for recipe in recipes]
+    return list(dict.fromkeys([AS_IT_IS, *found]))
 
 
 def rules_in_order(rules: Iterable[str], order: str | None) -> tuple[str, ...]:
@@ -155,14 +201,14 @@ def rules_in_order(rules: Iterable[str], order: str | None) -> tuple[str, ...]:
     return tuple(f"{rule.pattern}={name_in_order(rule.recipe, order)}" for rule in map(parse_rule, rules))
 
 
-def _check_calibration(model: Model, sweep: Sweep, needing: list[tuple[str, tuple[str, ...]]]) -> None:
+def _check_calibration(model: Model, sweep: Sweep, needing: Sequence[Plan]) -> None:
     """Raises QjaxError when plans need calibration data and there is none, or none that may be used."""
     if needing and sweep.calibration is None:
-        names = ", ".join("; ".join([recipe, *rules]) for recipe, rules in needing[:4])
+        names = ", ".join(map(str, needing[:4]))
         raise QjaxError(f"{names} need calibration data; name a text with --calibration, for example --calibration python-docs")
     kernels, find_problem = flatten_dict(model.params, sep="/"), functools.cache(problem_of)
     for plan in needing:
-        for path, recipe in placement(model, *plan).items():
+        for path, recipe in placement(model, plan.recipe, plan.rules).items():
             problem = recipe and recipe.reads_data and find_problem(recipe, kernels[path].shape)
             if problem:
                 raise QjaxError(f"{path}: {problem}")
@@ -174,33 +220,3 @@ def _check_calibration(model: Model, sweep: Sweep, needing: list[tuple[str, tupl
                 f"{same[0]} is both measured and calibrated on, which makes calibrated methods look better than they are; "
                 "give another text to --calibration or --data"
             )
-
-
-def added_sources(recipe: str, rules: tuple[str, ...]) -> dict[str, str]:
-    """Sources of the methods from outside the package that a recipe and rules use."""
-    recipes = (parse_recipe(recipe), *(parse_rule(rule).recipe for rule in rules))
-    return {name: source for each in recipes if each for name, source in each.sources().items()}
-
-
-class Quantizer:
-    """Makes the models of a sweep's plans; those of the order `parallel` together, so that they share what calibration
-    gives.
-    """
-
-    def __init__(self, model: Model, calibration: Calibration | None, orders: dict, watcher: Watcher):
-        self._model, self._calibration, self._orders, self._watcher = model, calibration, orders, watcher
-        self._made: dict[tuple, tuple[Model, Report]] = {}
-
-    def prepare(self, recipe: str, rules: tuple[str, ...], later: list[tuple] = ()) -> tuple[Model, Report, Model]:
-        """The quantized model, decoded once for all corpora, its report, and the model as it is. later: plans that will be
-        asked for.
-        """
-        plan = (recipe, rules)
-        if plan not in self._made:
-            together = [plan]
-            if self._orders[plan] == PARALLEL:
-                together += [other for other in later if other != plan and self._orders[other] == PARALLEL][: MOST_TOGETHER - 1]
-            made = quantize_together(self._model, together, calibration=self._calibration, on_layer=self._watcher.layer)
-            self._made |= dict(zip(together, made, strict=True))
-        quantized, report = self._made.pop(plan)
-        return runnable(quantized), report, quantized

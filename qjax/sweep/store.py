@@ -13,30 +13,22 @@ from typing import BinaryIO
 
 from qjax.errors import QjaxError
 from qjax.files import reason
+from qjax.sweep.columns import complete, misfits
 
 ROWS = "rows.jsonl"
 LAYERS = "layers.jsonl"  # a row a kernel, under the key of its cell
-NUMBER = (int, float)
-COLUMNS = {  # what every row must have for resuming and reports; a perplexity may be "inf"
-    **dict.fromkeys(("key", "recipe", "method", "format", "model", "corpus", "convention", "fingerprint"), str),
-    **dict.fromkeys(("bits_per_weight", "size_bytes", "tokens"), NUMBER),
-    **dict.fromkeys(("perplexity", "nll"), (*NUMBER, str)),
-}
-OPTIONAL = {**dict.fromkeys(("windows", "seed"), int), "tasks": str, **dict.fromkeys(("window_nll", "window_tokens"), list)}
 OTHER_COLUMNS = {"key": str, "kind": str}  # of rows that are no cells of a sweep
 
 
 def read_rows(path: Path) -> list[dict[str, object]]:
-    """All finished rows of a file, none where there is no file."""
+    """All finished rows of a file, none where there is no file; those of earlier versions with the columns made since."""
     rows = []
     for number, row in _objects(path):
-        needed = COLUMNS if "kind" not in row else OTHER_COLUMNS
-        optional = {name: kind for name, kind in OPTIONAL.items() if name in row} if needed is COLUMNS else {}
-        wrong = [name for name, kind in (needed | optional).items() if not isinstance(row.get(name), kind)]
-        wrong += [name for name in ("perplexity", "nll") if isinstance(row.get(name), str) and row[name] != "inf"]
+        cell = "kind" not in row
+        wrong = misfits(row) if cell else [name for name, kind in OTHER_COLUMNS.items() if not isinstance(row.get(name), kind)]
         if wrong:
             raise QjaxError(f"{path}: line {number} is no row of a sweep: {', '.join(wrong)} missing or of another type")
-        rows.append(row)
+        rows.append(complete(row) if cell else row)
     return rows
 
 

@@ -116,6 +116,11 @@ class RowGrid(NamedTuple):
     zero: jax.Array  # unused for codebooks
 
 
+def coded_by(fmt: Format) -> Format | None:
+    """What the loop is compiled for: None for integers with whole zero points, which share one program for all widths."""
+    return None if fmt.codebook is None and fmt.has_whole_zeros else fmt
+
+
 def row_grid(parameters: grid.Parameters, fmt: Format) -> RowGrid:
     """The grids of groups as rows."""
     scale = parameters.scale
@@ -132,7 +137,7 @@ def row_grids(parameters: grid.Parameters, fmt: Format, shape: tuple[int, int]) 
     match fmt.granularity:
         case "tensor" | "channel":
             return grids, jnp.zeros(rows, jnp.int32)
-        case "block" if rows % fmt.group:  # blocks span columns: every weight has its own row and column of the grid
+        case "block" if fmt.crosses_columns(rows):  # blocks span columns: every weight has its own row and column of the grid
             size = min(fmt.group, rows * columns)
             spread = jax.tree.map(lambda x: jnp.broadcast_to(x[:, None], (len(x), size, 1)), grids)
             return jax.tree.map(lambda x: grid.from_groups(x, fmt, rows, columns), spread), jnp.arange(rows)
@@ -144,7 +149,7 @@ def round_with_feedback(
     weight: Float[Array, "in out"],
     feedback: Float[Array, "in in"],
     find_grid: Callable[[Int[Array, ""], Callable[[], Array]], tuple[RowGrid, object]],
-    codebook: Format | None,
+    coder: Format | None,
     largest: Int[Array, ""],
     panel: int,
     errors: Float[Array, "in out"] | float = 0.0,
@@ -154,7 +159,7 @@ def round_with_feedback(
     find_grid(panel number, updated) gives the grid of the panel's rows and anything to keep. updated() are the panel's
     weights as they make up for the errors of earlier panels, with no errors of their own yet: W + D, D_i = sum over earlier
     panels of feedback_ij E_j - sum over j < i in the panel of feedback_ij D_j.
-    codebook: the format, for a grid with a codebook; None for integers 0..largest. panel: divides in. errors: those to start
+    coder: `coded_by` the format; where it is None codes are integers 0..largest. panel: divides in. errors: those to start
     from, where feedback is not triangular: each input then makes up for the errors at hand of all others.
     """
     rows, columns = weight.shape
@@ -164,7 +169,7 @@ def round_with_feedback(
     def round_row(changes, row):  # of the panel's errors: (panel, out), zero from this row on
         index, weight, target, error, grids, feedback = row
         target = target + product(feedback, changes)
-        codes, value = _nearest(target, grids, codebook, largest)
+        codes, value = _nearest(target, grids, coder, largest)
         changes = jax.lax.dynamic_update_slice(changes, (weight - value - error)[None], (index, 0))
         return changes, (codes, jnp.sum(jnp.square(target - value)))
 
@@ -189,11 +194,11 @@ def round_with_feedback(
     return codes.reshape(rows, columns), errors, losses.reshape(rows), kept
 
 
-def _nearest(target: Float[Array, " out"], grids: RowGrid, codebook: Format | None, largest: Int[Array, ""]):
+def _nearest(target: Float[Array, " out"], grids: RowGrid, coder: Format | None, largest: Int[Array, ""]):
     """Codes and values of one input's weights."""
     scaled = target * grids.inverse
-    if codebook is not None:
-        codes = grid.codebook_codes(scaled, codebook)
-        return codes, grid.decode(codes, grids.decoded_scale, None, codebook)
+    if coder is not None:
+        codes = grid.nearest_codes(scaled, grids.zero, coder)
+        return codes, grid.decode(codes, grids.decoded_scale, grids.zero, coder)
     codes = grid.integer_codes(scaled, grids.zero, largest)
     return codes, (codes.astype(jnp.float32) - grids.zero) * grids.decoded_scale

@@ -1,0 +1,122 @@
+"""The commands about one model: eval, generate, info."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qjax.cli.loading import calibration_for, load_model, own_text
+from qjax.cli.options import (
+    CalibrationName,
+    CalibrationWindow,
+    CalibrationWindows,
+    ConventionName,
+    Data,
+    MaxQuestions,
+    MaxWindows,
+    ModelName,
+    Tasks,
+    split_names,
+)
+from qjax.cli.terminal import console, print_accuracies, print_perplexity, progress_bars
+from qjax.errors import QjaxError
+
+
+def evaluate(
+    model: ModelName,
+    data: Data = ["python-docs"],  # noqa: B006
+    convention: ConventionName = "windows-2048",
+    max_windows: MaxWindows = None,
+    tasks: Tasks = None,
+    lm_eval: Annotated[str | None, typer.Option("--lm-eval", help="Comma-separated tasks of lm-evaluation-harness.")] = None,
+    lm_eval_folder: Annotated[
+        Path | None, typer.Option("--lm-eval-folder", help="Folder of local task files (YAML) for --lm-eval.")
+    ] = None,
+    max_questions: MaxQuestions = None,
+    packed: Annotated[bool, typer.Option("--packed", help="Multiply with packed weights.")] = False,
+) -> None:
+    """Perplexity of one model, quantized or not; with --tasks or --lm-eval its accuracy instead."""
+    from qjax.evaluate.corpora import load_corpora
+    from qjax.evaluate.perplexity import parse_convention, perplexity
+    from qjax.evaluate.tasks import load_tasks
+
+    measured = parse_convention(convention)
+    asked = load_tasks(split_names(tasks) if tasks else (), max_questions or None)
+    corpora = () if asked or lm_eval else load_corpora(data)
+    loaded = load_model(model)
+    if lm_eval:
+        from qjax.evaluate.lm_eval import evaluate as evaluate_harness
+
+        harness = split_names(lm_eval)
+        found = evaluate_harness(loaded, harness, folder=lm_eval_folder, limit=max_questions or None, packed=packed)
+        for task, figures in found.items():
+            shown = ", ".join(f"{name.removesuffix(',none')} {value:.4f}" for name, value in figures.items() if "," in name)
+            typer.echo(f"{loaded.name} ({loaded.recipe}) on {task}: {shown}")
+    print_accuracies(loaded, asked, packed=packed)
+    for corpus in corpora:
+        with progress_bars() as progress:
+            task = progress.add_task(corpus.name, total=None)
+            result = perplexity(
+                loaded,
+                corpus,
+                measured,
+                max_windows=max_windows or None,
+                packed=packed,
+                on_batch=lambda done, total, task=task: progress.update(task, completed=done, total=total),
+            )
+        print_perplexity(loaded, result)
+
+
+def generate(
+    model: ModelName,
+    prompt: Annotated[str, typer.Option(help="What the text begins with.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 100,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0 takes the likeliest token; 1 draws from the distribution.")
+    ] = 0.0,
+    recipe: Annotated[str | None, typer.Option(help="Quantize the model with this first, for example rtn:int3-g128.")] = None,
+    calibration: CalibrationName = None,
+    calibration_windows: CalibrationWindows = 128,
+    calibration_window: CalibrationWindow = 2048,
+    packed: Annotated[bool, typer.Option("--packed", help="Multiply with packed weights.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+) -> None:
+    """Let a model, quantized or not, go on with a prompt."""
+    from qjax.driver.decoder import quantize as quantize_model
+    from qjax.evaluate.generate import generate_text
+    from qjax.sweep.cells import canonical
+
+    asked_of = ([] if recipe is None else canonical([recipe]), ())
+    loaded = load_model(model)
+    if recipe is not None:
+        read = calibration_for(loaded, asked_of, calibration, own_text(model), calibration_windows, calibration_window, seed)
+        loaded, _ = quantize_model(loaded, recipe, calibration=read)
+    typer.echo(prompt, nl=False)
+    shown = ""
+
+    def show(text: str) -> None:
+        nonlocal shown
+        if text.startswith(shown) and not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character waits for the rest
+            typer.echo(text[len(shown) :], nl=False)
+            shown = text
+
+    text = generate_text(loaded, prompt, tokens, temperature=temperature, seed=seed, packed=packed, on_token=show)
+    typer.echo(text[len(shown) :] if text.startswith(shown) else "")
+
+
+def info(
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="A model, as for sweep.")] = None,
+    parameters: Annotated[float | None, typer.Option(help="Instead of a model: its number of parameters, as 7e9.")] = None,
+) -> None:
+    """The memory table: exact bytes of a model in every precision."""
+    from qjax.report.memory import memory_table, parameters_table
+    from qjax.report.rendering import to_rich
+
+    if (model is None) == (parameters is None):
+        raise QjaxError("info: give either a model or --parameters, for example `qjax info --parameters 7e9`")
+    if model is None:
+        console().print(to_rich(parameters_table(parameters)))
+        return
+    from qjax.driver.decoder import kernel_shapes
+
+    console().print(to_rich(memory_table(*kernel_shapes(load_model(model)), title=model)))

@@ -1,0 +1,68 @@
+"""The command that writes a quantized model."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from qjax.cli.loading import calibration_for, load_model, own_text
+from qjax.cli.options import (
+    CalibrationName,
+    CalibrationWindow,
+    CalibrationWindows,
+    ModelName,
+    OrderName,
+    Out,
+    Overwrite,
+    Rules,
+    Seed,
+)
+from qjax.cli.terminal import console, progress_bars
+
+
+def quantize(
+    model: ModelName,
+    recipe: Annotated[str, typer.Option(help="For example gptq:int4-g128; see `qjax recipes`.")],
+    out: Out,
+    rule: Rules = None,
+    calibration: CalibrationName = None,
+    calibration_windows: CalibrationWindows = 128,
+    calibration_window: CalibrationWindow = 2048,
+    order: OrderName = None,
+    seed: Seed = 0,
+    report: Annotated[bool, typer.Option("--report", help="Print a line for every layer.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Quantize a model and save it packed; `qjax eval` and qjax.load read the folder back bit-equal.
+
+    layers.jsonl beside the weights has a row for every kernel. Blocks are written as they are done: the same command goes on
+    where it was stopped.
+    """
+    from qjax.driver.decoder import quantize_to
+    from qjax.driver.placement import placement
+    from qjax.files import prepare_output_folder, write_atomically
+    from qjax.report.rendering import to_rich
+    from qjax.report.tables import layers_table
+    from qjax.sweep.cells import canonical
+    from qjax.sweep.record import layer_rows
+    from qjax.sweep.runner import rules_in_order
+    from qjax.sweep.store import LAYERS
+
+    (recipe,), rules = canonical([recipe], order), rules_in_order(rule or (), order)
+    out = prepare_output_folder(out, overwrite=overwrite)
+    loaded = load_model(model, lazy=True)
+    total = len(placement(loaded, recipe, rules))
+    asked_of = ([recipe], rules)
+    tokens = calibration_for(loaded, asked_of, calibration, own_text(model), calibration_windows, calibration_window, seed)
+    with progress_bars() as progress:
+        task = progress.add_task("quantizing", total=total)
+        quantized, done = quantize_to(
+            out, loaded, recipe, calibration=tokens, rules=rules, overwrite=overwrite, on_layer=lambda _: progress.advance(task)
+        )
+    write_atomically(out / LAYERS, "".join(json.dumps(row) + "\n" for row in layer_rows(None, done)))
+    if report:
+        console().print(to_rich(layers_table(done.layers)))
+    typer.echo(
+        f"{out}: {quantized.recipe}, {done.bits_per_weight:.3f} bits per quantized weight, "
+        f"{done.model_bits_per_weight:.3f} over the whole model, {done.size_bytes:,} bytes"
+    )

@@ -1,0 +1,86 @@
+"""Perplexity on one text in one convention, and its paired difference from the baseline."""
+
+import math
+
+import numpy as np
+
+from qjax.evaluate.statistics import bootstrap_interval, ratio_stderr
+from qjax.sweep.columns import BASELINE, Cell, Column, Measurement, Row
+
+NATS, DIFFERENCE = "nats a token", {"given": BASELINE}
+COLUMNS = (
+    Column("corpus", str, "", "name of the text", "named", True),
+    Column("corpus_fingerprint", str, "", "hash of its documents; `python-docs` differs between Python versions", "asked"),
+    Column("convention", str, "", "how perplexity is measured (`qjax/evaluate/perplexity.py`)", "asked", True),
+    Column("max_windows", int | None, "", "limit of windows that was asked for", "told"),
+    Column("windows", int, "", "windows measured", "asked"),
+    Column("perplexity", float, "", "exp(nll); \"inf\" for a model that diverged", needed=True),
+    Column("perplexity_stderr", float | None, "", "its standard error over windows"),
+    Column("nll", float, NATS, "mean -ln p of the scored tokens", needed=True),
+    Column("nll_stderr", float | None, NATS, "its standard error over windows"),
+    Column("tokens", int, "", "scored tokens", needed=True),
+    Column("bits_per_byte", float, "bits", "nll per UTF-8 byte of the scored text"),
+    Column("seconds_evaluate", float, "s", "wall-clock time of the forward passes, without compilation and decoding", "spent"),
+    Column("tokens_per_second", float, "1/s", "tokens run a second", "spent"),
+    Column("window_nll", list[float], "nats", "summed loss of every window"),
+    Column("window_tokens", list[int], "", "scored tokens of every window"),
+    Column("nll_delta", float | None, NATS, "difference from the baseline", **DIFFERENCE),
+    Column("nll_delta_stderr", float | None, NATS, "standard error of the difference, paired window by window", **DIFFERENCE),
+    Column("nll_delta_low", float | None, NATS, "lower end of its 95 % interval, by bootstrap over windows", **DIFFERENCE),
+    Column("nll_delta_high", float | None, NATS, "upper end", **DIFFERENCE),
+    Column("perplexity_ratio", float | None, "", "exp(nll_delta)", **DIFFERENCE),
+    Column("perplexity_ratio_stderr", float | None, "", "its standard error", **DIFFERENCE),
+)  # fmt: skip
+
+
+def asks(cell: Cell) -> dict[str, object]:
+    """Text and convention."""
+    return {
+        "corpus": cell.corpus.name,
+        "corpus_fingerprint": cell.corpus.fingerprint,
+        "convention": str(cell.convention),
+        "max_windows": cell.sweep.max_windows,
+        "windows": len(cell.windows.tokens),
+    }
+
+
+def measure(cell: Cell) -> dict[str, object]:
+    """Raises QjaxError where the baseline itself diverges."""
+    from qjax.evaluate import perplexity
+
+    result = perplexity.measure(cell.model, cell.windows, cell.convention, cell.corpus, on_batch=cell.on_batch)
+    if cell.before is None:
+        perplexity.require_finite(cell.subject, result)
+    found = {
+        "perplexity": result.value,
+        "perplexity_stderr": result.stderr,
+        "nll": result.nll,
+        "nll_stderr": result.nll_stderr,
+        "tokens": result.tokens,
+        "bits_per_byte": result.bits_per_byte,
+        "seconds_evaluate": result.seconds,
+        "tokens_per_second": result.tokens_per_second,
+        "window_nll": [round(nll, 5) for nll in result.window_nll],
+        "window_tokens": list(result.window_tokens),
+    }
+    return found | difference(found, cell.before or found)
+
+
+def difference(row: Row, before: Row) -> dict[str, float]:
+    """Difference from the baseline, its standard error paired over windows: the text's difficulty cancels."""
+    change = np.asarray(row["window_nll"]) - np.asarray(before["window_nll"])
+    counts = np.asarray(row["window_tokens"])
+    delta, stderr = float(row["nll"] - before["nll"]), ratio_stderr(change, counts)
+    low, high = bootstrap_interval(change, counts)
+    ratio = math.exp(delta) if delta < 700 else math.inf
+    return {
+        "nll_delta": delta,
+        "nll_delta_stderr": stderr,
+        "nll_delta_low": low,
+        "nll_delta_high": high,
+        "perplexity_ratio": ratio,
+        "perplexity_ratio_stderr": ratio * stderr,
+    }
+
+
+MEASUREMENT = Measurement("perplexity", "Perplexity", COLUMNS, asks, measure, when=lambda sweep: True)

@@ -1,0 +1,80 @@
+"""Where a row comes from: versions, code, machine, time. The code is the source less what no figure depends on."""
+
+import datetime
+import functools
+import hashlib
+import importlib.metadata
+import os
+import platform
+import resource
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+import qjax
+from qjax.sweep.columns import Cell, Column, Measurement, asked_measurements, measurement_sources
+from qjax.sweep.record import digest
+
+PACKAGE = Path(__file__).parents[2]
+UNMEASURED = ("cli", "report", "train", "sweep/request.py", "sweep/rerun.py")  # parts that no measured figure depends on
+LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "tokenizers")
+COLUMNS = (
+    Column("versions", str, "", "of qjax, Python and libraries", "made"),
+    Column("code", str, "", "hash of the source, of methods and measurements from outside the package too", "made"),
+    Column("device", str, "", "machine kind", "machine"),
+    Column("compute_dtype", str, "", "type the model computes in: float32 on CPU, bfloat16 elsewhere", "machine"),
+    Column("time", str, "", "when (UTC)", "made"),
+    Column("peak_rss_bytes", int, "bytes", "largest resident memory of the process so far", "spent"),
+)
+
+
+def asks(cell: Cell) -> dict[str, object]:
+    """Provenance of this process, with the sources of what does not belong to the package."""
+    names = [each.name for each in asked_measurements(cell.sweep)]
+    return provenance({**cell.plan.sources(), **measurement_sources(names)})
+
+
+def measure(cell: Cell) -> dict[str, object]:
+    """When the row was made, and the memory it took."""
+    return {"time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "peak_rss_bytes": peak_rss_bytes()}
+
+
+@functools.cache
+def code_fingerprint() -> str:
+    """Digest of the package's source, less what no figure depends on."""
+    total = hashlib.sha256()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        relative = path.relative_to(PACKAGE)
+        if not {relative.parts[0], relative.as_posix()} & set(UNMEASURED):
+            total.update(str(relative).encode() + path.read_bytes())
+    return total.hexdigest()[:16]
+
+
+def provenance(added: Mapping[str, str] = MappingProxyType({})) -> dict[str, object]:
+    """Versions, code and device of this process. added: sources of what does not belong to the package."""
+    import jax
+    import jax.numpy as jnp
+
+    from qjax.models.model import compute_dtype
+
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES]
+    device = jax.devices()[0]
+    kind = device.device_kind if device.platform != "cpu" else f"{platform.machine()} x{os.cpu_count()}"
+    return {
+        "versions": ", ".join([f"qjax {qjax.__version__}", f"python {platform.python_version()}", *versions]),
+        "code": digest(code_fingerprint(), dict(added)) if added else code_fingerprint(),
+        "device": f"{device.platform}: {kind}",
+        "compute_dtype": jnp.dtype(compute_dtype()).name,
+    }
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident memory of this process so far, bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux: what getrusage says there starts at the peak of the process that started this one
+        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+MEASUREMENT = Measurement("provenance", "Provenance", COLUMNS, asks, measure, when=lambda sweep: True)

@@ -1,0 +1,39 @@
+"""What a recipe made of the weights: exact sizes, errors, time."""
+
+import numpy as np
+
+from qjax.sweep.columns import Cell, Column, Measurement
+
+ERROR = (
+    "mean over calibrated kernels of tr(dW' H dW) / tr(W' H W), the squared relative error of their outputs on calibration data"
+)
+COLUMNS = (
+    Column("bits_per_weight", float, "bits", "exact, over the quantized kernels: codes, scales, zero points", needed=True),
+    Column("model_bits_per_weight", float, "bits", "exact, over the whole model as it is stored"),
+    Column("size_bytes", int, "bytes", "exact, of the whole model as it is stored", needed=True),
+    Column("weight_error", float | None, "", "mean over kernels of the squared relative error of the weights"),
+    Column("output_error", float | None, "", ERROR),
+    Column("damp", float | None, "of its mean diagonal", "the largest damping that a kernel's Hessian needed"),
+    Column("seconds_quantize", float, "s",
+        "wall-clock time of calibration and rounding, compilation included; of recipes quantized together each one's share",
+        "spent"),
+)  # fmt: skip
+
+
+def measure(cell: Cell) -> dict[str, object]:
+    """From the driver's report."""
+    report = cell.report
+    errors = [layer.weight_error for layer in report.layers if layer.weight_error is not None]
+    outputs = [layer.output_error for layer in report.layers if layer.output_error is not None]
+    return {
+        "bits_per_weight": report.bits_per_weight,
+        "model_bits_per_weight": report.model_bits_per_weight,
+        "size_bytes": report.size_bytes,
+        "weight_error": float(np.mean(errors)) if errors else 0.0,
+        "output_error": float(np.mean(outputs)) if outputs else None,
+        "damp": max((layer.damp for layer in report.layers if layer.damp is not None), default=None),
+        "seconds_quantize": report.seconds,
+    }
+
+
+MEASUREMENT = Measurement("sizes", "Sizes", COLUMNS, measure=measure, when=lambda sweep: True)

@@ -1,0 +1,70 @@
+"""The models of a sweep's cells, one after the other: those of the order `parallel` together, so that they share what
+calibration gives.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+
+from qjax.driver.decoder import quantize_together
+from qjax.driver.layer import LayerRecord
+from qjax.driver.report import Report
+from qjax.linear import is_quantized
+from qjax.models.model import Model, runnable
+from qjax.recipe import UNQUANTIZED, Stage
+from qjax.sweep.columns import Cell
+
+PARALLEL = Stage("parallel")
+MOST_TOGETHER = 8  # models that wait for their measurement, packed, while another is measured
+
+
+class Quantizer:
+    """Makes models and keeps the last one for the cells of its other texts."""
+
+    def __init__(self, on_layer: Callable[[LayerRecord], None]):
+        self._on_layer = on_layer
+        self._made: dict[tuple, tuple[Model, Report]] = {}
+        self._last: tuple = (None, {})
+
+    def prepare(self, cell: Cell, later: Sequence[Cell] = ()) -> Cell:
+        """The cell with its model, decoded once for all texts, the model as it is stored and its report. later: cells that
+        will be asked for.
+        """
+        place = _place(cell)
+        if self._last[0] != place:
+            if place not in self._made:
+                self._made |= self._make(cell, later)
+            quantized, report = self._made.pop(place)
+            self._last = place, {"model": runnable(quantized), "quantized": quantized, "report": report}
+        return cell._replace(**self._last[1])
+
+    def _make(self, cell: Cell, later: Sequence[Cell]) -> dict[tuple, tuple[Model, Report]]:
+        if cell.plan.recipe == UNQUANTIZED and not cell.plan.rules and _quantized_leaves(cell.subject):
+            return {_place(cell): (cell.subject, report_as_it_is(cell.subject))}
+        together = {_place(cell): cell}
+        if cell.order == PARALLEL:
+            others = {_place(other): other for other in later if other.order == PARALLEL}
+            together |= {place: other for place, other in others.items() if place not in self._made}
+        together = dict(list(together.items())[:MOST_TOGETHER])
+        requests = [(each.plan.recipe, each.plan.rules) for each in together.values()]
+        made = quantize_together(cell.subject, requests, calibration=cell.sweep.calibration, on_layer=self._on_layer)
+        return dict(zip(together, made, strict=True))
+
+
+def _place(cell: Cell) -> tuple:
+    return cell.fingerprint, cell.plan
+
+
+def _quantized_leaves(model: Model) -> list:
+    return [leaf for leaf in jax.tree.leaves(model.params, is_leaf=is_quantized) if is_quantized(leaf)]
+
+
+def report_as_it_is(model: Model) -> Report:
+    """The sizes of a model that is quantized already."""
+    leaves = jax.tree.leaves(model.params, is_leaf=is_quantized)
+    counts = [math.prod(leaf.shape) for leaf in leaves]
+    quantized = [(leaf.nbytes, count) for leaf, count in zip(leaves, counts, strict=True) if is_quantized(leaf)]
+    bits = 8 * sum(size for size, _ in quantized) / sum(count for _, count in quantized)
+    size = sum(leaf.nbytes for leaf in leaves)
+    return Report((), bits, 8 * size / sum(counts), size, 0.0)
