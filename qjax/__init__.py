@@ -80,6 +80,7 @@ _PUBLIC = {
     "Column": "sweep.columns",
     "Measurement": "sweep.columns",
     "register_measurement": "sweep.columns",
+    "data_dictionary": "sweep.columns",
     "write_reports": "report.reports",
     # errors
     "QjaxError": "errors",

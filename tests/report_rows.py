@@ -4,7 +4,7 @@ import itertools
 import math
 
 from qjax.formats import parse_format
-from qjax.sweep.columns import complete
+from qjax.sweep.rows import complete
 
 BASELINE = 10.0
 

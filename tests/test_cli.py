@@ -89,6 +89,7 @@ def test_information(checkpoint, capsys):
     assert "INT3" in succeeds(capsys, "info", checkpoint / "tiny")
     assert "int4-g128" in succeeds(capsys, "formats")
     assert "clip=none" in succeeds(capsys, "recipes").replace("\n", " ")
+    assert "accuracy:TASK" in succeeds(capsys, "columns")
     assert "either a model or --parameters" in fails(capsys, "info")
 
 
@@ -203,7 +204,7 @@ def test_rows_survive_a_disk_that_fills_up(checkpoint, tmp_path, capsys, monkeyp
 
 
 def test_help_is_fast_and_imports_no_jax():
-    script = "import sys, qjax.cli; assert not {'jax', 'numpy', 'flax'} & set(sys.modules)"
+    script = "import sys, qjax.cli.app; assert not {'jax', 'numpy', 'flax'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)
     shown = subprocess.run(
         [sys.executable, "-c", "import sys; sys.argv = ['qjax', '--help']; from qjax.cli.app import main; main()"],
@@ -211,8 +212,9 @@ def test_help_is_fast_and_imports_no_jax():
         text=True,
         check=True,
     ).stdout
-    for command in ("sweep", "quantize", "eval", "info", "report", "rerun", "compare", "formats", "recipes"):
-        assert command in shown
+    order = ("sweep", "quantize", "sensitivity", "eval", "generate", "info", "report", "rerun", "compare", "formats", "recipes")
+    places = [shown.index(f" {command} ") for command in (*order, "columns")]
+    assert places == sorted(places)
 
 
 def test_calibrated_quantization_and_sensitivity(checkpoint, tmp_path, capsys):

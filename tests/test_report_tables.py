@@ -139,6 +139,23 @@ def test_what_cannot_be_compared_is_not_mixed(key, value):
     assert second == rows[-1:]
 
 
+@pytest.mark.parametrize(("name", "shown"), [("other", "model"), ("toy", "model's fingerprint")])
+def test_models_of_one_baseline_are_told_apart(name, shown):
+    own = measured_row("none")
+    against = {"baseline": own["baseline"], "baseline_fingerprint": own["fingerprint"], "model_recipe": "nf4-g64"}
+    other = measured_row("none", 0.1, nll_delta_stderr=0.01, model=name, fingerprint="f" * 16, **against)
+    (rows,) = split_tables([other, own])
+    table = perplexity_table(rows)
+    assert table.headers()[1] == shown
+    assert [row["fingerprint"] for row in table.rows] == [own["fingerprint"], "f" * 16]
+    assert table.title.startswith("Perplexity of toy on") and "difference from the unquantized model" in table.notes[0]
+    change = table.headers().index("change (%)")
+    first, second = table.cells()
+    assert first[change] == "-" and second[change].startswith("+10.5")
+    seeded = [other, {**other, "seed": 1}, {**other, "baseline": "b", "baseline_fingerprint": "b"}]
+    assert [len(group) for group in split_tables(seeded)] == [1, 1]  # no seed changes a model as it is
+
+
 def test_no_rows():
     assert split_tables([]) == []
     with pytest.raises(QjaxError, match="needs rows"):

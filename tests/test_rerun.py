@@ -188,13 +188,13 @@ def test_other_questions_change_what_is_of_questions_alone():
 def test_committed_rows_hold_what_a_rerun_needs(path):
     for row in (row for row in read_rows(path) if "kind" not in row):
         asked = request_of(row)
-        placed = [asked.recipe] if asked.block is None else ["none", f"^block_{asked.block}/={asked.recipe}"]
-        assert "; ".join([*placed, *asked.rules]) == row["recipe"], row["key"]
-        assert canonical([asked.recipe]) == [asked.recipe], row["key"]
-        assert " ".join(map(str, asked.tasks)) == row.get("tasks", ""), row["key"]
-        assert (asked.calibration is None) == (row.get("order") is None), row["key"]
-        assert ("divergence" in asked.measures) == ("kl_p99" in row), row["key"]
-        assert ("speed" in asked.measures) == ("decode_tokens_per_second:packed" in row), row["key"]
+        recipe, block = asked["recipe"], asked["block"]
+        placed = [recipe] if block is None else ["none", f"^block_{block}/={recipe}"]
+        assert "; ".join([*placed, *asked["rules"]]) == row["recipe"], row["key"]
+        assert canonical([recipe]) == [recipe], row["key"]
+        assert " ".join(map(str, asked["tasks"])) == row.get("tasks", ""), row["key"]
+        assert ("divergence" in asked["measures"]) == ("kl_p99" in row), row["key"]
+        assert ("speed" in asked["measures"]) == ("decode_tokens_per_second:packed" in row), row["key"]
 
 
 def test_rows_without_what_is_needed_say_what():

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from qjax.errors import QjaxError
-from qjax.sweep.columns import complete
+from qjax.sweep.rows import complete
 from qjax.sweep.store import append_row, read_rows
 
 

@@ -70,13 +70,14 @@ def compare(
     """
     from qjax.report.comparison import baseline_table, comparison_tables
     from qjax.report.rendering import to_rich
+    from qjax.report.tables import cells_of
     from qjax.sweep.request import find_row
 
-    if (new is None) and baseline is None:
+    if new is None and baseline is None:
         raise QjaxError("compare: give a second folder, or --baseline, a row that every other is compared with")
     before, after = _read(old), [] if new is None else _read(new)
     if baseline is not None:
-        found = [baseline_table([*before, *after], find_row(before, baseline, str(old)), metric)]
+        found = [baseline_table([*before, *after], find_row(cells_of(before), baseline, str(old)), metric)]
     else:
         names = (old.name, new.name) if old.name != new.name else (str(old), str(new))
         found = comparison_tables(before, after, names, metric)

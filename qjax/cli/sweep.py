@@ -53,7 +53,7 @@ def sweep(
     tasks: Tasks = None,
     max_questions: MaxQuestions = None,
     divergence: Annotated[
-        bool, typer.Option("--divergence", help="Measure the divergence from the unquantized model.")
+        bool, typer.Option("--divergence", help="Measure the divergence from the unquantized model, or from --baseline.")
     ] = False,
     speed: Annotated[bool, typer.Option("--speed", help="Time prefill and decoding, dense and packed.")] = False,
     measure: Annotated[str | None, typer.Option(help="Comma-separated measurements, see `qjax columns`.")] = None,
@@ -73,17 +73,10 @@ def sweep(
     from qjax.evaluate.perplexity import parse_convention
     from qjax.evaluate.tasks import load_tasks
     from qjax.recipe import UNQUANTIZED
-    from qjax.sweep.cells import canonical, expand
     from qjax.sweep.columns import require_measurements
     from qjax.sweep.runner import Sweep, rules_in_order
 
-    if recipes is not None and (methods, bits, group) != (None, None, None):
-        raise QjaxError("--recipes says everything; give either it or --methods, --bits and --group")
-    if recipes is not None:
-        names = canonical(split_names(recipes), order)
-    else:
-        wanted = split_names(METHODS if methods is None else methods), split_numbers(BITS if bits is None else bits)
-        names = expand(*wanted, group, order)
+    names = _recipes(recipes, methods, bits, group, order)
     rules = rules_in_order(rule or (), order)
     measured = parse_convention(convention)
     measures = require_measurements(split_names(measure) if measure else ())
@@ -99,6 +92,18 @@ def sweep(
     further = {"measures": measures, "baseline": against}
     plan = Sweep(tuple(names), corpora, measured, max_windows or None, rules, seed, asked, divergence, speed, tokens, **further)
     _run(loaded, plan, out)
+
+
+def _recipes(recipes: str | None, methods: str | None, bits: str | None, group: str | None, order: str | None) -> list[str]:
+    """Canonical recipes as they are given, or of methods times bits."""
+    from qjax.sweep.cells import canonical, expand
+
+    if recipes is not None and (methods, bits, group) != (None, None, None):
+        raise QjaxError("--recipes says everything; give either it or --methods, --bits and --group")
+    if recipes is not None:
+        return canonical(split_names(recipes), order)
+    wanted = split_names(METHODS if methods is None else methods), split_numbers(BITS if bits is None else bits)
+    return expand(*wanted, group, order)
 
 
 def sensitivity(

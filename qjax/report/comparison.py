@@ -14,10 +14,12 @@ import numpy as np
 
 from qjax.errors import QjaxError
 from qjax.evaluate.statistics import accuracy_difference, ratio_stderr
+from qjax.recipe import UNQUANTIZED
 from qjax.report.numbers import MISSING, loss_change, number, significant, with_error
 from qjax.report.rendering import Column, Row, Table, columns_of
-from qjax.report.tables import NOISE, cells_of, distinctions, is_baseline
-from qjax.sweep.columns import BASELINE, cell_columns, column_of, with_roles
+from qjax.report.tables import NOISE, cells_of, distinctions
+from qjax.sweep.columns import column_of, with_roles
+from qjax.sweep.rows import cell_columns
 
 DEFAULT_METRIC = "perplexity"
 
@@ -40,7 +42,8 @@ def match_rows(
 
 
 def _asked(row: Row, asked: Sequence[str]) -> tuple[str, ...]:
-    return tuple("" if key == "seed" and is_baseline(row) else str(row.get(key)) for key in asked)
+    as_it_is = row["recipe"] == UNQUANTIZED  # no seed changes it
+    return tuple("" if key == "seed" and as_it_is else str(row.get(key)) for key in asked)
 
 
 def _given(rows: Sequence[Row], metric: str) -> list[str]:
@@ -79,15 +82,16 @@ def comparison_tables(
 
 
 def baseline_table(rows: Sequence[Row], baseline: Row, metric: str = DEFAULT_METRIC) -> Table:
-    """Every other row of the baseline's text, convention and windows against it: of whatever model, recipe and seed.
+    """Every other row of the baseline's text, convention and windows against it, of whatever model, recipe and seed; where the
+    metric depends on more, those that agree in that.
 
     Raises QjaxError where there is none, and for a metric that no row has.
     """
-    keys = ["corpus_fingerprint", "convention", "windows", *(key for key in _given(rows, metric) if key != BASELINE)]
+    keys = ["corpus_fingerprint", "convention", "windows", *_given(rows, metric)]
     last = {cell_columns(row): row for row in cells_of(rows)}.values()
     others = [row for row in last if row is not baseline and all(row.get(key) == baseline.get(key) for key in keys)]
     if not others:
-        raise QjaxError(f"no other row has the {', '.join(keys)} of row {baseline['key']} ({baseline['recipe']}); measure some")
+        raise QjaxError(f"no other row has the {', '.join(keys)} of row {baseline['key']}; measure some with `qjax sweep`")
     title = f"Against {baseline['recipe']} of {baseline['model']}, {baseline['corpus']} ({baseline['convention']})"
     return _pairs_table(title, [(baseline, row) for row in others], {"new": ""}, metric)
 

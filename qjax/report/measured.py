@@ -10,7 +10,8 @@ from qjax.report.numbers import number, significant, with_error
 from qjax.report.rendering import Column, Row, Table, columns_of, decimals
 from qjax.report.tables import baseline_name, change_of_perplexity, describe, distinctions, in_order, require_one_group
 from qjax.sweep import columns as declared
-from qjax.sweep.columns import BASELINE, Measurement, column_of, is_baseline
+from qjax.sweep.columns import BASELINE, Measurement, column_of
+from qjax.sweep.rows import is_baseline
 
 
 def heading(rows: Sequence[Row], rank: int = 0) -> list[Column]:

@@ -32,7 +32,7 @@ from qjax.report.style import PNG_DPI, RC
 from qjax.report.tables import is_baseline, name_orders, perplexity_table, split_tables
 from qjax.report.tradeoff import has_speed, tradeoff_table
 from qjax.report.widths import has_widths, widths_table
-from qjax.sweep.columns import with_baseline
+from qjax.sweep.rows import with_baseline
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

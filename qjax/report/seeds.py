@@ -15,7 +15,7 @@ from qjax.report.accuracy import tasks_of
 from qjax.report.numbers import ERRORS, loss_change, number, reach_of, significant, with_error
 from qjax.report.rendering import Column, Row, Table, columns_of, decimals
 from qjax.report.tables import baseline_name, describe, distinctions, in_order, is_baseline, require_one_group
-from qjax.sweep.columns import cell_columns
+from qjax.sweep.rows import cell_columns
 
 KEPT = (
     *("recipe", "method", "format", "model", "fingerprint", "baseline", "baseline_fingerprint", "corpus", "convention"),

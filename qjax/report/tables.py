@@ -11,7 +11,8 @@ from qjax.formats import format_table
 from qjax.methods import UNQUANTIZED, method_table
 from qjax.report.numbers import MISSING, byte_unit, fixed, number, with_error
 from qjax.report.rendering import Column, Row, Table, columns_of, decimals, digits, to_csv, to_latex, to_markdown, to_rich
-from qjax.sweep.columns import BASELINE, cell_columns, data_dictionary, is_baseline, with_baseline
+from qjax.sweep.columns import BASELINE, data_dictionary
+from qjax.sweep.rows import cell_columns, is_baseline, with_baseline
 
 __all__ = [
     "Column", "Row", "Table", "formats_table", "layers_table", "perplexity_table", "recipes_table", "split_tables",
@@ -86,6 +87,7 @@ def _named(row: Row, order: object) -> str:
 
 DISTINCTIONS = (  # columns beside the recipe that are shown where they tell rows apart
     Column("model", "model", text=True),
+    Column("fingerprint", "model's\nfingerprint", text=True),  # of models of one name
     Column("calibration", "calibration\ntext", text=True),
     Column("calibration_windows", "calibration\nwindows"),
     Column("calibration_window_tokens", "tokens\na window"),
@@ -95,8 +97,9 @@ DISTINCTIONS = (  # columns beside the recipe that are shown where they tell row
 
 def distinctions(rows: Sequence[Row], *, seed: bool = True) -> list[Column]:
     """The columns beside the recipe that tell the rows apart. seed: whether the seed is one of them."""
-    values = {column.key: {row[column.key] for row in rows if row.get(column.key) is not None} for column in DISTINCTIONS}
-    return [column for column in DISTINCTIONS if len(values[column.key]) > 1 and (seed or column.key != "seed")]
+    count = {column.key: len({row[column.key] for row in rows if row.get(column.key) is not None}) for column in DISTINCTIONS}
+    fewest = {"fingerprint": max(2, count["model"] + 1)}
+    return [each for each in DISTINCTIONS if count[each.key] >= fewest.get(each.key, 2) and (seed or each.key != "seed")]
 
 
 def describe(row: Row) -> str:
@@ -175,8 +178,7 @@ def columns_table() -> Table:
     """Every column of rows, by measurement: the data dictionary."""
     columns = (
         Column("measurement", "measurement", text=True, rank=1),
-        Column("column", "column", lambda row, key: f"`{row[key]}`", text=True),
-        *(Column(key, key, text=True) for key in ("type", "unit", "meaning")),
+        *(Column(key, key, text=True) for key in ("column", "type", "unit", "meaning")),
     )
     notes = (
         "A column NAME:PART stands for one of every PART. `qjax sweep --measure` takes the measurements that are not implied.",

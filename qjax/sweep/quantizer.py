@@ -33,6 +33,7 @@ class Quantizer:
         """
         place = _place(cell)
         if self._last[0] != place:
+            self._last = (None, {})  # no longer held while others are made
             if place not in self._made:
                 self._made |= self._make(cell, later)
             quantized, report = self._made.pop(place)

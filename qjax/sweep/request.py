@@ -10,9 +10,11 @@ from typing import NamedTuple
 
 from qjax.errors import QjaxError
 from qjax.sweep.cells import canonical
-from qjax.sweep.columns import Row, cell_columns, complete, recipe_without_rules
+from qjax.sweep.columns import Row
+from qjax.sweep.rows import cell_columns, complete, recipe_without_rules
 
 NEEDED = ("model", "fingerprint", "recipe", "corpus", "corpus_fingerprint", "convention", "seed")
+CALIBRATION = ("calibration", "calibration_fingerprint", "calibration_windows", "calibration_window_tokens")
 
 
 class AskedTask(NamedTuple):
@@ -26,70 +28,28 @@ class AskedTask(NamedTuple):
         return f"{self.name}({self.questions},{self.fingerprint})"
 
 
-class AskedCalibration(NamedTuple):
-    """A calibration text by name, the fingerprint of the tokens drawn, and how many windows of how many tokens."""
+def request_of(row: Row) -> dict[str, object]:
+    """The columns of what a row was asked for; its tasks one by one, its recipe without rules, of a block alone that there.
 
-    calibration: str
-    calibration_fingerprint: str
-    calibration_windows: int
-    calibration_window_tokens: int
-
-
-class Request(NamedTuple):
-    """One cell: what to measure, and fingerprints of what it was measured with. block: the only one that is quantized."""
-
-    model: str
-    fingerprint: str
-    recipe: str
-    rules: tuple[str, ...]
-    block: int | None
-    baseline: str
-    baseline_fingerprint: str
-    corpus: str
-    corpus_fingerprint: str
-    convention: str
-    max_windows: int | None
-    seed: int
-    calibration: AskedCalibration | None
-    tasks: tuple[AskedTask, ...]
-    measures: tuple[str, ...]
-
-
-def request_of(row: Row) -> Request:
-    """What a row was asked for. Raises QjaxError for rows that are no cells of a sweep, or that lack what is needed."""
+    Raises QjaxError for rows that are no cells of a sweep, or that lack what is needed.
+    """
     if "kind" in row:
         raise QjaxError(f"row {row['key']} is of the kind {row['kind']!r}, no cell of a sweep; its experiment makes it again")
     row = complete(row)
-    missing = [name for name in NEEDED if row.get(name) is None]
-    calibration = None
-    if row.get("order") is not None:
-        missing += [name for name in AskedCalibration._fields if row.get(name) is None]
-        if row.get("calibration_source") == "":
-            missing.append("calibration_source (the tokens were given, not read from a text)")
-        calibration = AskedCalibration(*map(row.get, AskedCalibration._fields))
-    found = {name: row.get(name) for name in Request._fields} | {
-        "recipe": recipe_without_rules(row),
-        "rules": tuple(row["rules"]),
-        "calibration": calibration,
-        "tasks": _tasks(row),
-        "measures": tuple(row["measures"]),
-    }
-    if missing:
-        raise QjaxError(f"row {row['key']} cannot be measured again, it lacks {', '.join(missing)}")
-    if found["block"] is not None:
-        found |= {"recipe": row["place_recipe"], "rules": found["rules"][:-1]}
-    return Request(**found)
-
-
-def _tasks(row: Row) -> tuple[AskedTask, ...]:
+    missing = [name for name in (*NEEDED, *(CALIBRATION if row.get("order") is not None else ())) if row.get(name) is None]
+    if row.get("order") is not None and row.get("calibration_source") == "":
+        missing.append("calibration_source (the tokens were given, not read from a text)")
     text = str(row.get("tasks") or "")
     found = re.findall(r"(\S.*?)\((\d+),([0-9a-f]+)\)(?: |$)", text)
-    tasks = tuple(AskedTask(name, int(count), fingerprint) for name, count, fingerprint in found)
+    tasks = [AskedTask(name, int(count), fingerprint) for name, count, fingerprint in found]
     if " ".join(map(str, tasks)) != text:
         raise QjaxError(
             f"row {row['key']}: tasks are {text!r}, expected NAME(QUESTIONS,FINGERPRINT), one or more; mend the row"
         )
-    return tasks
+    if missing:
+        raise QjaxError(f"row {row['key']} cannot be measured again, it lacks {', '.join(missing)}")
+    placed = {"recipe": row["place_recipe"], "rules": row["rules"][:-1]} if row.get("block") is not None else {}
+    return row | {"recipe": recipe_without_rules(row), "tasks": tasks} | placed
 
 
 def find_row(rows: Sequence[Row], wanted: str, where: str) -> Row:

@@ -1,6 +1,7 @@
 """Measures the cell of a row once again, from its request alone; nothing is kept on disk."""
 
-import dataclasses
+import functools
+import operator
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +16,8 @@ from qjax.evaluate.questions import Task
 from qjax.evaluate.tasks import load_task
 from qjax.models.fingerprint import model_fingerprint
 from qjax.models.model import Model
-from qjax.sweep.request import Request, Row, request_of
+from qjax.sweep.columns import BASELINE, Row
+from qjax.sweep.request import request_of
 from qjax.sweep.runner import Sweep, Watcher, run_sweep
 
 T = TypeVar("T")
@@ -37,79 +39,73 @@ def rerun(
     NAME:PATH. Raises QjaxError where one is missing or is not what the row was measured with, by fingerprint.
     """
     asked = request_of(row)
-    loaded = _model("model", asked.model, model, asked.fingerprint)
-    other = asked.baseline_fingerprint != asked.fingerprint
-    before = _model("baseline", asked.baseline, baseline, asked.baseline_fingerprint) if other else None
-    sweep = sweep_of(asked, loaded, data=data, calibration=calibration, tasks=tasks)
+    loaded = _model("model", asked["model"], model, asked["fingerprint"])
+    before = None
+    if asked[BASELINE] != asked["fingerprint"]:
+        before = _model("baseline", asked["baseline"], baseline, asked[BASELINE])
+    corpus = _find("data", asked["corpus"], data, asked["corpus_fingerprint"], load_corpus)
+    block = asked.get("block")
+    sweep = Sweep(
+        (asked["recipe"],),
+        (corpus._replace(name=asked["corpus"]),),
+        parse_convention(asked["convention"]),
+        max_windows=asked.get("max_windows"),
+        rules=tuple(asked["rules"]),
+        seed=asked["seed"],
+        tasks=_tasks(asked, tasks),
+        calibration=_calibration(asked, loaded, calibration) if asked.get("order") is not None else None,
+        one_block=block is not None,
+        blocks=() if block is None else (block,),
+        measures=tuple(asked["measures"]),
+        baseline=before,
+    )
     with tempfile.TemporaryDirectory() as folder:
-        return run_sweep(loaded, dataclasses.replace(sweep, baseline=before), Path(folder), watcher)[-1]
+        return run_sweep(loaded, sweep, Path(folder), watcher)[-1]
 
 
 def _model(option: str, name: str, named: str | None, fingerprint: str) -> Model:
     """A row's model under the row's name for it."""
-    loaded = _find(option, name, named, load)
-    _require(option, name, named, fingerprint, model_fingerprint(loaded))
-    return loaded._replace(name=name)
+    return _find(option, name, named, fingerprint, load, model_fingerprint)._replace(name=name)
 
 
-def sweep_of(
-    asked: Request, model: Model, *, data: str | None = None, calibration: str | None = None, tasks: Sequence[str] = ()
-) -> Sweep:
-    """The sweep of one cell; its texts are loaded and checked."""
-    corpus = _find("data", asked.corpus, data, load_corpus)
-    _require("data", asked.corpus, data, asked.corpus_fingerprint, corpus.fingerprint)
-    return Sweep(
-        (asked.recipe,),
-        (corpus._replace(name=asked.corpus),),
-        parse_convention(asked.convention),
-        max_windows=asked.max_windows,
-        rules=asked.rules,
-        seed=asked.seed,
-        tasks=_tasks(asked, tasks),
-        calibration=_calibration(asked, model, calibration),
-        one_block=asked.block is not None,
-        blocks=() if asked.block is None else (asked.block,),
-        measures=asked.measures,
+def _calibration(asked: Row, model: Model, named: str | None) -> Calibration:
+    size = {"windows": asked["calibration_windows"], "window": asked["calibration_window_tokens"]}
+    name, draw = asked["calibration"], functools.partial(load_calibration, model, seed=asked["seed"], **size)
+    return _find("calibration", name, named, asked["calibration_fingerprint"], draw)._replace(name=name)
+
+
+def _tasks(asked: Row, named: Sequence[str]) -> tuple[Task, ...]:
+    specs = {spec.partition(":")[0]: spec for spec in named}
+    return tuple(
+        _find(
+            "tasks",
+            task.name,
+            specs.get(task.name.partition(":")[0]),
+            task.fingerprint,
+            lambda name, count=task.questions: load_task(name, count),
+        )
+        for task in asked["tasks"]
     )
 
 
-def _calibration(asked: Request, model: Model, named: str | None) -> Calibration | None:
-    wanted = asked.calibration
-    if wanted is None:
-        return None
-
-    def draw(name: str) -> Calibration:
-        size = {"windows": wanted.calibration_windows, "window": wanted.calibration_window_tokens}
-        return load_calibration(model, name, seed=asked.seed, **size)
-
-    found = _find("calibration", wanted.calibration, named, draw)
-    _require("calibration", wanted.calibration, named, wanted.calibration_fingerprint, found.fingerprint)
-    return found._replace(name=wanted.calibration)
-
-
-def _tasks(asked: Request, named: Sequence[str]) -> tuple[Task, ...]:
-    specs = {spec.partition(":")[0]: spec for spec in named}
-    found = []
-    for task in asked.tasks:
-        spec = specs.get(task.name.partition(":")[0])
-        found.append(_find("tasks", task.name, spec, lambda name, count=task.questions: load_task(name, count)))
-        _require("tasks", task.name, spec, task.fingerprint, found[-1].fingerprint[: len(task.fingerprint)])
-    return tuple(found)
-
-
-def _find(option: str, name: str, named: str | None, find: Callable[[str], T]) -> T:
-    """What the option names, or else the row; an error says that the option may."""
+def _find(
+    option: str,
+    name: str,
+    named: str | None,
+    wanted: str,
+    find: Callable[[str], T],
+    fingerprint: Callable[[T], str] = operator.attrgetter("fingerprint"),
+) -> T:
+    """What the option names, or else the row, where it is what the row was measured with; an error says that the option may."""
     try:
-        return find(name if named is None else named)
+        found = find(name if named is None else named)
     except QjaxError as error:
         hint = "" if named is not None else f" (the row's {option} {name!r}; say with --{option} where it is)"
         raise QjaxError(f"{error}{hint}") from error
-
-
-def _require(option: str, name: str, named: str | None, wanted: str, found: str) -> None:
-    if wanted != found:
+    if fingerprint(found)[: len(wanted)] != wanted:  # of a task the row has the start
         given = repr(name) if named is None else f"{named!r}, named for the row's {name!r},"
         raise QjaxError(
-            f"{option} {given} is not what the row was measured with: fingerprint {found}, the row has {wanted}; "
+            f"{option} {given} is not what the row was measured with: fingerprint {fingerprint(found)}, the row has {wanted}; "
             f"name the right one with --{option}"
         )
+    return found

@@ -13,7 +13,8 @@ from typing import BinaryIO
 
 from qjax.errors import QjaxError
 from qjax.files import reason
-from qjax.sweep.columns import complete, misfits
+from qjax.sweep.columns import misfits
+from qjax.sweep.rows import complete
 
 ROWS = "rows.jsonl"
 LAYERS = "layers.jsonl"  # a row a kernel, under the key of its cell

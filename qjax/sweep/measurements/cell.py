@@ -1,6 +1,7 @@
 """Which model, recipe and baseline a row is of, and what was measured of it."""
 
-from qjax.sweep.columns import Cell, Column, Measurement, asked_measurements, recipe_columns
+from qjax.sweep.columns import Cell, Column, Measurement, asked_measurements
+from qjax.sweep.rows import recipe_columns
 
 COLUMNS = (
     Column("key", str, "", "hash of all that was asked, of versions, machine kind, compute type and source code", "made", True),
