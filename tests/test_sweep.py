@@ -272,7 +272,7 @@ def test_paired_difference():
     assert change["nll_delta"] == pytest.approx(0.1)
     assert change["nll_delta_stderr"] == pytest.approx(0.0, abs=1e-12)  # every window is worse by the same amount
     assert change["perplexity_ratio"] == pytest.approx(np.exp(0.1))
-    change = compare(worse | {"window_nll": [21.0, 22.0, 20.0]}, base)  # differences 1, 0, 2 of ten tokens each
+    change = difference(worse | {"window_nll": [21.0, 22.0, 20.0]}, base)  # differences 1, 0, 2 of ten tokens each
     assert change["nll_delta_stderr"] == pytest.approx(1 / 10 / 3**0.5)
     assert change["perplexity_ratio_stderr"] == pytest.approx(np.exp(0.1) / 10 / 3**0.5)
     assert change["nll_delta_low"] < 0.1 < change["nll_delta_high"]
