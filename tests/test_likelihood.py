@@ -105,14 +105,16 @@ def test_lengths_have_few_buckets():
 
 def test_one_compilation_serves_every_recipe(model):
     from qjax.driver.decoder import quantize
-    from qjax.models.model import compute_dtype, stages
+    from qjax.models import walk
+    from qjax.models.model import compute_dtype
 
     groups = [[make_pair(model, "a common beginning", end) for end in ("x", "yz")]]
     likelihoods(model, groups)
-    before = stages(model.config, compute_dtype()).block._cache_size()
+    block = walk.compiled(walk.parts(model.config, compute_dtype())[1].module)
+    before = block._cache_size()
     quantized, _ = quantize(model, "rtn:int4-g16")
     found = likelihoods(quantized, groups)
-    assert stages(model.config, compute_dtype()).block._cache_size() == before
+    assert block._cache_size() == before
     packed = likelihoods(quantized, groups, packed=True)
     np.testing.assert_allclose(packed.value, found.value, rtol=1e-5)
     assert jax.default_backend() != "cpu" or found.value[0] != likelihoods(model, groups).value[0]

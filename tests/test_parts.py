@@ -65,7 +65,7 @@ def assert_whole(folder, model):
     assert back.tokenizer.to_json() == model.tokenizer.to_json()
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     assert {path.name for path in folder.iterdir()} >= {f"model-{name}.safetensors" for name in NAMES}
-    assert not (folder / "progress.json").exists()
+    assert not (folder / "qjax-progress.json").exists()
 
 
 def test_written_part_by_part(model, tmp_path):
@@ -140,15 +140,27 @@ def test_something_else_is_not_gone_on_with(model, tmp_path):
     assert PartWriter(tmp_path / "out", CONFIG, IDENTITY | {"seed": 2}, overwrite=True).complete == {}
 
 
-def test_a_folder_in_use(model, tmp_path):
+def test_a_folder_in_use(model, tmp_path, monkeypatch):
     """It is refused before anything is made; with overwrite a model's files go, others are kept, also after a kill."""
     (tmp_path / "out").mkdir()
-    for name in ("qjax.json", "model.safetensors", "model-old.safetensors", "progress.json", "mine.md"):
+    for name in ("qjax.json", "model.safetensors", "model-old.safetensors", "qjax-progress.json", "mine.md"):
         (tmp_path / "out" / name).write_text("{}")
     with pytest.raises(QjaxError, match="is not empty"):
         PartWriter(tmp_path / "out", CONFIG, IDENTITY)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    write_all(model, tmp_path / "out", overwrite=True)
+
+    def killed(self, target):
+        if self.is_dir():
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    replace = Path.replace
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write_all(model, tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out").exists()
+    assert write_all(model, tmp_path / "out", overwrite=True) == []
     assert_whole(tmp_path / "out", model)
     assert (tmp_path / "out" / "mine.md").exists() and not (tmp_path / "out" / "model-old.safetensors").exists()
 

@@ -20,8 +20,9 @@ from qjax.driver.layer import problem_of
 from qjax.errors import QjaxError
 from qjax.evaluate.corpora import Corpus
 from qjax.evaluate.perplexity import parse_convention
+from qjax.models import walk
 from qjax.models.fingerprint import model_fingerprint
-from qjax.models.model import stages
+from qjax.models.model import compute_dtype, stages
 from qjax.recipe import method_name, parse_recipe
 from qjax.report.reports import write_reports
 from qjax.sweep import quantizer, runner
@@ -136,14 +137,14 @@ def test_two_runs_agree_to_the_last_bit(tiny_model, tmp_path):
 
 
 def test_all_cells_share_one_compiled_forward_pass(tiny_model, tmp_path):
-    run = stages(tiny_model.config, np.float32)
-    for stage in (run.embed, run.block, run.losses):
-        stage.clear_cache()
+    embed, block, *_ = (walk.compiled(part.module) for part in walk.parts(tiny_model.config, compute_dtype()))
+    programs = (embed, block, stages(tiny_model.config, compute_dtype()).losses)
+    for program in programs:
+        program.clear_cache()
     run_sweep(tiny_model, plan("rtn:int4-g16"), tmp_path / "a")
-    before = [stage._cache_size() for stage in (run.embed, run.block, run.losses)]
-    assert before == [1, 1, 1]
+    assert [program._cache_size() for program in programs] == [1, 1, 1]
     run_sweep(tiny_model, plan("rtn:int3-g8", "nf4", "rtn:int8-channel"), tmp_path / "b")
-    assert [stage._cache_size() for stage in (run.embed, run.block, run.losses)] == before
+    assert [program._cache_size() for program in programs] == [1, 1, 1]
 
 
 def test_errors_come_before_any_work(tiny_model, tmp_path):
@@ -271,7 +272,7 @@ def test_paired_difference():
     assert change["nll_delta"] == pytest.approx(0.1)
     assert change["nll_delta_stderr"] == pytest.approx(0.0, abs=1e-12)  # every window is worse by the same amount
     assert change["perplexity_ratio"] == pytest.approx(np.exp(0.1))
-    change = compare(worse | {"window_nll": [21.0, 22.0, 20.0]}, base)  # differences 1, 0, 2 of ten tokens each
+    change = difference(worse | {"window_nll": [21.0, 22.0, 20.0]}, base)  # differences 1, 0, 2 of ten tokens each
     assert change["nll_delta_stderr"] == pytest.approx(1 / 10 / 3**0.5)
     assert change["perplexity_ratio_stderr"] == pytest.approx(np.exp(0.1) / 10 / 3**0.5)
     assert change["nll_delta_low"] < 0.1 < change["nll_delta_high"]

@@ -143,6 +143,9 @@ def test_a_part_reads_its_own_tensors_alone(folders, read):
     tied = load(folders / "plain", lazy=True)
     read.clear()
     (head, _), *_ = hidden_batches(tied, [(jnp.asarray(TOKENS),)])
+    count = len(read)
+    walk.further_arguments(walk.head(tied.config), head.params)
+    assert len(read) == count
     again = 2 * 2 * 2 + 1  # a fused tensor has three parts, two of them in each block; the table is the head's too
     assert len(read) == len(set(read)) + again and not is_lazy(head.params["head"])
     assert read[-3:] == ["transformer.ln_f.bias", "transformer.ln_f.weight", "transformer.wte.weight"]

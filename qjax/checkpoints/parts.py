@@ -2,7 +2,7 @@
 
     .NAME.partial/    beside NAME, until all is there
         model-block_3.safetensors   a part's leaves: whole, or not there
-        progress.json               what is being made, and of every complete part the digest of its file, what its quantized
+        qjax-progress.json          what is being made, and of every complete part the digest of its file, what its quantized
                                     leaves are, and a record for its maker; rewritten after the file is on disk
 
 `finish` adds the description (`packed.py`) and gives the folder its name: whoever sees the name sees a whole model.
@@ -26,7 +26,7 @@ from qjax.models.config import DecoderConfig
 from qjax.models.model import Model
 from qjax.models.parameters import check_parameters, parameter_shapes
 
-PROGRESS = "progress.json"
+PROGRESS = "qjax-progress.json"
 
 
 class PartWriter:

@@ -119,4 +119,4 @@ def info(
         return
     from qjax.driver.decoder import kernel_shapes
 
-    console().print(to_rich(memory_table(*kernel_shapes(load_model(model)), title=model)))
+    console().print(to_rich(memory_table(*kernel_shapes(load_model(model, lazy=True)), title=model)))

@@ -19,10 +19,8 @@ from qjax.lazy import is_lazy, map_lazily
 from qjax.linear import dense_tree, is_quantized, prepare_tree
 from qjax.models import walk
 from qjax.models.config import DecoderConfig
-from qjax.models.decoder import Block, Embed, Head
 from qjax.models.layout import Cache, Layout
 from qjax.models.tokenizer import Tokenizer
-from qjax.models.walk import compiled
 
 LOGITS_AT_ONCE = 2**23  # elements
 HELD_STATES = 2**30  # elements of hidden states at a time, where all batches go through a part before the next is read
@@ -39,10 +37,8 @@ class Model(NamedTuple):
 
 
 class Stages(NamedTuple):
-    """Compiled functions of parameters and values; `head` also takes the embedding table when the model ties it."""
+    """Compiled functions of a part's parameters and values; `head` also takes the embedding table when the model ties it."""
 
-    embed: object  # (params, tokens (batch, time), optional layout) -> hidden (batch, time, hidden)
-    block: object  # (params, hidden, optional layout) -> hidden
     head: object  # (params, hidden, table or None) -> logits (batch, time, vocabulary) float32
     losses: object  # (params, hidden, table or None, targets (batch, time)) -> -ln p of the targets, float32
     scores: object  # (params, hidden, table or None, flat places, their targets) -> ln p of each, whether it is the likeliest
@@ -65,8 +61,8 @@ def runnable(model: Model, packed: bool = False) -> Model:
 
 @functools.lru_cache(maxsize=8)
 def stages(config: DecoderConfig, dtype: DTypeLike) -> Stages:
-    """The compiled stages of a configuration, computing in `dtype`."""
-    head = compiled(Head(config, dtype))
+    """What runs besides the parts themselves (`walk.run`), of a configuration, computing in `dtype`."""
+    head = walk.compiled(walk.head(config, dtype).module)
 
     @jax.jit
     def losses(params, x, table, targets):
@@ -93,14 +89,14 @@ def stages(config: DecoderConfig, dtype: DTypeLike) -> Stages:
         likelihood = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
         return likelihood, jnp.argmax(logits, axis=-1) == targets
 
-    block = Block(config, dtype)
+    block = walk.body(config, dtype)[-1].module
 
     @functools.partial(jax.jit, donate_argnums=3)
     def cached(params, x, layout, cache):
         with quantized_kernels():
             return block.apply({"params": params}, x, layout, cache)
 
-    return Stages(compiled(Embed(config, dtype)), compiled(block), head, losses, scores, cached)
+    return Stages(head, losses, scores, cached)
 
 
 def embedding_table(model: Model) -> Float[Array, "vocabulary hidden"] | None:

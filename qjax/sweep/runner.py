@@ -23,6 +23,7 @@ from qjax.evaluate.questions import Task
 from qjax.files import require_writable
 from qjax.models.fingerprint import model_fingerprint
 from qjax.models.model import Model
+from qjax.models.walk import block_name
 from qjax.recipe import UNQUANTIZED, parse_recipe
 from qjax.sweep.cells import canonical, name_in_order
 from qjax.sweep.columns import Cell, Measurement, asked_measurements, column_of, misfits
@@ -190,7 +191,7 @@ def plans_of(sweep: Sweep, layers: int) -> list[Plan]:
     rules, recipes = rules_in_order(rules, None), canonical(recipes)  # one name for a cell, whatever order it was asked in
     if sweep.one_block:
         blocks = sweep.blocks or range(layers)
-        found = [Plan(UNQUANTIZED, (*rules, f"^block_{i}/={recipe}"), i) for recipe in recipes for i in blocks]
+        found = [Plan(UNQUANTIZED, (*rules, f"^{block_name(i)}/={recipe}"), i) for recipe in recipes for i in blocks]
     else:
         found = [Plan(recipe, rules) for recipe in recipes]
     return list(dict.fromkeys([AS_IT_IS, *found]))

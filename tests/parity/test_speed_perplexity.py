@@ -13,7 +13,7 @@ import pytest
 
 from qjax.checkpoints.huggingface import load_huggingface
 from qjax.evaluate.perplexity import score
-from qjax.models.model import stages
+from qjax.models import walk
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -114,4 +114,4 @@ def test_at_least_half_of_the_matmul_rate(tmp_path, name):
         fractions.append((flops / (middle - started)) / (linear / (stopped - middle)))
     print(f"{name}: {statistics.median(fractions):.2f} of the rate of plain matmuls of the same shapes")
     assert statistics.median(fractions) >= 0.5
-    assert stages(ours.config, jnp.float32).block._cache_size() == 1
+    assert walk.compiled(walk.parts(ours.config)[1].module)._cache_size() == 1
