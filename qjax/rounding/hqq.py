@@ -84,7 +84,8 @@ def _hqq(weight, fmt, lp_norm, beta, kappa, iters, early_stop) -> tuple[QTensor,
     def unfinished(state):
         return (state[0] < iters) & (state[-1] | (not early_stop))
 
-    start = (0, parameters.zero, jnp.float32(beta), jnp.float32(jnp.inf), jnp.array(True))
+    low, _ = grid.find_range(groups, fmt)
+    start = (0, -low * inverse[:, 0], jnp.float32(beta), jnp.float32(jnp.inf), jnp.array(True))
     zero = jax.lax.while_loop(unfinished, step, start)[1]
     parameters = parameters._replace(zero=fmt.zero_codec.nearest(zero, fmt.largest_code))
     return round_groups(weight, parameters, fmt)

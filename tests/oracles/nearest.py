@@ -86,7 +86,7 @@ def bound(fmt: Format) -> float:
         return 2**fmt.bits - 1
     if fmt.grid in codebooks():
         return codebooks()[fmt.grid].values[-1]
-    if fmt.bits == 1:
+    if fmt.bits == 1 and fmt.bound != "full":
         return {"max": 1.0, "edge": 2.0}[fmt.bound]
     return 2 ** (fmt.bits - 1) - {"max": 1.0, "edge": 0.5, "full": 0.0}[fmt.bound]
 
