@@ -23,7 +23,7 @@ from pathlib import Path
 import qjax
 from qjax.cache import enable_compilation_cache
 from qjax.cli.terminal import live_sweep
-from qjax.driver.decoder import placement
+from qjax.driver.placement import placement
 from qjax.errors import QjaxError
 from qjax.evaluate.corpora import Corpus, load_corpus
 from qjax.evaluate.questions import Task

@@ -33,12 +33,11 @@ def write_atomically(path: str | Path, content: bytes | str | Callable[[Path], N
             else:
                 temporary.write_bytes(content.encode() if isinstance(content, str) else content)
             temporary.chmod(0o666 & ~_umask())  # some writers make files that only their owner can read
-            _sync(temporary)
+            sync(temporary)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
-        if os.name == "posix":  # elsewhere a folder cannot be opened
-            _sync(path.parent)
+        sync(path.parent)
     except OSError as error:
         raise QjaxError(f"cannot write {path}: {reason(error)}; choose a writable folder with free space") from error
 
@@ -49,7 +48,10 @@ def _umask() -> int:
     return mask
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on disk. Raises OSError."""
+    if path.is_dir() and os.name != "posix":
+        return  # a folder cannot be opened
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)

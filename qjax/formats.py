@@ -8,15 +8,20 @@ A format says which values a code can stand for and which weights share a scale:
     nf4-g64-dq       NormalFloat4, float32 scales that are quantized in turn to 8 bits in blocks of 256
     nf4-b64          blocks of 64 over the flattened weight, the layout of bitsandbytes
     fp8_e4m3-channel one scale per output channel; `tensor` is one scale for all
+    int2-g32-sym-full    symmetric with levels -2..1 times a scale that may be negative: the group's outermost weight is -2
+    int3-g64-z16     affine with real zero points, stored as float16 (or z32)
     int3-g128-bf16   scales stored as bfloat16 (or fp16, fp32)
+    mxfp4            fp4_e2m1-g32-e8m0: scales are powers of two; mxfp4_ceil, mxfp4_even: by another rule (`scales.py`)
+    nvfp4            fp4_e2m1-g16-e4m3: scales are 8-bit floats times one float32
     bf16             no codes at all: the weight in another floating-point type
 
-Order of the parts: grid, granularity, then in any order sym, the bound, the scale type, dq. `str(format)` is canonical: parts
-that are the grid's default are left out. Bound and tie rule are part of a format because they change 2- and 3-bit results a
-lot: integers round half to even; NF4 and bitsandbytes' FP4 ties go to the smaller value, as in bitsandbytes' CPU library;
-FP4-E2M1 and FP8 ties go to the even code (OCP MX specification 1.0, 2023).
+Order of the parts: grid, granularity, then in any order sym, the bound, how zeros and scales are stored. `str(format)` is
+canonical: parts that are the grid's default are left out. Bound and tie rule are part of a format because they change 2- and
+3-bit results a lot: integers round half to even; NF4 and bitsandbytes' FP4 ties go to the smaller value, as in bitsandbytes'
+CPU library; FP4-E2M1 and FP8 ties go to the even code (OCP MX specification 1.0, 2023).
 
-NF4: Dettmers et al. 2023 (arXiv 2305.14314); FP8: Micikevicius et al. 2022 (2209.05433).
+NF4: Dettmers et al. 2023 (arXiv 2305.14314); FP8: Micikevicius et al. 2022 (2209.05433); full-range symmetric integers: the
+code of AutoRound (Cheng et al. 2023, 2309.05516).
 """
 
 import dataclasses
@@ -28,11 +33,12 @@ import re
 import numpy as np
 
 from qjax.errors import QjaxError
+from qjax.scales import SCALES, ZEROS, Floats, Zeros, packed_rows
 
-SCALE_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+BOUNDS = ("max", "edge", "full")
+REAL_ZEROS = tuple(name for name, codec in ZEROS.items() if not codec.whole)
 FLOATS = {"fp32": 32, "bf16": 16, "fp16": 16}
 INTEGERS = {f"int{bits}": bits for bits in range(1, 9)}
-DOUBLE_QUANT_BLOCK = 256
 
 # Normal quantiles: 8 positive and 7 negative ones evenly spaced in probability, and zero (QLoRA, appendix E).
 NF4_VALUES = (
@@ -99,26 +105,6 @@ def codebooks() -> dict[str, Codebook]:
     }
 
 
-@functools.cache
-def dynamic_map() -> np.ndarray:
-    """The 256 values in [-1, 1] that quantize scales when they are doubly quantized.
-
-    Seven decades, decade i with 2^i values per sign at the middles of equal parts of [0.1, 1], then 0 and 1
-    (dynamic tree quantization; Dettmers 2015, arXiv 1511.04561). float32 at each step, to be bitsandbytes' map bit for bit.
-    """
-    values = [0.0, 1.0]
-    for decade in range(7):
-        parts = 2**decade
-        index = np.arange(parts + 1)
-        low, high, step = np.float32(0.1), np.float32(1), np.float32(np.float32(0.9) / np.float32(parts))
-        # torch.linspace: from the nearer end, multiply and add rounded once.
-        edges = np.where(2 * index < parts, float(low) + float(step) * index, float(high) - float(step) * (parts - index))
-        edges = edges.astype(np.float32)
-        middles = (edges[:-1] + edges[1:]) / np.float32(2) * np.float32(10.0 ** (decade - 6))
-        values += [*middles, *-middles]
-    return np.sort(np.array(values, np.float32))
-
-
 GRIDS = {  # name -> bits of a code
     **INTEGERS,
     "nf4": 4,
@@ -128,7 +114,14 @@ GRIDS = {  # name -> bits of a code
     "fp8_e5m2": 8,
     **FLOATS,
 }
-ALIASES = {"fp4": "fp4_e2m1"}
+MICROSCALING = {"mxfp4": "fp4_e2m1", "mxfp8_e4m3": "fp8_e4m3", "mxfp8_e5m2": "fp8_e5m2"}
+ALIASES = {  # what a name stands for
+    "fp4": "fp4_e2m1",
+    "mxfp8": "fp8_e4m3-g32-e8m0",
+    **{f"{name}{rule}": f"{grid}-g32-e8m0{rule}" for name, grid in MICROSCALING.items() for rule in ("", "_ceil", "_even")},
+    "nvfp4": "fp4_e2m1-g16-e4m3",
+}
+SHORT = {text: name for name, text in ALIASES.items() if "-" in text}  # and which of them are printed
 DEFAULT_GRANULARITY = {"nf4": "g64", "fp4_e2m1": "g64", "fp4_bnb": "g64"}  # the block of QLoRA
 
 
@@ -138,16 +131,16 @@ class Format:
 
     granularity: "tensor" | "channel" | "group" (of `group` weights along the input axis) | "block" (of `group` weights over
     the flattened weight, output channel after output channel) | "none" (plain floating point).
-    bound: "max" | "edge", symmetric integers only. scale_dtype: a NumPy name.
+    bound: "max" | "edge" | "full" for symmetric integers, else "". scales, zeros: how they are stored, names of `scales.SCALES`
+    and `scales.ZEROS`; zeros are "none" but for affine integers.
     """
 
     grid: str
     granularity: str = "none"
     group: int = 0
-    symmetric: bool = False
     bound: str = ""
-    scale_dtype: str = "float32"
-    double_quantized: bool = False
+    scales: str = "fp32"
+    zeros: str = "none"
 
     @property
     def bits(self) -> int:
@@ -162,12 +155,41 @@ class Format:
     @property
     def is_affine(self) -> bool:
         """True for integers with a zero point."""
-        return self.grid in INTEGERS and not self.symmetric
+        return self.zeros != "none"
+
+    @property
+    def has_whole_zeros(self) -> bool:
+        """False for real zero points, which are added before rounding."""
+        return not self.is_affine or self.zero_codec.whole
+
+    @property
+    def symmetric(self) -> bool:
+        """True for integers without one."""
+        return self.bound != ""
+
+    @property
+    def is_flat(self) -> bool:
+        """True for blocks of the flattened weight, whose scales are kept as one axis."""
+        return self.granularity == "block"
+
+    def crosses_columns(self, in_features: int) -> bool:
+        """Whether groups of a weight with so many inputs go over the ends of its output columns."""
+        return self.is_flat and in_features % self.group != 0
+
+    @property
+    def scale_codec(self) -> Floats:
+        """How scales are stored."""
+        return SCALES[self.scales]
+
+    @property
+    def zero_codec(self) -> Zeros | None:
+        """How zero points are stored, None where there are none."""
+        return ZEROS.get(self.zeros)
 
     @property
     def codebook(self) -> Codebook | None:
         """The codebook, or None where codes are integers. One-bit symmetric integers are the two values -1 and 1."""
-        if self.grid == "int1" and self.symmetric:
+        if self.grid == "int1" and self.bound in ("max", "edge"):
             return Codebook((-1.0, 1.0), (0.0,), 2.0 if self.bound == "edge" else 1.0)
         return codebooks().get(self.grid)
 
@@ -176,21 +198,29 @@ class Format:
         """Codes run from 0 to here."""
         return len(self.codebook.values) - 1 if self.codebook else 2**self.bits - 1
 
+    @property
+    def largest_value(self) -> float:
+        """What the largest magnitude of a group is scaled to; of affine integers, its whole range."""
+        if self.codebook:
+            return self.codebook.bound
+        below = {"max": 1.0, "edge": 0.5, "full": 0.0}
+        return self.largest_code if self.is_affine else 2 ** (self.bits - 1) - below[self.bound]
+
+    @property
+    def mantissa(self) -> int:
+        """Binary digits of the largest values after the first."""
+        float_like = re.fullmatch(r"fp\d_e\dm(\d)", self.grid)
+        return int(float_like[1]) if float_like else max(self.bits - 2, 0)
+
     def nbytes(self, in_features: int, out_features: int) -> int:
         """Exact bytes of an (in_features, out_features) weight in this format: codes, scales, zero points, everything."""
         if self.is_float:
             return self.bits // 8 * in_features * out_features
-        scales = self.groups(in_features, out_features)
         size = packed_rows(in_features, self.bits) * out_features
-        if self.double_quantized:
-            size += scales + 4 * math.ceil(scales / DOUBLE_QUANT_BLOCK) + 4
-        else:
-            size += scales * np.dtype(self.scale_dtype if self.scale_dtype != "bfloat16" else "float16").itemsize
-        if self.is_affine:  # zero points are codes too, packed along the output axis
-            rows, columns = self.parameter_shape(in_features, out_features)
-            rows, columns = (1, rows * columns) if self.granularity == "block" else (rows, columns)
-            size += rows * packed_rows(columns, self.bits)
-        return size
+        shape = self.parameter_shape(in_features, out_features)
+        if self.is_affine:
+            size += self.zero_codec.nbytes(shape, self.bits, self.is_flat)
+        return size + self.scale_codec.nbytes(math.prod(shape))
 
     def bits_per_weight(self, in_features: int = 4096, out_features: int = 4096) -> float:
         """Exact bits per weight of an (in_features, out_features) weight."""
@@ -203,7 +233,7 @@ class Format:
                 return 1, 1
             case "channel":
                 return 1, out_features
-            case "block" if in_features % self.group:
+            case "block" if self.crosses_columns(in_features):
                 return math.ceil(in_features * out_features / self.group), 1
             case _:
                 return math.ceil(in_features / self.group), out_features
@@ -218,23 +248,28 @@ class Format:
         sizes = {"group": f"g{self.group}", "block": f"b{self.group}"}
         parts = [self.grid, sizes.get(self.granularity, self.granularity)]
         if self.symmetric:
-            parts.append("sym")
-            if self.bound == "max":
-                parts.append("max")
-        if self.scale_dtype != default_scale_dtype(self.grid):
-            parts.append(next(short for short, dtype in SCALE_DTYPES.items() if dtype == self.scale_dtype))
-        return "-".join(parts + ["dq"] * self.double_quantized)
+            parts += ["sym", self.bound] if self.bound != "edge" else ["sym"]
+        if self.is_affine and self.zeros != "codes":
+            parts.append(self.zeros)
+        if self.scales != default_scales(self.grid):
+            parts.append(self.scales)
+        name = "-".join(parts)
+        return SHORT.get(name, name)
+
+    @property
+    def grid_name(self) -> str:
+        """The grid, or the name that says scales too: mxfp4."""
+        return str(self) if str(self) in ALIASES else self.grid
+
+    @property
+    def searched(self) -> "Format":
+        """The format that ranges are searched in: scales that cannot be moved alone are quantized after the search."""
+        return self if self.scale_codec.movable else dataclasses.replace(self, scales=default_scales(self.grid))
 
 
-def default_scale_dtype(grid: str) -> str:
+def default_scales(grid: str) -> str:
     """float16 for integers (GPTQ's and AWQ's files), float32 for codebooks (bitsandbytes')."""
-    return "float16" if grid in INTEGERS else "float32"
-
-
-def packed_rows(count: int, bits: int) -> int:
-    """Bytes that hold `count` codes of `bits` bits, in whole packing units (`packing.unit`)."""
-    unit = 8 // math.gcd(8, bits)
-    return math.ceil(count / unit) * unit * bits // 8
+    return "fp16" if grid in INTEGERS else "fp32"
 
 
 @functools.lru_cache(maxsize=1024)
@@ -246,7 +281,8 @@ def parse_format(text: str | Format) -> Format:
     if isinstance(text, Format):
         return text
     head, *parts = text.strip().split("-")
-    grid = ALIASES.get(head, head)
+    grid, *implied = ALIASES.get(head, head).split("-")
+    parts = [*implied, *parts]
     if grid not in GRIDS:
         near = difflib.get_close_matches(head, [*GRIDS, *ALIASES], n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -282,31 +318,33 @@ def _parse_granularity(text: str, head: str, part: str) -> tuple[str, int]:
 def _parse_options(text: str, grid: str, parts: list[str]) -> dict[str, object]:
     """The fields of a Format after its granularity."""
     integer = grid in INTEGERS
-    given = {}  # field -> value
+    kinds = (
+        {"sym": ("sym",), "bound": BOUNDS, "zeros": [name for name, codec in ZEROS.items() if not codec.whole]}
+        if integer
+        else {}
+    )
+    kinds["scales"] = tuple(SCALES)
+    given = {}  # kind -> part
     for part in parts:
-        if part == "sym" and integer:
-            field, value = "symmetric", True
-        elif part in ("max", "edge") and integer:
-            field, value = "bound", part
-        elif part in SCALE_DTYPES:
-            field, value = "scale_dtype", SCALE_DTYPES[part]
-        elif part == "dq":
-            field, value = "double_quantized", True
-        else:
-            allowed = [*(["sym", "sym-max", "sym-edge"] if integer else []), *SCALE_DTYPES, "dq"]
+        kind = next((kind for kind, allowed in kinds.items() if part in allowed), None)
+        if kind is None:
+            names = [*(["sym", *(f"sym-{bound}" for bound in BOUNDS), *REAL_ZEROS] if integer else []), *SCALES]
             raise QjaxError(
                 f"format {text!r}: unknown part {part!r} for {grid}; "
-                f"allowed after tensor, channel, gN or bN: {', '.join(allowed)}"
+                f"allowed after tensor, channel, gN or bN: {', '.join(names)}"
             )
-        if field in given:
-            raise QjaxError(f"format {text!r}: {part!r} comes after another part of its kind; give one")
-        given[field] = value
-    if "bound" in given and "symmetric" not in given:
+        if kind in given:
+            raise QjaxError(f"format {text!r}: {part!r} comes after {given[kind]!r}, which is of its kind; give one")
+        given[kind] = part
+    symmetric = given.pop("sym", "")
+    if "bound" in given and not symmetric:
         raise QjaxError(f"format {text!r}: the bound {given['bound']!r} goes with sym (affine grids span min..max)")
-    if {"double_quantized", "scale_dtype"} <= given.keys():
-        raise QjaxError(f"format {text!r}: dq stores scales as 8-bit codes; leave the scale type out")
-    bound = {"bound": "edge"} if "symmetric" in given else {}
-    return {"scale_dtype": default_scale_dtype(grid), **bound, **given}
+    if "zeros" in given and symmetric:
+        raise QjaxError(f"format {text!r}: {given['zeros']!r} stores zero points, and sym has none; leave one of them out")
+    if given.get("bound") == "full" and not SCALES[given.get("scales", default_scales(grid))].signed:
+        raise QjaxError(f"format {text!r}: scales of sym-full may be negative, which {given['scales']} cannot store")
+    zeros = "codes" if integer and not symmetric else "none"
+    return {"scales": default_scales(grid), "bound": "edge" if symmetric else "", "zeros": zeros, **given}
 
 
 EXAMPLES = (
@@ -325,10 +363,12 @@ EXAMPLES = (
     ("int4-g128-sym", "4-bit symmetric, scale max|w|/7.5 (compressed-tensors, torchao)"),
     ("int4-g128-sym-max", "4-bit symmetric, scale max|w|/7 (QuaRot, AutoAWQ)"),
     ("int4-g64-dq", "4-bit affine, 8-bit scales"),
+    ("int4-g64-z16", "4-bit affine with real zero points in float16 (HQQ)"),
     ("int3-g128", "3-bit affine in groups of 128"),
     ("int3-channel", "3-bit affine per output channel"),
     ("int2-g128", "2-bit affine in groups of 128"),
     ("int2-g64", "2-bit affine in groups of 64"),
+    ("int2-g32-sym-full", "2-bit symmetric, levels -2 to 1 times a scale of either sign (AutoRound)"),
     ("int1-g64-sym", "binary: -1 or 1 times the scale"),
     ("nf4-g64", "NormalFloat4 (QLoRA), groups of 64 along the input axis"),
     ("nf4-g64-dq", "NormalFloat4 with doubly quantized scales"),
@@ -336,6 +376,10 @@ EXAMPLES = (
     ("nf4-b64-dq", "the same, doubly quantized"),
     ("fp4_e2m1-g64", "FP4: 0 .5 1 1.5 2 3 4 6 and their negatives (`fp4` for short)"),
     ("fp4_bnb-g64", "bitsandbytes' FP4 table, which is not E2M1"),
+    ("mxfp4", "FP4 in groups of 32, scales are powers of two (Microscaling)"),
+    ("mxfp8_e4m3", "FP8 with 4 exponent bits, the same way; `mxfp8` for short"),
+    ("mxfp8_e5m2", "FP8 with 5 exponent bits, the same way"),
+    ("nvfp4", "FP4 in groups of 16, scales are FP8 times one float32"),
     ("fp8_e4m3-channel", "FP8 with 4 exponent and 3 mantissa bits, largest 448"),
     ("fp8_e5m2-channel", "FP8 with 5 exponent and 2 mantissa bits, largest 57344"),
 )

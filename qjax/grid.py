@@ -1,20 +1,22 @@
 """The arithmetic of a format: the scale and zero point of a group of weights, the codes of weights, the values of codes.
 
     symmetric, codebook:  scale = max|w| * shrink / bound,                  code = nearest(w / scale)
+    full-range symmetric: scale = -w_m * shrink / 2^(b-1),  w_m the weight of the largest magnitude
     affine:               scale = (max(w, 0) - min(w, 0)) * shrink / (2^b - 1),  zero = round(-min(w, 0) * shrink / scale),
                           code = clip(round(w / scale) + zero, 0, 2^b - 1)
+    real zeros:           zero = -min(w, 0) * shrink / scale,               code = clip(round(w / scale + zero), 0, 2^b - 1)
     value = grid value(code) * scale, or (code - zero) * scale
+
+How scales are stored, and found where it is not by this division, and how zeros are, is the codecs' (`scales.py`).
 
 Zero is always representable (the range of an affine group is widened to hold it, as in GPTQ). Everything works on groups:
 (groups, size, columns) arrays whose middle axis shares a scale, with scales and zeros (groups, columns). `to_groups` and
 `from_groups` go between that view and the (in, out) weight. Every rounding method is built from these few functions.
 
-A scale is rounded to the type it is stored in before it is used, so codes are chosen for the scale that decoding will see.
-`block` formats with dq follow bitsandbytes, which departs from this: it codes weights with the exact maximum and quantizes that
-afterwards, with a table of 2^16 equal steps instead of the nearest code.
+A scale is stored before it is used, so codes are chosen for the scale that decoding will see (but for bitsandbytes' flat blocks
+with dq).
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -23,37 +25,25 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 
-from qjax.formats import DOUBLE_QUANT_BLOCK, Format, dynamic_map
+from qjax.formats import Format
+from qjax.scales import QuantizedScales, ScaledFloats
 
 FLOAT8 = {"fp8_e4m3": jnp.float8_e4m3fn, "fp8_e5m2": jnp.float8_e5m2}
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class QuantizedScales:
-    """Doubly quantized scales of QLoRA: dynamic_map[codes] * scales + offset, in blocks of 256 scales.
-
-    Scales are flattened output channel after output channel. codes: (scales,) uint8; scales: (blocks,) float32, the
-    largest |scale - offset| of each block; offset: () float32, the mean scale.
-    """
-
-    codes: jax.Array
-    scales: jax.Array
-    offset: jax.Array
+StoredScales = jax.Array | QuantizedScales | ScaledFloats
 
 
 class Parameters(NamedTuple):
     """The grid of every group.
 
     scale: (groups, columns) float32, what `encode` divides by. decoded_scale: the same shape, what `decode` multiplies with;
-    it differs for block formats with dq only. zero: (groups, columns) float32 integers, or None. stored: the scales in the
-    form a QTensor holds, see `store_scales`.
+    it differs for block formats with dq only. zero: (groups, columns) float32, or None. stored: the scales in the form a
+    QTensor holds, see `store_scales`.
     """
 
     scale: jax.Array
     decoded_scale: jax.Array
     zero: jax.Array | None
-    stored: jax.Array | QuantizedScales
+    stored: StoredScales
 
 
 def to_groups(weight: Shaped[Array, "in out"], fmt: Format) -> Shaped[Array, "groups size columns"]:
@@ -62,7 +52,7 @@ def to_groups(weight: Shaped[Array, "in out"], fmt: Format) -> Shaped[Array, "gr
     match fmt.granularity:
         case "tensor" | "channel":
             return weight[None]
-        case "block" if rows % fmt.group:
+        case "block" if fmt.crosses_columns(rows):
             flat = weight.T.reshape(-1)
             size = min(fmt.group, flat.size)
             return jnp.pad(flat, (0, -flat.size % size)).reshape(-1, size, 1)
@@ -73,7 +63,7 @@ def to_groups(weight: Shaped[Array, "in out"], fmt: Format) -> Shaped[Array, "gr
 
 def from_groups(groups: Shaped[Array, "groups size width"], fmt: Format, rows: int, columns: int) -> Shaped[Array, "in out"]:
     """The inverse of `to_groups` for an (in=rows, out=columns) weight."""
-    if fmt.granularity == "block" and rows % fmt.group:
+    if fmt.crosses_columns(rows):
         return groups.reshape(-1)[: rows * columns].reshape(columns, rows).T
     return groups.reshape(-1, columns)[:rows]
 
@@ -110,28 +100,47 @@ def range_parameters(
     shrink: float | Float[Array, "..."] = 1.0,
 ) -> Parameters:
     """The grid of every group whose weights span low <= 0 <= high, both times `shrink`."""
+    codec, bound = fmt.scale_codec, fmt.largest_value
+    common = codec.common(_largest(low, high, fmt), bound)  # of the whole ranges: a search shrinks one group, not all
     low, high = low * shrink, high * shrink
-    if fmt.is_affine:
-        exact = high / fmt.largest_code - low / fmt.largest_code  # the difference itself could overflow
-    else:
-        bound = fmt.codebook.bound if fmt.codebook else 2 ** (fmt.bits - 1) - (1.0 if fmt.bound == "max" else 0.5)
-        exact = jnp.maximum(high, -low) / bound
-    stored = store_scales(exact, fmt)
+    largest = _largest(low, high, fmt)
+    exact = high / bound - low / bound if fmt.is_affine else largest / bound  # the difference itself could overflow
+    exact = codec.find(exact, largest, bound, fmt.mantissa)
+    stored = store_scales(exact, fmt, common)
     decoded = load_scales(stored, fmt, exact.shape)
-    scale = exact if fmt.double_quantized and fmt.granularity == "block" else decoded
-    zero = jnp.clip(jnp.round(-low / _nonzero(scale)), 0, fmt.largest_code) if fmt.is_affine else None
+    scale = exact if codec.codes_exactly(fmt.is_flat) else decoded
+    zero = fmt.zero_codec.nearest(-low / _nonzero(scale), fmt.largest_code) if fmt.is_affine else None
     return Parameters(scale, decoded, zero, stored)
+
+
+def _largest(low, high, fmt):
+    """What stands for a group's largest value: max |w|, in full-range formats negative if it is a positive w; or the range."""
+    if fmt.is_affine:
+        return high - low
+    if fmt.bound == "full":
+        return jnp.where(high >= -low, -high, -low)
+    return jnp.maximum(high, -low)
 
 
 def encode(
     values: Float[Array, "..."], scale: Float[Array, "..."], zero: Float[Array, "..."] | None, fmt: Format
 ) -> UInt8[Array, "..."]:
     """Nearest codes of values, elementwise; scale and zero broadcast against values. A scale of 0 gives the code of 0."""
+    return nearest_codes(_scaled(values, scale), zero, fmt)
+
+
+def _scaled(values, scale):
     # By the reciprocal, like bitsandbytes; XLA would make that of a division, but only when it compiles.
-    scaled = jnp.where(scale == 0, 0.0, values * (1 / _nonzero(scale)))
-    if fmt.codebook is None:
-        return integer_codes(scaled, 2 ** (fmt.bits - 1) if zero is None else zero, fmt.largest_code)
-    return codebook_codes(scaled, fmt)
+    return jnp.where(scale == 0, 0.0, values * (1 / _nonzero(scale)))
+
+
+def nearest_codes(scaled: Float[Array, "..."], zero: Float[Array, "..."] | None, fmt: Format) -> UInt8[Array, "..."]:
+    """Codes of weights divided by their scale, in any format."""
+    if fmt.codebook:
+        return codebook_codes(scaled, fmt)
+    if not fmt.has_whole_zeros:
+        return integer_codes(scaled + zero, 0, fmt.largest_code)
+    return integer_codes(scaled, 2 ** (fmt.bits - 1) if zero is None else zero, fmt.largest_code)
 
 
 def integer_codes(
@@ -170,6 +179,43 @@ def decode(
     return select(codes, fmt.codebook.values) * scale
 
 
+def fake_quantize(
+    weight: Float[Array, "..."],
+    scale: Float[Array, "..."],
+    zero: Float[Array, "..."] | None,
+    fmt: Format,
+    *,
+    offset: float | Float[Array, "..."] = 0.0,
+) -> Float[Array, "..."]:
+    """decode(encode(weight)), elementwise, with gradients that pass through the rounding (straight-through).
+
+    offset: added to weight / scale before rounding, as learned rounding has it (Nagel et al. 2020, arXiv 2004.10568; Cheng et
+    al. 2023, 2309.05516). With v = weight / scale + offset and q = value / scale, where v is
+
+        in the grid's range        d/d weight = 1   d/d offset = scale   d/d scale = q - weight / scale   d/d zero = 0
+        beyond it                               0                    0               q                              -scale
+
+    which is LSQ's (Esser et al. 2020, 1902.08153) and LSQ+'s (Bhalgat et al. 2020, 2004.09576). The range goes half a step
+    beyond the outermost values: what rounds to them without being cut off is in it. A scale of 0 gives value and gradients 0
+    but for the scale's own.
+    """
+    scaled = _scaled(weight, scale) + offset
+    value = decode(jax.lax.stop_gradient(nearest_codes(scaled, zero, fmt)), scale, zero, fmt)
+    low, high = _ends(zero, fmt)
+    inside = (scaled >= low) & (scaled <= high)
+    passing = jnp.where(inside, scaled if zero is None else scaled + zero, 0.0)
+    return value + jax.lax.stop_gradient(scale) * (passing - jax.lax.stop_gradient(passing))
+
+
+def _ends(zero, fmt):
+    """The range of weights divided by their scale that round to some value without being cut off."""
+    if fmt.codebook:
+        values = fmt.codebook.values
+        return values[0] - (values[1] - values[0]) / 2, values[-1] + (values[-1] - values[-2]) / 2
+    zero = 2 ** (fmt.bits - 1) if zero is None else jax.lax.stop_gradient(zero)
+    return -0.5 - zero, fmt.largest_code + 0.5 - zero
+
+
 def select(codes: Int[Array, "..."], values: Sequence[float]) -> Float[Array, "..."]:
     """values[codes], bit after bit of the codes: selects become vector instructions, a table look-up does not.
 
@@ -185,41 +231,17 @@ def select(codes: Int[Array, "..."], values: Sequence[float]) -> Float[Array, ".
     return found[0]
 
 
-def store_scales(scale: Float[Array, "groups channels"], fmt: Format) -> jax.Array | QuantizedScales:
-    """Scales in the form a QTensor holds: (groups, columns), flat for block formats, QuantizedScales for dq.
+def store_scales(scale: Float[Array, "groups channels"], fmt: Format, common: Float[Array, ""] | None = None) -> StoredScales:
+    """Scales in the form a QTensor holds: (groups, columns), flat for block formats, or what the format's codec makes of them.
 
-    A scale above the largest number of its type becomes that number.
+    common: what the codec stores scales relative to, `fmt.scale_codec.common`; None for one that stores each alone.
     """
-    if not fmt.double_quantized:
-        scale = in_scale_type(scale, fmt)
-        return scale.T.reshape(-1) if fmt.granularity == "block" else scale
-    flat = scale.T.reshape(-1)
-    offset = jnp.mean(flat)
-    offset += jnp.mean(flat - offset)  # what rounding of the sum took
-    blocks = jnp.pad(flat - offset, (0, -flat.size % DOUBLE_QUANT_BLOCK)).reshape(-1, DOUBLE_QUANT_BLOCK)
-    largest = jnp.max(jnp.abs(blocks), axis=1)
-    scaled = blocks * (1 / _nonzero(largest))[:, None]
-    if fmt.granularity == "block":  # bitsandbytes' table
-        step = jnp.floor((scaled + 1) * 0.5 * 65535 + 0.5)
-        scaled = 2 * step / 65535 - 1
-    table = jnp.array(dynamic_map())
-    codes = jnp.searchsorted((table[:-1] + table[1:]) / 2, scaled, side="left").astype(jnp.uint8)
-    return QuantizedScales(codes.reshape(-1)[: flat.size], largest, offset)
+    return fmt.scale_codec.store(scale, common, fmt.is_flat)
 
 
-def in_scale_type(scale: Float[Array, "..."], fmt: Format) -> Float[Array, "..."]:
-    """Scales in the format's type for them; one above its largest number becomes that number."""
-    return jnp.minimum(scale, jnp.finfo(fmt.scale_dtype).max).astype(fmt.scale_dtype)
-
-
-def load_scales(stored: jax.Array | QuantizedScales, fmt: Format, shape: tuple[int, int]) -> Float[Array, "groups channels"]:
+def load_scales(stored: StoredScales, fmt: Format, shape: tuple[int, int]) -> Float[Array, "groups channels"]:
     """float32 scales of `shape` (groups, columns) from what `store_scales` gave."""
-    if isinstance(stored, QuantizedScales):
-        values = jnp.array(dynamic_map())[stored.codes]
-        scales = jnp.repeat(stored.scales, DOUBLE_QUANT_BLOCK)[: values.size]
-        stored = values * scales + stored.offset
-    flat = stored.astype(jnp.float32)
-    return flat if flat.ndim == 2 else flat.reshape(shape[::-1]).T
+    return fmt.scale_codec.load(stored, shape)
 
 
 def _nonzero(scale: Float[Array, "..."]) -> Float[Array, "..."]:

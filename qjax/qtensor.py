@@ -1,13 +1,12 @@
 """QTensor: a quantized weight as a pytree, and its way back to floating point.
 
     codes   uint8 (bytes, out): codes packed along the input axis (`packing.py`); the weight itself for fp32, bf16, fp16
-    scales  (groups, out) in the format's scale type; flat for block formats; QuantizedScales when doubly quantized; or None
-    zeros   uint8 (groups, bytes): zero points packed along the output axis; or None
+    scales  as the format's codec stores them (`scales.py`): mostly (groups, out), flat for block formats; or None
+    zeros   uint8 (groups, bytes): zero points packed along the output axis; real ones (groups, out), flat for block formats;
+            or None
     format, in_features   static
 
 Every field may carry leading axes (a stack of layers under vmap or scan); no full shape is kept, so none goes stale.
-
-QLinear: a QTensor whose input is scaled first, y = (x * input_scale) W'; it stands in a kernel's place like a QTensor.
 """
 
 import dataclasses
@@ -34,7 +33,7 @@ class QTensor:
     """A quantized (in, out) weight. Build it with a rounding method, or from codes with `from_codes`."""
 
     codes: jax.Array
-    scales: jax.Array | grid.QuantizedScales | None
+    scales: grid.StoredScales | None
     zeros: jax.Array | None
     format: Format
     in_features: int
@@ -56,53 +55,11 @@ class QTensor:
         return 8 * self.nbytes / weights
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("weight", "input_scale"), meta_fields=())
-@dataclasses.dataclass(frozen=True)
-class QLinear:
-    """A quantized (in, out) weight for an input that is multiplied by input_scale (in,) float16 first."""
-
-    weight: QTensor
-    input_scale: jax.Array
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(..., in, out) of the weight that this stands for."""
-        return self.weight.shape
-
-    @property
-    def format(self) -> Format:
-        """Format of the codes."""
-        return self.weight.format
-
-    @property
-    def in_features(self) -> int:
-        """Length of the input axis."""
-        return self.weight.in_features
-
-    @property
-    def nbytes(self) -> int:
-        """Exact bytes, the input scale included."""
-        return self.weight.nbytes + nbytes(self.input_scale)
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Exact bits per weight, the input scale included."""
-        return self.weight.bits_per_weight * self.nbytes / self.weight.nbytes
-
-
-def storable_input_scale(scale: Float[Array, " in"]) -> tuple[Float[Array, " in"], Float[Array, " in"]]:
-    """(input_scale as a QLinear holds it, exactly its inverse in float32) for weights multiplied by about `scale`."""
-    stored = jnp.clip(1 / scale, 1e-4, 1e4).astype(jnp.float16)  # normal numbers of float16
-    return stored, 1 / stored.astype(jnp.float32)
-
-
 def from_codes(codes: UInt8[Array, "in out"], parameters: grid.Parameters, fmt: Format) -> QTensor:
     """Packs unpacked codes with the parameters of their groups."""
     zeros = None
-    if parameters.zero is not None:
-        zero = parameters.zero.astype(jnp.uint8)
-        zero = zero.T.reshape(1, -1) if fmt.granularity == "block" else zero
-        zeros = packing.pack(zero.T, fmt.bits).T
+    if fmt.is_affine:
+        zeros = fmt.zero_codec.store(parameters.zero, fmt.bits, fmt.is_flat)
     return QTensor(packing.pack(codes, fmt.bits), parameters.stored, zeros, fmt, codes.shape[0])
 
 
@@ -115,22 +72,14 @@ def unpack_parameters(q: QTensor) -> tuple[Float[Array, "groups channels"], Floa
     """float32 scales and zero points (or None) of shape fmt.parameter_shape(in, out)."""
     shape = q.format.parameter_shape(*q.shape)
     scale = grid.load_scales(q.scales, q.format, shape)
-    if q.zeros is None:
+    if not q.format.is_affine:
         return scale, None
-    flat = q.format.granularity == "block"
-    columns = shape[0] * shape[1] if flat else shape[1]
-    zero = packing.unpack(q.zeros.T, q.format.bits, columns).T.astype(jnp.float32)
-    return scale, zero.reshape(shape[::-1]).T if flat else zero
+    return scale, q.format.zero_codec.load(q.zeros, q.format.bits, shape, q.format.is_flat)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
-def dequantize(q: QTensor | QLinear, dtype: DTypeLike = jnp.float32) -> Float[Array, "*batch in out"]:
-    """The (..., in, out) weight in floating point; values are computed in float32, then cast to `dtype`.
-
-    Of a QLinear it is the weight for the input as it comes, scale and codes together.
-    """
-    if isinstance(q, QLinear):
-        return (q.input_scale.astype(jnp.float32)[..., None] * dequantize(q.weight)).astype(dtype)
+def dequantize(q: QTensor, dtype: DTypeLike = jnp.float32) -> Float[Array, "*batch in out"]:
+    """The (..., in, out) weight in floating point; values are computed in float32, then cast to `dtype`."""
     if q.codes.ndim > 2:
         return jax.vmap(functools.partial(dequantize, dtype=dtype))(q)
     if q.format.is_float:
@@ -141,24 +90,6 @@ def dequantize(q: QTensor | QLinear, dtype: DTypeLike = jnp.float32) -> Float[Ar
     return grid.from_groups(values, q.format, *q.shape).astype(dtype)
 
 
-def is_quantized(leaf: object) -> bool:
-    """True for a QTensor or QLinear: use as `is_leaf` when mapping over a tree of parameters."""
-    return isinstance(leaf, (QTensor, QLinear))
-
-
 def nbytes(tree: PyTree) -> int:
     """Exact bytes of all arrays in a tree."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def dequantize_tree(tree: PyTree, dtype: DTypeLike | None = jnp.float32) -> PyTree:
-    """Every QTensor and QLinear of a tree as a floating-point array, other leaves cast too (dtype None leaves them as they
-    are).
-    """
-
-    def convert(leaf):
-        if is_quantized(leaf):
-            return dequantize(leaf, jnp.float32 if dtype is None else dtype)
-        return leaf if dtype is None or not jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.astype(dtype)
-
-    return jax.tree.map(convert, tree, is_leaf=is_quantized)

@@ -1,81 +1,89 @@
-"""Recipes: what is done to a weight, as a string and as a value, and the registry of methods.
+"""Recipes: what is done to a layer, as a string and as a value.
 
     rtn:int4-g128                       rounding : format
     rtn(clip=mse):int3-g128             options in parentheses
     awq+gptq(damp=0.05):int3-g128       transforms + rounding : format
     awq:int4-g128                       a transform alone is followed by the rounding that belongs to it, here rtn(clip=hessian)
+    gptq+descend(sweeps=4):int2-g64     rounding + refiners
     gptq:int3-g128@sequential           @ order of calibration: whose inputs statistics are from (`calibrate/order.py`)
+    rtn:int8-channel-sym/int8-token     / format of the layer's input (`activations.py`)
     nf4                                 a format alone is rounded to nearest
     bf16                                storage in another floating-point type, of the whole model
     none                                the model as it is
 
-`str(recipe)` is canonical: options that are the default are dropped, so equal recipes have equal names.
-
-A method is a function of a weight and a format; its keyword-only arguments are its options, of the annotated type: bool,
-int, float, str or a Literal of choices, or one of these `| None`, where None is written none. Arguments named like a
-statistic (`STATISTICS`) are filled from calibration instead; one with a default is asked for only by an option whose value is
-its name, as clip=hessian. To add a method to the package write the function in a file of its own and a line in the registry
-below; `register` adds one from outside.
+`str(recipe)` is canonical: options that are the default are dropped, so equal recipes have equal names. The methods are in
+`methods.py`.
 """
 
 import dataclasses
 import difflib
 import functools
-import importlib
 import inspect
 import math
 import re
 import types
 import typing
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Sequence
 
+from qjax.activations import Activation, parse_activation
 from qjax.errors import QjaxError
-from qjax.formats import ALIASES, GRIDS, Format, parse_format
+from qjax.formats import Format, parse_format
+from qjax.methods import (
+    FOLLOWED_BY,
+    UNQUANTIZED,
+    Stage,
+    captures_of,
+    forgotten_on_change,
+    kind_of,
+    names,
+    options_of,
+    show,
+    sources,
+)
 
-STATISTICS = ("hessian", "abs_mean", "abs_max", "module")  # "module": the error of the parent module's output, a function
-DERIVED = ("factor", "rounded")  # computed for methods that take it: from a statistic; what the rounding that follows gives
-GIVEN = (*STATISTICS, *DERIVED)
-ROUNDINGS: dict[str, str | Callable] = {"rtn": "qjax.rounding.nearest:rtn", "gptq": "qjax.rounding.gptq:gptq"}
-TRANSFORMS: dict[str, str | Callable] = {"awq": "qjax.transforms.awq:awq_scale"}
-FOLLOWED_BY = {"awq": "rtn(clip=hessian)"}  # the rounding of a recipe that ends in this transform; others end in rtn
-ORDERS = {name: f"qjax.calibrate.order:{name}" for name in ("parallel", "block", "sequential", "qep")}
 DEFAULT_ORDER = "qep"
-UNQUANTIZED = "none"
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """A method with the options that differ from its defaults, sorted by name."""
-
-    name: str
-    options: tuple[tuple[str, object], ...] = ()
-
-    def __str__(self) -> str:
-        inner = ",".join(f"{name}={_show(value)}" for name, value in self.options)
-        return f"{self.name}({inner})" if inner else self.name
+FIRST = {"transform": 0, "rounding": 1, "refiner": 2, "block refiner": 3}  # the order of kinds in a recipe
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Transforms, then a rounding, to a weight format; build it with `parse_recipe`."""
+    """Transforms, a rounding to a weight format, refiners, and what happens to the layer's input; build it with
+    `parse_recipe`.
+    """
 
     transforms: tuple[Stage, ...]
     rounding: Stage
     format: Format
     order: Stage | None = None
+    refiners: tuple[Stage, ...] = ()
+    block_refiners: tuple[Stage, ...] = ()
+    activation: Activation | None = None
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """Every method, in the order they are applied."""
+        return (*self.transforms, self.rounding, *self.refiners, *self.block_refiners)
 
     @property
     def statistics(self) -> tuple[str, ...]:
-        """Names of the calibration statistics its methods take."""
-        needed = {name for stage in (*self.transforms, self.rounding) for name in statistics_of(stage)}
-        return tuple(name for name in STATISTICS if name in needed)
+        """Names of the statistics of layer inputs that its methods are made from."""
+        return captures_of(self.stages)
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether it needs calibration data."""
+        return bool(self.statistics or self.block_refiners)
 
     def in_order(self, order: "str | Stage | None") -> "Recipe":
-        """This recipe in the given order of calibration, if it names none itself and takes calibration data."""
+        """This recipe in the given order of calibration, if it names none itself and reads calibration data."""
         order = parse_order(order) if isinstance(order, str) else order
-        if order is None or self.order is not None or not self.statistics:
+        if order is None or self.order is not None or not self.reads_data:
             return self
         return dataclasses.replace(self, order=order)
+
+    def sources(self) -> dict[str, str]:
+        """Source of its methods from outside the package, see `methods.sources`."""
+        return sources(self.stages)
 
     @property
     def is_cast(self) -> bool:
@@ -85,91 +93,19 @@ class Recipe:
     def __str__(self) -> str:
         if self.is_cast:
             return str(self.format)
-        stages = [str(stage) for stage in self.transforms]
-        if not stages or self.rounding != implied_rounding(self.transforms):
-            stages.append(str(self.rounding))
+        rounding = () if self.transforms and self.rounding == implied_rounding(self.transforms) else (self.rounding,)
+        stages = "+".join(map(str, (*self.transforms, *rounding, *self.refiners, *self.block_refiners)))
+        activation = f"/{self.activation}" if self.activation else ""
         order = f"@{self.order}" if self.order and self.order != Stage(DEFAULT_ORDER) else ""
-        return f"{'+'.join(stages)}:{self.format}{order}"
+        return f"{stages}:{self.format}{activation}{order}"
 
 
-@functools.cache
-def method(name: str) -> Callable:
-    """The function of a registered rounding or transform."""
-    found = {**ROUNDINGS, **TRANSFORMS, **ORDERS}[name]
-    if callable(found):
-        return found
-    module, function = found.split(":")
-    return getattr(importlib.import_module(module), function)
-
-
-def register(function: Callable, *, transform: bool = False) -> Callable:
-    """Makes a function a rounding (transform: a transform) under its own name, in recipes and all that takes them; returns it.
-
-    Registering a name of one's own again replaces the function. Raises QjaxError for names of qjax's own methods, orders and
-    formats, names that no recipe can spell, and options without the type that a recipe reads them as.
-    """
-    name = getattr(function, "__name__", "")
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        raise QjaxError(f"register: {name!r} is no name for a method; a recipe spells it with a-z, 0-9 and _, a letter first")
-    if name in (*ROUNDINGS, *TRANSFORMS, *ORDERS, *GRIDS, *ALIASES, UNQUANTIZED) and name not in added_methods():
-        raise QjaxError(f"register: {name} is a method, order or format of qjax already; give the function another name")
-    parameters = inspect.signature(function).parameters.values()
-    untyped = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.annotation is p.empty and p.name not in GIVEN]
-    if len([p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]) < 2 or untyped:
-        raise QjaxError(
-            f"register: {name}{inspect.signature(function)} is no method: expected (weight, fmt, *, options), and every option "
-            "with a default and its type, as `sigmas: float = 3.0`"
-        )
-    for registry in (ROUNDINGS, TRANSFORMS):
-        registry.pop(name, None)
-    (TRANSFORMS if transform else ROUNDINGS)[name] = function
-    for cached in (method, implied_rounding, parse_recipe):
-        cached.cache_clear()
-    return function
-
-
-def added_methods() -> dict[str, Callable]:
-    """Methods from outside the package, see `register`."""
-    return {name: function for name, function in (ROUNDINGS | TRANSFORMS).items() if callable(function)}
-
-
-def sources(recipe: Recipe | None) -> dict[str, str]:
-    """Source of every method of a recipe that comes from outside the package; functions that it calls are not seen.
-
-    Raises QjaxError where there is none to read.
-    """
-    stages = () if recipe is None else (*recipe.transforms, recipe.rounding)
-    added = {name: function for name, function in added_methods().items() if name in {stage.name for stage in stages}}
-    try:
-        return {name: inspect.getsource(function) for name, function in added.items()}
-    except (OSError, TypeError):
-        raise QjaxError(
-            f"the source of {', '.join(added)} cannot be read, and rows are told apart by it; define it in a file or a notebook"
-        ) from None
-
-
-def options_of(name: str) -> dict[str, inspect.Parameter]:
-    """Options of a method: its keyword-only arguments that are not statistics."""
-    parameters = inspect.signature(method(name), eval_str=True).parameters.values()
-    return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in GIVEN}
-
-
-def statistics_of(stage: Stage) -> tuple[str, ...]:
-    """The calibration statistics that a method takes with these options."""
-    parameters = inspect.signature(method(stage.name)).parameters
-    chosen = {**{name: option.default for name, option in options_of(stage.name).items()}, **dict(stage.options)}.values()
-    return tuple(
-        name
-        for name in STATISTICS
-        if name in parameters and (parameters[name].default is inspect.Parameter.empty or name in chosen)
-    )
-
-
+@forgotten_on_change
 @functools.cache
 def implied_rounding(transforms: tuple[Stage, ...]) -> Stage:
     """The rounding of a recipe that names none."""
     text = FOLLOWED_BY.get(transforms[-1].name, "rtn") if transforms else "rtn"
-    return _parse_stage(text, text, (*ROUNDINGS,))
+    return _parse_stages(text, text)[0]
 
 
 def parse_order(text: str) -> Stage:
@@ -178,11 +114,13 @@ def parse_order(text: str) -> Stage:
 
 
 def _parse_order(where: str, text: str) -> Stage:
-    stage = _parse_stage(where, text, (*ORDERS,), what="order of calibration")
-    method(stage.name)(**dict(stage.options))  # raises for options out of range
+    name, options = _split_stage(where, text, names("order"), "order of calibration")
+    stage = _stage(where, name, options)
+    stage()  # raises for options out of range
     return stage
 
 
+@forgotten_on_change
 @functools.lru_cache(maxsize=1024)
 def parse_recipe(text: str) -> Recipe | None:
     """The recipe named `text`; None for "none", the unquantized model.
@@ -192,59 +130,79 @@ def parse_recipe(text: str) -> Recipe | None:
     text = text.strip()
     if text == UNQUANTIZED:
         return None
-    body, at, order_text = text.partition("@")
+    where = f"recipe {text!r}"
+    body, at, order = text.partition("@")
     *head, formats = re.split(r":(?![^(]*\))", body)
     if len(head) > 1:
-        raise QjaxError(f"recipe {text!r}: expected METHODS:FORMAT, got {len(head)} colons")
-    known, where = (*ROUNDINGS, *TRANSFORMS), f"recipe {text!r}"
-    stages = [_parse_stage(where, part, known) for part in _split_stages(head[0])] if head else [Stage("rtn")]
-    if stages[-1].name in TRANSFORMS:
-        stages.append(implied_rounding(tuple(stages)))
-    late = [stage.name for stage in stages[:-1] if stage.name in ROUNDINGS]
-    if late:
-        raise QjaxError(f"recipe {text!r}: {late[0]!r} is a rounding and must come last, after the transforms")
-    if not head and re.split(r"[(\-:/]", formats)[0] in (*ROUNDINGS, *TRANSFORMS):
-        raise QjaxError(f"recipe {text!r}: a method needs a format, for example {formats}:int4-g128")
+        raise QjaxError(f"{where}: expected METHODS:FORMAT, got {len(head)} colons")
+    if not head and kind_of(re.split(r"[(\-+:/]", formats)[0]) in FIRST:
+        raise QjaxError(f"{where}: a method needs a format, for example {formats}:int4-g128")
+    stages = _parse_stages(where, head[0]) if head else [Stage("rtn")]
     weights, slash, activation = formats.partition("/")
-    if slash:
-        raise QjaxError(f"recipe {text!r}: activation formats are not supported yet; leave out /{activation}")
-    recipe = Recipe(tuple(stages[:-1]), stages[-1], _parse_format(text, weights))
-    if recipe.is_cast and (recipe.transforms or recipe.rounding != Stage("rtn")):
-        raise QjaxError(f"recipe {text!r}: {recipe.format} is a cast and takes no method; write {str(recipe.format)!r}")
-    if at:
-        if not recipe.statistics:
-            raise QjaxError(f"recipe {text!r}: its methods read no calibration data, which an order (@{order_text}) is about")
-        recipe = recipe.in_order(_parse_order(where, order_text))
-    return recipe
-
-
-def _parse_format(recipe: str, text: str) -> Format:
     try:
-        return parse_format(text)
+        formats = {"format": parse_format(weights), "activation": parse_activation(activation) if slash else None}
     except QjaxError as error:
-        raise QjaxError(f"recipe {recipe!r}: {error}") from None
+        raise QjaxError(f"{where}: {error}") from None
+    recipe = Recipe(**_by_kind(where, stages), **formats)
+    if recipe.is_cast and (recipe.stages != (Stage("rtn"),) or slash):
+        raise QjaxError(f"{where}: {recipe.format} is a cast and takes no method; write {str(recipe.format)!r}")
+    if at and not recipe.reads_data:
+        raise QjaxError(f"{where}: its methods read no calibration data, which an order (@{order}) is about")
+    return recipe.in_order(_parse_order(where, order)) if at else recipe
 
 
-def _split_stages(text: str) -> list[str]:
-    return re.split(r"\+(?![^(]*\))", text)
+def _by_kind(where: str, stages: Sequence[Stage]) -> dict[str, object]:
+    """The stages as fields of a Recipe; raises QjaxError for a stage in the wrong place."""
+    places = [FIRST[kind_of(stage.name)] for stage in stages]
+    for stage, place, before in zip(stages[1:], places[1:], places[:-1], strict=True):
+        if place < before or place == before == FIRST["rounding"]:
+            raise QjaxError(
+                f"{where}: {stage.name!r} is a {kind_of(stage.name)} and cannot follow a {list(FIRST)[before]}; a recipe is "
+                "transforms, one rounding, which must come last of these, and refiners: awq+gptq+descend"
+            )
+    found = [tuple(stage for stage in stages if kind_of(stage.name) == kind) for kind in FIRST]
+    transforms, rounding, refiners, block_refiners = found
+    rounding = rounding[0] if rounding else implied_rounding(transforms)
+    return {"transforms": transforms, "rounding": rounding, "refiners": refiners, "block_refiners": block_refiners}
 
 
-def _parse_stage(where: str, text: str, known: Collection[str], what: str = "method") -> Stage:
+def _parse_stages(where: str, text: str) -> list[Stage]:
+    stages = []
+    for part in re.split(r"\+(?![^(]*\))", text):
+        name, options = _split_stage(where, part, names(*FIRST), "method")
+        sweeps = options.pop("refine", "0") if name == "gptq" else "0"
+        stages.append(_stage(where, name, options))
+        if sweeps != "0":  # as gptq(refine=4) was once spelled
+            shared = {option: options[option] for option in ("damp", "block") if option in options}
+            stages.append(_stage(where, "descend", {"sweeps": sweeps, **shared}))
+    return stages
+
+
+def _split_stage(where: str, text: str, known: Collection[str], what: str) -> tuple[str, dict[str, str]]:
+    """A stage's name, which must be known, and its options as they are written."""
     match = re.fullmatch(r"\s*([A-Za-z_]\w*)\s*(?:\((.*)\))?\s*", text)
     name = match.group(1) if match else text
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise QjaxError(f"{where}: unknown {what} {name!r}; {hint}allowed: {', '.join(known)}")
-    allowed = options_of(name)
     options = {}
     for item in filter(None, (match.group(2) or "").split(",")):
         key, equals, value = (part.strip() for part in item.partition("="))
-        if not equals or key not in allowed:
-            defaults = ", ".join(f"{option}={_show(allowed[option].default)}" for option in allowed) or "none"
-            raise QjaxError(f"{where}: {name} has no option {item.strip()!r}; allowed, with defaults: {defaults}")
         if key in options:
             raise QjaxError(f"{where}: {name}({key}=...) is given twice; give it once")
+        options[key if equals else item] = value if equals else ""
+    return name, options
+
+
+def _stage(where: str, name: str, given: dict[str, str]) -> Stage:
+    """A stage of options as they are written; raises QjaxError for unknown ones and values of another type."""
+    allowed, options = options_of(name), {}
+    for key, value in given.items():
+        if key not in allowed:
+            defaults = ", ".join(f"{option}={show(allowed[option].default)}" for option in allowed) or "none"
+            item = f"{key}={value}" if value else key
+            raise QjaxError(f"{where}: {name} has no option {item.strip()!r}; allowed, with defaults: {defaults}")
         options[key] = _convert(where, name, allowed[key], value)
     changed = {key: value for key, value in options.items() if value != allowed[key].default}
     return Stage(name, tuple(sorted(changed.items())))
@@ -270,34 +228,13 @@ def _convert(where: str, name: str, option: inspect.Parameter, text: str) -> obj
     return value
 
 
-def _show(value: object) -> str:
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
-
-
 def method_name(recipe: Recipe | None) -> str:
     """The method a figure draws a line for: stages without options; the grid for nearest rounding to a codebook."""
     if recipe is None:
-        return "none"
+        return UNQUANTIZED
     if recipe.is_cast:
         return str(recipe.format)
-    stages = [stage.name for stage in recipe.transforms]
+    hidden = recipe.transforms and recipe.rounding.name == "rtn"
+    named = [stage.name for stage in recipe.stages if not (hidden and stage is recipe.rounding)]
     codebook = not recipe.format.grid.startswith("int")
-    if not stages and recipe.rounding.name == "rtn" and codebook:
-        return recipe.format.grid
-    return "+".join(stages if stages and recipe.rounding.name == "rtn" else [*stages, recipe.rounding.name])
-
-
-def method_table() -> list[dict[str, str]]:
-    """One record per registered method and order: name, kind, options with defaults, statistics, what it does."""
-    kinds = {"rounding": ROUNDINGS, "transform": TRANSFORMS, "order": ORDERS}
-    return [
-        {
-            "method": f"@{name}" if kind == "order" else name,
-            "kind": kind,
-            "options": ", ".join(f"{o.name}={_show(o.default)}" for o in options_of(name).values()),
-            "needs": "" if kind == "order" else ", ".join(statistics_of(Stage(name))) or "no data",
-            "what": inspect.getdoc(method(name) if kind == "order" else inspect.getmodule(method(name))).splitlines()[0],
-        }
-        for kind, registry in kinds.items()
-        for name in registry
-    ]
+    return recipe.format.grid_name if named == ["rtn"] and codebook else "+".join(named)

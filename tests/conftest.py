@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from qjax import methods
 from qjax.models.config import DecoderConfig
-from qjax.models.decoder import Decoder
 from qjax.models.model import Model
+from qjax.models.walk import Decoder
 
 
 def byte_tokenizer(bos: bool = False):
@@ -103,3 +104,10 @@ def random_model(config: DecoderConfig, tokenizer=None, seed: int = 0, dtype=jnp
 def tiny_model() -> Model:
     """A random Llama with an untied head and a byte-level tokenizer."""
     return random_model(tiny_config(), byte_tokenizer())
+
+
+@pytest.fixture
+def registries():
+    """Methods and statistics that a test registers are forgotten after it."""
+    with methods.scoped():
+        yield

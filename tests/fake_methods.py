@@ -6,6 +6,7 @@ Their results are held as fp32; registered under "tests.fake_methods:NAME".
 import jax.numpy as jnp
 
 from qjax.formats import parse_format
+from qjax.maps import Divide
 from qjax.qtensor import QTensor
 from qjax.rounding.parts.info import Info
 
@@ -26,7 +27,7 @@ def fake(weight, fmt, *, hessian, abs_mean):
 def stretch(weights, fmt, *, abs_mean):
     """A transform whose scales are powers of two, which every type holds exactly."""
     del weights, fmt
-    return powers(abs_mean)
+    return Divide(powers(abs_mean))
 
 
 def powers(abs_mean, numpy=jnp):

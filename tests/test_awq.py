@@ -9,10 +9,11 @@ import pytest
 
 from qjax.errors import QjaxError
 from qjax.formats import parse_format
-from qjax.kernels.matmul import matmul
-from qjax.qtensor import QLinear, dequantize
+from qjax.linear import Linear, apply_linear, dequantize
+from qjax.maps import Divide, Scale
 from qjax.rounding.nearest import rtn
-from qjax.transforms.awq import awq, awq_scale
+from qjax.transforms import awq as transform
+from qjax.transforms.awq import awq
 from tests.oracles import awq as oracle
 from tests.oracles.gptq import layer_error
 
@@ -33,6 +34,13 @@ def statistics(x: np.ndarray) -> dict[str, jax.Array]:
         "hessian": jnp.asarray(x.astype(np.float64).T @ x / len(x), jnp.float32),
         "abs_mean": jnp.asarray(np.mean(np.abs(x), 0)),
     }
+
+
+def awq_scale(*args, **options) -> jax.Array:
+    """The scale of the map that the search finds."""
+    found = transform.awq_scale(*args, **options)
+    assert isinstance(found, Divide)
+    return found.scale
 
 
 def assert_best(scale, candidates, tolerance=1e-3):
@@ -99,10 +107,15 @@ def test_a_scale_is_kept_only_where_the_rounding_that_follows_gains(loss):
     def module(replaced):
         return sum(jnp.sum(jnp.square(x @ (new - old))) for new, old in zip(replaced, weights, strict=True))
 
-    def exact_without(scale=jnp.ones(IN)):  # noqa: B008
+    def scale_of(divide):
+        return jnp.ones(IN) if divide is None else divide.scale
+
+    def exact_without(divide):
+        scale = scale_of(divide)
         return [weight + 0.01 * jnp.abs(jnp.log(scale))[:, None] for weight in weights]
 
-    def as_searched(scale=jnp.ones(IN)):  # noqa: B008
+    def as_searched(divide):
+        scale = scale_of(divide)
         return [dequantize(rtn(weight * scale[:, None], fmt)[0]) / scale[:, None] for weight in weights]
 
     find = functools.partial(awq_scale, weights, fmt, **known, loss=loss, module=module, ratios=5)
@@ -137,11 +150,11 @@ def test_channels_that_are_never_used():
 
 @pytest.mark.parametrize("clip", ["none", "mse", "hessian"])
 def test_one_weight(clip):
-    """A QLinear whose scale is stored exactly, better than nearest rounding with the same clip, and Info says by how much."""
+    """A Linear whose scale is stored exactly, better than nearest rounding with the same clip, and Info says by how much."""
     weights, x = case()
     weight, known = jnp.asarray(weights[0]), statistics(x)
     q, info = awq(weight, "int3-g8", **known, clip=clip)
-    assert isinstance(q, QLinear) and q.input_scale.dtype == jnp.float16
+    assert isinstance(q, Linear) and isinstance(q.inputs[0], Scale) and q.inputs[0].scale.dtype == jnp.float16
     error = layer_error(np.asarray(dequantize(q)), weights[0], np.asarray(known["hessian"]))
     assert float(info.proxy_loss) == pytest.approx(error, rel=1e-3)
     whole = layer_error(np.zeros_like(weights[0]), weights[0], np.asarray(known["hessian"]))
@@ -149,11 +162,12 @@ def test_one_weight(clip):
     plain, _ = rtn(weight, "int3-g8", hessian=known["hessian"], clip=clip)
     assert error < layer_error(np.asarray(dequantize(plain)), weights[0], np.asarray(known["hessian"]))
     # The codes are those of the weight times the stored scale.
-    scaled = weight / q.input_scale.astype(jnp.float32)[:, None]
-    hessian = known["hessian"] * q.input_scale.astype(jnp.float32)[:, None] * q.input_scale.astype(jnp.float32)
+    scale = q.inputs[0].scale.astype(jnp.float32)
+    scaled = weight / scale[:, None]
+    hessian = known["hessian"] * scale[:, None] * scale
     again, _ = rtn(scaled, "int3-g8", hessian=hessian, clip=clip)
     assert np.mean(np.asarray(again.codes) == np.asarray(q.weight.codes)) > 0.98
-    np.testing.assert_allclose(matmul(jnp.asarray(x), q), x @ np.asarray(dequantize(q)), atol=1e-4)
+    np.testing.assert_allclose(apply_linear(jnp.asarray(x), q), x @ np.asarray(dequantize(q)), atol=1e-4)
     assert q.bits_per_weight == pytest.approx(8 * (q.weight.nbytes + 2 * IN) / weights[0].size)
 
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qjax.calibrate.statistics import STATISTICS, rescale
+from qjax.calibrate.statistics import STATISTICS, mapped
+from qjax.maps import Divide
 
 SIZE = 6
 
@@ -80,10 +81,10 @@ def test_rescaling_is_dividing_the_input(batch):
     x, exact, weights = batch
     scale = np.random.default_rng(1).uniform(0.1, 10, SIZE).astype(np.float32)
     names = ("hessian", "abs_mean", "abs_max", "tokens")
-    got = rescale({name: jnp.asarray(run(name, batch)) for name in names}, jnp.asarray(scale))
+    got = mapped({name: jnp.asarray(run(name, batch)) for name in names}, Divide(jnp.asarray(scale)))
     for name in names:
         np.testing.assert_allclose(got[name], expected(name, x / scale, exact / scale, weights), rtol=1e-5)
-    got = rescale({"drift": jnp.asarray(run("drift", batch))}, jnp.asarray(scale))["drift"]
+    got = mapped({"drift": jnp.asarray(run("drift", batch))}, Divide(jnp.asarray(scale)))["drift"]
     np.testing.assert_allclose(got, expected("drift", x / scale, exact / scale, weights), rtol=1e-4, atol=1e-5)
 
 

@@ -12,7 +12,7 @@ from qjax.calibrate.capture import (
     capture_statistics,
     distinct_calls,
     merge_arguments,
-    parent_outputs,
+    module_outputs,
     sharing,
     split_arguments,
 )
@@ -94,6 +94,31 @@ def test_layers_that_share_their_input(mixed):
     assert shared["right/kernel"] == "left/kernel"
 
 
+class BothAxes(nn.Module):
+    """The same array, contracted over its last axis, over the one before it, over both, and over the last again."""
+
+    @nn.compact
+    def __call__(self, x):  # (batch, 6, 6)
+        return [
+            nn.DenseGeneral(4, axis=axis, name=name)(x)
+            for name, axis in {"last": -1, "middle": -2, "both": (-2, -1), "again": -1}.items()
+        ]
+
+
+def test_one_array_contracted_over_other_axes_is_another_input():
+    module, x = BothAxes(), jnp.asarray(np.random.default_rng(1).standard_normal((4, 6, 6)), jnp.float32)
+    params = shapes_of(module, x)
+    shared = sharing(module, params, (x,))
+    assert shared == {
+        f"{name}/kernel": f"{first}/kernel"
+        for name, first in zip(("last", "middle", "both", "again"), ("last", "middle", "both", "last"), strict=True)
+    }
+    found = capture_statistics(module, params, [Batch((x,))], {"last/kernel": 6, "middle/kernel": 6}, ["hessian"]).statistics
+    rows = {"last/kernel": np.asarray(x).reshape(-1, 6), "middle/kernel": np.asarray(x).swapaxes(1, 2).reshape(-1, 6)}
+    for path, value in rows.items():
+        np.testing.assert_allclose(found[path]["hessian"], value.T @ value / 24, rtol=1e-4, atol=1e-5, err_msg=path)
+
+
 def test_sharing_in_the_decoder():
     model = small_model(tiny_config())
     shared = sharing(Block(model.config), model.params["block_0"], (jnp.zeros((1, 4, 32)),))
@@ -136,19 +161,19 @@ def test_drift_is_of_both_runs(mixed):
 def test_outputs_of_a_submodule(mixed):
     module, params, x = mixed
     weights = jnp.arange(20.0).reshape(4, 5)
-    plain, weighted = (parent_outputs(module, params, [Batch((x,), w)], ("left",)) for w in (None, weights))
+    plain, weighted = (module_outputs(module, params, [Batch((x,), w)], ("left",)) for w in (None, weights))
     assert len(plain) == 1
     np.testing.assert_allclose(weighted[0] ** 2, plain[0] ** 2 * weights[..., None], rtol=1e-4)
     expected = np.asarray(x) @ np.asarray(params["left"]["kernel"]) + np.asarray(params["left"]["bias"])
     np.testing.assert_allclose(plain[0], expected, atol=1e-5)
-    assert len(parent_outputs(module, params, [Batch((x,))] * 2, ("twice",))) == 4  # two calls in each batch
+    assert len(module_outputs(module, params, [Batch((x,))] * 2, ("twice",))) == 4  # two calls in each batch
 
 
 def test_outputs_of_tokens_that_do_not_count_may_be_anything(mixed):
     module, params, x = mixed
     weights = jnp.ones((4, 5)).at[1, 2].set(0)
-    (got,) = parent_outputs(module, params, [Batch((x.at[1, 2].set(jnp.nan),), weights)], ("left",))
-    (expected,) = parent_outputs(module, params, [Batch((x,), weights)], ("left",))
+    (got,) = module_outputs(module, params, [Batch((x.at[1, 2].set(jnp.nan),), weights)], ("left",))
+    (expected,) = module_outputs(module, params, [Batch((x,), weights)], ("left",))
     np.testing.assert_array_equal(got, expected)
 
 
@@ -204,7 +229,7 @@ def test_layers_inside_transformations_are_named_and_can_be_left_out(lift):
     with pytest.raises(QjaxError, match=f"{path}.*PATTERN=none"):
         qjax.quantize_flax(module, params, "gptq:int4-g2@parallel", batches=[(x,)])
     left, report = qjax.quantize_flax(module, params, "gptq:int4-g2@parallel", batches=[(x,)], rules=["inside=none"])
-    assert qjax.qtensor.is_quantized(left["outside"]["kernel"])
+    assert qjax.linear.is_quantized(left["outside"]["kernel"])
     assert {record.path: record.tokens for record in report.layers}["outside/kernel"] == 24
     nearest, _ = qjax.quantize_flax(module, params, "rtn:int4-g2", batches=[(x,)])  # reads no inputs
     assert len(jax.tree.leaves(nearest)) > len(jax.tree.leaves(params))
@@ -234,7 +259,7 @@ def test_a_module_that_cannot_be_hashed():
     module, x = Sizes({"sizes": np.array([4, 3])}), jnp.ones((20, 6)) + jnp.arange(6)
     params = shapes_of(module, x)
     quantized, _ = qjax.quantize_flax(module, params, "gptq:int8-g2@parallel", batches=[(x,)])
-    assert qjax.qtensor.is_quantized(quantized["layer_1"]["kernel"])
+    assert qjax.linear.is_quantized(quantized["layer_1"]["kernel"])
 
 
 class Sometimes(nn.Module):

@@ -9,7 +9,7 @@ from qjax.checkpoints.load import load
 from qjax.driver.decoder import quantize
 from qjax.errors import QjaxError
 from qjax.evaluate.choices import accuracy
-from qjax.evaluate.likelihood import likelihoods, make_pair
+from qjax.evaluate.likelihood import Likelihood, likelihoods, make_pair
 from qjax.evaluate.questions import last_word, make_task, multiple_choice, multiple_context
 from qjax.evaluate.tasks import load_task
 
@@ -39,6 +39,15 @@ def test_answers_are_the_likeliest_choices(model):
     assert found.value == right.mean()
     assert found.stderr == pytest.approx(right.std(ddof=1) / math.sqrt(3))
     assert (found.gold, found.truncated, found.kind) == ((1, 0, 1), 0, "choices")
+
+
+def test_of_equally_likely_choices_the_first_is_the_answer(model, monkeypatch):
+    """As in lm-evaluation-harness; also of those that are equal per character."""
+    questions = [multiple_choice("q", ["aa", "bb", "cccc"], 1), multiple_choice("q", ["aaaa", "bb", "ccccc"], 0)]
+    found = Likelihood(np.array([-2.0, -1.0, -1.0, -4.0, -2.0, -5.0]), np.zeros(6, bool))
+    monkeypatch.setattr("qjax.evaluate.choices.likelihoods", lambda *_, **__: found)
+    given = accuracy(model, make_task("toy", questions))
+    assert (given.answers, given.answers_normalised, given.value, given.normalised) == ((1, 1), (2, 0), 0.5, 0.5)
 
 
 def test_last_words_must_be_the_models_own(model):

@@ -1,6 +1,7 @@
 """Corpora: the built-in corpus' split, files, and the messages of what goes wrong."""
 
 import gzip
+import hashlib
 import json
 import sys
 import types
@@ -184,7 +185,11 @@ def fake_datasets(monkeypatch):
 )
 def test_named_corpora_ask_for_the_right_part(fake_datasets, spec, split, column, part):
     fake_datasets.answer = {column: ["", " = Title = \n", "body"]}
-    assert load_corpus(spec, split).documents == ("", " = Title = \n", "body")  # empty rows stay: GPTQ joins them too
+    found = load_corpus(spec, split)
+    assert found.documents == ("", " = Title = \n", "body")  # empty rows stay: GPTQ joins them too
+    assert found.separator == ("\n\n" if spec == "wikitext2" else " ")
+    joined = found.separator.join(found.documents)
+    assert found.fingerprint == hashlib.sha256(joined.encode()).hexdigest()[:16]
     assert fake_datasets.calls[0][1]["split"] == part
 
 

@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.special import erf
 
 from qjax.models import decoder
 from qjax.models.config import LinearScaling, Llama3Scaling
-from qjax.models.decoder import Block, Embed, Head, make_norm, rope_frequencies, rotate
+from qjax.models.decoder import MLP, Attention, Block, Embed, Head, make_norm, rope_frequencies, rotate
 
 from .conftest import FAMILY_CHANGES, tiny_config
 from .random_weights import small_model
@@ -95,3 +96,68 @@ def test_pieces_of_a_long_sequence_see_what_the_whole_sees(window, monkeypatch):
     whole = Block(config).apply({"params": model.params["block_0"]}, x)
     np.testing.assert_allclose(pieces, whole, atol=1e-5)
     assert keys == [size, 2 * size, shape[1], shape[1]]
+
+
+ACTIVATIONS = {
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "gelu": lambda x: x * (1 + erf(x / np.sqrt(2))) / 2,
+    "gelu_tanh": lambda x: x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) / 2,
+    "relu": lambda x: np.maximum(x, 0),
+}
+
+
+def float64_parameters(module, *args):
+    """Random parameters of a module, and the same in float64; kernels keep the size of what they are given."""
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *args)["params"]
+    generator = np.random.default_rng(0)
+    wide = jax.tree.map(lambda s: generator.standard_normal(s.shape).astype(np.float32) / s.shape[0] ** 0.5, shapes)
+    return jax.tree.map(jnp.asarray, wide), jax.tree.map(np.float64, wide)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_an_mlp_is_its_formula(name, gated):
+    """The exact gelu and its tanh form differ in the fourth digit: they are not taken for each other."""
+    module = MLP(tiny_config(activation=name, gated=gated, mlp_bias=True))
+    x = np.random.default_rng(1).standard_normal((1, 5, 32)).astype(np.float32)
+    params, p = float64_parameters(module, x)
+    up = x @ p["up"]["kernel"] + p["up"]["bias"]
+    inner = ACTIVATIONS[name](x @ p["gate"]["kernel"] + p["gate"]["bias"]) * up if gated else ACTIVATIONS[name](up)
+    expected = inner @ p["down"]["kernel"] + p["down"]["bias"]
+    np.testing.assert_allclose(module.apply({"params": params}, x), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},  # two heads of queries for each of keys
+        {"heads": 6, "kv_heads": 2, "head_dim": 4, "sliding_window": 3},
+        {"kv_heads": 1, "rotary_fraction": 0.5, "qkv_bias": True, "attention_output_bias": True},
+        {"kv_heads": 4, "positions": "learned"},
+    ],
+)
+def test_attention_is_its_formula(changes):
+    """Head by head in float64: heads of queries g n to g n + n - 1 read head g of keys and values."""
+    config = tiny_config(**changes)
+    module, time = Attention(config), 7
+    x = np.random.default_rng(1).standard_normal((2, time, 32)).astype(np.float32)
+    params, p = float64_parameters(module, x)
+    q, k, v = ((x @ p[name]["kernel"] + p[name].get("bias", 0)).reshape(2, time, -1, config.head_dim) for name in "qkv")
+    half = config.rotary_dim // 2 if config.positions == "rope" else 0
+
+    def turned(head, angles):  # (time, dim): pairs (i, i + half) as complex numbers
+        pair = (head[:, :half] + 1j * head[:, half : 2 * half]) * np.exp(1j * angles)
+        return np.concatenate([pair.real, pair.imag, head[:, 2 * half :]], axis=1)
+
+    angles = np.arange(time)[:, None] * rope_frequencies(config)[:half].astype(np.float64)
+    distance = np.arange(time)[:, None] - np.arange(time)
+    seen = (distance >= 0) & (distance < (config.sliding_window or time))
+    mixed = np.zeros((2, time, config.heads, config.head_dim))
+    for batch in range(2):
+        for head in range(config.heads):
+            of_keys = head // (config.heads // config.kv_heads)
+            ours, theirs = turned(q[batch, :, head], angles), turned(k[batch, :, of_keys], angles)
+            scores = np.where(seen, np.exp(ours @ theirs.T / np.sqrt(config.head_dim)), 0)
+            mixed[batch, :, head] = scores / scores.sum(axis=1, keepdims=True) @ v[batch, :, of_keys]
+    expected = mixed.reshape(2, time, -1) @ p["o"]["kernel"] + p["o"].get("bias", 0)
+    np.testing.assert_allclose(module.apply({"params": params}, x), expected, atol=2e-5)

@@ -65,6 +65,21 @@ def test_fewer_bits_diverge_farther(tiny_model, quantized):
     assert more.kl < fewer.kl and more.top1 > fewer.top1 and more.rms_dp < fewer.rms_dp
 
 
+def test_standard_errors_are_the_spread_of_repeated_measurements():
+    """Windows that are alike inside: what every mean over tokens varies by is what its error says."""
+    generator = np.random.default_rng(0)
+    found = []
+    for _ in range(400):
+        like = generator.standard_normal((3, 60, 1))
+        kl, same, change = like + 0.3 * generator.standard_normal((3, 60, 5))
+        kl, same, change = np.exp(0.3 * kl), (same > -1).astype(float), 0.1 * change + 0.02
+        scored = np.arange(5) < generator.integers(3, 6, (60, 1))
+        found.append(summarise(kl, same, change, scored))
+    for name in ("kl", "top1", "rms_dp"):
+        spread, told = (np.array([getattr(each, f"{name}{suffix}") for each in found]) for suffix in ("", "_stderr"))
+        assert np.mean(told) == pytest.approx(np.std(spread), rel=0.12), name
+
+
 def test_a_broken_model_diverges_infinitely():
     kl, ones = np.full((3, 4), np.nan), np.ones((3, 4))
     found = summarise(kl, ones, kl, ones.astype(bool))

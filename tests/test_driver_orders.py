@@ -13,16 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qjax import recipe as recipes
+from qjax import methods
 from qjax.calibrate.order import Order
 from qjax.calibrate.tokens import Calibration
 from qjax.driver import decoder as driver
 from qjax.driver.decoder import quantize
-from qjax.driver.part import Memo, Part, quantize_part
+from qjax.driver.flow import quantize_part
+from qjax.driver.part import Part
 from qjax.formats import parse_format
-from qjax.models.decoder import Decoder
+from qjax.methods import Memo, Stage
 from qjax.models.parameters import flatten, unflatten
-from qjax.recipe import Recipe, Stage, parse_order
+from qjax.models.walk import Decoder
+from qjax.recipe import Recipe, parse_order, parse_recipe
 from tests.conftest import tiny_config
 from tests.fake_methods import powers, shrink
 from tests.random_weights import small_model
@@ -49,8 +51,8 @@ def case():
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
-    monkeypatch.setitem(recipes.ROUNDINGS, "fake", "tests.fake_methods:fake")
-    monkeypatch.setitem(recipes.TRANSFORMS, "stretch", "tests.fake_methods:stretch")
+    monkeypatch.setitem(methods.METHODS["rounding"], "fake", "tests.fake_methods:fake")
+    monkeypatch.setitem(methods.METHODS["transform"], "stretch", "tests.fake_methods:stretch")
 
 
 @functools.cache
@@ -117,7 +119,7 @@ def slowly(case, order: Order, transform: bool) -> dict[str, np.ndarray]:
 )
 def test_orders_are_what_they_say(case, name, transform):
     stage = parse_order(name)
-    order = recipes.method(stage.name)(**dict(stage.options))
+    order = stage()
     transforms = (Stage("stretch"),) if transform else ()
     recipe = Recipe(transforms, Stage("fake"), parse_format("fp32"), stage)
     quantized, _ = quantize(case.model, recipe, calibration=Calibration(case.tokens, case.weights), rules=["head=none"])
@@ -156,6 +158,33 @@ def test_batches_do_not_matter(case, monkeypatch):
         np.testing.assert_allclose(leaf, results[1][path], atol=1e-5 * float(jnp.max(jnp.abs(leaf))), err_msg=path)
 
 
+def test_a_chain_of_transforms_sees_what_those_before_it_left(case):
+    """Inputs divided by powers of two near their means have means near 1, so the same transform again finds 1."""
+    found, rules = [], ["attention|mlp/down|head|block_1=none"]
+    for transforms in ((Stage("stretch"),), (Stage("stretch"),) * 2):
+        recipe = Recipe(transforms, Stage("fake"), parse_format("fp32"), Stage("parallel"))
+        quantized, _ = quantize(case.model, recipe, calibration=Calibration(case.tokens), rules=rules)
+        found.append(flatten(quantized.params))
+    for path, leaf in found[0].items():
+        np.testing.assert_array_equal(found[1][path], leaf, err_msg=path)
+    changed = found[0]["block_0/mlp_norm/scale"] / case.leaves["block_0/mlp_norm/scale"]
+    assert float(jnp.max(changed)) > 1 > float(jnp.min(changed))
+
+
+def test_windows_that_fill_up_a_batch_do_not_count(case, monkeypatch):
+    """Five windows in batches of three: the sixth is no text."""
+    monkeypatch.setitem(driver.BATCH_TOKENS, jax.default_backend(), 3 * case.tokens.shape[1])
+    recipe = Recipe((), Stage("fake"), parse_format("fp32"), Stage("parallel"))
+    rules = ["attention|mlp/down|head|block_1=none"]
+    quantized, report = quantize(case.model, recipe, calibration=Calibration(case.tokens), rules=rules)
+    assert {record.tokens for record in report.layers} == {None, case.tokens.size}
+    x = recorder(case.model.config)(case.model.params, case.tokens)["block_0/mlp/up/kernel"]
+    x = np.asarray(x, np.float64)
+    weight = np.asarray(case.leaves["block_0/mlp/up/kernel"], np.float64)
+    expected = shrink(weight, x.T @ x / len(x), np.mean(np.abs(x), axis=0), np)
+    np.testing.assert_allclose(flatten(quantized.params)["block_0/mlp/up/kernel"], expected, atol=3e-5 * np.abs(expected).max())
+
+
 def test_memo_computes_once_per_object():
     calls = []
 
@@ -172,16 +201,16 @@ def test_memo_computes_once_per_object():
 
 def test_a_part_without_calibrated_plans_runs_nothing(case):
     """rtn needs no batches and no tracing, and leaves everything else as it was."""
-    from qjax.interception.linen import KernelView
+    from qjax.interception.contraction import KernelView
     from qjax.models.decoder import Block
 
     params = case.model.params["block_0"]
     flat = flatten(params)
     views = {path: KernelView(leaf.shape, (0,), (1,)) for path, leaf in flat.items() if path.endswith("kernel")}
     part = Part(Block(case.model.config), "block_0/", params, views, {})
-    plan = dict.fromkeys(views, recipes.parse_recipe("rtn:int4-g16")) | {"mlp/up/kernel": None}
+    plan = dict.fromkeys(views, parse_recipe("rtn:int4-g16")) | {"mlp/up/kernel": None}
     seen = []
-    (found,) = quantize_part(part, [plan], recipes.method("parallel")(), on_layer=seen.append)
+    (found,) = quantize_part(part, [plan], Stage("parallel")(), on_layer=seen.append)
     assert [record.path for record in found.records] == [f"block_0/{path}" for path in views]
     assert sorted(record.path for record in seen) == sorted(record.path for record in found.records)
     assert found.leaves["mlp/up/kernel"] is flat["mlp/up/kernel"]

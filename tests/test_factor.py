@@ -1,11 +1,11 @@
-"""qjax.rounding.parts.factor: the triangular factor against float64 NumPy, damping, order, dead inputs, broken Hessians."""
+"""qjax.rounding.parts.feedback: the triangular factor against float64 NumPy, damping, order, dead inputs, broken Hessians."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qjax.rounding.parts.factor import FIRST_DAMP, factorize
+from qjax.rounding.parts.feedback import FIRST_DAMP, factorize
 from tests.oracles import gptq as oracle
 
 
@@ -79,6 +79,21 @@ def test_a_singular_hessian_raises_the_damping():
     assert float(factorize(hessian, damp=0.01).damp) == np.float32(0.01)  # enough at once
     indefinite = hessian - 0.05 * jnp.mean(jnp.diagonal(hessian)) * jnp.eye(32)  # as rounding could not make it
     assert float(factorize(indefinite, damp=0.01).damp) == pytest.approx(0.1)  # ten times as much
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_pivots_of_float32_noise_are_not_accepted(act_order):
+    """A factor exists, but what its last pivot says is rounding: a millionth of the mean diagonal is the least that counts."""
+    x = np.random.default_rng(1).standard_normal((300, 12))
+    x[:, 7] = x[:, 2] + x[:, 5]  # the same as two others together
+    hessian = (x.T @ x / 300).astype(np.float32)
+    alone = np.linalg.cholesky(hessian + 1e-7 * np.eye(12, dtype=np.float32))
+    assert np.all(np.isfinite(alone)) and np.min(np.diag(alone)) ** 2 < 1e-6
+    factor = factorize(jnp.asarray(hessian), damp=1e-7, act_order=act_order)
+    assert float(factor.damp) == np.float32(FIRST_DAMP)
+    diagonal = jnp.array([1.0, 2.0, 1.0, 1e-7])
+    assert float(factorize(jnp.diag(diagonal), damp=0.0, act_order=act_order).damp) == np.float32(FIRST_DAMP)
+    assert float(factorize(jnp.diag(diagonal.at[3].set(1e-5)), damp=0.0, act_order=act_order).damp) == 0
 
 
 def test_a_narrow_hessian_is_the_float32_one_of_its_values():

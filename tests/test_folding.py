@@ -4,8 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qjax.maps import Divide
 from qjax.models.families import FAMILIES
-from qjax.models.folding import FOLDS, fold_scale, folds
+from qjax.models.folding import FOLDS, fold_map, folds
 from qjax.models.model import apply
 from qjax.models.parameters import flatten, unflatten
 from tests.conftest import FAMILY_CHANGES, GEMMA, GPT2, GPT_NEOX, OPT, tiny_config
@@ -64,7 +65,7 @@ def test_logits_are_unchanged(name):
         for fold in allowed:
             inputs = len(block[f"{fold.layers[0]}/kernel"])
             scale = jnp.asarray(10.0 ** generator.uniform(-1, 1, inputs), jnp.float32)
-            changed = fold_scale(block, fold, scale)
+            changed = fold_map(block, fold, Divide(scale))
             assert all(changed[path].dtype == jnp.float32 for path in changed)
             assert {f"{layer}/kernel" for layer in fold.layers} < changed.keys() <= block.keys()
             moved |= changed.keys()
@@ -91,7 +92,7 @@ def test_what_the_table_forbids_would_change_them(source, changes):
     if inputs != outputs:
         return  # it could not even be written down
     scale = jnp.asarray(10.0 ** np.random.default_rng(1).uniform(-1, 1, inputs), jnp.float32)
-    params = model.params | {"block_0": unflatten(block | fold_scale(block, forbidden, scale))}
+    params = model.params | {"block_0": unflatten(block | fold_map(block, forbidden, Divide(scale)))}
     exact = np.asarray(apply(model, TOKENS))
     assert np.max(np.abs(np.asarray(apply(model._replace(params=params), TOKENS)) - exact)) > 1e-2
 
@@ -99,6 +100,6 @@ def test_what_the_table_forbids_would_change_them(source, changes):
 def test_half_precision_leaves_become_float32():
     model = small_model(tiny_config(vocabulary_size=61), dtype=jnp.bfloat16)
     block = flatten(model.params["block_0"])
-    changed = fold_scale(block, folds(model.config)[0], jnp.full(32, 3.0))
+    changed = fold_map(block, folds(model.config)[0], Divide(jnp.full(32, 3.0)))
     assert {leaf.dtype for leaf in changed.values()} == {jnp.dtype("float32")}
     np.testing.assert_allclose(changed["attention_norm/scale"], np.asarray(block["attention_norm/scale"], np.float32) / 3)

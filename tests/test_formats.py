@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from qjax.errors import QjaxError
 from qjax.formats import (
+    ALIASES,
+    BOUNDS,
     EXAMPLES,
     FLOATS,
     GRIDS,
@@ -17,11 +19,10 @@ from qjax.formats import (
     NF4_VALUES,
     Format,
     codebooks,
-    default_scale_dtype,
-    dynamic_map,
     format_table,
     parse_format,
 )
+from qjax.scales import SCALES, ZEROS, dynamic_map
 
 FLOAT8 = {"fp8_e4m3": ml_dtypes.float8_e4m3fn, "fp8_e5m2": ml_dtypes.float8_e5m2}
 
@@ -35,11 +36,10 @@ def formats(draw) -> Format:
     granularity = draw(st.sampled_from(["tensor", "channel", "group", "block"]))
     group = draw(st.integers(1, 10**6)) if granularity in ("group", "block") else 0
     symmetric = name in INTEGERS and draw(st.booleans())
-    bound = draw(st.sampled_from(["max", "edge"])) if symmetric else ""
-    double_quantized = draw(st.booleans())
-    dtypes = st.sampled_from(["float32", "float16", "bfloat16"])
-    scale_dtype = default_scale_dtype(name) if double_quantized else draw(dtypes)
-    return Format(name, granularity, group, symmetric, bound, scale_dtype, double_quantized)
+    bound = draw(st.sampled_from(BOUNDS)) if symmetric else ""
+    zeros = draw(st.sampled_from([*ZEROS])) if name in INTEGERS and not symmetric else "none"
+    scales = [scales for scales, codec in SCALES.items() if codec.signed or bound != "full"]
+    return Format(name, granularity, group, bound, draw(st.sampled_from(scales)), zeros)
 
 
 @given(formats())
@@ -52,7 +52,8 @@ def test_every_format_prints_and_parses_back(fmt):
 @given(formats(), st.randoms())
 @settings(deadline=None, max_examples=100)
 def test_parts_after_the_granularity_come_in_any_order(fmt, random):
-    head, *parts = str(fmt).split("-")
+    name = str(fmt)
+    head, *parts = ALIASES.get(name, name).split("-")
     tail = parts[1:]
     random.shuffle(tail)
     assert parse_format("-".join([head, *parts[:1], *tail])) == fmt
@@ -72,6 +73,13 @@ def test_parts_after_the_granularity_come_in_any_order(fmt, random):
         ("int4-g128-bf16-max-sym", "int4-g128-sym-max-bf16"),
         ("nf4-g64-fp32", "nf4-g64"),
         ("fp8_e4m3-tensor", "fp8_e4m3-tensor"),
+        ("mxfp8", "mxfp8_e4m3"),
+        ("fp4-g32-e8m0", "mxfp4"),
+        ("fp4_e2m1-g32-e8m0_even", "mxfp4_even"),
+        ("fp4-g64-e8m0", "fp4_e2m1-g64-e8m0"),
+        ("fp4-g16-e4m3", "nvfp4"),
+        ("int2-g32-full-sym", "int2-g32-sym-full"),
+        ("int4-g64-fp32-z16", "int4-g64-z16-fp32"),
     ],
 )
 def test_short_forms(text, canonical):
@@ -93,15 +101,20 @@ def test_a_format_parses_to_itself():
         ("int4-g", ["after 'int4'", "'g'"]),
         ("int4-g-1", ["after 'int4'", "'g'"]),
         ("int4-g0", ["'g0'", "at least 1"]),
-        ("int4-g128-symm", ["unknown part 'symm'", "sym, sym-max, sym-edge, fp32, fp16, bf16, dq"]),
+        ("int4-g128-symm", ["unknown part 'symm'", "sym, sym-max, sym-edge, sym-full, z16, z32, fp32", "dq"]),
         ("int4-g128-", ["unknown part ''"]),
-        ("nf4-g64-sym", ["unknown part 'sym' for nf4", "gN or bN: fp32, fp16, bf16, dq"]),
+        ("nf4-g64-sym", ["unknown part 'sym' for nf4", "gN or bN: fp32, fp16, bf16, e8m0", "e4m3, dq"]),
         ("nf4-64", ["unknown part '64' for nf4", "gN"]),
         ("int4-g128-max", ["'max'", "goes with sym"]),
         ("int4-g128-sym-sym", ["'sym'", "give one"]),
         ("int4-g128-sym-max-edge", ["'edge'", "give one"]),
         ("int4-g128-fp16-bf16", ["'bf16'", "give one"]),
-        ("nf4-g64-dq-fp16", ["dq", "leave the scale type out"]),
+        ("nf4-g64-dq-fp16", ["'fp16' comes after 'dq'", "give one"]),
+        ("mxfp4-g64", ["unknown part 'g64' for fp4_e2m1"]),
+        ("mxfp4-fp32", ["'fp32' comes after 'e8m0'"]),
+        ("nf4-g64-z16", ["unknown part 'z16' for nf4"]),
+        ("int4-g64-sym-z16", ["'z16'", "sym has none"]),
+        ("int2-g32-sym-full-e8m0", ["may be negative", "e8m0 cannot"]),
         ("bf16-g64", ["bf16 takes no further parts", "'g64'"]),
     ],
 )
@@ -140,6 +153,12 @@ def test_errors_name_the_part_and_list_what_is_allowed(text, parts):
         ("nf4-b64", 4.5),
         ("nf4-g64-dq", 4 + 8 / 64 + 32 / (64 * 256) + 32 / 4096**2),
         ("fp8_e4m3-channel", 8 + 32 / 4096),
+        ("mxfp4", 4.25),
+        ("mxfp8_e5m2_even", 8.25),
+        ("nvfp4", 4.5 + 32 / 4096**2),
+        ("int2-g32-sym-full", 2.5),
+        ("int4-g64-z16", 4.5),
+        ("int3-g64-z32-fp32", 4),
     ],
 )
 def test_bits_per_weight(text, bits):
@@ -155,6 +174,10 @@ def test_bits_per_weight(text, bits):
         ("nf4-b64-dq", (65, 3), 33 * 3 + 4 + 4 + 4),
         ("int4-b64", (65, 3), 33 * 3 + 4 * 2 + 2),  # 4 zero points in a row
         ("int8-tensor", (3, 5), 15 + 2 + 1),
+        ("mxfp4", (65, 3), 33 * 3 + 3 * 3),
+        ("nvfp4", (65, 3), 33 * 3 + 5 * 3 + 4),
+        ("int4-g64-z16", (65, 3), 33 * 3 + 2 * 3 * (2 + 2)),
+        ("int4-b64-z16", (65, 3), 33 * 3 + 4 * (2 + 2)),
         ("int1-g64-sym", (1, 1), 1 + 2),
         ("bf16", (3, 5), 30),
     ],
@@ -270,10 +293,16 @@ def test_dynamic_map_covers_seven_decades():
 
 def test_integer_codes_run_over_all_bits():
     for name, bits in INTEGERS.items():
-        for tail in ("", "-sym"):
+        for tail in ("", "-sym", "-sym-full"):
             assert parse_format(f"{name}-g64{tail}").largest_code == 2**bits - 1
     assert parse_format("int1-g64-sym").codebook.values == (-1.0, 1.0)
     assert parse_format("int1-g64").codebook is None
+
+
+def test_a_name_that_stands_for_others_is_printed():
+    for name, text in ALIASES.items():
+        assert parse_format(name) == parse_format(text)
+        assert "-" not in text or str(parse_format(text)) in (name, "mxfp8_e4m3")
 
 
 def test_what_formats_say_of_themselves():
@@ -286,3 +315,4 @@ def test_what_formats_say_of_themselves():
             assert fmt.parameter_shape(8, 5) == (rows, columns)
             assert fmt.groups(8, 5) == rows * columns
             assert parse_format(f"{name}-b4").parameter_shape(7, 5) == (9, 1)
+            assert [fmt.crosses_columns(inputs) for inputs in (7, 8)] == [granularity == "b4", False]

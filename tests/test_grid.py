@@ -7,10 +7,15 @@ import numpy as np
 import pytest
 
 from qjax import grid
-from qjax.formats import codebooks, dynamic_map, parse_format
+from qjax.formats import codebooks, parse_format
+from qjax.scales import dynamic_map
 from tests.oracles import nearest as oracle
 
 SHAPES = [(8, 5), (7, 5), (1, 1)]
+GRADED = [
+    *(f"int{bits}-g8{end}" for bits in (1, 2, 4, 8) for end in ("", "-sym", "-sym-full", "-z32")),
+    *(f"{n}-g8" for n in codebooks()),
+]
 GRANULARITIES = ["tensor", "channel", "g4", "g3", "b4", "b3", "g100", "b100"]
 
 
@@ -138,3 +143,56 @@ def test_shrink_may_differ_between_groups():
     np.testing.assert_array_equal(mixed.scale, np.where(chosen, whole.scale, half.scale))
     np.testing.assert_allclose(half.scale, whole.scale / 2, rtol=1e-6)
     np.testing.assert_array_equal(mixed.zero, np.where(chosen, whole.zero, half.zero))
+
+
+def quantize_exactly(weight, scale, zero, offset, fmt):
+    """Values in float64 by the definition, and whether each weight is in the range."""
+    scaled = weight / scale + offset
+    if fmt.codebook:
+        levels = np.array(fmt.codebook.values)
+        found = levels[np.searchsorted(np.float64(fmt.codebook.thresholds), scaled, side="left")]
+        steps = levels[1] - levels[0], levels[-1] - levels[-2]
+        inside = (scaled > levels[0] - steps[0] / 2) & (scaled < levels[-1] + steps[1] / 2)
+        return found * scale, found, inside
+    middle = 2 ** (fmt.bits - 1) if zero is None else zero
+    codes = np.round(scaled + middle)
+    inside = (codes >= 0) & (codes < 2**fmt.bits)
+    found = np.clip(codes, 0, 2**fmt.bits - 1) - middle
+    return found * scale, found, inside
+
+
+@pytest.mark.parametrize("name", GRADED)
+def test_fake_quantization_and_its_gradients(name):
+    """Against the formulas of its docstring in float64: values, and gradients with respect to all four arguments."""
+    fmt = parse_format(name)
+    rng = np.random.default_rng(0)
+    scale = 0.37 * (rng.choice([-1, 1], 6) if fmt.bound == "full" else np.ones(6))
+    reach = 2.1 * fmt.codebook.values[-1] - 0.7 * fmt.codebook.values[-2] if fmt.codebook else 0.7 * 2**fmt.bits
+    weight, offset = rng.uniform(-reach, reach, (50, 6)) * scale, rng.uniform(-0.4, 0.4, (50, 6))
+    zero = None if not fmt.is_affine else rng.uniform(0, fmt.largest_code, 6)
+    zero = np.round(zero) if fmt.is_affine and fmt.has_whole_zeros else zero
+    narrow = [None if x is None else jnp.asarray(x, jnp.float32) for x in (weight, scale, zero, offset)]
+    values, to_arguments = jax.vjp(lambda w, s, z, v: grid.fake_quantize(w, s, z, fmt, offset=v), *narrow)
+    value, found, inside = quantize_exactly(weight, scale, zero, offset, fmt)
+    decided = np.abs(np.asarray(values) - value) < 1e-4 * reach
+    assert decided.mean() > 0.99 and 0.3 < inside.mean() < 0.95
+    cotangent = rng.standard_normal((50, 6)) * decided
+    to_weight, to_scale, to_zero, to_offset = to_arguments(jnp.asarray(cotangent, jnp.float32))
+    np.testing.assert_allclose(to_weight, cotangent * inside, atol=1e-5)
+    np.testing.assert_allclose(to_offset, cotangent * inside * scale, atol=1e-5)
+    expected = np.sum(cotangent * np.where(inside, found - weight / scale, found), axis=0)
+    np.testing.assert_allclose(to_scale, expected, rtol=1e-4, atol=1e-4 * np.abs(found).max())
+    if fmt.is_affine:
+        np.testing.assert_allclose(to_zero, np.sum(cotangent * np.where(inside, 0, -scale), axis=0), rtol=1e-4, atol=1e-4)
+    plain = grid.fake_quantize(narrow[0], narrow[1], narrow[2], fmt)
+    codes = grid.encode(*narrow[:3], fmt)
+    np.testing.assert_array_equal(plain, grid.decode(codes, *narrow[1:3], fmt))
+
+
+@pytest.mark.parametrize("name", ["int4-g4", "int4-g4-z16", "nf4-g4", "fp8_e4m3-g4"])
+def test_fake_quantization_with_a_scale_of_zero_has_finite_gradients(name):
+    fmt = parse_format(name)
+    zero = jnp.zeros(()) if fmt.is_affine else None
+    gradients = jax.grad(lambda w, s: jnp.sum(grid.fake_quantize(w, s, zero, fmt)), (0, 1))(jnp.ones(3), jnp.zeros(()))
+    assert all(np.isfinite(gradient).all() for gradient in gradients)
+    assert not np.any(gradients[0])

@@ -21,9 +21,9 @@ from qjax.checkpoints.load import load
 from qjax.errors import QjaxError
 from qjax.formats import parse_format
 from qjax.models.config import LinearScaling, Llama3Scaling
-from qjax.models.decoder import Decoder
 from qjax.models.model import apply
 from qjax.models.parameters import flatten, unflatten
+from qjax.models.walk import Decoder
 from qjax.qtensor import dequantize
 from qjax.rounding.nearest import rtn
 from tests.conftest import GEMMA, GPT2, GPT_NEOX, OPT, byte_tokenizer, random_model, tiny_config
@@ -177,6 +177,23 @@ def test_quantized_kernels_are_written_as_their_values(tmp_path):
     back = load_huggingface(tmp_path / "a").params["block_0"]["mlp"]["up"]["kernel"]
     assert back.dtype == jnp.bfloat16
     np.testing.assert_array_equal(back, dequantize(q, jnp.bfloat16))
+
+
+@pytest.mark.parametrize(("embedding", "norm"), [(jnp.bfloat16, jnp.float32), (jnp.float32, jnp.bfloat16)])
+def test_decoded_kernels_of_a_model_of_mixed_types_have_the_embeddings(embedding, norm, tmp_path):
+    """Whatever comes first among the parameters, and whatever is more."""
+    leaves = flatten(weights_model(tiny_config(), dtype=norm).params)
+    leaves["embed/tokens/embedding"] = leaves["embed/tokens/embedding"].astype(embedding)
+    q, _ = rtn(leaves["block_0/mlp/up/kernel"], "int4-g16")
+    leaves = dict(sorted(leaves.items())) | {"block_0/mlp/up/kernel": q}
+    assert huggingface.checkpoint_dtype(leaves) == embedding
+    assert huggingface.checkpoint_dtype({"a": q, "b": jnp.ones(3, jnp.float16), "c": jnp.ones(3)}) == np.float16
+    assert huggingface.checkpoint_dtype({"a": q}) == np.float32
+    save_huggingface(tmp_path / "a", weights_model(tiny_config())._replace(params=unflatten(leaves)))
+    params = load_huggingface(tmp_path / "a").params
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["torch_dtype"] == jnp.dtype(embedding).name
+    assert params["block_0"]["mlp"]["up"]["kernel"].dtype == params["embed"]["tokens"]["embedding"].dtype == embedding
+    assert params["block_0"]["mlp"]["down"]["kernel"].dtype == params["head"]["norm"]["scale"].dtype == norm
 
 
 def test_shards(folder, source):

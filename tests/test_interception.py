@@ -8,7 +8,7 @@ import pytest
 
 import qjax
 from qjax.interception.linen import linear_layers
-from qjax.qtensor import is_quantized
+from qjax.linear import is_quantized
 
 
 class Mixed(nn.Module):

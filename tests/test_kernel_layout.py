@@ -54,5 +54,5 @@ def test_refusals(fmt, inputs, reason):
 
 def test_prepare_takes_quantized_weights_alone():
     for wrong in (jnp.ones((4, 4)), layout.prepare(qjax.rtn(jnp.ones((32, 4)), "int4-g32")[0])):
-        with pytest.raises(qjax.QjaxError, match=r"prepare: expected a QTensor or QLinear, got \w+"):
+        with pytest.raises(qjax.QjaxError, match=r"prepare: expected a QTensor, or a Linear of one, got \w+"):
             qjax.prepare(wrong)

@@ -90,7 +90,11 @@ def test_rolling_windows_score_every_token_once(model, length):
     ids = encode(model.tokenizer, text)  # with the beginning of text, which is scored as the harness does
     assert sum(pair.continuation for pair in pairs) == len(ids)
     assert np.concatenate([pair.tokens[-pair.continuation :] for pair in pairs]).tolist() == ids.tolist()
-    assert all(len(pair.tokens) <= 49 for pair in pairs)
+    text_ids = [256, *ids]  # behind the token of an empty context
+    ends = np.cumsum([pair.continuation for pair in pairs]) + 1
+    assert [pair.tokens.tolist() for pair in pairs] == [text_ids[max(0, end - 49) : end] for end in ends]  # full: 48 are read
+    found = likelihoods(model, [[pair] for pair in pairs]).value
+    np.testing.assert_allclose(found, [directly(model, pair)[0] for pair in pairs], rtol=1e-5)
 
 
 def test_lengths_have_few_buckets():

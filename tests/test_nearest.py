@@ -27,6 +27,9 @@ MORE = [
     "int2-g32-sym-dq",
     "int4-b32-dq",
     "nf4-b32-dq",
+    *("int4-g32-z32-dq", "int3-b7-z16", "int2-tensor-z16", "int1-g16-sym-full", "int4-b7-sym-full-dq", "int8-channel-sym-full"),
+    *("mxfp4_ceil", "mxfp4_even", "mxfp8_even", "nf4-b24-e8m0", "int8-g32-sym-max-e8m0_even", "int4-g16-e8m0_ceil"),
+    *("fp8_e5m2-b24-e4m3", "int4-g16-e4m3", "int4-g16-sym-full-e4m3"),
 ]
 
 
@@ -130,6 +133,9 @@ def test_error_falls_six_decibels_a_bit():
         ("nf4-b64", (1024, 1024), 8.45e-3),
         ("fp4_bnb-b64", (1024, 1024), 1.49e-2),
         ("fp4_e2m1-b64", (1024, 1024), 1.12e-2),
+        ("mxfp4", (1024, 1024), 1.32e-2),
+        ("mxfp4_ceil", (1024, 1024), 1.33e-2),
+        ("nvfp4", (1024, 1024), 9.03e-3),
         ("int3-g128", (1024, 1024), 4.65e-2),
         ("int2-g128", (1024, 1024), 0.254),
     ],
@@ -148,7 +154,13 @@ def test_known_errors_with_the_range_search(name, error):
     assert float(info.weight_error) == pytest.approx(error, rel=0.03)
 
 
-@pytest.mark.parametrize("name", ["int2-g32", "int3-channel-sym-fp32", "nf4-b32", "int2-tensor", "int1-g32-sym"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("int2-g32", "int3-channel-sym-fp32", "nf4-b32", "int2-tensor", "int1-g32-sym"),
+        *("mxfp4", "nvfp4", "int2-g32-sym-full", "int2-g32-z16"),
+    ],
+)
 def test_the_range_search_finds_the_best_shrink_of_every_group(name):
     """No shrink of 1, 0.99, ..., 0.2 has a smaller error in any group, the padded and the flat ones included."""
     fmt = parse_format(name)

@@ -80,8 +80,11 @@ def test_inputs_that_never_moved_ask_for_no_damping(case):
     x[:, 3] = exact[:, 3] = 0
     solution = np.linalg.lstsq(x, exact @ weight, rcond=None)[0]
     solution[3] = weight[3]
-    got = run(weight, x.T @ x / TOKENS, x.T @ (exact - x) / TOKENS, 1.0, 0.0)
-    np.testing.assert_allclose(got, solution, atol=1e-4)
+    for size in np.linspace(
+        1, 4, 13
+    ):  # of units; the damping of a dead input alone is as large as the least pivot, but for rounding
+        got = run(weight, size * x.T @ x / TOKENS, size * x.T @ (exact - x) / TOKENS, 1.0, 0.0)
+        np.testing.assert_allclose(got, solution, atol=1e-4)
 
 
 def test_half_precision_weights(case):

@@ -20,10 +20,11 @@ from qjax.checkpoints.packed import config_from_dict, config_to_dict, load_packe
 from qjax.errors import QjaxError
 from qjax.files import prepare_output_folder, read_json, write_atomically
 from qjax.formats import parse_format
+from qjax.linear import dequantize, is_quantized
 from qjax.models.config import LinearScaling, Llama3Scaling
 from qjax.models.model import apply
 from qjax.models.parameters import flatten, unflatten
-from qjax.qtensor import QTensor, is_quantized
+from qjax.qtensor import QTensor
 from qjax.rounding.nearest import rtn
 from tests.conftest import FAMILY_CHANGES, byte_tokenizer, tiny_config
 from tests.random_weights import weights_model
@@ -31,6 +32,7 @@ from tests.random_weights import weights_model
 FORMATS = [
     *("int4-g16", "int3-channel", "int2-g12", "int8-tensor-sym", "int1-g16-sym", "int5-g16-bf16", "int4-b16", "int4-b24"),
     *("nf4-g16", "nf4-b16-dq", "nf4-g16-dq", "int4-g16-dq", "fp4_e2m1-g16", "fp8_e4m3-channel", "bf16", "fp16", "fp32"),
+    *("mxfp4", "mxfp8_e5m2_ceil", "nvfp4", "fp4-b24-e4m3", "int2-g12-sym-full", "int3-g16-z16", "int4-b24-z32"),
 ]
 NESTED = (".scales.codes", ".scales.scales", ".scales.offset")
 
@@ -90,6 +92,22 @@ def expect_refusal(folder, *parts):
 
 
 # Round trips
+
+
+def test_a_folder_of_the_first_version_loads():
+    """Written by the qjax whose formats had no codecs yet, with the values and logits that it read from it."""
+    fixtures = Path(__file__).parent / "fixtures"
+    expected = read_json(fixtures / "packed_v1_values.json")
+    model = load(fixtures / "packed_v1")
+    leaves = flatten(model.params)
+    rows = {path: np.asarray(dequantize(leaf))[0] for path, leaf in leaves.items() if is_quantized(leaf)}
+    assert {str(leaves[path].format) for path in rows} == {
+        *("int4-g32", "nf4-g16-dq", "nf4-b16-dq", "int3-channel", "int4-g16-sym-max-bf16", "int2-b24")
+    }
+    assert rows.keys() == expected["rows"].keys()
+    for path, row in rows.items():
+        np.testing.assert_allclose(row, expected["rows"][path], rtol=1e-6)
+    np.testing.assert_allclose(apply(model, jnp.arange(8)[None])[0, -1], expected["logits"], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -154,7 +172,7 @@ def test_broken_description(folder, content):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(version=2), "version 2 is not supported, expected 1"),
+        (lambda d: d.update(version=3), "version 3 is not supported, expected 1 or 2"),
         (lambda d: d.pop("version"), "version None"),
         (lambda d: d.pop("config"), "'config' must be dict, got nothing"),
         (lambda d: d.pop("name"), "'name' must be str"),
@@ -170,7 +188,7 @@ def test_broken_description(folder, content):
         (lambda d: d["config"].update(rope_scaling={"kind": "linear"}), "LinearScaling: missing entry 'factor'"),
         (lambda d: d["quantized"]["block_0/mlp/up/kernel"].update(format="int9-g16"), "kernel: format 'int9-g16'"),
         (lambda d: d["quantized"]["block_0/mlp/up/kernel"].pop("format"), "block_0/mlp/up/kernel: 'format' must be str"),
-        (lambda d: d["quantized"]["block_0/mlp/up/kernel"].update(in_features=31), "in_features 31, expected 32"),
+        (lambda d: d["quantized"]["block_0/mlp/up/kernel"].update(in_features=31), "in_features is 31, expected 32"),
         (lambda d: d["quantized"].update({"block_0/mlp/up/kernel": None}), "block_0/mlp/up/kernel: 'format' must be str"),
         (lambda d: d["quantized"].update({"block_7/mlp/up/kernel": {}}), "'block_7/mlp/up/kernel', which is no matrix"),
         (lambda d: d["quantized"].update({"head/norm/scale": {}}), "'head/norm/scale', which is no matrix"),
@@ -201,7 +219,7 @@ def test_malformed_description(folder, change, message):
 )
 def test_malformed_weights(folder, change, message):
     edit_weights(folder, change)
-    expect_refusal(folder, "model.safetensors does not fit qjax.json", message)
+    expect_refusal(folder, "the weights do not fit qjax.json", message)
 
 
 @pytest.mark.parametrize("kept", [0, 5, 60, 3000, -1])

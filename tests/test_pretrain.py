@@ -10,7 +10,7 @@ import pytest
 
 from qjax.errors import QjaxError
 from qjax.models.config import DecoderConfig
-from qjax.models.decoder import Decoder
+from qjax.models.walk import Decoder
 from qjax.train import pretrain, text
 
 MODEL = DecoderConfig(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import os
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import pytest
 
 from qjax import qtensor
 from qjax.formats import EXAMPLES, parse_format
-from qjax.qtensor import QTensor, dequantize, dequantize_tree, is_quantized, nbytes
+from qjax.qtensor import QTensor, dequantize, nbytes
 from qjax.rounding.nearest import rtn
 
 unpack_codes, unpack_parameters = jax.jit(qtensor.unpack_codes), jax.jit(qtensor.unpack_parameters)
@@ -156,20 +155,6 @@ def test_two_devices():
     env["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     done = subprocess.run([sys.executable, "-c", TWO_DEVICES], env=env, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "both agree 2", done.stderr
-
-
-def test_trees():
-    q, _ = rtn(random_weight(40, 6), "int4-g16")
-    tree = {"kernel": q, "scale": jnp.ones(6, jnp.bfloat16), "table": jnp.arange(3)}
-    assert [is_quantized(leaf) for leaf in jax.tree.leaves(tree, is_leaf=is_quantized)] == [True, False, False]
-    assert nbytes(tree) == q.nbytes + 12 + math.prod(tree["table"].shape) * tree["table"].dtype.itemsize
-    restored = dequantize_tree(tree)
-    np.testing.assert_array_equal(restored["kernel"], dequantize(q))
-    assert [leaf.dtype for leaf in jax.tree.leaves(restored)] == [jnp.float32, jnp.float32, jnp.int32]
-    as_stored = dequantize_tree(tree, None)
-    assert [leaf.dtype for leaf in jax.tree.leaves(as_stored)] == [jnp.float32, jnp.bfloat16, jnp.int32]
-    half = dequantize_tree(tree, jnp.bfloat16)
-    assert [leaf.dtype for leaf in jax.tree.leaves(half)] == [jnp.bfloat16, jnp.bfloat16, jnp.int32]
 
 
 def test_from_codes_and_back():

@@ -8,9 +8,9 @@ from qjax import grid
 from qjax.errors import QjaxError
 from qjax.formats import parse_format
 from qjax.qtensor import dequantize
-from qjax.rounding.parts import ranges
 from qjax.rounding.gptq import gptq
 from qjax.rounding.nearest import rtn
+from qjax.rounding.parts import ranges
 from qjax.rounding.parts.ranges import search_shrink, search_shrink_hessian
 from tests.oracles import nearest as oracle
 from tests.oracles.gptq import layer_error

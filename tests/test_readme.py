@@ -8,22 +8,12 @@ import pytest
 
 import qjax
 from qjax.errors import QjaxError
-from qjax.recipe import ROUNDINGS, TRANSFORMS, added_methods, method, parse_recipe, sources
+from qjax.methods import added_methods
+from qjax.recipe import parse_recipe
 from qjax.sweep.measurements.provenance import provenance
 from tests.paths import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text("utf-8")
-
-
-@pytest.fixture
-def registries():
-    """The registries as they were, afterwards."""
-    kept = dict(ROUNDINGS), dict(TRANSFORMS)
-    yield
-    for registry, before in zip((ROUNDINGS, TRANSFORMS), kept, strict=True):
-        registry.clear()
-        registry.update(before)
-    method.cache_clear()
 
 
 def test_own_method_from_function_to_figure(tmp_path):
@@ -51,21 +41,21 @@ def test_registered_methods():
     def twice(weight, fmt):
         return qjax.rtn(2 * weight, fmt)
 
-    before = sources(parse_recipe("twice:int4-g32"))
+    before = parse_recipe("twice:int4-g32").sources()
     assert str(parse_recipe("awq+twice:int4-g32")) == "awq+twice:int4-g32" and list(added_methods()) == ["twice"]
-    assert sources(parse_recipe("rtn:int4-g32")) == {} and provenance(before)["code"] != provenance()["code"]
+    assert parse_recipe("rtn:int4-g32").sources() == {} and provenance(before)["code"] != provenance()["code"]
 
     @qjax.register
     def twice(weight, fmt, *, by: float = 2.0):  # noqa: F811
         return qjax.rtn(by * weight, fmt)
 
     assert str(parse_recipe("twice(by=3):int4-g32")) == "twice(by=3.0):int4-g32"
-    assert sources(parse_recipe("twice:int4-g32")) != before
+    assert parse_recipe("twice:int4-g32").sources() != before
     made = {}
     exec("def unseen(weight, fmt): ...", made)
     qjax.register(made["unseen"])
     with pytest.raises(QjaxError, match="the source of unseen cannot be read"):
-        sources(parse_recipe("unseen:int4-g32"))
+        parse_recipe("unseen:int4-g32").sources()
 
 
 @pytest.mark.usefixtures("registries")
@@ -74,7 +64,7 @@ def test_names_that_cannot_be_registered(name):
     def function(weight, fmt): ...
 
     function.__name__ = name
-    with pytest.raises(QjaxError, match="no name for a method" if name in ("Twice", "") else f"{name} is a method, order or"):
+    with pytest.raises(QjaxError, match="is no name" if name in ("Twice", "") else f"{name} is a method, statistic, order or"):
         qjax.register(function)
 
 
@@ -85,5 +75,5 @@ def test_functions_that_are_no_methods():
     def short(weight): ...
 
     for function in (untyped, short):
-        with pytest.raises(QjaxError, match=r"is no method: expected \(weight, fmt, \*, options\)"):
+        with pytest.raises(QjaxError, match=r"is no rounding: expected \(weight, fmt, \*, options\)"):
             qjax.register(function)

@@ -4,11 +4,11 @@ from typing import Literal
 
 import pytest
 
-from qjax import recipe as module
-from qjax.driver.part import problem_of
+from qjax.driver.layer import problem_of
 from qjax.errors import QjaxError
 from qjax.formats import parse_format
-from qjax.recipe import Stage, method_table, parse_recipe
+from qjax.methods import Stage, method_table, register
+from qjax.recipe import parse_recipe
 from qjax.rounding.nearest import rtn
 
 
@@ -58,8 +58,14 @@ def test_parts():
         ("rtn:int12-g128", "'int12'"),
         ("rtn(clip=mse):bf16", "bf16 is a cast"),
         ("a:b:c", "2 colons"),
-        ("rtn+rtn:int4-g128", "'rtn' is a rounding and must come last"),
-        ("rtn:int8-channel/int8-tensor", "not supported yet"),
+        ("rtn+rtn:int4-g128", "'rtn' is a rounding and cannot follow a rounding"),
+        ("gptq+awq:int4-g128", "'awq' is a transform and cannot follow a rounding"),
+        ("descend+rtn:int4-g128", "'rtn' is a rounding and cannot follow a refiner"),
+        ("rtn:int8-channel/int8-tensor", "activation format 'int8-tensor': expected GRID-token or GRID-gN"),
+        ("rtn:int8-channel/int8", "activation format 'int8'"),
+        ("rtn:int8-channel/", "activation format ''"),
+        ("rtn:int8-channel/int9-token", "activation format 'int9-token': .*unknown grid 'int9'"),
+        ("bf16/int8-token", "is a cast and takes no method"),
         ("", "unknown grid"),
     ],
 )
@@ -75,7 +81,7 @@ def test_method_table_lists_options_with_defaults():
 
 
 @pytest.fixture
-def every_kind(monkeypatch):
+def every_kind(registries):
     """A method `kinds` with an option of every type."""
 
     def kinds(
@@ -91,19 +97,15 @@ def every_kind(monkeypatch):
     ):
         raise NotImplementedError
 
-    real = module.method
-    monkeypatch.setattr(module, "method", lambda name: kinds if name == "kinds" else real(name))
-    monkeypatch.setitem(module.ROUNDINGS, "kinds", "")
+    register(kinds)
 
 
-def test_a_method_registered_again_is_the_new_one(monkeypatch):
-    monkeypatch.setattr(module, "ROUNDINGS", dict(module.ROUNDINGS))
-    monkeypatch.setattr(module, "TRANSFORMS", dict(module.TRANSFORMS))
-
+@pytest.mark.usefixtures("registries")
+def test_a_method_registered_again_is_the_new_one():
     def again(weight, fmt, *, sigmas: float = 3.0):
         raise QjaxError("again: the first one")
 
-    module.register(again)
+    register(again)
     recipe = parse_recipe("again(sigmas=2):int4-g8")
     assert str(recipe) == "again(sigmas=2.0):int4-g8"
     assert problem_of(recipe, (8, 8)) == "again: the first one"
@@ -111,11 +113,11 @@ def test_a_method_registered_again_is_the_new_one(monkeypatch):
     def again(weight, fmt, *, sigmas: float = 2.0):
         return rtn(weight, fmt)
 
-    module.register(again)
+    register(again)
     recipe = parse_recipe("again(sigmas=2):int4-g8")
     assert str(recipe) == "again:int4-g8"
     assert problem_of(recipe, (8, 8)) is None
-    module.register(again, transform=True)
+    register(again, transform=True)
     assert parse_recipe("again:int4-g8").rounding == Stage("rtn")
 
 

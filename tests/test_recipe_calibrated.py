@@ -4,7 +4,8 @@ import pytest
 
 from qjax.driver.placement import parse_rule
 from qjax.errors import QjaxError
-from qjax.recipe import DEFAULT_ORDER, Stage, method_table, parse_order, parse_recipe
+from qjax.methods import Stage, method_table
+from qjax.recipe import DEFAULT_ORDER, parse_order, parse_recipe
 from qjax.sweep.cells import canonical
 
 
@@ -13,7 +14,7 @@ from qjax.sweep.cells import canonical
     [
         (("gptq:int3-g128", "gptq():int3-g128", "gptq(damp=1e-2,act_order=TRUE):int3-g128"), "gptq:int3-g128"),
         ((f"gptq:int3-g128@{DEFAULT_ORDER}", " gptq:int3-g128 @ qep ", "gptq:int3-g128@qep(alpha=0.5)"), "gptq:int3-g128"),
-        (("gptq(block=128,damp=5e-2):nf4", "gptq( damp = 0.05, block=128 ):nf4-g64"), "gptq(block=128,damp=0.05):nf4-g64"),
+        (("gptq(panel=128,damp=5e-2):nf4", "gptq( damp = 0.05, panel=128 ):nf4-g64"), "gptq(damp=0.05,panel=128):nf4-g64"),
         (("awq:int4-g128", "awq+rtn(clip=hessian):int4-g128", "awq(scaling=both,ratios=20):int4-g128"), "awq:int4-g128"),
         (("awq+rtn:int4-g128", "awq+rtn(clip=none):int4-g128"), "awq+rtn:int4-g128"),
         (("awq+gptq:int3-g128", "awq + gptq(clip=none):int3-g128"), "awq+gptq:int3-g128"),
@@ -52,7 +53,7 @@ def test_recipes_of_one_name_mean_the_same():
         ("gptq(clip=hessian):int4-g128", ("hessian",)),
         ("awq:int4-g128", ("hessian", "abs_mean")),
         ("awq+rtn:int4-g128", ("hessian", "abs_mean")),
-        ("awq(loss=module)+gptq:int4-g128", ("hessian", "abs_mean", "module")),
+        ("awq(loss=module)+gptq:int4-g128", ("hessian", "abs_mean")),
     ],
 )
 def test_statistics(text, statistics):
@@ -82,8 +83,8 @@ def test_orders():
         ("gptq(damp=nan):int4-g128", "expects a finite float"),
         ("awq(loss=hesian):int4-g128", "hessian, module.*'hesian'"),
         ("awq(abs_mean=1):int4-g128", "no option 'abs_mean=1'"),
-        ("gptq+awq:int4-g128", "'gptq' is a rounding and must come last"),
-        ("rtn+gptq:int4-g128", "'rtn' is a rounding and must come last"),
+        ("gptq+awq:int4-g128", "'awq' is a transform and cannot follow a rounding"),
+        ("rtn+gptq:int4-g128", "'gptq' is a rounding and cannot follow a rounding"),
         ("gptq:bf16", "bf16 is a cast and takes no method"),
         ("awq:fp32", "fp32 is a cast and takes no method"),
         ("gptq:int4-g128@", "unknown order of calibration ''.*parallel, block, sequential, qep"),
@@ -116,12 +117,13 @@ def test_method_table_lists_transforms_and_orders():
         "rtn": "rounding",
         "gptq": "rounding",
         "awq": "transform",
+        "descend": "refiner",
         "@parallel": "order",
         "@block": "order",
         "@sequential": "order",
         "@qep": "order",
     }
     assert table["gptq"]["needs"] == "hessian"
-    assert table["gptq"]["options"] == "damp=0.01, block=64, act_order=true, static_groups=true, clip=none, refine=0"
+    assert table["gptq"]["options"] == "damp=0.01, panel=64, act_order=true, static_groups=true, clip=none"
     assert table["awq"]["needs"] == "hessian, abs_mean"
     assert all(record["what"].strip() for record in table.values())

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from qjax.driver.part import LayerRecord
+from qjax.driver.layer import LayerRecord
 from qjax.errors import QjaxError
 from qjax.report.rendering import Column, Table, latex_escape
 from qjax.report.tables import (

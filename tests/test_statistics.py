@@ -1,11 +1,13 @@
 """qjax.evaluate.statistics: intervals of 95 % hold the truth in 93 to 97 % of simulated measurements."""
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from qjax.errors import QjaxError
 from qjax.evaluate.statistics import (
@@ -45,6 +47,24 @@ def test_bootstrap_intervals_cover_paired_losses(n):
     assert NOMINAL[0] <= covered(found, 0.02) <= NOMINAL[1]
 
 
+@pytest.mark.parametrize(("n", "least"), [(5, 0.9), (8, NOMINAL[0])])
+def test_bootstrap_intervals_cover_few_units(n, least):
+    """Plain percentiles would hold the truth in 83 % (n = 5) and 89 % (n = 8)."""
+    changes = 0.02 + np.random.default_rng(n).standard_normal((TRIALS, n))
+    found = [bootstrap_interval(change, resamples=600, seed=i) for i, change in enumerate(changes)]
+    assert least <= covered(found, 0.02) <= NOMINAL[1]
+
+
+def test_the_tails_of_few_units_are_expanded():
+    """Quantiles Phi(sqrt(n / (n - 1)) t) of every resample of five units there is, by their definition."""
+    units, counts = np.array([1.0, 2.0, 4.0, 8.0, 16.0]), np.array([3, 1, 4, 1, 5])
+    chosen = np.array(list(itertools.product(range(5), repeat=5)))
+    ratios = units[chosen].sum(axis=1) / counts[chosen].sum(axis=1)
+    tail = stats.norm.cdf(math.sqrt(5 / 4) * stats.t.ppf(0.05, 4))
+    expected = np.quantile(ratios, [tail, 1 - tail])
+    np.testing.assert_allclose(bootstrap_interval(units, counts, level=0.9, resamples=200_000), expected, rtol=0.02)
+
+
 @pytest.mark.parametrize("n", [30, 100])
 def test_standard_errors_cover_paired_losses(n):
     generator = np.random.default_rng(n + 1)
@@ -64,6 +84,14 @@ def test_intervals_cover_accuracy_differences(n, lost, gained):
     found = [accuracy_difference((o == 1) | (o == 2), (o == 0) | (o == 2)) for o in outcomes]
     assert NOMINAL[0] <= covered([(d.low, d.high) for d in found], gained - lost) <= NOMINAL[1]
     assert np.mean([d.stderr for d in found]) == pytest.approx(np.std([d.value for d in found]), rel=0.1)
+
+
+@pytest.mark.parametrize("n", [5, 8])
+def test_intervals_of_few_answers_are_not_overconfident(n):
+    """Half a question added to each outcome holds the truth more often than said, never less."""
+    outcomes = np.random.default_rng(n).choice(3, (TRIALS, n), p=[0.3, 0.2, 0.5])
+    found = [accuracy_difference(o == 1, o == 0) for o in outcomes]
+    assert covered([(d.low, d.high) for d in found], -0.1) >= NOMINAL[0]
 
 
 def test_bootstrap_intervals_cover_accuracy_differences():
@@ -122,6 +150,14 @@ def test_flips_explain_the_accuracy_difference(answers):
     assert difference.value == pytest.approx((flips.to_right - flips.to_wrong) / len(gold))
     assert flips.to_right + flips.to_wrong <= flips.changed
     assert difference.low <= difference.value <= difference.high
+
+
+def test_standard_errors_by_hand():
+    """Of units of equal counts that of a mean, n - 1 in it; of ratios the linear one: sum((d - R c)^2) n / (n - 1)."""
+    totals = np.array([3.0, 5.0, 10.0, 2.0])
+    assert ratio_stderr(totals, np.full(4, 7)) == pytest.approx(np.std(totals, ddof=1) / 2 / 7)
+    # R = 20 / 10; residuals 1, -1, 2, -2
+    assert ratio_stderr(totals, np.array([1, 3, 4, 2])) == pytest.approx(math.sqrt(4 / 3 * 10) / 10)
 
 
 def test_too_little_to_know():

@@ -15,18 +15,18 @@ import numpy as np
 import pytest
 
 import qjax
-from qjax import recipe as recipes
-from qjax.calibrate.tokens import as_calibration
-from qjax.driver.part import problem_of
+from qjax.calibrate.tokens import Calibration, as_calibration
+from qjax.driver.layer import problem_of
 from qjax.errors import QjaxError
 from qjax.evaluate.corpora import Corpus
 from qjax.evaluate.perplexity import parse_convention
+from qjax.models.fingerprint import model_fingerprint
 from qjax.models.model import stages
 from qjax.recipe import method_name, parse_recipe
 from qjax.report.reports import write_reports
 from qjax.sweep import quantizer, runner
 from qjax.sweep.measurements.perplexity import difference
-from qjax.sweep.record import digest, model_fingerprint
+from qjax.sweep.record import digest
 from qjax.sweep.runner import Sweep, Watcher, run_sweep
 from qjax.sweep.store import LAYERS, ROWS, append_row, read_rows
 
@@ -83,6 +83,20 @@ def test_rows_are_flat_complete_and_on_disk(tiny_model, tmp_path):
     assert int2["size_bytes"] < int8["size_bytes"] < baseline["size_bytes"]
 
 
+def test_a_row_sums_up_its_layers(tiny_model, tmp_path):
+    """Mean errors, and the largest damping that any layer needed."""
+    rules = ("attention|mlp/gate|block_1=none", "mlp/up=gptq(damp=0.2):int8-g16@parallel")
+    tokens = as_calibration(tiny_model, np.random.default_rng(0).integers(0, 256, (4, 32)))
+    asked = plan("gptq:int8-g16@parallel", corpora=CORPORA[:1], max_windows=2, calibration=tokens, rules=rules)
+    row = run_sweep(tiny_model, asked, tmp_path)[-1]
+    layers = [json.loads(line) for line in (tmp_path / LAYERS).read_text().splitlines()]
+    assert [layer["path"] for layer in layers] == ["block_0/mlp/down/kernel", "block_0/mlp/up/kernel"]
+    assert [layer["damp"] for layer in layers] == pytest.approx([0.01, 0.2])
+    assert row["damp"] == pytest.approx(0.2)
+    for name in ("weight_error", "output_error"):
+        assert row[name] == pytest.approx(np.mean([layer[name] for layer in layers]))
+
+
 def test_running_again_measures_nothing(tiny_model, tmp_path):
     first = run_sweep(tiny_model, plan("nf4"), tmp_path)
     seen = []
@@ -101,6 +115,19 @@ def test_running_again_measures_nothing(tiny_model, tmp_path):
     for model, changed in ((tiny_model, {"seed": 1}), (tiny_model, smaller), (other, {})):
         run_sweep(model, plan("nf4", corpora=CORPORA[:1], **changed), tmp_path)
     assert len({row["key"] for row in read_rows(tmp_path / ROWS)}) == 10
+
+
+def test_a_models_fingerprint_is_of_all_that_it_is(tiny_model):
+    """Weights, configuration and tokenizer: the same tokens of another vocabulary are another text."""
+    leaves, tree = jax.tree.flatten(tiny_model.params)
+    others = [
+        tiny_model._replace(tokenizer=byte_tokenizer(bos=True)),
+        tiny_model._replace(tokenizer=None),
+        tiny_model._replace(config=dataclasses.replace(tiny_model.config, rope_theta=5e5)),
+        tiny_model._replace(params=jax.tree.unflatten(tree, [*leaves[:-1], leaves[-1].at[0].add(1e-6)])),
+    ]
+    assert len({model_fingerprint(model) for model in (tiny_model, *others)}) == 5
+    assert model_fingerprint(tiny_model._replace(tokenizer=byte_tokenizer(), name="x")) == model_fingerprint(tiny_model)
 
 
 def test_two_runs_agree_to_the_last_bit(tiny_model, tmp_path):
@@ -131,6 +158,16 @@ def test_errors_come_before_any_work(tiny_model, tmp_path):
     ):
         with pytest.raises(QjaxError, match=named):
             run_sweep(tiny_model, wrong, tmp_path, Fail())
+
+
+def test_calibrating_on_the_text_that_is_measured_is_refused(tiny_model, tmp_path):
+    """By the text's fingerprint, whatever it is called, and only where a recipe reads calibration data."""
+    tokens = np.zeros((2, 32), np.int32)
+    calibration = Calibration(tokens, None, "of another name", CORPORA[1].fingerprint)
+    with pytest.raises(QjaxError, match="reversed is both measured and calibrated on"):
+        run_sweep(tiny_model, plan("rtn:int4-g16", "gptq:int4-g16@parallel", calibration=calibration), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    assert len(run_sweep(tiny_model, plan("none", corpora=CORPORA[1:], max_windows=2, calibration=calibration), tmp_path)) == 1
 
 
 def test_texts_of_one_name_are_told_apart(tiny_model, tmp_path):
@@ -174,7 +211,7 @@ def test_a_recipe_that_diverges_gets_a_row_and_the_sweep_goes_on(tiny_model, tmp
     ("recipe", "message"),
     [
         ("gptq(static_groups=false):int4-g16", "block_0/attention/.*static_groups=false with act_order"),
-        ("gptq(block=0):int4-g16", "block_0/attention/.*block at least 1"),
+        ("gptq(panel=0):int4-g16", "block_0/attention/.*panel at least 1"),
         ("awq(ratios=0):int4-g8", "block_0/attention/.*ratios at least 1; .*ratios=0"),
         ("awq(loss=module,ratios=0)+gptq:int4-g8", "block_0/attention/.*ratios=0"),
         ("gptq:int4-g8@qep(alpha=2)", "alpha is between 0 and 1.*alpha=2"),
@@ -194,7 +231,6 @@ def test_methods_that_jax_cannot_trace_are_not_looked_into(monkeypatch):
     def picks(weights, fmt, *, abs_mean):
         return abs_mean[abs_mean > 0]
 
-    monkeypatch.setattr(recipes, "TRANSFORMS", dict(recipes.TRANSFORMS))
     for name, function in (("steps", steps), ("picks", picks)):
         qjax.register(function, transform=True)
         assert problem_of(parse_recipe(f"{name}+rtn:int4-g8"), (16, 4)) is None
@@ -235,6 +271,10 @@ def test_paired_difference():
     assert change["nll_delta"] == pytest.approx(0.1)
     assert change["nll_delta_stderr"] == pytest.approx(0.0, abs=1e-12)  # every window is worse by the same amount
     assert change["perplexity_ratio"] == pytest.approx(np.exp(0.1))
+    change = compare(worse | {"window_nll": [21.0, 22.0, 20.0]}, base)  # differences 1, 0, 2 of ten tokens each
+    assert change["nll_delta_stderr"] == pytest.approx(1 / 10 / 3**0.5)
+    assert change["perplexity_ratio_stderr"] == pytest.approx(np.exp(0.1) / 10 / 3**0.5)
+    assert change["nll_delta_low"] < 0.1 < change["nll_delta_high"]
 
 
 def test_method_names():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from qjax.cli.app import main
-from qjax.driver.part import LayerRecord
+from qjax.driver.layer import LayerRecord
 from qjax.evaluate.choices import accuracy
 from qjax.evaluate.corpora import Corpus
 from qjax.evaluate.divergence import divergence

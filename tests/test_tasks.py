@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import itertools
 import json
 import sys
 import types
@@ -10,7 +11,7 @@ import zipfile
 import pytest
 
 from qjax.errors import QjaxError
-from qjax.evaluate.cloze import WORDS, cloze_questions
+from qjax.evaluate.cloze import CONTEXT_WORDS, EVERY, WORDS, cloze_questions
 from qjax.evaluate.corpora import Corpus
 from qjax.evaluate.questions import make_task
 from qjax.evaluate.tasks import TASKS, load_task, load_tasks
@@ -38,6 +39,21 @@ def test_multiple_choice(tmp_path, name):
     assert (plain.name, plain.questions[0].candidates[0][0]) == (f"choices:{name}", "Question: why?")
 
 
+@pytest.mark.parametrize(
+    ("name", "query", "asked"),
+    [
+        ("arc_challenge", "Question: why?", "Question: why?\nAnswer:"),
+        ("piqa", "Question: why?\n", "Question: why?\nAnswer:"),  # this file's queries end their line
+        ("openbookqa", "They save by", "They save by"),
+        ("boolq", "It is so.\nQuestion: is it?", "It is so.\nQuestion: is it?\nAnswer:"),
+        ("copa", "It rained, therefore", "It rained, therefore"),
+    ],
+)
+def test_queries_of_files_are_asked_as_those_of_the_hub(tmp_path, name, query, asked):
+    task = load_task(f"{name}:{write(tmp_path / 't.jsonl', CHOICE | {'query': query})}")
+    assert {context for context, _ in task.questions[0].candidates} == {asked}
+
+
 def test_schemas_and_last_words(tmp_path):
     task = load_task(f"winogrande:{write(tmp_path / 's.jsonl', SCHEMA)}")
     assert task.questions[0].candidates == tuple((context, " broke.") for context in SCHEMA["context_options"])
@@ -54,7 +70,7 @@ def test_hellaswag_text(tmp_path):
 
 def mmlu(folder, zipped=False):
     files = {
-        "mmlu/dev/art_dev.csv": "\n".join(f"Example {i}?,w,x,y,z,{'ABCDA'[i]}" for i in range(5)),
+        "mmlu/dev/art_dev.csv": "\n".join(f"Example {i}?,w,x,y,z,{'ABCDAB'[i]}" for i in range(6)),
         "mmlu/test/art_test.csv": '"What, now?",one,two,three,four,C\nAnd then?,1,2,3,4,A\n',
         "__MACOSX/mmlu/test/._art_test.csv": "rubbish",
     }
@@ -75,7 +91,7 @@ def test_mmlu_with_examples(tmp_path, zipped):
     context, choice = task.questions[0].candidates[2]
     assert context.startswith("The following are multiple choice questions (with answers) about art.\n\nExample 0?\nA. w\n")
     assert context.endswith("Answer: A\n\nWhat, now?\nA. one\nB. two\nC. three\nD. four\nAnswer:")
-    assert context.count("Answer:") == 6
+    assert context.count("Answer:") == 6  # the first five examples of dev, not the sixth
     assert (choice, task.questions[0].gold, len(task.questions)) == (" C", 2, 2)
 
 
@@ -218,6 +234,22 @@ def test_cloze_is_deterministic_and_fair():
     assert {question.gold for question in questions} == {0, 1, 2, 3}
     with pytest.raises(QjaxError, match="long enough"):
         cloze_questions(Corpus("toy", ("too short",), "f"))
+
+
+def test_wrong_stretches_are_from_outside_the_question():
+    """Words are numbers, each once: a stretch says where it is from, and lies neither in the context nor in the answer."""
+    questions = cloze_questions(Corpus("numbers", (" ".join(map(str, range(3000))),), "f"))
+    assert len(questions) > 20
+    starts = sorted(int(question.candidates[question.gold][1].split()[0]) for question in questions)
+    assert min(b - a for a, b in itertools.pairwise(starts)) == EVERY  # no text is asked about twice
+    for question in questions:
+        start = int(question.candidates[question.gold][1].split()[0])
+        for number, (context, choice) in enumerate(question.candidates):
+            words = list(map(int, choice.split()))
+            assert list(map(int, context.split())) == list(range(start - CONTEXT_WORDS, start))
+            assert words == list(range(words[0], words[0] + WORDS))
+            outside = words[-1] < start - CONTEXT_WORDS or words[0] >= start + WORDS
+            assert outside or number == question.gold
 
 
 def test_built_in_cloze():

@@ -70,7 +70,7 @@ def distinct_calls(calls: Iterable[tuple]) -> Iterator[tuple]:
 class Programs(NamedTuple):
     """Compiled runs of a module; `static` holds the arguments that are no arrays."""
 
-    capture: Callable  # (names, paths, static, with output, states, run, exact run or None, weights) -> states, output
+    capture: Callable  # (statistics, paths, static, with output, states, run, exact run or None, weights) -> states, output
     output: Callable  # (static, watched, params, arrays) -> what the module at path `watched` returns
 
 
@@ -84,7 +84,7 @@ def programs(module: nn.Module) -> Programs:
         return recording, output
 
     @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-    def capture(names, paths, static, with_output, states, run, exact_run, weights):  # a run: (params, arrays)
+    def capture(statistics, paths, static, with_output, states, run, exact_run, weights):  # a run: (params, arrays)
         recording, output = record(run[0], static, run[1])
         inputs = recording.inputs
         exact = inputs if exact_run is None else record(exact_run[0], static, exact_run[1])[0].inputs
@@ -94,7 +94,7 @@ def programs(module: nn.Module) -> Programs:
                 for x, y in zip(inputs.get(path, ()), exact.get(path, ()), strict=True):  # a batch need not reach every layer
                     counts = _token_weights(path, weights, x.shape[:-1])
                     flat, other = (a.reshape(-1, a.shape[-1]).astype(jnp.float32) for a in (x, y))
-                    new[path] = {name: STATISTICS[name].update(new[path][name], flat, other, counts) for name in names}
+                    new[path] = {name: each.update(new[path][name], flat, other, counts) for name, each in statistics}
             except jax.errors.UnexpectedTracerError:
                 hidden.append(path)
         if hidden:
@@ -156,19 +156,19 @@ def capture_statistics(
     messages. Raises QjaxError that names layers whose input is not finite, was not seen, or cannot be captured.
     """
     run = programs_of(module).capture
-    names, paths = tuple(dict.fromkeys([*names, "tokens"])), tuple(needed)
-    states = {path: {name: STATISTICS[name].init(size) for name in names} for path, size in needed.items()}
+    statistics, paths = tuple((name, STATISTICS[name]) for name in dict.fromkeys([*names, "tokens"])), tuple(needed)
+    states = {path: {name: each.init(size) for name, each in statistics} for path, size in needed.items()}
     outputs = []
     for batch, other in zip(batches, batches if exact is None else exact[1], strict=True):
         static, arrays = split_arguments(batch.args)
         exact_run = None if exact is None else (exact[0], split_arguments(other.args)[1])
         try:
-            states, output = run(names, paths, static, keep_outputs, states, (params, arrays), exact_run, batch.weights)
+            states, output = run(statistics, paths, static, keep_outputs, states, (params, arrays), exact_run, batch.weights)
         except jax.errors.UnexpectedTracerError:
             hidden = [path for path in paths if _is_hidden(module, params, batch, path)] or paths
             raise _hidden(prefix + path for path in hidden) from None
         outputs.append(output)
-    values = {path: {name: STATISTICS[name].finalize(state[name]) for name in names} for path, state in states.items()}
+    values = {path: {name: each.finalize(state[name]) for name, each in statistics} for path, state in states.items()}
     empty = [path for path in paths if not int(values[path]["tokens"])]
     if empty:
         raise QjaxError(f"no calibration token of weight above 0 reached {', '.join(prefix + path for path in empty)}")
@@ -203,16 +203,23 @@ def _is_hidden(module: nn.Module, params: PyTree, batch: Batch, path: str) -> bo
     return False
 
 
-def parent_outputs(module: nn.Module, params: PyTree, batches: Iterable[Batch], watched: tuple[str, ...]) -> list[Array]:
-    """What the submodule at path `watched` returns, float32, for every batch; its first array where it returns several.
-
-    Each is multiplied by the root of its token's weight, so that squared differences are weighted.
+def outputs_of(
+    module: nn.Module, params: PyTree, batches: Iterable[Batch], watched: tuple[str, ...] = ()
+) -> list[Float[Array, "..."]]:
+    """What the submodule at path `watched` (the module itself) returns, for every batch and call; its first array where it
+    returns several.
     """
-    run, outputs = programs_of(module).output, []
+    run = programs_of(module).output
+    split = ((split_arguments(batch.args)) for batch in batches)
+    return [jax.tree.leaves(found)[0] for static, arrays in split for found in run(static, watched, params, arrays)]
+
+
+def module_outputs(module: nn.Module, params: PyTree, batches: Sequence[Batch], watched: tuple[str, ...]) -> list[Array]:
+    """`outputs_of` in float32, each multiplied by the root of its token's weight, so that squared differences are weighted."""
+    outputs = []
     for batch in batches:
-        static, arrays = split_arguments(batch.args)
-        for result in run(static, watched, params, arrays):
-            output = jax.tree.leaves(result)[0].astype(jnp.float32)
+        for found in outputs_of(module, params, [batch], watched):
+            output = found.astype(jnp.float32)
             if batch.weights is not None:
                 weights = _token_weights("/".join(watched), batch.weights, output.shape[:-1]).reshape(*output.shape[:-1], 1)
                 output = jnp.where(weights > 0, output * jnp.sqrt(weights), 0)  # 0 times nan would be nan

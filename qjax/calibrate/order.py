@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from qjax.errors import QjaxError
-from qjax.rounding.parts.factor import damp_until_factored
+from qjax.rounding.parts.feedback import damp_until_factored
 
 
 @dataclasses.dataclass(frozen=True)

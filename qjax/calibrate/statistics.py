@@ -4,7 +4,8 @@
 
 x: (tokens, in), what the layer is given. exact: the same, what it would be given were nothing before it quantized; equal to x
 but for `qep`. weights: (tokens,), how much each token counts; 0 leaves it out. Everything is float32, products at the highest
-precision; states add up, so that activations need not be kept. A further statistic is a triple here and a line in `STATISTICS`.
+precision; states add up, so that activations need not be kept. A further statistic is a triple here and a line in `STATISTICS`;
+`methods.register_statistic` adds one from outside.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,14 +15,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from qjax.maps import InputMap
+
 
 class Statistic(NamedTuple):
-    """init, update, finalize, and how a value changes when the input is divided by scale (in,)."""
+    """init, update, finalize, and how many of a value's axes, the first ones, are inputs: what a map of the inputs needs to
+    know.
+    """
 
     init: Callable[[int], object]
     update: Callable[[object, Array, Array, Array], object]
     finalize: Callable[[object], Array]
-    rescale: Callable[[Array, Array], Array]
+    axes: int
 
 
 class Mean(NamedTuple):
@@ -50,7 +55,7 @@ def _square_mean(product: Callable) -> Statistic:
         init=lambda size: Mean(jnp.zeros((size, size)), jnp.zeros(())),
         update=lambda s, x, exact, w: Mean(s.total + product(x, exact, w), s.weight + jnp.sum(w)),
         finalize=Mean.value,
-        rescale=lambda value, scale: value / (scale[:, None] * scale),
+        axes=2,
     )
 
 
@@ -62,24 +67,24 @@ abs_mean = Statistic(
     init=lambda size: Mean(jnp.zeros(size), jnp.zeros(())),
     update=lambda s, x, exact, w: Mean(s.total + jnp.sum(jnp.abs(_counted(x, w)) * w[:, None], axis=0), s.weight + jnp.sum(w)),
     finalize=Mean.value,
-    rescale=lambda value, scale: value / scale,
+    axes=1,
 )
 
 abs_max = Statistic(
     init=jnp.zeros,
     update=lambda s, x, exact, w: jnp.maximum(s, jnp.max(jnp.abs(_counted(x, w)), axis=0)),
     finalize=lambda s: s,
-    rescale=lambda value, scale: value / scale,
+    axes=1,
 )
 
 tokens = Statistic(
     init=lambda size: jnp.zeros((), jnp.int32),
     update=lambda s, x, exact, w: s + jnp.sum(w > 0, dtype=jnp.int32),
     finalize=lambda s: s,
-    rescale=lambda value, scale: value,
+    axes=0,
 )
 
-STATISTICS: Mapping[str, Statistic] = {
+STATISTICS: dict[str, Statistic] = {
     "hessian": hessian,  # (in, in): mean of x x^T
     "drift": drift,  # (in, in): mean of x (exact - x)^T
     "abs_mean": abs_mean,  # (in,): mean |x|
@@ -88,6 +93,6 @@ STATISTICS: Mapping[str, Statistic] = {
 }
 
 
-def rescale(values: Mapping[str, Array], scale: Float[Array, " in"]) -> dict[str, Array]:
-    """The statistics of x / scale from those of x."""
-    return {name: STATISTICS[name].rescale(value, scale) for name, value in values.items()}
+def mapped(values: Mapping[str, Array], by: InputMap) -> dict[str, Array]:
+    """The statistics of mapped inputs from those of the inputs."""
+    return {name: by.on_statistic(value, STATISTICS[name].axes) for name, value in values.items()}

@@ -4,6 +4,7 @@ Weights keep the checkpoint's type; (out, in) matrices become (in, out). Everyth
 weights is checked then, and all offenders are named at once. Only safetensors is read: pickle files can run code.
 """
 
+import functools
 import json
 import re
 from collections.abc import Mapping
@@ -14,16 +15,18 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
-from qjax.checkpoints.tensors import FLOATS, Header, read_headers, read_tensor, write_tensors
+from qjax.checkpoints.tensors import FLOATS, Header, dtype_of, read_finite, read_headers, read_tensor, write_tensors
 from qjax.errors import QjaxError
 from qjax.files import expand, listing, prepare_output_folder, read_json, write_atomically
+from qjax.lazy import Lazy, materialised
+from qjax.linear import dequantize, is_quantized
 from qjax.models.config import DecoderConfig
 from qjax.models.families import FAMILIES, read_config, write_config
 from qjax.models.family import Family, StoredTensor, head_name, stored_tensors
 from qjax.models.model import Model
 from qjax.models.parameters import check_parameters, flatten, parameter_shapes, unflatten
 from qjax.models.tokenizer import Tokenizer, load_tokenizer
-from qjax.qtensor import dequantize, is_quantized
+from qjax.models.walk import TABLE
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -31,11 +34,12 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 HUB_FILES = [CONFIG, WEIGHTS, INDEX, "model-*.safetensors", TOKENIZER]
 
 
-def load_huggingface(folder: str | Path) -> Model:
+def load_huggingface(folder: str | Path, *, lazy: bool = False) -> Model:
     """The model in a folder; its parameters are jax arrays in the checkpoint's type, its name the folder's.
 
-    The tokenizer is None where there is no tokenizer.json. Raises QjaxError, one line that names the file or all tensors
-    at fault, for whatever is missing, corrupt, misshapen, not finite or not supported.
+    lazy: parameters are read from the files, which must stay, whenever they are needed (`lazy.py`). The tokenizer is None
+    where there is no tokenizer.json. Raises QjaxError, one line that names the file or all tensors at fault, for whatever is
+    missing, corrupt, misshapen, not finite or not supported.
     """
     folder = expand(folder)
     if not folder.is_dir():
@@ -50,9 +54,11 @@ def load_huggingface(folder: str | Path) -> Model:
     family = FAMILIES[config.family]
     tensors = stored_tensors(family, parameter_shapes(config), config.heads)
     headers = _canonical(family, tensors, read_headers(weight_files(folder)))
-    _check(folder, family, config, tensors, headers)
+    head = headers.pop(head_name(family), None) if config.tied else None  # some files repeat the table
+    _check(folder, tensors, headers)
     tokenizer = load_folder_tokenizer(folder, config)
-    return Model(config, _read_parameters(folder, tensors, headers), tokenizer, folder.resolve().name)
+    read = _lazy_parameters if lazy else _read_parameters
+    return Model(config, read(folder, tensors, headers, head), tokenizer, folder.resolve().name)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -86,20 +92,9 @@ def _canonical(family: Family, tensors: list[StoredTensor], headers: Mapping[str
     return {full(name): header for name, header in headers.items() if not re.search(family.ignored, name)}
 
 
-def _check(
-    folder: Path, family: Family, config: DecoderConfig, tensors: list[StoredTensor], headers: dict[str, Header]
-) -> None:
+def _check(folder: Path, tensors: list[StoredTensor], headers: Mapping[str, Header]) -> None:
     """Names, shapes and types of all tensors against the configuration."""
     expected = {tensor.name: tensor for tensor in tensors}
-    head = headers.get(head_name(family))
-    if config.tied and head is not None:
-        table = next(tensor.name for tensor in tensors if tensor.parts[0][0] == "embed/tokens/embedding")
-        headers.pop(head.name)
-        if table in headers and not np.array_equal(read_tensor(head), read_tensor(headers[table])):
-            raise QjaxError(
-                f"{head.file}: {head.name} differs from the embedding, but {CONFIG} ties them; "
-                "set tie_word_embeddings to false to use both"
-            )
     problems = [f"missing {name}" for name in expected if name not in headers]
     problems += [f"unexpected {name}" for name in headers if name not in expected]
     for name, header in headers.items():
@@ -111,16 +106,43 @@ def _check(
         raise QjaxError(f"{folder}: the weights do not fit {CONFIG}: {listing(problems)}; get the files that belong together")
 
 
-def _read_parameters(folder: Path, tensors: list[StoredTensor], headers: Mapping[str, Header]) -> PyTree:
+def _read_parameters(folder: Path, tensors: list[StoredTensor], headers: Mapping[str, Header], head: Header | None) -> PyTree:
     leaves, broken = {}, []
     for tensor in tensors:
         array = read_tensor(headers[tensor.name])
         if not np.isfinite(array).all():
             broken.append(headers[tensor.name].name)
+        _check_tied(tensor, headers, head)
         leaves.update({path: jnp.asarray(piece) for path, piece in tensor.split(array).items()})
     if broken:
         raise QjaxError(f"{folder}: NaN or infinite weights in {listing(broken)}; get an intact checkpoint")
     return unflatten(leaves)
+
+
+def _lazy_parameters(folder: Path, tensors: list[StoredTensor], headers: Mapping[str, Header], head: Header | None) -> PyTree:
+    def read(tensor, path):
+        _check_tied(tensor, headers, head)
+        array = read_finite(headers[tensor.name], "get an intact checkpoint")
+        return jnp.asarray(tensor.split(array)[path])
+
+    return unflatten(
+        {
+            path: Lazy(shape, dtype_of(headers[tensor.name]), functools.partial(read, tensor, path))
+            for tensor in tensors
+            for path, shape in tensor.parts
+        }
+    )
+
+
+def _check_tied(tensor: StoredTensor, headers: Mapping[str, Header], head: Header | None) -> None:
+    """Raises QjaxError where the tensor is the embedding's table and a tied head stored beside it is another one."""
+    if head is None or tensor.parts[0][0] != TABLE:
+        return
+    if not np.array_equal(read_tensor(head), read_tensor(headers[tensor.name])):
+        raise QjaxError(
+            f"{head.file}: {head.name} differs from the embedding, but {CONFIG} ties them; "
+            "set tie_word_embeddings to false to use both"
+        )
 
 
 def load_folder_tokenizer(folder: Path, config: DecoderConfig) -> Tokenizer | None:
@@ -157,24 +179,30 @@ def download(name: str) -> Path:
 def save_huggingface(folder: str | Path, model: Model, *, overwrite: bool = False) -> None:
     """Writes a folder that `load_huggingface` and the transformers library read; config.json comes last.
 
-    QTensors are written as the values they stand for, in the checkpoint's type. Raises QjaxError for a folder that is not
-    empty (unless `overwrite`) or cannot be written, and for a model that its family's files cannot express.
+    Quantized leaves are written as the values they stand for, in the checkpoint's type. Raises QjaxError for a folder that is
+    not empty (unless `overwrite`) or cannot be written, for a model that its family's files cannot express, and lists layers
+    with an activation format, which a plain folder has no word for.
     """
     config = write_config(model.config)
     shapes = parameter_shapes(model.config)
     leaves = flatten(model.params)
     check_parameters(leaves, shapes)
+    if rounding := [f"{path} ({leaf.activation})" for path, leaf in leaves.items() if getattr(leaf, "activation", None)]:
+        raise QjaxError(
+            f"a Hugging Face folder cannot say that layers round their inputs: {listing(rounding)}; keep it with qjax.save, or "
+            "write the weights alone: model._replace(params=qjax.dequantize_tree(model.params, None))"
+        )
     dtype = checkpoint_dtype(leaves)
     config["torch_dtype"] = np.dtype(dtype).name
+    tensors = {
+        tensor.name: tensor.join({path: _to_numpy(leaves[path], dtype) for path, _ in tensor.parts})
+        for tensor in stored_tensors(FAMILIES[model.config.family], shapes, model.config.heads)
+    }
     folder = prepare_output_folder(
         folder,
         overwrite=overwrite,
         replaces=("qjax.json", CONFIG, INDEX, "model-*.safetensors", TOKENIZER, TOKENIZER_CONFIG),
     )
-    tensors = {
-        tensor.name: tensor.join({path: _to_numpy(leaves[path], dtype) for path, _ in tensor.parts})
-        for tensor in stored_tensors(FAMILIES[model.config.family], shapes, model.config.heads)
-    }
     write_tensors(folder / WEIGHTS, tensors)
     if model.tokenizer is not None:
         write_atomically(folder / TOKENIZER, model.tokenizer.to_json())
@@ -185,11 +213,12 @@ def save_huggingface(folder: str | Path, model: Model, *, overwrite: bool = Fals
 def checkpoint_dtype(leaves: Mapping[str, object]) -> DTypeLike:
     """The type of the unquantized weights: the token embedding's, or the first plain leaf's; float32 if there is none."""
     plain = {path: leaf for path, leaf in leaves.items() if not is_quantized(leaf)}
-    first = plain.get("embed/tokens/embedding", next(iter(plain.values()), None))
+    first = plain.get(TABLE, next(iter(plain.values()), None))
     return np.dtype(np.float32) if first is None else np.dtype(first.dtype)
 
 
 def _to_numpy(leaf: object, dtype: DTypeLike) -> np.ndarray:
+    leaf = materialised(leaf)
     return np.asarray(dequantize(leaf, dtype) if is_quantized(leaf) else leaf)
 
 

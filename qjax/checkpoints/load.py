@@ -12,11 +12,13 @@ from qjax.models.model import Model
 BUNDLED = "bundled"
 
 
-def load(name: str | Path) -> Model:
+def load(name: str | Path, *, lazy: bool = False) -> Model:
     """The model called `name`.
 
     name: "bundled" (the small model that comes with qjax), a folder that `save` wrote, a Hugging Face checkpoint folder, or
-    the name of a model on the Hugging Face hub. Raises QjaxError, one line that says what to do, when it cannot be loaded.
+    the name of a model on the Hugging Face hub. lazy: headers are checked, weights are read part by part whenever they are
+    needed, and never all held (the bundled model always is). Raises QjaxError, one line that says what to do, when it cannot
+    be loaded.
     """
     if str(name) == BUNDLED:
         with importlib.resources.as_file(importlib.resources.files("qjax.models") / BUNDLED) as folder:
@@ -24,18 +26,19 @@ def load(name: str | Path) -> Model:
                 raise QjaxError("this copy of qjax has no bundled model; install qjax anew or name another model")
             return load_huggingface(folder)._replace(name=BUNDLED)
     try:
-        return _load(name)
+        return _load(name, lazy)
     except OSError as error:  # a folder that may not be entered, a name too long for a file
         raise QjaxError(f"cannot read {name}: {reason(error)}") from error
 
 
-def _load(name: str | Path) -> Model:
+def _load(name: str | Path, lazy: bool) -> Model:
     folder = expand(name)
     if folder.is_dir():
-        return load_packed(folder) if (folder / DESCRIPTION).exists() else load_huggingface(folder)
+        read = load_packed if (folder / DESCRIPTION).exists() else load_huggingface
+        return read(folder, lazy=lazy)
     if folder.exists() or _looks_like_a_path(name):
         return load_huggingface(folder)  # says what is wrong with it
-    return load_huggingface(download(str(name)))._replace(name=str(name))
+    return load_huggingface(download(str(name)), lazy=lazy)._replace(name=str(name))
 
 
 def _looks_like_a_path(name: str | Path) -> bool:

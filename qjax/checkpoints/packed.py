@@ -1,20 +1,20 @@
 """qjax's own folders: packed codes in model.safetensors, and qjax.json that says what they are. They load back bit-equal.
 
     model.safetensors   block_0/attention/q/kernel.codes, .scales, .zeros of a QTensor; doubly quantized scales as
-                        .scales.codes, .scales.scales, .scales.offset; those of a QLinear's weight as .weight.codes and so on,
-                        beside .input_scale; every other parameter under its path
-    qjax.json           version, name, recipe, config, and per QTensor its format and in_features, per QLinear
-                        also "input_scale": true; written last, so a
+                        .scales.codes, .scales.scales, .scales.offset; those of a Linear's weight as .weight.codes and so on,
+                        beside .inputs[0].scale, .outliers.index, .adapter.a, ...; every other parameter under its path. It
+                        may be several files instead, which qjax.json lists: `parts.py` writes one for each part of a model
+    qjax.json           version, name, recipe, config, and the record of every quantized leaf (`leaves.py`); written last, so a
                         folder that has it is complete
     tokenizer.json      where the model has one
 
-Keys, shapes and types are checked against the description before anything is read.
+Keys, shapes and types are checked against the description before anything is read. Version 1 knew no Linear, only an input's
+scale: "input_scale": true beside a format, stored as .input_scale.
 """
 
 import dataclasses
-import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -22,21 +22,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr
 
-from qjax import grid
+from qjax.checkpoints import leaves as records_of
 from qjax.checkpoints.huggingface import load_folder_tokenizer
-from qjax.checkpoints.tensors import FLOATS, Header, read_headers, read_tensor, write_tensors
+from qjax.checkpoints.leaves import TYPES, entry, template
+from qjax.checkpoints.tensors import FLOATS, Header, read_arrays, read_headers, write_tensors
 from qjax.errors import QjaxError
 from qjax.files import expand, listing, prepare_output_folder, read_json, write_atomically
-from qjax.formats import Format, parse_format
+from qjax.linear import is_quantized
 from qjax.models.config import DecoderConfig, LinearScaling, Llama3Scaling
 from qjax.models.model import Model
 from qjax.models.parameters import check_parameters, flatten, parameter_shapes, unflatten
-from qjax.qtensor import FLOAT_DTYPES, QLinear, QTensor, from_codes, is_quantized
 
 DESCRIPTION, WEIGHTS, TOKENIZER = "qjax.json", "model.safetensors", "tokenizer.json"
-VERSION = 1
+REPLACED = (DESCRIPTION, "config.json", "model.safetensors.index.json", "model*.safetensors", "tokenizer*.json")
+VERSION = 2
 SCALINGS = {"llama3": Llama3Scaling, "linear": LinearScaling}
-TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8"}
 
 
 def save(folder: str | Path, model: Model, *, overwrite: bool = False) -> None:
@@ -46,55 +46,88 @@ def save(folder: str | Path, model: Model, *, overwrite: bool = False) -> None:
     """
     leaves = flatten(model.params)
     check_parameters(leaves, parameter_shapes(model.config))
-    quantized = {path: leaf for path, leaf in leaves.items() if is_quantized(leaf)}
+    quantized = describe(leaves)
+    tensors = {name: np.asarray(array) for name, array in stored(leaves).items()}  # read before the folder is touched
+    folder = prepare_output_folder(folder, overwrite=overwrite, replaces=REPLACED)
+    write_tensors(folder / WEIGHTS, tensors)
+    write_description(folder, model, quantized)
+
+
+def write_description(folder: Path, model: Model, quantized: Mapping[str, dict], files: Sequence[str] = ()) -> None:
+    """tokenizer.json and, last, qjax.json of a folder whose weights are there.
+
+    quantized: `describe` of the leaves. files: those with weights, where they are several.
+    """
     description = {
         "version": VERSION,
         "name": model.name,
         "recipe": model.recipe,
         "config": config_to_dict(model.config),
-        "quantized": {path: _describe(leaf) for path, leaf in quantized.items()},
+        "quantized": dict(quantized),
+        **({"files": list(files)} if files else {}),
     }
-    folder = prepare_output_folder(
-        folder,
-        overwrite=overwrite,
-        replaces=(DESCRIPTION, "config.json", "model.safetensors.index.json", "model-*.safetensors", "tokenizer*.json"),
-    )
-    write_tensors(folder / WEIGHTS, {name: np.asarray(array) for name, array in _stored(leaves).items()})
     if model.tokenizer is not None:
         write_atomically(folder / TOKENIZER, model.tokenizer.to_json())
     write_atomically(folder / DESCRIPTION, json.dumps(description, indent=1) + "\n")
 
 
-def _describe(leaf: QTensor | QLinear) -> dict:
-    scaled = {"input_scale": True} if isinstance(leaf, QLinear) else {}
-    return {"format": str(leaf.format), "in_features": leaf.in_features, **scaled}
+def describe(leaves: Mapping[str, object]) -> dict[str, dict]:
+    """What qjax.json says of quantized leaves, by path. Raises QjaxError for those that no folder can hold."""
+    records, problems = {}, []
+    for path, leaf in leaves.items():
+        if is_quantized(leaf):
+            try:
+                records[path] = records_of.describe(leaf)
+            except QjaxError as error:
+                problems.append(f"{path}: {error}")
+    if problems:
+        raise QjaxError(listing(problems))
+    return records
 
 
-def load_packed(folder: str | Path) -> Model:
-    """The model that `save` wrote, bit-equal. Raises QjaxError, one line, for whatever is missing or malformed."""
+def load_packed(folder: str | Path, *, lazy: bool = False) -> Model:
+    """The model that `save` wrote, bit-equal. Raises QjaxError, one line, for whatever is missing or malformed.
+
+    lazy: arrays are read from the files, which must stay, whenever they are needed (`lazy.py`).
+    """
     folder = expand(folder)
     description = read_json(folder / DESCRIPTION)
     try:
-        if (version := description.get("version")) != VERSION:
-            raise QjaxError(f"version {version!r} is not supported, expected {VERSION}; use the qjax that wrote it")
-        config = config_from_dict(_entry(description, "config", dict))
-        name, recipe = _entry(description, "name", str), _entry(description, "recipe", str)
-        templates = _templates(config, _entry(description, "quantized", dict))
+        if (version := description.get("version")) not in (1, VERSION):
+            raise QjaxError(f"version {version!r} is not supported, expected 1 or {VERSION}; use the qjax that wrote it")
+        config = config_from_dict(entry(description, "config", dict))
+        name, recipe = entry(description, "name", str), entry(description, "recipe", str)
+        records = entry(description, "quantized", dict)
+        templates = templates_of(config, _of_version_1(records) if version == 1 else records)
+        files = _files(description)
     except QjaxError as error:
         raise QjaxError(f"{folder / DESCRIPTION}: {error}") from error
-    headers = read_headers([folder / WEIGHTS])
-    _check(folder / WEIGHTS, templates, headers)
-    leaves, broken = {}, []
-    for path, template in templates.items():
-        arrays = {key: read_tensor(headers[key]) for key in _stored({path: template})}
-        broken += [key for key, array in arrays.items() if not np.isfinite(array).all()]
-        leaves[path] = jax.tree.unflatten(jax.tree.structure(template), [jnp.asarray(array) for array in arrays.values()])
-    if broken:
-        raise QjaxError(f"{folder}: NaN or infinite values in {listing(broken)}; quantize an intact model again")
-    return Model(config, unflatten(leaves), load_folder_tokenizer(folder, config), name, recipe)
+    headers = read_headers([folder / file for file in files])
+    if version == 1:
+        headers = {name.replace(".input_scale", ".inputs[0].scale"): header for name, header in headers.items()}
+    _check(folder, templates, headers)
+    below = {key: templates[path].shape[0] for path in templates for key in stored({path: templates[path]}) if ".index" in key}
+    arrays = read_arrays(headers, advice="quantize an intact model again", lazy=lazy, below=below)
+    return Model(config, unflatten(filled(templates, arrays)), load_folder_tokenizer(folder, config), name, recipe)
 
 
-def _stored(leaves: Mapping[str, object]) -> dict[str, object]:
+def _files(description: dict) -> list[str]:
+    """Names of the files with weights: one, or those that are listed."""
+    files = description.get("files", [WEIGHTS])
+    if not isinstance(files, list) or not files or any(not isinstance(file, str) or Path(file).name != file for file in files):
+        raise QjaxError(f"'files' is {files!r}; expected names of files of this folder")
+    return files
+
+
+def filled(templates: Mapping[str, object], arrays: Mapping[str, object]) -> dict[str, object]:
+    """The templates' leaves with the arrays of their keys."""
+    return {
+        path: jax.tree.unflatten(jax.tree.structure(template), [arrays[key] for key in stored({path: template})])
+        for path, template in templates.items()
+    }
+
+
+def stored(leaves: Mapping[str, object]) -> dict[str, object]:
     """Arrays by the key they are stored under: the path, and for a field of a QTensor its name after a dot."""
     return {
         path + keystr(field): array
@@ -103,51 +136,43 @@ def _stored(leaves: Mapping[str, object]) -> dict[str, object]:
     }
 
 
-def _templates(config: DecoderConfig, quantized: dict) -> dict[str, object]:
+def templates_of(config: DecoderConfig, records: dict) -> dict[str, object]:
     """Every leaf with ShapeDtypeStructs for arrays; the type of plain leaves is left open as float32."""
     templates = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in parameter_shapes(config).items()}
-    for path, record in quantized.items():
+    for path, record in records.items():
         if path not in templates or len(shape := templates[path].shape) != 2:
             raise QjaxError(f"'quantized' names {path!r}, which is no matrix of this model")
         try:
-            fmt, in_features = parse_format(_entry(record, "format", str)), _entry(record, "in_features", int)
+            templates[path] = template(record, shape)
         except QjaxError as error:
             raise QjaxError(f"{path}: {error}") from error
-        if in_features != shape[0]:
-            raise QjaxError(f"{path} has in_features {in_features}, expected {shape[0]}")
-        templates[path] = _template(fmt, *shape)
-        if record.get("input_scale", False) is True:
-            templates[path] = QLinear(templates[path], jax.ShapeDtypeStruct(shape[:1], jnp.float16))
     return templates
 
 
-@functools.lru_cache(maxsize=64)
-def _template(fmt: Format, in_features: int, out_features: int) -> QTensor:
-    """Shapes and types of a QTensor's fields; nothing is computed."""
-    if fmt.is_float:
-        codes = jax.ShapeDtypeStruct((in_features, out_features), FLOAT_DTYPES[fmt.grid])
-        return QTensor(codes, None, None, fmt, in_features)
-
-    def quantize(weight):
-        parameters = grid.find_parameters(grid.to_groups(weight, fmt), fmt)
-        return from_codes(weight.astype(jnp.uint8), parameters, fmt)
-
-    return jax.eval_shape(quantize, jax.ShapeDtypeStruct((in_features, out_features), jnp.float32))
+def _of_version_1(records: dict) -> dict:
+    """Records as this version writes them."""
+    scaled = {path for path, record in records.items() if isinstance(record, dict) and record.pop("input_scale", False) is True}
+    return {
+        path: {**record, "linear": {"inputs": [{"map": "Scale", "arrays": {"scale": f"float16[{record.get('in_features')}]"}}]}}
+        if path in scaled
+        else record
+        for path, record in records.items()
+    }
 
 
-def _check(file: Path, templates: Mapping[str, object], headers: Mapping[str, Header]) -> None:
+def _check(folder: Path, templates: Mapping[str, object], headers: Mapping[str, Header]) -> None:
     """Keys, shapes and types of all tensors against the description."""
-    expected = _stored(templates)
+    expected = stored(templates)
     problems = [f"missing {key}" for key in expected if key not in headers]
     problems += [f"unexpected {key}" for key in headers if key not in expected]
-    for key, template in expected.items():
+    for key, array in expected.items():
         if key not in headers:
             continue
-        header, types = headers[key], FLOATS if key in templates else (TYPES[str(template.dtype)],)
-        if header.shape != template.shape or header.dtype not in types:
-            problems.append(f"{key} is {header.dtype} {header.shape}, expected {' or '.join(types)} {tuple(template.shape)}")
+        header, types = headers[key], FLOATS if key in templates else (TYPES[str(array.dtype)],)
+        if header.shape != array.shape or header.dtype not in types:
+            problems.append(f"{key} is {header.dtype} {header.shape}, expected {' or '.join(types)} {tuple(array.shape)}")
     if problems:
-        raise QjaxError(f"{file} does not fit {DESCRIPTION}: {listing(problems)}; quantize the model again")
+        raise QjaxError(f"{folder}: the weights do not fit {DESCRIPTION}: {listing(problems)}; quantize the model again")
 
 
 def config_to_dict(config: DecoderConfig) -> dict:
@@ -180,10 +205,3 @@ def _build(cls: type, values: dict) -> object:
     if problems:
         raise QjaxError(f"{cls.__name__}: {listing(problems)}")
     return cls(**values)
-
-
-def _entry(values: object, key: str, kind: type) -> object:
-    value = values.get(key) if isinstance(values, dict) else None
-    if not isinstance(value, kind):
-        raise QjaxError(f"{key!r} must be {kind.__name__}, got {'nothing' if value is None else repr(value)}")
-    return value

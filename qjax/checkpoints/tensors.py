@@ -4,20 +4,25 @@ The library maps a file into memory; a file is opened anew for each tensor so th
 given back, and loading needs the model once plus one tensor. Types outside NumPy (bfloat16) come from ml_dtypes, exactly.
 """
 
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from qjax.errors import QjaxError
-from qjax.files import reason, write_atomically
+from qjax.files import listing, reason, write_atomically
+from qjax.lazy import Lazy
 
-DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "U8": np.uint8}
+DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "U8": np.uint8, "I32": np.int32}
 FLOATS = ("F32", "F16", "BF16")
 
 
@@ -47,6 +52,49 @@ def read_tensor(header: Header) -> np.ndarray:
     """The tensor, a copy in its own type. Raises QjaxError when the file changed or broke meanwhile."""
     with _opened(header.file) as content:
         return content.get_tensor(header.name)
+
+
+def read_finite(header: Header, advice: str, below: int | None = None) -> np.ndarray:
+    """`read_tensor`. Raises QjaxError, which ends with the advice, for values that are not finite or not in [0, below)."""
+    array = read_tensor(header)
+    if not _is_sound(array, below):
+        raise QjaxError(f"{header.file}: NaN, infinite or impossible values in {header.name}; {advice}")
+    return array
+
+
+def _is_sound(array: np.ndarray, below: int | None) -> bool:
+    inside = below is None or not array.size or (array.min() >= 0 and array.max() < below)
+    return bool(np.isfinite(array).all() and inside)
+
+
+def read_arrays(
+    headers: Mapping[str, Header], *, advice: str, lazy: bool = False, below: Mapping[str, int] = MappingProxyType({})
+) -> dict[str, jax.Array | Lazy]:
+    """The tensors as jax arrays by the headers' keys; lazy: when they are needed. below: of indices, what they stay below.
+
+    Raises QjaxError, which ends with the advice, for NaN, infinite and impossible values: of all tensors at once, or of a lazy
+    one as it is read.
+    """
+    if lazy:
+        readers = {key: functools.partial(read_finite, header, advice, below.get(key)) for key, header in headers.items()}
+        return {key: Lazy(each.shape, dtype_of(each), _reading(readers[key])) for key, each in headers.items()}
+    arrays, broken = {}, []
+    for key, header in headers.items():
+        array = read_tensor(header)
+        broken += [] if _is_sound(array, below.get(key)) else [key]
+        arrays[key] = jnp.asarray(array)
+    if broken:
+        raise QjaxError(f"{header.file.parent}: NaN, infinite or impossible values in {listing(broken)}; {advice}")
+    return arrays
+
+
+def _reading(read: Callable[[], np.ndarray]) -> Callable[[], jax.Array]:
+    return lambda: jnp.asarray(read())
+
+
+def dtype_of(header: Header) -> np.dtype:
+    """NumPy's name of a tensor's type."""
+    return np.dtype(DTYPES[header.dtype])
 
 
 @contextmanager

@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 DEFAULT_WINDOWS = 128  # of the bundled text: paired differences to 0.2 % at 4 bits, 0.01 % at 8
 
 
-def load_model(name: str) -> "Model":
+def load_model(name: str, *, lazy: bool = False) -> "Model":
     """The named model, with compiled programs kept between runs."""
     from qjax.cache import enable_compilation_cache
     from qjax.checkpoints.load import load
 
     enable_compilation_cache()
-    return load(name)
+    return load(name, lazy=lazy)
 
 
 def calibration_for(
@@ -31,11 +31,11 @@ def calibration_for(
     from qjax.recipe import parse_recipe
 
     recipes = [*map(parse_recipe, asked[0]), *(parse_rule(rule).recipe for rule in asked[1])]
-    if not any(recipe and recipe.statistics for recipe in recipes):
+    if not any(recipe and recipe.reads_data for recipe in recipes):
         return None
     named = [spec for spec in data if ":" not in spec]
     if name is None and not named:
-        needing = next(str(recipe) for recipe in recipes if recipe and recipe.statistics)
+        needing = next(str(recipe) for recipe in recipes if recipe and recipe.reads_data)
         raise QjaxError(f"{needing} reads calibration data; name a text with --calibration, for example text:PATH or c4")
     return load_calibration(model, name or named[0], windows=windows, window=window, seed=seed)
 

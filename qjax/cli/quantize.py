@@ -35,10 +35,11 @@ def quantize(
 ) -> None:
     """Quantize a model and save it packed; `qjax eval` and qjax.load read the folder back bit-equal.
 
-    layers.jsonl beside the weights has a row for every kernel.
+    layers.jsonl beside the weights has a row for every kernel. Blocks are written as they are done: the same command goes on
+    where it was stopped.
     """
-    from qjax.checkpoints.packed import save
-    from qjax.driver import decoder as driver
+    from qjax.driver.decoder import quantize_to
+    from qjax.driver.placement import placement
     from qjax.files import prepare_output_folder, write_atomically
     from qjax.report.rendering import to_rich
     from qjax.report.tables import layers_table
@@ -48,17 +49,16 @@ def quantize(
     from qjax.sweep.store import LAYERS
 
     (recipe,), rules = canonical([recipe], order), rules_in_order(rule or (), order)
-    prepare_output_folder(out, overwrite=overwrite)
-    loaded = load_model(model)
-    total = len(driver.placement(loaded, recipe, rules))
+    out = prepare_output_folder(out, overwrite=overwrite)
+    loaded = load_model(model, lazy=True)
+    total = len(placement(loaded, recipe, rules))
     asked_of = ([recipe], rules)
     tokens = calibration_for(loaded, asked_of, calibration, own_text(model), calibration_windows, calibration_window, seed)
     with progress_bars() as progress:
         task = progress.add_task("quantizing", total=total)
-        quantized, done = driver.quantize(
-            loaded, recipe, calibration=tokens, rules=rules, on_layer=lambda _: progress.advance(task)
+        quantized, done = quantize_to(
+            out, loaded, recipe, calibration=tokens, rules=rules, overwrite=overwrite, on_layer=lambda _: progress.advance(task)
         )
-    save(out, quantized, overwrite=True)
     write_atomically(out / LAYERS, "".join(json.dumps(row) + "\n" for row in layer_rows(None, done)))
     if report:
         console().print(to_rich(layers_table(done.layers)))

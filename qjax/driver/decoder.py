@@ -11,44 +11,38 @@ adds outputs of the attention or MLP whose scale it looks for: the right ones an
 """
 
 import dataclasses
-import re
 import time
-import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.typing import DTypeLike
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
-from qjax.calibrate.capture import Batch, distinct_calls, sharing
+from qjax.calibrate.capture import Batch, sharing
 from qjax.calibrate.order import Order
-from qjax.calibrate.tokens import Calibration, as_calibration, as_weights
-from qjax.driver.part import LayerRecord, Part, Plan, Quantized, quantize_part
-from qjax.driver.placement import Rule, parse_rule, place
-from qjax.errors import QjaxError, QjaxWarning
-from qjax.interception.linen import KernelView, linear_layers, quantized_kernels
-from qjax.models.decoder import HALVES, Block, Head
+from qjax.calibrate.tokens import Calibration, as_calibration
+from qjax.checkpoints.packed import load_packed
+from qjax.checkpoints.parts import PartWriter
+from qjax.driver.flow import Quantized, quantize_part
+from qjax.driver.layer import LayerRecord
+from qjax.driver.part import Part
+from qjax.driver.placement import Plan, Rule, one_order, parsed, placement
+from qjax.driver.report import Report, cast_others, make_report, warn_of_few_tokens
+from qjax.errors import QjaxError
+from qjax.interception.contraction import KernelView
+from qjax.lazy import materialised
+from qjax.linear import dense, is_quantized
+from qjax.methods import UNQUANTIZED, Stage
+from qjax.models import walk
+from qjax.models.fingerprint import model_fingerprint
 from qjax.models.folding import folds
-from qjax.models.model import Model, compiled, compute_dtype, embedding_table, stages
-from qjax.qtensor import FLOAT_DTYPES, QLinear, QTensor, dequantize, is_quantized
-from qjax.recipe import DEFAULT_ORDER, UNQUANTIZED, Recipe, Stage, method, parse_order, parse_recipe
+from qjax.models.model import Model, compute_dtype
+from qjax.recipe import Recipe
 
 BATCH_TOKENS = {"cpu": 2048, "gpu": 16384, "tpu": 16384}  # calibration tokens run at a time
-
-
-class Report(NamedTuple):
-    """One record per linear kernel, and exact sizes: bits per weight of the quantized kernels and of the whole model."""
-
-    layers: tuple[LayerRecord, ...]
-    bits_per_weight: float
-    model_bits_per_weight: float
-    size_bytes: int
-    seconds: float
 
 
 def quantize(
@@ -85,111 +79,177 @@ def quantize_together(
     One request may be in any order. Raises what `quantize` raises. Each report's seconds are its share: all by their number.
     """
     started = time.perf_counter()
-    parsed = [_parsed(recipe, rules, order) for recipe, rules in requests]
-    placed = [placement(model, *request) for request in parsed]
-    chosen = {_one_order(plan) for plan in placed} - {None}
-    if len(chosen) > 1 or (len(requests) > 1 and chosen - {Stage("parallel")}):
+    asked = [parsed(recipe, rules, order) for recipe, rules in requests]
+    work = _work(model, asked, calibration, on_layer)
+    made = list(_parts(model, work))
+    results = []
+    for number, request in enumerate(asked):
+        leaves = flatten_dict(model.params, sep="/")
+        for part, found in made:
+            leaves |= {part.prefix + path: leaf for path, leaf in found[number].leaves.items()}
+        leaves |= cast_others(leaves, request[0], work.plans[number])
+        records = _records(work.plans[number], [found[number] for _, found in made])
+        results.append((model._replace(params=unflatten_dict(leaves, sep="/"), recipe=_name(*request)), records))
+    seconds = (time.perf_counter() - started) / len(requests)
+    return [(result, make_report(result.params, records, seconds)) for result, records in results]
+
+
+def quantize_to(
+    folder: str | Path,
+    model: Model,
+    recipe: str | Recipe | None,
+    *,
+    calibration: Calibration | Array | None = None,
+    rules: Iterable[str | Rule] = (),
+    order: str | None = None,
+    overwrite: bool = False,
+    on_layer: Callable[[LayerRecord], None] = lambda record: None,
+) -> tuple[Model, Report]:
+    """`quantize` into a packed folder, part by part: no more than one part is held, of a lazy model (`load(name, lazy=True)`)
+    not even the weights of another. Returns the model in the folder, lazy, and the report.
+
+    What is done is on disk in .NAME.partial, from where the same call goes on after a kill, to the same bits; the folder
+    appears when it is whole. Raises what `quantize` and `save` raise.
+    """
+    started = time.perf_counter()
+    request = parsed(recipe, rules, order)
+    work = _work(model, [request], calibration, on_layer)
+    identity = {
+        "model": model_fingerprint(model),
+        "name": _name(*request),
+        "order": str(work.order),
+        "calibration": work.calibration and work.calibration.fingerprint,
+    }
+    writer = PartWriter(folder, model.config, identity, overwrite=overwrite)
+
+    def held(part: walk.Part) -> tuple[dict[str, object], list[LayerRecord]] | None:
+        if (name := _file_of(part)) not in writer.complete:
+            return None
+        leaves = {path.removeprefix(part.prefix): leaf for path, leaf in writer.read(name).items()}
+        return materialised(leaves), [LayerRecord(**record) for record in writer.complete[name]]
+
+    made = []
+    for part, (found,) in _parts(model, work, held):
+        leaves = {part.prefix + path: leaf for path, leaf in found.leaves.items()}
+        leaves |= cast_others(leaves, request[0], work.plans[0])
+        if _file_of(part) not in writer.complete:
+            writer.write(_file_of(part), leaves, [record._asdict() for record in found.records])
+        made.append(found._replace(leaves={}))
+    writer.finish(model._replace(recipe=_name(*request)))
+    result = load_packed(folder, lazy=True)
+    return result, make_report(result.params, _records(work.plans[0], made), time.perf_counter() - started)
+
+
+def _file_of(part: walk.Part) -> str:
+    half = getattr(part.module, "half", None)
+    return f"{part.name}-{half}" if half else part.name
+
+
+def _name(recipe: Recipe | None, rules: Sequence[Rule]) -> str:
+    return "; ".join([str(recipe or UNQUANTIZED), *map(str, rules)])
+
+
+def _records(plan: Plan, made: Iterable[Quantized]) -> list[LayerRecord]:
+    """Every kernel's record, in the plan's order; warns of few calibration tokens."""
+    by_path = {record.path: record for found in made for record in found.records}
+    records = [by_path[path] for path in plan]
+    warn_of_few_tokens(records)
+    return records
+
+
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """What is to be done to a decoder, checked. order: how it is calibrated; calibration: None where nothing reads any."""
+
+    plans: Sequence[Plan]
+    order: Order
+    calibration: Calibration | None
+    on_layer: Callable[[LayerRecord], None]
+
+    @property
+    def refines_blocks(self) -> bool:
+        """Whether whole blocks are refined, which are not to be split then."""
+        return any(recipe and recipe.block_refiners for plan in self.plans for recipe in plan.values())
+
+
+def _work(model: Model, asked: Sequence[tuple[Recipe | None, Sequence[Rule]]], calibration, on_layer) -> _Work:
+    plans = [placement(model, *request) for request in asked]
+    chosen = {one_order(plan) for plan in plans} - {None}
+    if len(chosen) > 1 or (len(asked) > 1 and chosen - {Stage("parallel")}):
         raise QjaxError(f"recipes of the orders {', '.join(sorted(map(str, chosen)))} cannot be quantized together")
     if chosen and calibration is None:
-        needing = [
-            str(recipe) for recipe in dict.fromkeys(r for plan in placed for r in plan.values()) if recipe and recipe.statistics
-        ]
+        reading = [recipe for plan in plans for recipe in plan.values() if recipe and recipe.reads_data]
         raise QjaxError(
-            f"{', '.join(needing)} needs calibration data; give calibration= tokens (--calibration on the command line)"
+            f"{', '.join(dict.fromkeys(map(str, reading)))} needs calibration data; give calibration= tokens (--calibration on "
+            "the command line)"
         )
-    stage = chosen.pop() if chosen else Stage("parallel")
     tokens = as_calibration(model, calibration) if calibration is not None else None
-    parts = _quantize_decoder(model, placed, method(stage.name)(**dict(stage.options)), tokens, on_layer)
-    results = []
-    for number, (recipe, rules) in enumerate(parsed):
-        leaves = flatten_dict(model.params, sep="/")
-        for prefix, found in parts:
-            leaves |= {prefix + path: leaf for path, leaf in found[number].leaves.items()}
-        leaves |= _cast_others(leaves, recipe, placed[number])
-        by_path = {record.path: record for _, found in parts for record in found[number].records}
-        records = [by_path[path] for path in placed[number]]
-        _warn_of_few_tokens(records)
-        name = "; ".join([str(recipe or UNQUANTIZED), *map(str, rules)])
-        result = model._replace(params=unflatten_dict(leaves, sep="/"), recipe=name)
-        results.append((result, records))
-    seconds = (time.perf_counter() - started) / len(requests)
-    return [(result, _report(result.params, records, seconds)) for result, records in results]
+    stage = chosen.pop() if chosen else Stage("parallel")
+    return _Work(plans, stage(), tokens if any(map(_reads_data, plans)) else None, on_layer)
 
 
-def calibration_order(model: Model, recipe: str | Recipe | None, rules: Iterable[str | Rule] = ()) -> Stage | None:
-    """The order in which `quantize` would read calibration data; None when it would read none. Raises what `quantize`
-    raises.
+def _parts(
+    model: Model, work: _Work, held: Callable[[walk.Part], tuple | None] = lambda part: None
+) -> Iterator[tuple[walk.Part, list[Quantized]]]:
+    """The parts of a decoder, in order, and what each plan makes of them. held(part): leaves and records of a part that is done
+    already. Blocks come in halves where layers see what becomes of those before them in their block, so that none runs twice.
     """
-    return _one_order(placement(model, recipe, rules))
-
-
-def _one_order(plan: Plan) -> Stage | None:
-    orders = {recipe.order or Stage(DEFAULT_ORDER) for recipe in plan.values() if recipe and recipe.statistics}
-    if len(orders) > 1:
-        raise QjaxError(f"rules and recipe ask for the orders {', '.join(sorted(map(str, orders)))}; one run has one order")
-    return orders.pop() if orders else None
-
-
-def _quantize_decoder(
-    model: Model, plans: Sequence[Plan], order: Order, calibration: Calibration | None, on_layer: Callable[[LayerRecord], None]
-) -> list[tuple[str, list[Quantized]]]:
-    """The parts of a decoder, block by block and the head, each with its path prefix."""
-    config, dtype = model.config, compute_dtype()
-    needed = any(recipe and recipe.statistics for plan in plans for recipe in plan.values())
-    pieces = list(_batches(calibration)) if needed else []
+    config, order = model.config, work.order
+    pieces = list(_batches(work.calibration)) if work.calibration else []
     weights = [weight for _, weight in pieces]
-    current = [stages(config, dtype).embed(model.params["embed"], tokens) for tokens, _ in pieces]
-    exact = list(current) if order.alpha else []  # hidden states of the unquantized model, where an order compares with them
-    parts, shared = list(_parts(model, plans, order, dtype)), {}
-    last = max((i for i, (_, inside) in enumerate(parts) if any(map(_calibrated, inside))), default=-1)
-    results = []
-    for number, (bare, inside) in enumerate(parts):
-        module, params, later = bare.module, bare.params, number < last
-        further = (embedding_table(model),) if isinstance(module, Head) else ()
+    current = [tokens for tokens, _ in pieces]
+    compares = order.alpha or (order.prefix and work.refines_blocks)
+    exact = list(current) if compares else []  # states of the unquantized model
+    parts = walk.parts(config, compute_dtype(), halves=order.inside and not work.refines_blocks)
+    inside = [[_within(part, plan) for plan in work.plans] for part in parts]
+    last = max((i for i, plans in enumerate(inside) if any(map(_reads_data, plans))), default=-1)
+    shared = {}
+    for number, (part, plans) in enumerate(zip(parts, inside, strict=True)):
+        params, further, later = walk.params_of(part, model.params), walk.further_arguments(part, model.params), number < last
         batches = [Batch((x, *further), w) for x, w in zip(current, weights, strict=True)]
         references = [Batch((x, *further), w) for x, w in zip(exact, weights, strict=False)]
-        if batches and module not in shared:  # equal blocks are traced once
-            shared[module] = sharing(module, params, batches[0].args)
-        part = dataclasses.replace(bare, shared=shared.get(module, {}))
-        found = quantize_part(part, inside, order, batches, references, on_layer, keep_outputs=later)
-        results.append((part.prefix, [each._replace(floating={}, outputs=[]) for each in found]))
+        done = held(part)
+        if done:
+            found = [_as_done(*done, work.on_layer)]
+        else:
+            if batches and any(plans) and part.module not in shared:  # equal blocks are traced once
+                shared[part.module] = sharing(part.module, params, batches[0].args)
+            piece = _piece(part, params, plans, shared.get(part.module, {}))
+            found = quantize_part(piece, plans, order, batches, references, work.on_layer, keep_outputs=later)
+        yield part, [each._replace(floating={}, outputs=[]) for each in found]
         del batches, references  # what holds hidden states, so that each makes room for the next
         if later:
             if found[0].outputs:
                 current = found[0].outputs
             else:
-                _advance(module, found[0].floating if order.prefix else params, current)
-            _advance(module, params, exact)
+                walk.advance(part.module, found[0].floating if order.prefix else params, current)
+            walk.advance(part.module, params, exact)
         del found  # floating kernels live no longer than their part
-    return results
 
 
-def _advance(module: nn.Module, params: PyTree, states: list[Array]) -> None:
-    """Replaces every batch of hidden states by what the module makes of it, one after the other."""
-    run = compiled(module)
-    for number, x in enumerate(states):
-        states[number] = jax.block_until_ready(run(params, x))  # else inputs whose runs wait are held beside the outputs
+def _within(part: walk.Part, plan: Plan) -> Plan:
+    """A plan for the kernels of a part, by path within it."""
+    own = tuple(part.prefix + child + "/" for child in part.children)
+    return {path.removeprefix(part.prefix): recipe for path, recipe in plan.items() if path.startswith(own)}
 
 
-def _parts(model: Model, plans: Sequence[Plan], order: Order, dtype: DTypeLike) -> Iterator[tuple[Part, list[Plan]]]:
-    """What a decoder is quantized by, with what each plan has for it: blocks, or their halves, where layers see what becomes
-    of those before them in their block, so that none runs twice; and the head.
-    """
-    config = model.config
-    split = order.inside and not config.parallel_residual
-    halves = [Block(config, dtype, half) for half in (HALVES if split else (None,))]
-    blocks = [(f"block_{i}", module, HALVES.get(module.half)) for i in range(config.layers) for module in halves]
-    for name, module, modules in [*blocks, ("head", Head(config, dtype), None)]:
-        prefix, params = f"{name}/", {child: model.params[name][child] for child in modules or model.params[name]}
-        flat = flatten_dict(params, sep="/")
-        inside = [{path: plan[prefix + path] for path in flat if prefix + path in plan} for plan in plans]
-        views = {path: KernelView(flat[path].shape, (0,), (1,)) for path in inside[0]}
-        allowed = tuple(fold for fold in folds(config) if fold.source.split("/")[0] in params)
-        yield Part(module, prefix, params, views, {}, allowed), inside
+def _piece(part: walk.Part, params, plans: Sequence[Plan], shared) -> Part:
+    flat = flatten_dict(params, sep="/")
+    views = {path: KernelView(flat[path].shape, (0,), (1,)) for path in plans[0]}
+    allowed = folds(part.module.config) if part.kind == "block" else ()
+    allowed = tuple(fold for fold in allowed if fold.source.split("/")[0] in params)
+    return Part(part.module, part.prefix, params, views, shared, allowed)
 
 
-def _calibrated(plan: Plan) -> bool:
-    return any(recipe and recipe.statistics for recipe in plan.values())
+def _as_done(leaves: dict[str, object], records: Sequence[LayerRecord], on_layer) -> Quantized:
+    for record in records:
+        on_layer(record)
+    floating = {path: dense(leaf) if is_quantized(leaf) else leaf for path, leaf in leaves.items()}
+    return Quantized(leaves, list(records), unflatten_dict(floating, sep="/"), [])
+
+
+def _reads_data(plan: Plan) -> bool:
+    return any(recipe and recipe.reads_data for recipe in plan.values())
 
 
 def _batches(calibration: Calibration) -> Iterable[tuple[Array, Array]]:
@@ -203,172 +263,9 @@ def _batches(calibration: Calibration) -> Iterable[tuple[Array, Array]]:
         yield jnp.asarray(tokens[start : start + size]), jnp.asarray(weights[start : start + size])
 
 
-def _warn_of_few_tokens(records: Sequence[LayerRecord]) -> None:
-    few = [record for record in records if record.tokens is not None and record.tokens < record.in_features]
-    if few:
-        listed = ", ".join(f"{record.path} ({record.tokens} tokens, {record.in_features} inputs)" for record in few[:5])
-        more = f" and {len(few) - 5} more" if len(few) > 5 else ""
-        warnings.warn(
-            f"fewer calibration tokens than inputs: {listed}{more}; tokens are the rank of a Hessian at most, damping fills "
-            "the rest, more tokens would be better",
-            QjaxWarning,
-            stacklevel=4,
-        )
-
-
-def placement(model: Model, recipe: str | Recipe | None, rules: Iterable[str | Rule] = ()) -> dict[str, Recipe | None]:
-    """What `quantize` would do to every linear kernel, by path; None leaves it. Raises what `quantize` raises."""
-    recipe, rules = _parsed(recipe, rules, None)
-    flat = flatten_dict(model.params, sep="/")
-    if any(is_quantized(leaf) for leaf in flat.values()):
-        raise QjaxError(f"{model.name} is quantized already ({model.recipe}); start from the unquantized model")
-    kernels = [path for path in flat if path.endswith("/kernel")]
-    everywhere = recipe is not None and recipe.is_cast
-    return place(kernels, recipe, rules, kernels if everywhere else [path for path in kernels if path.startswith("block_")])
-
-
 def kernel_shapes(model: Model) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """(in, out) of the kernels that are quantized, or would be by default, and (elements, bytes of one) of every other leaf."""
     flat = flatten_dict(model.params, sep="/")
-    in_block = re.compile("block_.*/kernel")
-    linear = {path for path, leaf in flat.items() if is_quantized(leaf) or in_block.fullmatch(path)}
+    linear = {path for path, leaf in flat.items() if is_quantized(leaf) or (walk.in_blocks(path) and path.endswith("/kernel"))}
     others = [(leaf.size, leaf.dtype.itemsize) for path, leaf in flat.items() if path not in linear]
     return [flat[path].shape for path in flat if path in linear], others
-
-
-def quantize_flax(
-    module: nn.Module,
-    params: PyTree,
-    recipe: str | Recipe | None,
-    *,
-    batches: Iterable[tuple],
-    weights: Iterable[Array] | None = None,
-    rules: Iterable[str | Rule] = (),
-    order: str | None = None,
-    on_layer: Callable[[LayerRecord], None] = lambda record: None,
-) -> tuple[PyTree, Report]:
-    """Quantizes the kernels of any Linen model: nn.Dense, nn.DenseGeneral and nn.Einsum layers, found by tracing it.
-
-    params: the "params" collection. batches: arguments of module.apply, each a tuple; between them they reach every layer that
-    is quantized, and recipes that read calibration data see them all. weights: per batch, how much each token counts (0 leaves
-    it out), an array whose axes are the first axes of every layer's input. order: as in `quantize`; the module counts as one
-    block, so that "block" is "parallel", and "sequential" and "qep" run it once for each set of layers with the same input.
-    Run the result with `apply_flax`. Raises QjaxError for weights that are negative or not finite, modules that
-    read collections besides "params", when no layer can be quantized or a rule names none, and lists layers
-    that no batch reaches, that cannot run with a quantized kernel, or cannot be captured, unless a rule "PATTERN=none" leaves
-    them out.
-    """
-    recipe, rules = _parsed(recipe, rules, order)
-    batches = list(batches)
-    if not batches:
-        raise QjaxError("quantize_flax: batches is empty; give at least one tuple of arguments of module.apply")
-    if wrong := [
-        f"batches[{i}] is {type(args).__name__}" for i, args in enumerate(batches) if not isinstance(args, tuple | list)
-    ]:
-        raise QjaxError(f"quantize_flax: {', '.join(wrong)}; give tuples of arguments of module.apply, [(x,)] for one array")
-    if isinstance(params.get("params"), Mapping):
-        raise QjaxError("quantize_flax: params holds a collection 'params'; give that collection, variables['params']")
-    if any(is_quantized(leaf) for leaf in flatten_dict(params, sep="/").values()):
-        raise QjaxError("quantize_flax: the parameters are quantized already; start from the unquantized ones")
-    flat = flatten_dict(params, sep="/")
-    if not flat:
-        raise QjaxError("quantize_flax: params is empty; give the collection 'params' that module.init made")
-    kernels = [path for path in flat if path.split("/")[-1] == "kernel" and np.ndim(flat[path]) > 1]
-    views, refused = {}, {}
-    for args in distinct_calls(batches):
-        found = linear_layers(module, params, *args)
-        views |= found.views
-        refused |= found.refused
-        if views.keys() | refused.keys() >= set(kernels):
-            break
-    unreached = [path for path in kernels if path not in views and path not in refused]
-    refused |= {path: f"{path}: no batch reaches it by the __call__ of a layer" for path in unreached}
-    placed = place([*views, *refused], recipe, rules)
-    cast = recipe if recipe is not None and recipe.is_cast else None  # of every leaf, which needs no view
-    blocked = [why for path, why in refused.items() if placed[path] not in (None, cast)]
-    if blocked:
-        raise QjaxError(f"{'; '.join(blocked)}. A rule 'PATTERN=none' leaves such a layer as it is")
-    if not views:
-        raise QjaxError(f"{type(module).__name__}: no Dense, DenseGeneral or Einsum layer found to quantize")
-    started = time.perf_counter()
-    plan = {path: placed[path] for path in views}
-    for path, chosen in plan.items():
-        if chosen is not None and flat[path].shape != views[path].shape:
-            raise QjaxError(
-                f"{path} has shape {flat[path].shape} where its layer multiplies with {views[path].shape}: a layer under "
-                "nn.scan or nn.vmap; quantize such kernels with jax.vmap(qjax.rtn, ...), a rule 'PATTERN=none' leaves them as "
-                "they are"
-            )
-    weights = [None] * len(batches) if weights is None else as_weights(weights)
-    if len(weights) != len(batches):
-        raise QjaxError(f"quantize_flax: {len(batches)} batches but {len(weights)} arrays of weights")
-    calibration = [Batch(tuple(args), w) for args, w in zip(batches, weights, strict=True)]
-    stage = _one_order(plan) or Stage("parallel")
-    order = method(stage.name)(**dict(stage.options))
-    calibrated = any(chosen and chosen.statistics for chosen in plan.values())
-    part = Part(module, "", params, views, sharing(module, params, *distinct_calls(batches)) if calibrated else {})
-    (found,) = quantize_part(part, [plan], order, calibration, calibration, on_layer)
-    _warn_of_few_tokens(found.records)
-    leaves = found.leaves | _cast_others(
-        found.leaves, recipe, [path for path in placed if path in views or placed[path] is None]
-    )
-    result = unflatten_dict(leaves, sep="/")
-    return result, _report(result, found.records, time.perf_counter() - started)
-
-
-def apply_flax(module: nn.Module, params: PyTree, *args: object, **kwargs: object) -> object:
-    """module.apply({"params": params}, *args, **kwargs) with quantized kernels; works under jit, grad and vmap."""
-    with quantized_kernels():
-        return module.apply({"params": params}, *args, **kwargs)
-
-
-def dequantize_flax(module: nn.Module, params: PyTree, *args: object, **kwargs: object) -> PyTree:
-    """The inverse of `quantize_flax`: every quantized kernel as a float32 array of the shape module's layer expects.
-
-    args: arguments of module.apply, to find the layers by tracing. Raises QjaxError that lists kernels they do not reach.
-    """
-    views, _ = linear_layers(module, params, *args, **kwargs)
-    flat = flatten_dict(params, sep="/")
-    quantized = {path: leaf for path, leaf in flat.items() if is_quantized(leaf)}
-    if unreached := quantized.keys() - views.keys():
-        raise QjaxError(f"dequantize_flax: these arguments do not reach {', '.join(sorted(unreached))}; give some that do")
-    decoded = {path: views[path].to_kernel(dequantize(leaf)) for path, leaf in quantized.items()}
-    return unflatten_dict(flat | decoded, sep="/")
-
-
-def _parsed(
-    recipe: str | Recipe | None, rules: Iterable[str | Rule], order: str | None
-) -> tuple[Recipe | None, tuple[Rule, ...]]:
-    order = parse_order(order) if isinstance(order, str) else order
-    recipe = parse_recipe(recipe) if isinstance(recipe, str) else recipe
-    rules = (rules,) if isinstance(rules, str) else rules
-    rules = (parse_rule(rule) if isinstance(rule, str) else rule for rule in rules)
-    return recipe and recipe.in_order(order), tuple(
-        rule._replace(recipe=rule.recipe and rule.recipe.in_order(order)) for rule in rules
-    )
-
-
-def _cast_others(flat: Mapping[str, object], recipe: Recipe | None, done: Collection[str]) -> dict[str, Array]:
-    """For a cast, the floating-point leaves besides the kernels in `done`, in its type; nothing for other recipes."""
-    if recipe is None or not recipe.is_cast:
-        return {}
-    floating = {
-        p: leaf
-        for p, leaf in flat.items()
-        if p not in done and not is_quantized(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
-    }
-    return {path: leaf.astype(FLOAT_DTYPES[recipe.format.grid]) for path, leaf in floating.items()}
-
-
-def _report(params: PyTree, records: list[LayerRecord], seconds: float) -> Report:
-    leaves = jax.tree.leaves(params, is_leaf=is_quantized)
-    weights = sum(_weights(leaf) for leaf in leaves)
-    size = sum(leaf.nbytes for leaf in leaves)
-    chosen = [record for record in records if record.recipe != UNQUANTIZED] or records
-    counts = [record.in_features * record.out_features for record in chosen]
-    bits = sum(record.bits_per_weight * count for record, count in zip(chosen, counts, strict=True)) / sum(counts)
-    return Report(tuple(records), bits, 8 * size / weights, size, seconds)
-
-
-def _weights(leaf: Array | QTensor | QLinear) -> int:
-    return jax.eval_shape(dequantize, leaf).size if is_quantized(leaf) else leaf.size

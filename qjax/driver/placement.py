@@ -7,11 +7,19 @@ cannot be quantized: nothing is skipped silently.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from flax.traverse_util import flatten_dict
+
 from qjax.errors import QjaxError
-from qjax.recipe import UNQUANTIZED, Recipe, parse_recipe
+from qjax.linear import is_quantized
+from qjax.methods import UNQUANTIZED, Stage
+from qjax.models import walk
+from qjax.models.model import Model
+from qjax.recipe import DEFAULT_ORDER, Recipe, parse_order, parse_recipe
+
+Plan = Mapping[str, Recipe | None]  # what each kernel gets, by path
 
 
 class Rule(NamedTuple):
@@ -48,7 +56,7 @@ def place(
     if idle:
         raise QjaxError(
             f"{'rules' if len(idle) > 1 else 'rule'} {', '.join(map(repr, idle))} match no kernel; "
-            f"the kernels are {_abridge(kernels)}"
+            f"the kernels are {abridge(kernels)}"
         )
     placed = {}
     for path in kernels:
@@ -57,6 +65,53 @@ def place(
     return placed
 
 
-def _abridge(paths: Sequence[str], most: int = 10) -> str:
+def abridge(paths: Sequence[str], most: int = 10) -> str:
+    """Some of many paths, for messages."""
     shown = ", ".join(paths[:most])
     return shown if len(paths) <= most else f"{shown}, ... ({len(paths)} in all)"
+
+
+def parsed(
+    recipe: str | Recipe | None, rules: Iterable[str | Rule], order: str | None
+) -> tuple[Recipe | None, tuple[Rule, ...]]:
+    """A recipe and rules, given as strings or values, in an order of calibration where they name none."""
+    order = parse_order(order) if isinstance(order, str) else order
+    recipe = parse_recipe(recipe) if isinstance(recipe, str) else recipe
+    rules = (rules,) if isinstance(rules, str) else rules
+    rules = (parse_rule(rule) if isinstance(rule, str) else rule for rule in rules)
+    return recipe and recipe.in_order(order), tuple(
+        rule._replace(recipe=rule.recipe and rule.recipe.in_order(order)) for rule in rules
+    )
+
+
+def placement(model: Model, recipe: str | Recipe | None, rules: Iterable[str | Rule] = ()) -> dict[str, Recipe | None]:
+    """What `quantize` would do to every linear kernel, by path; None leaves it. Reads shapes alone. Raises what `quantize`
+    raises.
+    """
+    recipe, rules = parsed(recipe, rules, None)
+    flat = flatten_dict(model.params, sep="/")
+    kernels = [path for path in flat if path.endswith("/kernel")]
+    everywhere = recipe is not None and recipe.is_cast
+    placed = place(kernels, recipe, rules, kernels if everywhere else list(filter(walk.in_blocks, kernels)))
+    again = [path for path, chosen in placed.items() if chosen is not None and is_quantized(flat[path])]
+    if again:
+        raise QjaxError(
+            f"{model.name} is quantized already ({model.recipe}): {abridge(again)}; start from the unquantized model, or leave "
+            "these kernels as they are with a rule 'PATTERN=none'"
+        )
+    return placed
+
+
+def one_order(plan: Plan) -> Stage | None:
+    """The order in which a plan reads calibration data; None where it reads none. Raises QjaxError for several."""
+    orders = {recipe.order or Stage(DEFAULT_ORDER) for recipe in plan.values() if recipe and recipe.reads_data}
+    if len(orders) > 1:
+        raise QjaxError(f"rules and recipe ask for the orders {', '.join(sorted(map(str, orders)))}; one run has one order")
+    return orders.pop() if orders else None
+
+
+def calibration_order(model: Model, recipe: str | Recipe | None, rules: Iterable[str | Rule] = ()) -> Stage | None:
+    """The order in which `quantize` would read calibration data; None when it would read none. Raises what `quantize`
+    raises.
+    """
+    return one_order(placement(model, recipe, rules))

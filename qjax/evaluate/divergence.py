@@ -22,7 +22,7 @@ from qjax.errors import QjaxError
 from qjax.evaluate.corpora import Corpus, load_corpus
 from qjax.evaluate.perplexity import BATCH_TOKENS, Convention, Windows, corpus_windows, parse_convention
 from qjax.evaluate.statistics import ratio_stderr
-from qjax.models.model import LOGITS_AT_ONCE, Model, apply_head, hidden_states, runnable
+from qjax.models.model import LOGITS_AT_ONCE, Model, apply_head, hidden_batches, runnable
 
 
 class Divergence(NamedTuple):
@@ -76,23 +76,26 @@ def measure_divergence(
     total, length = windows.tokens.shape
     batch = min(max(1, (batch_tokens or BATCH_TOKENS[jax.default_backend()]) // length), total)
     tokens = np.concatenate([windows.tokens, np.zeros((-total % batch, length), np.int32)])
+    pieces = [jnp.asarray(tokens[start : start + batch]) for start in range(0, len(tokens), batch)]
+    ours, theirs = (hidden_batches(each, ((piece,) for piece in pieces)) for each in (model, baseline))
     found = []
-    for start in range(0, len(tokens), batch):
-        piece = tokens[start : start + batch]
-        found.append(_compare(model, baseline, piece))
+    for piece, one, other in zip(pieces, ours, theirs, strict=True):
+        found.append(_compare(one, other, piece[:, 1:]))
         if len(found) > 1:
             found[-2] = np.asarray(found[-2])  # waits for the batch before this one, so that one is always in flight
-        on_batch(min(start + batch, total), total)
+        on_batch(min(len(found) * batch, total), total)
     kl, same, change = np.concatenate([np.asarray(part) for part in found], axis=1)[:, :total].astype(np.float64)
     return summarise(kl, same, change, windows.scored[:, 1:])
 
 
-def _compare(model: Model, baseline: Model, tokens: np.ndarray) -> jax.Array:
-    """(3, batch, time - 1): KL, whether the likeliest tokens agree, change of the true token's probability."""
-    x, y = (hidden_states(each, jnp.asarray(tokens))[:, :-1] for each in (model, baseline))
-    targets = jnp.asarray(tokens[:, 1:])
-    time = targets.shape[1]
-    step = max(1, LOGITS_AT_ONCE // (model.config.vocabulary_size * len(tokens)))
+def _compare(ours: tuple[Model, jax.Array], theirs: tuple[Model, jax.Array], targets: jax.Array) -> jax.Array:
+    """(3, batch, time): KL, whether the likeliest tokens agree, change of the true token's probability.
+
+    ours, theirs: a model whose head is in memory, and hidden states (batch, time + 1, hidden) before it.
+    """
+    (model, x), (baseline, y) = ((each, states[:, :-1]) for each, states in (ours, theirs))
+    batch, time = targets.shape
+    step = max(1, LOGITS_AT_ONCE // (model.config.vocabulary_size * batch))
     parts = []
     for start in range(0, time, step):  # a few tokens at a time: the logits would be the largest array
         piece = slice(start, min(start + step, time))

@@ -16,6 +16,7 @@ import numpy as np
 
 from qjax.errors import QjaxError
 from qjax.evaluate.likelihood import bucket, encode, require_tokenizer
+from qjax.lazy import materialised
 from qjax.models.layout import cache_layout
 from qjax.models.model import Model, apply_head, empty_caches, hidden_states_cached, runnable
 
@@ -99,7 +100,7 @@ def generate(
             f"a prompt of {lengths.max()} tokens and {max_new_tokens} new ones do not fit {model.name}'s context of {limit}; "
             f"ask for at most {max(0, limit - lengths.max() + 1)} or shorten the prompt"
         )
-    model = runnable(model, packed)
+    model = runnable(model._replace(params=materialised(model.params)), packed)  # every token needs all of it
     time_in, capacity = min(bucket(lengths.max()), limit), min(bucket(lengths.max() + max_new_tokens), limit)
     tokens = np.zeros((len(prompts), time_in), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):

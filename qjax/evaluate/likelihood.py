@@ -23,8 +23,8 @@ import numpy as np
 
 from qjax.errors import QjaxError
 from qjax.evaluate.perplexity import BATCH_TOKENS
-from qjax.models.layout import tree_layout
-from qjax.models.model import Model, hidden_states, runnable, scores
+from qjax.models.layout import Layout, tree_layout
+from qjax.models.model import Model, hidden_batches, runnable, scores
 from qjax.models.tokenizer import Tokenizer
 
 WORTH_SHARING = 8  # tokens saved by sharing a beginning, fewer than which rows of their own are cheaper
@@ -127,9 +127,11 @@ def likelihoods(
     rows = [row for group in groups for row in _rows(group, [next(numbers) for _ in group])]
     rows.sort(key=lambda row: len(row.tokens))
     batch_tokens = batch_tokens or BATCH_TOKENS[jax.default_backend()]
+    batches = list(_batches(rows, batch_tokens))
+    inputs = (_inputs(model, batch, length, max(1, batch_tokens // length)) for length, batch in batches)
     pending, done = [], 0
-    for length, batch in _batches(rows, batch_tokens):
-        pending += _run(model, batch, length, max(1, batch_tokens // length))
+    for (length, batch), (head, x) in zip(batches, hidden_batches(model, inputs), strict=True):
+        pending += _score(head, x, batch, length)
         while len(pending) > 2:  # waits for batches before the last, so that one is always in flight
             _collect(pending.pop(0), value, greedy)
         done += len(batch)
@@ -188,15 +190,19 @@ def _batches(rows: Sequence[_Row], batch_tokens: int) -> Iterator[tuple[int, lis
             yield length, members[start : start + size]
 
 
-def _run(model: Model, rows: Sequence[_Row], length: int, size: int) -> list[tuple]:
-    """Runs one batch padded to (size, length); returns (pairs, ln p, likeliest) of PICKS scored tokens each."""
+def _inputs(model: Model, rows: Sequence[_Row], length: int, size: int) -> tuple[jax.Array, Layout]:
+    """One batch padded to (size, length)."""
     tokens, positions, branches = (np.zeros((size, length), np.int32) for _ in range(3))
     for i, row in enumerate(rows):
         used = len(row.tokens)
         tokens[i, :used], positions[i, :used], branches[i, :used] = row.tokens, row.positions, row.branches
         branches[i, used:] = -1  # padding sees the beginning and itself, and nothing sees it
     layout = tree(jnp.asarray(positions), jnp.asarray(branches), model.config.sliding_window)
-    x = hidden_states(model, jnp.asarray(tokens), layout)
+    return jnp.asarray(tokens), layout
+
+
+def _score(model: Model, x: jax.Array, rows: Sequence[_Row], length: int) -> list[tuple]:
+    """(pairs, ln p, likeliest) of PICKS scored tokens each, from the hidden states of one batch."""
     scored = np.array([(i * length + place, target, pair) for i, row in enumerate(rows) for place, target, pair in row.scored])
     results = []
     for start in range(0, len(scored), PICKS):

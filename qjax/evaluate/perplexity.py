@@ -31,7 +31,7 @@ import numpy as np
 from qjax.errors import QjaxError
 from qjax.evaluate.corpora import Corpus, load_corpus
 from qjax.evaluate.statistics import ratio_stderr
-from qjax.models.model import Model, hidden_states, losses, runnable
+from qjax.models.model import Model, hidden_batches, losses, runnable
 
 # Tokens run at a time. On a CPU a small batch keeps the activations in its cache, which is twice as fast for small models.
 BATCH_TOKENS = {"cpu": 1024, "gpu": 16384, "tpu": 16384}
@@ -211,19 +211,21 @@ def score(
     packed: bool = False,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> np.ndarray:
-    """-ln p of every token given those before it: (windows, window) int32 -> float32 of the same shape, column 0 is 0."""
+    """-ln p of every token given those before it: (windows, window) int32 -> float32 of the same shape, column 0 is 0.
+
+    All windows go through one part of a lazy model after the other (`hidden_batches`).
+    """
     model = runnable(model, packed)
     total, length = tokens.shape
     batch = _batch_size(tokens)
     padded = np.concatenate([tokens, np.zeros((-total % batch, length), np.int32)])
+    pieces = [jnp.asarray(padded[start : start + batch]) for start in range(0, len(padded), batch)]
     rows = []
-    for start in range(0, len(padded), batch):
-        piece = jnp.asarray(padded[start : start + batch])
-        x = hidden_states(model, piece)
-        rows.append(losses(model, x[:, :-1], piece[:, 1:]))
+    for piece, (head, x) in zip(pieces, hidden_batches(model, ((piece,) for piece in pieces)), strict=True):
+        rows.append(losses(head, x[:, :-1], piece[:, 1:]))
         if len(rows) > 1:
             rows[-2] = np.asarray(rows[-2])  # waits for the batch before this one, so that one is always in flight
-        on_batch(min(start + batch, total), total)
+        on_batch(min(len(rows) * batch, total), total)
     nll = np.concatenate([np.asarray(row) for row in rows])[:total]
     return np.pad(nll, ((0, 0), (1, 0)))
 

@@ -16,8 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.evaluate.generate import generate, layout_of
+from qjax.lazy import materialised
+from qjax.linear import cast_tree
+from qjax.models import walk
 from qjax.models.model import Model, compute_dtype, embedding_table, empty_caches, runnable, stages
-from qjax.qtensor import is_quantized, nbytes
+from qjax.qtensor import nbytes
 
 
 class Speed(NamedTuple):
@@ -41,7 +44,7 @@ def measure_speed(
     The prompt is shortened to half of the model's context where that is less.
     """
     # Leaves that are not packed are cast once, so that both ways differ in the kernels alone.
-    model = runnable(model._replace(params=_cast(model.params)), packed)
+    model = runnable(model._replace(params=cast_tree(materialised(model.params), compute_dtype())), packed)
     limit = model.config.context
     prompt_tokens = min(prompt_tokens, max(1, limit // 2))
     new_tokens = min(new_tokens, limit - prompt_tokens)
@@ -62,14 +65,6 @@ def measure_speed(
     )
 
 
-def _cast(params):
-    def cast(leaf):
-        keep = is_quantized(leaf) or not jnp.issubdtype(leaf.dtype, jnp.floating)
-        return leaf if keep else leaf.astype(compute_dtype())
-
-    return jax.tree.map(cast, params, is_leaf=is_quantized)
-
-
 def _working_bytes(model: Model, batch: int, prompt_tokens: int, new_tokens: int) -> int:
     """Bytes of the cache and of the largest compiled stage's working memory in the prefill."""
     run, dtype = stages(model.config, compute_dtype()), compute_dtype()
@@ -77,9 +72,10 @@ def _working_bytes(model: Model, batch: int, prompt_tokens: int, new_tokens: int
     layout = layout_of(jnp.zeros(batch, jnp.int32), prompt_tokens, prompt_tokens + new_tokens, model.config.sliding_window)
     x = jax.ShapeDtypeStruct((batch, prompt_tokens, model.config.hidden_size), dtype)
     last = jax.ShapeDtypeStruct((batch, 1, model.config.hidden_size), dtype)
+    *_, block, head = walk.parts(model.config)
     lowered = (
-        run.cached.lower(model.params["block_0"], x, layout, caches[0]),
-        run.head.lower(model.params["head"], last, embedding_table(model)),
+        run.cached.lower(walk.params_of(block, model.params), x, layout, caches[0]),
+        run.head.lower(walk.params_of(head, model.params), last, embedding_table(model)),
     )
     plans = [each.compile().memory_analysis() for each in lowered]
     return nbytes(caches) + max(plan.temp_size_in_bytes + plan.output_size_in_bytes for plan in plans)

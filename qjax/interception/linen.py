@@ -1,14 +1,12 @@
-"""The one place that touches Flax modules: linear layers run with quantized kernels, the model's code unchanged.
+"""The one place that touches Flax modules: linear layers run with what stands for their kernels, the model's code unchanged.
 
-`flax.linen.intercept_methods` shows us every layer's call. Where the layer's kernel is a QTensor we multiply with it in the
-layer's place; every other layer runs as written. The same hook shows calibration what goes into each layer (`recorded`).
-Kernels with several input or output axes (DenseGeneral, Einsum) are seen as one (in, out) matrix: `KernelView` says how, and
-is all that a quantizer needs to know of a layer.
+`flax.linen.intercept_methods` shows us every layer's call. Where the layer's kernel is a Linear, QTensor or KernelWeight we
+apply it in the layer's place; every other layer runs as written. The same hook shows calibration what goes into each layer
+(`recorded`), as the layer is given it.
 """
 
 import contextlib
 import dataclasses
-import math
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -18,46 +16,13 @@ import jax
 import jax.numpy as jnp
 from flax.errors import ScopeCollectionNotFound
 from flax.linen.dtypes import promote_dtype
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import PyTree
 
 from qjax.errors import QjaxError
-from qjax.kernels.layout import KernelWeight
-from qjax.kernels.matmul import matmul
-from qjax.qtensor import is_quantized
+from qjax.interception.contraction import Contraction, KernelView, einsum_contraction, general_contraction
+from qjax.linear import apply_linear, is_quantized
 
 SERVED = (nn.Dense, nn.DenseGeneral, nn.Einsum)
-
-
-class KernelView(NamedTuple):
-    """How a kernel of `shape` is an (in, out) matrix: its axes in the order (*in_axes, *out_axes), the two runs flattened."""
-
-    shape: tuple[int, ...]
-    in_axes: tuple[int, ...]
-    out_axes: tuple[int, ...]
-
-    @property
-    def matrix_shape(self) -> tuple[int, int]:
-        """(in, out) of the matrix."""
-        return math.prod(self.shape[axis] for axis in self.in_axes), math.prod(self.shape[axis] for axis in self.out_axes)
-
-    def to_matrix(self, kernel: Float[Array, "..."]) -> Float[Array, "in out"]:
-        """The kernel as an (in, out) matrix."""
-        return kernel.transpose(*self.in_axes, *self.out_axes).reshape(self.matrix_shape)
-
-    def to_kernel(self, matrix: Float[Array, "in out"]) -> Float[Array, "..."]:
-        """The inverse of `to_matrix`."""
-        order = (*self.in_axes, *self.out_axes)
-        inverse = [order.index(axis) for axis in range(len(order))]
-        return matrix.reshape([self.shape[axis] for axis in order]).transpose(inverse)
-
-
-class _Contraction(NamedTuple):
-    """One call of a linear layer: which axes of its input are summed with the kernel's, and what the output is."""
-
-    view: KernelView
-    input_axes: tuple[int, ...]  # in the order of view.in_axes
-    output_order: tuple[int, ...]  # transpose of (*kept input axes, *out axes of the kernel) to the layer's output
-    bias_shape: tuple[int, ...]
 
 
 class Linears(NamedTuple):
@@ -68,7 +33,7 @@ class Linears(NamedTuple):
 
 
 def quantized_kernels():
-    """Context in which linear layers whose kernel is a QTensor multiply with it.
+    """Context in which linear layers whose kernel is a Linear, QTensor or KernelWeight apply it.
 
     Raises QjaxError, naming the layer, for a quantized leaf in a layer that is not exactly nn.Dense, nn.DenseGeneral without
     batch axes or nn.Einsum without axes shared by input, kernel and output.
@@ -80,7 +45,8 @@ def quantized_kernels():
 class Recording:
     """What one run of a module showed, under the paths of its layers' kernels.
 
-    inputs: (*kept, in) arrays, one a call, the input axes of the kernel flattened in its order. sources: the arrays as the
+    inputs: (*kept, in) arrays, one a call, the input axes of the kernel flattened in its order, before any map of the leaf that
+    stands in the kernel's place. sources: the arrays as the
     layer was given them, to see which layers share an input. outputs: what the module at `watched` returned, one a call.
     """
 
@@ -102,7 +68,7 @@ def recorded(watched: tuple[str, ...] | None = None) -> Iterator[Recording]:
                 plan = _contraction(layer, args, kwargs)
                 x = args[0] if args else kwargs["inputs"]
                 path = "/".join((*layer.path, "kernel"))
-                recording.inputs.setdefault(path, []).append(_input_matrix(x, plan))
+                recording.inputs.setdefault(path, []).append(plan.to_matrix(x))
                 recording.sources.setdefault(path, []).append((x, plan.input_axes))
         result = _run_quantized(call, args, kwargs, context)
         if context.method_name == "__call__" and layer.scope is not None and tuple(layer.path) == watched:
@@ -151,7 +117,7 @@ def _run_quantized(call, args, kwargs, context):
         _refuse_other_quantized(layer)
         return call(*args, **kwargs)
     kernel = layer.get_variable("params", "kernel")
-    if not _is_packed(kernel):
+    if not is_quantized(kernel):
         return call(*args, **kwargs)
     if context.method_name != "__call__" and type(layer) in SERVED:
         return call(*args, **kwargs)  # a function lifted over the layer, as by nn.scan: the layer's own call comes inside
@@ -162,24 +128,13 @@ def _run_quantized(call, args, kwargs, context):
     bias = layer.get_variable("params", "bias") if layer.use_bias else None
     x, bias = promote_dtype(x, bias, dtype=layer.dtype or jnp.result_type(x, layer.param_dtype))
 
-    y = matmul(_input_matrix(x, plan), kernel, precision=layer.precision)
-    y = y.reshape(*y.shape[:-1], *(plan.view.shape[axis] for axis in plan.view.out_axes)).transpose(plan.output_order)
+    y = plan.to_output(apply_linear(plan.to_matrix(x), kernel, precision=layer.precision))
     return y if bias is None else y + bias.reshape(plan.bias_shape)
-
-
-def _is_packed(leaf: object) -> bool:
-    return is_quantized(leaf) or isinstance(leaf, KernelWeight)
-
-
-def _input_matrix(x: Float[Array, "..."], plan: _Contraction) -> Float[Array, "*kept in"]:
-    kept = [axis for axis in range(x.ndim) if axis not in plan.input_axes]
-    x = x.transpose(*kept, *plan.input_axes)
-    return x.reshape(*x.shape[: len(kept)], -1)
 
 
 def _refuse_other_quantized(layer: nn.Module) -> None:
     held = layer.variables.get("params", {}) if layer.scope is not None else {}
-    bad = [name for name, leaf in held.items() if _is_packed(leaf)]
+    bad = [name for name, leaf in held.items() if is_quantized(leaf)]
     if bad:
         raise QjaxError(_cannot(layer, ", ".join(bad)))
 
@@ -191,47 +146,23 @@ def _cannot(layer: nn.Module, leaf: str) -> str:
     )
 
 
-def _contraction(layer: nn.Module, args: tuple, kwargs: dict) -> _Contraction:
+def _contraction(layer: nn.Module, args: tuple, kwargs: dict) -> Contraction:
     """The plan of one call of a served layer; raises QjaxError where the layer is used in a way that is not served."""
     x = args[0] if args else kwargs["inputs"]
     if isinstance(layer, nn.Einsum):
-        return _einsum_contraction(layer, x.ndim, args[1] if len(args) > 1 else kwargs.get("einsum_str"))
+        equation = (args[1] if len(args) > 1 else kwargs.get("einsum_str")) or layer.einsum_str
+        try:
+            return einsum_contraction(equation, x.ndim, tuple(layer.shape))
+        except QjaxError as error:
+            raise QjaxError(f"layer {_name(layer)}: {error}") from None
     if layer.dot_general is not None or layer.dot_general_cls is not None:
         raise QjaxError(f"layer {_name(layer)}: it brings its own dot_general, which a quantized kernel would bypass")
     if isinstance(layer, nn.Dense):
-        axes, features = (x.ndim - 1,), (layer.features,)
-    else:
-        if layer.batch_dims:
-            raise QjaxError(f"layer {_name(layer)}: DenseGeneral with batch_dims cannot run with a quantized kernel")
-        axes = tuple(sorted(axis % x.ndim for axis in _as_tuple(layer.axis)))  # Flax sorts them too
-        features = _as_tuple(layer.features)
-    shape = (*(x.shape[axis] for axis in axes), *features)
-    view = KernelView(shape, tuple(range(len(axes))), tuple(range(len(axes), len(shape))))
-    outputs = x.ndim - len(axes) + len(features)
-    return _Contraction(view, axes, tuple(range(outputs)), features)
-
-
-def _einsum_contraction(layer: nn.Einsum, ndim: int, equation: str | None) -> _Contraction:
-    equation = (equation or layer.einsum_str).replace(" ", "")
-    operands, result = equation.split("->")
-    left, right = operands.split(",")
-    free = [letter for letter in map(chr, range(ord("A"), ord("Z") + 1)) if letter not in equation]
-    dots = "".join(free[: ndim - len(left.replace("...", ""))])
-    left, result = left.replace("...", dots), result.replace("...", dots)
-    summed = [letter for letter in right if letter in left and letter not in result]
-    outputs = [letter for letter in right if letter in result and letter not in left]
-    kept = [letter for letter in left if letter not in summed]
-    if "..." in right or len(summed) + len(outputs) != len(right) or sorted(kept + outputs) != sorted(result):
-        raise QjaxError(
-            f"layer {_name(layer)}: the einsum {equation!r} is not a matrix product of input and kernel "
-            "(every kernel axis must be summed with the input or appear in the output alone)"
-        )
-    view = KernelView(
-        tuple(layer.shape), tuple(right.index(axis) for axis in summed), tuple(right.index(axis) for axis in outputs)
-    )
-    order = tuple((kept + outputs).index(letter) for letter in result)
-    bias_shape = tuple(layer.shape[right.index(letter)] if letter in right else 1 for letter in result)
-    return _Contraction(view, tuple(left.index(letter) for letter in summed), order, bias_shape)
+        return general_contraction(x.shape, (x.ndim - 1,), (layer.features,))
+    if layer.batch_dims:
+        raise QjaxError(f"layer {_name(layer)}: DenseGeneral with batch_dims cannot run with a quantized kernel")
+    axes = tuple(sorted(axis % x.ndim for axis in _as_tuple(layer.axis)))  # Flax sorts them too
+    return general_contraction(x.shape, axes, _as_tuple(layer.features))
 
 
 def _as_tuple(value: int | tuple[int, ...]) -> tuple[int, ...]:

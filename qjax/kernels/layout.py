@@ -1,7 +1,7 @@
 """The layout that accelerator kernels read: codes in 32-bit words, their parameters unpacked, made once from a QTensor.
 
     words   int32 (width, units, out)   a unit is `width` words that hold `count` whole codes of consecutive inputs
-    scales  (groups, out) float16, bfloat16 or float32; doubly quantized scales are decoded to float32
+    scales  (groups, out) float16, bfloat16 or float32; scales that are no floats themselves are decoded to float32
     zeros   uint8 (groups, out); or None
 
 A QTensor packs a little-endian bit stream along the input axis, so words are its bytes, four at a time, and nothing is
@@ -26,8 +26,7 @@ from jaxtyping import Array, Float, Int, Int32, PyTree
 from qjax import grid
 from qjax.errors import QjaxError
 from qjax.formats import Format
-from qjax.grid import QuantizedScales
-from qjax.qtensor import QLinear, QTensor, nbytes, unpack_parameters
+from qjax.qtensor import QTensor, nbytes, unpack_parameters
 
 
 def unit(bits: int) -> tuple[int, int]:
@@ -38,20 +37,16 @@ def unit(bits: int) -> tuple[int, int]:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("words", "scales", "zeros", "input_scale"),
+    data_fields=("words", "scales", "zeros"),
     meta_fields=("format", "in_features"),
 )
 @dataclasses.dataclass(frozen=True)
 class KernelWeight:
-    """A quantized (in, out) weight as kernels read it; made by `prepare`, holds what its QTensor or QLinear held.
-
-    input_scale: (in,) float16 that the input is multiplied by first, or None.
-    """
+    """A quantized (in, out) weight as kernels read it; made by `prepare`, holds what its QTensor held."""
 
     words: Int32[Array, "width units out"]
     scales: Float[Array, "groups out"]
     zeros: Int[Array, "groups out"] | None
-    input_scale: Float[Array, " in"] | None
     format: Format
     in_features: int
 
@@ -63,7 +58,7 @@ class KernelWeight:
     @property
     def nbytes(self) -> int:
         """Exact bytes that a kernel reads."""
-        return nbytes((self.words, self.scales, self.zeros, self.input_scale))
+        return nbytes((self.words, self.scales, self.zeros))
 
     @property
     def group(self) -> int:
@@ -73,10 +68,12 @@ class KernelWeight:
         return min(self.format.group or whole, whole)
 
 
-def refusal(q: QTensor | QLinear) -> str | None:
+def refusal(q: QTensor) -> str | None:
     """Why a weight has no such layout, or None."""
     if q.format.is_float:
         return f"{q.format} is a cast and holds no codes"
+    if not q.format.has_whole_zeros:
+        return f"{q.format} has real zero points, kernels read whole ones"
     return uneven(q, unit(q.format.bits)[0], "words")
 
 
@@ -86,10 +83,10 @@ def refusal_int8(weight: KernelWeight) -> str | None:
     return None if fits else f"int8 inputs go with symmetric int8 weights of one scale per channel, got {weight.format}"
 
 
-def uneven(q: QTensor | QLinear, count: int, units: str) -> str | None:
+def uneven(q: QTensor, count: int, units: str) -> str | None:
     """Why the groups of a weight are not whole units of `count` codes in one output channel, or None."""
     fmt = q.format
-    if fmt.granularity == "block" and q.in_features % fmt.group:
+    if fmt.crosses_columns(q.in_features):
         return f"blocks of {fmt} cross output channels where {fmt.group} does not divide the {q.in_features} inputs"
     if fmt.granularity in ("group", "block") and fmt.group % count and fmt.group < q.in_features:
         return f"groups of {fmt.group} are not whole {units} of {fmt.bits}-bit codes: a multiple of {count} is"
@@ -97,27 +94,26 @@ def uneven(q: QTensor | QLinear, count: int, units: str) -> str | None:
 
 
 @jax.jit
-def prepare(q: QTensor | QLinear) -> KernelWeight:
+def prepare(q: QTensor) -> KernelWeight:
     """The layout of a quantized (..., in, out) weight. Raises QjaxError where it has none, see `refusal`."""
-    if not isinstance(q, QTensor | QLinear):
-        raise QjaxError(f"prepare: expected a QTensor or QLinear, got {type(q).__name__}")
+    if not isinstance(q, QTensor):
+        raise QjaxError(f"prepare: expected a QTensor, or a Linear of one, got {type(q).__name__}")
     if reason := refusal(q):
         raise QjaxError(f"kernels: {reason}")
     if q.shape[:-2]:
         return jax.vmap(prepare)(q)
-    if isinstance(q, QLinear):
-        return dataclasses.replace(prepare(q.weight), input_scale=q.input_scale)
     count, width = unit(q.format.bits)
     units = -(-q.in_features // count)
     packed = jnp.pad(q.codes, ((0, 4 * units * width - len(q.codes)), (0, 0)))
     octets = packed.reshape(units, width, 4, -1).transpose(1, 0, 3, 2)
     words = jax.lax.bitcast_convert_type(octets, jnp.int32)
     scale, zero = unpack_parameters(q)
-    dtype = jnp.float32 if isinstance(q.scales, QuantizedScales) else q.scales.dtype
+    dtype = getattr(q.scales, "dtype", jnp.float32)
+    dtype = dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.float32
     columns = q.shape[-1]
     scales = jnp.broadcast_to(scale.astype(dtype), (len(scale), columns))
     zeros = None if zero is None else jnp.broadcast_to(zero.astype(jnp.uint8), scales.shape)
-    return KernelWeight(words, scales, zeros, None, q.format, q.in_features)
+    return KernelWeight(words, scales, zeros, q.format, q.in_features)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
@@ -131,8 +127,6 @@ def dequantize(weight: KernelWeight, dtype: DTypeLike = jnp.float32) -> Float[Ar
     scale, zero = (None if array is None else array.astype(jnp.float32)[:, None] for array in (weight.scales, weight.zeros))
     groups = jnp.pad(codes, ((0, -len(codes) % weight.group), (0, 0))).reshape(len(weight.scales), -1, codes.shape[1])
     values = grid.decode(groups, scale, zero, weight.format).reshape(-1, codes.shape[1])[: weight.in_features]
-    if weight.input_scale is not None:
-        values = values * weight.input_scale.astype(jnp.float32)[:, None]
     return values.astype(dtype)
 
 

@@ -21,12 +21,12 @@ import jax
 import jax.numpy as jnp
 from jax.lax import PrecisionLike
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int8, PyTree
+from jaxtyping import Array, Float, Int8
 
 from qjax.errors import QjaxError
 from qjax.kernels import layout, xla
 from qjax.kernels.layout import KernelWeight
-from qjax.qtensor import QLinear, QTensor, dequantize, is_quantized, unpack_codes, unpack_parameters
+from qjax.qtensor import QTensor, dequantize, unpack_codes, unpack_parameters
 
 IMPLEMENTATIONS = ("auto", "reference", "xla", "pallas_tpu", "pallas_gpu")
 PREFERRED = {"cpu": ("xla",), "tpu": ("pallas_tpu", "xla"), "gpu": ("pallas_gpu", "xla")}
@@ -44,7 +44,7 @@ class _Choice(NamedTuple):
 
 def matmul(
     x: Float[Array, "*batch in"],
-    q: QTensor | QLinear | KernelWeight,
+    q: QTensor | KernelWeight,
     *,
     implementation: str = "auto",
     precision: PrecisionLike = None,
@@ -66,8 +66,10 @@ def matmul(
     """
     if implementation not in IMPLEMENTATIONS:
         raise QjaxError(f"matmul: unknown implementation {implementation!r}; allowed: {', '.join(IMPLEMENTATIONS)}")
-    if not isinstance(q, (QTensor, QLinear, KernelWeight)):
-        raise QjaxError(f"matmul: the weight is a {type(q).__name__}; expected a QTensor, QLinear or KernelWeight")
+    if not isinstance(q, QTensor | KernelWeight):
+        raise QjaxError(
+            f"matmul: the weight is a {type(q).__name__}; expected a QTensor or KernelWeight (a Linear: qjax.apply_linear)"
+        )
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise QjaxError(f"matmul: x is {x.dtype}, expected floating point; cast it first")
@@ -80,9 +82,6 @@ def matmul(
             asked = f"activations={activations}" if activations else implementation
             raise QjaxError(f"matmul: {asked} is for one weight, got a stack of shape {q.shape}; use jax.vmap")
         return jnp.matmul(x, _decoded(q, x.dtype), precision=precision)
-    if getattr(q, "input_scale", None) is not None:
-        x = (x * q.input_scale.astype(jnp.float32)).astype(x.dtype)
-        q = q.weight if isinstance(q, QLinear) else dataclasses.replace(q, input_scale=None)
     chosen = choose(implementation, x.dtype, q, activations=activations)
     if chosen == "reference":
         if activations:
@@ -109,26 +108,10 @@ def choose(implementation: str, dtype: DTypeLike, q: QTensor | KernelWeight, *, 
     raise QjaxError(f"matmul: nothing serves this product: {reason}")
 
 
-def prepare_tree(tree: PyTree, dtype: DTypeLike) -> PyTree:
-    """A tree whose quantized weights are laid out for the kernels of JAX's default device, once, for inputs of `dtype`.
-
-    Where `auto` would not take a kernel (on CPU never) a leaf stays as it is; so do stacks of weights.
-    """
-
-    def convert(leaf):
-        if not is_quantized(leaf) or leaf.shape[:-2]:
-            return leaf
-        weight = leaf.weight if isinstance(leaf, QLinear) else leaf
-        return layout.prepare(leaf) if choose("auto", dtype, weight) in KERNELS else leaf
-
-    return jax.tree.map(convert, tree, is_leaf=is_quantized)
-
-
 def _refusal(name: str, dtype: DTypeLike, q: QTensor | KernelWeight, activations: str | None) -> str | None:
     """Why an implementation cannot serve, or None."""
-    fmt = q.format
-    if activations and not (fmt.grid == "int8" and not fmt.is_affine and fmt.granularity == "channel"):
-        return f"activations={ACTIVATIONS} needs a weight in int8-channel-sym, got {fmt}"
+    if activations and (reason := refusal_of_int8(q)):
+        return reason
     if name == "reference":
         return None
     if name == "xla":
@@ -143,15 +126,22 @@ def _refusal(name: str, dtype: DTypeLike, q: QTensor | KernelWeight, activations
     return _kernels(name).refusal(dtype, q)
 
 
+def refusal_of_int8(q: QTensor | KernelWeight) -> str | None:
+    """Why a weight cannot be multiplied with int8 activations in integers, or None."""
+    fmt = q.format
+    fits = fmt.grid == "int8" and fmt.symmetric and fmt.granularity == "channel"
+    return None if fits else f"activations={ACTIVATIONS} needs a weight in int8-channel-sym, got {fmt}"
+
+
 def _kernels(name: str) -> ModuleType:
     return importlib.import_module(f"qjax.kernels.{KERNELS[name]}")  # Pallas takes a while to import
 
 
-def _decoded(q: QTensor | QLinear | KernelWeight, dtype: DTypeLike = jnp.float32) -> Float[Array, "*batch in out"]:
+def _decoded(q: QTensor | KernelWeight, dtype: DTypeLike = jnp.float32) -> Float[Array, "*batch in out"]:
     return (layout.dequantize if isinstance(q, KernelWeight) else dequantize)(q, dtype)
 
 
-def _tokens_int8(x: Float[Array, "*rows in"]) -> tuple[Int8[Array, "*rows in"], Float[Array, "*rows 1"]]:
+def tokens_int8(x: Float[Array, "*rows in"]) -> tuple[Int8[Array, "*rows in"], Float[Array, "*rows 1"]]:
     """Rows rounded to int8, and the float32 scale of each."""
     scale = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1, keepdims=True) / 127
     scale = jnp.where(scale == 0, 1.0, scale)
@@ -164,7 +154,7 @@ def _reference_int8(x: Float[Array, "*batch in"], q: QTensor | KernelWeight) -> 
         codes, scales = layout.dequantize(dataclasses.replace(q, scales=jnp.ones_like(q.scales))), q.scales
     else:
         codes, scales = unpack_codes(q).astype(jnp.int32) - 128, unpack_parameters(q)[0]
-    rounded, scale = _tokens_int8(jax.lax.stop_gradient(x))
+    rounded, scale = tokens_int8(jax.lax.stop_gradient(x))
     total = jnp.matmul(rounded, codes.astype(jnp.int8), preferred_element_type=jnp.int32)
     exact = total * scale * scales.reshape(-1).astype(jnp.float32)
     through = jnp.matmul(x, _decoded(q, x.dtype))
@@ -177,7 +167,7 @@ def _multiply(x: Float[Array, "rows in"], q: QTensor | KernelWeight, choice: _Ch
     if not len(x):
         return jnp.zeros((0, q.shape[-1]), x.dtype)
     if choice.activations:
-        return module.multiply_int8(*_tokens_int8(x), q).astype(x.dtype)
+        return module.multiply_int8(*tokens_int8(x), q).astype(x.dtype)
     return xla.multiply(x, q, precision=choice.precision) if module is xla else module.multiply(x, q)
 
 

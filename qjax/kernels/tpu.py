@@ -86,7 +86,7 @@ def refusal(x_dtype: jax.typing.DTypeLike, weight: KernelWeight) -> str | None:
 
 
 def multiply(x: Float[Array, "rows in"], weight: KernelWeight, *, interpret=False, blocks=None) -> Float[Array, "rows out"]:
-    """x W in x's type, float32 or bfloat16, summed in float32. The weight's input_scale is the caller's to apply.
+    """x W in x's type, float32 or bfloat16, summed in float32.
 
     interpret: False, True or pltpu.InterpretParams, as for pallas_call. blocks: a Blocks in place of the table's. Raises
     QjaxError for what `refusal` names.

@@ -1,4 +1,4 @@
-"""One config-driven decoder in Flax Linen: embed -> block (repeated) -> head.
+"""The stages of a config-driven decoder in Flax Linen: embed -> block (repeated) -> head; `walk.py` puts them together.
 
 The three stages are separate modules so that each can be compiled once and reused: all blocks have equal shapes, so a
 model of any depth costs one block's compilation, and quantization holds one block in memory at a time.
@@ -253,23 +253,3 @@ class Head(nn.Module):
             return jnp.einsum("btd,vd->btv", x, table.astype(self.dtype), preferred_element_type=jnp.float32)
         output = nn.Dense(c.vocabulary_size, use_bias=False, dtype=self.dtype, name="output")
         return output(x).astype(jnp.float32)
-
-
-class Decoder(nn.Module):
-    """The whole model, tokens (batch, time) int32 -> logits (batch, time, vocabulary) float32: for training and tests."""
-
-    config: DecoderConfig
-    dtype: DTypeLike = jnp.float32
-
-    def setup(self):
-        c = self.config
-        self.embed = Embed(c, self.dtype)
-        self.blocks = [Block(c, self.dtype, name=f"block_{i}") for i in range(c.layers)]
-        self.head = Head(c, self.dtype)
-
-    def __call__(self, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time vocabulary"]:
-        x = self.embed(tokens)
-        for block in self.blocks:
-            x = block(x)
-        table = self.embed.variables["params"]["tokens"]["embedding"] if self.config.tied else None
-        return self.head(x, table)

@@ -2,13 +2,13 @@
 
 import collections
 import dataclasses
-import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 from qjax.models.config import DecoderConfig
+from qjax.models.walk import block_of
 
 LEAF_NAMES = {"kernel": "weight", "scale": "weight", "offset": "weight", "embedding": "weight", "bias": "bias"}
 
@@ -88,7 +88,7 @@ def stored_tensors(family: Family, shapes: Mapping[str, tuple[int, ...]], heads:
 
 def _modules(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[int | None, str, str]]:
     """(layer or None, our module, their module) for every row of the table and every layer."""
-    layers = sum(1 for path in shapes if re.fullmatch(r"block_\d+/attention/q/kernel", path))
+    layers = len({block_of(path) for path in shapes} - {None})
     for ours, theirs in family.modules.items():
         for layer in range(layers) if "{i}" in ours else [None]:
             yield layer, ours.replace("{i}", str(layer)), theirs.replace("{i}", str(layer))

@@ -1,4 +1,4 @@
-"""Where the decoder's block can take an input scale without changing what it computes: tables, and the folding itself.
+"""Where the decoder's block can take the division of an input without computing anything else: tables, and the folding itself.
 
 Layers that share an input are given x / s when whatever makes x is divided by s, and their rows are multiplied by s. A norm
 makes its output by a product with its scale (and a sum with its bias); a linear layer by its output columns, where only
@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
+from qjax.maps import Divide
 from qjax.models.config import DecoderConfig
 
 
@@ -41,12 +42,14 @@ def folds(config: DecoderConfig) -> tuple[Fold, ...]:
     return tuple(fold for fold in FOLDS if fold.holds(config))
 
 
-def fold_scale(leaves: Mapping[str, Array], fold: Fold, scale: Float[Array, " in"]) -> dict[str, Array]:
-    """The leaves of a block that change, as float32, when its layers' input is divided by scale; the block computes the same.
+def fold_map(leaves: Mapping[str, Array], fold: Fold, divide: Divide) -> dict[str, Array]:
+    """The leaves of a block that change, as float32, when its layers' input is divided; the block computes the same.
 
-    leaves: by path within the block, for example "mlp/up/kernel".
+    leaves: by path within the block, for example "mlp/up/kernel". A Divide is the one map that the tables hold for; every other
+    one stays on the layers.
     """
-    changed = {f"{layer}/kernel": leaves[f"{layer}/kernel"].astype(jnp.float32) * scale[:, None] for layer in fold.layers}
+    scale = divide.scale
+    changed = {f"{layer}/kernel": divide.on_weight(leaves[f"{layer}/kernel"].astype(jnp.float32)) for layer in fold.layers}
     for name in ("scale", "bias", "kernel"):  # of a norm, of either, of a linear layer: (out,), (out,), (in, out)
         path = f"{fold.source}/{name}"
         if path in leaves:

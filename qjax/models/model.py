@@ -5,10 +5,9 @@ stages. Each stage (embed, block, head) is compiled once per configuration and k
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -16,14 +15,17 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from qjax.errors import QjaxError
 from qjax.interception.linen import quantized_kernels
-from qjax.kernels.matmul import prepare_tree
+from qjax.lazy import is_lazy, map_lazily
+from qjax.linear import dense_tree, is_quantized, prepare_tree
+from qjax.models import walk
 from qjax.models.config import DecoderConfig
 from qjax.models.decoder import Block, Embed, Head
 from qjax.models.layout import Cache, Layout
 from qjax.models.tokenizer import Tokenizer
-from qjax.qtensor import dequantize_tree
+from qjax.models.walk import compiled
 
 LOGITS_AT_ONCE = 2**23  # elements
+HELD_STATES = 2**30  # elements of hidden states at a time, where all batches go through a part before the next is read
 
 
 class Model(NamedTuple):
@@ -53,21 +55,12 @@ def compute_dtype() -> DTypeLike:
 
 
 def runnable(model: Model, packed: bool = False) -> Model:
-    """The model with its kernels decoded to the compute type, once; packed: laid out for the device's kernels instead."""
-    convert = prepare_tree if packed else dequantize_tree
-    return model._replace(params=convert(model.params, compute_dtype()))
+    """The model with its kernels decoded to the compute type, once; packed: laid out for the device's kernels instead.
 
-
-@functools.lru_cache(maxsize=32)
-def compiled(module: nn.Module) -> Callable[..., object]:
-    """(params, *args) -> what the module returns, for float and quantized kernels."""
-
-    @jax.jit
-    def run(params, *args):
-        with quantized_kernels():
-            return module.apply({"params": params}, *args)
-
-    return run
+    What its layers do to their inputs, activation formats for example, they do either way.
+    """
+    convert = functools.partial(prepare_tree if packed else dense_tree, dtype=compute_dtype())
+    return model._replace(params=map_lazily(convert, model.params, dtype=compute_dtype(), is_leaf=is_quantized))
 
 
 @functools.lru_cache(maxsize=8)
@@ -112,7 +105,14 @@ def stages(config: DecoderConfig, dtype: DTypeLike) -> Stages:
 
 def embedding_table(model: Model) -> Float[Array, "vocabulary hidden"] | None:
     """What a tied head multiplies with; None for a model with a head of its own."""
-    return model.params["embed"]["tokens"]["embedding"] if model.config.tied else None
+    (table,) = walk.further_arguments(walk.head(model.config), model.params)
+    return table
+
+
+def _head_arguments(
+    model: Model, x: Float[Array, "batch time hidden"]
+) -> tuple[PyTree, Float[Array, "batch time hidden"], Float[Array, "vocabulary hidden"] | None]:
+    return walk.params_of(walk.head(model.config), model.params), x, embedding_table(model)
 
 
 def hidden_states(
@@ -122,31 +122,72 @@ def hidden_states(
 
     layout: positions and what is visible, where a row is not one sequence; its positions must be below the model's context.
     """
-    placed = () if layout is None else (layout,)
+    placed = _placed(model, tokens, layout)
+    x = tokens
+    for part in walk.body(model.config, compute_dtype()):
+        x = walk.run(part, model.params, x, *placed)
+    return x
+
+
+def hidden_batches(
+    model: Model, batches: Iterable[tuple[Array, ...]]
+) -> Iterator[tuple[Model, Float[Array, "batch time hidden"]]]:
+    """(model whose head is in memory, hidden states before it) of each batch (tokens, optional layout), in order.
+
+    A model in memory runs batch by batch. Of a lazy one, all batches go through a part before the next is read: one part's
+    parameters are held at a time, and the hidden states of as many batches as fit HELD_STATES.
+    """
+    if not is_lazy(model.params):
+        for args in batches:
+            yield model, hidden_states(model, *args)
+        return
+    *body, last = walk.parts(model.config, compute_dtype())
+    for group in _groups(batches, HELD_STATES // model.config.hidden_size):
+        placed = [_placed(model, *args) for args in group]
+        states = [args[0] for args in group]
+        for part in body:
+            walk.advance(part.module, walk.params_of(part, model.params), states, placed)
+        head = model._replace(params=walk.loaded(last, model.params))
+        while states:
+            yield head, states.pop(0)
+
+
+def _groups(batches: Iterable[tuple[Array, ...]], tokens: int) -> Iterator[list[tuple[Array, ...]]]:
+    """Runs of batches with so many tokens, the last batch of each counted to it."""
+    group, held = [], 0
+    for args in batches:
+        group.append(args)
+        held += args[0].size
+        if held >= tokens:
+            yield group
+            group, held = [], 0
+    if group:
+        yield group
+
+
+def _placed(model: Model, tokens: Int[Array, "batch time"], layout: Layout | None = None) -> tuple[Layout, ...]:
+    """A part's arguments besides its states; raises QjaxError for tokens that are no batch or longer than the context."""
     if tokens.ndim != 2 or (tokens.shape[1] > model.config.context and layout is None):
         raise QjaxError(
             f"tokens of shape {tokens.shape}: expected (batch, time) with time at most {model.config.context}, "
             f"the context of {model.name}"
         )
-    run = stages(model.config, compute_dtype())
-    x = run.embed(model.params["embed"], tokens, *placed)
-    for layer in range(model.config.layers):
-        x = run.block(model.params[f"block_{layer}"], x, *placed)
-    return x
+    return () if layout is None else (layout,)
 
 
 def hidden_states_cached(
     model: Model, tokens: Int[Array, "batch time"], layout: Layout, caches: list[Cache]
 ) -> tuple[Float[Array, "batch time hidden"], list[Cache]]:
-    """Hidden states of new tokens and the caches (one a block) with their keys and values; the caches given are used up.
+    """Hidden states of new tokens and the caches (one a block) with their keys and values; the caches given are used up. The
+    model's parameters are in memory.
 
     layout: `layout.cache_layout` of the tokens, whose positions must be below the model's context and the caches' capacity.
     """
-    run = stages(model.config, compute_dtype())
-    x = run.embed(model.params["embed"], tokens, layout)
-    kept = []
-    for layer, cache in enumerate(caches):
-        x, cache = run.cached(model.params[f"block_{layer}"], x, layout, cache)  # noqa: PLW2901
+    run, kept = stages(model.config, compute_dtype()), []
+    embed, *blocks = walk.body(model.config, compute_dtype())
+    x = walk.run(embed, model.params, tokens, layout)
+    for block, cache in zip(blocks, caches, strict=True):
+        x, cache = run.cached(walk.subtree(block, model.params), x, layout, cache)  # noqa: PLW2901
         kept.append(cache)
     return x, kept
 
@@ -168,18 +209,16 @@ def apply(model: Model, tokens: Int[Array, "batch time"]) -> Float[Array, "batch
 
 def apply_head(model: Model, x: Float[Array, "batch time hidden"]) -> Float[Array, "batch time vocabulary"]:
     """Float32 logits of hidden states."""
-    return stages(model.config, compute_dtype()).head(model.params["head"], x, embedding_table(model))
+    return stages(model.config, compute_dtype()).head(*_head_arguments(model, x))
 
 
 def scores(
     model: Model, x: Float[Array, "batch time hidden"], places: Int[Array, " n"], targets: Int[Array, " n"]
 ) -> tuple[Float[Array, " n"], Bool[Array, " n"]]:
     """ln p of target tokens at `places` (indices into batch * time), and whether each is the likeliest token there."""
-    run = stages(model.config, compute_dtype())
-    return run.scores(model.params["head"], x, embedding_table(model), places, targets)
+    return stages(model.config, compute_dtype()).scores(*_head_arguments(model, x), places, targets)
 
 
 def losses(model: Model, x: Float[Array, "batch time hidden"], targets: Int[Array, "batch time"]) -> Float[Array, "batch time"]:
     """-ln p of the target tokens (batch, time) at hidden states (batch, time, hidden), in nats, float32."""
-    run = stages(model.config, compute_dtype())
-    return run.losses(model.params["head"], x, embedding_table(model), targets)
+    return stages(model.config, compute_dtype()).losses(*_head_arguments(model, x), targets)

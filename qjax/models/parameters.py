@@ -5,35 +5,31 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import traverse_util
 from jaxtyping import PyTree
 
 from qjax.errors import QjaxError
 from qjax.files import listing
+from qjax.lazy import is_array
+from qjax.linear import is_quantized
 from qjax.models.config import DecoderConfig
-from qjax.models.decoder import Block, Embed, Head
-from qjax.qtensor import is_quantized
+from qjax.models.walk import parts
 
 
 @functools.lru_cache(maxsize=8)
 def parameter_shapes(config: DecoderConfig) -> Mapping[str, tuple[int, ...]]:
     """Shape of every parameter by its path, for example "block_0/attention/q/kernel": (in, out); nothing is computed."""
     key = jax.eval_shape(lambda: jax.random.key(0))
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     hidden = jax.ShapeDtypeStruct((1, 1, config.hidden_size), jnp.float32)
     table = jax.ShapeDtypeStruct((config.vocabulary_size, config.hidden_size), jnp.float32)
-    block = jax.eval_shape(Block(config).init, key, hidden)["params"]
-    tree = {
-        "embed": jax.eval_shape(Embed(config).init, key, tokens)["params"],
-        **{f"block_{layer}": block for layer in range(config.layers)},
-        "head": jax.eval_shape(Head(config).init, key, hidden, table)["params"],
-    }
+    arguments = {"embed": (jax.ShapeDtypeStruct((1, 1), jnp.int32),), "block": (hidden,), "head": (hidden, table)}
+    initialised = functools.cache(lambda module, kind: jax.eval_shape(module.init, key, *arguments[kind])["params"])
+    tree = {part.name: initialised(part.module, part.kind) for part in parts(config)}  # equal blocks are traced once
     return {path: leaf.shape for path, leaf in flatten(tree).items()}
 
 
 def flatten(params: PyTree) -> dict[str, object]:
-    """Leaves (arrays and QTensors) of nested dicts by their path."""
+    """Leaves (arrays, QTensors and Linears) of nested dicts by their path."""
     return traverse_util.flatten_dict(params, sep="/")
 
 
@@ -43,11 +39,11 @@ def unflatten(leaves: Mapping[str, object]) -> PyTree:
 
 
 def check_parameters(leaves: Mapping[str, object], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises QjaxError unless the leaves are the arrays and QTensors, of these shapes, that a decoder has."""
+    """Raises QjaxError unless the leaves are the arrays, QTensors and Linears, of these shapes, that a decoder has."""
     problems = [f"missing {path}" for path in shapes if path not in leaves]
     problems += [f"unexpected {path}" for path in leaves if path not in shapes]
     for path, leaf in leaves.items():
-        if not is_quantized(leaf) and not isinstance(leaf, (jax.Array, np.ndarray)):
+        if not is_quantized(leaf) and not is_array(leaf):
             problems.append(f"{path} is a {type(leaf).__name__}, which has no place in a file")
         elif path in shapes and leaf.shape != shapes[path]:
             problems.append(f"{path} has shape {leaf.shape}, expected {shapes[path]}")

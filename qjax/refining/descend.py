@@ -8,7 +8,7 @@
 Each step is the exact minimum with everything else held, so no sweep raises the loss: GPTQ's feedback reaches the inputs that
 come later, this reaches those that came before too. The codes' step is the one of QuantEase (Behdin et al. 2023, arXiv
 2309.01885) and is run by the loop of `feedback.py`, with H_ij / H_ii as its feedback and the errors at hand to start from.
-Zero points stay; so do scales that are stored doubly quantized, since one of them cannot be moved alone. H is damped as GPTQ
+Zero points stay; so do scales that are stored so that one of them cannot be moved alone (dq). H is damped as GPTQ
 damps it, and it is the damped loss that falls. Inputs that calibration never moved weigh nothing and are rounded to nearest.
 """
 
@@ -22,12 +22,51 @@ from jaxtyping import Array, Float, UInt8
 from qjax import grid
 from qjax.errors import QjaxError
 from qjax.formats import Format
-from qjax.rounding.parts.feedback import round_with_feedback, row_grids
+from qjax.qtensor import QTensor, unpack_codes, unpack_parameters
+from qjax.rounding.parts.feedback import Factor, coded_by, factorize, round_with_feedback, row_grids
+from qjax.rounding.parts.info import Info, finish
 
 product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
-class Refined(NamedTuple):
+def descend(
+    weight: Float[Array, "in out"],
+    start: QTensor,
+    *,
+    hessian: Float[Array, "in in"],
+    factor: Factor | None = None,
+    sweeps: int = 4,
+    damp: float = 0.01,
+    panel: int = 64,
+) -> tuple[QTensor, Info]:
+    """Lowers the loss of a rounded weight: `sweeps` times its scales, then its codes; `start` is what a rounding made of it.
+
+    hessian (in, in) float32: the mean of x x^T over tokens. factor: `factorize(hessian, damp=damp)`, where it is at hand.
+    damp: relative to the mean diagonal, as gptq's. panel: as gptq's. Raises QjaxError for options out of range, casts, and
+    blocks of weights that cross output columns, which have no scale of one column to fit.
+    """
+    fmt = start.format
+    if sweeps < 1 or damp < 0 or panel < 1:
+        raise QjaxError(
+            f"descend: sweeps and panel are at least 1 and damp not negative, got sweeps={sweeps}, panel={panel}, damp={damp}"
+        )
+    if fmt.is_float:
+        raise QjaxError(f"descend: {fmt} is a cast and has no codes to choose")
+    if fmt.crosses_columns(len(weight)):
+        raise QjaxError(
+            f"descend: blocks of {fmt} cross output columns where {fmt.group} does not divide the {len(weight)} inputs"
+        )
+    factor = factorize(hessian, damp=damp) if factor is None else factor
+    weight = weight.astype(jnp.float32)
+    added = jnp.where(jnp.diagonal(hessian) == 0, 0.0, factor.added)  # inputs never moved weigh nothing
+    scale, zero = unpack_parameters(start)
+    parameters = grid.Parameters(scale, scale, zero, start.scales)
+    damped = hessian + jnp.diag(added)
+    refined = _descend(weight, damped, unpack_codes(start), parameters, fmt, sweeps=sweeps, panel=panel)
+    return finish(weight, factor.damp, added, refined.parameters, refined.codes, refined.errors, refined.loss, fmt)
+
+
+class _Refined(NamedTuple):
     """codes and errors W - W' (in, out), the grids they are of, and tr(E^T H E)."""
 
     codes: UInt8[Array, "in out"]
@@ -36,14 +75,8 @@ class Refined(NamedTuple):
     loss: Float[Array, ""]
 
 
-def check_blocks(inputs: int, fmt: Format) -> None:
-    """Raises QjaxError for blocks of weights that cross output columns, which have no scale of one column to fit."""
-    if fmt.granularity == "block" and inputs % fmt.group:
-        raise QjaxError(f"refine: blocks of {fmt} cross output columns where {fmt.group} does not divide the {inputs} inputs")
-
-
-@functools.partial(jax.jit, static_argnames=("fmt", "sweeps", "block"))
-def descend(
+@functools.partial(jax.jit, static_argnames=("fmt", "sweeps", "panel"))
+def _descend(
     weight: Float[Array, "in out"],
     hessian: Float[Array, "in in"],
     codes: UInt8[Array, "in out"],
@@ -51,35 +84,35 @@ def descend(
     fmt: Format,
     *,
     sweeps: int,
-    block: int = 64,
-) -> Refined:
-    """`sweeps` times the scales, then the codes of a rounded weight; hessian is damped. Float32 throughout."""
+    panel: int,
+) -> _Refined:
+    """On a damped Hessian. Float32 throughout."""
     inputs, diagonal = len(weight), jnp.diagonal(hessian)[:, None]
     others = hessian * (1 - jnp.eye(inputs))
-    feedback = _pad(jnp.where(diagonal > 0, others / jnp.where(diagonal > 0, diagonal, 1), 0), block, both=True)
-    padded = _pad(weight, block)
-    codebook = fmt if fmt.codebook else None
+    feedback = _pad(jnp.where(diagonal > 0, others / jnp.where(diagonal > 0, diagonal, 1), 0), panel, both=True)
+    padded = _pad(weight, panel)
+    coder = coded_by(fmt)
 
     def sweep(state, _):
         codes, errors, parameters = state
-        if not fmt.double_quantized:
+        if fmt.scale_codec.movable:
             errors, parameters = _fit_scales(hessian, codes, errors, parameters, fmt)
         grids, index = row_grids(parameters, fmt, weight.shape)
-        index = _pad(index, block).reshape(-1, block)
+        index = _pad(index, panel).reshape(-1, panel)
 
         def find_grid(number, updated):
             del updated
             return jax.tree.map(lambda x: x[index[number]], grids), None
 
         codes, errors, _, _ = round_with_feedback(
-            padded, feedback, find_grid, codebook, jnp.int32(fmt.largest_code), block, _pad(errors, block)
+            padded, feedback, find_grid, coder, jnp.int32(fmt.largest_code), panel, _pad(errors, panel)
         )
         return (codes[:inputs], errors[:inputs], parameters), None
 
     parameters = parameters._replace(scale=parameters.decoded_scale)
     start = (codes, weight - _values(codes, parameters, fmt), parameters)
     (codes, errors, parameters), _ = jax.lax.scan(sweep, start, None, length=sweeps)
-    return Refined(codes, errors, parameters, jnp.sum(errors * product(hessian, errors)))
+    return _Refined(codes, errors, parameters, jnp.sum(errors * product(hessian, errors)))
 
 
 def _fit_scales(hessian, codes, errors, parameters, fmt):
@@ -90,6 +123,9 @@ def _fit_scales(hessian, codes, errors, parameters, fmt):
     rows = grid.to_groups(hessian, fmt) if fmt.granularity != "tensor" else hessian[None]  # (groups, size, in)
     start = jnp.arange(count) * size
 
+    codec = fmt.scale_codec
+    common = codec.common_of(parameters.stored)
+
     def fit(errors, group):
         first, rows, values, scale = group
         gain = jnp.sum(values * product(rows, errors), axis=0)
@@ -98,15 +134,15 @@ def _fit_scales(hessian, codes, errors, parameters, fmt):
         if fmt.granularity == "tensor":
             gain, curvature = jnp.sum(gain, keepdims=True), jnp.sum(curvature, keepdims=True)
         best = scale + gain / jnp.where(curvature > 0, curvature, jnp.inf)
-        stored = grid.in_scale_type(best, fmt).astype(jnp.float32)
-        moved = jnp.where(stored > 0, stored, scale)
+        stored = codec.nearest(best, common)
+        moved = jnp.where(stored != 0 if fmt.bound == "full" else stored > 0, stored, scale)
         change = jnp.zeros((size, columns)) + (moved - scale) * values
         longer = jnp.pad(errors, ((0, size), (0, 0)))
         before = jax.lax.dynamic_slice(longer, (first, 0), (size, columns))
         return jax.lax.dynamic_update_slice(longer, before - change, (first, 0))[: len(errors)], moved
 
     errors, scale = jax.lax.scan(fit, errors, (start, rows, values, parameters.scale))
-    return errors, parameters._replace(scale=scale, decoded_scale=scale, stored=grid.store_scales(scale, fmt))
+    return errors, parameters._replace(scale=scale, decoded_scale=scale, stored=grid.store_scales(scale, fmt, common))
 
 
 def _values(codes, parameters, fmt):
@@ -115,7 +151,7 @@ def _values(codes, parameters, fmt):
     return grid.from_groups(groups, fmt, *codes.shape)
 
 
-def _pad(array, block, *, both=False):
-    """Zeros after the first axis (both: the second too), to whole blocks."""
-    widths = [(0, -array.shape[axis] % block if axis == 0 or both else 0) for axis in range(array.ndim)]
+def _pad(array, panel, *, both=False):
+    """Zeros after the first axis (both: the second too), to whole panels."""
+    widths = [(0, -array.shape[axis] % panel if axis == 0 or both else 0) for axis in range(array.ndim)]
     return jnp.pad(array, widths)

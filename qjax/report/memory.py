@@ -110,8 +110,8 @@ def _table(title: str, rows: Sequence[Row], notes: tuple[str, ...]) -> Table:
         Column("ratio_to_fp32", "of FP32\n(%)", _percent),
         Column("ratio_to_fp16", "of FP16\n(%)", _percent),
     )
-    doubly = any(parse_format(row["format"]).double_quantized for row in rows)
-    explained = [f"1 {unit} = {unit_bytes:,} bytes.", *(["DQ: the scales are quantized in turn."] if doubly else [])]
+    codecs = dict.fromkeys(parse_format(row["format"]).scale_codec.note for row in rows)
+    explained = [f"1 {unit} = {unit_bytes:,} bytes.", *filter(None, codecs)]
     return Table(title, columns, tuple(rows), (*explained, *notes))
 
 
@@ -120,7 +120,8 @@ def _percent(row: Row, key: str) -> str:
 
 
 def _precision(fmt: Format) -> str:
-    return fmt.grid.upper().replace("_", " ") + " + DQ" * fmt.double_quantized
+    label = fmt.scale_codec.label
+    return fmt.grid.upper().replace("_", " ") + (f" + {label}" if label else "")
 
 
 def _count(number_of: int) -> str:

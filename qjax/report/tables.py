@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from qjax.errors import QjaxError
 from qjax.formats import format_table
-from qjax.recipe import UNQUANTIZED, method_table
+from qjax.methods import UNQUANTIZED, method_table
 from qjax.report.numbers import MISSING, byte_unit, fixed, number, with_error
 from qjax.report.rendering import Column, Row, Table, columns_of, decimals, digits, to_csv, to_latex, to_markdown, to_rich
 from qjax.sweep.columns import BASELINE, data_dictionary

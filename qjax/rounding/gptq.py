@@ -3,7 +3,7 @@
     minimise tr((W - W')^T H (W - W')),  H = mean of x x^T,  input by input: each input's rounding error is made up for by the
     weights that are still to be rounded
 
-Frantar et al. 2022 (arXiv 2210.17323). The loop is in `feedback.py`, the Cholesky factor it works with in `factor.py`. Where
+Frantar et al. 2022 (arXiv 2210.17323). The loop and the Cholesky factor it works with are in `parts/feedback.py`. Where
 we depart from the paper's code:
 
 - `static_groups` and `act_order` are on by default: grids are found on the original weight, inputs of the largest diagonal
@@ -13,8 +13,7 @@ we depart from the paper's code:
 - inputs that calibration never moved are rounded to nearest instead of set to zero.
 - clip=mse and clip=hessian search every group's range (`ranges.py`); hessian weighs input i by R_ii^2, what its error costs
   in the loss that feedback leaves.
-- refine=N goes over scales and codes N more times (`refining/descend.py`), each about one and a half times the cost of
-  the rounding itself: 4 sweeps lower what 2 bits cost the bundled model from 55 to 45 % of perplexity (results/composition).
+- `gptq+descend` goes over scales and codes again (`refining/descend.py`).
 """
 
 import functools
@@ -27,12 +26,10 @@ from jaxtyping import Array, Float
 from qjax import grid
 from qjax.errors import QjaxError
 from qjax.formats import Format, parse_format
-from qjax.qtensor import QTensor, from_codes
-from qjax.refining.descend import check_blocks, descend
+from qjax.qtensor import QTensor
 from qjax.rounding.nearest import Clip, check_clip, check_shapes
-from qjax.rounding.parts.factor import Factor, factorize
-from qjax.rounding.parts.feedback import round_with_feedback, row_grid, row_grids
-from qjax.rounding.parts.info import Info, relative
+from qjax.rounding.parts.feedback import Factor, coded_by, factorize, round_with_feedback, row_grid, row_grids
+from qjax.rounding.parts.info import Info, finish
 from qjax.rounding.parts.ranges import search_shrink
 
 
@@ -43,18 +40,16 @@ def gptq(
     hessian: Float[Array, "in in"],
     factor: Factor | None = None,
     damp: float = 0.01,
-    block: int = 64,
+    panel: int = 64,
     act_order: bool = True,
     static_groups: bool = True,
     clip: Clip = "none",
-    refine: int = 0,
 ) -> tuple[QTensor, Info]:
     """Rounds a weight (in, out), any float type, against hessian (in, in) float32, the mean of x x^T over tokens.
 
     factor: `factorize(hessian, damp=damp, act_order=act_order)`, for callers that share it between formats; damp and act_order
-    are then its. damp: relative to the mean diagonal; Info.damp tells what was used. block: inputs between two large matrix
-    products, which changes speed alone; of static_groups=false it is the group, or 128 where all inputs are one. refine: how
-    many times scales and codes are gone over again (`refining/descend.py`).
+    are then its. damp: relative to the mean diagonal; Info.damp tells what was used. panel: inputs between two large matrix
+    products, which changes speed alone; of static_groups=false it is the group, or 128 where all inputs are one.
     Works under jit, and under vmap over stacked weights and Hessians.
     A weight or Hessian that is not finite gives an Info that is not. Raises QjaxError for shapes that do not fit, an unknown
     clip, options that contradict each other, and casts.
@@ -64,30 +59,22 @@ def gptq(
     check_shapes("gptq", weight, hessian)
     if fmt.is_float:
         raise QjaxError(f"gptq: {fmt} is a cast and has no codes to choose")
-    if damp < 0 or block < 1 or refine < 0:
-        raise QjaxError(
-            f"gptq: damp and refine must not be negative and block at least 1, got damp={damp}, refine={refine}, block={block}"
-        )
+    if damp < 0 or panel < 1:
+        raise QjaxError(f"gptq: damp must not be negative and panel at least 1, got damp={damp}, panel={panel}")
     if not static_groups:
         _check_dynamic(fmt, weight.shape[0], act_order)
-    if refine:
-        check_blocks(weight.shape[0], fmt)
     factor = factorize(hessian, damp=damp, act_order=act_order) if factor is None else factor
     weight = weight.astype(jnp.float32)
     largest = jnp.int32(fmt.largest_code)  # traced, so that one compiled loop serves every number of bits
-    codebook = fmt if fmt.codebook else None
+    coder = coded_by(fmt)
     if static_groups:
         parameters = _find_grids(weight, factor, fmt, clip)
         grids = row_grids(parameters, fmt, weight.shape)
-        rounded = _round_static(weight, factor, grids, codebook, largest, block)
+        rounded = _round_static(weight, factor, grids, coder, largest, panel)
     else:
         parameters, rounded = _round_dynamic(weight, factor, fmt, clip, largest)
-    added, damped_loss = factor.added, jnp.sum(_costs(factor) * rounded.losses)
-    if refine:
-        added = jnp.where(jnp.diagonal(hessian) == 0, 0.0, added)  # inputs never moved weigh nothing
-        damped = hessian + jnp.diag(added)
-        *rounded, parameters, damped_loss = descend(weight, damped, rounded.codes, parameters, fmt, sweeps=refine, block=block)
-    return _finish(weight, factor.damp, added, parameters, *rounded[:2], damped_loss, fmt)
+    damped_loss = jnp.sum(_costs(factor) * rounded.losses)
+    return finish(weight, factor.damp, factor.added, parameters, rounded.codes, rounded.errors, damped_loss, fmt)
 
 
 class _Rounded(NamedTuple):
@@ -103,11 +90,11 @@ def _check_dynamic(fmt: Format, inputs: int, act_order: bool) -> None:
         raise QjaxError(
             "gptq: static_groups=false with act_order=true would need a permutation in the file; turn one of them off"
         )
-    if fmt.double_quantized:
+    if fmt.scale_codec.together:
         raise QjaxError(
-            f"gptq: static_groups=false cannot go with {fmt}: dq quantizes all scales together, before the first code"
+            f"gptq: static_groups=false cannot go with {fmt}: {fmt.scales} quantizes all scales together, before the first code"
         )
-    if fmt.granularity == "block" and inputs % fmt.group:
+    if fmt.crosses_columns(inputs):
         raise QjaxError(f"gptq: static_groups=false cannot go with {fmt} on {inputs} inputs: its blocks span output columns")
 
 
@@ -119,8 +106,7 @@ def _find_grids(weight: Float[Array, "in out"], factor: Factor, fmt: Format, cli
     present = grid.padding_mask(groups, weight.size)
     importance = present
     if clip == "hessian":
-        crosses = fmt.granularity == "block" and len(weight) % fmt.group
-        columns = weight.shape[1] if crosses else 1
+        columns = weight.shape[1] if fmt.crosses_columns(len(weight)) else 1
         importance = grid.to_groups(jnp.broadcast_to(_costs(factor)[:, None], (len(weight), columns)), fmt)
     return grid.find_parameters(groups, fmt, search_shrink(groups, importance, fmt))
 
@@ -130,17 +116,17 @@ def _costs(factor: Factor) -> Float[Array, " in"]:
     return jnp.zeros(len(factor.order)).at[factor.order].set(jnp.square(factor.pivots))
 
 
-@functools.partial(jax.jit, static_argnames=("codebook", "block"))
-def _round_static(weight, factor, grids, codebook, largest, block) -> _Rounded:
+@functools.partial(jax.jit, static_argnames=("coder", "panel"))
+def _round_static(weight, factor, grids, coder, largest, panel) -> _Rounded:
     grids, index = grids
-    block = min(block, len(weight))
-    index = jnp.pad(index[factor.order], (0, -len(weight) % block)).reshape(-1, block)
+    panel = min(panel, len(weight))
+    index = jnp.pad(index[factor.order], (0, -len(weight) % panel)).reshape(-1, panel)
 
     def find_grid(number, updated):
         del updated
         return jax.tree.map(lambda x: x[index[number]], grids), None
 
-    rounded, _ = _round(weight, factor, find_grid, codebook, largest, block)
+    rounded, _ = _round(weight, factor, find_grid, coder, largest, panel)
     return rounded
 
 
@@ -149,9 +135,7 @@ def _round_dynamic(weight, factor, fmt, clip, largest) -> tuple[grid.Parameters,
     """Every group's grid is found when the group is reached, on weights with all earlier feedback."""
     if fmt.granularity in ("tensor", "channel"):  # one group: nothing comes before it
         parameters = _find_grids(weight, factor, fmt, clip)
-        return parameters, _round_static(
-            weight, factor, row_grids(parameters, fmt, weight.shape), fmt if fmt.codebook else None, largest, 128
-        )
+        return parameters, _round_static(weight, factor, row_grids(parameters, fmt, weight.shape), coded_by(fmt), largest, 128)
     size = min(fmt.group, len(weight))
     pivots = jnp.pad(jnp.square(factor.pivots), (0, -len(weight) % size)).reshape(-1, 1, size, 1)
     one_group = Format(**{**vars(fmt), "granularity": "group"})
@@ -163,36 +147,18 @@ def _round_dynamic(weight, factor, fmt, clip, largest) -> tuple[grid.Parameters,
         parameters = grid.find_parameters(group, one_group, shrink)
         return row_grid(parameters, fmt), (parameters.scale, parameters.zero)
 
-    rounded, (scale, zero) = _round(weight, factor, find_grid, fmt if fmt.codebook else None, largest, size)
+    rounded, (scale, zero) = _round(weight, factor, find_grid, coded_by(fmt), largest, size)
     scale = scale.reshape(-1, scale.shape[-1])
     zero = None if zero is None else zero.reshape(scale.shape)
     return grid.Parameters(scale, scale, zero, grid.store_scales(scale, fmt)), rounded
 
 
-def _round(weight, factor, find_grid, codebook, largest, block):
-    """Permutes, pads to whole blocks, rounds and undoes both."""
+def _round(weight, factor, find_grid, coder, largest, panel):
+    """Permutes, pads to whole panels, rounds and undoes both."""
     rows = len(weight)
-    padding = -rows % block
+    padding = -rows % panel
     permuted = jnp.pad(weight[factor.order], ((0, padding), (0, 0)))
     feedback = jnp.pad(factor.feedback, ((0, padding), (0, padding)))
-    codes, errors, losses, kept = round_with_feedback(permuted, feedback, find_grid, codebook, largest, block)
+    codes, errors, losses, kept = round_with_feedback(permuted, feedback, find_grid, coder, largest, panel)
     back = jnp.argsort(factor.order)
     return _Rounded(codes[:rows][back], errors[:rows][back], losses[:rows][back]), kept
-
-
-@functools.partial(jax.jit, static_argnames="fmt")
-def _finish(weight, damp, added, parameters, codes, errors, damped_loss, fmt) -> tuple[QTensor, Info]:
-    squares = jnp.sum(jnp.square(errors), axis=1)
-    proxy_loss = jnp.maximum(damped_loss - jnp.sum(added * squares), 0)
-    groups = grid.to_groups(weight, fmt)
-    zero = None if parameters.zero is None else parameters.zero[:, None]
-    ends = [grid.decode(jnp.uint8(code), parameters.decoded_scale[:, None], zero, fmt) for code in (0, fmt.largest_code)]
-    clipped = (groups < jnp.minimum(*ends)) | (groups > jnp.maximum(*ends))
-    weight_error = relative(jnp.sum(squares), jnp.sum(jnp.square(weight)))
-    info = Info(
-        weight_error=jnp.where(jnp.isfinite(proxy_loss), weight_error, jnp.nan),
-        clipped=jnp.sum(clipped, dtype=jnp.float32) / weight.size,
-        proxy_loss=proxy_loss,
-        damp=damp,
-    )
-    return from_codes(codes, parameters, fmt), info

@@ -72,7 +72,13 @@ def _rtn(
             shrink = search_shrink_hessian(groups, hessian, fmt)
         case _:
             shrink = 1.0
-    parameters = grid.find_parameters(groups, fmt, shrink)
+    return round_groups(weight, grid.find_parameters(groups, fmt, shrink), fmt)
+
+
+def round_groups(weight: Float[Array, "in out"], parameters: grid.Parameters, fmt: Format) -> tuple[QTensor, Info]:
+    """A float32 weight rounded to the nearest codes of these grids, piece by piece; for use inside a compiled function."""
+    groups = grid.to_groups(weight, fmt)
+    present = grid.padding_mask(groups, weight.size)
     low, high = grid.find_range(groups, fmt)
     per_unit = _per_unit(jnp.maximum(jnp.max(high), -jnp.min(low)))
 

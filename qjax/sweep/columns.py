@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from qjax.errors import QjaxError
 
 if TYPE_CHECKING:
-    from qjax.driver.decoder import Report
+    from qjax.driver.report import Report
     from qjax.evaluate.corpora import Corpus
     from qjax.evaluate.perplexity import Convention, Windows
     from qjax.models.model import Model

@@ -2,14 +2,16 @@
 calibration gives.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import jax
 
-from qjax.driver.decoder import Report, quantize_together
-from qjax.driver.part import LayerRecord
+from qjax.driver.decoder import quantize_together
+from qjax.driver.layer import LayerRecord
+from qjax.driver.report import Report
+from qjax.linear import is_quantized
 from qjax.models.model import Model, runnable
-from qjax.qtensor import dequantize, is_quantized
 from qjax.recipe import UNQUANTIZED, Stage
 from qjax.sweep.columns import Cell
 
@@ -62,7 +64,7 @@ def _quantized_leaves(model: Model) -> list:
 def report_as_it_is(model: Model) -> Report:
     """The sizes of a model that is quantized already."""
     leaves = jax.tree.leaves(model.params, is_leaf=is_quantized)
-    counts = [jax.eval_shape(dequantize, leaf).size if is_quantized(leaf) else leaf.size for leaf in leaves]
+    counts = [math.prod(leaf.shape) for leaf in leaves]
     quantized = [(leaf.nbytes, count) for leaf, count in zip(leaves, counts, strict=True) if is_quantized(leaf)]
     bits = 8 * sum(size for size, _ in quantized) / sum(count for _, count in quantized)
     size = sum(leaf.nbytes for leaf in leaves)

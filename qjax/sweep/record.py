@@ -15,28 +15,12 @@ import numpy as np
 from qjax.recipe import UNQUANTIZED
 
 if TYPE_CHECKING:
-    from qjax.driver.decoder import Report
-    from qjax.models.model import Model
+    from qjax.driver.report import Report
 
 
 def digest(*parts: object) -> str:
     """16 hexadecimal digits of a SHA-256 over JSON-able parts."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def model_fingerprint(model: "Model") -> str:
-    """Digest of a model's configuration, vocabulary and every parameter's path, type, shape and bytes."""
-    import jax
-    from flax.traverse_util import flatten_dict
-
-    total = hashlib.sha256(repr(model.config).encode())
-    if model.tokenizer is not None:
-        total.update(model.tokenizer.to_json().encode())
-    for path, leaf in sorted(flatten_dict(model.params, sep="/").items()):
-        for array in jax.tree.leaves(leaf):
-            total.update(f"{path} {array.dtype} {array.shape}".encode())
-            total.update(np.asarray(array).tobytes())
-    return total.hexdigest()[:16]
 
 
 def layer_rows(key: str | None, report: "Report") -> list[dict[str, object]]:

@@ -14,9 +14,9 @@ from qjax.evaluate.corpora import load_corpus
 from qjax.evaluate.perplexity import parse_convention
 from qjax.evaluate.questions import Task
 from qjax.evaluate.tasks import load_task
+from qjax.models.fingerprint import model_fingerprint
 from qjax.models.model import Model
 from qjax.sweep.columns import BASELINE, Row
-from qjax.sweep.record import model_fingerprint
 from qjax.sweep.request import request_of
 from qjax.sweep.runner import Sweep, Watcher, run_sweep
 

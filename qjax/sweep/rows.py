@@ -35,14 +35,15 @@ def cell_columns(row: Row, *, without: Iterable[str] = ()) -> str:
 def recipe_columns(recipe: str, rules: Sequence[str] = (), block: int | None = None) -> dict[str, object]:
     """The parts of a recipe and its rules. block: the only one that the last rule quantizes, in a sensitivity table."""
     parsed, placed = parse_recipe(recipe), [parse_rule(rule) for rule in rules]
-    stages = () if parsed is None else (*parsed.transforms, parsed.rounding, *getattr(parsed, "refining", ()))
+    stages = () if parsed is None else parsed.stages
     found = {
         "recipe_alone": UNQUANTIZED if parsed is None else str(dataclasses.replace(parsed, order=None)),
         "method": method_name(parsed),
         "options": ",".join(map(str, stages)),
         "transforms": [str(stage) for stage in parsed.transforms] if parsed else [],
         "rounding": str(parsed.rounding) if parsed else "",
-        "refining": [str(stage) for stage in getattr(parsed, "refining", ())],
+        "refining": [str(stage) for stage in (*parsed.refiners, *parsed.block_refiners)] if parsed else [],
+        "activation": str(parsed.activation or "") if parsed else "",
         "format": str(parsed.format) if parsed else UNQUANTIZED,
         "bits": parsed.format.bits if parsed else None,
         "rules": list(rules),

@@ -14,20 +14,20 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from qjax.calibrate.tokens import Calibration, as_calibration
-from qjax.driver.decoder import calibration_order, placement
-from qjax.driver.part import LayerRecord, problem_of
-from qjax.driver.placement import parse_rule
+from qjax.driver.layer import LayerRecord, problem_of
+from qjax.driver.placement import calibration_order, parse_rule, placement
 from qjax.errors import QjaxError
 from qjax.evaluate.corpora import Corpus
 from qjax.evaluate.perplexity import Convention, corpus_windows
 from qjax.evaluate.questions import Task
 from qjax.files import require_writable
+from qjax.models.fingerprint import model_fingerprint
 from qjax.models.model import Model
-from qjax.recipe import UNQUANTIZED, parse_recipe, sources
+from qjax.recipe import UNQUANTIZED, parse_recipe
 from qjax.sweep.cells import canonical, name_in_order
 from qjax.sweep.columns import Cell, Measurement, asked_measurements, column_of, misfits
 from qjax.sweep.quantizer import Quantizer
-from qjax.sweep.record import as_json, digest, layer_rows, model_fingerprint
+from qjax.sweep.record import as_json, digest, layer_rows
 from qjax.sweep.store import LAYERS, ROWS, append_row, append_rows, layers_held, read_rows
 
 
@@ -69,7 +69,7 @@ class Plan(NamedTuple):
     def sources(self) -> dict[str, str]:
         """Sources of the methods from outside the package that it uses."""
         recipes = (parse_recipe(self.recipe), *(parse_rule(rule).recipe for rule in self.rules))
-        return {name: source for each in recipes for name, source in sources(each).items()}
+        return {name: source for each in recipes if each for name, source in each.sources().items()}
 
 
 AS_IT_IS = Plan(UNQUANTIZED)
@@ -209,7 +209,7 @@ def _check_calibration(model: Model, sweep: Sweep, needing: Sequence[Plan]) -> N
     kernels, find_problem = flatten_dict(model.params, sep="/"), functools.cache(problem_of)
     for plan in needing:
         for path, recipe in placement(model, plan.recipe, plan.rules).items():
-            problem = recipe and recipe.statistics and find_problem(recipe, kernels[path].shape)
+            problem = recipe and recipe.reads_data and find_problem(recipe, kernels[path].shape)
             if problem:
                 raise QjaxError(f"{path}: {problem}")
     if needing:

@@ -30,7 +30,7 @@ from jaxtyping import Array, Float, Int
 
 from qjax.errors import QjaxError
 from qjax.models.config import DecoderConfig
-from qjax.models.decoder import Decoder
+from qjax.models.walk import Decoder, block_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +103,7 @@ def init_state(config: PretrainConfig) -> TrainState:
     table = params["embed"]["tokens"]["embedding"]
     params["embed"]["tokens"]["embedding"] = 0.05 * jax.random.normal(table_key, table.shape, table.dtype)
     for i in range(model.layers):
-        for layer in (params[f"block_{i}"]["attention"]["o"], params[f"block_{i}"]["mlp"]["down"]):
+        for layer in (params[block_name(i)]["attention"]["o"], params[block_name(i)]["mlp"]["down"]):
             layer["kernel"] = layer["kernel"] / math.sqrt(2 * model.layers)
     return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config).init(params))
 

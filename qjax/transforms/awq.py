@@ -27,13 +27,13 @@ from jaxtyping import Array, Float
 from qjax import grid
 from qjax.errors import QjaxError
 from qjax.formats import Format, parse_format
-from qjax.qtensor import QLinear, dequantize, storable_input_scale
+from qjax.linear import Linear, dequantize
+from qjax.maps import LARGEST, Divide, InputMap
 from qjax.rounding.nearest import Clip, check_shapes, rtn
 from qjax.rounding.parts.info import Info, output_loss, relative
 
 Scaling = Literal["reference", "duo", "both"]
 Loss = Literal["hessian", "module"]
-LARGEST_SCALE = 1e4  # and its inverse the smallest: what float16 holds
 
 
 def awq_scale(
@@ -46,16 +46,16 @@ def awq_scale(
     loss: Loss = "hessian",
     scaling: Scaling = "both",
     ratios: int = 20,
-    rounded: Callable[..., Sequence[Array]] | None = None,
+    rounded: Callable[[InputMap | None], Sequence[Array]] | None = None,
     guard: bool = True,
-) -> Float[Array, " in"]:
-    """Scale (in,) float32, by which the rows of the weights (in, out_k) that share an input are to be multiplied before
-    rounding.
+) -> Divide:
+    """The map, with a scale (in,) float32, of the input that weights (in, out_k) share: it is divided, and the rows of the
+    weights are multiplied before rounding.
 
     abs_mean (in,): mean |x|. hessian (in, in): mean of x x^T, for loss="hessian". module: for loss="module", the error of the
     parent module's output with these weights in place. rounded: what the weights become by the rounding that follows, as they
-    are, rounded(), or scaled by a scale (in,) before it, which is undone, rounded(scale); with guard, the scale found must lose
-    less than none.
+    are, rounded(None), or with their input mapped, which is undone, rounded(map); with guard, the scale found must lose less
+    than none.
     Weights, statistics or a module's error that are not finite give a scale that is not. Raises QjaxError for an unknown loss
     or scaling, and a missing statistic.
     """
@@ -82,14 +82,14 @@ def awq_scale(
     known = jnp.isfinite(errors[0]) & jnp.all(jnp.isfinite(abs_mean))  # errors[0] is that of no scale
     found, none = candidates[jnp.argmin(errors)], jnp.ones_like(abs_mean)
     if rounded is None or not guard:
-        return jnp.where(known, found, jnp.nan)
+        return Divide(jnp.where(known, found, jnp.nan))
 
     def error(new):
         changes = zip(new, weights, strict=True)
         return module(new) if loss == "module" else sum(output_loss(after - before, hessian) for after, before in changes)
 
-    kept = jnp.where(error(rounded(found)) < error(rounded()), found, none)
-    return jnp.where(known, kept, jnp.nan)
+    kept = jnp.where(error(rounded(Divide(found))) < error(rounded(None)), found, none)
+    return Divide(jnp.where(known, kept, jnp.nan))
 
 
 def awq(
@@ -102,8 +102,8 @@ def awq(
     ratios: int = 20,
     clip: Clip = "hessian",
     guard: bool = True,
-) -> tuple[QLinear, Info]:
-    """One weight (in, out) by AWQ: the QLinear holds the rounded diag(s) W and the input scale 1 / s.
+) -> tuple[Linear, Info]:
+    """One weight (in, out) by AWQ: the Linear holds the rounded diag(s) W and the input's Scale 1 / s.
 
     Weights or statistics that are not finite give an Info that is not. Raises QjaxError for shapes that do not fit and unknown
     options. In a model, where the layer before can take the scale, use
@@ -111,17 +111,18 @@ def awq(
     """
     check_shapes("awq", weight, hessian)
 
-    def scaled_rtn(scale):
-        return rtn(weight * scale[:, None], fmt, hessian=hessian / (scale[:, None] * scale), clip=clip)
+    def mapped_rtn(mapped):
+        return rtn(mapped.on_weight(weight), fmt, hessian=mapped.on_statistic(hessian, 2), clip=clip)
 
-    def rounded(scale=jnp.ones_like(abs_mean)):  # noqa: B008
-        return [dequantize(scaled_rtn(scale)[0]) / scale[:, None]]
+    def rounded(divide):
+        divide = Divide(jnp.ones_like(abs_mean)) if divide is None else divide
+        return [dequantize(mapped_rtn(divide)[0]) / divide.scale[:, None]]
 
     options = {"scaling": scaling, "ratios": ratios, "guard": guard}
-    scale = awq_scale([weight], fmt, abs_mean=abs_mean, hessian=hessian, rounded=rounded, **options)
-    input_scale, scale = storable_input_scale(scale)
-    q, info = scaled_rtn(scale)
-    result = QLinear(q, input_scale)
+    divide = awq_scale([weight], fmt, abs_mean=abs_mean, hessian=hessian, rounded=rounded, **options)
+    stored = divide.stored()
+    q, info = mapped_rtn(stored)
+    result = Linear(q, (stored,))
     proxy_loss = output_loss(dequantize(result) - weight, hessian)
     return result, info._replace(proxy_loss=proxy_loss, output_error=relative(proxy_loss, output_loss(weight, hessian)))
 
@@ -142,7 +143,7 @@ def _candidates(weights, abs_mean, fmt, scaling, ratios) -> Float[Array, "candid
 def _normalised(scale: Float[Array, "candidates in"]) -> Float[Array, "candidates in"]:
     scale = jnp.maximum(scale, 1e-4)
     scale = scale / jnp.sqrt(jnp.max(scale, axis=1, keepdims=True) * jnp.min(scale, axis=1, keepdims=True))
-    return jnp.clip(scale, 1 / LARGEST_SCALE, LARGEST_SCALE)
+    return jnp.clip(scale, 1 / LARGEST, LARGEST)
 
 
 def _relative_magnitude(weight: Float[Array, "in out"], fmt: Format) -> Float[Array, "in out"]:

@@ -112,7 +112,8 @@ def integers(bits: int, symmetric: bool) -> tuple[Callable, Callable, Callable]:
         return scale, np.round(-low / scale)
 
     def encode(row, scale, zero):
-        return np.clip(np.round(row / scale) + zero, 0, largest)
+        whole = np.floor(zero)  # real zero points are added before rounding
+        return np.clip(np.round(row / scale + (zero - whole)) + whole, 0, largest)
 
     def decode(codes, scale, zero):
         return (codes - zero) * scale

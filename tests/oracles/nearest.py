@@ -9,7 +9,8 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from qjax.formats import Format, codebooks, dynamic_map
+from qjax.formats import Format, codebooks
+from qjax.scales import dynamic_map
 
 
 class Rounded(NamedTuple):
@@ -41,11 +42,13 @@ def rtn(weight: np.ndarray, fmt: Format, shrink: float | np.ndarray = 1.0) -> Ro
     index = group_index(weight.shape, fmt)
     count = index.max() + 1
     shrink = np.broadcast_to(shrink, (count,))
-    low = np.array([min(weight[index == g].min(), 0) for g in range(count)]) * shrink
-    high = np.array([max(weight[index == g].max(), 0) for g in range(count)]) * shrink
-    exact = (high - low) / (2**fmt.bits - 1) if fmt.is_affine else np.maximum(high, -low) / bound(fmt)
-    stored = store(exact, fmt)
-    used = exact if fmt.double_quantized and fmt.granularity == "block" else stored
+    low = np.array([min(weight[index == g].min(), 0) for g in range(count)])
+    high = np.array([max(weight[index == g].max(), 0) for g in range(count)])
+    level = np.abs(largest(low, high, fmt)).max() / bound(fmt) / 448  # of all scales, for e4m3
+    low, high = low * shrink, high * shrink
+    exact = find(largest(low, high, fmt), fmt)
+    stored = store(exact, fmt, level)
+    used = exact if fmt.scales == "dq" and fmt.granularity == "block" else stored
     values, margin = np.zeros_like(weight), np.zeros_like(weight)
     for g in range(count):
         inside = index == g
@@ -58,32 +61,61 @@ def rtn(weight: np.ndarray, fmt: Format, shrink: float | np.ndarray = 1.0) -> Ro
     return Rounded(values, stored[index], margin)
 
 
+def largest(low: np.ndarray, high: np.ndarray, fmt: Format) -> np.ndarray:
+    """What is scaled to `bound`: the whole range, the largest magnitude, or minus the weight of the largest magnitude."""
+    if fmt.is_affine:
+        return high - low
+    return np.where(high >= -low, -high, -low) if fmt.bound == "full" else np.maximum(high, -low)
+
+
+def find(largest: np.ndarray, fmt: Format) -> np.ndarray:
+    """Scales before they are stored: a division but for powers of two, which have their rules."""
+    if not fmt.scales.startswith("e8m0"):
+        return largest / bound(fmt)
+    if fmt.scales == "e8m0_ceil":
+        return np.exp2(np.ceil(np.log2(largest / bound(fmt))))
+    digits = {"fp4_e2m1": 1, "fp8_e4m3": 3, "fp8_e5m2": 2}.get(fmt.grid, fmt.bits - 2)
+    unit = np.exp2(np.floor(np.log2(largest)) - digits)
+    rounded = np.floor(largest / unit + 0.5) * unit if fmt.scales == "e8m0_even" else largest
+    return np.exp2(np.floor(np.log2(rounded)) - np.floor(np.log2(bound(fmt))))
+
+
 def bound(fmt: Format) -> float:
-    """What the largest magnitude of a group is scaled to."""
+    """What the largest magnitude of a group is scaled to, or its range."""
+    if fmt.is_affine:
+        return 2**fmt.bits - 1
     if fmt.grid in codebooks():
         return codebooks()[fmt.grid].values[-1]
     if fmt.bits == 1:
         return {"max": 1.0, "edge": 2.0}[fmt.bound]
-    return 2 ** (fmt.bits - 1) - {"max": 1.0, "edge": 0.5}[fmt.bound]
+    return 2 ** (fmt.bits - 1) - {"max": 1.0, "edge": 0.5, "full": 0.0}[fmt.bound]
 
 
 def grid_levels(fmt: Format, low: float, scale: float) -> np.ndarray:
     """The values that codes stand for, in units of the scale."""
     if fmt.grid in codebooks():
         return np.array(codebooks()[fmt.grid].values)
-    if fmt.bits == 1 and not fmt.is_affine:
+    if fmt.bits == 1 and fmt.bound in ("max", "edge"):
         return np.array([-1.0, 1.0])
     codes = np.arange(2**fmt.bits)
     if not fmt.is_affine:
         return codes - 2.0 ** (fmt.bits - 1)
-    zero = np.clip(np.round(-low / scale), 0, 2**fmt.bits - 1) if scale else 0
+    zero = -low / scale if scale else 0
+    if fmt.zeros == "codes":
+        return codes - np.clip(np.round(zero), 0, 2**fmt.bits - 1)
+    zero = np.float64({"z16": np.float16, "z32": np.float32}[fmt.zeros](zero))
     return codes - zero
 
 
-def store(scales: np.ndarray, fmt: Format) -> np.ndarray:
-    """Scales after the rounding that storing them brings; scales are numbered like `group_index`."""
-    if not fmt.double_quantized:
-        dtype = ml_dtypes.bfloat16 if fmt.scale_dtype == "bfloat16" else fmt.scale_dtype
+def store(scales: np.ndarray, fmt: Format, level: float) -> np.ndarray:
+    """Scales after the rounding that storing them brings; scales are numbered like `group_index`. level: the unit of e4m3."""
+    if fmt.scales.startswith("e8m0"):
+        return scales
+    if fmt.scales == "e4m3":
+        level = np.float64(np.float32(level))
+        return (scales / level).astype(ml_dtypes.float8_e4m3fn).astype(np.float64) * level
+    if fmt.scales != "dq":
+        dtype = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}[fmt.scales]
         return scales.astype(np.float32).astype(dtype).astype(np.float64)
     table, offset = dynamic_map().astype(np.float64), scales.mean()
     stored = np.zeros_like(scales)

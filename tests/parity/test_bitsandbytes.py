@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qjax.formats import dynamic_map, parse_format
+from qjax.formats import parse_format
 from qjax.qtensor import dequantize, unpack_codes
 from qjax.rounding.nearest import rtn
+from qjax.scales import dynamic_map
 
 pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
 torch = pytest.importorskip("torch")

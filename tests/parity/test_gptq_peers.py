@@ -126,7 +126,7 @@ def test_equal_settings(peer, name, grid, act_order, damp):
         np.testing.assert_allclose(found, [parameters[part] for parameters in reference.parameters], rtol=3e-7)
     assert_equal_but_for_ties(there.codes)
 
-    q = ours(name, grid, there.hessian, block=128, clip="none", **options)
+    q = ours(name, grid, there.hessian, panel=128, clip="none", **options)
     scales, zeros = unpack_parameters(q)
     np.testing.assert_allclose(scales, there.scales, rtol=3e-7)
     np.testing.assert_array_equal(np.full(scales.shape, 2 ** (grid[0] - 1)) if zeros is None else zeros, there.zeros)

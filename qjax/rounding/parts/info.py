@@ -1,10 +1,15 @@
 """Diagnostics that every rounding method returns beside its QTensor."""
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
+
+from qjax import grid
+from qjax.formats import Format
+from qjax.qtensor import QTensor, from_codes
 
 
 class Info(NamedTuple):
@@ -30,3 +35,31 @@ def relative(loss: Float[Array, ""], whole: Float[Array, ""]) -> Float[Array, ""
 def output_loss(weight: Float[Array, "in out"], hessian: Float[Array, "in in"]) -> Float[Array, ""]:
     """tr(W^T H W): the mean squared output of a layer with this weight, summed over its outputs. Of dW it is the proxy loss."""
     return jnp.sum(weight * jnp.matmul(hessian, weight, precision=jax.lax.Precision.HIGHEST))
+
+
+@functools.partial(jax.jit, static_argnames="fmt")
+def finish(
+    weight: Float[Array, "in out"],
+    damp: Float[Array, ""],
+    added: Float[Array, " in"],
+    parameters: grid.Parameters,
+    codes: UInt8[Array, "in out"],
+    errors: Float[Array, "in out"],
+    damped_loss: Float[Array, ""],
+    fmt: Format,
+) -> tuple[QTensor, Info]:
+    """The result of a method that worked against a damped Hessian. errors: W - W'; damped_loss: tr(E^T (H + diag(added)) E)."""
+    squares = jnp.sum(jnp.square(errors), axis=1)
+    proxy_loss = jnp.maximum(damped_loss - jnp.sum(added * squares), 0)
+    groups = grid.to_groups(weight, fmt)
+    zero = None if parameters.zero is None else parameters.zero[:, None]
+    ends = [grid.decode(jnp.uint8(code), parameters.decoded_scale[:, None], zero, fmt) for code in (0, fmt.largest_code)]
+    clipped = (groups < jnp.minimum(*ends)) | (groups > jnp.maximum(*ends))
+    weight_error = relative(jnp.sum(squares), jnp.sum(jnp.square(weight)))
+    info = Info(
+        weight_error=jnp.where(jnp.isfinite(proxy_loss), weight_error, jnp.nan),
+        clipped=jnp.sum(clipped, dtype=jnp.float32) / weight.size,
+        proxy_loss=proxy_loss,
+        damp=damp,
+    )
+    return from_codes(codes, parameters, fmt), info

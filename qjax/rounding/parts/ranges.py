@@ -11,7 +11,6 @@ are those of GPTQ's code (Frantar et al. 2022, arXiv 2210.17323), which goes to 
 difference, ours is the square, so that what is minimised is what is reported. Double quantization comes after the search.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -52,7 +51,7 @@ def search_shrink_hessian(
 ) -> Float[Array, "groups channels"]:
     """Shrink of every group with the least e^T H_gg e; raises QjaxError for blocks that cross output columns."""
     count, size, columns = groups.shape
-    if fmt.granularity == "block" and len(hessian) % fmt.group:
+    if fmt.crosses_columns(len(hessian)):
         raise QjaxError(
             f"{fmt}: a block of {fmt.group} weights spans several output columns when the layer has {len(hessian)} inputs, "
             f"so a search of ranges by the Hessian has no group to look at; use clip=mse, or g{fmt.group} for b{fmt.group}"
@@ -91,7 +90,7 @@ def _difference(piece, scale, zero, fmt):
 def _search(groups: Array, fmt: Format, errors: Callable, steps: range) -> Float[Array, "groups channels"]:
     """errors(parameters, format) of shape (groups, columns) is minimised, summed over all columns where they share a scale."""
     low, high = grid.find_range(groups, fmt)
-    searched = dataclasses.replace(fmt, double_quantized=False)
+    searched = fmt.searched
 
     def try_shrink(best, step):
         shrink = 1 - step / 100

@@ -1,0 +1,196 @@
+"""Part by part: one module (a decoder's block, a half of it, or a whole Flax model) with calibration batches -> its quantized
+kernels.
+
+    capture -> statistics -> transforms (maps, folded where a table says how) -> rounding, refining -> block refiners
+
+What the layers' inputs are is the order's business (`calibrate/order.py`). Several plans, which say what each kernel gets,
+can share one capture and one factor of each Hessian where the order is `parallel`: that is what makes a sweep cheap.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, PyTree
+
+from qjax.calibrate.capture import Batch, Captured, capture_statistics, outputs_of
+from qjax.calibrate.order import Order
+from qjax.driver.layer import LayerRecord, Mapped, Rounded, make_record, placed, round_kernel
+from qjax.driver.part import Part
+from qjax.driver.placement import Plan
+from qjax.driver.transform import transform
+from qjax.interception.linen import quantized_kernels
+from qjax.linear import Linear, dense
+from qjax.methods import Memo, Stage
+from qjax.qtensor import QTensor
+from qjax.refining.block import Block, BlockSite
+
+
+class Quantized(NamedTuple):
+    """A part's leaves by path within it: as they are stored, and as they are evaluated, for a run of the module.
+
+    outputs: of the unquantized module for each batch, where capturing gave them (order `parallel`), else empty.
+    """
+
+    leaves: dict[str, object]
+    records: list[LayerRecord]
+    floating: PyTree
+    outputs: list[object]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """A part with its inputs as the order has them, and exact: its inputs in the unquantized model."""
+
+    part: Part
+    order: Order
+    batches: Sequence[Batch]
+    exact: Sequence[Batch]
+    on_layer: Callable[[LayerRecord], None]
+
+    def capture(self, plans: Sequence[Plan], paths, floating, *, reference=None, keep_outputs=False) -> Captured:
+        """Statistics of the layers at `paths`, by the path of the layer that stands for those with its input. reference:
+        parameters of the run that the order compares with.
+        """
+        part, drift = self.part, reference is not None and self.order.alpha > 0
+        read = [(path, plan[path]) for plan in plans for path in paths if path in plan]
+        statistics = {name for _, recipe in read for name in recipe.statistics} | ({"drift", "hessian"} if drift else set())
+        needed = {part.shared[path]: part.views[path].matrix_shape[0] for path, _ in read}
+        if not needed:
+            return Captured({}, [])
+        exact = (reference, self.exact) if drift else None
+        return capture_statistics(
+            part.module,
+            floating,
+            self.batches,
+            needed,
+            sorted(statistics),
+            exact,
+            prefix=part.prefix,
+            keep_outputs=keep_outputs,
+        )
+
+
+def quantize_part(
+    part: Part,
+    plans: Sequence[Plan],
+    order: Order,
+    batches: Sequence[Batch] = (),
+    exact: Sequence[Batch] = (),
+    on_layer: Callable[[LayerRecord], None] = lambda record: None,
+    *,
+    keep_outputs: bool = False,
+) -> list[Quantized]:
+    """The part's kernels by each plan. Plans may be several where the order takes no input from quantized layers.
+
+    batches: the part's inputs, as the order has them; none are needed by plans that read no calibration data. exact: its
+    inputs in the unquantized model, for orders with a correction and block refiners. keep_outputs: return those of the
+    unquantized module, where the order gives them. Raises QjaxError for inputs that are not finite and layers that cannot be
+    captured.
+    """
+    run = _Run(part, order, batches, exact, on_layer)
+    reading = [{path: recipe for path, recipe in plan.items() if recipe and recipe.reads_data} for plan in plans]
+    before = Captured({}, [])
+    if any(reading) and (not order.inside or any(recipe.transforms for plan in reading for recipe in plan.values())):
+        before = run.capture(reading, list(part.views), part.params, keep_outputs=keep_outputs and not order.prefix)
+    memo = Memo()
+    return [_by_plan(run, *each, before, memo) for each in zip(plans, reading, strict=True)]
+
+
+def _by_plan(run: _Run, plan: Plan, reading: Plan, before: Captured, shared_memo: Memo) -> Quantized:
+    part, order = run.part, run.order
+    flat = flatten_dict(part.params, sep="/")
+    base, found = transform(part, flat, reading, before.statistics, run.batches, shared_memo)
+    current, rounded, records = dict(base), {}, {}
+
+    def settle(path: str, started: float) -> None:
+        shape = part.views[path].matrix_shape
+        records[path] = make_record(part.prefix + path, shape, base[path], rounded.get(path), started)
+        run.on_layer(records[path])
+
+    refined = [path for path, recipe in reading.items() if recipe.block_refiners]
+    for group in _in_call_order(plan, part.shared) if order.inside else [list(plan)]:
+        statistics = before.statistics
+        memo = Memo() if order.inside else shared_memo  # inside, nothing is shared beyond a group
+        if order.inside and any(path in reading for path in group):
+            floating, reference = (unflatten_dict(leaves, sep="/") for leaves in (current, base))
+            statistics = run.capture([reading], group, floating, reference=reference).statistics
+        started = time.perf_counter()
+        for path in (path for path in group if plan[path] is not None):  # all are on their way before the first is waited for
+            weight = part.matrix(path, base[path], memo)
+            known = statistics.get(part.shared.get(path), {}) if path in reading else {}
+            rounded[path] = round_kernel(weight, plan[path], known, found.get(path), order, memo)
+        for path in group:
+            if path not in refined:
+                settle(path, started)
+                started = time.perf_counter()
+            if path in rounded and order.prefix:
+                current[path] = _evaluated(part, path, rounded[path])
+    started = time.perf_counter()
+    rounded |= _refine(run, reading, base, rounded)
+    for path in refined:
+        settle(path, started)
+        started = time.perf_counter()
+        if order.prefix:
+            current[path] = _evaluated(part, path, rounded[path])
+    leaves = {path: _leaf(part, path, each) for path, each in rounded.items()}
+    kept = before.outputs if not order.prefix else []
+    return Quantized(base | leaves, [records[path] for path in plan], unflatten_dict(current, sep="/"), kept)
+
+
+def _leaf(part: Part, path: str, rounded: Rounded) -> object:
+    return part.views[path].to_kernel(rounded.leaf.codes) if rounded.recipe.is_cast else rounded.leaf
+
+
+def _evaluated(part: Part, path: str, rounded: Rounded) -> object:
+    """The leaf as evaluation has it, in its kernel's shape where it is an array."""
+    leaf = dense(rounded.leaf)
+    return leaf if isinstance(leaf, Linear) else part.views[path].to_kernel(leaf)
+
+
+def _refine(run: _Run, plan: Plan, base: Mapping[str, Array], rounded: Mapping[str, Rounded]) -> dict[str, Rounded]:
+    """What block refiners make of the kernels whose recipe names them; kernels of one chain of refiners together."""
+    result = {}
+    for chain in dict.fromkeys(recipe.block_refiners for recipe in plan.values() if recipe.block_refiners):
+        paths = [path for path, recipe in plan.items() if recipe.block_refiners == chain]
+        for stage in chain:
+            result |= _refine_by(run, stage, paths, base, {**rounded, **result})
+    return result
+
+
+def _refine_by(run: _Run, stage: Stage, paths: Sequence[str], base: Mapping, rounded: Mapping[str, Rounded]) -> dict:
+    part = run.part
+    held = {**base, **{path: _leaf(part, path, each) for path, each in rounded.items()}}
+
+    def apply(weights: Mapping[str, QTensor | Array], *args: object) -> object:
+        new = {path: Linear(w, _inputs(rounded[path].mapped), rounded[path].recipe.activation) for path, w in weights.items()}
+        with quantized_kernels():
+            return part.module.apply({"params": unflatten_dict({**held, **new}, sep="/")}, *args)
+
+    sites = {path: BlockSite(rounded[path].weight, rounded[path].recipe.format, rounded[path].statistics) for path in paths}
+    exact = run.exact if run.order.prefix else run.batches
+    targets = outputs_of(part.module, part.params, exact)
+    block = Block(apply, sites, [batch.args for batch in run.batches], targets, [batch.weights for batch in run.batches])
+    start = {path: _codes(rounded[path].leaf) for path in paths}
+    found, told = stage(block, start)
+    infos = {path: rounded[path].info._replace(proxy_loss=None, output_error=None, clipped=None) for path in paths}
+    return {path: placed(rounded[path]._replace(block=told), found[path], infos[path], Memo()) for path in paths}
+
+
+def _inputs(mapped: Mapped | None) -> tuple:
+    return () if mapped is None or mapped.folded else mapped.inputs
+
+
+def _codes(leaf: QTensor | Linear) -> QTensor:
+    return leaf.weight if isinstance(leaf, Linear) else leaf
+
+
+def _in_call_order(plan: Plan, shared: Mapping[str, str]) -> list[list[str]]:
+    """Kernels in the order in which the module calls them, those with the same input together; uncalled ones first."""
+    groups: dict[str | None, list[str]] = {None: [path for path in plan if path not in shared]}
+    for path, leader in shared.items():
+        if path in plan:
+            groups.setdefault(leader, []).append(path)
+    return [group for group in groups.values() if group]

@@ -1,0 +1,122 @@
+"""Any Linen model: its linear layers are found by tracing it, quantized, and run in its own code."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+
+import flax.linen as nn
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, PyTree
+
+from qjax.calibrate.capture import Batch, distinct_calls, sharing
+from qjax.calibrate.tokens import as_weights
+from qjax.driver.flow import quantize_part
+from qjax.driver.layer import LayerRecord
+from qjax.driver.part import Part
+from qjax.driver.placement import Rule, one_order, parsed, place
+from qjax.driver.report import Report, cast_others, make_report, warn_of_few_tokens
+from qjax.errors import QjaxError
+from qjax.interception.linen import linear_layers, quantized_kernels
+from qjax.linear import dequantize, is_quantized
+from qjax.methods import Stage
+from qjax.recipe import Recipe
+
+
+def quantize_flax(
+    module: nn.Module,
+    params: PyTree,
+    recipe: str | Recipe | None,
+    *,
+    batches: Iterable[tuple],
+    weights: Iterable[Array] | None = None,
+    rules: Iterable[str | Rule] = (),
+    order: str | None = None,
+    on_layer: Callable[[LayerRecord], None] = lambda record: None,
+) -> tuple[PyTree, Report]:
+    """Quantizes the kernels of any Linen model: nn.Dense, nn.DenseGeneral and nn.Einsum layers, found by tracing it.
+
+    params: the "params" collection. batches: arguments of module.apply, each a tuple; between them they reach every layer that
+    is quantized, and recipes that read calibration data see them all. weights: per batch, how much each token counts (0 leaves
+    it out), an array whose axes are the first axes of every layer's input. order: as in `quantize`; the module counts as one
+    block, so that "block" is "parallel", and "sequential" and "qep" run it once for each set of layers with the same input.
+    Run the result with `apply_flax`. Raises QjaxError for weights that are negative or not finite, modules that
+    read collections besides "params", when no layer can be quantized or a rule names none, and lists layers
+    that no batch reaches, that cannot run with a quantized kernel, or cannot be captured, unless a rule "PATTERN=none" leaves
+    them out.
+    """
+    recipe, rules = parsed(recipe, rules, order)
+    batches = list(batches)
+    if not batches:
+        raise QjaxError("quantize_flax: batches is empty; give at least one tuple of arguments of module.apply")
+    if wrong := [
+        f"batches[{i}] is {type(args).__name__}" for i, args in enumerate(batches) if not isinstance(args, tuple | list)
+    ]:
+        raise QjaxError(f"quantize_flax: {', '.join(wrong)}; give tuples of arguments of module.apply, [(x,)] for one array")
+    if isinstance(params.get("params"), Mapping):
+        raise QjaxError("quantize_flax: params holds a collection 'params'; give that collection, variables['params']")
+    if any(is_quantized(leaf) for leaf in flatten_dict(params, sep="/").values()):
+        raise QjaxError("quantize_flax: the parameters are quantized already; start from the unquantized ones")
+    flat = flatten_dict(params, sep="/")
+    if not flat:
+        raise QjaxError("quantize_flax: params is empty; give the collection 'params' that module.init made")
+    kernels = [path for path in flat if path.split("/")[-1] == "kernel" and np.ndim(flat[path]) > 1]
+    views, refused = {}, {}
+    for args in distinct_calls(batches):
+        found = linear_layers(module, params, *args)
+        views |= found.views
+        refused |= found.refused
+        if views.keys() | refused.keys() >= set(kernels):
+            break
+    unreached = [path for path in kernels if path not in views and path not in refused]
+    refused |= {path: f"{path}: no batch reaches it by the __call__ of a layer" for path in unreached}
+    placed = place([*views, *refused], recipe, rules)
+    cast = recipe if recipe is not None and recipe.is_cast else None  # of every leaf, which needs no view
+    blocked = [why for path, why in refused.items() if placed[path] not in (None, cast)]
+    if blocked:
+        raise QjaxError(f"{'; '.join(blocked)}. A rule 'PATTERN=none' leaves such a layer as it is")
+    if not views:
+        raise QjaxError(f"{type(module).__name__}: no Dense, DenseGeneral or Einsum layer found to quantize")
+    started = time.perf_counter()
+    plan = {path: placed[path] for path in views}
+    for path, chosen in plan.items():
+        if chosen is not None and flat[path].shape != views[path].shape:
+            raise QjaxError(
+                f"{path} has shape {flat[path].shape} where its layer multiplies with {views[path].shape}: a layer under "
+                "nn.scan or nn.vmap; quantize such kernels with jax.vmap(qjax.rtn, ...), a rule 'PATTERN=none' leaves them as "
+                "they are"
+            )
+    weights = [None] * len(batches) if weights is None else as_weights(weights)
+    if len(weights) != len(batches):
+        raise QjaxError(f"quantize_flax: {len(batches)} batches but {len(weights)} arrays of weights")
+    calibration = [Batch(tuple(args), w) for args, w in zip(batches, weights, strict=True)]
+    stage = one_order(plan) or Stage("parallel")
+    order = stage()
+    calibrated = any(chosen and chosen.reads_data for chosen in plan.values())
+    part = Part(module, "", params, views, sharing(module, params, *distinct_calls(batches)) if calibrated else {})
+    (found,) = quantize_part(part, [plan], order, calibration, calibration, on_layer)
+    warn_of_few_tokens(found.records)
+    leaves = found.leaves | cast_others(
+        found.leaves, recipe, [path for path in placed if path in views or placed[path] is None]
+    )
+    result = unflatten_dict(leaves, sep="/")
+    return result, make_report(result, found.records, time.perf_counter() - started)
+
+
+def apply_flax(module: nn.Module, params: PyTree, *args: object, **kwargs: object) -> object:
+    """module.apply({"params": params}, *args, **kwargs) with quantized kernels; works under jit, grad and vmap."""
+    with quantized_kernels():
+        return module.apply({"params": params}, *args, **kwargs)
+
+
+def dequantize_flax(module: nn.Module, params: PyTree, *args: object, **kwargs: object) -> PyTree:
+    """The inverse of `quantize_flax`: every quantized kernel as a float32 array of the shape module's layer expects.
+
+    args: arguments of module.apply, to find the layers by tracing. Raises QjaxError that lists kernels they do not reach.
+    """
+    views, _ = linear_layers(module, params, *args, **kwargs)
+    flat = flatten_dict(params, sep="/")
+    quantized = {path: leaf for path, leaf in flat.items() if is_quantized(leaf)}
+    if unreached := quantized.keys() - views.keys():
+        raise QjaxError(f"dequantize_flax: these arguments do not reach {', '.join(sorted(unreached))}; give some that do")
+    decoded = {path: views[path].to_kernel(dequantize(leaf)) for path, leaf in quantized.items()}
+    return unflatten_dict(flat | decoded, sep="/")

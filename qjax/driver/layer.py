@@ -1,0 +1,176 @@
+"""One layer: its weight corrected, mapped, rounded and refined, and what came of it.
+
+Diagnostics are taken here, for all methods alike: proxy loss and output error of the weight that ends up in the layer against
+the one it stands for.
+"""
+
+import math
+import time
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from qjax import maps
+from qjax.calibrate.order import Order, correct
+from qjax.calibrate.statistics import STATISTICS
+from qjax.errors import QjaxError
+from qjax.linear import Linear, dequantize, is_quantized
+from qjax.maps import InputMap
+from qjax.methods import UNQUANTIZED, Memo, Site, captures_of
+from qjax.qtensor import QTensor
+from qjax.recipe import Recipe
+from qjax.refining.block import BlockInfo
+from qjax.rounding.parts.info import Info, output_loss, relative
+
+
+class LayerRecord(NamedTuple):
+    """What happened to one kernel; see `Info` for the figures. `recipe` is "none" for a kernel that was left alone.
+
+    tokens: calibration tokens its statistics are from; None where it needed none. block_loss_before, block_loss_after: mean
+    squared error of its block's output, where a block refiner told.
+    """
+
+    path: str
+    recipe: str
+    in_features: int
+    out_features: int
+    bits_per_weight: float
+    weight_error: float | None = None
+    clipped: float | None = None
+    proxy_loss: float | None = None
+    output_error: float | None = None
+    damp: float | None = None
+    tokens: int | None = None
+    seconds: float = 0.0
+    block_loss_before: float | None = None
+    block_loss_after: float | None = None
+
+
+class Mapped(NamedTuple):
+    """The maps of a kernel's input; folded into the layer before (one `maps.Divide` then), or to be held by the leaf."""
+
+    inputs: tuple[InputMap, ...]
+    folded: bool
+
+
+class Rounded(NamedTuple):
+    """A kernel's new leaf and diagnostics, not waited for. original: the (in, out) weight as it came; weight: what was rounded,
+    after correction and maps; statistics: of its mapped input.
+    """
+
+    leaf: QTensor | Linear
+    info: Info
+    original: Array
+    weight: Array
+    statistics: Mapping[str, Array]
+    recipe: Recipe
+    mapped: Mapped | None = None
+    tokens: Array | None = None
+    block: BlockInfo = BlockInfo()
+
+
+def round_kernel(
+    weight: Float[Array, "in out"],
+    recipe: Recipe,
+    statistics: Mapping[str, Array],
+    mapped: Mapped | None,
+    order: Order,
+    memo: Memo,
+) -> Rounded:
+    """Corrects, maps and rounds one weight; statistics are of its input as captured."""
+    known, original = {name: value for name, value in statistics.items() if name != "drift"}, weight
+    if "drift" in statistics:
+        weight = correct(weight, statistics["hessian"], statistics["drift"], order.alpha, order.damp)
+    if mapped is not None:
+        if not mapped.folded:
+            weight = maps.on_weight(mapped.inputs, weight)
+        if not mapped.folded or not order.inside:  # else the input was captured with the scale folded into it
+            known = {name: memo.get(_map_statistic, value, mapped.inputs, name=name) for name, value in known.items()}
+    q, info = round_weight(weight, recipe, known, memo)
+    corrected = "drift" in statistics or mapped is not None
+    done = Rounded(q, info, original, weight, known, recipe, mapped, statistics.get("tokens"))
+    return placed(done, q, info, memo, corrected=corrected)
+
+
+def placed(done: Rounded, q: QTensor, info: Info, memo: Memo, *, corrected: bool = True) -> Rounded:
+    """The kernel with these codes. corrected: what was rounded is not the weight as it came."""
+    mapped, recipe, known = done.mapped, done.recipe, done.statistics
+    if "hessian" in known:
+        loss = output_loss(dequantize(q) - done.weight, known["hessian"]) if info.proxy_loss is None else info.proxy_loss
+        whole = memo.get(output_loss, done.weight, known["hessian"])
+        info = info._replace(proxy_loss=loss, output_error=relative(loss, whole))
+    inputs = () if mapped is None or mapped.folded else mapped.inputs
+    leaf = Linear(q, inputs, recipe.activation) if inputs or recipe.activation else q
+    if corrected:  # for every method alike
+        rows = mapped.inputs[0].scale[:, None] if mapped is not None and mapped.folded else 1.0
+        change, before = (jnp.sum(jnp.square(w / rows)) for w in (dequantize(leaf) - done.original, done.original))
+        info = info._replace(weight_error=relative(change, before))
+    return done._replace(leaf=leaf, info=info)
+
+
+def _map_statistic(value: Array, inputs: tuple[InputMap, ...], *, name: str) -> Array:
+    for each in inputs:
+        value = each.on_statistic(value, STATISTICS[name].axes)
+    return value
+
+
+def round_weight(
+    weight: Float[Array, "in out"],
+    recipe: Recipe,
+    statistics: Mapping[str, Array] = MappingProxyType({}),
+    memo: Memo | None = None,
+) -> tuple[QTensor, Info]:
+    """Applies a recipe's rounding and refiners to one (in, out) weight. Raises QjaxError for statistics that they need and
+    that are not there.
+    """
+    stages = (recipe.rounding, *recipe.refiners)
+    missing = [name for name in captures_of(stages) if name not in statistics]
+    if missing:
+        names = "+".join(stage.name for stage in stages)
+        raise QjaxError(f"{recipe}: {names} needs {', '.join(missing)} of the layer's input; give calibration data")
+    site = Site((weight,), statistics, memo or Memo())
+    q, info = recipe.rounding(weight, recipe.format, site=site)
+    for stage in recipe.refiners:
+        q, info = stage(weight, q, site=site)
+    return q, info
+
+
+def problem_of(recipe: Recipe, shape: tuple[int, int]) -> str | None:
+    """What is wrong with a recipe's options, alone or for a kernel of this shape; None if nothing is. Computes nothing.
+
+    A method of one's own that JAX cannot trace is not looked into.
+    """
+
+    def run(weight):
+        known = {name: STATISTICS[name].finalize(STATISTICS[name].init(shape[0])) for name in recipe.statistics}
+        site = Site((weight,), known, Memo(), lambda weights: jnp.sum(weights[0]), lambda by=None: [weight])
+        for stage in recipe.transforms:
+            stage([weight], recipe.format, site=site)
+        return round_weight(weight, recipe, known)[0].codes
+
+    try:
+        jax.eval_shape(run, jax.ShapeDtypeStruct(shape, jnp.float32))
+    except QjaxError as error:
+        return str(error)
+    except (jax.errors.JAXTypeError, jax.errors.JAXIndexError):
+        return None
+    return None
+
+
+def make_record(path: str, shape: tuple[int, int], kernel: object, rounded: Rounded | None, started: float) -> LayerRecord:
+    """Waits for a kernel's result; raises QjaxError for weights that are not finite. kernel: the leaf before."""
+    if rounded is None:
+        bits = kernel.bits_per_weight if is_quantized(kernel) else 8.0 * kernel.dtype.itemsize
+        return LayerRecord(path, UNQUANTIZED, *shape, bits)
+    figures = {key: None if value is None else float(value) for key, value in rounded.info._asdict().items()}
+    if not all(math.isfinite(figures[key] or 0.0) for key in ("weight_error", "proxy_loss")):
+        raise QjaxError(f"weights that are not finite cannot be quantized: {path}; start from an intact model")
+    losses = {f"block_{key}": None if value is None else float(value) for key, value in rounded.block._asdict().items()}
+    tokens = None if rounded.tokens is None else int(rounded.tokens)
+    seconds = time.perf_counter() - started
+    bits = rounded.leaf.bits_per_weight
+    return LayerRecord(path, str(rounded.recipe), *shape, bits, **figures, tokens=tokens, seconds=seconds, **losses)

@@ -1,0 +1,64 @@
+"""What a run of the driver tells: a record of every layer, exact sizes, warnings."""
+
+import math
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from qjax.driver.layer import LayerRecord
+from qjax.errors import QjaxWarning
+from qjax.linear import is_quantized
+from qjax.methods import UNQUANTIZED
+from qjax.qtensor import FLOAT_DTYPES
+from qjax.recipe import Recipe
+
+
+class Report(NamedTuple):
+    """One record per linear kernel, and exact sizes: bits per weight of the quantized kernels and of the whole model."""
+
+    layers: tuple[LayerRecord, ...]
+    bits_per_weight: float
+    model_bits_per_weight: float
+    size_bytes: int
+    seconds: float
+
+
+def make_report(params: PyTree, records: Sequence[LayerRecord], seconds: float) -> Report:
+    """The report of quantized parameters."""
+    leaves = jax.tree.leaves(params, is_leaf=is_quantized)
+    weights = sum(math.prod(leaf.shape) for leaf in leaves)
+    size = sum(leaf.nbytes for leaf in leaves)
+    chosen = [record for record in records if record.recipe != UNQUANTIZED] or records
+    counts = [record.in_features * record.out_features for record in chosen]
+    bits = sum(record.bits_per_weight * count for record, count in zip(chosen, counts, strict=True)) / sum(counts)
+    return Report(tuple(records), bits, 8 * size / weights, size, seconds)
+
+
+def warn_of_few_tokens(records: Sequence[LayerRecord]) -> None:
+    """Warns (QjaxWarning) of layers with fewer calibration tokens than inputs."""
+    few = [record for record in records if record.tokens is not None and record.tokens < record.in_features]
+    if few:
+        listed = ", ".join(f"{record.path} ({record.tokens} tokens, {record.in_features} inputs)" for record in few[:5])
+        more = f" and {len(few) - 5} more" if len(few) > 5 else ""
+        warnings.warn(
+            f"fewer calibration tokens than inputs: {listed}{more}; tokens are the rank of a Hessian at most, damping fills "
+            "the rest, more tokens would be better",
+            QjaxWarning,
+            stacklevel=4,
+        )
+
+
+def cast_others(flat: Mapping[str, object], recipe: Recipe | None, done: Collection[str]) -> dict[str, Array]:
+    """For a cast, the floating-point leaves besides the kernels in `done`, in its type; nothing for other recipes."""
+    if recipe is None or not recipe.is_cast:
+        return {}
+    floating = {
+        p: leaf
+        for p, leaf in flat.items()
+        if p not in done and not is_quantized(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
+    }
+    return {path: leaf.astype(FLOAT_DTYPES[recipe.format.grid]) for path, leaf in floating.items()}

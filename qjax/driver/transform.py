@@ -1,0 +1,119 @@
+"""The transforms of a part's recipes: maps of layer inputs, found, and folded into the layer before where a table says how."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
+from jaxtyping import Array
+
+from qjax import maps
+from qjax.calibrate.capture import Batch, module_outputs
+from qjax.calibrate.statistics import mapped
+from qjax.driver.layer import Mapped, round_weight
+from qjax.driver.part import Part
+from qjax.errors import QjaxError
+from qjax.linear import dequantize
+from qjax.maps import InputMap
+from qjax.methods import Memo, Site
+from qjax.models.folding import fold_map, is_linear
+from qjax.recipe import Recipe
+from qjax.rounding.parts.info import output_loss
+
+
+def transform(
+    part: Part,
+    flat: Mapping[str, Array],
+    plan: Mapping[str, Recipe],
+    statistics: Mapping[str, Mapping[str, Array]],
+    batches: Sequence[Batch],
+    memo: Memo,
+) -> tuple[dict[str, Array], dict[str, Mapped]]:
+    """A part's float leaves after all transforms of a plan, and the maps of each kernel that got any; what the module computes
+    is unchanged.
+    """
+    todo = {path: recipe for path, recipe in plan.items() if recipe.transforms}
+    base, found = dict(flat), {}
+    for fold in part.folds:
+        paths = [f"{layer}/kernel" for layer in fold.layers]
+        recipes = {todo.get(path) for path in paths}
+        if None in recipes or len(recipes) > 1 or (is_linear(fold, flat) and f"{fold.source}/kernel" not in plan):
+            continue  # they cannot share a map, or what would have to change is to be left as it is
+        inputs = _find_maps(part, paths, flat, recipes.pop(), statistics[part.shared[paths[0]]], batches, memo)
+        if [type(each) for each in inputs] == [maps.Divide]:
+            base |= fold_map(base, fold, inputs[0])
+            found |= dict.fromkeys(paths, Mapped(inputs, folded=True))
+        else:
+            found |= dict.fromkeys(paths, _stored(inputs))
+    for path, recipe in todo.items():
+        if path not in found:
+            inputs = _find_maps(part, [path], flat, recipe, statistics[part.shared[path]], batches, memo)
+            found[path] = _stored(inputs)
+    return base, found
+
+
+def _stored(inputs: Sequence[InputMap]) -> Mapped:
+    """As the leaf holds them; the weight makes up for what storing changed."""
+    return Mapped(tuple(each.stored() for each in inputs), folded=False)
+
+
+def _find_maps(part, paths, flat, recipe, statistics, batches, memo) -> tuple[InputMap, ...]:
+    """The maps that the recipe's transforms, one after the other, give the kernels at `paths`."""
+    weights, found = [part.matrix(path, flat[path]) for path in paths], ()
+    for stage in recipe.transforms:
+        site = Site(
+            tuple(weights),
+            statistics,
+            memo,
+            _module_error(part, paths, flat, found, statistics, batches),
+            _rounder(tuple(weights), recipe, statistics, memo),
+        )
+        by = stage(weights, recipe.format, site=site)
+        if not hasattr(by, "on_weight"):
+            raise QjaxError(
+                f"{stage.name} returned {type(by).__name__}, expected a map of the input, as qjax.maps.Divide(scale)"
+            )
+        if not all(bool(jnp.all(jnp.isfinite(array))) for array in jax.tree.leaves(by)):
+            raise QjaxError(
+                f"{stage.name} finds no finite scale for {', '.join(part.prefix + path for path in paths)}: the weights, or "
+                "the output of the module they are in, are not finite; start from an intact model and calibration data"
+            )
+        found = maps.composed([*found, by])
+        weights = [by.on_weight(weight) for weight in weights]
+        statistics = mapped(statistics, by)
+    return found
+
+
+def _rounder(weights, recipe, statistics, memo) -> Callable[..., list[Array]]:
+    """rounded(map): what weights that share an input become by the recipe's rounding; mapped before it and mapped back, where
+    a map is given.
+    """
+
+    def rounded(by: InputMap | None = None) -> list[Array]:
+        if by is None:
+            return [dequantize(round_weight(weight, recipe, statistics, memo)[0]) for weight in weights]
+        known, own = mapped(statistics, by), Memo()
+        return [maps.merged((by,), dequantize(round_weight(by.on_weight(weight), recipe, known, own)[0])) for weight in weights]
+
+    return rounded
+
+
+def _module_error(part, paths, flat, found, statistics, batches) -> Callable[[Sequence[Array]], Array]:
+    """The squared error of the parent module's output when the kernels at `paths` are replaced, for their input through the
+    maps found so far.
+
+    The parent of a single layer is the layer itself, as in AWQ's code, and the Hessian has its error.
+    """
+    matrices = [part.matrix(path, flat[path]) for path in paths]
+    if len(paths) == 1:
+        return lambda weights: output_loss(weights[0] - maps.on_weight(found, matrices[0]), statistics["hessian"])
+    parent = tuple(paths[0].split("/")[:-2])
+    wanted = []
+
+    def error(weights):
+        wanted.extend([] if wanted else module_outputs(part.module, part.params, batches, parent))
+        new = {path: part.views[path].to_kernel(maps.merged(found, w)) for path, w in zip(paths, weights, strict=True)}
+        got = module_outputs(part.module, unflatten_dict({**flat, **new}, sep="/"), batches, parent)
+        return sum(jnp.sum(jnp.square(a - b)) for a, b in zip(got, wanted, strict=True))
+
+    return error

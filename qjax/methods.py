@@ -1,0 +1,282 @@
+"""The registry of methods, and the one table of what a method may ask for.
+
+    kind            a function of                             returns
+    transform       (weights that share an input, fmt, *)     an exact map of the input (`maps.InputMap`)
+    rounding        (weight, fmt, *)                          (QTensor, Info)
+    refiner         (weight, start, *), start a QTensor       (QTensor, Info): one layer, looked at again
+    block refiner   (block, start, *), see `refining.block`   (QTensors by path, BlockInfo): all layers of a block at once
+    order           (*)                                       whose inputs statistics are of (`calibrate/order.py`)
+
+Keyword-only arguments are a method's options, of the annotated type: bool, int, float, str or a Literal of choices, or one of
+these `| None`. One named in `GIVENS` is no option but is made for it: a statistic of the layer's input, or what is computed
+from statistics, weights and the module they are in. A given without default is always made; one with a default where an
+option's value is its name (clip=hessian) or what it is made from is at hand anyway.
+
+To add a method to the package write the function in a file of its own and a line below; `register` and `register_statistic` add
+one from outside.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from jaxtyping import Array, Float
+
+from qjax.calibrate.statistics import STATISTICS, Statistic
+from qjax.errors import QjaxError
+from qjax.formats import ALIASES, GRIDS
+from qjax.maps import InputMap
+from qjax.rounding.parts.feedback import factorize
+
+METHODS: dict[str, dict[str, str | Callable]] = {
+    "transform": {"awq": "qjax.transforms.awq:awq_scale"},
+    "rounding": {"rtn": "qjax.rounding.nearest:rtn", "gptq": "qjax.rounding.gptq:gptq", "hqq": "qjax.rounding.hqq:hqq"},
+    "refiner": {"descend": "qjax.refining.descend:descend"},
+    "block refiner": {},
+    "order": {name: f"qjax.calibrate.order:{name}" for name in ("parallel", "block", "sequential", "qep")},
+}
+FOLLOWED_BY = {"awq": "rtn(clip=hessian)"}  # the rounding of a recipe that ends in this transform; others end in rtn
+UNQUANTIZED = "none"  # the recipe of a model as it is
+
+
+class Memo:
+    """What the kernels and plans of a part share: factors of Hessians, mapped statistics, tr(W^T H W)."""
+
+    def __init__(self):
+        self._known = {}
+
+    def get(self, compute: Callable, *arrays: object, **options: object) -> object:
+        """compute(*arrays, **options), once for the same objects and options."""
+        key = (compute, *map(id, arrays), *sorted(options.items()))
+        if key not in self._known:
+            self._known[key] = (compute(*arrays, **options), arrays)  # the arrays are held, so that no id is used again
+        return self._known[key][0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """Where a method is at work: kernels that share an input, and all that a given can be made of.
+
+    weights: (in, out_k) float32, those of a transform together, else one. parent_error(weights): squared error of the output of
+    the module they are in, with these in their place. rounded(map): what the weights become by the recipe's rounding, as they
+    are (None) or mapped by a map before it, which is undone.
+    """
+
+    weights: Sequence[Float[Array, "in out"]]
+    statistics: Mapping[str, Array]
+    memo: Memo
+    parent_error: Callable[[Sequence[Array]], Array] | None = None
+    rounded: Callable[[InputMap | None], Sequence[Array]] | None = None
+
+
+class Given(NamedTuple):
+    """captures: statistics it is made from. make(site, options): options are the method's, by name, defaults included."""
+
+    captures: tuple[str, ...]
+    make: Callable[[Site, Mapping[str, object]], object]
+
+
+def _statistic(name: str) -> Given:
+    return Given((name,), lambda site, options: site.statistics[name])
+
+
+def _factor(site: Site, options: Mapping[str, object]) -> object:
+    """By the method's damp and act_order where it has them, else by factorize's own defaults."""
+    chosen = {name: options[name] for name in ("damp", "act_order") if name in options}
+    return site.memo.get(factorize, site.statistics["hessian"], **chosen)
+
+
+GIVENS: dict[str, Given] = {
+    **{name: _statistic(name) for name in ("hessian", "abs_mean", "abs_max")},
+    "factor": Given(("hessian",), _factor),  # of the damped Hessian (`rounding/parts/feedback.py`)
+    "module": Given(("hessian",), lambda site, options: site.parent_error),
+    "rounded": Given((), lambda site, options: site.rounded),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A method with the options that differ from its defaults, sorted by name."""
+
+    name: str
+    options: tuple[tuple[str, object], ...] = ()
+
+    def __str__(self) -> str:
+        inner = ",".join(f"{name}={show(value)}" for name, value in self.options)
+        return f"{self.name}({inner})" if inner else self.name
+
+    @property
+    def chosen(self) -> dict[str, object]:
+        """Every option's value, by name."""
+        return {**{name: option.default for name, option in options_of(self.name).items()}, **dict(self.options)}
+
+    def __call__(self, *arguments: object, site: Site | None = None) -> object:
+        """The method's result, with its options and what it asks of the site."""
+        taken = {name: GIVENS[name].make(site, self.chosen) for name in givens_of(self)}
+        return method(self.name)(*arguments, **taken, **dict(self.options))
+
+
+def show(value: object) -> str:
+    """An option's value as a recipe spells it."""
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def kind_of(name: str) -> str | None:
+    """The kind of a registered method; None for a name that is none."""
+    return next((kind for kind, methods in METHODS.items() if name in methods), None)
+
+
+def names(*kinds: str) -> tuple[str, ...]:
+    """Registered methods of these kinds, in the table's order."""
+    return tuple(name for kind in kinds for name in METHODS[kind])
+
+
+@functools.cache
+def method(name: str) -> Callable:
+    """The function of a registered method."""
+    found = METHODS[kind_of(name)][name]
+    if callable(found):
+        return found
+    module, function = found.split(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def options_of(name: str) -> dict[str, inspect.Parameter]:
+    """Options of a method: its keyword-only arguments that are not given."""
+    parameters = inspect.signature(method(name), eval_str=True).parameters.values()
+    return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in GIVENS}
+
+
+@functools.lru_cache(maxsize=1024)
+def givens_of(stage: Stage) -> tuple[str, ...]:
+    """What is made for a method with these options, see the module's beginning."""
+    parameters = inspect.signature(method(stage.name)).parameters
+    taken = {name: parameters[name].default is inspect.Parameter.empty for name in GIVENS if name in parameters}
+    values = [value for value in stage.chosen.values() if isinstance(value, str)]
+    needed = {name for name, required in taken.items() if required or name in values}
+    at_hand = {statistic for name in needed for statistic in GIVENS[name].captures}
+    return tuple(name for name in taken if name in needed or at_hand.issuperset(GIVENS[name].captures))
+
+
+def captures_of(stages: Sequence[Stage]) -> tuple[str, ...]:
+    """The statistics that calibration must take for these stages, in the table's order."""
+    needed = {statistic for stage in stages for name in givens_of(stage) for statistic in GIVENS[name].captures}
+    return tuple(name for name in STATISTICS if name in needed)
+
+
+def register(function: Callable, *, kind: str = "rounding", transform: bool = False) -> Callable:
+    """Makes a function a method of a kind ("transform", "rounding", "refiner", "block refiner") under its own name, in recipes
+    and all that takes them; returns it. transform=True is kind="transform".
+
+    Registering a name of one's own again replaces the function. Raises QjaxError for names of qjax's own methods and formats,
+    names that no recipe can spell, an unknown kind, and options without the type that a recipe reads them as.
+    """
+    name, kind = getattr(function, "__name__", ""), "transform" if transform else kind
+    kinds = [known for known in METHODS if known != "order"]
+    if kind not in kinds:
+        raise QjaxError(f"register: {name} as a {kind!r}; kinds are {', '.join(kinds)}")
+    _check_name(name, [*names(*METHODS), *GRIDS, *ALIASES, UNQUANTIZED], added_methods())
+    parameters = inspect.signature(function).parameters.values()
+    untyped = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.annotation is p.empty and p.name not in GIVENS]
+    if len([p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]) < 2 or untyped:
+        first = {"refiner": "weight, start", "block refiner": "block, start"}.get(kind, "weight, fmt")
+        raise QjaxError(
+            f"register: {name}{inspect.signature(function)} is no {kind}: expected ({first}, *, options), and every option "
+            "with a default and its type, as `sigmas: float = 3.0`"
+        )
+    for methods in METHODS.values():
+        methods.pop(name, None)
+    METHODS[kind][name] = function
+    _forget()
+    return function
+
+
+def register_statistic(name: str, statistic: Statistic) -> Statistic:
+    """Lets methods ask for a statistic of their layer's input, as a keyword-only argument of this name; returns it.
+
+    Registering a name of one's own again replaces it. Raises QjaxError for names of qjax's own.
+    """
+    _check_name(name, [*STATISTICS, *GIVENS], _added_statistics)
+    _added_statistics.add(name)
+    STATISTICS[name] = statistic
+    GIVENS[name] = _statistic(name)
+    _forget()
+    return statistic
+
+
+_added_statistics: set[str] = set()
+_caches: list[Callable] = [method, givens_of]
+
+
+@contextlib.contextmanager
+def scoped() -> Iterator[None]:
+    """Context after which what was registered inside is forgotten."""
+    tables = (METHODS, GIVENS, STATISTICS)
+    kept = [{name: dict(value) if isinstance(value, dict) else value for name, value in table.items()} for table in tables]
+    own = set(_added_statistics)
+    try:
+        yield
+    finally:
+        for table, before in zip(tables, kept, strict=True):
+            table.clear()
+            table.update(before)
+        _added_statistics.intersection_update(own)
+        _forget()
+
+
+def forgotten_on_change(cached: Callable) -> Callable:
+    """Marks a functools cache whose values depend on the registry."""
+    _caches.append(cached)
+    return cached
+
+
+def _forget() -> None:
+    for cached in _caches:
+        cached.cache_clear()
+
+
+def _check_name(name: str, taken: Sequence[str], own: object) -> None:
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise QjaxError(f"register: {name!r} is no name; a recipe spells it with a-z, 0-9 and _, a letter first")
+    if name in taken and name not in own:
+        raise QjaxError(f"register: {name} is a method, statistic, order or format of qjax already; give it another name")
+
+
+def added_methods() -> dict[str, Callable]:
+    """Methods from outside the package, see `register`."""
+    return {name: function for methods in METHODS.values() for name, function in methods.items() if callable(function)}
+
+
+def sources(stages: Sequence[Stage]) -> dict[str, str]:
+    """Source of every method that comes from outside the package; functions that it calls are not seen.
+
+    Raises QjaxError where there is none to read.
+    """
+    added = added_methods()
+    added = {stage.name: added[stage.name] for stage in stages if stage.name in added}
+    try:
+        return {name: inspect.getsource(function) for name, function in added.items()}
+    except (OSError, TypeError):
+        raise QjaxError(
+            f"the source of {', '.join(added)} cannot be read, and rows are told apart by it; define it in a file or a notebook"
+        ) from None
+
+
+def method_table() -> list[dict[str, str]]:
+    """One record per registered method: name, kind, options with defaults, statistics, what it does."""
+    return [
+        {
+            "method": f"@{name}" if kind == "order" else name,
+            "kind": kind,
+            "options": ", ".join(f"{o.name}={show(o.default)}" for o in options_of(name).values()),
+            "needs": "" if kind == "order" else ", ".join(captures_of([Stage(name)])) or "no data",
+            "what": inspect.getdoc(method(name) if kind == "order" else inspect.getmodule(method(name))).splitlines()[0],
+        }
+        for kind, methods in METHODS.items()
+        for name in methods
+    ]

@@ -1,0 +1,380 @@
+"""How scales and zero points are stored: the codecs that a format names, each with its bytes and its arithmetic.
+
+    scales   fp32, fp16, bf16                floats of a type
+             e8m0, e8m0_ceil, e8m0_even      powers of two in a byte, of the Microscaling formats
+             e4m3                            8-bit floats times one float32 of the whole weight: NVFP4
+             dq                              8-bit codes, in turn with scales and a mean: QLoRA's double quantization
+    zeros    codes                           integers of the format's own bits, packed along the output axis
+             z16, z32                        real numbers in float16 or float32, as HQQ has them
+
+Nothing outside this file tests for one of them: it asks the codec. A codec stores float32 scales (groups, columns) and loads
+them; `flat` formats keep them as one axis, output channel after output channel. To add one, write it
+here and name it in SCALES.
+
+JAX is imported where something is computed: sizes, names and tables do without it.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from jax import Array
+
+DOUBLE_QUANT_BLOCK = 256
+LARGEST_E4M3 = 448.0
+
+
+class QuantizedScales(NamedTuple):
+    """Doubly quantized scales of QLoRA: dynamic_map[codes] * scales + offset, in blocks of 256 scales.
+
+    Scales are flattened output channel after output channel. codes: (scales,) uint8; scales: (blocks,) float32, the
+    largest |scale - offset| of each block; offset: () float32, the mean scale.
+    """
+
+    codes: "Array"
+    scales: "Array"
+    offset: "Array"
+
+
+class ScaledFloats(NamedTuple):
+    """Scales of two levels, codes * scale. codes: (groups, columns) or flat, uint8, the bits of E4M3; scale: () float32."""
+
+    codes: "Array"
+    scale: "Array"
+
+
+@dataclasses.dataclass(frozen=True)
+class Floats:
+    """Scales in a floating-point type; one beyond its largest number becomes that number. What other codecs start from.
+
+    dtype: a NumPy name. movable: one scale can change while the others stay. together: what is stored of one depends on all
+    of them. signed: scales may be negative. label, note: what a table adds to the grid's name, and how it explains that.
+    """
+
+    dtype: str
+    movable: ClassVar[bool] = True
+    together: ClassVar[bool] = False
+    signed: ClassVar[bool] = True
+    label: ClassVar[str] = ""
+    note: ClassVar[str] = ""
+
+    def nbytes(self, count: int) -> int:
+        """Exact bytes of `count` scales."""
+        return count * (2 if self.dtype == "bfloat16" else np.dtype(self.dtype).itemsize)
+
+    def codes_exactly(self, flat: bool) -> bool:
+        """Whether codes are chosen for the scale as it is found instead of as it is stored."""
+        del flat
+        return False
+
+    def find(self, exact: "Array", largest: "Array", bound: float, mantissa: int) -> "Array":
+        """Scales of groups whose largest weight the value `bound` of the grid, of so many mantissa bits, is to stand for.
+
+        exact: largest / bound.
+        """
+        del largest, bound, mantissa
+        return exact
+
+    def common(self, largest: "Array", bound: float) -> "Array | None":
+        """What all scales of a weight are stored relative to, from the largest weights of its groups; None for nothing."""
+        del largest, bound
+
+    def common_of(self, stored: "Array | ScaledFloats") -> "Array | None":
+        """What stored scales are relative to."""
+        del stored
+
+    def store(self, scale: "Array", common: "Array | None", flat: bool) -> "Array | QuantizedScales | ScaledFloats":
+        """Scales in the form that a QTensor holds; common: see `common`."""
+        return _laid(self._narrow(scale, common), flat)
+
+    def load(self, stored: "Array | QuantizedScales | ScaledFloats", shape: tuple[int, int]) -> "Array":
+        """float32 scales of `shape` (groups, columns) from what `store` gave."""
+        return _of_shape(self._widen(stored, None), shape)
+
+    def nearest(self, scale: "Array", common: "Array | None") -> "Array":
+        """float32 scales as they are after being stored, each alone: of movable codecs."""
+        return self._widen(self._narrow(scale, common), common)
+
+    def _narrow(self, scale, common):
+        import jax.numpy as jnp
+
+        largest = jnp.finfo(self.dtype).max
+        return jnp.clip(scale, -largest, largest).astype(self.dtype)
+
+    def _widen(self, stored, common):
+        import jax.numpy as jnp
+
+        return stored.astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class PowersOfTwo(Floats):
+    """Powers of two, 2^(byte - 127). With a = the largest |w| of a group and b the grid's largest value, by three rules:
+
+    floor   2^(floor(log2 a) - floor(log2 b)): the OCP MX specification 1.0 (2023), torchao's FLOOR; cuts off up to half of a
+    ceil    2^ceil(log2(a / b)): cuBLAS', torchao's RCEIL; cuts nothing off
+    even    as floor, of a rounded to the grid's mantissa first: torchao's EVEN; compressed-tensors' for FP4 (for FP8 it
+            rounds to the mantissa of FP4 too)
+
+    A scale that is moved later goes to the nearest power of two, which is where a loss quadratic in it is least. Byte 0, a
+    subnormal float32, reads as 0, and 255, which stands for NaN, is never written.
+    """
+
+    dtype: str = "uint8"
+    rule: str = "floor"
+    signed: ClassVar[bool] = False
+    label: ClassVar[str] = "E8M0"
+    note: ClassVar[str] = "E8M0: the scales are powers of two."
+
+    def find(self, exact, largest, bound, mantissa):
+        """The power of two by the rule."""
+        match self.rule:
+            case "ceil":
+                exponent = (_bits(exact) + (1 << 23) - 1) >> 23
+            case "even":
+                exponent = ((_bits(largest) + (1 << (22 - mantissa))) >> 23) - math.floor(math.log2(bound))
+            case _:
+                exponent = (_bits(largest) >> 23) - math.floor(math.log2(bound))
+        return self._widen(_byte(exponent), None)
+
+    def _narrow(self, scale, common):
+        return _byte((_bits(scale) + (1 << 22)) >> 23)
+
+    def _widen(self, stored, common):
+        import jax
+        import jax.numpy as jnp
+
+        return jax.lax.bitcast_convert_type(stored.astype(jnp.int32) << 23, jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoLevels(Floats):
+    """E4M3 floats, rounded to even, times one float32 of the weight that brings the largest scale to 448, their largest.
+
+    NVFP4's scales (NVIDIA 2025, arXiv 2509.25149), with bytes as compressed-tensors and torchao write them but where all
+    weights of a group are 0, or 2^-15 of the largest or less: these libraries put other small scales there.
+    """
+
+    dtype: str = "uint8"
+    together: ClassVar[bool] = True
+    label: ClassVar[str] = "E4M3"
+    note: ClassVar[str] = "E4M3: the scales are 8-bit floats times one float32 of the weight."
+
+    def nbytes(self, count):
+        """A byte each, and the scale of them all."""
+        return count + 4
+
+    def common(self, largest, bound):
+        """The float32 of the weight."""
+        import jax.numpy as jnp
+
+        return jnp.max(jnp.abs(largest)) / (LARGEST_E4M3 * bound)
+
+    def common_of(self, stored):
+        """The float32 of the weight."""
+        return stored.scale
+
+    def store(self, scale, common, flat):
+        """ScaledFloats."""
+        return ScaledFloats(_laid(self._narrow(scale, common), flat), common)
+
+    def load(self, stored, shape):
+        """The product of both levels."""
+        return _of_shape(self._widen(stored.codes, stored.scale), shape)
+
+    def _narrow(self, scale, common):
+        import jax
+        import jax.numpy as jnp
+
+        relative = jnp.clip(scale / _nonzero(common), -LARGEST_E4M3, LARGEST_E4M3)
+        return jax.lax.bitcast_convert_type(relative.astype(jnp.float8_e4m3fn), jnp.uint8)
+
+    def _widen(self, stored, common):
+        import jax
+        import jax.numpy as jnp
+
+        return jax.lax.bitcast_convert_type(stored, jnp.float8_e4m3fn).astype(jnp.float32) * common
+
+
+@dataclasses.dataclass(frozen=True)
+class Nested(Floats):
+    """Codes of `dynamic_map` for the difference from the mean, relative to its largest in blocks of 256 scales (QLoRA).
+
+    For flat blocks as bitsandbytes does it, which codes weights with the exact maximum and quantizes that afterwards, with a
+    table of 2^16 equal steps instead of the nearest code.
+    """
+
+    dtype: str = "uint8"
+    movable: ClassVar[bool] = False
+    together: ClassVar[bool] = True
+    label: ClassVar[str] = "DQ"
+    note: ClassVar[str] = "DQ: the scales are quantized in turn."
+
+    def nbytes(self, count):
+        """A byte each, a float32 for each block and one for the mean."""
+        return count + 4 * math.ceil(count / DOUBLE_QUANT_BLOCK) + 4
+
+    def codes_exactly(self, flat):
+        """As bitsandbytes does."""
+        return flat
+
+    def store(self, scale, common, flat):
+        """QuantizedScales, flattened in any format."""
+        import jax.numpy as jnp
+
+        scale = scale.T.reshape(-1)
+        offset = jnp.mean(scale)
+        offset += jnp.mean(scale - offset)  # what rounding of the sum took
+        blocks = jnp.pad(scale - offset, (0, -scale.size % DOUBLE_QUANT_BLOCK)).reshape(-1, DOUBLE_QUANT_BLOCK)
+        largest = jnp.max(jnp.abs(blocks), axis=1)
+        scaled = blocks * (1 / _nonzero(largest))[:, None]
+        if flat:  # bitsandbytes' table
+            step = jnp.floor((scaled + 1) * 0.5 * 65535 + 0.5)
+            scaled = 2 * step / 65535 - 1
+        table = jnp.array(dynamic_map())
+        codes = jnp.searchsorted((table[:-1] + table[1:]) / 2, scaled, side="left").astype(jnp.uint8)
+        return QuantizedScales(codes.reshape(-1)[: scale.size], largest, offset)
+
+    def load(self, stored, shape):
+        """The value of each code in its block."""
+        import jax.numpy as jnp
+
+        values = jnp.array(dynamic_map())[stored.codes]
+        scales = jnp.repeat(stored.scales, DOUBLE_QUANT_BLOCK)[: values.size]
+        return _of_shape((values * scales + stored.offset).astype(jnp.float32), shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Zeros:
+    """Zero points that are codes: whole numbers 0..largest of the format's bits, packed along the output axis."""
+
+    whole: ClassVar[bool] = True
+
+    def nbytes(self, shape: tuple[int, int], bits: int, flat: bool) -> int:
+        """Exact bytes of the zero points of (groups, columns) groups."""
+        rows, columns = (1, math.prod(shape)) if flat else shape
+        return rows * packed_rows(columns, bits)
+
+    def nearest(self, zero: "Array", largest: int) -> "Array":
+        """float32 zero points as they are after being stored."""
+        import jax.numpy as jnp
+
+        return jnp.clip(jnp.round(zero), 0, largest)
+
+    def store(self, zero: "Array", bits: int, flat: bool) -> "Array":
+        """Zero points (groups, columns) in the form that a QTensor holds."""
+        import jax.numpy as jnp
+
+        from qjax import packing
+
+        zero = zero.astype(jnp.uint8)
+        zero = zero.T.reshape(1, -1) if flat else zero
+        return packing.pack(zero.T, bits).T
+
+    def load(self, stored: "Array", bits: int, shape: tuple[int, int], flat: bool) -> "Array":
+        """float32 zero points of `shape` (groups, columns) from what `store` gave."""
+        import jax.numpy as jnp
+
+        from qjax import packing
+
+        columns = shape[0] * shape[1] if flat else shape[1]
+        zero = packing.unpack(stored.T, bits, columns).T.astype(jnp.float32)
+        return zero.reshape(shape[::-1]).T if flat else zero
+
+
+@dataclasses.dataclass(frozen=True)
+class RealZeros(Zeros):
+    """Zero points that are real numbers in a floating-point type, as HQQ has them."""
+
+    dtype: str
+    whole: ClassVar[bool] = False
+
+    def nbytes(self, shape, bits, flat):
+        """A number a group."""
+        return math.prod(shape) * np.dtype(self.dtype).itemsize
+
+    def nearest(self, zero, largest):
+        """Rounded to the type."""
+        import jax.numpy as jnp
+
+        return zero.astype(self.dtype).astype(jnp.float32)
+
+    def store(self, zero, bits, flat):
+        """In the type."""
+        return _laid(zero.astype(self.dtype), flat)
+
+    def load(self, stored, bits, shape, flat):
+        """In float32."""
+        import jax.numpy as jnp
+
+        return _of_shape(stored.astype(jnp.float32), shape)
+
+
+def packed_rows(count: int, bits: int) -> int:
+    """Bytes that hold `count` codes of `bits` bits, in whole packing units (`packing.unit`)."""
+    unit = 8 // math.gcd(8, bits)
+    return math.ceil(count / unit) * unit * bits // 8
+
+
+@functools.cache
+def dynamic_map() -> np.ndarray:
+    """The 256 values in [-1, 1] that quantize scales when they are doubly quantized.
+
+    Seven decades, decade i with 2^i values per sign at the middles of equal parts of [0.1, 1], then 0 and 1
+    (dynamic tree quantization; Dettmers 2015, arXiv 1511.04561). float32 at each step, to be bitsandbytes' map bit for bit.
+    """
+    values = [0.0, 1.0]
+    for decade in range(7):
+        parts = 2**decade
+        index = np.arange(parts + 1)
+        low, high, step = np.float32(0.1), np.float32(1), np.float32(np.float32(0.9) / np.float32(parts))
+        # torch.linspace: from the nearer end, multiply and add rounded once.
+        edges = np.where(2 * index < parts, float(low) + float(step) * index, float(high) - float(step) * (parts - index))
+        edges = edges.astype(np.float32)
+        middles = (edges[:-1] + edges[1:]) / np.float32(2) * np.float32(10.0 ** (decade - 6))
+        values += [*middles, *-middles]
+    return np.sort(np.array(values, np.float32))
+
+
+def _laid(stored, flat):
+    return stored.T.reshape(-1) if flat else stored
+
+
+def _of_shape(scales, shape):
+    return scales if scales.ndim == 2 else scales.reshape(shape[::-1]).T
+
+
+def _bits(x):
+    import jax
+    import jax.numpy as jnp
+
+    return jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
+
+
+def _byte(exponent):
+    import jax.numpy as jnp
+
+    return jnp.clip(exponent, 0, 254).astype(jnp.uint8)
+
+
+def _nonzero(scale):
+    import jax.numpy as jnp
+
+    return jnp.where(scale == 0, 1.0, scale)
+
+
+SCALES: dict[str, Floats] = {
+    "fp32": Floats("float32"),
+    "fp16": Floats("float16"),
+    "bf16": Floats("bfloat16"),
+    "e8m0": PowersOfTwo(),
+    "e8m0_ceil": PowersOfTwo(rule="ceil"),
+    "e8m0_even": PowersOfTwo(rule="even"),
+    "e4m3": TwoLevels(),
+    "dq": Nested(),
+}
+ZEROS: dict[str, Zeros] = {"codes": Zeros(), "z16": RealZeros("float16"), "z32": RealZeros("float32")}

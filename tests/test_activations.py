@@ -1,0 +1,96 @@
+"""qjax.activations: names, and rounded inputs against float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qjax.activations import multiply_rounded, parse_activation, round_activation, static_scale
+from qjax.errors import QjaxError
+from qjax.formats import codebooks
+from qjax.kernels import layout
+from qjax.rounding.nearest import rtn
+
+IN, OUT = 24, 5
+X = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, IN)) * 3, jnp.float32).at[1, 2].set(0)
+
+
+def nearest(scaled: np.ndarray, grid: str) -> np.ndarray:
+    """The values of a grid nearest to x over its scale."""
+    if grid.startswith("int"):
+        half = 2 ** (int(grid[3:]) - 1)
+        return np.clip(np.round(scaled), -half, half - 1)
+    values = np.array(codebooks()[grid].values)
+    return values[np.argmin(np.abs(scaled[..., None] - values), axis=-1)]
+
+
+def bound(grid: str) -> float:
+    return 2 ** (int(grid[3:]) - 1) - 1.0 if grid.startswith("int") else codebooks()[grid].bound
+
+
+@pytest.mark.parametrize("name", ["int8-token", "int4-token", "fp8_e4m3-token", "nf4-token", "int8-g8", "int4-g16"])
+def test_every_token_or_group_by_its_largest_value(name):
+    grid, sharing = name.split("-")
+    size = IN if sharing == "token" else int(sharing[1:])
+    expected = np.zeros((6, IN))
+    for row, x in zip(expected, np.asarray(X, np.float64).reshape(6, IN), strict=True):
+        for start in range(0, IN, size):
+            part = x[start : start + size]
+            scale = np.float32(np.max(np.abs(part)) / bound(grid)) or 1.0
+            row[start : start + size] = nearest(part / scale, grid) * scale
+    got = round_activation(X, parse_activation(name))
+    assert got.dtype == X.dtype and got.shape == X.shape
+    assert np.mean(np.isclose(got, expected.reshape(X.shape), rtol=1e-5, atol=1e-7)) > 0.99  # but for ties
+    assert not np.any(got[1, 2])
+    assert float(jnp.max(jnp.abs(got - X))) > 0
+
+
+@pytest.mark.parametrize("name", ["int8-tensor", "fp8_e4m3-tensor"])
+def test_a_static_scale_is_that_of_calibration(name):
+    """What is larger than calibration saw is clipped, whatever the batch holds besides."""
+    activation, grid = parse_activation(name), name.split("-")[0]
+    assert activation.is_static
+    scale = static_scale(jnp.linspace(0, 4, IN), activation)
+    assert float(scale) == pytest.approx(4 / bound(grid))
+    expected = nearest(np.clip(np.asarray(X, np.float64) / float(scale), -200 if "int" in grid else -448, 448), grid) * float(
+        scale
+    )
+    got = round_activation(X, activation, scale)
+    assert np.mean(np.isclose(got, expected, rtol=1e-5)) > 0.99
+    np.testing.assert_array_equal(got[:1], round_activation(X[:1], activation, scale))
+    with pytest.raises(QjaxError, match=f"{name} is static, but there is none"):
+        round_activation(X, activation)
+    with pytest.raises(QjaxError, match="int8-token is dynamic, but one was given"):
+        round_activation(X, parse_activation("int8-token"), scale)
+
+
+def test_names():
+    for text, name in {
+        "nf4": "nf4-g64",
+        " fp4-token": "fp4_e2m1-token",
+        "int8-tensor": "int8-tensor",
+        "int3-g128": "int3-g128",
+    }.items():
+        assert str(parse_activation(text)) == name and parse_activation(name) == parse_activation(text)
+    for wrong in ("int8", "int8-channel", "int8-token-sym", "int9-token", "bf16", "nf4-b64", "nf4-dq", "token", "", "int8-g0"):
+        with pytest.raises(QjaxError, match="expected GRID-token, GRID-gN or GRID-tensor"):
+            parse_activation(wrong)
+
+
+def test_the_gradient_is_that_of_the_input():
+    for name in ("int8-token", "int4-g8"):
+        gradient = jax.grad(lambda x, name=name: jnp.sum(round_activation(x, parse_activation(name)) * X))(X)
+        np.testing.assert_allclose(gradient, X, rtol=1e-6)
+
+
+def test_products_are_those_of_rounded_inputs_whatever_holds_the_weight():
+    """In integers, decoded or laid out for a kernel."""
+    weight = jnp.asarray(np.random.default_rng(1).standard_normal((IN, OUT)), jnp.float32)
+    for fmt, name in (("int8-channel-sym", "int8-token"), ("int4-g8", "int8-token"), ("int4-g8", "fp8_e4m3-token")):
+        activation = parse_activation(name)
+        q, _ = rtn(weight, fmt)
+        decoded = layout.dequantize(layout.prepare(q))
+        expected = np.asarray(round_activation(X, activation), np.float64) @ np.asarray(decoded, np.float64)
+        for held in (q, layout.prepare(q), decoded):
+            how = {"implementation": "reference"} if isinstance(held, layout.KernelWeight) else {}
+            np.testing.assert_allclose(multiply_rounded(X, held, activation, **how), expected, atol=1e-4)
