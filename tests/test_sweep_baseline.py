@@ -91,6 +91,22 @@ def test_recipes_of_a_quantized_model_are_refused(work, tmp_path):
     assert not (tmp_path / ROWS).exists()
 
 
+def test_kernels_that_are_quantized_are_left_by_a_rule(work, tmp_path):
+    """The rest of a model that is quantized in part."""
+    _, tiny, _, sweep, _, _ = work
+    part, _ = qjax.quantize(tiny, RECIPE, rules=["block_1=none"])
+    part = part._replace(name="part")
+    with pytest.raises(QjaxError, match=r"quantized already.*block_0/"):
+        run_sweep(part, sweep, tmp_path)
+    asked = dataclasses.replace(sweep, recipes=("rtn:int8-g16",), rules=("block_0=none",), baseline=tiny, tasks=())
+    rows = run_sweep(part, asked, tmp_path)
+    whole, report = qjax.quantize(tiny, RECIPE, rules=["block_1=rtn:int8-g16"])
+    assert rows[2]["recipe"] == "rtn:int8-g16; block_0=none" and rows[2]["model_recipe"] == part.recipe
+    assert rows[2]["nll"] == qjax.perplexity(whole, sweep.corpora[0], "windows-32", max_windows=4).nll
+    assert rows[2]["bits_per_weight"] == pytest.approx(report.bits_per_weight)
+    assert rows[1]["bits_per_weight"] < rows[2]["bits_per_weight"]  # only what is quantized counts
+
+
 @pytest.mark.parametrize("changes", [{"context": 16}, {"vocabulary_size": 300}])
 def test_baselines_of_another_shape_are_refused(work, tmp_path, changes):
     _, tiny, packed, sweep, _, _ = work

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 from jaxtyping import Array, PyTree
 
 from qjax.driver.layer import LayerRecord
@@ -32,7 +33,8 @@ def make_report(params: PyTree, records: Sequence[LayerRecord], seconds: float) 
     leaves = jax.tree.leaves(params, is_leaf=is_quantized)
     weights = sum(math.prod(leaf.shape) for leaf in leaves)
     size = sum(leaf.nbytes for leaf in leaves)
-    chosen = [record for record in records if record.recipe != UNQUANTIZED] or records
+    flat = flatten_dict(params, sep="/")
+    chosen = [each for each in records if each.recipe != UNQUANTIZED or is_quantized(flat.get(each.path))] or records
     counts = [record.in_features * record.out_features for record in chosen]
     bits = sum(record.bits_per_weight * count for record, count in zip(chosen, counts, strict=True)) / sum(counts)
     return Report(tuple(records), bits, 8 * size / weights, size, seconds)

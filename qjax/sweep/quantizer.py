@@ -2,17 +2,13 @@
 calibration gives.
 """
 
-import math
 from collections.abc import Callable, Sequence
-
-import jax
 
 from qjax.driver.decoder import quantize_together
 from qjax.driver.layer import LayerRecord
 from qjax.driver.report import Report
-from qjax.linear import is_quantized
 from qjax.models.model import Model, runnable
-from qjax.recipe import UNQUANTIZED, Stage
+from qjax.recipe import Stage
 from qjax.sweep.columns import Cell
 
 PARALLEL = Stage("parallel")
@@ -41,8 +37,6 @@ class Quantizer:
         return cell._replace(**self._last[1])
 
     def _make(self, cell: Cell, later: Sequence[Cell]) -> dict[tuple, tuple[Model, Report]]:
-        if cell.plan.recipe == UNQUANTIZED and not cell.plan.rules and _quantized_leaves(cell.subject):
-            return {_place(cell): (cell.subject, report_as_it_is(cell.subject))}
         together = {_place(cell): cell}
         if cell.order == PARALLEL:
             others = {_place(other): other for other in later if other.order == PARALLEL}
@@ -55,17 +49,3 @@ class Quantizer:
 
 def _place(cell: Cell) -> tuple:
     return cell.fingerprint, cell.plan
-
-
-def _quantized_leaves(model: Model) -> list:
-    return [leaf for leaf in jax.tree.leaves(model.params, is_leaf=is_quantized) if is_quantized(leaf)]
-
-
-def report_as_it_is(model: Model) -> Report:
-    """The sizes of a model that is quantized already."""
-    leaves = jax.tree.leaves(model.params, is_leaf=is_quantized)
-    counts = [math.prod(leaf.shape) for leaf in leaves]
-    quantized = [(leaf.nbytes, count) for leaf, count in zip(leaves, counts, strict=True) if is_quantized(leaf)]
-    bits = 8 * sum(size for size, _ in quantized) / sum(count for _, count in quantized)
-    size = sum(leaf.nbytes for leaf in leaves)
-    return Report((), bits, 8 * size / sum(counts), size, 0.0)

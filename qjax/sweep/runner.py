@@ -152,7 +152,7 @@ def _measured(cell: Cell, head: dict[str, object], asked: Sequence[Measurement],
 def _cells(model: Model, sweep: Sweep) -> list[Cell]:
     """Every cell of a sweep, the baseline's first, not measured yet. Raises what can be wrong with the request."""
     plans = plans_of(sweep, model.config.layers)
-    orders = {plan: None if plan == AS_IT_IS else calibration_order(model, plan.recipe, plan.rules) for plan in plans}
+    orders = {plan: calibration_order(model, plan.recipe, plan.rules) for plan in plans}
     _check_calibration(model, sweep, [plan for plan in plans if orders[plan]])
     convention = sweep.convention.clipped(model.config.context)
     corpora = list({corpus.fingerprint: corpus for corpus in sweep.corpora}.values())  # the same text counts once

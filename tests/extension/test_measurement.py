@@ -9,6 +9,7 @@ import qjax
 from qjax.checkpoints.huggingface import save_huggingface
 from qjax.cli import app as cli
 from qjax.errors import QjaxError
+from qjax.evaluate.corpora import Corpus
 from qjax.report.rerun_table import rerun_table, unequal
 from qjax.sweep import columns
 from qjax.sweep.columns import BASELINE, Column, Measurement, column_of, data_dictionary, register_measurement
@@ -159,3 +160,25 @@ def test_a_measurement_that_gives_what_it_has_not_declared_is_named(work, tmp_pa
         with pytest.raises(QjaxError, match=named):
             qjax.run_sweep(qjax.load(work / "tiny"), sweep.__class__(**{**sweep.__dict__, "seed": seed}), tmp_path)
     assert read_rows(tmp_path / ROWS) == []
+
+
+def test_what_no_text_changes_is_measured_once_and_its_source_is_part_of_the_key(work, tmp_path):
+    model, calls = qjax.load(work / "tiny"), []
+    corpora = tuple(Corpus(name, (text,), name) for name, text in (("a", TEXT), ("b", TEXT[::-1])))
+    sweep = qjax.Sweep(("none",), corpora, qjax.parse_convention("windows-32"), 1, measures=("counted",))
+
+    def counted(cell):
+        calls.append(cell.corpus.name)
+        return {"counted": len(calls)}
+
+    def counted_otherwise(cell):
+        return counted(cell)
+
+    keys = []
+    for measure in (counted, counted_otherwise):
+        column = Column("counted", int, "", "how often it was measured")
+        register_measurement(Measurement("counted", "Counted", (column,), measure=measure, on_every_text=False))
+        rows = qjax.run_sweep(model, sweep, tmp_path)
+        assert [row["counted"] for row in rows] == [len(calls)] * 2
+        keys += [row["key"] for row in rows]
+    assert calls == ["a", "a"] and len(set(keys)) == 4
