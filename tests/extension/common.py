@@ -1,5 +1,7 @@
 """What every extension goes through: a sweep of a tiny model, rows, tables and figures."""
 
+import functools
+
 import numpy as np
 
 import qjax
@@ -8,9 +10,15 @@ from tests.conftest import byte_tokenizer, random_model, tiny_config
 TEXT = "".join(chr(97 + (i * i + i // 7) % 26) for i in range(600))
 
 
+@functools.cache
+def tiny_model():
+    """A random Llama of two blocks with a byte-level tokenizer."""
+    return random_model(tiny_config(), byte_tokenizer())
+
+
 def sweep(folder, *recipes, model=None, **options) -> dict[str, dict]:
     """Rows by recipe as asked for, after their tables and figures are written; every figure is finite."""
-    model = model or random_model(tiny_config(), byte_tokenizer())
+    model = model or tiny_model()
     (folder / "letters.txt").parent.mkdir(parents=True, exist_ok=True)
     (folder / "letters.txt").write_text(TEXT)
     corpus = qjax.load_corpus(f"text:{folder / 'letters.txt'}")

@@ -9,8 +9,7 @@ import scipy.linalg
 import qjax
 from qjax.errors import QjaxError
 from qjax.maps import Divide
-from tests.conftest import byte_tokenizer, random_model, tiny_config
-from tests.extension.common import sweep
+from tests.extension.common import sweep, tiny_model
 
 pytestmark = pytest.mark.usefixtures("registries")
 
@@ -50,8 +49,8 @@ def rotate(weights, fmt):
 
 def outlying_model():
     """One input of every norm is forty times as large, which its readers undo."""
-    model = random_model(tiny_config(), byte_tokenizer())
-    params = jax.tree.map(lambda leaf: leaf, model.params)
+    model = tiny_model()
+    params = jax.tree.map(lambda leaf: leaf, model.params)  # dicts of its own
     for i in range(model.config.layers):
         block = params[f"block_{i}"]
         for norm, readers in (("attention_norm", "qkv"), ("mlp_norm", ("gate", "up"))):
@@ -78,7 +77,7 @@ def test_a_map_of_ones_own_is_saved_with_its_layer(tmp_path):
     qjax.register(rotate, kind="transform")
     rows = sweep(tmp_path / "rows", "rotate+rtn:int8-channel-fp32", "rotate+gptq:int4-channel@qep", "gptq:int4-channel@qep")
     assert abs(rows["rotate+rtn:int8-channel-fp32"]["perplexity_ratio"] - 1) < 0.01
-    model = random_model(tiny_config(), byte_tokenizer())
+    model = tiny_model()
     quantized, report = qjax.quantize(model, "rotate+rtn:int8-channel-fp32")
     qjax.save(tmp_path / "model", quantized)
     loaded = qjax.load(tmp_path / "model")
@@ -95,4 +94,4 @@ def test_what_is_no_map_is_named():
         return jnp.ones(len(weights[0]))
 
     with pytest.raises(QjaxError, match=r"scales returned .*expected a map of the input, as qjax.maps.Divide"):
-        qjax.quantize(random_model(tiny_config()), "scales+rtn:int4-g16")
+        qjax.quantize(tiny_model(), "scales+rtn:int4-g16")
