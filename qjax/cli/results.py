@@ -44,6 +44,7 @@ def rerun(
     from qjax.report.rerun_table import rerun_table, unequal
     from qjax.sweep.request import find_row
     from qjax.sweep.rerun import rerun as measure_again
+    from qjax.sweep.rows import restated
 
     old = find_row(rows, row, str(folder))
     named = split_names(tasks) if tasks else []
@@ -51,6 +52,7 @@ def rerun(
     with live_sweep() as watcher:
         places = {"model": model, "data": data, "calibration": calibration, "tasks": named, "baseline": baseline}
         new = measure_again(old, **places, watcher=watcher)
+    old = restated(old)
     console().print(to_rich(rerun_table(old, new)))
     if unequal(old, new):
         raise typer.Exit(UNEQUAL)

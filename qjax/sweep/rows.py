@@ -60,6 +60,13 @@ def recipe_without_rules(row: Row) -> str:
     return str(row["recipe"]).removesuffix("".join(f"; {rule}" for rule in row["rules"]))
 
 
+def restated(row: Row) -> dict[str, object]:
+    """A complete row with its recipe as it is spelled now: gptq(refine=4) of earlier versions is gptq+descend."""
+    rules = [str(parse_rule(rule)) for rule in row["rules"]]
+    recipe = str(parse_recipe(recipe_without_rules(row)) or UNQUANTIZED)
+    return {**row, "recipe": "; ".join([recipe, *rules]), **recipe_columns(recipe, rules, row["block"])}
+
+
 def complete(row: Row) -> dict[str, object]:
     """A cell's row with the columns that rows of earlier versions lack; nothing else reads their names apart.
 
