@@ -115,6 +115,7 @@ GRIDS = {  # name -> bits of a code
     **FLOATS,
 }
 MICROSCALING = {"mxfp4": "fp4_e2m1", "mxfp8_e4m3": "fp8_e4m3", "mxfp8_e5m2": "fp8_e5m2"}
+UNQUANTIZED = "none"  # the recipe of a model as it is
 ALIASES = {  # what a name stands for
     "fp4": "fp4_e2m1",
     "mxfp8": "fp8_e4m3-g32-e8m0",

@@ -29,7 +29,7 @@ from jaxtyping import Array, Float
 
 from qjax.calibrate.statistics import STATISTICS, Statistic
 from qjax.errors import QjaxError
-from qjax.formats import ALIASES, GRIDS
+from qjax.formats import ALIASES, GRIDS, UNQUANTIZED
 from qjax.maps import InputMap
 from qjax.rounding.parts.feedback import factorize
 
@@ -41,7 +41,6 @@ METHODS: dict[str, dict[str, str | Callable]] = {
     "order": {name: f"qjax.calibrate.order:{name}" for name in ("parallel", "block", "sequential", "qep")},
 }
 FOLLOWED_BY = {"awq": "rtn(clip=hessian)"}  # the rounding of a recipe that ends in this transform; others end in rtn
-UNQUANTIZED = "none"  # the recipe of a model as it is
 
 
 class Memo:

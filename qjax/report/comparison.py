@@ -14,7 +14,7 @@ import numpy as np
 
 from qjax.errors import QjaxError
 from qjax.evaluate.statistics import accuracy_difference, ratio_stderr
-from qjax.recipe import UNQUANTIZED
+from qjax.formats import UNQUANTIZED
 from qjax.report.rendering import MISSING, Column, Row, Table, columns_of, loss_change, number, significant, with_error
 from qjax.report.tables import NOISE, cells_of, distinctions
 from qjax.sweep.columns import column_of, with_roles

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qjax.errors import QjaxError
-from qjax.recipe import method_name, parse_recipe
 from qjax.report.drawing import (
     BARS,
     LABEL_SIZE,
@@ -148,7 +147,11 @@ def _mean(members: Sequence[Row]) -> float:
 
 
 def _method(row: Row) -> str:
-    return method_name(parse_recipe(row["place_recipe"])) if "place_recipe" in row else str(row["method"])
+    if "place_recipe" not in row:
+        return str(row["method"])
+    from qjax.recipe import method_name, parse_recipe
+
+    return method_name(parse_recipe(row["place_recipe"]))
 
 
 def _value_and_error(members: Sequence[Row], merged: Row | None) -> tuple[float, float]:

@@ -10,8 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from qjax.errors import QjaxError
-from qjax.formats import INTEGERS, parse_format
-from qjax.recipe import UNQUANTIZED
+from qjax.formats import INTEGERS, UNQUANTIZED, parse_format
 from qjax.report.rendering import MISSING, Column, Row, Table, decimals, number
 from qjax.report.seeds import seeds_of
 from qjax.report.sensitivity import ordinary

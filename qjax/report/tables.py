@@ -7,8 +7,7 @@ Rows of different baselines, texts, conventions or devices are never put in one 
 from collections.abc import Iterable, Sequence
 
 from qjax.errors import QjaxError
-from qjax.formats import format_table
-from qjax.methods import UNQUANTIZED, method_table
+from qjax.formats import UNQUANTIZED, format_table
 from qjax.report.rendering import (
     MISSING,
     Column,
@@ -181,6 +180,8 @@ def formats_table() -> Table:
 
 def recipes_table() -> Table:
     """Every registered rounding and transform, with its options and the statistics it needs."""
+    from qjax.methods import method_table
+
     columns = tuple(Column(key, key, text=True) for key in ("method", "kind", "options", "needs", "what"))
     notes = (
         "A recipe is METHOD[+METHOD...]:FORMAT[@ORDER], options in parentheses: awq+gptq(clip=mse):int3-g128@qep. "

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qjax.recipe import UNQUANTIZED
+from qjax.formats import UNQUANTIZED
 
 if TYPE_CHECKING:
     from qjax.driver.report import Report

@@ -9,9 +9,8 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 
-from qjax.driver.placement import parse_rule
 from qjax.errors import QjaxError
-from qjax.recipe import UNQUANTIZED, method_name, parse_recipe
+from qjax.formats import UNQUANTIZED
 from qjax.sweep.columns import BASELINE, SAME_CELL, Row, measurements, spelled, with_roles
 
 
@@ -34,6 +33,9 @@ def cell_columns(row: Row, *, without: Iterable[str] = ()) -> str:
 
 def recipe_columns(recipe: str, rules: Sequence[str] = (), block: int | None = None) -> dict[str, object]:
     """The parts of a recipe and its rules. block: the only one that the last rule quantizes, in a sensitivity table."""
+    from qjax.driver.placement import parse_rule
+    from qjax.recipe import method_name, parse_recipe
+
     parsed, placed = parse_recipe(recipe), [parse_rule(rule) for rule in rules]
     stages = () if parsed is None else parsed.stages
     found = {
@@ -62,6 +64,9 @@ def recipe_without_rules(row: Row) -> str:
 
 def restated(row: Row) -> dict[str, object]:
     """A complete row with its recipe as it is spelled now: gptq(refine=4) of earlier versions is gptq+descend."""
+    from qjax.driver.placement import parse_rule
+    from qjax.recipe import parse_recipe
+
     rules = [str(parse_rule(rule)) for rule in row["rules"]]
     recipe = str(parse_recipe(recipe_without_rules(row)) or UNQUANTIZED)
     return {**row, "recipe": "; ".join([recipe, *rules]), **recipe_columns(recipe, rules, row["block"])}
