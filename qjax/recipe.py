@@ -66,8 +66,9 @@ class Recipe:
 
     @property
     def statistics(self) -> tuple[str, ...]:
-        """Names of the statistics of layer inputs that its methods are made from."""
-        return captures_of(self.stages)
+        """Names of the statistics of layer inputs that its methods and a static activation format are made from."""
+        scale = ("abs_max",) if self.activation and self.activation.is_static else ()
+        return tuple(dict.fromkeys([*captures_of(self.stages), *scale]))
 
     @property
     def reads_data(self) -> bool:

@@ -17,7 +17,7 @@ from jaxtyping import Array, PyTree
 
 from qjax.calibrate.capture import Batch, Captured, capture_statistics, outputs_of
 from qjax.calibrate.order import Order
-from qjax.driver.layer import LayerRecord, Mapped, Rounded, make_record, placed, round_kernel
+from qjax.driver.layer import LayerRecord, Rounded, make_record, placed, round_kernel
 from qjax.driver.part import Part
 from qjax.driver.placement import Plan
 from qjax.driver.transform import transform
@@ -165,7 +165,7 @@ def _refine_by(run: _Run, stage: Stage, paths: Sequence[str], base: Mapping, rou
     held = {**base, **{path: _leaf(part, path, each) for path, each in rounded.items()}}
 
     def apply(weights: Mapping[str, QTensor | Array], *args: object) -> object:
-        new = {path: Linear(w, _inputs(rounded[path].mapped), rounded[path].recipe.activation) for path, w in weights.items()}
+        new = {path: rounded[path].leaf_of(weight) for path, weight in weights.items()}
         with quantized_kernels():
             return part.module.apply({"params": unflatten_dict({**held, **new}, sep="/")}, *args)
 
@@ -177,10 +177,6 @@ def _refine_by(run: _Run, stage: Stage, paths: Sequence[str], base: Mapping, rou
     found, told = stage(block, start)
     infos = {path: rounded[path].info._replace(proxy_loss=None, output_error=None, clipped=None) for path in paths}
     return {path: placed(rounded[path]._replace(block=told), found[path], infos[path], Memo()) for path in paths}
-
-
-def _inputs(mapped: Mapped | None) -> tuple:
-    return () if mapped is None or mapped.folded else mapped.inputs
 
 
 def _codes(leaf: QTensor | Linear) -> QTensor:

@@ -1,7 +1,7 @@
 """Any Linen model: its linear layers are found by tracing it, quantized, and run in its own code."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import flax.linen as nn
 import numpy as np
@@ -13,9 +13,10 @@ from qjax.calibrate.tokens import as_weights
 from qjax.driver.flow import quantize_part
 from qjax.driver.layer import LayerRecord
 from qjax.driver.part import Part
-from qjax.driver.placement import Rule, one_order, parsed, place
+from qjax.driver.placement import Plan, Rule, one_order, parsed, place
 from qjax.driver.report import Report, cast_others, make_report, warn_of_few_tokens
 from qjax.errors import QjaxError
+from qjax.interception.contraction import KernelView
 from qjax.interception.linen import linear_layers, quantized_kernels
 from qjax.linear import dequantize, is_quantized
 from qjax.methods import Stage
@@ -46,6 +47,26 @@ def quantize_flax(
     """
     recipe, rules = parsed(recipe, rules, order)
     batches = list(batches)
+    _check(batches, params)
+    started = time.perf_counter()
+    views, placed = _placed(module, params, batches, recipe, rules)
+    plan = {path: placed[path] for path in views}
+    weights = [None] * len(batches) if weights is None else as_weights(weights)
+    if len(weights) != len(batches):
+        raise QjaxError(f"quantize_flax: {len(batches)} batches but {len(weights)} arrays of weights")
+    calibration = [Batch(tuple(args), w) for args, w in zip(batches, weights, strict=True)]
+    stage = one_order(plan)
+    shared = sharing(module, params, *distinct_calls(batches)) if stage else {}
+    part = Part(module, "", params, views, shared)
+    (found,) = quantize_part(part, [plan], (stage or Stage("parallel"))(), calibration, calibration, on_layer)
+    warn_of_few_tokens(found.records)
+    done = [path for path in placed if path in views or placed[path] is None]
+    result = unflatten_dict(found.leaves | cast_others(found.leaves, recipe, done), sep="/")
+    return result, make_report(result, found.records, time.perf_counter() - started)
+
+
+def _check(batches: Sequence[object], params: PyTree) -> None:
+    """Raises QjaxError for what cannot be arguments and a collection."""
     if not batches:
         raise QjaxError("quantize_flax: batches is empty; give at least one tuple of arguments of module.apply")
     if wrong := [
@@ -54,11 +75,18 @@ def quantize_flax(
         raise QjaxError(f"quantize_flax: {', '.join(wrong)}; give tuples of arguments of module.apply, [(x,)] for one array")
     if isinstance(params.get("params"), Mapping):
         raise QjaxError("quantize_flax: params holds a collection 'params'; give that collection, variables['params']")
-    if any(is_quantized(leaf) for leaf in flatten_dict(params, sep="/").values()):
-        raise QjaxError("quantize_flax: the parameters are quantized already; start from the unquantized ones")
     flat = flatten_dict(params, sep="/")
     if not flat:
         raise QjaxError("quantize_flax: params is empty; give the collection 'params' that module.init made")
+    if any(map(is_quantized, flat.values())):
+        raise QjaxError("quantize_flax: the parameters are quantized already; start from the unquantized ones")
+
+
+def _placed(
+    module: nn.Module, params: PyTree, batches: Sequence[tuple], recipe: Recipe | None, rules: Sequence[Rule]
+) -> tuple[dict[str, KernelView], Plan]:
+    """How each linear layer's kernel is a matrix, and what each kernel gets; raises QjaxError for those that cannot have it."""
+    flat = flatten_dict(params, sep="/")
     kernels = [path for path in flat if path.split("/")[-1] == "kernel" and np.ndim(flat[path]) > 1]
     views, refused = {}, {}
     for args in distinct_calls(batches):
@@ -76,30 +104,13 @@ def quantize_flax(
         raise QjaxError(f"{'; '.join(blocked)}. A rule 'PATTERN=none' leaves such a layer as it is")
     if not views:
         raise QjaxError(f"{type(module).__name__}: no Dense, DenseGeneral or Einsum layer found to quantize")
-    started = time.perf_counter()
-    plan = {path: placed[path] for path in views}
-    for path, chosen in plan.items():
-        if chosen is not None and flat[path].shape != views[path].shape:
+    for path, view in views.items():
+        if placed[path] is not None and flat[path].shape != view.shape:
             raise QjaxError(
-                f"{path} has shape {flat[path].shape} where its layer multiplies with {views[path].shape}: a layer under "
-                "nn.scan or nn.vmap; quantize such kernels with jax.vmap(qjax.rtn, ...), a rule 'PATTERN=none' leaves them as "
-                "they are"
+                f"{path} has shape {flat[path].shape} where its layer multiplies with {view.shape}: a layer under nn.scan or "
+                "nn.vmap; quantize such kernels with jax.vmap(qjax.rtn, ...), a rule 'PATTERN=none' leaves them as they are"
             )
-    weights = [None] * len(batches) if weights is None else as_weights(weights)
-    if len(weights) != len(batches):
-        raise QjaxError(f"quantize_flax: {len(batches)} batches but {len(weights)} arrays of weights")
-    calibration = [Batch(tuple(args), w) for args, w in zip(batches, weights, strict=True)]
-    stage = one_order(plan) or Stage("parallel")
-    order = stage()
-    calibrated = any(chosen and chosen.reads_data for chosen in plan.values())
-    part = Part(module, "", params, views, sharing(module, params, *distinct_calls(batches)) if calibrated else {})
-    (found,) = quantize_part(part, [plan], order, calibration, calibration, on_layer)
-    warn_of_few_tokens(found.records)
-    leaves = found.leaves | cast_others(
-        found.leaves, recipe, [path for path in placed if path in views or placed[path] is None]
-    )
-    result = unflatten_dict(leaves, sep="/")
-    return result, make_report(result, found.records, time.perf_counter() - started)
+    return views, placed
 
 
 def apply_flax(module: nn.Module, params: PyTree, *args: object, **kwargs: object) -> object:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from qjax import maps
+from qjax.activations import static_scale
 from qjax.calibrate.order import Order, correct
 from qjax.calibrate.statistics import STATISTICS
 from qjax.errors import QjaxError
@@ -72,6 +73,14 @@ class Rounded(NamedTuple):
     tokens: Array | None = None
     block: BlockInfo = BlockInfo()
 
+    def leaf_of(self, weight: QTensor | Array) -> Linear:
+        """The layer with this weight: a QTensor, or an array in its place."""
+        inputs = () if self.mapped is None or self.mapped.folded else self.mapped.inputs
+        activation = self.recipe.activation
+        static = activation is not None and activation.is_static
+        scale = static_scale(self.statistics["abs_max"], activation) if static else None
+        return Linear(weight, inputs, activation, scale)
+
 
 def round_kernel(
     weight: Float[Array, "in out"],
@@ -98,13 +107,13 @@ def round_kernel(
 
 def placed(done: Rounded, q: QTensor, info: Info, memo: Memo, *, corrected: bool = True) -> Rounded:
     """The kernel with these codes. corrected: what was rounded is not the weight as it came."""
-    mapped, recipe, known = done.mapped, done.recipe, done.statistics
+    mapped, known = done.mapped, done.statistics
     if "hessian" in known:
         loss = output_loss(dequantize(q) - done.weight, known["hessian"]) if info.proxy_loss is None else info.proxy_loss
         whole = memo.get(output_loss, done.weight, known["hessian"])
         info = info._replace(proxy_loss=loss, output_error=relative(loss, whole))
-    inputs = () if mapped is None or mapped.folded else mapped.inputs
-    leaf = Linear(q, inputs, recipe.activation) if inputs or recipe.activation else q
+    leaf = done.leaf_of(q)
+    leaf = leaf if leaf.inputs or leaf.activation else q
     if corrected:  # for every method alike
         rows = mapped.inputs[0].scale[:, None] if mapped is not None and mapped.folded else 1.0
         change, before = (jnp.sum(jnp.square(w / rows)) for w in (dequantize(leaf) - done.original, done.original))

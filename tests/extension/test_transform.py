@@ -66,10 +66,12 @@ def test_smoothquant_with_int8_activations(tmp_path):
     qjax.register(smooth, kind="transform")
     weights = "int8-channel-sym-max"
     recipes = (f"rtn:{weights}", f"rtn:{weights}/int8-token", f"smooth+rtn:{weights}/int8-token@parallel")
-    rows = sweep(tmp_path, *recipes, f"rtn:{weights}/int4-token", f"smooth+rtn:{weights}/int4-token@parallel",
+    static = f"rtn:{weights}/int8-tensor@parallel"
+    rows = sweep(tmp_path, *recipes, static, f"rtn:{weights}/int4-token", f"smooth+rtn:{weights}/int4-token@parallel",
                  model=outlying_model(), divergence=True)  # fmt: skip
     kl = {recipe: row["kl"] for recipe, row in rows.items()}
     assert kl[recipes[0]] < kl[recipes[1]] < kl[f"rtn:{weights}/int4-token"]
+    assert kl[recipes[0]] < kl[static] < kl[f"rtn:{weights}/int4-token"] and rows[static]["order"] == "parallel"
     assert kl[f"smooth+rtn:{weights}/int4-token@parallel"] < 0.3 * kl[f"rtn:{weights}/int4-token"]
 
 

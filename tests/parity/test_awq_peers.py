@@ -22,7 +22,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 import qjax
-from qjax.driver import part as layerwise
+from qjax.driver import transform as driver
 from qjax.linear import dequantize
 from tests.parity import peers
 from tests.paths import real_data
@@ -98,13 +98,13 @@ def ours(case):
     @functools.cache
     def find(name: str, recipe: str) -> Weights:
         folder, tokens = case(name)
-        model, folded, fold_map = qjax.load(folder), [], layerwise.fold_map
+        model, folded, fold_map = qjax.load(folder), [], driver.fold_map
 
         def record(leaves, fold, divide):
             folded.append((fold, np.asarray(divide.scale)))
             return fold_map(leaves, fold, divide)
 
-        with mock.patch.object(layerwise, "fold_map", record):
+        with mock.patch.object(driver, "fold_map", record):
             quantized, _ = qjax.quantize(model, recipe, calibration=tokens)
         leaves, found, a_block = flatten_dict(quantized.params, sep="/"), {}, len(folded) // model.config.layers
         for number in range(model.config.layers):
