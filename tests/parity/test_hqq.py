@@ -41,8 +41,9 @@ def assert_same(q, there):
     scale, zero = unpack_parameters(q)
     np.testing.assert_allclose(scale, scales, rtol=1e-6)
     np.testing.assert_allclose(zero, zeros, rtol=1e-3 if q.format.zeros == "z16" else 1e-5, atol=1e-5)
-    same = np.asarray(unpack_codes(q)) == codes
-    assert same.mean() > (0.995 if q.format.zeros == "z16" else 0.9999)
+    apart = np.abs(np.asarray(unpack_codes(q), int) - codes)  # by the rounding of zeros to float16, which 8 bits are as fine as
+    assert apart.max() <= 1
+    assert np.mean(apart == 0) > (0.9999 if q.format.zeros == "z32" else 0.9 if q.format.bits == 8 else 0.995)
 
 
 @pytest.mark.parametrize(("bits", "group"), [(8, 64), (4, 64), (3, 64), (2, 32)])
