@@ -11,6 +11,8 @@ _PUBLIC = {
     # formats and quantized tensors
     "Format": "formats",
     "parse_format": "formats",
+    "register_codebook": "formats",
+    "register_scales": "formats",
     "QTensor": "qtensor",
     "nbytes": "qtensor",
     "matmul": "kernels.matmul",

@@ -29,6 +29,7 @@ import difflib
 import functools
 import math
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -268,6 +269,36 @@ class Format:
         return self if self.scale_codec.movable else dataclasses.replace(self, scales=default_scales(self.grid))
 
 
+def register_codebook(name: str, values: Sequence[float]) -> None:
+    """Makes a table of 2, 4, ..., 256 values in [-1, 1] a grid, for formats as NAME-g64: the largest |weight| of a group is
+    scaled to 1, ties between values go down.
+
+    Raises QjaxError for a name that is in use with other values or that no format can spell, and for values that are not
+    sorted or not as many.
+    """
+    book = _middle_codebook(tuple(values))
+    bits = (len(values) - 1).bit_length()
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or (name in (*GRIDS, *ALIASES) and codebooks().get(name) != book):
+        raise QjaxError(f"register_codebook: {name!r} is in use or cannot be spelled in a format; give another name")
+    if not 1 <= bits <= 8 or len(values) != 2**bits or list(values) != sorted(set(values)) or max(map(abs, values)) > 1:
+        raise QjaxError(f"register_codebook: {name}: expected 2, 4, ..., 256 sorted values in [-1, 1], got {len(values)}")
+    codebooks()[name] = book
+    GRIDS[name] = bits
+    parse_format.cache_clear()
+
+
+def register_scales(name: str, codec: Floats) -> None:
+    """Makes a codec (`scales.Floats` or what derives from it) one that formats name, as int4-g64-NAME.
+
+    Raises QjaxError for a name that is in use for another or that no format can spell.
+    """
+    taken = SCALES.get(name, codec) != codec or name in ("sym", *BOUNDS, *ZEROS)
+    if taken or not re.fullmatch(r"[a-z][a-z0-9_]*", name) or _is_granularity(name):
+        raise QjaxError(f"register_scales: {name!r} is in use or cannot be spelled in a format; give another name")
+    SCALES[name] = codec
+    parse_format.cache_clear()
+
+
 def default_scales(grid: str) -> str:
     """float16 for integers (GPTQ's and AWQ's files), float32 for codebooks (bitsandbytes')."""
     return "fp16" if grid in INTEGERS else "fp32"
@@ -346,54 +377,3 @@ def _parse_options(text: str, grid: str, parts: list[str]) -> dict[str, object]:
         raise QjaxError(f"format {text!r}: scales of sym-full may be negative, which {given['scales']} cannot store")
     zeros = "codes" if integer and not symmetric else "none"
     return {"scales": default_scales(grid), "bound": "edge" if symmetric else "", "zeros": zeros, **given}
-
-
-EXAMPLES = (
-    ("fp32", "IEEE float32: the baseline"),
-    ("bf16", "bfloat16"),
-    ("fp16", "IEEE float16"),
-    ("int8-channel", "8-bit affine, one scale and zero point per output channel"),
-    ("int8-channel-sym-max", "8-bit symmetric, scale max|w|/127: LLM.int8's and SmoothQuant's weights"),
-    ("int8-g128", "8-bit affine in groups of 128"),
-    ("int6-g128", "6-bit affine"),
-    ("int5-g128", "5-bit affine"),
-    ("int4-channel", "4-bit affine, one scale per output channel (the GPTQ paper's main tables)"),
-    ("int4-g128", "4-bit affine in groups of 128 (GPTQ and AWQ checkpoints)"),
-    ("int4-g64", "4-bit affine in groups of 64"),
-    ("int4-g32", "4-bit affine in groups of 32"),
-    ("int4-g128-sym", "4-bit symmetric, scale max|w|/7.5 (compressed-tensors, torchao)"),
-    ("int4-g128-sym-max", "4-bit symmetric, scale max|w|/7 (QuaRot, AutoAWQ)"),
-    ("int4-g64-dq", "4-bit affine, 8-bit scales"),
-    ("int4-g64-z16", "4-bit affine with real zero points in float16 (HQQ)"),
-    ("int3-g128", "3-bit affine in groups of 128"),
-    ("int3-channel", "3-bit affine per output channel"),
-    ("int2-g128", "2-bit affine in groups of 128"),
-    ("int2-g64", "2-bit affine in groups of 64"),
-    ("int2-g32-sym-full", "2-bit symmetric, levels -2 to 1 times a scale of either sign (AutoRound)"),
-    ("int1-g64-sym", "binary: -1 or 1 times the scale"),
-    ("nf4-g64", "NormalFloat4 (QLoRA), groups of 64 along the input axis"),
-    ("nf4-g64-dq", "NormalFloat4 with doubly quantized scales"),
-    ("nf4-b64", "NormalFloat4 in bitsandbytes' flat blocks"),
-    ("nf4-b64-dq", "the same, doubly quantized"),
-    ("fp4_e2m1-g64", "FP4: 0 .5 1 1.5 2 3 4 6 and their negatives (`fp4` for short)"),
-    ("fp4_bnb-g64", "bitsandbytes' FP4 table, which is not E2M1"),
-    ("mxfp4", "FP4 in groups of 32, scales are powers of two (Microscaling)"),
-    ("mxfp8_e4m3", "FP8 with 4 exponent bits, the same way; `mxfp8` for short"),
-    ("mxfp8_e5m2", "FP8 with 5 exponent bits, the same way"),
-    ("nvfp4", "FP4 in groups of 16, scales are FP8 times one float32"),
-    ("fp8_e4m3-channel", "FP8 with 4 exponent and 3 mantissa bits, largest 448"),
-    ("fp8_e5m2-channel", "FP8 with 5 exponent and 2 mantissa bits, largest 57344"),
-)
-
-
-def format_table(in_features: int = 4096, out_features: int = 4096) -> list[dict[str, object]]:
-    """One record per documented format, with exact bits per weight of an (in_features, out_features) weight."""
-    return [
-        {
-            "format": name,
-            "bits_per_weight": parse_format(name).bits_per_weight(in_features, out_features),
-            "ratio_to_fp16": 16 / parse_format(name).bits_per_weight(in_features, out_features),
-            "what": what,
-        }
-        for name, what in EXAMPLES
-    ]

@@ -29,9 +29,10 @@ from jaxtyping import Array, Float
 
 from qjax.calibrate.statistics import STATISTICS, Statistic
 from qjax.errors import QjaxError
-from qjax.formats import ALIASES, GRIDS, UNQUANTIZED
+from qjax.formats import ALIASES, GRIDS, UNQUANTIZED, codebooks, parse_format
 from qjax.maps import InputMap
 from qjax.rounding.parts.feedback import factorize
+from qjax.scales import SCALES
 
 METHODS: dict[str, dict[str, str | Callable]] = {
     "transform": {"awq": "qjax.transforms.awq:awq_scale"},
@@ -209,13 +210,13 @@ def register_statistic(name: str, statistic: Statistic) -> Statistic:
 
 
 _added_statistics: set[str] = set()
-_caches: list[Callable] = [method, givens_of]
+_caches: list[Callable] = [method, givens_of, parse_format]
 
 
 @contextlib.contextmanager
 def scoped() -> Iterator[None]:
     """Context after which what was registered inside is forgotten."""
-    tables = (METHODS, GIVENS, STATISTICS)
+    tables = (METHODS, GIVENS, STATISTICS, GRIDS, codebooks(), SCALES)
     kept = [{name: dict(value) if isinstance(value, dict) else value for name, value in table.items()} for table in tables]
     own = set(_added_statistics)
     try:

@@ -14,7 +14,8 @@ import pytest
 import qjax
 from qjax import qtensor
 from qjax.errors import QjaxError
-from qjax.formats import EXAMPLES, parse_format
+from qjax.format_table import EXAMPLES
+from qjax.formats import parse_format
 from qjax.kernels import layout
 from qjax.kernels.matmul import choose
 from qjax.qtensor import dequantize

@@ -9,17 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qjax.errors import QjaxError
+from qjax.format_table import EXAMPLES, format_table
 from qjax.formats import (
     ALIASES,
     BOUNDS,
-    EXAMPLES,
     FLOATS,
     GRIDS,
     INTEGERS,
     NF4_VALUES,
     Format,
     codebooks,
-    format_table,
     parse_format,
 )
 from qjax.scales import SCALES, ZEROS, dynamic_map

@@ -8,7 +8,8 @@ import pytest
 
 from qjax import grid, qtensor
 from qjax.errors import QjaxError
-from qjax.formats import EXAMPLES, parse_format
+from qjax.format_table import EXAMPLES
+from qjax.formats import parse_format
 from qjax.qtensor import dequantize
 from qjax.rounding.nearest import rtn, search_shrink
 from tests.oracles import nearest as oracle

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from qjax import qtensor
-from qjax.formats import EXAMPLES, parse_format
+from qjax.format_table import EXAMPLES
+from qjax.formats import parse_format
 from qjax.qtensor import QTensor, dequantize, nbytes
 from qjax.rounding.nearest import rtn
 

@@ -37,6 +37,11 @@ class Order:
     alpha: float = 0.0
     damp: float = 0.0
 
+    @property
+    def captures(self) -> tuple[str, ...]:
+        """Statistics that the correction is made from."""
+        return ("hessian", "drift") if self.alpha > 0 else ()
+
 
 def parallel() -> Order:
     """Inputs of the unquantized model."""

@@ -54,13 +54,13 @@ class _Run:
         """Statistics of the layers at `paths`, by the path of the layer that stands for those with its input. reference:
         parameters of the run that the order compares with.
         """
-        part, drift = self.part, reference is not None and self.order.alpha > 0
+        part, compared = self.part, () if reference is None else self.order.captures
         read = [(path, plan[path]) for plan in plans for path in paths if path in plan]
-        statistics = {name for _, recipe in read for name in recipe.statistics} | ({"drift", "hessian"} if drift else set())
+        statistics = {name for _, recipe in read for name in recipe.statistics} | set(compared)
         needed = {part.shared[path]: part.views[path].matrix_shape[0] for path, _ in read}
         if not needed:
             return Captured({}, [])
-        exact = (reference, self.exact) if drift else None
+        exact = (reference, self.exact) if compared else None
         return capture_statistics(
             part.module,
             floating,

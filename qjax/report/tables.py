@@ -7,7 +7,8 @@ Rows of different baselines, texts, conventions or devices are never put in one 
 from collections.abc import Iterable, Sequence
 
 from qjax.errors import QjaxError
-from qjax.formats import UNQUANTIZED, format_table
+from qjax.format_table import format_table
+from qjax.formats import UNQUANTIZED
 from qjax.report.rendering import (
     MISSING,
     Column,
@@ -184,8 +185,8 @@ def recipes_table() -> Table:
 
     columns = tuple(Column(key, key, text=True) for key in ("method", "kind", "options", "needs", "what"))
     notes = (
-        "A recipe is METHOD[+METHOD...]:FORMAT[@ORDER], options in parentheses: awq+gptq(clip=mse):int3-g128@qep. "
-        "The order says whose inputs calibration sees.",
+        "A recipe is METHOD[+METHOD...]:FORMAT[/INPUT][@ORDER], options in parentheses: awq+gptq(clip=mse)+descend:int3-g128@qep "
+        "or rtn:int8-channel-sym-max/int8-token. The order says whose inputs calibration sees.",
     )
     return Table("Methods", columns, tuple(method_table()), notes)
 
