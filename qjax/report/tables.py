@@ -185,8 +185,8 @@ def recipes_table() -> Table:
 
     columns = tuple(Column(key, key, text=True) for key in ("method", "kind", "options", "needs", "what"))
     notes = (
-        "A recipe is METHOD[+METHOD...]:FORMAT[/INPUT][@ORDER], options in parentheses: awq+gptq(clip=mse)+descend:int3-g128@qep "
-        "or rtn:int8-channel-sym-max/int8-token. The order says whose inputs calibration sees.",
+        "A recipe is METHOD[+METHOD...]:FORMAT[/INPUT][@ORDER], options in parentheses: awq+gptq(clip=mse):int3-g128@qep, "
+        "gptq+descend:int2-g64, rtn:int8-channel-sym-max/int8-token. The order says whose inputs calibration sees.",
     )
     return Table("Methods", columns, tuple(method_table()), notes)
 

@@ -38,10 +38,8 @@ def test_formats_from_outside(tmp_path):
     scales = np.unique(np.asarray(leaf.scales, np.float32))
     np.testing.assert_array_equal(np.log2(scales), np.round(np.log2(scales)))
     weight = np.asarray(tiny_model().params["block_0"]["mlp"]["up"]["kernel"], np.float64)
-    steps = weight.reshape(2, 16, -1) / np.asarray(leaf.scales, np.float64)[:, None]
-    nearest = (
-        np.array(NF3)[np.abs(steps[..., None] - np.array(NF3)).argmin(axis=-1)] * np.asarray(leaf.scales, np.float64)[:, None]
-    )
+    scale, values = np.asarray(leaf.scales, np.float64)[:, None], np.array(NF3)
+    nearest = values[np.abs((weight.reshape(2, 16, -1) / scale)[..., None] - values).argmin(axis=-1)] * scale
     np.testing.assert_allclose(qjax.dequantize(leaf), nearest.reshape(weight.shape), atol=1e-6)
     qjax.save(tmp_path / "packed", model)
     jax.tree.map(np.testing.assert_array_equal, qjax.load(tmp_path / "packed").params, model.params)
