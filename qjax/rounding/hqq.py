@@ -11,6 +11,9 @@ by half-quadratic splitting, in turn
 Badri & Shaji 2023 (https://mobiusml.github.io/hqq_blog/). z is a real number, and the format must store it as one: rounded to a
 code it is worse than the zero of nearest rounding. Where we depart from the authors' library: ranges are widened to hold zero,
 codes are chosen for scales and zeros as they are stored, and kappa counts (the solver of hqq 0.2.8 leaves it out: kappa=1).
+
+beta is absolute: E is 0 for errors below beta^(-1/(2-p)), 0.17 by default, so that for weights of the usual size z is the
+mean of Q - W / s, in the library too.
 """
 
 import functools
