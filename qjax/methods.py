@@ -22,6 +22,8 @@ import functools
 import importlib
 import inspect
 import re
+import types
+import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -75,10 +77,13 @@ class Site:
 
 
 class Given(NamedTuple):
-    """captures: statistics it is made from. make(site, options): options are the method's, by name, defaults included."""
+    """captures: statistics it is made from. make(site, options): options are the method's, by name, defaults included. kinds:
+    of methods that it can be made for.
+    """
 
     captures: tuple[str, ...]
     make: Callable[[Site, Mapping[str, object]], object]
+    kinds: tuple[str, ...] = ("transform", "rounding", "refiner", "block refiner")
 
 
 def _statistic(name: str) -> Given:
@@ -94,8 +99,8 @@ def _factor(site: Site, options: Mapping[str, object]) -> object:
 GIVENS: dict[str, Given] = {
     **{name: _statistic(name) for name in ("hessian", "abs_mean", "abs_max")},
     "factor": Given(("hessian",), _factor),  # of the damped Hessian (`rounding/parts/feedback.py`)
-    "module": Given(("hessian",), lambda site, options: site.parent_error),
-    "rounded": Given((), lambda site, options: site.rounded),
+    "module": Given(("hessian",), lambda site, options: site.parent_error, ("transform",)),
+    "rounded": Given((), lambda site, options: site.rounded, ("transform",)),
 }
 
 
@@ -115,9 +120,15 @@ class Stage:
         """Every option's value, by name."""
         return {**{name: option.default for name, option in options_of(self.name).items()}, **dict(self.options)}
 
-    def __call__(self, *arguments: object, site: Site | None = None) -> object:
-        """The method's result, with its options and what it asks of the site."""
-        taken = {name: GIVENS[name].make(site, self.chosen) for name in givens_of(self)}
+    def __call__(self, *arguments: object, site: Site | Mapping[str, Site] | None = None) -> object:
+        """The method's result, with its options and what it asks of the site; of sites by path each given is by path."""
+
+        def make(name: str) -> object:
+            if isinstance(site, Mapping):
+                return {path: GIVENS[name].make(each, self.chosen) for path, each in site.items()}
+            return GIVENS[name].make(site, self.chosen)
+
+        taken = {name: make(name) for name in givens_of(self)}
         return method(self.name)(*arguments, **taken, **dict(self.options))
 
 
@@ -181,14 +192,7 @@ def register(function: Callable, *, kind: str = "rounding", transform: bool = Fa
     if kind not in kinds:
         raise QjaxError(f"register: {name} as a {kind!r}; kinds are {', '.join(kinds)}")
     _check_name(name, [*names(*METHODS), *GRIDS, *ALIASES, UNQUANTIZED], added_methods())
-    parameters = inspect.signature(function).parameters.values()
-    untyped = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.annotation is p.empty and p.name not in GIVENS]
-    if len([p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]) < 2 or untyped:
-        first = {"refiner": "weight, start", "block refiner": "block, start"}.get(kind, "weight, fmt")
-        raise QjaxError(
-            f"register: {name}{inspect.signature(function)} is no {kind}: expected ({first}, *, options), and every option "
-            "with a default and its type, as `sigmas: float = 3.0`"
-        )
+    _check_signature(name, kind, function)
     for methods in METHODS.values():
         methods.pop(name, None)
     METHODS[kind][name] = function
@@ -196,12 +200,45 @@ def register(function: Callable, *, kind: str = "rounding", transform: bool = Fa
     return function
 
 
+def _check_signature(name: str, kind: str, function: Callable) -> None:
+    """Raises QjaxError for a function that is no method of its kind."""
+    try:
+        parameters = inspect.signature(function, eval_str=True).parameters.values()
+    except NameError:  # an annotation that is not defined where the function is
+        parameters = inspect.signature(function).parameters.values()
+    positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
+    options = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in GIVENS]
+    wrong = [p.name for p in options if p.default is p.empty or not _is_readable(p.annotation)]
+    if len(positional) != 2 or wrong or set(positional) & set(GIVENS):
+        first = {"refiner": "weight, start", "block refiner": "block, start", "transform": "weights, fmt"}.get(
+            kind, "weight, fmt"
+        )
+        raise QjaxError(
+            f"register: {name}{inspect.signature(function)} is no {kind}: expected ({first}, *, options), and every option "
+            "with a default and its type (bool, int, float, str, a Literal, or one of these | None), as `sigmas: float = 3.0`; "
+            f"what is given instead is {', '.join(GIVENS)}, and what `register_statistic` adds before"
+        )
+    if unfit := [p.name for p in parameters if p.name in GIVENS and kind not in GIVENS[p.name].kinds]:
+        raise QjaxError(f"register: {name}: {', '.join(unfit)} cannot be given to a {kind}, only to a transform")
+
+
+def _is_readable(annotation: object) -> bool:
+    """Whether a recipe can spell values of a type."""
+    parts = [part for part in typing.get_args(annotation) if part is not types.NoneType]
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return len(parts) == 1 and _is_readable(parts[0])
+    return annotation in (bool, int, float, str) or typing.get_origin(annotation) is typing.Literal
+
+
 def register_statistic(name: str, statistic: Statistic) -> Statistic:
     """Lets methods ask for a statistic of their layer's input, as a keyword-only argument of this name; returns it.
 
     Registering a name of one's own again replaces it. Raises QjaxError for names of qjax's own.
     """
-    _check_name(name, [*STATISTICS, *GIVENS], _added_statistics)
+    if not isinstance(statistic, Statistic):
+        raise QjaxError(f"register_statistic: {name} is a {type(statistic).__name__}, expected a qjax.Statistic")
+    options = {option for known in names(*METHODS) for option in options_of(known)}
+    _check_name(name, [*STATISTICS, *GIVENS, *options], _added_statistics)
     _added_statistics.add(name)
     STATISTICS[name] = statistic
     GIVENS[name] = _statistic(name)
@@ -244,7 +281,7 @@ def _check_name(name: str, taken: Sequence[str], own: object) -> None:
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise QjaxError(f"register: {name!r} is no name; a recipe spells it with a-z, 0-9 and _, a letter first")
     if name in taken and name not in own:
-        raise QjaxError(f"register: {name} is a method, statistic, order or format of qjax already; give it another name")
+        raise QjaxError(f"register: {name} is a method, statistic, option, order or format of qjax already; give another name")
 
 
 def added_methods() -> dict[str, Callable]:
@@ -275,8 +312,14 @@ def method_table() -> list[dict[str, str]]:
             "kind": kind,
             "options": ", ".join(f"{o.name}={show(o.default)}" for o in options_of(name).values()),
             "needs": "" if kind == "order" else ", ".join(captures_of([Stage(name)])) or "no data",
-            "what": inspect.getdoc(method(name) if kind == "order" else inspect.getmodule(method(name))).splitlines()[0],
+            "what": _first_line(name, of_function=kind == "order" or callable(methods[name])),
         }
         for kind, methods in METHODS.items()
         for name in methods
     ]
+
+
+def _first_line(name: str, *, of_function: bool) -> str:
+    """What a method says that it does: the function, or the file that is all its own."""
+    described = method(name) if of_function else inspect.getmodule(method(name))
+    return (inspect.getdoc(described) or "").partition("\n")[0]

@@ -171,10 +171,12 @@ def _parse_stages(where: str, text: str) -> list[Stage]:
     stages = []
     for part in re.split(r"\+(?![^(]*\))", text):
         name, options = _split_stage(where, part, names(*FIRST), "method")
+        if name == "gptq" and "block" in options:  # as it was once called
+            options["panel"] = options.pop("block")
         sweeps = options.pop("refine", "0") if name == "gptq" else "0"
         stages.append(_stage(where, name, options))
         if sweeps != "0":  # as gptq(refine=4) was once spelled
-            shared = {option: options[option] for option in ("damp", "block") if option in options}
+            shared = {option: options[option] for option in ("damp", "panel") if option in options}
             stages.append(_stage(where, "descend", {"sweeps": sweeps, **shared}))
     return stages
 

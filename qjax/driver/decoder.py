@@ -89,7 +89,7 @@ def quantize_together(
             leaves |= {part.prefix + path: leaf for path, leaf in found[number].leaves.items()}
         leaves |= cast_others(leaves, request[0], work.plans[number])
         records = _records(work.plans[number], [found[number] for _, found in made])
-        results.append((model._replace(params=unflatten_dict(leaves, sep="/"), recipe=_name(*request)), records))
+        results.append((model._replace(params=unflatten_dict(leaves, sep="/"), recipe=_name(model, *request)), records))
     seconds = (time.perf_counter() - started) / len(requests)
     return [(result, make_report(result.params, records, seconds)) for result, records in results]
 
@@ -116,9 +116,11 @@ def quantize_to(
     work = _work(model, [request], calibration, on_layer)
     identity = {
         "model": model_fingerprint(model),
-        "name": _name(*request),
+        "name": _name(model, *request),
         "order": str(work.order),
         "calibration": work.calibration and work.calibration.fingerprint,
+        "methods": {name: source for each in set(work.plans[0].values()) if each for name, source in each.sources().items()},
+        "compute": np.dtype(compute_dtype()).name,
     }
     writer = PartWriter(folder, model.config, identity, overwrite=overwrite)
 
@@ -135,7 +137,7 @@ def quantize_to(
         if _file_of(part) not in writer.complete:
             writer.write(_file_of(part), leaves, [record._asdict() for record in found.records])
         made.append(found._replace(leaves={}))
-    writer.finish(model._replace(recipe=_name(*request)))
+    writer.finish(model._replace(recipe=_name(model, *request)))
     result = load_packed(folder, lazy=True)
     return result, make_report(result.params, _records(work.plans[0], made), time.perf_counter() - started)
 
@@ -145,8 +147,12 @@ def _file_of(part: walk.Part) -> str:
     return f"{part.name}-{half}" if half else part.name
 
 
-def _name(recipe: Recipe | None, rules: Sequence[Rule]) -> str:
-    return "; ".join([str(recipe or UNQUANTIZED), *map(str, rules)])
+def _name(model: Model, recipe: Recipe | None, rules: Sequence[Rule]) -> str:
+    """What the model is then quantized with; of one that is so already, both."""
+    name = "; ".join([str(recipe or UNQUANTIZED), *map(str, rules)])
+    if model.recipe == UNQUANTIZED:
+        return name
+    return model.recipe if name == UNQUANTIZED else f"{name}, after {model.recipe}"
 
 
 def _records(plan: Plan, made: Iterable[Quantized]) -> list[LayerRecord]:

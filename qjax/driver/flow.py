@@ -12,18 +12,19 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, PyTree
 
 from qjax.calibrate.capture import Batch, Captured, capture_statistics, outputs_of
 from qjax.calibrate.order import Order
-from qjax.driver.layer import LayerRecord, Rounded, make_record, placed, round_kernel
+from qjax.driver.layer import LayerRecord, Rounded, checked_block, make_record, placed, round_kernel
 from qjax.driver.part import Part
 from qjax.driver.placement import Plan
 from qjax.driver.transform import transform
 from qjax.interception.linen import quantized_kernels
 from qjax.linear import Linear, dense
-from qjax.methods import Memo, Stage
+from qjax.methods import Memo, Site, Stage
 from qjax.qtensor import QTensor
 from qjax.refining.block import Block, BlockSite
 
@@ -102,7 +103,7 @@ def quantize_part(
 def _by_plan(run: _Run, plan: Plan, reading: Plan, before: Captured, shared_memo: Memo) -> Quantized:
     part, order = run.part, run.order
     flat = flatten_dict(part.params, sep="/")
-    base, found = transform(part, flat, reading, before.statistics, run.batches, shared_memo)
+    base, found = transform(part, flat, plan, before.statistics, run.batches, shared_memo)
     current, rounded, records = dict(base), {}, {}
 
     def settle(path: str, started: float) -> None:
@@ -167,14 +168,17 @@ def _refine_by(run: _Run, stage: Stage, paths: Sequence[str], base: Mapping, rou
     def apply(weights: Mapping[str, QTensor | Array], *args: object) -> object:
         new = {path: rounded[path].leaf_of(weight) for path, weight in weights.items()}
         with quantized_kernels():
-            return part.module.apply({"params": unflatten_dict({**held, **new}, sep="/")}, *args)
+            output = part.module.apply({"params": unflatten_dict({**held, **new}, sep="/")}, *args)
+        return jax.tree.leaves(output)[0]  # as the targets have it
 
     sites = {path: BlockSite(rounded[path].weight, rounded[path].recipe.format, rounded[path].statistics) for path in paths}
     exact = run.exact if run.order.prefix else run.batches
     targets = outputs_of(part.module, part.params, exact)
     block = Block(apply, sites, [batch.args for batch in run.batches], targets, [batch.weights for batch in run.batches])
     start = {path: _codes(rounded[path].leaf) for path in paths}
-    found, told = stage(block, start)
+    memo = Memo()
+    given = {path: Site((site.weight,), site.statistics, memo) for path, site in sites.items()}
+    found, told = checked_block(stage, stage(block, start, site=given), start)
     infos = {path: rounded[path].info._replace(proxy_loss=None, output_error=None, clipped=None) for path in paths}
     return {path: placed(rounded[path]._replace(block=told), found[path], infos[path], Memo()) for path in paths}
 

@@ -120,7 +120,8 @@ def apply_flax(module: nn.Module, params: PyTree, *args: object, **kwargs: objec
 
 
 def dequantize_flax(module: nn.Module, params: PyTree, *args: object, **kwargs: object) -> PyTree:
-    """The inverse of `quantize_flax`: every quantized kernel as a float32 array of the shape module's layer expects.
+    """The inverse of `quantize_flax`: every quantized kernel as a float32 array of the shape module's layer expects;
+    activation formats, which are no part of a weight, are left out.
 
     args: arguments of module.apply, to find the layers by tracing. Raises QjaxError that lists kernels they do not reach.
     """

@@ -19,9 +19,10 @@ from qjax.activations import static_scale
 from qjax.calibrate.order import Order, correct
 from qjax.calibrate.statistics import STATISTICS
 from qjax.errors import QjaxError
+from qjax.formats import Format
 from qjax.linear import Linear, dequantize, is_quantized
 from qjax.maps import InputMap
-from qjax.methods import UNQUANTIZED, Memo, Site, captures_of
+from qjax.methods import UNQUANTIZED, Memo, Site, Stage, added_methods, captures_of
 from qjax.qtensor import QTensor
 from qjax.recipe import Recipe
 from qjax.refining.block import BlockInfo
@@ -91,7 +92,8 @@ def round_kernel(
     memo: Memo,
 ) -> Rounded:
     """Corrects, maps and rounds one weight; statistics are of its input as captured."""
-    known, original = {name: value for name, value in statistics.items() if name != "drift"}, weight
+    needed, original = (*recipe.statistics, "hessian"), weight  # what the Hessian says is told of every layer
+    known = {name: value for name, value in statistics.items() if name in needed}
     if "drift" in statistics:
         weight = correct(weight, statistics["hessian"], statistics["drift"], order.alpha, order.damp)
     if mapped is not None:
@@ -142,10 +144,42 @@ def round_weight(
         names = "+".join(stage.name for stage in stages)
         raise QjaxError(f"{recipe}: {names} needs {', '.join(missing)} of the layer's input; give calibration data")
     site = Site((weight,), statistics, memo or Memo())
-    q, info = recipe.rounding(weight, recipe.format, site=site)
+    expected = weight.shape, recipe.format
+    q, info = _checked(recipe.rounding, recipe.rounding(weight, recipe.format, site=site), *expected)
     for stage in recipe.refiners:
-        q, info = stage(weight, q, site=site)
+        q, info = _checked(stage, stage(weight, q, site=site), *expected)
     return q, info
+
+
+def _checked(stage: Stage, result: object, shape: tuple[int, ...], fmt: Format) -> tuple[QTensor, Info]:
+    """A method's result; raises QjaxError where it is not (a QTensor of this shape and format, Info)."""
+    q, info = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
+    if not _is_such(q, shape, fmt) or not isinstance(info, Info):
+        raise QjaxError(f"{stage.name} returned {_told(result)}; expected a QTensor {shape} in {fmt} and a qjax.Info")
+    return q, info
+
+
+def checked_block(stage: Stage, result: object, start: Mapping[str, QTensor]) -> tuple[dict[str, QTensor], BlockInfo]:
+    """A block refiner's result; raises QjaxError where it is not (QTensors like those it started from, by path, BlockInfo)."""
+    found, info = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
+    fits = isinstance(found, Mapping) and all(_is_such(found.get(path), q.shape, q.format) for path, q in start.items())
+    if not fits or not isinstance(info, BlockInfo):
+        raise QjaxError(
+            f"{stage.name} returned {_told(result)}; expected a QTensor for every path of `start`, of the same shape and "
+            "format, and a qjax.BlockInfo"
+        )
+    return found, info
+
+
+def _is_such(q: object, shape: tuple[int, ...], fmt: Format) -> bool:
+    return isinstance(q, QTensor) and q.format == fmt and q.shape == shape
+
+
+def _told(result: object) -> str:
+    parts = result if isinstance(result, tuple) and not hasattr(result, "_fields") else (result,)
+    return ", ".join(
+        f"QTensor {part.shape} in {part.format}" if isinstance(part, QTensor) else type(part).__name__ for part in parts
+    )
 
 
 def problem_of(recipe: Recipe, shape: tuple[int, int]) -> str | None:
@@ -167,6 +201,10 @@ def problem_of(recipe: Recipe, shape: tuple[int, int]) -> str | None:
         return str(error)
     except (jax.errors.JAXTypeError, jax.errors.JAXIndexError):
         return None
+    except Exception as error:
+        if own := [stage.name for stage in recipe.stages if stage.name in added_methods()]:
+            return f"{', '.join(own)} fails on a weight {shape}: {type(error).__name__}: {error}"
+        raise
     return None
 
 

@@ -15,7 +15,7 @@ from qjax.driver.part import Part
 from qjax.errors import QjaxError
 from qjax.linear import dequantize
 from qjax.maps import InputMap
-from qjax.methods import Memo, Site
+from qjax.methods import Memo, Site, Stage, captures_of
 from qjax.models.folding import fold_map, is_linear
 from qjax.recipe import Recipe
 from qjax.rounding.parts.info import output_loss
@@ -24,7 +24,7 @@ from qjax.rounding.parts.info import output_loss
 def transform(
     part: Part,
     flat: Mapping[str, Array],
-    plan: Mapping[str, Recipe],
+    plan: Mapping[str, Recipe | None],
     statistics: Mapping[str, Mapping[str, Array]],
     batches: Sequence[Batch],
     memo: Memo,
@@ -32,14 +32,15 @@ def transform(
     """A part's float leaves after all transforms of a plan, and the maps of each kernel that got any; what the module computes
     is unchanged.
     """
-    todo = {path: recipe for path, recipe in plan.items() if recipe.transforms}
+    todo = {path: recipe for path, recipe in plan.items() if recipe and recipe.transforms}
+    changed = {path for path, recipe in plan.items() if recipe and (recipe.transforms or recipe.reads_data)}
     base, found = dict(flat), {}
     for fold in part.folds:
         paths = [f"{layer}/kernel" for layer in fold.layers]
         recipes = {todo.get(path) for path in paths}
-        if None in recipes or len(recipes) > 1 or (is_linear(fold, flat) and f"{fold.source}/kernel" not in plan):
+        if None in recipes or len(recipes) > 1 or (is_linear(fold, flat) and f"{fold.source}/kernel" not in changed):
             continue  # they cannot share a map, or what would have to change is to be left as it is
-        inputs = _find_maps(part, paths, flat, recipes.pop(), statistics[part.shared[paths[0]]], batches, memo)
+        inputs = _find_maps(part, paths, flat, recipes.pop(), statistics.get(part.shared.get(paths[0]), {}), batches, memo)
         if [type(each) for each in inputs] == [maps.Divide]:
             base |= fold_map(base, fold, inputs[0])
             found |= dict.fromkeys(paths, Mapped(inputs, folded=True))
@@ -47,7 +48,7 @@ def transform(
             found |= dict.fromkeys(paths, _stored(inputs))
     for path, recipe in todo.items():
         if path not in found:
-            inputs = _find_maps(part, [path], flat, recipe, statistics[part.shared[path]], batches, memo)
+            inputs = _find_maps(part, [path], flat, recipe, statistics.get(part.shared.get(path), {}), batches, memo)
             found[path] = _stored(inputs)
     return base, found
 
@@ -60,7 +61,7 @@ def _stored(inputs: Sequence[InputMap]) -> Mapped:
 def _find_maps(part, paths, flat, recipe, statistics, batches, memo) -> tuple[InputMap, ...]:
     """The maps that the recipe's transforms, one after the other, give the kernels at `paths`."""
     weights, found = [part.matrix(path, flat[path]) for path in paths], ()
-    for stage in recipe.transforms:
+    for number, stage in enumerate(recipe.transforms):
         site = Site(
             tuple(weights),
             statistics,
@@ -69,10 +70,7 @@ def _find_maps(part, paths, flat, recipe, statistics, batches, memo) -> tuple[In
             _rounder(tuple(weights), recipe, statistics, memo),
         )
         by = stage(weights, recipe.format, site=site)
-        if not hasattr(by, "on_weight"):
-            raise QjaxError(
-                f"{stage.name} returned {type(by).__name__}, expected a map of the input, as qjax.maps.Divide(scale)"
-            )
+        _check_map(stage, by, weights[0])
         if not all(bool(jnp.all(jnp.isfinite(array))) for array in jax.tree.leaves(by)):
             raise QjaxError(
                 f"{stage.name} finds no finite scale for {', '.join(part.prefix + path for path in paths)}: the weights, or "
@@ -80,8 +78,22 @@ def _find_maps(part, paths, flat, recipe, statistics, batches, memo) -> tuple[In
             )
         found = maps.composed([*found, by])
         weights = [by.on_weight(weight) for weight in weights]
-        statistics = mapped(statistics, by)
+        rest = captures_of((*recipe.transforms[number + 1 :], recipe.rounding, *recipe.refiners))
+        statistics = mapped({name: value for name, value in statistics.items() if name in rest}, by)
     return found
+
+
+def _check_map(stage: Stage, by: object, weight: Array) -> None:
+    """Raises QjaxError for what is no map of these inputs."""
+    expected = "expected a map of the input, as qjax.maps.Divide(scale)"
+    if isinstance(by, type) or not hasattr(by, "on_weight"):
+        raise QjaxError(f"{stage.name} returned {by if isinstance(by, type) else type(by).__name__}, {expected}")
+    try:
+        fits = jax.eval_shape(by.on_weight, weight).shape == weight.shape
+    except (TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise QjaxError(f"{stage.name} returned a {type(by).__name__} that does not fit weights {weight.shape}; {expected}")
 
 
 def _rounder(weights, recipe, statistics, memo) -> Callable[..., list[Array]]:
@@ -92,7 +104,8 @@ def _rounder(weights, recipe, statistics, memo) -> Callable[..., list[Array]]:
     def rounded(by: InputMap | None = None) -> list[Array]:
         if by is None:
             return [dequantize(round_weight(weight, recipe, statistics, memo)[0]) for weight in weights]
-        known, own = mapped(statistics, by), Memo()
+        needed = captures_of((recipe.rounding, *recipe.refiners))
+        known, own = mapped({name: value for name, value in statistics.items() if name in needed}, by), Memo()
         return [maps.merged((by,), dequantize(round_weight(by.on_weight(weight), recipe, known, own)[0])) for weight in weights]
 
     return rounded
