@@ -1,15 +1,15 @@
 """Formats of a layer's input: what a recipe says after the slash.
 
     /int8-token                                  every token (a row of x) by its largest value, -127..127: dynamic W8A8
-    /int4-token, /fp8_e4m3-token, /int8-g128     any weight format, one scale a token or a group of its inputs
+    /int4-token, /fp8_e4m3-token, /int8-g128     a weight format, one scale a token or a group of its inputs
     /int8-tensor, /fp8_e4m3-tensor               one scale for all tokens, static: from calibration (`static_scale`)
 
 A token is to its inputs what an output channel is to a weight's: the arithmetic is the weight format's, on x transposed, with
-`channel` for `token`. Integers are symmetric with the bound `max`, scales are float32.
+`channel` for `token`. Integers are symmetric with the bound `max`, scales are float32. Formats that store scales relative to
+all others (nvfp4) are refused: what becomes of a token would depend on which others are in the call.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from qjax.formats import INTEGERS, Format, parse_format
 from qjax.kernels.layout import KernelWeight
 from qjax.kernels.matmul import ACTIVATIONS, matmul, refusal_of_int8, tokens_int8
 from qjax.qtensor import QTensor
+from qjax.scales import Floats
 
 INTEGER_OPTIONS = "-sym-max-fp32"  # of a weight's format
 
@@ -41,7 +42,6 @@ class Activation:
         return str(self.format).removesuffix(INTEGER_OPTIONS).replace("-channel", "-token")
 
 
-@functools.lru_cache(maxsize=256)
 def parse_activation(text: str) -> Activation:
     """The activation format named `text`, for example "int8-token"; raises QjaxError that says what is allowed."""
     grid_name, *parts = text.strip().split("-")
@@ -54,6 +54,11 @@ def parse_activation(text: str) -> Activation:
         raise QjaxError(
             f"activation format {text!r}: expected GRID-token, GRID-gN or GRID-tensor with the grid of a weight format, for "
             "example int8-token or fp8_e4m3-token"
+        )
+    if fmt.scale_codec.together or type(fmt.scale_codec).common is not Floats.common:
+        raise QjaxError(
+            f"activation format {text!r}: {fmt.scales} stores scales relative to those of all tokens of the call, and tokens "
+            "must not act on each other; take scales that stand alone, for example mxfp4 or fp8_e4m3-token"
         )
     return Activation(fmt)
 

@@ -269,12 +269,26 @@ class Format:
         return self if self.scale_codec.movable else dataclasses.replace(self, scales=default_scales(self.grid))
 
 
+_ever_registered: dict[tuple[str, str], Codebook | Floats] = {}
+
+
+def _require_the_same(kind: str, name: str, value: Codebook | Floats) -> None:
+    """Raises QjaxError where the name once stood for something else in this process, whether it is still registered or not:
+    compiled programs are told apart by a format's name.
+    """
+    if _ever_registered.setdefault((kind, name), value) != value:
+        raise QjaxError(
+            f"register_{kind}: {name!r} had other values earlier in this process, and what was compiled for them would run; "
+            "give another name"
+        )
+
+
 def register_codebook(name: str, values: Sequence[float]) -> None:
     """Makes a table of 2, 4, ..., 256 values in [-1, 1] a grid, for formats as NAME-g64: the largest |weight| of a group is
     scaled to 1, ties between values go down.
 
-    Raises QjaxError for a name that is in use with other values or that no format can spell, and for values that are not
-    sorted or not as many.
+    Raises QjaxError for a name that is or was in use with other values or that no format can spell, and for values that are
+    not sorted or not as many.
     """
     book = _middle_codebook(tuple(values))
     bits = (len(values) - 1).bit_length()
@@ -282,6 +296,7 @@ def register_codebook(name: str, values: Sequence[float]) -> None:
         raise QjaxError(f"register_codebook: {name!r} is in use or cannot be spelled in a format; give another name")
     if not 1 <= bits <= 8 or len(values) != 2**bits or list(values) != sorted(set(values)) or max(map(abs, values)) > 1:
         raise QjaxError(f"register_codebook: {name}: expected 2, 4, ..., 256 sorted values in [-1, 1], got {len(values)}")
+    _require_the_same("codebook", name, book)
     codebooks()[name] = book
     GRIDS[name] = bits
     parse_format.cache_clear()
@@ -290,11 +305,12 @@ def register_codebook(name: str, values: Sequence[float]) -> None:
 def register_scales(name: str, codec: Floats) -> None:
     """Makes a codec (`scales.Floats` or what derives from it) one that formats name, as int4-g64-NAME.
 
-    Raises QjaxError for a name that is in use for another or that no format can spell.
+    Raises QjaxError for a name that is or was in use for another or that no format can spell.
     """
     taken = SCALES.get(name, codec) != codec or name in ("sym", *BOUNDS, *ZEROS)
     if taken or not re.fullmatch(r"[a-z][a-z0-9_]*", name) or _is_granularity(name):
         raise QjaxError(f"register_scales: {name!r} is in use or cannot be spelled in a format; give another name")
+    _require_the_same("scales", name, codec)
     SCALES[name] = codec
     parse_format.cache_clear()
 

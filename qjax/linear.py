@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
 from qjax import maps, qtensor
-from qjax.activations import Activation, multiply_rounded
+from qjax.activations import Activation, multiply_rounded, parse_activation
 from qjax.errors import QjaxError
 from qjax.formats import Format
 from qjax.kernels import layout
@@ -55,7 +55,7 @@ class LowRank:
 class Linear:
     """A layer's (in, out) weight, quantized, decoded (an array) or laid out for a kernel, and all else that the layer does.
 
-    activation_scale: of a static activation format, from calibration; None for a dynamic one.
+    activation: a name is parsed. activation_scale: of a static activation format, from calibration; None for a dynamic one.
     """
 
     weight: QTensor | KernelWeight | Float[Array, "in out"]
@@ -64,6 +64,10 @@ class Linear:
     activation_scale: Float[Array, ""] | None = None
     outliers: Outliers | None = None
     adapter: LowRank | None = None
+
+    def __post_init__(self):
+        if isinstance(self.activation, str):
+            object.__setattr__(self, "activation", parse_activation(self.activation))
 
     @property
     def shape(self) -> tuple[int, ...]:

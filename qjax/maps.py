@@ -2,7 +2,7 @@
 
     Divide    x / s,          diag(s) W     what AWQ and SmoothQuant find; folded into the layer before where it can be
     Scale     x * s,          diag(1/s) W   the same as a leaf stores it, s in float16
-    Permute   x[..., index],  W[index]      inputs in another order (`g_idx` of GPTQ's files)
+    Permute   x[..., index],  W[index]      inputs in another order (`g_idx` of GPTQ's files); `permute` checks the index
 
 A map is a pytree with the methods of `InputMap`; one from outside the package is a class of one's own with `@register_map`.
 """
@@ -13,6 +13,7 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from qjax.errors import QjaxError
@@ -47,6 +48,8 @@ def register_map(cls: type) -> type:
     qjax's own; a name of one's own may be registered again.
     """
     name = cls.__name__
+    if MAPS.get(name) is cls:
+        return cls
     if name in MAPS and MAPS[name].__module__ == __name__:
         raise QjaxError(f"register_map: {name} is a map of qjax already; give the class another name")
     MAPS[name] = jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
@@ -113,6 +116,17 @@ class Permute:
 
     def stored(self):
         return self
+
+
+def permute(index: Sequence[int] | Int[Array, " in"]) -> Permute:
+    """The map to inputs in the order of `index`. Raises QjaxError unless it holds every number from 0 on once.
+
+    Permute itself checks nothing: it is made anew by every jax.tree.map, of values that need not be an order.
+    """
+    order = np.asarray(index)
+    if order.ndim != 1 or not np.array_equal(np.sort(order), np.arange(order.size)):
+        raise QjaxError(f"permute: {order.dtype} {order.shape} is no order of inputs; expected 0 to in - 1, each once")
+    return Permute(jnp.asarray(order, jnp.int32))
 
 
 def _divided(value: Array, rows: Float[Array, " in"], axes: int) -> Array:

@@ -5,11 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qjax import methods
 from qjax.activations import multiply_rounded, parse_activation, round_activation, static_scale
 from qjax.errors import QjaxError
-from qjax.formats import codebooks
+from qjax.formats import codebooks, register_codebook, register_scales
 from qjax.kernels import layout
 from qjax.rounding.nearest import rtn
+from qjax.scales import Floats
 
 IN, OUT = 24, 5
 X = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, IN)) * 3, jnp.float32).at[1, 2].set(0)
@@ -75,6 +77,35 @@ def test_names():
     for wrong in ("int8", "int8-channel", "int8-token-sym", "int9-token", "bf16", "nf4-b64", "nf4-dq", "token", "", "int8-g0"):
         with pytest.raises(QjaxError, match="expected GRID-token, GRID-gN or GRID-tensor"):
             parse_activation(wrong)
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "mxfp8", "int8-g8", "nf4-token", "fp8_e4m3-token"])
+def test_tokens_do_not_act_on_each_other(name):
+    activation = parse_activation(name)
+    larger = round_activation(X.at[1].mul(1e4), activation)
+    np.testing.assert_array_equal(larger[0], round_activation(X, activation)[0])
+
+
+@pytest.mark.usefixtures("registries")
+def test_scales_relative_to_all_tokens_are_refused():
+    class Common(Floats):
+        def common(self, largest, bound):
+            return jnp.max(largest)
+
+    for name in ("nvfp4", "fp4-e4m3"):
+        with pytest.raises(QjaxError, match="e4m3 stores scales relative to those of all tokens of the call"):
+            parse_activation(name)
+    register_scales("shared", Common("float32"))
+    with pytest.raises(QjaxError, match="shared stores scales relative"):
+        parse_activation("nf4-shared")
+
+
+def test_what_is_forgotten_is_no_format():
+    with methods.scoped():
+        register_codebook("two", (-1.0, 1.0))
+        assert parse_activation("two-token").format.bits == 1
+    with pytest.raises(QjaxError, match="activation format"):
+        parse_activation("two-token")
 
 
 def test_the_gradient_is_that_of_the_input():

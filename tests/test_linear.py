@@ -189,6 +189,12 @@ def test_what_cannot_be_applied_is_named():
         apply_linear(X, dataclasses.replace(ALL, activation=parse_activation("int8-tensor")))
 
 
+def test_an_activation_may_be_named():
+    assert Linear(ALL.weight, (), "int8-token") == Linear(ALL.weight, (), parse_activation("int8-token"))
+    with pytest.raises(QjaxError, match="activation format 'int8': expected"):
+        Linear(ALL.weight, (), "int8")
+
+
 def test_a_static_scale_is_used():
     leaf = dataclasses.replace(
         layer(),

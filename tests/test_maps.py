@@ -9,7 +9,7 @@ import pytest
 
 from qjax import maps
 from qjax.errors import QjaxError
-from qjax.maps import MAPS, Divide, Permute, Scale, register_map
+from qjax.maps import MAPS, Divide, Permute, Scale, permute, register_map
 
 IN, OUT, TOKENS = 12, 5, 40
 GENERATOR = np.random.default_rng(0)
@@ -82,7 +82,7 @@ def test_a_map_of_ones_own_is_a_pytree_with_static_fields():
             shift: jax.Array
             by: int = dataclasses.field(default=1, metadata={"static": True})
 
-        assert MAPS["Roll"] is Roll
+        assert MAPS["Roll"] is Roll and register_map(Roll) is Roll
         roll = Roll(jnp.ones(3), by=2)
         (leaf,), tree = jax.tree.flatten(roll)
         assert leaf is roll.shift and jax.tree.unflatten(tree, [leaf]).by == 2
@@ -93,3 +93,12 @@ def test_a_map_of_ones_own_is_a_pytree_with_static_fields():
     with pytest.raises(QjaxError, match="Scale is a map of qjax already"):
         register_map(type("Scale", (), {"__annotations__": {}}))
     assert MAPS["Scale"] is Scale
+
+
+def test_an_order_of_inputs_has_every_input_once():
+    made = permute([2, 0, 1])
+    assert made.index.dtype == jnp.int32
+    np.testing.assert_array_equal(made.on_input(jnp.asarray([[10.0, 11, 12]])), [[12, 10, 11]])
+    for wrong in ([0, 0, 2], [1, 2, 3], [[0, 1]], [0.5, 1.0]):
+        with pytest.raises(QjaxError, match="is no order of inputs"):
+            permute(wrong)

@@ -23,7 +23,7 @@ from qjax.errors import QjaxError
 from qjax.files import prepare_output_folder, read_json, write_atomically
 from qjax.formats import parse_format
 from qjax.linear import Linear, LowRank, Outliers, dequantize, is_quantized, prepare
-from qjax.maps import Divide, Permute, Scale
+from qjax.maps import MAPS, Divide, Permute, Scale, register_map
 from qjax.models.config import LinearScaling, Llama3Scaling
 from qjax.models.model import apply
 from qjax.models.parameters import flatten, unflatten
@@ -246,6 +246,7 @@ def test_malformed_layers(layered, tmp_path, change, message):
     [
         (".inputs[0].scale", np.ones(32, np.float32), "is F32 (32,), expected F16 (32,)"),
         (".inputs[1].index", np.full(32, 32, np.int32), "impossible values in "),
+        (".inputs[1].index", np.r_[0, 0, 2:32].astype(np.int32), "impossible values in "),
         (".outliers.index", np.full(1, -1, np.int32), "impossible values in "),
         (".adapter.a", np.full((32, 2), np.inf, np.float32), "infinite or impossible values in "),
     ],
@@ -254,6 +255,23 @@ def test_malformed_parts(layered, tmp_path, key, array, message):
     folder = Path(shutil.copytree(layered, tmp_path / "model"))
     edit_weights(folder, lambda t: t.update({O_KERNEL + key: array}))
     expect_refusal(folder, message, O_KERNEL + key)
+
+
+def test_other_indices_are_the_maps_own(tmp_path):
+    """Only a Permute's and the outliers' name inputs."""
+
+    @register_map
+    class Shifted(Scale):
+        indexes: jax.Array
+        index: jax.Array
+
+    own = jnp.asarray([99, 99], jnp.int32)
+    try:
+        model = with_layer(quantized_model("int4-g16"), inputs=(Shifted(jnp.ones(32, jnp.float16), own, own),))
+        save(tmp_path, model)
+        assert_equal_models(load_packed(tmp_path), model)
+    finally:
+        MAPS.pop("Shifted")
 
 
 def test_layers_that_no_folder_can_hold_are_named(tmp_path):
@@ -394,7 +412,7 @@ def test_weights_that_are_not_finite(folder, value):
             tensors[name].flat[3] = value
 
     edit_weights(folder, change)
-    expect_refusal(folder, "NaN or infinite values in", *names)
+    expect_refusal(folder, "NaN, infinite or impossible values in", *names)
 
 
 @pytest.mark.parametrize("kept", [0, 5, 60, 3000, -1])

@@ -1,6 +1,8 @@
 """checkpoints/parts.py: folders written part by part, and gone on with after a kill at any moment."""
 
+import fcntl
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -182,3 +184,33 @@ def test_a_malformed_list_of_files(model, tmp_path, files):
     (tmp_path / "out" / "qjax.json").write_text(json.dumps(description | {"files": files}))
     with pytest.raises(QjaxError, match=r"qjax\.json: 'files' is"):
         load(tmp_path / "out")
+
+
+def test_one_process_at_a_time(model, tmp_path):
+    """Another process is one that opened the lock for itself."""
+
+    def elsewhere():
+        descriptor = os.open(tmp_path / ".out.partial" / "qjax.lock", os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    PartWriter(tmp_path / "out", CONFIG, IDENTITY).write("embed", leaves_of(model, "embed"))
+    with pytest.raises(BlockingIOError):
+        elsewhere()
+    PartWriter(tmp_path / "out", CONFIG, IDENTITY | {"seed": 2}, overwrite=True)  # also where it is begun anew
+    with pytest.raises(BlockingIOError):
+        elsewhere()
+    assert write_all(model, tmp_path / "out", overwrite=True) == NAMES
+    assert_whole(tmp_path / "out", model)
+    assert not (tmp_path / "out" / "qjax.lock").exists()
+
+    (tmp_path / ".out.partial").mkdir()
+    descriptor = elsewhere()
+    with pytest.raises(QjaxError, match=r"\.out\.partial is in use by another process"):
+        PartWriter(tmp_path / "out", CONFIG, IDENTITY, overwrite=True)
+    os.close(descriptor)
+    assert PartWriter(tmp_path / "out", CONFIG, IDENTITY, overwrite=True).complete == {}

@@ -75,7 +75,7 @@ def correct(
 ) -> Float[Array, "in out"]:
     """W + alpha (H' + damp mean(diag H') I)^-1 D W, float32.
 
-    Where H' + damp mean(diag H') I is singular in float32, more damping is tried as for a rounding's factor (`factor.py`).
+    Where H' + damp mean(diag H') I is singular in float32, more damping is tried as for a rounding's factor (`feedback.py`).
     Inputs that calibration never moved have no part in that: their rows of D are 0.
     """
     product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)

@@ -28,7 +28,8 @@ from qjax.checkpoints.leaves import TYPES, entry, template
 from qjax.checkpoints.tensors import FLOATS, Header, read_arrays, read_headers, write_tensors
 from qjax.errors import QjaxError
 from qjax.files import expand, listing, prepare_output_folder, read_json, write_atomically
-from qjax.linear import is_quantized
+from qjax.linear import Linear, is_quantized
+from qjax.maps import Permute
 from qjax.models.config import DecoderConfig, LinearScaling, Llama3Scaling
 from qjax.models.model import Model
 from qjax.models.parameters import check_parameters, flatten, parameter_shapes, unflatten
@@ -108,8 +109,7 @@ def load_packed(folder: str | Path, *, lazy: bool = False) -> Model:
     if version == 1:
         headers = {name.replace(".input_scale", ".inputs[0].scale"): header for name, header in headers.items()}
     _check(folder, templates, headers)
-    below = {key: templates[path].shape[0] for path in templates for key in stored({path: templates[path]}) if ".index" in key}
-    arrays = read_arrays(headers, advice="quantize an intact model again", lazy=lazy, below=below)
+    arrays = read_arrays(headers, advice="quantize an intact model again", lazy=lazy, below=_indices(templates))
     return Model(config, unflatten(filled(templates, arrays)), load_folder_tokenizer(folder, config), name, recipe)
 
 
@@ -119,6 +119,17 @@ def _files(description: dict) -> list[str]:
     if not isinstance(files, list) or not files or any(not isinstance(file, str) or Path(file).name != file for file in files):
         raise QjaxError(f"'files' is {files!r}; expected names of files of this folder")
     return files
+
+
+def _indices(templates: Mapping[str, object]) -> dict[str, int]:
+    """Keys of the arrays that are distinct inputs of their kernel, and its number of inputs."""
+    found = {}
+    for path, leaf in templates.items():
+        if isinstance(leaf, Linear):
+            keys = [f".inputs[{i}].index" for i, each in enumerate(leaf.inputs) if isinstance(each, Permute)]
+            keys += [] if leaf.outliers is None else [".outliers.index"]
+            found |= {path + key: leaf.shape[0] for key in keys}
+    return found
 
 
 def filled(templates: Mapping[str, object], arrays: Mapping[str, object]) -> dict[str, object]:

@@ -4,12 +4,14 @@
         model-block_3.safetensors   a part's leaves: whole, or not there
         qjax-progress.json          what is being made, and of every complete part the digest of its file, what its quantized
                                     leaves are, and a record for its maker; rewritten after the file is on disk
+        qjax.lock                   locked by the process that is at work here, until `finish` or its end
 
 `finish` adds the description (`packed.py`) and gives the folder its name: whoever sees the name sees a whole model.
 """
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -26,7 +28,8 @@ from qjax.models.config import DecoderConfig
 from qjax.models.model import Model
 from qjax.models.parameters import check_parameters, parameter_shapes
 
-PROGRESS = "qjax-progress.json"
+PROGRESS, LOCK = "qjax-progress.json", "qjax.lock"
+_locks: dict[Path, int] = {}  # descriptors of the locks that this process holds, by folder
 
 
 class PartWriter:
@@ -38,13 +41,14 @@ class PartWriter:
         """Begins, or goes on where an earlier process was stopped.
 
         identity: JSON values that say all that the leaves depend on: model, recipe, calibration data and so on. Raises
-        QjaxError where the folder holds anything, unless `overwrite`, and where what was begun is something else (with
-        `overwrite` that is begun anew).
+        QjaxError where the folder holds anything, unless `overwrite`, where what was begun is something else (with
+        `overwrite` that is begun anew), and where another process is at work on it.
         """
         self._target, self._config, self._overwrite = expand(folder).resolve(), config, overwrite
         self._folder = self._target.with_name(f".{self._target.name}.partial")
         if self._target.exists():
             prepare_output_folder(self._target, overwrite=overwrite)
+        _lock(prepare_output_folder(self._folder, overwrite=True))
         identity = json.loads(json.dumps({"qjax": __version__, "version": packed.VERSION, **identity}))
         begun = (
             read_json(self._folder / PROGRESS) if (self._folder / PROGRESS).exists() else {"identity": identity, "parts": {}}
@@ -55,9 +59,10 @@ class PartWriter:
                     f"{self._folder} holds the beginning of something else ({_difference(begun['identity'], identity)}); "
                     "name another folder, or ask to overwrite"
                 )
-            shutil.rmtree(self._folder)
+            for old in self._folder.iterdir():
+                if old.name != LOCK:
+                    shutil.rmtree(old) if old.is_dir() else old.unlink()
             begun["parts"] = {}
-        prepare_output_folder(self._folder, overwrite=True)
         whole = {name: entry for name, entry in begun["parts"].items() if _digest(self._file(name)) == entry["digest"]}
         self._progress = {"identity": identity, "parts": whole}
 
@@ -101,15 +106,17 @@ class PartWriter:
             self._folder.replace(self._target)
             sync(self._target.parent)
             (self._target / PROGRESS).unlink()
+            (self._target / LOCK).unlink(missing_ok=True)
         except OSError as error:
             raise QjaxError(f"cannot write {self._target}: {reason(error)}; choose a writable folder") from error
+        _unlock(self._folder)
         return self._target
 
     def _make_room(self) -> None:
         """Takes away the folder that has the name: a model's files go, others of it are kept."""
         if not self._target.exists():
             return
-        prepare_output_folder(self._target, overwrite=self._overwrite, replaces=(*packed.REPLACED, PROGRESS))
+        prepare_output_folder(self._target, overwrite=self._overwrite, replaces=(*packed.REPLACED, PROGRESS, LOCK))
         for other in self._target.iterdir():
             other.replace(self._folder / other.name)
         self._target.rmdir()
@@ -118,6 +125,42 @@ class PartWriter:
         if not re.fullmatch(r"[\w-]+", name):
             raise QjaxError(f"part {name!r}: expected letters, digits, _ and -")
         return self._folder / f"model-{name}.safetensors"
+
+
+def _lock(folder: Path) -> None:
+    """Keeps other processes out of a folder until `_unlock` or the end of this one, which may begin in it anew.
+
+    Raises QjaxError where another process is at work in it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return
+    if folder in _locks and _is_named(_locks[folder], folder / LOCK):
+        return
+    _unlock(folder)
+    try:
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        _locks[folder] = descriptor
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not _is_named(descriptor, folder / LOCK):  # who had it has finished meanwhile
+            raise BlockingIOError
+    except BlockingIOError:
+        _unlock(folder)
+        raise QjaxError(f"{folder} is in use by another process; wait until it ends, or name another folder") from None
+    except OSError as error:
+        _unlock(folder)
+        raise QjaxError(f"cannot lock {folder / LOCK}: {reason(error)}; choose a writable folder") from error
+
+
+def _unlock(folder: Path) -> None:
+    if folder in _locks:
+        os.close(_locks.pop(folder))
+
+
+def _is_named(descriptor: int, file: Path) -> bool:
+    """Whether an open file still has its name."""
+    return file.exists() and os.path.samestat(os.fstat(descriptor), file.stat())
 
 
 def _digest(file: Path) -> str | None:

@@ -55,7 +55,9 @@ def read_tensor(header: Header) -> np.ndarray:
 
 
 def read_finite(header: Header, advice: str, below: int | None = None) -> np.ndarray:
-    """`read_tensor`. Raises QjaxError, which ends with the advice, for values that are not finite or not in [0, below)."""
+    """`read_tensor`. Raises QjaxError, which ends with the advice, for values that are not finite or, with `below`, no distinct
+    numbers of [0, below).
+    """
     array = read_tensor(header)
     if not _is_sound(array, below):
         raise QjaxError(f"{header.file}: NaN, infinite or impossible values in {header.name}; {advice}")
@@ -63,14 +65,16 @@ def read_finite(header: Header, advice: str, below: int | None = None) -> np.nda
 
 
 def _is_sound(array: np.ndarray, below: int | None) -> bool:
-    inside = below is None or not array.size or (array.min() >= 0 and array.max() < below)
-    return bool(np.isfinite(array).all() and inside)
+    if below is None or not array.size:
+        return bool(np.isfinite(array).all())
+    return bool(array.min() >= 0 and array.max() < below and np.unique(array).size == array.size)
 
 
 def read_arrays(
     headers: Mapping[str, Header], *, advice: str, lazy: bool = False, below: Mapping[str, int] = MappingProxyType({})
 ) -> dict[str, jax.Array | Lazy]:
-    """The tensors as jax arrays by the headers' keys; lazy: when they are needed. below: of indices, what they stay below.
+    """The tensors as jax arrays by the headers' keys; lazy: when they are needed. below: of distinct indices, what they stay
+    below.
 
     Raises QjaxError, which ends with the advice, for NaN, infinite and impossible values: of all tensors at once, or of a lazy
     one as it is read.

@@ -1,4 +1,4 @@
-"""The one place that touches Flax modules: linear layers run with what stands for their kernels, the model's code unchanged.
+"""The one place that intercepts layers: linear ones run with what stands for their kernels, the model's code unchanged.
 
 `flax.linen.intercept_methods` shows us every layer's call. Where the layer's kernel is a Linear, QTensor or KernelWeight we
 apply it in the layer's place; every other layer runs as written. The same hook shows calibration what goes into each layer
@@ -46,8 +46,8 @@ class Recording:
     """What one run of a module showed, under the paths of its layers' kernels.
 
     inputs: (*kept, in) arrays, one a call, the input axes of the kernel flattened in its order, before any map of the leaf that
-    stands in the kernel's place. sources: the arrays as the
-    layer was given them, to see which layers share an input. outputs: what the module at `watched` returned, one a call.
+    stands in the kernel's place. sources: the arrays as the layer was given them, to see which layers share an input. outputs:
+    what the module at `watched` returned, one a call.
     """
 
     watched: tuple[str, ...] | None = None
