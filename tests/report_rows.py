@@ -16,7 +16,7 @@ def measured_row(recipe: str, delta: float = 0.0, stderr: float = 0.01, **change
 
 def early_row(recipe: str, delta: float = 0.0, stderr: float = 0.01, **changes: object) -> dict[str, object]:
     """The same as rows of earlier versions have it."""
-    stages, _, name = recipe.partition("@")[0].rpartition(":")
+    stages, _, name = recipe.partition("@")[0].partition("/")[0].rpartition(":")
     fmt = None if recipe == "none" else parse_format(name)
     bits = fmt.bits_per_weight(256, 512) if fmt else 16.0
     codebook = fmt and not fmt.grid.startswith("int")

@@ -61,9 +61,34 @@ def test_codebooks_are_named_by_their_grid():
 
 
 def test_rules_make_a_line_of_their_own():
+    rules = ["mlp/down=rtn:int8-g128"]
     row = measured_row("rtn:int4-g128", 0.1)
-    placed = row | {"recipe": "rtn:int4-g128; mlp/down=rtn:int8-g128"}
+    placed = row | {"recipe": "; ".join([row["recipe"], *rules]), "rules": rules}
     assert [line.label for line in group_series([row, placed])] == ["rtn", "rtn with mlp/down=rtn:int8-g128"]
+
+
+def test_formats_of_inputs_make_a_line_of_their_own():
+    """Not seeds of the lines without, whatever names the weights' format."""
+    names = ("rtn:int4-g16", "rtn:int4-g16/int4-token", "nf4-g64", "rtn:nf4-g64/int8-token", "gptq:int4-g16/int8-token@block")
+    rows = [measured_row("none"), *(measured_row(name, 0.1 * i) for i, name in enumerate(names, 1))]
+    lines = {line.label: [row["recipe"] for row in line.rows] for line in group_series(rows)}
+    labels = ("rtn", "rtn/int4-token", "nf4", "nf4/int8-token", "gptq/int8-token@block")
+    assert lines == {label: [name] for label, name in zip(labels, names, strict=True)}
+    points = [tuple(xy) for line in perplexity_figure(rows).axes[0].lines for xy in line.get_xydata()]
+    assert {round(y, 4) for _, y in points} >= {round(10 * math.exp(0.1 * i), 4) for i in (1, 2)}
+
+
+def test_formats_whose_names_say_their_scales_keep_them():
+    names = ("gptq:mxfp4", "gptq:nvfp4", "gptq:fp4_e2m1-g64", "mxfp4", "nvfp4")
+    lines = group_series([measured_row(name, 0.1) for name in names])
+    assert sorted(line.label for line in lines) == ["gptq fp4_e2m1", "gptq mxfp4", "gptq nvfp4", "mxfp4", "nvfp4"]
+
+
+def test_another_baseline_and_the_model_as_it_is_have_their_names():
+    of_other = {"baseline": "other", "baseline_fingerprint": "fedcba9876543210"}
+    other = measured_row("none", model="other", fingerprint="fedcba9876543210", **of_other)
+    rows = [other, measured_row("none", 0.1, **of_other), measured_row("rtn:int4-g128", 0.2, **of_other)]
+    assert set(texts(perplexity_figure(rows))) == {"other 10.00", "toy", "rtn"}
 
 
 def test_a_method_looks_the_same_in_every_figure():
@@ -206,7 +231,7 @@ def test_limits_include_error_bars(rows, value):
 @pytest.mark.parametrize("model", ["m" * 55, "a model of many words " * 6, "somebody/a-model-with-a-very-long-name-" * 3])
 @pytest.mark.parametrize("width", WIDTHS)
 def test_titles_fit(model, width):
-    figure = perplexity_figure([row | {"model": model} for row in sweep_rows()], width=width)
+    figure = perplexity_figure([row | {"model": model, "baseline": model} for row in sweep_rows()], width=width)
     title = figure.texts[0]
     box = title.get_window_extent(figure.canvas.get_renderer())
     assert box.x0 >= 0
@@ -359,3 +384,17 @@ def test_shares_are_of_nearest_rounding_in_the_same_format():
     axes = perplexity_figure(rows, value="share").axes[0]
     assert {text.get_text() for text in axes.texts} >= {"rtn", "gptq"}
     assert "share" in axes.get_ylabel()
+
+
+def test_shares_are_of_nearest_rounding_with_the_same_inputs():
+    rows = [
+        measured_row("rtn:int4-g128", 0.1),
+        measured_row("rtn:int4-g128/int8-token", 0.2),
+        measured_row("gptq:int4-g128", 0.05),
+        measured_row("gptq:int4-g128/int8-token", 0.1),
+        measured_row("gptq:int4-g128/int4-token", 0.3),
+    ]
+    shares = {row["recipe"]: row["share"] for row in with_share([row | {"nll_delta_stderr": 0.001} for row in rows])}
+    values = (1, 1, *np.expm1([0.05, 0.1]) / np.expm1([0.1, 0.2]))
+    expected = dict(zip((row["recipe"] for row in rows[:4]), values, strict=True))
+    assert shares == pytest.approx(expected)

@@ -215,6 +215,7 @@ def test_a_recipe_that_diverges_gets_a_row_and_the_sweep_goes_on(tiny_model, tmp
         ("gptq(panel=0):int4-g16", "block_0/attention/.*panel at least 1"),
         ("awq(ratios=0):int4-g8", "block_0/attention/.*ratios at least 1; .*ratios=0"),
         ("awq(loss=module,ratios=0)+gptq:int4-g8", "block_0/attention/.*ratios=0"),
+        ("hqq:int4-g8", "block_0/attention/.*hqq: int4-g8 has no real zero points"),
         ("gptq:int4-g8@qep(alpha=2)", "alpha is between 0 and 1.*alpha=2"),
     ],
 )

@@ -24,6 +24,24 @@ def test_codebooks_appear_at_their_own_bits_and_casts_always():
     assert expand(["fp8_e4m3"], [8, 4], "channel") == ["rtn:fp8_e4m3-channel"]
 
 
+def test_formats_of_one_name_appear_once_with_their_own_group():
+    assert expand(["mxfp4", "nvfp4", "fp4"], [4, 3]) == ["rtn:mxfp4", "rtn:nvfp4", "rtn:fp4_e2m1-g64"]
+    assert expand(["mxfp8", "rtn"], [8], "64") == ["rtn:mxfp8_e4m3", "rtn:int8-g64"]
+    with pytest.raises(QjaxError, match="'mxfp4' has 4 bits"):
+        expand(["mxfp4"], [3])
+
+
+def test_hqq_gets_real_zero_points():
+    assert expand(["hqq", "hqq(iters=3)"], [4], "64") == ["hqq:int4-g64-z16", "hqq(iters=3):int4-g64-z16"]
+
+
+def test_a_text_is_not_read_letter_by_letter():
+    with pytest.raises(QjaxError, match=r"recipes is 'nf4', .*give \('nf4',\)"):
+        Sweep("nf4", (), None)
+    with pytest.raises(QjaxError, match="measures is 'divergence'"):
+        Sweep(("nf4",), (), None, measures="divergence")
+
+
 @pytest.mark.parametrize("order", [None, "block", "qep", "qep(alpha=1)"])
 def test_names_in_an_order_stay_what_they_are(order):
     asked = ["gptq:int4-g128@qep", "gptq:int4-g128@parallel", "gptq:int3-g128", "rtn:int4-g128", "bf16", "none"]

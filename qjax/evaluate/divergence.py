@@ -1,4 +1,4 @@
-"""Divergence of a model from the unquantized one: what perplexity, a mean of gains and losses, does not show.
+"""Divergence of a model from a baseline, mostly itself unquantized: what perplexity, a mean of gains and losses, does not show.
 
 Over the scored tokens of a convention's windows, P the baseline's distribution of the next token and Q the model's:
 

@@ -136,7 +136,7 @@ def _common_format(shown: Sequence[Row]) -> str:
 
 
 def _merged(rows: Sequence[Row], shown: Sequence[Row]) -> dict[str, Row]:
-    """The lines of several seeds, merged where the unquantized model was measured too."""
+    """The lines of several seeds, merged where the baseline was measured too."""
     baseline = [row for row in rows if is_baseline(row) and "window_nll" in row]
     return {_name(row, shown): row for row in merge_seeds([*baseline, *shown])} if baseline and seeds_of(shown) else {}
 

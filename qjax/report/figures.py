@@ -1,7 +1,7 @@
-"""Figures of rows: perplexity, or its increase over the unquantized model, against exact bits per weight.
+"""Figures of rows: perplexity, or its increase over the baseline, against exact bits per weight.
 
-Lines carry their names; there is no legend. Error bars are one standard error of the difference from the unquantized model,
-paired window by window, because that difference is what the figure shows; the error of perplexity itself is in the tables.
+Lines carry their names; there is no legend. Error bars are one standard error of the difference from the baseline, paired
+window by window, because that difference is what the figure shows; the error of perplexity itself is in the tables.
 """
 
 import math
@@ -35,7 +35,7 @@ from qjax.report.drawing import (
 from qjax.report.rendering import Row, number, significant
 from qjax.report.sensitivity import ordinary, placed_alone
 from qjax.report.series import MOST_LINES, group_series, increase, split_panels
-from qjax.report.tables import describe, distinctions, is_baseline, require_one_group
+from qjax.report.tables import OWN, baseline_name, describe, distinctions, is_baseline, model_of, require_one_group
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,9 +74,9 @@ class Line(NamedTuple):
 def perplexity_figure(rows: Sequence[Row], *, value: str = "perplexity", width: str = "single") -> "Figure":
     """A figure of one model, text and convention: one line per method, options and grouping.
 
-    value: "perplexity", with the unquantized model as a dashed line and a logarithmic axis where the range is large; or
+    value: "perplexity", with the baseline as a dashed line and a logarithmic axis where the range is large; or
     "increase" over it in percent, on a logarithmic axis, which shows 8, 4 and 2 bits alike; or "accuracy", the mean over the
-    rows' tasks, or "divergence" from the unquantized model, logarithmic too; or "share", the increase over that of nearest
+    rows' tasks, or "divergence" from the baseline, logarithmic too; or "share", the increase over that of nearest
     rounding to the same format, for recipes that have one (`with_share`). width: "single" | "double" column; with long names
     at the left "double" in any case.
     Many lines of several groupings are shown in a panel per grouping, all with the same axes. Infinity is drawn as ∞ at the
@@ -91,9 +91,10 @@ def perplexity_figure(rows: Sequence[Row], *, value: str = "perplexity", width: 
     panels = split_panels(rows)
     with new_figure(width, len(panels)) as (figure, grid):
         lines = [_lines(part, value) for _, part in panels]
-        unquantized = [row for row in rows if is_baseline(row) and value not in ("share", *SMALLEST)]
-        baseline = float(_values(unquantized[:1], value)[0][0]) if unquantized else math.nan
-        dashed = f"unquantized {significant(baseline, 4)}" if unquantized else ""
+        shown = [row for row in rows if is_baseline(row) and value not in ("share", *SMALLEST)]
+        baseline = float(_values(shown[:1], value)[0][0]) if shown else math.nan
+        own = {baseline_name(row) for row in rows} == {OWN}
+        dashed = f"{'unquantized' if own else model_of(rows[0])} {significant(baseline, 4)}" if shown else ""
         every = [line for part in lines for line in part]
         bits, values, errors = np.concatenate([np.zeros((3, 0)), *(np.array(line[3:6]) for line in every)], axis=1)
         asides = [line.name for line in every if line.aside]
@@ -126,7 +127,7 @@ def perplexity_figure(rows: Sequence[Row], *, value: str = "perplexity", width: 
 
 
 def _draw_panel(axes: "Axes", lines: Sequence[Line], dashed: str, baseline: float) -> None:
-    """The lines with their names, and the dashed line of the unquantized model with its own."""
+    """The lines with their names, and the dashed line of the baseline with its own."""
     points = [_draw(axes, line) for line in lines]
     named = [
         (line.aside, Name(line.name, each[0], ink(method_style(line.method)[0])))
@@ -147,17 +148,22 @@ def _draw_panel(axes: "Axes", lines: Sequence[Line], dashed: str, baseline: floa
 
 
 def with_share(rows: Sequence[Row]) -> list[Row]:
-    """The rows of integer formats that nearest rounding was measured in too, with `share`, increase over its increase there,
-    and share_stderr, of the numerator. Formats whose cost by nearest rounding is less than RESOLVED standard errors are left
-    out.
+    """The rows of integer formats that nearest rounding was measured in too (of the same model, with the same format of inputs
+    and rules), with `share`, increase over its increase there, and share_stderr, of the numerator. Formats whose cost by
+    nearest rounding is less than RESOLVED standard errors are left out.
     """
-    nearest = {row["format"]: row for row in rows if row.get("method") == row.get("options") == "rtn" and _resolved(row)}
+    nearest = {_place(row): row for row in rows if row.get("method") == row.get("options") == "rtn" and _resolved(row)}
     return [
         {**row, "share": increase(row) / whole, "share_stderr": (100 + increase(row)) * number(row, "nll_delta_stderr") / whole}
         for row in rows
-        if row.get("format") in nearest
-        for whole in [increase(nearest[row["format"]])]
+        if _place(row) in nearest
+        for whole in [increase(nearest[_place(row)])]
     ]
+
+
+def _place(row: Row) -> tuple[str, ...]:
+    """What a recipe that is a share of another has in common with it."""
+    return tuple(str(row.get(column)) for column in ("fingerprint", "format", "activation", "rules"))
 
 
 def _resolved(row: Row) -> bool:

@@ -59,7 +59,7 @@ def _by_recipe(rows: Sequence[Row]) -> list[list[Row]]:
 def merge_seeds(rows: Sequence[Row]) -> list[Row]:
     """A row for every recipe with several seeds: mean change of perplexity and accuracy, errors, deviation between seeds.
 
-    Raises QjaxError where the unquantized model's row is missing.
+    Raises QjaxError where the baseline's row is missing.
     """
     baseline = _baseline(rows)
     return [_merge(group, baseline) for group in seeds_of(rows)]
@@ -68,7 +68,7 @@ def merge_seeds(rows: Sequence[Row]) -> list[Row]:
 def _baseline(rows: Sequence[Row]) -> Row:
     baseline = next((row for row in rows if is_baseline(row) and "window_nll" in row), None)
     if baseline is None:
-        raise QjaxError("seeds are compared with the unquantized model, whose row is missing; `qjax sweep` measures it")
+        raise QjaxError("seeds are compared with the baseline, whose row is missing; `qjax sweep` measures it")
     return baseline
 
 

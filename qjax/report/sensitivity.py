@@ -34,7 +34,7 @@ def placed_alone(rows: Sequence[Row]) -> list[Row]:
 
 
 def ordinary(rows: Sequence[Row]) -> list[Row]:
-    """The other rows; none where the unquantized model alone is left."""
+    """The other rows; none where the baseline alone is left."""
     left = [row for row in rows if "place" not in row]
     return left if len(left) == len(rows) or not all(map(is_baseline, left)) else []
 

@@ -14,7 +14,8 @@ from qjax.formats import INTEGERS, UNQUANTIZED, parse_format
 from qjax.report.rendering import MISSING, Column, Row, Table, decimals, number
 from qjax.report.seeds import seeds_of
 from qjax.report.sensitivity import ordinary
-from qjax.report.tables import change_of_perplexity, describe, is_baseline, require_one_group
+from qjax.report.tables import baseline_name, change_of_perplexity, describe, is_baseline, require_one_group
+from qjax.sweep.rows import recipe_without_rules
 
 MOST_LINES = 12  # in one panel: more names are not legible
 FEWEST = 2  # methods, widths and groupings of a table
@@ -52,25 +53,28 @@ def group_series(rows: Iterable[Row]) -> list[Series]:
 
 
 def _name_and_grouping(row: Row) -> tuple[str, str]:
-    """("rtn(clip=mse)", "g128-sym") of rtn(clip=mse):int4-g128-sym; ("nf4 dq", "") of nf4-g64-dq."""
-    recipe, rule, rules = str(row["recipe"]).partition("; ")
-    recipe, at, order = recipe.partition("@")
-    stages, method, _ = recipe.rpartition(":")
+    """("rtn(clip=mse)", "g128-sym") of rtn(clip=mse):int4-g128-sym; ("nf4 dq/int8-token", "") of nf4-g64-dq/int8-token; the
+    model's name of one as it is that is not the baseline.
+    """
+    rules = "; ".join(row["rules"])
     if row["format"] == UNQUANTIZED:  # only the kernels that a rule names are quantized
-        return f"{UNQUANTIZED} with {rules}", ""
+        return f"{UNQUANTIZED} with {rules}" if rules else str(row["model"]), ""
+    recipe, at, order = recipe_without_rules(row).partition("@")
+    activation = f"/{row['activation']}" if row.get("activation") else ""
+    stages = recipe.removesuffix(activation).removesuffix(str(row["format"])).removesuffix(":")
     fmt = parse_format(str(row["format"]))
     grouping, _, others = str(fmt).partition("-")[2].partition("-")
-    placed = at + order + (f" with {rules}" if rule else "")
+    placed = activation + at + order + (f" with {rules}" if rules else "")
     if fmt.grid in INTEGERS:
-        return (stages if method else str(row["method"])) + placed, "-".join(filter(None, (grouping, others)))
-    stages = "" if stages == "rtn" or fmt.is_float else stages
-    return " ".join(filter(None, (stages, fmt.grid, others))) + placed, ""
+        return (stages or str(row["method"])) + placed, "-".join(filter(None, (grouping, others)))
+    stages = "" if stages == "rtn" else stages
+    return " ".join(filter(None, (stages, fmt.grid_name, others))) + placed, ""
 
 
 def split_panels(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
     """(grouping, rows) of the panels of a figure: one, or for many lines over several groupings of integers one for each.
 
-    What has no grouping (casts, the unquantized model) is in every panel.
+    What has no grouping (casts, the baseline) is in every panel.
     """
     groupings = {id(row): "" if is_baseline(row) else _grouping(row) for row in rows}
     integers = {_name_and_grouping(row)[1] for row in rows if not is_baseline(row)} - {""}
@@ -91,7 +95,7 @@ def _by_size(grouping: str) -> tuple:
 
 
 def increase(row: Row) -> float:
-    """By how many percent perplexity is above the unquantized model's; nan where that is not known."""
+    """By how many percent perplexity is above the baseline's; nan where that is not known."""
     delta = number(row, "nll_delta")
     return 100 * math.expm1(delta) if delta < 700 else number(row, "perplexity_ratio")
 
@@ -127,7 +131,7 @@ def widths_table(rows: Sequence[Row]) -> Table:
         *(Column(f"ratio:{m}", m, functools.partial(_change, m), error=f"ratio_stderr:{m}") for m in methods),
     ]
     notes = (
-        "Change of perplexity from the unquantized model, percent. "
+        f"Change of perplexity from {baseline_name(rows[0])}, percent. "
         "±: standard error of the difference, window by window; ≈: within two of them of no change.",
         "Bits per weight are those of the first method; AWQ's input scales add to them where they cannot be folded.",
     )

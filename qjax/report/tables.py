@@ -38,6 +38,7 @@ GROUP_KEYS = (  # rows of one table have these in common; the model is that whic
     *("baseline", "baseline_fingerprint", "corpus", "corpus_fingerprint", "convention", "windows", "tasks"),
     *("compute_dtype", "device"),
 )
+OWN = "the unquantized model"  # the name of a baseline that is the row's own model, as it was loaded
 NOISE = 2  # paired standard errors within which a difference from the baseline counts as none
 
 
@@ -131,7 +132,7 @@ def baseline_name(row: Row) -> str:
     """What a row's differences are from, in words."""
     row = with_baseline(row)
     own = row[BASELINE] == row.get("fingerprint") and row["model_recipe"] == UNQUANTIZED
-    return "the unquantized model" if own else str(row["baseline"])
+    return OWN if own else str(row["baseline"])
 
 
 def perplexity_table(rows: Sequence[Row]) -> Table:

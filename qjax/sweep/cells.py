@@ -7,15 +7,16 @@ from qjax.formats import ALIASES, FLOATS, GRIDS, INTEGERS
 from qjax.recipe import DEFAULT_ORDER, UNQUANTIZED, Recipe, Stage, parse_order, parse_recipe
 
 BITS = (8, 4, 3, 2)
+ZEROS = {"hqq": "z16"}  # how zero points are stored for roundings that take real ones alone
 
 
 def expand(methods: Iterable[str], bits: Sequence[int] = BITS, group: str | None = None, order: str | None = None) -> list[str]:
     """Canonical recipes of every method at every number of bits.
 
     A method is a recipe without its format ("rtn", "rtn(clip=mse)", "awq+gptq@qep") and becomes METHOD:intB-gGROUP@ORDER for
-    each B; or a codebook grid ("nf4", "nf4-dq", "fp8_e4m3"), which appears once and must be among the bits; or a cast ("bf16")
-    or "none", which appear always. group: a size, "channel" or "tensor"; None is 128 for integers and the codebook's own
-    default.
+    each B (hqq, which takes real zero points alone, intB-gGROUP-z16); or a codebook grid ("nf4", "nf4-dq", "fp8_e4m3"), which
+    appears once and must be among the bits; or a cast ("bf16") or "none", which appear always. group: a size, "channel" or
+    "tensor"; None is 128 for integers and the codebook's own default, and formats that say theirs ("mxfp4") keep it.
     """
     unknown = [b for b in bits if b not in INTEGERS.values()]
     if unknown:
@@ -26,17 +27,18 @@ def expand(methods: Iterable[str], bits: Sequence[int] = BITS, group: str | None
     recipes = []
     for method in methods:
         head, *parts = method.split("-")
-        grid = ALIASES.get(head, head)
+        grid, *implied = ALIASES.get(head, head).split("-")
         if grid in FLOATS or grid == UNQUANTIZED:
             recipes.append(method)
         elif grid in GRIDS:
             if GRIDS[grid] not in bits:
                 asked = ",".join(map(str, bits))
                 raise QjaxError(f"method {method!r} has {GRIDS[grid]} bits, but the bits asked for are {asked}; leave it out")
-            recipes.append("-".join([grid, *([sharing] if sharing else []), *parts]))
+            recipes.append(method if implied else "-".join([grid, *([sharing] if sharing else []), *parts]))
         else:
             stages, at, own_order = method.partition("@")
-            recipes += [f"{stages}:int{b}-{sharing or 'g128'}{at}{own_order}" for b in bits]
+            zeros = [f"-{ZEROS[name]}" for name in (part.partition("(")[0] for part in stages.split("+")) if name in ZEROS]
+            recipes += [f"{stages}:int{b}-{sharing or 'g128'}{''.join(zeros)}{at}{own_order}" for b in bits]
     return canonical(recipes, order)
 
 

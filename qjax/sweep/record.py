@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import jax
 import numpy as np
 
 from qjax.formats import UNQUANTIZED
@@ -37,7 +38,7 @@ def as_json(row: Mapping[str, object]) -> dict[str, object]:
 
 
 def _jsonable(value: object) -> object:
-    if isinstance(value, (np.ndarray, np.generic)):
+    if isinstance(value, (np.ndarray, np.generic, jax.Array)):
         value = value.tolist()
     if isinstance(value, (list, tuple)):
         return [_jsonable(item) for item in value]

@@ -6,7 +6,7 @@ the rows file is skipped, so running the same sweep again finishes what an inter
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,6 +53,9 @@ class Sweep:
     baseline: Model | None = None  # that differences are from, of the same vocabulary and context; None: the model as it is
 
     def __post_init__(self):
+        for name in ("recipes", "corpora", "rules", "tasks", "measures"):
+            if isinstance(text := getattr(self, name), str):
+                raise QjaxError(f"Sweep: {name} is {text!r}, expected several in a tuple; give ({text!r},)")
         short = [name for name in ("divergence", "speed") if getattr(self, name)]
         object.__setattr__(self, "measures", tuple(dict.fromkeys([*self.measures, *short])))
 
@@ -140,6 +143,8 @@ def _measured(cell: Cell, head: dict[str, object], asked: Sequence[Measurement],
     for each in (each for each in asked if each.measure):
         place = (cell.fingerprint, cell.plan, each.name)
         found = shared.get(place) or each.measure(cell._replace(row=row))
+        if not isinstance(found, Mapping):
+            raise QjaxError(f"measurement {each.name} gives {type(found).__name__}, expected a dict of its columns; return one")
         if not each.on_every_text:
             shared[place] = found
         wrong = [name for name in found if column_of(name) not in each.columns] or misfits(as_json(found), whole=False)
@@ -154,6 +159,7 @@ def _cells(model: Model, sweep: Sweep) -> list[Cell]:
     plans = plans_of(sweep, model.config.layers)
     orders = {plan: calibration_order(model, plan.recipe, plan.rules) for plan in plans}
     _check_calibration(model, sweep, [plan for plan in plans if orders[plan]])
+    _check_recipes(model, plans)
     convention = sweep.convention.clipped(model.config.context)
     corpora = list({corpus.fingerprint: corpus for corpus in sweep.corpora}.values())  # the same text counts once
     windows = [corpus_windows(model, corpus, convention, sweep.max_windows) for corpus in corpora]
@@ -207,12 +213,6 @@ def _check_calibration(model: Model, sweep: Sweep, needing: Sequence[Plan]) -> N
     if needing and sweep.calibration is None:
         names = ", ".join(map(str, needing[:4]))
         raise QjaxError(f"{names} need calibration data; name a text with --calibration, for example --calibration python-docs")
-    kernels, find_problem = flatten_dict(model.params, sep="/"), functools.cache(problem_of)
-    for plan in needing:
-        for path, recipe in placement(model, plan.recipe, plan.rules).items():
-            problem = recipe and recipe.reads_data and find_problem(recipe, kernels[path].shape)
-            if problem:
-                raise QjaxError(f"{path}: {problem}")
     if needing:
         as_calibration(model, sweep.calibration)
         same = [corpus.name for corpus in sweep.corpora if corpus.fingerprint == sweep.calibration.source]
@@ -221,3 +221,13 @@ def _check_calibration(model: Model, sweep: Sweep, needing: Sequence[Plan]) -> N
                 f"{same[0]} is both measured and calibrated on, which makes calibrated methods look better than they are; "
                 "give another text to --calibration or --data"
             )
+
+
+def _check_recipes(model: Model, plans: Sequence[Plan]) -> None:
+    """Raises QjaxError for a recipe that a kernel of its plan cannot have."""
+    kernels, find_problem = flatten_dict(model.params, sep="/"), functools.cache(problem_of)
+    for plan in plans:
+        for path, recipe in placement(model, plan.recipe, plan.rules).items():
+            problem = recipe and not recipe.is_cast and find_problem(recipe, kernels[path].shape)
+            if problem:
+                raise QjaxError(f"{path}: {problem}")

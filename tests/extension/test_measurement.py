@@ -2,6 +2,7 @@
 
 import csv
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,6 +14,7 @@ from qjax.evaluate.corpora import Corpus
 from qjax.report.rerun_table import rerun_table, unequal
 from qjax.sweep import columns
 from qjax.sweep.columns import BASELINE, Column, Measurement, column_of, data_dictionary, register_measurement
+from qjax.sweep.record import as_json
 from qjax.sweep.request import request_of
 from qjax.sweep.rerun import rerun
 from qjax.sweep.store import ROWS, read_rows
@@ -20,6 +22,7 @@ from tests.conftest import byte_tokenizer, random_model, tiny_config
 
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 4
 NAME = "logit_difference"
+WRONG = (Column("wrong", float, "", "a number"),)
 
 
 def logit_difference(cell):
@@ -155,11 +158,21 @@ def test_a_measurement_that_gives_what_it_has_not_declared_is_named(work, tmp_pa
     def wrong(cell):
         return {"wrong": "text", "undeclared": 1.0} if cell.sweep.seed else {"wrong": "text"}
 
-    register_measurement(Measurement("wrong", "Wrong", (Column("wrong", float, "", "a number"),), measure=wrong))
+    register_measurement(Measurement("wrong", "Wrong", WRONG, measure=wrong))
     for seed, named in ((0, "measurement wrong gives wrong,"), (1, "gives undeclared,")):
         with pytest.raises(QjaxError, match=named):
             qjax.run_sweep(qjax.load(work / "tiny"), sweep.__class__(**{**sweep.__dict__, "seed": seed}), tmp_path)
+    for given, named in ((None, "NoneType"), ([1.0], "list")):
+        register_measurement(MEASUREMENT._replace(name="wrong", columns=WRONG, measure=lambda cell, given=given: given))
+        with pytest.raises(QjaxError, match=f"measurement wrong gives {named}, expected a dict"):
+            qjax.run_sweep(qjax.load(work / "tiny"), sweep, tmp_path)
     assert read_rows(tmp_path / ROWS) == []
+
+
+def test_numbers_of_numpy_and_jax_are_numbers():
+    given = {"a": np.float32(0.5), "b": jnp.float32(0.5), "c": jnp.arange(2), "d": jnp.float32(np.nan), "e": jnp.bfloat16(2)}
+    assert as_json(given) == {"a": 0.5, "b": 0.5, "c": [0, 1], "d": None, "e": 2.0}
+    assert [type(value) for value in as_json(given).values()] == [float, float, list, type(None), float]
 
 
 def test_what_no_text_changes_is_measured_once_and_its_source_is_part_of_the_key(work, tmp_path):
