@@ -221,6 +221,8 @@ def test_layers_table():
         LayerRecord("block_0/mlp/up/kernel", "rtn:int4-g128", 128, 256, 4.15625, 0.01, 0.0, seconds=0.5),
         LayerRecord("head/output/kernel", "none", 128, 512, 16.0),
     ]
+    told = {row[0]: row[-2] for row in layers_table([records[0]._replace(tokens=4096), records[1]]).cells()}
+    assert told == {"block_0/mlp/up": "4096", "head/output": "-"}
     lines = to_markdown(layers_table(records)).splitlines()
     assert "rtn:int4-g128" in lines[0]  # a recipe that all share is in the title
     squeezed = [" ".join(line.split()) for line in lines]

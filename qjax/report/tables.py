@@ -181,7 +181,7 @@ def formats_table() -> Table:
 
 
 def recipes_table() -> Table:
-    """Every registered rounding and transform, with its options and the statistics it needs."""
+    """Every registered transform, rounding, refiner and order of calibration, with its options and the statistics it needs."""
     from qjax.methods import method_table
 
     columns = tuple(Column(key, key, text=True) for key in ("method", "kind", "options", "needs", "what"))
@@ -219,12 +219,13 @@ def layers_table(layers: Iterable[tuple]) -> Table:
         Column("output_error", "output\nerror", digits(2)),
         Column("damp", "damp", digits(2), rank=2),
         Column("clipped", "clipped", digits(2), rank=3),
+        Column("tokens", "tokens", decimals(0), rank=5),
         Column("seconds", "seconds", digits(2), rank=4),
     )
     notes = (
         "Weight error: squared error over squared weights, input scales undone. "
         "Proxy loss: tr(dW' H dW); output error: that over tr(W' H W). "
-        "Clipped: fraction of weights outside their group's grid.",
+        "Clipped: fraction of weights outside their group's grid. Tokens: of calibration.",
     )
     title = f"Layers, {recipes[0]}" if len(recipes) == 1 else "Layers"
     return Table(title, columns_of(rows, columns), rows, notes)

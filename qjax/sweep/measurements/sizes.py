@@ -4,11 +4,12 @@ import numpy as np
 
 from qjax.sweep.columns import Cell, Column, Measurement
 
+STORED = "exact, over the quantized kernels: codes, scales, zero points, maps and scales of inputs, outliers, low-rank adapters"
 ERROR = (
     "mean over calibrated kernels of tr(dW' H dW) / tr(W' H W), the squared relative error of their outputs on calibration data"
 )
 COLUMNS = (
-    Column("bits_per_weight", float, "bits", "exact, over the quantized kernels: codes, scales, zero points", needed=True),
+    Column("bits_per_weight", float, "bits", STORED, needed=True),
     Column("model_bits_per_weight", float, "bits", "exact, over the whole model as it is stored"),
     Column("size_bytes", int, "bytes", "exact, of the whole model as it is stored", needed=True),
     Column("weight_error", float | None, "", "mean over kernels of the squared relative error of the weights"),
