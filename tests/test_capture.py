@@ -17,6 +17,7 @@ from qjax.calibrate.capture import (
     split_arguments,
 )
 from qjax.errors import QjaxError
+from qjax.interception.linen import linear_layers
 from qjax.models.decoder import Block
 from tests.conftest import tiny_config
 from tests.random_weights import small_model
@@ -225,7 +226,7 @@ def test_layers_inside_transformations_are_named_and_can_be_left_out(lift):
     module = hidden(lift)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 8, 6)), jnp.float32)
     params = shapes_of(module, x)
-    (path,) = (p for p in qjax.interception.linear_layers(module, params, x).views if "outside" not in p)
+    (path,) = (p for p in linear_layers(module, params, x).views if "outside" not in p)
     with pytest.raises(QjaxError, match=f"{path}.*PATTERN=none"):
         qjax.quantize_flax(module, params, "gptq:int4-g2@parallel", batches=[(x,)])
     left, report = qjax.quantize_flax(module, params, "gptq:int4-g2@parallel", batches=[(x,)], rules=["inside=none"])

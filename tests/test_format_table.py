@@ -20,6 +20,7 @@ from qjax.kernels import layout
 from qjax.kernels.matmul import choose
 from qjax.qtensor import dequantize
 from qjax.recipe import method_name
+from qjax.refining.descend import descend
 from qjax.rounding.gptq import gptq
 from qjax.rounding.hqq import hqq
 from qjax.rounding.nearest import rtn
@@ -53,7 +54,7 @@ def test_refinement_lowers_the_loss_and_holds_what_it_may_not_move(name, layer):
     weight, hessian = layer
     fmt = parse_format(name)
     start, info = gptq(jnp.asarray(weight), fmt, hessian=jnp.asarray(hessian), damp=0.0)
-    refined, better = gptq(jnp.asarray(weight), fmt, hessian=jnp.asarray(hessian), damp=0.0, refine=2)
+    refined, better = descend(jnp.asarray(weight), start, hessian=jnp.asarray(hessian), damp=0.0, sweeps=2)
     assert float(better.proxy_loss) < float(info.proxy_loss)
     error = layer_error(np.asarray(dequantize(refined)), weight, hessian)
     assert float(better.proxy_loss) == pytest.approx(error, rel=2e-3), "the scales stored are those that were used"
@@ -108,7 +109,7 @@ def test_awq_scales_before_any_format(name, layer):
     hessian = (hessian * channels * channels[:, None]).astype(np.float32)
     scale = awq_scale(
         [jnp.asarray(weight)], name, abs_mean=jnp.asarray(channels, jnp.float32), hessian=jnp.asarray(hessian), ratios=4
-    )
+    ).scale
     scaled, _ = rtn(jnp.asarray(weight) * scale[:, None], name)
     losses = [
         layer_error(np.asarray(value), weight, hessian)

@@ -16,6 +16,7 @@ from qjax.driver import decoder as driver
 from qjax.driver.decoder import quantize_together
 from qjax.errors import QjaxError, QjaxWarning
 from qjax.linear import Linear, dequantize_tree
+from qjax.models import walk
 from qjax.models.parameters import flatten, unflatten
 from qjax.qtensor import QTensor
 from tests.conftest import FAMILY_CHANGES, tiny_config
@@ -196,14 +197,14 @@ def test_hidden_states_are_held_as_often_as_the_driver_says(model, order, most, 
         seen.append(sum(array.shape == shape for array in jax.live_arrays()))
 
     def counting(module):
-        def run(params, x):
+        def run(params, x, *further):
             count()
-            return honest(module)(params, x)
+            return honest(module)(params, x, *further)
 
         return run
 
-    honest, before = driver.compiled, sum(array.shape == shape for array in jax.live_arrays())
-    monkeypatch.setattr(driver, "compiled", counting)
+    honest, before = walk.compiled, sum(array.shape == shape for array in jax.live_arrays())
+    monkeypatch.setattr(walk, "compiled", counting)
     qjax.quantize(model, f"gptq:int4-g16@{order}", calibration=TOKENS, on_layer=count)
     assert batches <= max(seen) - before <= most * batches + 1
 

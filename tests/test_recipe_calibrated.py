@@ -116,6 +116,7 @@ def test_method_table_lists_transforms_and_orders():
     assert {name: record["kind"] for name, record in table.items()} == {
         "rtn": "rounding",
         "gptq": "rounding",
+        "hqq": "rounding",
         "awq": "transform",
         "descend": "refiner",
         "@parallel": "order",

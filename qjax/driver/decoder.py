@@ -89,6 +89,7 @@ def quantize_together(
             leaves |= {part.prefix + path: leaf for path, leaf in found[number].leaves.items()}
         leaves |= cast_others(leaves, request[0], work.plans[number])
         records = _records(work.plans[number], [found[number] for _, found in made])
+        warn_of_few_tokens(records, 3)
         results.append((model._replace(params=unflatten_dict(leaves, sep="/"), recipe=_name(model, *request)), records))
     seconds = (time.perf_counter() - started) / len(requests)
     return [(result, make_report(result.params, records, seconds)) for result, records in results]
@@ -138,8 +139,9 @@ def quantize_to(
             writer.write(_file_of(part), leaves, [record._asdict() for record in found.records])
         made.append(found._replace(leaves={}))
     writer.finish(model._replace(recipe=_name(model, *request)))
-    result = load_packed(folder, lazy=True)
-    return result, make_report(result.params, _records(work.plans[0], made), time.perf_counter() - started)
+    result, records = load_packed(folder, lazy=True), _records(work.plans[0], made)
+    warn_of_few_tokens(records, 2)
+    return result, make_report(result.params, records, time.perf_counter() - started)
 
 
 def _file_of(part: walk.Part) -> str:
@@ -156,10 +158,9 @@ def _name(model: Model, recipe: Recipe | None, rules: Sequence[Rule]) -> str:
 
 
 def _records(plan: Plan, made: Iterable[Quantized]) -> list[LayerRecord]:
-    """Every kernel's record, in the plan's order; warns of few calibration tokens."""
+    """Every kernel's record, in the plan's order."""
     by_path = {record.path: record for found in made for record in found.records}
     records = [by_path[path] for path in plan]
-    warn_of_few_tokens(records)
     return records
 
 

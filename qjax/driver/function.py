@@ -59,7 +59,7 @@ def quantize_flax(
     shared = sharing(module, params, *distinct_calls(batches)) if stage else {}
     part = Part(module, "", params, views, shared)
     (found,) = quantize_part(part, [plan], (stage or Stage("parallel"))(), calibration, calibration, on_layer)
-    warn_of_few_tokens(found.records)
+    warn_of_few_tokens(found.records, 2)
     done = [path for path in placed if path in views or placed[path] is None]
     result = unflatten_dict(found.leaves | cast_others(found.leaves, recipe, done), sep="/")
     return result, make_report(result, found.records, time.perf_counter() - started)

@@ -40,8 +40,8 @@ def make_report(params: PyTree, records: Sequence[LayerRecord], seconds: float) 
     return Report(tuple(records), bits, 8 * size / weights, size, seconds)
 
 
-def warn_of_few_tokens(records: Sequence[LayerRecord]) -> None:
-    """Warns (QjaxWarning) of layers with fewer calibration tokens than inputs."""
+def warn_of_few_tokens(records: Sequence[LayerRecord], callers: int) -> None:
+    """Warns (QjaxWarning) of layers with fewer calibration tokens than inputs, at the line that called so many callers up."""
     few = [record for record in records if record.tokens is not None and record.tokens < record.in_features]
     if few:
         listed = ", ".join(f"{record.path} ({record.tokens} tokens, {record.in_features} inputs)" for record in few[:5])
@@ -50,7 +50,7 @@ def warn_of_few_tokens(records: Sequence[LayerRecord]) -> None:
             f"fewer calibration tokens than inputs: {listed}{more}; tokens are the rank of a Hessian at most, damping fills "
             "the rest, more tokens would be better",
             QjaxWarning,
-            stacklevel=4,
+            stacklevel=callers + 1,
         )
 
 
