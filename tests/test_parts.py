@@ -206,7 +206,7 @@ def test_one_process_at_a_time(model, tmp_path):
         elsewhere()
     assert write_all(model, tmp_path / "out", overwrite=True) == NAMES
     assert_whole(tmp_path / "out", model)
-    assert not (tmp_path / "out" / "qjax.lock").exists()
+    assert not (tmp_path / "out" / "qjax.lock").exists() and (tmp_path / ".out.partial").resolve() not in parts._locks
 
     (tmp_path / ".out.partial").mkdir()
     descriptor = elsewhere()
