@@ -33,6 +33,7 @@ def row(recipe: str, changes=0.0, **columns):
         base = measured_row("none")
     else:
         base = measured_row("rtn:int4-channel") | {"recipe": recipe, "key": f"{recipe} {columns}"}
+    columns |= {"baseline": columns["model"]} if "model" in columns else {}
     return base | {"window_nll": list(losses), "window_tokens": [TOKENS] * WINDOWS} | columns
 
 

@@ -64,7 +64,7 @@ def signround(block, start, *, steps: int = 20):
     return result, qjax.BlockInfo(losses[0], block_loss(block, result))
 
 
-def learned_steps(block, start, *, steps: int = 20, rate: float = 1e-4):
+def learned_steps(block, start, *, steps: int = 20, rate: float = 1e-3):
     """Esser et al. 2020 (arXiv 1902.08153): the scales by gradient descent, codes nearest."""
     scales = {path: parts(q)[0] for path, q in start.items()}
     optimizer = optax.adam(rate)
