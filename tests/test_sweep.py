@@ -226,7 +226,8 @@ def test_options_that_contradict_each_other_are_found_before_anything_is_measure
     assert not (tmp_path / ROWS).exists()
 
 
-def test_methods_that_jax_cannot_trace_are_not_looked_into(monkeypatch):
+@pytest.mark.usefixtures("registries")
+def test_methods_that_jax_cannot_trace_are_not_looked_into():
     def steps(weights, fmt, *, abs_mean):
         return np.asarray(abs_mean)
 

@@ -32,7 +32,7 @@ def fake(weight, q, scale, offset=0.0):
     return grid.from_groups(grid.fake_quantize(groups, scale, parts(q)[1], q.format, offset=offset), q.format, *weight.shape)
 
 
-def signround(block, start, *, steps: int = 20):
+def signround(block, start, *, steps: int = 8):
     """Cheng et al. 2023 (arXiv 2309.05516): offsets of the rounding by signed gradients; the best of all steps is kept."""
 
     @jax.jit
