@@ -64,7 +64,7 @@ _PUBLIC = {
     "save_huggingface": "checkpoints.huggingface",
     # evaluation
     "load_corpus": "evaluate.corpora",
-    "parse_convention": "evaluate.perplexity",
+    "parse_convention": "evaluate.windows",
     "perplexity": "evaluate.perplexity",
     "accuracy": "evaluate.choices",
     "load_task": "evaluate.tasks",

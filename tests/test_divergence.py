@@ -9,7 +9,7 @@ from qjax.driver.decoder import quantize
 from qjax.errors import QjaxError
 from qjax.evaluate.corpora import Corpus
 from qjax.evaluate.divergence import divergence, summarise
-from qjax.evaluate.perplexity import corpus_windows, parse_convention
+from qjax.evaluate.windows import corpus_windows, parse_convention
 from qjax.models.model import apply
 
 from .conftest import random_model, tiny_config

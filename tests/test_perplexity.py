@@ -9,7 +9,9 @@ import pytest
 from qjax.errors import QjaxError
 from qjax.evaluate import perplexity as module
 from qjax.evaluate.corpora import Corpus
-from qjax.evaluate.perplexity import corpus_windows, cut_windows, parse_convention, perplexity, ratio_stderr
+from qjax.evaluate.perplexity import perplexity
+from qjax.evaluate.statistics import estimate
+from qjax.evaluate.windows import corpus_windows, cut_windows, parse_convention
 from qjax.models.model import apply
 
 from .conftest import byte_tokenizer

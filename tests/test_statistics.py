@@ -1,6 +1,5 @@
 """qjax.evaluate.statistics: intervals of 95 % hold the truth in 93 to 97 % of simulated measurements."""
 
-import itertools
 import math
 
 import numpy as np
@@ -8,15 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from scipy.signal import lfilter
 
 from qjax.errors import QjaxError
 from qjax.evaluate.statistics import (
     accuracy_difference,
     aggregate_seeds,
-    bootstrap_interval,
+    autocorrelation,
     count_flips,
+    estimate,
     paired_difference,
-    ratio_stderr,
 )
 
 TRIALS = 2000  # a true coverage of 95 % is measured as 95 ± 0.5 %
@@ -36,44 +36,78 @@ def windows(generator, n):
     return baseline + change, baseline, counts
 
 
-@pytest.mark.parametrize("n", [30, 100])
-def test_bootstrap_intervals_cover_paired_losses(n):
+@pytest.mark.parametrize("n", [8, 30, 100])
+def test_intervals_cover_paired_losses(n):
     """d_i depends on nothing but unit i, and E[sum d] / E[sum counts] = 0.02 because counts are independent of the rest."""
     generator = np.random.default_rng(n)
     found = []
     for _ in range(TRIALS):
         ours, theirs, counts = windows(generator, n)
-        found.append(bootstrap_interval(ours - theirs, counts, resamples=400, seed=int(generator.integers(2**31))))
+        found.append(paired_difference(ours, theirs, counts)[2:4])
     assert NOMINAL[0] <= covered(found, 0.02) <= NOMINAL[1]
 
 
-@pytest.mark.parametrize(("n", "least"), [(5, 0.9), (8, NOMINAL[0])])
-def test_bootstrap_intervals_cover_few_units(n, least):
-    """Plain percentiles would hold the truth in 83 % (n = 5) and 89 % (n = 8)."""
-    changes = 0.02 + np.random.default_rng(n).standard_normal((TRIALS, n))
-    found = [bootstrap_interval(change, resamples=600, seed=i) for i, change in enumerate(changes)]
-    assert least <= covered(found, 0.02) <= NOMINAL[1]
+def documents_of(generator, sizes, rho=0.5):
+    """Changes of windows whose documents differ, and whose neighbours in a document are alike; true mean 0."""
+    documents = np.repeat(np.arange(len(sizes)), sizes)
+    noise = generator.standard_normal(len(documents))
+    for i in range(1, len(noise)):
+        if documents[i] == documents[i - 1]:
+            noise[i] = rho * noise[i - 1] + math.sqrt(1 - rho**2) * noise[i]
+    return (0.7 * generator.standard_normal(len(sizes)))[documents] + noise, documents
 
 
-def test_the_tails_of_few_units_are_expanded():
-    """Quantiles Phi(sqrt(n / (n - 1)) t) of every resample of five units there is, by their definition."""
-    units, counts = np.array([1.0, 2.0, 4.0, 8.0, 16.0]), np.array([3, 1, 4, 1, 5])
-    chosen = np.array(list(itertools.product(range(5), repeat=5)))
-    ratios = units[chosen].sum(axis=1) / counts[chosen].sum(axis=1)
-    tail = stats.norm.cdf(math.sqrt(5 / 4) * stats.t.ppf(0.05, 4))
-    expected = np.quantile(ratios, [tail, 1 - tail])
-    np.testing.assert_allclose(bootstrap_interval(units, counts, level=0.9, resamples=200_000), expected, rtol=0.02)
+@pytest.mark.parametrize(("documents", "largest"), [(119, 134), (30, 0), (10, 0), (15, 100)])
+def test_intervals_cover_windows_of_unequal_documents(documents, largest):
+    """The largest holds a seventh of the windows, or most of them. Windows taken as independent cover too little."""
+    generator = np.random.default_rng(documents)
+    found, naive = [], []
+    for _ in range(TRIALS // 2):
+        sizes = np.maximum(1, generator.lognormal(1.5, 1.0, documents).astype(int))
+        sizes[0] = largest or sizes[0]
+        change, of = documents_of(generator, sizes)
+        counts = np.full(len(change), 100)
+        found.append(estimate(100 * change, counts, of)[2:4])
+        naive.append(estimate(100 * change, counts)[2:4])
+    assert NOMINAL[0] <= covered(found, 0) <= NOMINAL[1] + 0.01 * (documents in (10, 15))
+    assert covered(naive, 0) < 0.85
 
 
-@pytest.mark.parametrize("n", [30, 100])
-def test_standard_errors_cover_paired_losses(n):
-    generator = np.random.default_rng(n + 1)
-    found = []
-    for _ in range(TRIALS):
-        ours, theirs, counts = windows(generator, n)
-        value, error = (ours - theirs).sum() / counts.sum(), ratio_stderr(ours - theirs, counts)
-        found.append((value - 1.96 * error, value + 1.96 * error))
-    assert NOMINAL[0] - 0.01 * (n < 50) <= covered(found, 0.02) <= NOMINAL[1]  # a normal quantile is 0.6 % short at n = 30
+@pytest.mark.parametrize(("n", "rho"), [(64, 0.3), (128, 0.6), (512, 0.6)])
+def test_intervals_cover_consecutive_windows_of_one_document(n, rho):
+    """Blocks of windows: taken as independent they would hold the truth in 68 % at a correlation of 0.6."""
+    generator = np.random.default_rng(n)
+    change = lfilter([1], [1, -rho], generator.standard_normal((TRIALS, n + 100)))[:, 100:]
+    one = np.zeros(n, int)
+    assert NOMINAL[0] <= covered([estimate(each, None, one)[2:4] for each in change], 0) <= NOMINAL[1]
+    assert covered([estimate(each)[2:4] for each in change], 0) < 0.9
+    assert np.mean([autocorrelation(each) for each in change]) == pytest.approx(
+        rho - (1 + 3 * rho) / n, abs=0.01
+    )  # its bias, Kendall 1954
+
+
+def test_a_document_is_one_unit():
+    """However many windows it is cut into; units by hand: R = 20 / 10, without each: 17 / 9, 15 / 7, 10 / 6, 18 / 8."""
+    totals, counts = np.array([3.0, 5.0, 10.0, 2.0]), np.array([1, 3, 4, 2])
+    left_out = np.array([17 / 9, 15 / 7, 10 / 6, 18 / 8])
+    by_hand = math.sqrt(3 / 4 * np.sum((left_out - left_out.mean()) ** 2))
+    whole = estimate(totals, counts)
+    assert whole.stderr == pytest.approx(by_hand)
+    n = 10**2 / (1 + 9 + 16 + 4)
+    assert (whole.value, whole.dof) == (2, pytest.approx(n - 1))
+    assert whole.high == pytest.approx(2 + stats.t.ppf(0.975, n - 1) * by_hand)
+    documents, equal = np.repeat(np.arange(8), 5), np.random.default_rng(0).standard_normal(8)
+    cut = estimate(np.repeat(equal, 5) / 5, np.full(40, 0.2), documents)
+    np.testing.assert_allclose(cut, estimate(equal), rtol=1e-12)
+    np.testing.assert_allclose(estimate(np.repeat(equal, 5) / 5, np.full(40, 0.2), 3 * documents - 7), cut)
+
+
+def test_p_values_agree_with_intervals():
+    changes = np.random.default_rng(3).standard_normal((200, 12)) + 0.5
+    found = [estimate(change) for change in changes]
+    assert all(each.is_noise == (each.p >= 0.05) for each in found) and 20 < sum(each.is_noise for each in found) < 180
+    assert found[0].p == pytest.approx(stats.ttest_1samp(changes[0], 0).pvalue)
+    assert estimate(np.zeros(5)).p == 1
 
 
 @pytest.mark.parametrize("n", [100, 200, 1000])
@@ -94,11 +128,21 @@ def test_intervals_of_few_answers_are_not_overconfident(n):
     assert covered([(d.low, d.high) for d in found], -0.1) >= NOMINAL[0]
 
 
-def test_bootstrap_intervals_cover_accuracy_differences():
-    generator = np.random.default_rng(5)
-    change = generator.choice([-1, 1, 0], (TRIALS, 200), p=[0.12, 0.08, 0.8])
-    found = [bootstrap_interval(row, resamples=400, seed=i) for i, row in enumerate(change)]
-    assert NOMINAL[0] <= covered(found, -0.04) <= NOMINAL[1]
+def test_intervals_cover_accuracies_of_questions_that_share_documents():
+    """Questions of a document go wrong together."""
+    generator, found, naive = np.random.default_rng(5), [], []
+    documents = np.repeat(np.arange(40), 10)
+    for _ in range(TRIALS // 2):
+        lost = generator.random(40)[documents] * 0.4 > generator.random(400)
+        together = np.repeat(generator.random(40) < 0.1, 10)
+        ours, theirs = ~(lost | together), ~np.repeat(generator.random(40) < 0.1, 10)
+        found.append(accuracy_difference(ours, theirs, documents)[2:4])
+        naive.append(accuracy_difference(ours, theirs)[2:4])
+    truth = 0.9 * 0.8 - 0.9
+    assert NOMINAL[0] <= covered(found, truth) <= NOMINAL[1] + 0.01
+    assert covered(naive, truth) < 0.7
+    few = accuracy_difference(np.ones(30, bool), np.ones(30, bool), np.arange(30) // 10)
+    assert few == accuracy_difference(np.ones(30, bool), np.ones(30, bool))  # the error over questions is the larger one
 
 
 @pytest.mark.parametrize("seeds", [3, 8])
@@ -109,8 +153,8 @@ def test_errors_over_seeds_cover_the_mean_difference(seeds):
     for _ in range(TRIALS):
         effect = 0.002 * generator.standard_normal((seeds, 1)) + 0.03 * generator.standard_normal(60)
         found = aggregate_seeds(0.02 + effect + 0.01 * generator.standard_normal((seeds, 60)))
-        hits += abs(found.value - 0.02) <= 1.96 * found.stderr
-    assert NOMINAL[0] <= hits / TRIALS <= NOMINAL[1]
+        hits += found.change.low <= 0.02 <= found.change.high
+    assert NOMINAL[0] <= hits / TRIALS <= NOMINAL[1] + 0.01
 
 
 def test_a_model_does_not_differ_from_itself():
@@ -129,8 +173,8 @@ def test_pairing_cancels_what_texts_are_like():
     ours, theirs, counts = windows(generator, 200)
     paired = paired_difference(ours, theirs, counts)
     assert paired.low < paired.value < paired.high and not paired.is_noise
-    assert paired.stderr < 0.15 * math.hypot(ratio_stderr(ours, counts), ratio_stderr(theirs, counts))
-    assert paired.stderr == ratio_stderr(ours - theirs, counts)
+    assert paired.stderr < 0.15 * math.hypot(estimate(ours, counts).stderr, estimate(theirs, counts).stderr)
+    assert paired == estimate(ours - theirs, counts)
     assert (paired.high - paired.low) / (2 * 1.96 * paired.stderr) == pytest.approx(1, abs=0.1)
 
 
@@ -152,17 +196,9 @@ def test_flips_explain_the_accuracy_difference(answers):
     assert difference.low <= difference.value <= difference.high
 
 
-def test_standard_errors_by_hand():
-    """Of units of equal counts that of a mean, n - 1 in it; of ratios the linear one: sum((d - R c)^2) n / (n - 1)."""
-    totals = np.array([3.0, 5.0, 10.0, 2.0])
-    assert ratio_stderr(totals, np.full(4, 7)) == pytest.approx(np.std(totals, ddof=1) / 2 / 7)
-    # R = 20 / 10; residuals 1, -1, 2, -2
-    assert ratio_stderr(totals, np.array([1, 3, 4, 2])) == pytest.approx(math.sqrt(4 / 3 * 10) / 10)
-
-
 def test_too_little_to_know():
-    assert math.isnan(bootstrap_interval([1.0])[0])
-    assert math.isnan(ratio_stderr(np.array([1.0]), np.array([1])))
+    assert math.isnan(estimate(np.array([1.0])).stderr) and math.isnan(estimate(np.array([1.0])).low)
+    assert estimate(np.array([1.0, math.inf])).value == math.inf
     assert math.isnan(paired_difference([1.0, math.inf], [0.0, 0.0]).low)
     one = aggregate_seeds(np.array([0.1, 0.2, 0.3]))
     assert (one.seeds, math.isnan(one.between)) == (1, True)

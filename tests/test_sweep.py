@@ -19,7 +19,7 @@ from qjax.calibrate.tokens import Calibration, as_calibration
 from qjax.driver.layer import problem_of
 from qjax.errors import QjaxError
 from qjax.evaluate.corpora import Corpus
-from qjax.evaluate.perplexity import parse_convention
+from qjax.evaluate.windows import parse_convention
 from qjax.models import walk
 from qjax.models.fingerprint import model_fingerprint
 from qjax.models.model import compute_dtype, stages

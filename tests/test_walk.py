@@ -17,7 +17,8 @@ from qjax.errors import QjaxError
 from qjax.evaluate.divergence import measure_divergence
 from qjax.evaluate.generate import generate
 from qjax.evaluate.likelihood import Pair, likelihoods
-from qjax.evaluate.perplexity import Windows, score
+from qjax.evaluate.perplexity import score
+from qjax.evaluate.windows import Windows
 from qjax.lazy import Lazy, is_lazy, map_lazily, materialised
 from qjax.linear import Linear, is_quantized
 from qjax.maps import Scale
@@ -170,7 +171,7 @@ def test_evaluation_part_by_part_is_bit_equal(folders, read, name, monkeypatch):
     for a, b in zip(*(likelihoods(model, groups, batch_tokens=32) for model in (eager, lazy)), strict=True):
         assert a.tobytes() == b.tobytes()
 
-    windows = Windows(TOKENS, np.ones_like(TOKENS, bool), np.ones(len(TOKENS)))
+    windows = Windows(TOKENS, np.ones_like(TOKENS, bool), np.ones(len(TOKENS)), np.arange(len(TOKENS)))
     other = runnable(eager._replace(params=jax.tree.map(lambda leaf: leaf + 0.01 * leaf, runnable(eager).params)))
     expected = measure_divergence(eager, other, windows, batch_tokens=24)
     assert measure_divergence(lazy, other, windows, batch_tokens=24) == expected

@@ -1,7 +1,8 @@
 """Calibration tokens: windows drawn at random from a text, or given as they are.
 
 The text's documents are joined, tokenized and cut into windows one after the other; `windows` of them are drawn without
-replacement by a JAX key made from the seed. GPTQ's code draws 128 windows of 2048 tokens from C4; so does the default here,
+replacement by a JAX key made from the seed, a tenth of them from one document at
+most where the others have enough. GPTQ's code draws 128 windows of 2048 tokens from C4; so does the default here,
 with windows that fit the model.
 """
 
@@ -14,7 +15,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from qjax.errors import QjaxError
-from qjax.evaluate.corpora import Corpus, load_corpus
+from qjax.evaluate.corpora import Corpus, article_starts, load_corpus
+from qjax.evaluate.windows import within_share
 from qjax.models.model import Model
 
 WINDOWS, WINDOW = 128, 2048
@@ -53,15 +55,18 @@ def load_calibration(
     if windows < 1 or window < 1:
         raise QjaxError(f"calibration: expected at least one window of one token, got {windows} of {window}")
     window = min(window, model.config.context)
-    ids, _ = model.tokenizer.encode_with_bytes(corpus.separator.join(corpus.documents))
+    ids, nbytes = model.tokenizer.encode_with_bytes(corpus.separator.join(corpus.documents))
     available = len(ids) // window
     if available < windows:
         raise QjaxError(
             f"calibration text {corpus.name} has {len(ids):,} tokens, {available} windows of {window}, but {windows} were "
             "asked for; give more text, or fewer or shorter windows"
         )
-    chosen = jax.random.choice(jax.random.key(seed), available, (windows,), replace=False)
-    tokens = np.asarray(ids[: available * window]).reshape(available, window)[np.asarray(chosen)]
+    order = np.asarray(jax.random.choice(jax.random.key(seed), available, (available,), replace=False))
+    middles = (np.cumsum(nbytes) - nbytes)[window // 2 :: window][:available]
+    documents = np.searchsorted(article_starts(corpus), middles, "right") - 1
+    chosen = within_share(order, documents, windows)[:windows]
+    tokens = np.asarray(ids[: available * window]).reshape(available, window)[chosen]
     return Calibration(tokens.astype(np.int32), None, corpus.name, corpus.fingerprint)
 
 

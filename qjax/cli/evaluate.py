@@ -37,8 +37,9 @@ def evaluate(
 ) -> None:
     """Perplexity of one model, quantized or not; with --tasks or --lm-eval its accuracy instead."""
     from qjax.evaluate.corpora import load_corpora
-    from qjax.evaluate.perplexity import parse_convention, perplexity
+    from qjax.evaluate.perplexity import perplexity
     from qjax.evaluate.tasks import load_tasks
+    from qjax.evaluate.windows import parse_convention
 
     measured = parse_convention(convention)
     asked = load_tasks(split_names(tasks) if tasks else (), max_questions or None)

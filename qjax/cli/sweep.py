@@ -70,8 +70,8 @@ def sweep(
 ) -> None:
     """Measure perplexity of a model in many formats; table and figure go to --out."""
     from qjax.evaluate.corpora import load_corpora
-    from qjax.evaluate.perplexity import parse_convention
     from qjax.evaluate.tasks import load_tasks
+    from qjax.evaluate.windows import parse_convention
     from qjax.recipe import UNQUANTIZED
     from qjax.sweep.columns import require_measurements
     from qjax.sweep.runner import Sweep, rules_in_order
@@ -121,7 +121,7 @@ def sensitivity(
 ) -> None:
     """Measure what each block costs when it alone is quantized; rows and a table go to --out."""
     from qjax.evaluate.corpora import load_corpora
-    from qjax.evaluate.perplexity import parse_convention
+    from qjax.evaluate.windows import parse_convention
     from qjax.sweep.cells import canonical
     from qjax.sweep.runner import Sweep
 

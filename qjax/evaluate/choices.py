@@ -17,12 +17,13 @@ import numpy as np
 from qjax.errors import QjaxError
 from qjax.evaluate.likelihood import likelihoods, make_pair
 from qjax.evaluate.questions import Task
+from qjax.evaluate.statistics import estimate
 from qjax.evaluate.tasks import load_task
 from qjax.models.model import Model
 
 
 class Accuracy(NamedTuple):
-    """What a model answered and how often it was right; standard errors over questions.
+    """What a model answered and how often it was right; standard errors over questions, or over the texts they are made from.
 
     For last-word tasks `answers` are 0 (the gold word is the model's own) or 1 (it is not), and there is no normalised figure.
     """
@@ -38,6 +39,7 @@ class Accuracy(NamedTuple):
     answers: tuple[int, ...]
     answers_normalised: tuple[int, ...]  # empty for last-word tasks
     gold: tuple[int, ...]
+    documents: tuple[int, ...]  # text of each question; empty where each is its own
     loglikelihoods: tuple[tuple[float, ...], ...]  # a question's choices, nats
     truncated: int  # questions that lost tokens from the left because they are longer than the model's context
     seconds: float
@@ -78,8 +80,9 @@ def accuracy(
         answers = np.array([np.argmax(score) for score in scores])
         lengths = [np.array(question.lengths) for question in task.questions]
         normalised = np.array([np.argmax(score / length) for score, length in zip(scores, lengths, strict=True)])
-    value, stderr = _mean(answers == gold)
-    value_norm, stderr_norm = (math.nan, math.nan) if normalised is None else _mean(normalised == gold)
+    documents = tuple(question.document for question in task.questions if question.document >= 0)
+    value, stderr = _mean(answers == gold, documents)
+    value_norm, stderr_norm = (math.nan, math.nan) if normalised is None else _mean(normalised == gold, documents)
     return Accuracy(
         task=task.name,
         kind=task.kind,
@@ -92,13 +95,20 @@ def accuracy(
         answers=tuple(answers.tolist()),
         answers_normalised=() if normalised is None else tuple(normalised.tolist()),
         gold=tuple(gold.tolist()),
+        documents=documents,
         loglikelihoods=tuple(tuple(score.tolist()) for score in scores),
         truncated=truncated,
         seconds=time.perf_counter() - started,
     )
 
 
-def _mean(correct: np.ndarray) -> tuple[float, float]:
-    """Fraction of right answers and its standard error, with n - 1; nan for a single question."""
+def _mean(correct: np.ndarray, documents: tuple[int, ...]) -> tuple[float, float]:
+    """Fraction of right answers and its standard error, with n - 1; nan for a single question. Of questions made from documents
+    the larger of the errors over questions and over documents.
+    """
     count, value = len(correct), float(np.mean(correct))
-    return value, math.sqrt(value * (1 - value) / (count - 1)) if count > 1 else math.nan
+    if count < 2:
+        return value, math.nan
+    over_questions = math.sqrt(value * (1 - value) / (count - 1))
+    over_documents = estimate(correct, None, np.array(documents)).stderr if documents else 0.0
+    return value, max(over_questions, over_documents)

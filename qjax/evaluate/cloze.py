@@ -32,7 +32,7 @@ def cloze_questions(corpus: Corpus | None = None) -> list[Question]:
             others = [i for i in starts if i + WORDS <= at - CONTEXT_WORDS or i >= at + WORDS]
             question = _question(document, words, at, others, seed=f"{number} {at}")
             if question is not None:
-                found.append((_hash(f"{number} {at}"), question))
+                found.append((_hash(f"{number} {at}"), question._replace(document=number)))
                 last = at + EVERY - CONTEXT_WORDS
     if not found:
         raise QjaxError(f"cloze: no document of {corpus.name} is long enough for a question")

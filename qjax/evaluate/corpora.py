@@ -24,14 +24,18 @@ import difflib
 import gzip
 import hashlib
 import inspect
+import itertools
 import json
 import logging
 import os
+import re
 import sysconfig
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
+
+import numpy as np
 
 from qjax.errors import QjaxError
 from qjax.files import expand
@@ -58,6 +62,7 @@ class Corpus(NamedTuple):
     documents: tuple[str, ...]
     fingerprint: str  # first 16 hex digits of the SHA-256 of the joined documents, in UTF-8
     separator: str = BLANK_LINE  # joins the documents; a blank in ptb and c4, as GPTQ's scripts join them
+    lines: bool = False  # the documents are lines of articles, as WikiText's rows are
 
 
 def load_corpus(spec: str, split: Split = "test") -> Corpus:
@@ -79,7 +84,7 @@ def load_corpus(spec: str, split: Split = "test") -> Corpus:
     if not any(document.strip() for document in documents):
         raise QjaxError(f"corpus {spec!r} ({split}) is empty: expected at least one document with text")
     separator = _SEPARATORS.get(name, BLANK_LINE)
-    return Corpus(name, documents, fingerprint(documents, separator), separator)
+    return Corpus(name, documents, fingerprint(documents, separator), separator, name in _OF_LINES)
 
 
 def load_corpora(specs: Iterable[str], split: Split = "test") -> tuple[Corpus, ...]:
@@ -90,6 +95,22 @@ def load_corpora(specs: Iterable[str], split: Split = "test") -> tuple[Corpus, .
 def fingerprint(documents: Iterable[str], separator: str = BLANK_LINE) -> str:
     """First 16 hex digits of the SHA-256 of the joined documents."""
     return hashlib.sha256(separator.join(documents).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def article_starts(corpus: Corpus) -> np.ndarray:
+    """(articles,) int64: where each article begins in the joined text, in UTF-8 bytes; the first begins at 0.
+
+    Articles are what errors take as independent: the documents, or, in a single text, what WikiText's headings (" = Title = ")
+    and "<|endoftext|>" tell apart.
+    """
+    if len(corpus.documents) > 1 and not corpus.lines:
+        gap = len(corpus.separator.encode())
+        sizes = [len(document.encode("utf-8", "surrogatepass")) + gap for document in corpus.documents]
+        return np.concatenate([[0], np.cumsum(sizes[:-1], dtype=np.int64)])
+    text = corpus.separator.join(corpus.documents)
+    at = sorted({0, *(match.start() for match in _ARTICLE.finditer(text))})
+    pieces = (text[start:end] for start, end in itertools.pairwise(at))
+    return np.cumsum([0, *(len(piece.encode("utf-8", "surrogatepass")) for piece in pieces)], dtype=np.int64)
 
 
 def corpus_names() -> tuple[str, ...]:
@@ -296,4 +317,6 @@ _NAMED: dict[str, Callable[[Split], tuple[str, ...]]] = {
     "c4": _c4,
 }
 _SEPARATORS = {"ptb": " ", "c4": " "}
+_OF_LINES = ("wikitext2", "ptb")
+_ARTICLE = re.compile(r"^ = [^=\n]+ = *$|<\|endoftext\|>", re.MULTILINE)
 _FILE_READERS: dict[str, Callable[[Path, str], tuple[str, ...]]] = {"text": _text, "jsonl": _jsonl}

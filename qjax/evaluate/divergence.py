@@ -6,7 +6,7 @@ Over the scored tokens of a convention's windows, P the baseline's distribution 
     top1     share of tokens whose likeliest next token is the same
     rms_dp   root mean square of Q(true token) - P(true token)
 
-as llama.cpp's perplexity tool defines them. Standard errors take windows as independent, as perplexity's do.
+as llama.cpp's perplexity tool defines them. Standard errors take documents as independent, as perplexity's do.
 Flips of answers are in `statistics.py`.
 """
 
@@ -20,8 +20,9 @@ import numpy as np
 
 from qjax.errors import QjaxError
 from qjax.evaluate.corpora import Corpus, load_corpus
-from qjax.evaluate.perplexity import BATCH_TOKENS, Convention, Windows, corpus_windows, parse_convention
-from qjax.evaluate.statistics import ratio_stderr
+from qjax.evaluate.perplexity import BATCH_TOKENS
+from qjax.evaluate.statistics import estimate
+from qjax.evaluate.windows import Convention, Windows, corpus_windows, parse_convention
 from qjax.models.model import LOGITS_AT_ONCE, Model, apply_head, hidden_batches, runnable
 
 
@@ -46,6 +47,7 @@ def divergence(
     convention: str | Convention = "windows-2048",
     *,
     max_windows: int | None = None,
+    seed: int = 0,
     packed: bool = False,
     batch_tokens: int | None = None,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
@@ -55,7 +57,7 @@ def divergence(
     Raises QjaxError for models of different configurations and whatever `perplexity` raises.
     """
     corpus = load_corpus(corpus) if isinstance(corpus, str) else corpus
-    windows = corpus_windows(model, corpus, parse_convention(convention).clipped(model.config.context), max_windows)
+    windows = corpus_windows(model, corpus, parse_convention(convention).clipped(model.config.context), max_windows, seed=seed)
     return measure_divergence(model, baseline, windows, packed=packed, batch_tokens=batch_tokens, on_batch=on_batch)
 
 
@@ -85,7 +87,7 @@ def measure_divergence(
             found[-2] = np.asarray(found[-2])  # waits for the batch before this one, so that one is always in flight
         on_batch(min(len(found) * batch, total), total)
     kl, same, change = np.concatenate([np.asarray(part) for part in found], axis=1)[:, :total].astype(np.float64)
-    return summarise(kl, same, change, windows.scored[:, 1:])
+    return summarise(kl, same, change, windows.scored[:, 1:], windows.documents)
 
 
 def _compare(ours: tuple[Model, jax.Array], theirs: tuple[Model, jax.Array], targets: jax.Array) -> jax.Array:
@@ -112,15 +114,21 @@ def _distances(ours: jax.Array, theirs: jax.Array, targets: jax.Array) -> jax.Ar
     return jnp.stack([kl, same.astype(kl.dtype), q - p])
 
 
-def summarise(kl: np.ndarray, same: np.ndarray, change: np.ndarray, scored: np.ndarray) -> Divergence:
-    """The result of per-token figures, all (windows, time). A model that diverged has infinite KL."""
+def summarise(
+    kl: np.ndarray, same: np.ndarray, change: np.ndarray, scored: np.ndarray, documents: np.ndarray | None = None
+) -> Divergence:
+    """The result of per-token figures, all (windows, time). A model that diverged has infinite KL.
+
+    documents: of each window (`statistics.estimate`).
+    """
     counts = scored.sum(axis=1)
     kl = np.where(np.isnan(kl), np.inf, np.maximum(kl, 0))  # rounding can leave a negative zero-ish sum
     change = np.where(np.isnan(change), 1.0, change)
 
     def mean(values: np.ndarray) -> tuple[float, float]:
         totals = np.sum(np.where(scored, values, 0), axis=1)
-        return float(totals.sum() / counts.sum()), ratio_stderr(totals, counts)
+        found = estimate(totals, counts, documents)
+        return found.value, found.stderr
 
     tokens = np.sort(kl[scored])
     (average, error), (top1, top1_error), (square, square_error) = mean(kl), mean(same), mean(change**2)

@@ -10,12 +10,14 @@ from qjax.errors import QjaxError
 class Question(NamedTuple):
     """Candidates (context, continuation), of which candidate `gold` is right.
 
-    lengths: characters of each candidate's choice, which the length-normalised score divides by.
+    lengths: characters of each candidate's choice, which the length-normalised score divides by. document: number of the text
+    that it is made from, where others are too; -1 where each question is its own.
     """
 
     candidates: tuple[tuple[str, str], ...]
     gold: int
     lengths: tuple[int, ...]
+    document: int = -1
 
 
 class Task(NamedTuple):
@@ -36,7 +38,7 @@ def make_task(name: str, questions: tuple[Question, ...] | list[Question]) -> Ta
     single = {len(question.candidates) == 1 for question in questions}
     if len(single) > 1:
         raise QjaxError(f"task {name}: some questions have one candidate and some have several; expected one kind")
-    text = hashlib.sha256(json.dumps(questions).encode())
+    text = hashlib.sha256(json.dumps([question[:3] for question in questions]).encode())
     return Task(name, "last-word" if single.pop() else "choices", tuple(questions), text.hexdigest()[:16])
 
 

@@ -1,14 +1,21 @@
-"""How sure a difference is: paired standard errors and intervals over windows or questions.
+"""How sure a figure is: standard errors and 95 % intervals over documents or questions, paired where two models are compared.
 
-Two models measured on the same units differ by d_i on unit i; what a text or question is like cancels in d_i. Of the ratio
-R = sum(d) / sum(counts) (a mean over tokens; counts of 1 give a mean over questions):
+Two models measured on the same windows differ by d_i on window i; what a text is like cancels in d_i. Windows of a document are
+like each other, so units are taken as independent: a document with all its windows, or, where a text has too few documents to
+tell, blocks of consecutive windows, long enough for their correlation. Of the ratio R = sum(d) / sum(counts) (a mean over
+tokens; counts of 1 give a mean over questions):
 
-    stderr(R)^2 = n / (n - 1) sum((d_i - R counts_i)^2) / sum(counts)^2                  ratio estimator, Cochran 1977, 6.3
-    bootstrap   quantiles of R over resampled units, taken a little farther out so that few units are not overconfident
-                (Hesterberg 2015, arXiv 1411.5279: expanded percentile interval)
+    stderr      delete-one-unit jackknife: (G - 1) / G sum_g (R without unit g - mean of these)^2 over G units
+                (Efron and Stein 1981; the CR3 of MacKinnon, Nielsen and Webb 2023, doi 10.1002/jae.2971)
+    interval    R +- t stderr, Student's t of n - 1 degrees of freedom, n = sum(counts)^2 / sum of (counts of a unit)^2: as many
+                units of equal size tell as much (Kish 1965). Simulated, it holds the truth in 92 to 97 % of measurements where
+                one of 119 documents holds a seventh of the windows, and where there are six documents in all; percentiles of a
+                bootstrap over documents in 90 to 94 %
+    blocks      of twice 1.5^(1/3) n^(1/3) (2 r / (1 - r^2))^(2/3) windows (Carlstein 1986), r: lag-1 autocorrelation
     accuracy    Wald interval of the difference of paired proportions with half a question added to each of the four outcomes
                 (Bonett and Price 2012, doi 10.3102/1076998611411915): valid where few or no answers differ
-    seeds       the variance over units of the mean over seeds, and the variance between seeds over their number, added
+    seeds       the variance over units of the mean over seeds, and the variance between seeds over their number, added; degrees
+                of freedom by Welch and Satterthwaite
 """
 
 import math
@@ -21,80 +28,110 @@ from jaxtyping import Float, Int
 from qjax.errors import QjaxError
 
 LEVEL = 0.95
-RESAMPLES = 2000
+FEWEST = 5  # documents; of fewer, blocks of windows tell more
 
 
 class Difference(NamedTuple):
-    """A difference, its paired standard error, and the interval that holds the true one with probability LEVEL."""
+    """A figure or a difference, its standard error, and the interval that holds the true one with probability LEVEL."""
 
     value: float
     stderr: float
     low: float
     high: float
+    dof: float = math.inf  # degrees of freedom of the interval
 
     @property
     def is_noise(self) -> bool:
-        """Whether no difference at all is within the interval."""
+        """Whether no difference at all is within the interval: what the mark of tables says."""
         return self.low <= 0 <= self.high
+
+    @property
+    def p(self) -> float:
+        """Probability of a difference at least this large where there is none (two-sided)."""
+        from scipy.special import stdtr
+
+        middle = (self.low + self.high) / 2
+        return float(2 * stdtr(min(self.dof, 1e9), -abs(middle) / self.stderr)) if self.stderr else float(middle == 0)
+
+
+def interval(value: float, stderr: float, dof: float = math.inf) -> Difference:
+    """value +- the quantile of Student's t times stderr."""
+    from scipy.special import stdtrit
+
+    reach = float(stdtrit(min(dof, 1e9), (1 + LEVEL) / 2)) * stderr
+    return Difference(value, stderr, value - reach, value + reach, dof)
+
+
+def estimate(
+    totals: Float[np.ndarray, " n"],
+    counts: Int[np.ndarray, " n"] | None = None,
+    documents: Int[np.ndarray, " n"] | None = None,
+) -> Difference:
+    """sum(totals) / sum(counts) with its error.
+
+    counts: tokens of each window; 1 if None. documents: of each window, any numbers; None takes windows (questions) as
+    independent. Errors are nan of a single unit and of totals that are not finite.
+    """
+    totals = np.asarray(totals, float)
+    counts = np.ones(len(totals)) if counts is None else np.asarray(counts, float)
+    value = float(totals.sum() / counts.sum())
+    if not math.isfinite(value):
+        return Difference(value, math.nan, math.nan, math.nan, math.nan)
+    if documents is not None:
+        units = units_of(totals - value * counts, np.asarray(documents))
+        totals, counts = (np.bincount(units, each) for each in (totals, counts))
+        totals, counts = totals[counts > 0], counts[counts > 0]
+    if len(totals) < 2:
+        return Difference(value, math.nan, math.nan, math.nan, math.nan)
+    without = (totals.sum() - totals) / (counts.sum() - counts)
+    stderr = math.sqrt((len(totals) - 1) / len(totals) * np.sum((without - without.mean()) ** 2))
+    return interval(value, stderr, _equal_units(counts) - 1)
 
 
 def paired_difference(
     ours: Float[np.ndarray, " n"],
     theirs: Float[np.ndarray, " n"],
     counts: Int[np.ndarray, " n"] | None = None,
-    *,
-    seed: int = 0,
+    documents: Int[np.ndarray, " n"] | None = None,
 ) -> Difference:
-    """(sum(ours) - sum(theirs)) / sum(counts) with a bootstrap interval. counts: tokens of each unit; 1 if None."""
+    """(sum(ours) - sum(theirs)) / sum(counts) with its error, paired; counts, documents: as in `estimate`."""
     ours, theirs = np.asarray(ours, float), np.asarray(theirs, float)
-    counts = np.ones(len(ours)) if counts is None else np.asarray(counts, float)
-    if not ours.shape == theirs.shape == counts.shape or ours.ndim != 1 or not len(ours):
-        raise QjaxError(f"paired difference of {ours.shape} and {theirs.shape}, counts {counts.shape}: expected the same units")
-    change = ours - theirs
-    low, high = bootstrap_interval(change, counts, seed=seed)
-    return Difference(float(change.sum() / counts.sum()), ratio_stderr(change, counts), low, high)
+    shapes = {np.shape(each) for each in (ours, theirs, counts, documents) if each is not None}
+    if len(shapes) > 1 or ours.ndim != 1 or not len(ours):
+        raise QjaxError(f"paired difference of arrays of shapes {sorted(shapes)}: expected the same units")
+    return estimate(ours - theirs, counts, documents)
 
 
-def ratio_stderr(totals: Float[np.ndarray, " n"], counts: Int[np.ndarray, " n"]) -> float:
-    """Standard error of sum(totals) / sum(counts) over independent units; nan for a single unit or infinite totals."""
-    if len(totals) < 2:
-        return math.nan
-    mean = float(np.sum(totals) / np.sum(counts))
-    if not math.isfinite(mean):
-        return math.nan
-    residual = totals - mean * counts
-    return float(math.sqrt(len(totals) / (len(totals) - 1) * np.sum(residual**2)) / np.sum(counts))
+def autocorrelation(residuals: Float[np.ndarray, " n"]) -> float:
+    """Lag-1 autocorrelation of consecutive windows; nan of fewer than three, or of equal ones."""
+    centred = np.asarray(residuals, float) - np.mean(residuals)
+    power = float(np.sum(centred**2))
+    return float(np.sum(centred[1:] * centred[:-1]) / power) if len(centred) > 2 and power > 0 else math.nan
 
 
-def bootstrap_interval(
-    totals: Float[np.ndarray, " n"],
-    counts: Int[np.ndarray, " n"] | None = None,
-    *,
-    level: float = LEVEL,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """Interval of sum(totals) / sum(counts) from resampled units; (nan, nan) for a single unit or infinite totals."""
-    from scipy.special import ndtr, stdtrit
-
-    totals = np.asarray(totals, float)
-    counts = np.ones(len(totals)) if counts is None else np.asarray(counts, float)
-    n = len(totals)
-    if n < 2 or not np.all(np.isfinite(totals)):
-        return math.nan, math.nan
-    generator = np.random.default_rng(seed)
-    ratios = np.empty(resamples)
-    step = max(1, 2**22 // n)  # resampled units held at a time
-    for start in range(0, resamples, step):
-        chosen = generator.integers(0, n, (min(step, resamples - start), n))
-        ratios[start : start + step] = totals[chosen].sum(axis=1) / counts[chosen].sum(axis=1)
-    tail = ndtr(math.sqrt(n / (n - 1)) * stdtrit(n - 1, (1 - level) / 2))
-    low, high = np.quantile(ratios, [tail, 1 - tail])
-    return float(low), float(high)
+def _equal_units(counts: np.ndarray) -> float:
+    """Number of equal units that tell as much as units of these counts."""
+    return float(counts.sum() ** 2 / np.sum(counts**2))
 
 
-def accuracy_difference(ours: Sequence[bool], theirs: Sequence[bool]) -> Difference:
-    """Difference of two accuracies on the same questions; True is a right answer."""
+def units_of(residuals: np.ndarray, documents: np.ndarray) -> np.ndarray:
+    """The independent unit of each window, from 0: its document, or a block of windows where documents are few."""
+    units = np.unique(documents, return_inverse=True)[1]
+    if units.max() + 1 >= FEWEST:
+        return units
+    n, r = len(residuals), autocorrelation(residuals)
+    r = min(0.95, max(0.0, (n * r + 1) / (n - 3))) if n > 3 and not math.isnan(r) else 0.0  # less its bias, Kendall 1954
+    length = math.ceil(2 * (1.5 * n) ** (1 / 3) * (2 * r / (1 - r * r)) ** (2 / 3))
+    blocks = n // max(1, min(length, n // 4))
+    return np.arange(n) * blocks // n
+
+
+def accuracy_difference(
+    ours: Sequence[bool], theirs: Sequence[bool], documents: Int[np.ndarray, " n"] | None = None
+) -> Difference:
+    """Difference of two accuracies on the same questions; True is a right answer. documents: of each question, where several
+    come from one; the larger of the errors over questions and over documents counts.
+    """
     from scipy.special import ndtri
 
     ours, theirs = np.asarray(ours, bool), np.asarray(theirs, bool)
@@ -103,9 +140,13 @@ def accuracy_difference(ours: Sequence[bool], theirs: Sequence[bool]) -> Differe
     n, gained, lost = len(ours), int(np.sum(ours & ~theirs)), int(np.sum(~ours & theirs))
     more, less = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
     middle, spread = more - less, math.sqrt((more + less - (more - less) ** 2) / (n + 2))
-    reach = float(ndtri((1 + LEVEL) / 2)) * spread
+    reach, dof = float(ndtri((1 + LEVEL) / 2)) * spread, math.inf
     value = (gained - lost) / n
-    return Difference(value, spread, min(middle - reach, value), max(middle + reach, value))
+    if documents is not None and n > 1:
+        clustered = estimate(ours.astype(float) - theirs, None, documents)
+        if clustered.high - clustered.low > 2 * reach:
+            spread, reach, dof = clustered.stderr, (clustered.high - clustered.low) / 2, clustered.dof
+    return Difference(value, spread, min(middle - reach, value), max(middle + reach, value), dof)
 
 
 class Flips(NamedTuple):
@@ -134,22 +175,31 @@ def count_flips(answers: Sequence[int], baseline: Sequence[int], gold: Sequence[
 class Aggregate(NamedTuple):
     """A figure over several seeds."""
 
-    value: float  # mean over seeds
-    stderr: float  # of units and seeds together
+    change: Difference  # mean over seeds, with the error of units and seeds together
     between: float  # standard deviation between seeds; nan for a single seed
     seeds: int
 
 
-def aggregate_seeds(changes: Float[np.ndarray, "seeds n"], counts: Int[np.ndarray, " n"] | None = None) -> Aggregate:
+def aggregate_seeds(
+    changes: Float[np.ndarray, "seeds n"],
+    counts: Int[np.ndarray, " n"] | None = None,
+    documents: Int[np.ndarray, " n"] | None = None,
+    over_units: Difference | None = None,
+) -> Aggregate:
     """Mean difference over seeds of changes on the same units.
 
     The error takes units and seeds as two samples; what they do together is in both terms, which errs on the safe side.
+    over_units: the error over units where it is not that of the mean change.
     """
     changes = np.atleast_2d(np.asarray(changes, float))
     counts = np.ones(changes.shape[1]) if counts is None else np.asarray(counts, float)
     values = changes.sum(axis=1) / counts.sum()
     seeds = len(values)
-    between = float(np.std(values, ddof=1)) if seeds > 1 else math.nan
-    over_units = ratio_stderr(changes.mean(axis=0), counts)
-    stderr = over_units if seeds == 1 else math.hypot(over_units, between / math.sqrt(seeds))
-    return Aggregate(float(values.mean()), stderr, between, seeds)
+    found = over_units or estimate(changes.mean(axis=0), counts, documents)
+    if seeds == 1:
+        return Aggregate(found._replace(value=float(values.mean())), math.nan, 1)
+    between = float(np.std(values, ddof=1))
+    units, drawn = found.stderr**2, between**2 / seeds
+    total = units + drawn
+    dof = total**2 / (units**2 / found.dof + drawn**2 / (seeds - 1)) if total else math.inf
+    return Aggregate(interval(float(values.mean()), math.sqrt(total), dof), between, seeds)

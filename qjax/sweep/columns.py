@@ -31,7 +31,7 @@ from qjax.errors import QjaxError
 if TYPE_CHECKING:
     from qjax.driver.report import Report
     from qjax.evaluate.corpora import Corpus
-    from qjax.evaluate.perplexity import Convention, Windows
+    from qjax.evaluate.windows import Convention, Windows
     from qjax.models.model import Model
     from qjax.sweep.runner import Plan, Sweep
 

@@ -11,9 +11,9 @@ from qjax.calibrate.tokens import Calibration, load_calibration
 from qjax.checkpoints.load import load
 from qjax.errors import QjaxError
 from qjax.evaluate.corpora import load_corpus
-from qjax.evaluate.perplexity import parse_convention
 from qjax.evaluate.questions import Task
 from qjax.evaluate.tasks import load_task
+from qjax.evaluate.windows import parse_convention
 from qjax.models.fingerprint import model_fingerprint
 from qjax.models.model import Model
 from qjax.sweep.columns import BASELINE, Row

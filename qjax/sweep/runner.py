@@ -18,8 +18,8 @@ from qjax.driver.layer import LayerRecord, problem_of
 from qjax.driver.placement import calibration_order, parse_rule, placement
 from qjax.errors import QjaxError
 from qjax.evaluate.corpora import Corpus
-from qjax.evaluate.perplexity import Convention, corpus_windows
 from qjax.evaluate.questions import Task
+from qjax.evaluate.windows import Convention, corpus_windows
 from qjax.files import require_writable
 from qjax.models.fingerprint import model_fingerprint
 from qjax.models.model import Model

@@ -23,7 +23,8 @@ from qjax.driver.decoder import quantize  # noqa: E402
 from qjax.errors import QjaxError  # noqa: E402
 from qjax.evaluate.choices import accuracy  # noqa: E402
 from qjax.evaluate.lm_eval import LM, evaluate  # noqa: E402
-from qjax.evaluate.perplexity import corpus_windows, measure, parse_convention  # noqa: E402
+from qjax.evaluate.perplexity import measure  # noqa: E402
+from qjax.evaluate.windows import corpus_windows, parse_convention  # noqa: E402
 from tests.paths import real_data  # noqa: E402
 
 pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("ignore")]  # the harness and its libraries warn a lot

@@ -2,7 +2,7 @@
 
 from qjax.sweep.columns import BASELINE, Cell, Column, Measurement
 
-PER, MEAN, DIFFERENCE = "fraction", "standard error of that, over windows", {"given": BASELINE}
+PER, MEAN, DIFFERENCE = "fraction", "standard error of that, over documents", {"given": BASELINE}
 KL = "mean KL divergence from the baseline over scored tokens"
 DP = "root mean square change of the true token's probability"
 TOP = {"header": "same top\ntoken (%)", "percent": True} | DIFFERENCE
@@ -35,6 +35,6 @@ MEASUREMENT = Measurement(
     measure=measure,
     notes=(
         "KL: divergence of the next token's distribution from {baseline}'s, per scored token.",
-        "RMS Δp: root mean square change of the true token's probability. ±: standard error over windows.",
+        "RMS Δp: root mean square change of the true token's probability. ±: standard error over documents.",
     ),
 )

@@ -18,7 +18,7 @@ def _figures(suffix: str, how: str) -> list[Column]:
     name, kind = f"accuracy{suffix}", float | None
     return [
         Column(f"{name}:TASK", kind, PER, f"answers right {how}", **ASKED),
-        Column(f"{name}_stderr:TASK", kind, PER, "its standard error over questions", **ASKED),
+        Column(f"{name}_stderr:TASK", kind, PER, "its standard error over questions or their texts", **ASKED),
         Column(f"{name}_delta:TASK", kind, PER, "difference from the baseline", **DIFFERENCE),
         Column(f"{name}_delta_stderr:TASK", kind, PER, "its standard error, paired question by question", **DIFFERENCE),
         Column(f"{name}_delta_low:TASK", kind, PER, "lower end of its 95 % interval", **DIFFERENCE),
@@ -43,6 +43,7 @@ COLUMNS = (
     Column("truncated:TASK", int, "", "of those cut to the model's context", **ASKED),
     Column("seconds_task:TASK", float, "s", "wall-clock time", "spent"),
     Column("gold:TASK", list[int], "", "the right choice of every question", **ASKED),
+    Column("documents:TASK", list[int], "", "text that each question is made from; empty where each is its own", **ASKED),
 )
 
 
@@ -72,6 +73,7 @@ def _task_columns(found, before: Row | None) -> dict[str, object]:
         "truncated": found.truncated,
         "seconds_task": found.seconds,
         "gold": list(found.gold),
+        "documents": list(found.documents),
         "answers": list(found.answers),
         "answers_norm": list(found.answers_normalised),
     }
@@ -80,7 +82,7 @@ def _task_columns(found, before: Row | None) -> dict[str, object]:
             continue
         earlier = answers if before is None else before[f"answers{suffix}:{found.task}"]
         gold = np.array(found.gold)
-        change = accuracy_difference(np.array(answers) == gold, np.array(earlier) == gold)
+        change = accuracy_difference(np.array(answers) == gold, np.array(earlier) == gold, found.documents or None)
         flips = count_flips(answers, earlier, found.gold)
         columns |= {
             f"accuracy{suffix}_delta": change.value,
