@@ -1,9 +1,8 @@
 """Calibration tokens: windows drawn at random from a text, or given as they are.
 
 The text's documents are joined, tokenized and cut into windows one after the other; `windows` of them are drawn without
-replacement by a JAX key made from the seed, a tenth of them from one document at
-most where the others have enough. GPTQ's code draws 128 windows of 2048 tokens from C4; so does the default here,
-with windows that fit the model.
+replacement by a JAX key made from the seed, a tenth of them from one document at most where the others have enough. GPTQ's code
+draws 128 windows of 2048 tokens from C4; so does the default here, with windows that fit the model.
 """
 
 import hashlib
