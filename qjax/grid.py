@@ -36,7 +36,7 @@ class Parameters(NamedTuple):
     """The grid of every group.
 
     scale: (groups, columns) float32, what `encode` divides by. decoded_scale: the same shape, what `decode` multiplies with;
-    it differs for block formats with dq only. zero: (groups, columns) float32, or None. stored: the scales in the form a
+    it differs for flat formats with dq only. zero: (groups, columns) float32, or None. stored: the scales in the form a
     QTensor holds, see `store_scales`.
     """
 
@@ -52,7 +52,7 @@ def to_groups(weight: Shaped[Array, "in out"], fmt: Format) -> Shaped[Array, "gr
     match fmt.granularity:
         case "tensor" | "channel":
             return weight[None]
-        case "block" if fmt.crosses_columns(rows):
+        case "flat" if fmt.crosses_columns(rows):
             flat = weight.T.reshape(-1)
             size = min(fmt.group, flat.size)
             return jnp.pad(flat, (0, -flat.size % size)).reshape(-1, size, 1)
@@ -232,7 +232,7 @@ def select(codes: Int[Array, "..."], values: Sequence[float]) -> Float[Array, ".
 
 
 def store_scales(scale: Float[Array, "groups channels"], fmt: Format, common: Float[Array, ""] | None = None) -> StoredScales:
-    """Scales in the form a QTensor holds: (groups, columns), flat for block formats, or what the format's codec makes of them.
+    """Scales in the form a QTensor holds: (groups, columns), flat for flat formats, or what the format's codec makes of them.
 
     common: what the codec stores scales relative to, `fmt.scale_codec.common`; None for one that stores each alone.
     """

@@ -10,7 +10,7 @@ import pytest
 
 from qjax.driver.layer import LayerRecord
 from qjax.errors import QjaxError
-from qjax.report.rendering import Column, Table, latex_escape
+from qjax.report.rendering import Table, TableColumn, latex_escape
 from qjax.report.tables import (
     formats_table,
     layers_table,
@@ -194,7 +194,9 @@ def test_terminal_numbers_are_right_aligned():
 
 def test_markup_is_escaped():
     row = {"name": "a|b_c[red]", "value": -3.0e-5}
-    table = Table("50% & more", (Column("name", "x_y", text=True), Column("value", "v", lambda row, key: "-3.0e-5")), (row,))
+    table = Table(
+        "50% & more", (TableColumn("name", "x_y", text=True), TableColumn("value", "v", lambda row, key: "-3.0e-5")), (row,)
+    )
     assert r"| a\|b_c[red] | -3.0e-5 |" in to_markdown(table)
     assert r"a\textbar{}b\_c[red] & $-3.0\times10^{-5}$ \\" in to_latex(table)
     assert r"\caption{50\% \& more.}" in to_latex(table)

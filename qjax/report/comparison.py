@@ -15,7 +15,7 @@ import numpy as np
 from qjax.errors import QjaxError
 from qjax.evaluate.statistics import accuracy_difference, ratio_stderr
 from qjax.formats import UNQUANTIZED
-from qjax.report.rendering import MISSING, Column, Row, Table, columns_of, loss_change, number, significant, with_error
+from qjax.report.rendering import MISSING, Row, Table, TableColumn, columns_of, loss_change, number, significant, with_error
 from qjax.report.tables import NOISE, cells_of, distinctions
 from qjax.sweep.columns import column_of, with_roles
 from qjax.sweep.rows import cell_columns
@@ -120,10 +120,10 @@ def _pairs_table(title: str, pairs: Sequence[tuple[Row, Row]], shown: Mapping[st
         before, after = _value(old, metric), _value(new, metric)
         rows.append({**new, "old": before, "new": after, "difference": after - before, "difference_stderr": error})
     columns = [
-        Column("recipe", "recipe", text=True),
+        TableColumn("recipe", "recipe", text=True),
         *distinctions(rows),
-        *(Column(key, f"{metric}\n{name}".strip(), _figure) for key, name in shown.items()),
-        Column("difference", "difference", _difference, error="difference_stderr"),
+        *(TableColumn(key, f"{metric}\n{name}".strip(), _figure) for key, name in shown.items()),
+        TableColumn("difference", "difference", _difference, error="difference_stderr"),
     ]
     notes = [f"±: standard error of the difference, paired where both rows keep what it takes. *: beyond {NOISE} of them."]
     return Table(title, columns_of(rows, columns), tuple(rows), tuple(notes))
@@ -138,14 +138,14 @@ def _value(row: Row, metric: str) -> float:
 def _single_table(gone: Sequence[Row], come: Sequence[Row], names: tuple[str, str], notes: tuple[str, ...]) -> Table:
     rows = [{**row, "only": name} for name, part in zip(names, (gone, come), strict=True) for row in part]
     columns = [
-        Column("only", "only in", text=True),
-        Column("recipe", "recipe", text=True),
-        Column("corpus", "corpus", text=True, rank=1),
-        Column("model", "model", text=True, rank=2),
-        Column("convention", "convention", text=True, rank=3),
-        Column("windows", "windows", rank=4),
-        Column("seed", "seed", rank=4),
-        Column("key", "key"),
+        TableColumn("only", "only in", text=True),
+        TableColumn("recipe", "recipe", text=True),
+        TableColumn("corpus", "corpus", text=True, rank=1),
+        TableColumn("model", "model", text=True, rank=2),
+        TableColumn("convention", "convention", text=True, rank=3),
+        TableColumn("windows", "windows", rank=4),
+        TableColumn("seed", "seed", rank=4),
+        TableColumn("key", "key"),
     ]
     return Table("Rows that only one folder has", columns_of(rows, columns), tuple(rows), notes)
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from qjax.report.rendering import Column, Row, Table
+from qjax.report.rendering import Row, Table, TableColumn
 from qjax.report.tables import describe
 from qjax.sweep.columns import VARYING, column_of, with_roles
 
@@ -30,10 +30,10 @@ def rerun_table(old: Row, new: Row) -> Table:
         for name in names
     ]
     columns = (
-        Column("column", "column", text=True),
-        Column("old", "old"),
-        Column("new", "new"),
-        Column("equal", "equal?", text=True),
+        TableColumn("column", "column", text=True),
+        TableColumn("old", "old"),
+        TableColumn("new", "new"),
+        TableColumn("equal", "equal?", text=True),
     )
     notes = [f"Different: {', '.join(sorted(differing))}." if differing else "All columns that should be equal are equal."]
     changed = [name for name in _circumstances() if old.get(name) != new.get(name)]

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from qjax.evaluate.corpora import Corpus
     from qjax.evaluate.perplexity import Convention, Windows
     from qjax.models.model import Model
-    from qjax.sweep.runner import Plan, Sweep
+    from qjax.sweep.runner import Sweep, Treatment
 
 Row = Mapping[str, object]
 ROLES = ("asked", "named", "told", "machine", "made", "found", "spent")
@@ -68,7 +68,7 @@ class Cell(NamedTuple):
     sweep: "Sweep"
     subject: "Model"  # the swept model as it was loaded
     fingerprint: str
-    plan: "Plan"
+    treatment: "Treatment"
     order: object  # of calibration; None where none is read
     corpus: "Corpus"
     windows: "Windows"

@@ -31,7 +31,7 @@ COLUMNS = (
 def asks(cell: Cell) -> dict[str, object]:
     """Provenance of this process, with the sources of what does not belong to the package."""
     names = [each.name for each in asked_measurements(cell.sweep)]
-    return provenance({**cell.plan.sources(), **measurement_sources(names)})
+    return provenance({**cell.treatment.sources(), **measurement_sources(names)})
 
 
 def measure(cell: Cell) -> dict[str, object]:
