@@ -315,6 +315,12 @@ def register_scales(name: str, codec: Floats) -> None:
     parse_format.cache_clear()
 
 
+def from_outside(fmt: Format) -> dict[str, Codebook | Floats]:
+    """The codebook and the codec of a format that were registered, by kind and name."""
+    used = (("codebook", fmt.grid), ("scales", fmt.scales))
+    return {f"{kind} {name}": _ever_registered[kind, name] for kind, name in used if (kind, name) in _ever_registered}
+
+
 def default_scales(grid: str) -> str:
     """float16 for integers (GPTQ's and AWQ's files), float32 for codebooks (bitsandbytes')."""
     return "fp16" if grid in INTEGERS else "fp32"

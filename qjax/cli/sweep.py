@@ -18,6 +18,7 @@ from qjax.cli.options import (
     ModelName,
     OrderName,
     Out,
+    RecipeName,
     Rules,
     Seed,
     Tasks,
@@ -110,7 +111,7 @@ def _recipes(recipes: str | None, methods: str | None, bits: str | None, group: 
 
 def sensitivity(
     model: ModelName,
-    recipe: Annotated[str, typer.Option(help="For example gptq:int3-g128; see `qjax recipes`.")],
+    recipe: RecipeName,
     data: Data = ["python-docs"],  # noqa: B006
     convention: ConventionName = "windows-2048",
     max_windows: MaxWindows = None,

@@ -1,5 +1,6 @@
 """The transforms of a piece's recipes: maps of layer inputs, found, and folded into the layer before where a table says how."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -9,7 +10,7 @@ from jaxtyping import Array
 
 from qjax import maps
 from qjax.calibrate.capture import Batch, module_outputs
-from qjax.calibrate.statistics import mapped
+from qjax.calibrate.statistics import given_to, mapped
 from qjax.driver.layer import Mapped, round_weight
 from qjax.driver.piece import Piece
 from qjax.errors import QjaxError
@@ -119,14 +120,16 @@ def _module_error(piece, paths, flat, found, statistics, batches) -> Callable[[S
     """
     matrices = [piece.matrix(path, flat[path]) for path in paths]
     if len(paths) == 1:
-        return lambda weights: output_loss(weights[0] - maps.on_weight(found, matrices[0]), statistics["hessian"])
+        return lambda weights: output_loss(weights[0] - maps.on_weight(found, matrices[0]), *given_to(output_loss, statistics))
     parent = tuple(paths[0].split("/")[:-2])
-    wanted = []
+
+    @functools.cache
+    def wanted() -> list[Array]:
+        return module_outputs(piece.module, piece.params, batches, parent)
 
     def error(weights):
-        wanted.extend([] if wanted else module_outputs(piece.module, piece.params, batches, parent))
         new = {path: piece.views[path].to_kernel(maps.merged(found, w)) for path, w in zip(paths, weights, strict=True)}
         got = module_outputs(piece.module, unflatten_dict({**flat, **new}, sep="/"), batches, parent)
-        return sum(jnp.sum(jnp.square(a - b)) for a, b in zip(got, wanted, strict=True))
+        return sum(jnp.sum(jnp.square(a - b)) for a, b in zip(got, wanted(), strict=True))
 
     return error

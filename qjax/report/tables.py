@@ -27,7 +27,7 @@ from qjax.report.rendering import (
     with_error,
 )
 from qjax.sweep.columns import BASELINE, data_dictionary
-from qjax.sweep.rows import cell_columns, is_baseline, with_baseline
+from qjax.sweep.rows import cell_columns, is_baseline, named_model, with_baseline
 
 __all__ = [
     "Row",
@@ -113,6 +113,7 @@ def _named(row: Row, order: object) -> str:
 
 DISTINCTIONS = (  # columns beside the recipe that are shown where they tell rows apart
     TableColumn("model", "model", text=True),
+    TableColumn("model_recipe", "model's\nrecipe", text=True),
     TableColumn("fingerprint", "model's\nfingerprint", text=True),  # of models of one name
     TableColumn("calibration", "calibration\ntext", text=True),
     TableColumn("calibration_windows", "calibration\nwindows"),
@@ -124,7 +125,7 @@ DISTINCTIONS = (  # columns beside the recipe that are shown where they tell row
 def distinctions(rows: Sequence[Row], *, seed: bool = True) -> list[TableColumn]:
     """The columns beside the recipe that tell the rows apart. seed: whether the seed is one of them."""
     count = {column.key: len({row[column.key] for row in rows if row.get(column.key) is not None}) for column in DISTINCTIONS}
-    fewest = {"fingerprint": max(2, count["model"] + 1)}
+    fewest = {"fingerprint": max(2, len({named_model(row) for row in rows}) + 1)}
     return [each for each in DISTINCTIONS if count[each.key] >= fewest.get(each.key, 2) and (seed or each.key != "seed")]
 
 
@@ -135,7 +136,8 @@ def describe(row: Row) -> str:
 
 def model_of(row: Row) -> object:
     """The model that a table is about: the one that differences are from."""
-    return row.get("baseline", row["model"])
+    row = with_baseline(row)
+    return named_model(row) if row[BASELINE] == row.get("fingerprint") else row["baseline"]
 
 
 def baseline_name(row: Row) -> str:

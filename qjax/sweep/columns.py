@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from qjax.errors import QjaxError
+from qjax.registry import forget, forgotten_in_scope, forgotten_on_change
 
 if TYPE_CHECKING:
     from qjax.driver.report import Report
@@ -100,9 +101,10 @@ class Measurement(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-_added: dict[str, Measurement] = {}
+_added: dict[str, Measurement] = forgotten_in_scope({})
 
 
+@forgotten_on_change
 @functools.cache
 def measurements() -> Mapping[str, Measurement]:
     """Every measurement by its name, the house's first."""
@@ -130,8 +132,7 @@ def register_measurement(measurement: Measurement) -> Measurement:
             f"type (str, int, float, a list, or None beside) and a role ({', '.join(ROLES)}); got {', '.join(wrong) or 'none'}"
         )
     _added[name] = measurement
-    measurements.cache_clear()
-    columns.cache_clear()
+    forget()
     return measurement
 
 
@@ -160,6 +161,7 @@ def measurement_sources(names: Iterable[str]) -> dict[str, str]:
         ) from None
 
 
+@forgotten_on_change
 @functools.cache
 def columns() -> Mapping[str, Column]:
     """Every declared column, by its name, of NAME:PART by "NAME:"."""

@@ -71,7 +71,7 @@ class Treatment(NamedTuple):
         return "; ".join([self.recipe, *self.rules])
 
     def sources(self) -> dict[str, str]:
-        """Sources of the methods from outside the package that it uses."""
+        """Sources of what it uses from outside the package."""
         recipes = (parse_recipe(self.recipe), *(parse_rule(rule).recipe for rule in self.rules))
         return {name: source for each in recipes if each for name, source in each.sources().items()}
 

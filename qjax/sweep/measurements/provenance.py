@@ -20,7 +20,7 @@ UNMEASURED = ("cli", "report", "train", "sweep/request.py", "sweep/rerun.py")  #
 LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "tokenizers")
 COLUMNS = (
     Column("versions", str, "", "of qjax, Python and libraries", "made"),
-    Column("code", str, "", "hash of the source, of methods and measurements from outside the package too", "made"),
+    Column("code", str, "", "hash of the source, and of all that is used from outside the package", "made"),
     Column("device", str, "", "machine kind", "machine"),
     Column("compute_dtype", str, "", "type the model computes in: float32 on CPU, bfloat16 elsewhere", "machine"),
     Column("time", str, "", "when (UTC)", "made"),
