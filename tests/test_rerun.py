@@ -224,7 +224,7 @@ def test_rows_are_found_by_key_and_by_recipe():
     assert find_row(again, "none", "f")["key"] == "k2"  # the newest of one cell
     assert find_row(again, "k1", "f")["key"] == "k1"
     calibrated = [measured_row("gptq:int3-g128", key=f"{i}", calibration="c4", calibration_windows=i) for i in (8, 32)]
-    with pytest.raises(QjaxError, match=r"8 \(python-docs, seed 0, 8 windows of c4\), 32 \("):
+    with pytest.raises(QjaxError, match=r"8 \(toy, python-docs, seed 0, 8 windows of c4\), 32 \("):
         find_row(calibrated, "gptq:int3-g128", "f")
 
 
