@@ -18,6 +18,7 @@ from qjax.cli.options import (
     ModelName,
     OrderName,
     Out,
+    RecipeName,
     Rules,
     Seed,
     Tasks,
@@ -90,8 +91,10 @@ def sweep(
     max_windows = default_windows(model, data, max_windows)
     tokens = calibration_for(loaded, (names, rules), calibration, data, calibration_windows, calibration_window, seed)
     further = {"measures": measures, "baseline": against}
-    plan = Sweep(tuple(names), corpora, measured, max_windows or None, rules, seed, asked, divergence, speed, tokens, **further)
-    _run(loaded, plan, out)
+    request = Sweep(
+        tuple(names), corpora, measured, max_windows or None, rules, seed, asked, divergence, speed, tokens, **further
+    )
+    _run(loaded, request, out)
 
 
 def _recipes(recipes: str | None, methods: str | None, bits: str | None, group: str | None, order: str | None) -> list[str]:
@@ -108,7 +111,7 @@ def _recipes(recipes: str | None, methods: str | None, bits: str | None, group: 
 
 def sensitivity(
     model: ModelName,
-    recipe: Annotated[str, typer.Option(help="For example gptq:int3-g128; see `qjax recipes`.")],
+    recipe: RecipeName,
     data: Data = ["python-docs"],  # noqa: B006
     convention: ConventionName = "windows-2048",
     max_windows: MaxWindows = None,
@@ -131,18 +134,18 @@ def sensitivity(
     loaded = load_model(model)
     tokens = calibration_for(loaded, (names, ()), calibration, data, calibration_windows, calibration_window, seed)
     max_windows = default_windows(model, data, max_windows)
-    plan = Sweep(tuple(names), corpora, measured, max_windows or None, seed=seed, calibration=tokens, one_block=True)
-    _run(loaded, plan, out)
+    request = Sweep(tuple(names), corpora, measured, max_windows or None, seed=seed, calibration=tokens, one_block=True)
+    _run(loaded, request, out)
 
 
-def _run(model: "Model", plan: "Sweep", out: Path) -> None:
+def _run(model: "Model", request: "Sweep", out: Path) -> None:
     """Measures, prints the tables of this sweep, and writes those of all rows in the folder."""
     from qjax.report.reports import write_reports
     from qjax.sweep.runner import run_sweep
     from qjax.sweep.store import ROWS, read_rows
 
     with live_sweep() as watcher:
-        rows = run_sweep(model, plan, out, watcher)
+        rows = run_sweep(model, request, out, watcher)
     print_tables(rows)
     for path in write_reports(out, read_rows(out / ROWS)):
         typer.echo(path)
