@@ -66,9 +66,13 @@ def compare(
         str | None,
         typer.Option(help="Compare every row with this one of A: the start of its key, or its recipe.", metavar="KEY"),
     ] = None,
+    holm: Annotated[
+        bool, typer.Option("--holm", help="Mark * so that one wrong mark in a table has a probability of 5 %, not each.")
+    ] = False,
 ) -> None:
-    """Rows of two folders that were asked the same, old and new, or all rows with one of them; a difference beyond two of its
-    errors is marked *.
+    """Rows of two folders that were asked the same, old and new, or all rows with one of them.
+
+    A difference whose 95 % interval does not hold zero is marked *.
     """
     from qjax.report.comparison import baseline_table, comparison_tables
     from qjax.report.rendering import to_rich
@@ -79,10 +83,10 @@ def compare(
         raise QjaxError("compare: give a second folder, or --baseline, a row that every other is compared with")
     before, after = _read(old), [] if new is None else _read(new)
     if baseline is not None:
-        found = [baseline_table([*before, *after], find_row(cells_of(before), baseline, str(old)), metric)]
+        found = [baseline_table([*before, *after], find_row(cells_of(before), baseline, str(old)), metric, family=holm)]
     else:
         names = (old.name, new.name) if old.name != new.name else (str(old), str(new))
-        found = comparison_tables(before, after, names, metric)
+        found = comparison_tables(before, after, names, metric, family=holm)
     for table in found:
         console().print(to_rich(table))
 

@@ -85,7 +85,7 @@ def estimate(
         return Difference(value, math.nan, math.nan, math.nan, math.nan)
     without = (totals.sum() - totals) / (counts.sum() - counts)
     stderr = math.sqrt((len(totals) - 1) / len(totals) * np.sum((without - without.mean()) ** 2))
-    return interval(value, stderr, _equal_units(counts) - 1)
+    return interval(value, stderr, equal_units(counts) - 1)
 
 
 def paired_difference(
@@ -102,6 +102,16 @@ def paired_difference(
     return estimate(ours - theirs, counts, documents)
 
 
+def holm(p: Sequence[float]) -> list[bool]:
+    """Which of several differences are there, so that one wrong among them all has a probability of 1 - LEVEL (Holm 1979)."""
+    order, found = np.argsort(p, kind="stable"), [False] * len(p)
+    for place, index in enumerate(order):
+        if not p[index] <= (1 - LEVEL) / (len(p) - place):
+            break
+        found[index] = True
+    return found
+
+
 def autocorrelation(residuals: Float[np.ndarray, " n"]) -> float:
     """Lag-1 autocorrelation of consecutive windows; nan of fewer than three, or of equal ones."""
     centred = np.asarray(residuals, float) - np.mean(residuals)
@@ -109,7 +119,7 @@ def autocorrelation(residuals: Float[np.ndarray, " n"]) -> float:
     return float(np.sum(centred[1:] * centred[:-1]) / power) if len(centred) > 2 and power > 0 else math.nan
 
 
-def _equal_units(counts: np.ndarray) -> float:
+def equal_units(counts: np.ndarray) -> float:
     """Number of equal units that tell as much as units of these counts."""
     return float(counts.sum() ** 2 / np.sum(counts**2))
 
@@ -184,22 +194,23 @@ def aggregate_seeds(
     changes: Float[np.ndarray, "seeds n"],
     counts: Int[np.ndarray, " n"] | None = None,
     documents: Int[np.ndarray, " n"] | None = None,
-    over_units: Difference | None = None,
 ) -> Aggregate:
-    """Mean difference over seeds of changes on the same units.
-
-    The error takes units and seeds as two samples; what they do together is in both terms, which errs on the safe side.
-    over_units: the error over units where it is not that of the mean change.
-    """
+    """Mean difference over seeds of changes on the same units; counts, documents: as in `estimate`."""
     changes = np.atleast_2d(np.asarray(changes, float))
     counts = np.ones(changes.shape[1]) if counts is None else np.asarray(counts, float)
-    values = changes.sum(axis=1) / counts.sum()
-    seeds = len(values)
-    found = over_units or estimate(changes.mean(axis=0), counts, documents)
+    return with_seeds(estimate(changes.mean(axis=0), counts, documents), changes.sum(axis=1) / counts.sum())
+
+
+def with_seeds(over_units: Difference, values: Float[np.ndarray, " seeds"]) -> Aggregate:
+    """The mean of a figure over seeds, whose error over units is known.
+
+    The error takes units and seeds as two samples; what they do together is in both terms, which errs on the safe side.
+    """
+    value, seeds = float(np.mean(values)), len(values)
     if seeds == 1:
-        return Aggregate(found._replace(value=float(values.mean())), math.nan, 1)
+        return Aggregate(over_units, math.nan, 1)
     between = float(np.std(values, ddof=1))
-    units, drawn = found.stderr**2, between**2 / seeds
-    total = units + drawn
-    dof = total**2 / (units**2 / found.dof + drawn**2 / (seeds - 1)) if total else math.inf
-    return Aggregate(interval(float(values.mean()), math.sqrt(total), dof), between, seeds)
+    units, drawn = over_units.stderr**2, between**2 / seeds
+    total, spread = units + drawn, units**2 / over_units.dof + drawn**2 / (seeds - 1)
+    dof = total**2 / spread if spread else math.inf
+    return Aggregate(interval(value, math.sqrt(total), dof), between, seeds)

@@ -4,6 +4,7 @@ Columns of a row are named COLUMN:TASK (`sweep/measurements/tasks.py`). A change
 paired question by question, holds zero. Points are percentage points.
 """
 
+import math
 from collections.abc import Sequence
 
 from qjax.errors import QjaxError
@@ -53,7 +54,7 @@ def accuracy_table(rows: Sequence[Row]) -> Table:
         "Flips: answers that went from right to wrong or back. By length: log-likelihood divided by the choice's characters.",
     ]
     if any(_within_noise(row, task) for row in rows for task in tasks):
-        notes.append("≈: the 95 % interval of the change holds zero.")
+        notes.append(NOISE)
     notes += [f"Longer than the model's context, cut at the left: {', '.join(cut)}."] if cut else []
     title = f"Accuracy of {model_of(rows[0])} ({counts} questions), perplexity on {rows[0]['corpus']} ({rows[0]['convention']})"
     return Table(title, columns_of(rows, columns), tuple(rows), tuple(notes))
@@ -78,8 +79,15 @@ def mean_change(row: Row, key: str) -> str:
     """A column's format: change of the mean accuracy, points, with its standard error; ≈ within noise."""
     if is_baseline(row):
         return MISSING
-    change, error = number(row, key), number(row, stderr_key(key))
-    return ("≈ " if abs(change) < NOISE * error else "") + with_error(100 * change, 100 * error, sign="+")
+    change, error, reach = number(row, key), number(row, stderr_key(key)), mean_reach(row)
+    return ("≈ " if abs(change) <= reach else "") + with_error(100 * change, 100 * error, sign="+")
+
+
+def mean_reach(row: Row) -> float:
+    """Half the 95 % interval of the mean change over tasks, which are independent; nan where a task's is not known."""
+    tasks = tasks_of([row])
+    ends = ([number(row, f"accuracy_delta_{end}:{task}") for end in ("low", "high")] for task in tasks)
+    return math.hypot(*((high - low) / 2 for low, high in ends)) / len(tasks)
 
 
 def _flips(row: Row, key: str) -> str:

@@ -13,10 +13,21 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from qjax.errors import QjaxError
-from qjax.evaluate.statistics import accuracy_difference, ratio_stderr
+from qjax.evaluate.statistics import LEVEL, Difference, accuracy_difference, holm, interval, paired_difference
 from qjax.formats import UNQUANTIZED
-from qjax.report.rendering import MISSING, Row, Table, TableColumn, columns_of, loss_change, number, significant, with_error
-from qjax.report.tables import NOISE, cells_of, distinctions
+from qjax.report.rendering import (
+    MISSING,
+    Row,
+    Table,
+    TableColumn,
+    columns_of,
+    documents_of,
+    losses,
+    number,
+    significant,
+    with_error,
+)
+from qjax.report.tables import cells_of, distinctions, over_units
 from qjax.sweep.columns import column_of, with_roles
 from qjax.sweep.rows import cell_columns, named_model
 
@@ -55,12 +66,13 @@ def _given(rows: Sequence[Row], metric: str) -> list[str]:
 
 
 def comparison_tables(
-    old: Sequence[Row], new: Sequence[Row], names: tuple[str, str], metric: str = DEFAULT_METRIC
+    old: Sequence[Row], new: Sequence[Row], names: tuple[str, str], metric: str = DEFAULT_METRIC, *, family: bool = False
 ) -> list[Table]:
     """A table of the matched rows for each model and text, and one of the rows that only one folder has.
 
-    names: of the two folders. metric: a column of numbers of the rows. Raises QjaxError where a folder has no rows, and for a
-    metric that no row has, listing what they have.
+    names: of the two folders. metric: a column of numbers of the rows. family: differences of a table are marked so that one
+    wrong mark among all of them has a probability of 5 % (Holm 1979), not each. Raises QjaxError where a folder has no rows,
+    and for a metric that no row has, listing what they have.
     """
     for name, rows in zip(names, (old, new), strict=True):
         if not cells_of(rows):
@@ -75,14 +87,14 @@ def comparison_tables(
     tables = []
     for key, group in groups.items():
         title = f"{names[1]} against {names[0]}: {named_model(group[0][1])} on {key[1]} ({key[2]}), {key[3]} windows"
-        tables.append(_pairs_table(title, group, {"old": names[0], "new": names[1]}, metric))
+        tables.append(_pairs_table(title, group, {"old": names[0], "new": names[1]}, metric, family))
     notes = () if pairs else (_nearest(gone, come, names, asked),)
     return tables + ([_single_table(gone, come, names, notes)] if gone or come else [])
 
 
-def baseline_table(rows: Sequence[Row], baseline: Row, metric: str = DEFAULT_METRIC) -> Table:
+def baseline_table(rows: Sequence[Row], baseline: Row, metric: str = DEFAULT_METRIC, *, family: bool = False) -> Table:
     """Every other row of the baseline's text, convention and windows against it, of whatever model, recipe and seed; where the
-    metric depends on more, those that agree in that.
+    metric depends on more, those that agree in that. family: as in `comparison_tables`.
 
     Raises QjaxError where there is none, and for a metric that no row has.
     """
@@ -92,7 +104,7 @@ def baseline_table(rows: Sequence[Row], baseline: Row, metric: str = DEFAULT_MET
     if not others:
         raise QjaxError(f"no other row has the {', '.join(keys)} of row {baseline['key']}; measure some with `qjax sweep`")
     title = f"Against {baseline['recipe']} of {named_model(baseline)}, {baseline['corpus']} ({baseline['convention']})"
-    return _pairs_table(title, [(baseline, row) for row in others], {"new": ""}, metric)
+    return _pairs_table(title, [(baseline, row) for row in others], {"new": ""}, metric, family)
 
 
 def _nearest(gone: Sequence[Row], come: Sequence[Row], names: tuple[str, str], asked: Sequence[str]) -> str:
@@ -112,20 +124,27 @@ def _is_metric(key: str, value: object) -> bool:
     return figure and (declared is None or declared.role in ("found", "spent"))
 
 
-def _pairs_table(title: str, pairs: Sequence[tuple[Row, Row]], shown: Mapping[str, str], metric: str) -> Table:
+def _pairs_table(title: str, pairs: Sequence[tuple[Row, Row]], shown: Mapping[str, str], metric: str, family: bool) -> Table:
     """shown: which of "old" and "new" has a column, with its name."""
-    rows = []
-    for old, new in pairs:
-        error = _difference_error(old, new, metric)
-        before, after = _value(old, metric), _value(new, metric)
-        rows.append({**new, "old": before, "new": after, "difference": after - before, "difference_stderr": error})
+    found = [_difference_of(old, new, metric) for old, new in pairs]
+    marked = holm([each.p for each in found]) if family else [not each.is_noise for each in found]
+    rows = [
+        {**new, "old": _value(old, metric), "new": _value(new, metric)}
+        | {"difference": _value(new, metric) - _value(old, metric), "difference_stderr": each.stderr, "marked": mark}
+        for (old, new), each, mark in zip(pairs, found, marked, strict=True)
+    ]
     columns = [
         TableColumn("recipe", "recipe", text=True),
         *distinctions(rows),
         *(TableColumn(key, f"{metric}\n{name}".strip(), _figure) for key, name in shown.items()),
         TableColumn("difference", "difference", _difference, error="difference_stderr"),
     ]
-    notes = [f"±: standard error of the difference, paired where both rows keep what it takes. *: beyond {NOISE} of them."]
+    together = f", all {len(rows)} lines together (Holm 1979)" if family else ""
+    units = over_units(rows, "documents (questions)")
+    notes = [
+        f"±: standard error of the difference over {units}, paired where both rows keep what it takes.",
+        f"*: the {LEVEL:.0%} interval of the difference does not hold zero{together}.",
+    ]
     return Table(title, columns_of(rows, columns), tuple(rows), tuple(notes))
 
 
@@ -150,28 +169,34 @@ def _single_table(gone: Sequence[Row], come: Sequence[Row], names: tuple[str, st
     return Table("Rows that only one folder has", columns_of(rows, columns), tuple(rows), notes)
 
 
-def _difference_error(old: Row, new: Row, metric: str) -> float:
-    """Standard error of new - old; nan where it is not known."""
+def _difference_of(old: Row, new: Row, metric: str) -> Difference:
+    """new - old; its errors are nan where they are not known."""
     if metric in ("perplexity", "nll", "nll_delta", "perplexity_ratio", "bits_per_byte"):
-        return _loss_error(old, new, metric)
+        return _loss_difference(old, new, metric)
     column, colon, task = metric.partition(":")
     gold, answers = f"gold:{task}", f"answers{'_norm' if column == 'accuracy_norm' else ''}:{task}"
+    change = float(_value(new, metric) - _value(old, metric))
     if column in ("accuracy", "accuracy_norm") and all(row.get(answers) for row in (old, new)) and old[gold] == new[gold]:
         right = [np.equal(row[answers], row[gold]) for row in (new, old)]
-        return accuracy_difference(*right).stderr if not np.array_equal(*right) else 0.0
-    return math.hypot(*(number(row, f"{column}_stderr{colon}{task}") for row in (old, new)))
+        same = np.array_equal(*right)
+        return interval(0.0, 0.0) if same else accuracy_difference(*right, new.get(f"documents:{task}") or None)
+    return interval(change, math.hypot(*(number(row, f"{column}_stderr{colon}{task}") for row in (old, new))))
 
 
-def _loss_error(old: Row, new: Row, metric: str) -> float:
-    """Paired over windows, carried from nll to the metric at the mean of both (the delta method)."""
+def _loss_difference(old: Row, new: Row, metric: str) -> Difference:
+    """Paired, over documents, carried from nll to the metric at the mean of both (the delta method)."""
+    value = number(new, metric) - number(old, metric)
     if "window_nll" not in old or "window_nll" not in new or old["window_tokens"] != new["window_tokens"]:
-        return math.nan
-    error = ratio_stderr(loss_change(new, old), np.array(new["window_tokens"]))
+        return interval(value, math.nan)
+    with np.errstate(invalid="ignore"):  # of models that diverged
+        found = paired_difference(losses(new), losses(old), np.array(new["window_tokens"]), documents_of(new))
     if metric in ("nll", "nll_delta"):
-        return error
-    if metric == "bits_per_byte":
-        return error * number(new, metric) / number(new, "nll")
-    return error * (number(old, metric) + number(new, metric)) / 2
+        slope = 1.0
+    elif metric == "bits_per_byte":
+        slope = number(new, metric) / number(new, "nll")
+    else:
+        slope = (number(old, metric) + number(new, metric)) / 2
+    return interval(value, slope * found.stderr, found.dof)
 
 
 def _figure(row: Row, key: str) -> str:
@@ -185,5 +210,5 @@ def _difference(row: Row, key: str) -> str:
         return MISSING
     if isinstance(row[key], int):
         return f"{row[key]:+d}"
-    mark = " *" if abs(row[key]) > NOISE * row["difference_stderr"] else ""
+    mark = " *" if row["marked"] else ""
     return with_error(row[key], row["difference_stderr"], sign="+") + mark

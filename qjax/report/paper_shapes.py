@@ -1,13 +1,10 @@
 """Which findings of the GPTQ, AWQ and QLoRA papers hold on other models: finding / paper / ours / holds, from rows alone.
 
 A finding is a function of what recipes cost, cost = 100 (PPL / PPL of the unquantized model - 1), and a range that it should be
-in. Its error adds two parts: over windows, by the jackknife (every window left out once), which keeps the pairing of recipes,
-
-    error^2 = (n - 1) / n sum_i (f_(i) - mean f_(i))^2                                    Efron and Stein 1981
-
-and over seeds of calibration, the variance between them over their number. A finding holds where two errors to either side (of
-few seeds more, `reach_of`) are in the range, does not where they are out of it, and is open in between, or where a cost that
-another is divided by is not so far above 0. The papers' numbers are computed from their tables, of models up to a
+in. Its error adds two parts: over documents, by the jackknife (every document left out once, as in `evaluate/statistics.py`),
+which keeps the pairing of recipes, and over seeds of calibration, the variance between them over their number. A finding holds
+where its 95 % interval is in the range, does not where it is out of it, and is open in between, or where the interval of a cost that
+another is divided by holds 0. The papers' numbers are computed from their tables, of models up to a
 thousand times larger; the ranges leave room beside what their smallest models and their claims say. The settings are theirs:
 GPTQ's paper has no act-order and sees the quantized blocks before; its code on LLaMA has act-order and sees the layers
 before (with act-order our groups are static, its were not); AWQ sees the unquantized model.
@@ -22,14 +19,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from qjax.errors import QjaxError
-from qjax.report.rendering import ERRORS, MISSING, Row, Table, TableColumn, loss_change, number, reach_of, with_error
-from qjax.report.tables import describe, is_baseline, split_tables
+from qjax.evaluate.statistics import Difference, equal_units, interval, units_of, with_seeds
+from qjax.report.accuracy import mean_reach
+from qjax.report.rendering import MISSING, Row, Table, TableColumn, documents_of, loss_change, losses, number, with_error
+from qjax.report.tables import describe, is_baseline, over_units, split_tables
 
 KIND = "paper_shapes"
-Costs = Mapping[str, Float[np.ndarray, " n"]]  # recipe -> percent; of all windows, then with each one left out
+Costs = Mapping[str, Float[np.ndarray, " n"]]  # recipe -> percent; of all windows, then without each document
 
 
 class Judged(NamedTuple):
@@ -176,23 +175,22 @@ def judge(finding: Finding, rows: Sequence[Row]) -> Judged | None:
         return None
     if finding.measure is None:
         value, error = (100 * number(rows[0], key) for key in ("accuracy_mean_delta", "accuracy_mean_delta_stderr"))
-        return None if math.isnan(value) else _judged(finding, value, error, ERRORS * error)
+        reach = 100 * mean_reach(rows[0])
+        return None if math.isnan(value) else _judged(finding, Difference(value, error, value - reach, value + reach))
     seeds = [[costs[recipe] for recipe in finding.recipes] for costs in _costs_of_seeds(rows, baseline)]
+    counts = np.bincount(_units(baseline), np.asarray(baseline["window_tokens"]))
     with np.errstate(invalid="ignore", divide="ignore"):  # of costs that are 0 or infinite
-        found = _judged(finding, *_estimate([finding.measure(*costs) for costs in seeds]))
-        divisors = [_estimate([costs[i] for costs in seeds]) for i in DIVISORS.get(finding.measure, ())]
-    sure = all(value == math.inf or value > reach for value, _, reach in divisors)
+        found = _judged(finding, _estimate([finding.measure(*costs) for costs in seeds], counts))
+        divisors = [_estimate([costs[i] for costs in seeds], counts) for i in DIVISORS.get(finding.measure, ())]
+    sure = all(each.value == math.inf or each.low > 0 for each in divisors)
     return found if sure else found._replace(holds="open")
 
 
-def _estimate(samples: Sequence[Float[np.ndarray, " n"]]) -> tuple[float, float, float]:
-    """(mean over seeds, its standard error, how far to either side it may be). samples: a seed's figure, of all windows, then
-    with each left out.
-    """
-    values = [float(sample[0]) for sample in samples]
-    over_windows = float(np.mean([jackknife_error(sample[1:]) for sample in samples]))
-    over_seeds = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return float(np.mean(values)), math.hypot(over_windows, over_seeds), reach_of(over_windows, over_seeds, len(values))
+def _estimate(samples: Sequence[Float[np.ndarray, " n"]], counts: Float[np.ndarray, " units"]) -> Difference:
+    """Mean over seeds. samples: a seed's figure, of all windows, then without each unit. counts: tokens of each unit."""
+    values = np.array([float(sample[0]) for sample in samples])
+    over_units = float(np.mean([jackknife_error(sample[1:]) for sample in samples]))
+    return with_seeds(interval(float(values.mean()), over_units, equal_units(counts) - 1), values).change
 
 
 def jackknife_error(left_out: Float[np.ndarray, " n"]) -> float:
@@ -201,12 +199,18 @@ def jackknife_error(left_out: Float[np.ndarray, " n"]) -> float:
     return math.sqrt((n - 1) / n * float(np.sum((left_out - left_out.mean()) ** 2))) if n > 1 else math.nan
 
 
-def _judged(finding: Finding, value: float, error: float, reach: float) -> Judged:
-    if value == math.inf:  # one of the models diverged, and no error is known
-        return Judged(value, math.nan, "no" if math.isfinite(finding.high) else "open")
-    inside = finding.low <= value - reach and value + reach <= finding.high
-    outside = value + reach < finding.low or finding.high < value - reach
-    return Judged(value, error, "yes" if inside else "no" if outside else "open")
+def _judged(finding: Finding, found: Difference) -> Judged:
+    if found.value == math.inf:  # one of the models diverged, and no error is known
+        return Judged(found.value, math.nan, "no" if math.isfinite(finding.high) else "open")
+    inside = finding.low <= found.low and found.high <= finding.high
+    outside = found.high < finding.low or finding.high < found.low
+    return Judged(found.value, found.stderr, "yes" if inside else "no" if outside else "open")
+
+
+def _units(baseline: Row) -> Int[np.ndarray, " windows"]:
+    """The independent unit of every window; the window itself in rows of earlier versions."""
+    documents, loss = documents_of(baseline), losses(baseline)
+    return np.arange(len(loss)) if documents is None else units_of(loss - loss.mean(), documents)
 
 
 def _costs_of_seeds(rows: Sequence[Row], baseline: Row) -> list[Costs]:
@@ -220,11 +224,11 @@ def _costs_of_seeds(rows: Sequence[Row], baseline: Row) -> list[Costs]:
 
 
 def _cost(row: Row, baseline: Row) -> Float[np.ndarray, " n"]:
-    change = loss_change(row, baseline)
-    counts = np.asarray(baseline["window_tokens"], float)
+    units = _units(baseline)
+    change, counts = (np.bincount(units, each) for each in (loss_change(row, baseline), baseline["window_tokens"]))
     total, tokens = np.append(0.0, change), np.append(0.0, counts)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        left = np.where(np.isposinf(change.sum()), np.inf, change.sum() - total)  # diverged: whatever window is left out
+        left = np.where(np.isposinf(change.sum()), np.inf, change.sum() - total)  # diverged: whatever unit is left out
         return 100 * np.expm1(left / (counts.sum() - tokens))
 
 
@@ -263,9 +267,8 @@ def paper_shapes_table(rows: Sequence[Row], findings: Sequence[Finding] = FINDIN
         columns.append(TableColumn(f"holds:{name}", "holds?", text=True))
     notes = (
         f"Measured on {'; '.join(map(describe, (group[0] for group in groups)))}. "
-        "±: standard error, of windows and of seeds of calibration. "
-        f"Yes: {ERRORS} errors to either side (of few seeds more, by Student's t) are in the range; no: they are out of it; "
-        "open: neither, or a divisor is not that far above 0. "
+        f"±: standard error, over {over_units([row for group in groups for row in group])} and seeds of calibration. "
+        "Yes: the 95 % interval is in the range; no: it is out of it; open: neither, or a divisor's interval holds 0. "
         "A range below 1 tests the direction alone, not the papers' size. "
         "Cost: increase of perplexity over the unquantized model, in percent; its differences are points. "
         "GPTQ: without act-order where a finding does not name it; "

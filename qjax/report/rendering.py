@@ -15,7 +15,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from qjax.errors import QjaxError
 
@@ -27,7 +27,6 @@ INFINITY, MISSING = "∞", "-"
 BYTE_UNITS = (("B", 1), ("kB", 10**3), ("MB", 10**6), ("GB", 10**9), ("TB", 10**12))  # decimal, as disks and papers count
 SCIENTIFIC_ABOVE = 1e6
 MOST_DECIMALS = 8
-ERRORS = 2  # to either side, of many units
 
 
 def number(row: Row, key: str) -> float:
@@ -50,17 +49,10 @@ def loss_change(row: Row, other: Row) -> Float[np.ndarray, " windows"]:
         return losses(row) - losses(other)
 
 
-def reach_of(over_units: float, over_seeds: float, seeds: int) -> float:
-    """Half the width of an interval that holds a mean over seeds about 19 times of 20, from the two parts of its error.
-
-    ERRORS errors of windows or questions, and of the seeds' part as many as Student's t of seeds - 1 degrees of freedom says
-    (4.3 for three seeds, of which two errors would hold 82 %), in quadrature.
-    """
-    if seeds < 2:
-        return ERRORS * over_units
-    from scipy.special import stdtrit
-
-    return math.hypot(ERRORS * over_units, float(stdtrit(seeds - 1, 0.975)) * over_seeds)
+def documents_of(row: Row) -> Int[np.ndarray, " windows"] | None:
+    """The document of every window; None in rows of earlier versions, whose windows count as independent."""
+    found = row.get("window_documents")
+    return None if found is None else np.asarray(found)
 
 
 def with_error(value: float, error: float, *, sign: str = "") -> str:

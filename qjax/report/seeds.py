@@ -10,22 +10,21 @@ from collections.abc import Sequence
 import numpy as np
 
 from qjax.errors import QjaxError
-from qjax.evaluate.statistics import accuracy_difference, aggregate_seeds
+from qjax.evaluate.statistics import accuracy_difference, aggregate_seeds, with_seeds
 from qjax.report.accuracy import tasks_of
 from qjax.report.rendering import (
-    ERRORS,
     Row,
     Table,
     TableColumn,
     columns_of,
     decimals,
+    documents_of,
     loss_change,
     number,
-    reach_of,
     significant,
     with_error,
 )
-from qjax.report.tables import baseline_name, describe, distinctions, in_order, is_baseline, require_one_group
+from qjax.report.tables import NOISE, describe, distinctions, in_order, is_baseline, over_units, require_one_group
 from qjax.sweep.rows import cell_columns
 
 KEPT = (
@@ -75,35 +74,31 @@ def _baseline(rows: Sequence[Row]) -> Row:
 def _merge(group: Sequence[Row], baseline: Row) -> Row:
     first, counts = group[0], np.array(baseline["window_tokens"])
     with np.errstate(invalid="ignore"):  # of seeds that diverged the mean is infinite and its error unknown
-        change = aggregate_seeds([loss_change(row, baseline) for row in group], counts)
+        found = aggregate_seeds([loss_change(row, baseline) for row in group], counts, documents_of(baseline))
+    change = found.change
     ratio = math.exp(change.value) if change.value < 700 else math.inf
     merged = {key: first[key] for key in KEPT if key in first} | {
-        "seeds": change.seeds,
+        "seeds": found.seeds,
         "nll_delta": change.value,
         "nll_delta_stderr": change.stderr,
+        "nll_delta_low": change.low,
+        "nll_delta_high": change.high,
         "perplexity_ratio": ratio,
         "perplexity_ratio_stderr": ratio * change.stderr,
-        "perplexity_ratio_between": ratio * change.between,
-        "perplexity_ratio_reach": ratio * _reach(change.stderr, change.between, change.seeds),
+        "perplexity_ratio_between": ratio * found.between,
     }
-    tasks = [task for task in tasks_of(group) if f"answers:{task}" in baseline]
-    for task in tasks:
-        gold = np.array(baseline[f"gold:{task}"])
+    for task in (task for task in tasks_of(group) if f"answers:{task}" in baseline):
+        gold, documents = np.array(baseline[f"gold:{task}"]), baseline.get(f"documents:{task}") or None
         before, *right = (np.equal(row[f"answers:{task}"], gold) for row in (baseline, *group))
-        found = aggregate_seeds([each.astype(float) - before for each in right])
         # The error over questions is that of a single seed's difference, which few changed answers do not make 0.
-        over_questions = float(np.mean([accuracy_difference(each, before).stderr for each in right]))
-        stderr = math.hypot(over_questions, found.between / math.sqrt(found.seeds)) if found.seeds > 1 else over_questions
-        merged |= {f"accuracy_delta:{task}": found.value, f"accuracy_delta_stderr:{task}": stderr}
+        single = [accuracy_difference(each, before, documents) for each in right]
+        typical = single[0]._replace(stderr=float(np.mean([each.stderr for each in single])))
+        found = with_seeds(typical, np.array([each.value for each in single]))
+        change = found.change
+        merged |= {f"accuracy_delta:{task}": change.value, f"accuracy_delta_stderr:{task}": change.stderr}
+        merged |= {f"accuracy_delta_low:{task}": change.low, f"accuracy_delta_high:{task}": change.high}
         merged[f"accuracy_delta_between:{task}"] = found.between
-        merged[f"accuracy_delta_reach:{task}"] = _reach(stderr, found.between, found.seeds)
     return merged
-
-
-def _reach(stderr: float, between: float, seeds: int) -> float:
-    """How far from 0 noise may be, from the error of windows and seeds together."""
-    over_seeds = between / math.sqrt(seeds) if seeds > 1 else 0.0
-    return reach_of(math.sqrt(max(0.0, stderr**2 - over_seeds**2)), over_seeds, seeds)
 
 
 def seeds_table(rows: Sequence[Row]) -> Table:
@@ -125,25 +120,27 @@ def seeds_table(rows: Sequence[Row]) -> Table:
         error = f"accuracy_delta_stderr:{task}"
         columns.append(TableColumn(f"accuracy_delta:{task}", f"{task} change\n(points)", _points, error=error))
         columns.append(TableColumn(f"accuracy_delta_between:{task}", "between\nseeds", _between, rank=1))
+    units = over_units(rows, "documents (questions)")
     notes = (
-        "±: standard error of the mean over seeds, of windows (questions) and seeds together; of one seed, of windows alone.",
+        f"±: standard error of the mean over seeds, over {units} and seeds together; of one seed, over the former.",
         "Between seeds: standard deviation.",
-        f"≈: within {ERRORS} standard errors of {baseline_name(rows[0])} (of few seeds more, by Student's t).",
+        NOISE,
     )
     return Table(f"Seeds together, {describe(rows[0])}", columns_of(merged, columns), tuple(merged), notes)
 
 
 def _change(row: Row, key: str) -> str:
-    return _marked(100 * (number(row, key) - 1), *(100 * number(row, f"{key}_{part}") for part in ("stderr", "reach")))
+    noise = number(row, "nll_delta_low") <= 0 <= number(row, "nll_delta_high")
+    return _marked(noise, 100 * (number(row, key) - 1), 100 * number(row, f"{key}_stderr"))
 
 
 def _points(row: Row, key: str) -> str:
-    errors = (100 * number(row, key.replace("_delta:", f"_delta_{part}:")) for part in ("stderr", "reach"))
-    return _marked(100 * number(row, key), *errors)
+    stderr, low, high = (100 * number(row, key.replace("_delta:", f"_delta_{part}:")) for part in ("stderr", "low", "high"))
+    return _marked(low <= 0 <= high, 100 * number(row, key), stderr)
 
 
-def _marked(value: float, error: float, reach: float) -> str:
-    return ("≈ " if abs(value) <= reach else "") + with_error(value, error, sign="+")
+def _marked(noise: bool, value: float, error: float) -> str:
+    return ("≈ " if noise else "") + with_error(value, error, sign="+")
 
 
 def _between(row: Row, key: str) -> str:

@@ -14,6 +14,7 @@ from qjax.report.tables import (
     describe,
     distinctions,
     is_baseline,
+    over_units,
     perplexity_text,
     require_one_group,
     within_noise,
@@ -58,7 +59,9 @@ def sensitivity_table(rows: Sequence[Row]) -> Table:
         TableColumn("output_error", "output\nerror", digits(2), rank=1),
     ]
     baseline = baseline_name(found[0])
-    notes = [f"One place is quantized at a time. ±: standard error of the paired difference from {baseline}."]
+    notes = [
+        f"One place is quantized at a time. ±: standard error of the difference from {baseline}, over {over_units(found)}."
+    ]
     if any(within_noise(row) for row in found):
-        notes.append(f"≈: within {NOISE} such standard errors of {baseline}.")
+        notes.append(NOISE)
     return Table(f"Sensitivity of {describe(found[0])}", columns_of(found, columns), tuple(found), tuple(notes))

@@ -14,7 +14,15 @@ from qjax.formats import INTEGERS, UNQUANTIZED, parse_format
 from qjax.report.rendering import MISSING, Row, Table, TableColumn, decimals, number
 from qjax.report.seeds import seeds_of
 from qjax.report.sensitivity import ordinary
-from qjax.report.tables import baseline_name, change_of_perplexity, describe, is_baseline, require_one_group
+from qjax.report.tables import (
+    NOISE,
+    baseline_name,
+    change_of_perplexity,
+    describe,
+    is_baseline,
+    over_units,
+    require_one_group,
+)
 from qjax.sweep.rows import recipe_without_rules
 
 MOST_LINES = 12  # in one panel: more names are not legible
@@ -132,7 +140,7 @@ def widths_table(rows: Sequence[Row]) -> Table:
     ]
     notes = (
         f"Change of perplexity from {baseline_name(rows[0])}, percent. "
-        "±: standard error of the difference, window by window; ≈: within two of them of no change.",
+        f"±: standard error over {over_units(rows)} of the difference. {NOISE}",
         "Bits per weight are those of the first method; AWQ's input scales add to them where they cannot be folded.",
     )
     return Table(f"Methods by width, {describe(rows[0])}", tuple(columns), tuple(lines), notes)

@@ -49,12 +49,18 @@ GROUP_KEYS = (  # rows of one table have these in common; the model is that whic
     *("compute_dtype", "device"),
 )
 OWN = "the unquantized model"  # the name of a baseline that is the row's own model, as it was loaded
-NOISE = 2  # paired standard errors within which a difference from the baseline counts as none
+NOISE = "≈: the 95 % interval of the change holds zero."
 
 
 def within_noise(row: Row) -> bool:
-    """Whether a model's loss differs from the baseline's by less than two paired standard errors."""
-    return not is_baseline(row) and abs(number(row, "nll_delta")) < NOISE * number(row, "nll_delta_stderr")
+    """Whether the 95 % interval of the difference of a model's loss from the baseline's holds zero."""
+    return not is_baseline(row) and number(row, "nll_delta_low") <= 0 <= number(row, "nll_delta_high")
+
+
+def over_units(rows: Sequence[Row], of: str = "documents") -> str:
+    """What errors are over, for notes: documents, or windows where rows of earlier versions do not know their documents."""
+    known = all(row.get("window_documents") is not None for row in rows)
+    return of if known else "windows taken as independent, which they are not (rows of an earlier version)"
 
 
 def cells_of(rows: Iterable[Row]) -> list[Row]:
@@ -171,9 +177,9 @@ def perplexity_table(rows: Sequence[Row]) -> Table:
     first = rows[0]
     counts = [f"{first[key]:,} {key}" for key in ("windows", "tokens") if key in first]
     baseline = baseline_name(first)
-    notes = [f"±: standard error over windows; of the change, of the difference from {baseline} window by window."]
+    notes = [f"±: standard error over {over_units(rows)}; of the change, of the difference from {baseline} window by window."]
     if any(within_noise(row) for row in rows):
-        notes.append(f"≈: within {NOISE} such standard errors of {baseline}.")
+        notes.append(NOISE)
     devices = sorted({str(row["device"]) for row in rows if "device" in row})
     notes += [f"Measured on {' and '.join(devices)}."] if devices else []
     title = ", ".join([f"Perplexity of {describe(first)}", *counts])
