@@ -11,7 +11,9 @@ BASELINE = 10.0
 
 def measured_row(recipe: str, delta: float = 0.0, stderr: float = 0.01, **changes: object) -> dict[str, object]:
     """A row of `recipe` whose loss is `delta` nats above the unquantized model's perplexity of 10."""
-    return complete(early_row(recipe, delta, stderr, **changes))
+    row = early_row(recipe, delta, stderr, **changes)
+    documents = {"window_documents": list(range(len(row["window_nll"])))} if "window_nll" in row else {}
+    return complete(documents | row)
 
 
 def early_row(recipe: str, delta: float = 0.0, stderr: float = 0.01, **changes: object) -> dict[str, object]:
@@ -42,6 +44,8 @@ def early_row(recipe: str, delta: float = 0.0, stderr: float = 0.01, **changes: 
         "nll": math.log(BASELINE) + delta,
         "nll_delta": delta,
         "nll_delta_stderr": stderr if fmt else 0.0,
+        "nll_delta_low": delta - 1.96 * stderr if fmt else 0.0,
+        "nll_delta_high": delta + 1.96 * stderr if fmt else 0.0,
         "perplexity_ratio": ratio,
         "perplexity_ratio_stderr": ratio * stderr if fmt else 0.0,
         "tokens": 4088,

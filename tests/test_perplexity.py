@@ -8,10 +8,10 @@ import pytest
 
 from qjax.errors import QjaxError
 from qjax.evaluate import perplexity as module
-from qjax.evaluate.corpora import Corpus
+from qjax.evaluate.corpora import Corpus, article_starts
 from qjax.evaluate.perplexity import perplexity
 from qjax.evaluate.statistics import estimate
-from qjax.evaluate.windows import corpus_windows, cut_windows, parse_convention
+from qjax.evaluate.windows import corpus_windows, cut_windows, parse_convention, spread_windows
 from qjax.models.model import apply
 
 from .conftest import byte_tokenizer
@@ -120,16 +120,37 @@ def test_losses_are_those_of_the_logits(tiny_model):
     np.testing.assert_allclose(losses[:, 1:], np.log(np.exp(logits[:, :-1]).sum(-1)) - target, atol=1e-5)
 
 
-def test_standard_error_is_that_of_the_mean_over_windows():
-    rng = np.random.default_rng(0)
-    counts = np.full(400, 31)
-    estimates, errors = [], []
-    for _ in range(300):
-        totals = rng.normal(2.0, 0.3, size=400) * counts
-        estimates.append(totals.sum() / counts.sum())
-        errors.append(ratio_stderr(totals, counts))
-    assert np.mean(errors) == pytest.approx(np.std(estimates), rel=0.1)
-    assert math.isnan(ratio_stderr(np.array([3.0]), np.array([2])))
+def test_windows_know_their_document(tiny_model):
+    """Bytes are tokens here; a window is of the document that most of its scored tokens are from."""
+    corpus = Corpus("test", ("a" * 40, "b" * 3, "c" * 30), "0")
+    assert list(article_starts(corpus)) == [0, 42, 47]
+    windows = corpus_windows(tiny_model, corpus, parse_convention("windows-16"))
+    assert windows.documents.tolist() == [0, 0, 0, 2]  # of the third 8 tokens are the first document's and blank lines
+    assert corpus_windows(tiny_model, corpus, parse_convention("windows-8")).documents.tolist() == [0] * 5 + [1] + [2] * 3
+    result = perplexity(tiny_model, corpus, "windows-8")
+    assert result.window_documents == (0,) * 5 + (1,) + (2,) * 3
+    expected = estimate(np.array(result.window_nll), np.array(result.window_tokens), np.array(result.window_documents))
+    assert (result.nll, result.nll_stderr) == expected[:2]
+    text = " \n = One = \n\n a\n = = Part = = \n b\n = Two = \n c"
+    lines = Corpus("wikitext2", tuple(text.split("\n")), "0", "\n", lines=True)
+    assert [text.encode()[at:].split(b"\n")[0] for at in article_starts(lines)] == [b" ", b" = One = ", b" = Two = "]
+    assert len(article_starts(lines._replace(lines=False))) == len(lines.documents)
+    stories = Corpus("text:x", ("né<|endoftext|>two<|endoftext|>three",), "0")
+    assert list(article_starts(stories)) == [0, 3, 3 + 13 + 3]
+
+
+def test_a_draw_of_windows_is_spread_over_the_documents():
+    documents = np.repeat(np.arange(20), [60, *[4] * 19])
+    drawn = [spread_windows(documents, 40, seed) for seed in range(20)]
+    assert all(len(set(each.tolist())) == 40 and (np.diff(each) > 0).all() for each in drawn)
+    assert all(np.bincount(documents[each]).max() <= 4 for each in drawn)  # a tenth
+    assert all(len(set(documents[each].tolist())) == 20 for each in drawn)
+    assert len({tuple(each) for each in drawn}) > 15
+    assert (spread_windows(documents, 40, 3) == drawn[3]).all()
+    one = spread_windows(np.zeros(100, int), 10, 0)  # there are no others
+    assert set(np.diff(one).tolist()) == {10}
+    taken = np.bincount(np.concatenate([spread_windows(np.arange(30), 10, seed) for seed in range(300)]), minlength=30)
+    assert taken.min() > 60  # of 100 expected: every window has its turn
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qjax.errors import QjaxError
-from qjax.evaluate.statistics import ratio_stderr
+from qjax.evaluate.statistics import estimate
 from qjax.recipe import parse_recipe
 from qjax.report.paper_shapes import (
     FINDINGS,
@@ -34,7 +34,11 @@ def row(recipe: str, changes=0.0, **columns):
     else:
         base = measured_row("rtn:int4-channel") | {"recipe": recipe, "key": f"{recipe} {columns}"}
     columns |= {"baseline": columns["model"]} if "model" in columns else {}
-    return base | {"window_nll": list(losses), "window_tokens": [TOKENS] * WINDOWS} | columns
+    return (
+        base
+        | {"window_nll": list(losses), "window_tokens": [TOKENS] * WINDOWS, "window_documents": list(range(WINDOWS))}
+        | columns
+    )
 
 
 def finding(**changes) -> Finding:
@@ -46,15 +50,15 @@ def test_share_is_that_of_the_increases_whatever_the_windows():
     assert found.value == pytest.approx(0.25) and found.error == pytest.approx(0, abs=1e-9) and found.holds == "yes"
 
 
-def test_verdicts_need_two_errors():
+def test_verdicts_need_the_whole_interval():
     noise = np.array([1, -1, 2, -2, 1.5, -1.5])
     rows = [row("none"), row(GPTQ, 0.05 + 0.004 * noise), row(RTN, 0.1)]
     value, error, _ = judge(finding(), rows)
     for high, verdict in (
-        (value + 2.1 * error, "yes"),
-        (value + error, "open"),
-        (value - error, "open"),
-        (value - 2.1 * error, "no"),
+        (value + 2.6 * error, "yes"),  # t of five degrees of freedom: 2.571
+        (value + 2.5 * error, "open"),
+        (value - 2.5 * error, "open"),
+        (value - 2.6 * error, "no"),
     ):
         assert judge(finding(high=high), rows).holds == verdict
 
@@ -62,7 +66,7 @@ def test_verdicts_need_two_errors():
 def test_jackknife_error_of_a_mean_is_its_standard_error():
     totals = np.random.default_rng(0).normal(size=9)
     left_out = (totals.sum() - totals) / (len(totals) - 1)
-    assert jackknife_error(left_out) == pytest.approx(ratio_stderr(totals, np.ones(9)))
+    assert jackknife_error(left_out) == pytest.approx(estimate(totals).stderr)
 
 
 def test_pairing_cancels_what_the_windows_share():
@@ -85,7 +89,8 @@ def test_smallest_step_sees_the_one_that_falls():
 def test_accuracy_is_judged_by_its_own_error():
     accuracy = finding(measure=None, low=-1, high=1)
     accuracy = Finding(accuracy.text, "", "", (RTN,), None, -1, 1)
-    rows = [row("none"), row(RTN, accuracy_mean_delta=-0.02, accuracy_mean_delta_stderr=0.004)]
+    interval = {"accuracy:a": 0.5, "accuracy_delta_low:a": -0.028, "accuracy_delta_high:a": -0.012}
+    rows = [row("none"), row(RTN, accuracy_mean_delta=-0.02, accuracy_mean_delta_stderr=0.004, **interval)]
     assert judge(accuracy, rows) == (pytest.approx(-2.0), pytest.approx(0.4), "no")
     assert judge(accuracy, [row("none"), row(RTN)]) is None  # no tasks were asked
 

@@ -12,9 +12,9 @@ from qjax.driver.layer import LayerRecord
 from qjax.evaluate.choices import accuracy
 from qjax.evaluate.corpora import Corpus
 from qjax.evaluate.divergence import divergence
-from qjax.evaluate.windows import parse_convention
 from qjax.evaluate.questions import last_word, make_task, multiple_choice
 from qjax.evaluate.statistics import accuracy_difference
+from qjax.evaluate.windows import parse_convention
 from qjax.report.reports import write_reports
 from qjax.sweep.runner import Sweep, run_sweep
 from qjax.sweep.store import ROWS, read_rows

@@ -123,7 +123,9 @@ def cut_windows(
     else:
         scored[:, 0] = False
         counted = scored
-    of = np.array([np.bincount(row[kept]).argmax() for row, kept in zip(documents[index], counted, strict=True)], np.int32)
+    of = np.array(
+        [np.bincount(row[kept], minlength=1).argmax() for row, kept in zip(documents[index], counted, strict=True)], np.int32
+    )
     return Windows(tokens, scored, (nbytes[index] * counted).sum(axis=1), of)
 
 

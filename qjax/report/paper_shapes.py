@@ -3,9 +3,9 @@
 A finding is a function of what recipes cost, cost = 100 (PPL / PPL of the unquantized model - 1), and a range that it should be
 in. Its error adds two parts: over documents, by the jackknife (every document left out once, as in `evaluate/statistics.py`),
 which keeps the pairing of recipes, and over seeds of calibration, the variance between them over their number. A finding holds
-where its 95 % interval is in the range, does not where it is out of it, and is open in between, or where the interval of a cost that
-another is divided by holds 0. The papers' numbers are computed from their tables, of models up to a
-thousand times larger; the ranges leave room beside what their smallest models and their claims say. The settings are theirs:
+where its 95 % interval is in the range, does not where it is out of it, and is open in between, or where the interval of a
+cost that another is divided by holds 0. The papers' numbers are computed from their tables, of models up to a thousand times
+larger; the ranges leave room beside what their smallest models and their claims say. The settings are theirs:
 GPTQ's paper has no act-order and sees the quantized blocks before; its code on LLaMA has act-order and sees the layers
 before (with act-order our groups are static, its were not); AWQ sees the unquantized model.
 

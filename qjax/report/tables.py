@@ -59,7 +59,7 @@ def within_noise(row: Row) -> bool:
 
 def over_units(rows: Sequence[Row], of: str = "documents") -> str:
     """What errors are over, for notes: documents, or windows where rows of earlier versions do not know their documents."""
-    known = all(row.get("window_documents") is not None for row in rows)
+    known = all("window_documents" in row for row in rows if "window_nll" in row)
     return of if known else "windows taken as independent, which they are not (rows of an earlier version)"
 
 
