@@ -77,7 +77,8 @@ def infinite_row() -> dict[str, object]:
 def alone_row(pattern: str, delta: float, stderr: float = 0.001) -> dict[str, object]:
     """A row of one place quantized alone."""
     recipe = f"none; {pattern}=gptq(clip=mse):int3-g128"
-    return complete(early_row("none", delta) | {"recipe": recipe, "key": recipe, "nll_delta_stderr": stderr})
+    ends = {"nll_delta_stderr": stderr, "nll_delta_low": delta - 1.96 * stderr, "nll_delta_high": delta + 1.96 * stderr}
+    return complete(early_row("none", delta) | {"recipe": recipe, "key": recipe} | ends)
 
 
 def calibrated_rows() -> list[dict[str, object]]:

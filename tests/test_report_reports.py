@@ -79,8 +79,8 @@ def test_devices_stand_in_tables_of_their_own_and_a_limit_that_changed_nothing_d
 def test_rows_that_fill_nothing_and_figures_that_are_none_are_named():
     with pytest.raises(QjaxError, match="no table or figure shows rows of the kind other"):
         tables([{"kind": "other", "key": "k"}])
-    with pytest.raises(QjaxError, match="nll_delta is 'abc', expected a number"):
-        tables([measured_row("none"), measured_row("rtn:int4-g128", nll_delta="abc")])
+    with pytest.raises(QjaxError, match="nll_delta_low is 'abc', expected a number"):
+        tables([measured_row("none"), measured_row("rtn:int4-g128", nll_delta_low="abc")])
 
 
 def test_the_default_order_is_named_beside_others():

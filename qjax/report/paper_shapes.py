@@ -175,8 +175,10 @@ def judge(finding: Finding, rows: Sequence[Row]) -> Judged | None:
         return None
     if finding.measure is None:
         value, error = (100 * number(rows[0], key) for key in ("accuracy_mean_delta", "accuracy_mean_delta_stderr"))
+        if math.isnan(value):
+            return None
         reach = 100 * mean_reach(rows[0])
-        return None if math.isnan(value) else _judged(finding, Difference(value, error, value - reach, value + reach))
+        return _judged(finding, Difference(value, error, value - reach, value + reach))
     seeds = [[costs[recipe] for recipe in finding.recipes] for costs in _costs_of_seeds(rows, baseline)]
     counts = np.bincount(_units(baseline), np.asarray(baseline["window_tokens"]))
     with np.errstate(invalid="ignore", divide="ignore"):  # of costs that are 0 or infinite
