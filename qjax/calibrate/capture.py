@@ -19,6 +19,8 @@ from qjax.calibrate.statistics import STATISTICS
 from qjax.errors import QjaxError
 from qjax.interception.linen import recorded
 
+LARGEST_SQUARE = 2.0**70  # mean squares of inputs up to here, and down to its inverse, times squares of weights are float32
+
 
 class Batch(NamedTuple):
     """Arguments of module.apply, and how much each token counts: an array whose axes are the first axes of every layer's
@@ -178,6 +180,12 @@ def capture_statistics(
             f"calibration: the input of {', '.join(prefix + path for path in broken)} is not finite; the model's weights or "
             "the calibration data are broken, or its activations overflow"
         )
+    sizes = {path: float(jnp.max(jnp.diagonal(v["hessian"]))) for path, v in values.items() if "hessian" in v}
+    if extreme := [path for path, size in sizes.items() if not (size == 0 or 1 / LARGEST_SQUARE < size < LARGEST_SQUARE)]:
+        raise QjaxError(
+            f"calibration: squares of the input of {', '.join(prefix + path for path in extreme)} are beyond "
+            f"{1 / LARGEST_SQUARE:.0e} to {LARGEST_SQUARE:.0e}, where float32 loses what is made of them; scale its layer"
+        )
     return Captured(values, outputs)
 
 
@@ -230,7 +238,7 @@ def module_outputs(module: nn.Module, params: PyTree, batches: Sequence[Batch], 
 def _token_weights(path: str, weights: Float[Array, "..."] | None, shape: tuple[int, ...]) -> Float[Array, " tokens"]:
     """How much each of a layer's tokens counts."""
     if weights is None:
-        return jnp.ones(int(np.prod(shape)))
+        return jnp.ones(int(np.prod(shape)), jnp.float32)
     if weights.shape != shape[: weights.ndim]:
         raise QjaxError(
             f"calibration weights of shape {weights.shape} do not fit the input of {path}, whose tokens have shape {shape}: "

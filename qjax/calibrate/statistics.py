@@ -40,6 +40,10 @@ class Mean(NamedTuple):
         return self.total / self.weight
 
 
+def _zeros(*shape: int) -> Float[Array, "..."]:
+    return jnp.zeros(shape, jnp.float32)
+
+
 def _counted(x: Float[Array, "tokens in"], weights: Float[Array, " tokens"]) -> Float[Array, "tokens in"]:
     """The tokens that count, 0 for the others: 0 times nan would be nan."""
     return jnp.where(weights[:, None] > 0, x, 0)
@@ -52,7 +56,7 @@ def _outer(x: Float[Array, "tokens in"], y: Float[Array, "tokens in"], weights: 
 
 def _square_mean(product: Callable) -> Statistic:
     return Statistic(
-        init=lambda size: Mean(jnp.zeros((size, size)), jnp.zeros(())),
+        init=lambda size: Mean(_zeros(size, size), _zeros()),
         update=lambda s, x, exact, w: Mean(s.total + product(x, exact, w), s.weight + jnp.sum(w)),
         finalize=Mean.value,
         axes=2,
@@ -64,14 +68,14 @@ hessian = _square_mean(lambda x, exact, w: _outer(x, x, w))
 drift = _square_mean(lambda x, exact, w: _outer(x, exact - x, w))
 
 abs_mean = Statistic(
-    init=lambda size: Mean(jnp.zeros(size), jnp.zeros(())),
+    init=lambda size: Mean(_zeros(size), _zeros()),
     update=lambda s, x, exact, w: Mean(s.total + jnp.sum(jnp.abs(_counted(x, w)) * w[:, None], axis=0), s.weight + jnp.sum(w)),
     finalize=Mean.value,
     axes=1,
 )
 
 abs_max = Statistic(
-    init=jnp.zeros,
+    init=_zeros,
     update=lambda s, x, exact, w: jnp.maximum(s, jnp.max(jnp.abs(_counted(x, w)), axis=0)),
     finalize=lambda s: s,
     axes=1,

@@ -19,6 +19,8 @@ from qjax.methods import Memo, Site, Stage, captures_of
 from qjax.models.folding import fold_map, is_linear
 from qjax.recipe import Recipe
 from qjax.rounding.parts.info import output_loss
+from qjax.rounding.parts.unit import exponent_of
+from qjax.scales import times_power_of_two
 
 
 def transform(
@@ -119,7 +121,9 @@ def _module_error(part, paths, flat, found, statistics, batches) -> Callable[[Se
     """
     matrices = [part.matrix(path, flat[path]) for path in paths]
     if len(paths) == 1:
-        return lambda weights: output_loss(weights[0] - maps.on_weight(found, matrices[0]), statistics["hessian"])
+        exact = maps.on_weight(found, matrices[0])
+        exponent = exponent_of(exact)
+        return lambda weights: output_loss(times_power_of_two(weights[0] - exact, -exponent), statistics["hessian"])
     parent = tuple(paths[0].split("/")[:-2])
     wanted = []
 

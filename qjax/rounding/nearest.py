@@ -19,10 +19,12 @@ from qjax.qtensor import FLOAT_DTYPES, QTensor, from_codes
 from qjax.rounding.parts.info import Info
 from qjax.rounding.parts.pieces import map_pieces
 from qjax.rounding.parts.ranges import masked, search_shrink, search_shrink_hessian
+from qjax.rounding.parts.unit import in_unit
 
 Clip = Literal["none", "mse", "hessian"]
 
 
+@in_unit
 def rtn(
     weight: Float[Array, "in out"], fmt: Format | str, *, hessian: Float[Array, "in in"] | None = None, clip: Clip = "none"
 ) -> tuple[QTensor, Info]:

@@ -59,13 +59,18 @@ def provenance(added: Mapping[str, str] = MappingProxyType({})) -> dict[str, obj
 
     versions = [f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES]
     device = jax.devices()[0]
-    kind = device.device_kind if device.platform != "cpu" else f"{platform.machine()} x{os.cpu_count()}"
+    kind = device.device_kind if device.platform != "cpu" else f"{platform.machine()} x{_cores()}"
     return {
         "versions": ", ".join([f"qjax {qjax.__version__}", f"python {platform.python_version()}", *versions]),
         "code": digest(code_fingerprint(), dict(added)) if added else code_fingerprint(),
         "device": f"{device.platform}: {kind}",
         "compute_dtype": jnp.dtype(compute_dtype()).name,
     }
+
+
+def _cores() -> int | None:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def peak_rss_bytes() -> int:
