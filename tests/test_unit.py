@@ -149,7 +149,7 @@ def test_coarse_scales_are_a_warning():
         qjax.quantize(scaled(-5), "rtn:int8-g16", rules=RULES)
 
 
-@pytest.mark.parametrize("size", [1e-15, 1e13])
+@pytest.mark.parametrize("size", [1e-25, 1e-15, 1e13])
 def test_inputs_whose_squares_float32_cannot_hold_are_an_error(size):
     import flax.linen as nn
 
@@ -157,6 +157,7 @@ def test_inputs_whose_squares_float32_cannot_hold_are_an_error(size):
     params = module.init(jax.random.key(0), x)["params"]
     with pytest.raises(QjaxError, match="calibration: squares of the input of kernel are beyond"):
         qjax.quantize_flax(module, params, "gptq:int4-g4", batches=[(x,)])
+    qjax.quantize_flax(module, params, "gptq:int4-g4", batches=[(0 * x,)])  # inputs that are 0 weigh nothing
 
 
 def test_hessians_of_any_ordinary_unit_give_the_same_codes():

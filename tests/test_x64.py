@@ -64,7 +64,8 @@ def test_a_model_and_its_perplexity():
     def measured():
         model = Model(tiny_config(layers=1), params, byte_tokenizer(), "random")
         calibration = qjax.load_calibration(model, corpus, windows=3, window=32)
-        quantized, report = qjax.quantize(model, "gptq:int4-g16-dq", calibration=calibration)
+        rules = ["attention=none", "gate=none"]
+        quantized, report = qjax.quantize(model, "gptq:int4-g16-dq", calibration=calibration, rules=rules)
         found = qjax.perplexity(quantized, corpus, "windows-32")
         layers = [record._replace(seconds=0.0) for record in report.layers]
         return calibration.fingerprint, layers, report.size_bytes, found.value, found.window_nll

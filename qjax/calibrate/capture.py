@@ -6,6 +6,7 @@ Linen module.
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -145,7 +146,7 @@ class Captured(NamedTuple):
 def capture_statistics(
     module: nn.Module,
     params: PyTree,
-    batches: Iterable[Batch],
+    batches: Sequence[Batch],
     needed: Mapping[str, int],
     names: Iterable[str],
     exact: tuple[PyTree, Iterable[Batch]] | None = None,
@@ -181,6 +182,10 @@ def capture_statistics(
             "the calibration data are broken, or its activations overflow"
         )
     sizes = {path: float(jnp.max(jnp.diagonal(v["hessian"]))) for path, v in values.items() if "hessian" in v}
+    zero = {path: needed[path] for path, size in sizes.items() if size == 0}
+    if zero:  # by inputs of 0, or by squares below float32
+        largest = capture_statistics(module, params, batches, zero, ["abs_max"], prefix=prefix).statistics
+        sizes |= {path: math.nan for path in zero if float(jnp.max(largest[path]["abs_max"])) > 0}
     if extreme := [path for path, size in sizes.items() if not (size == 0 or 1 / LARGEST_SQUARE < size < LARGEST_SQUARE)]:
         raise QjaxError(
             f"calibration: squares of the input of {', '.join(prefix + path for path in extreme)} are beyond "

@@ -4,8 +4,9 @@
 
 x: (tokens, in), what the layer is given. exact: the same, what it would be given were nothing before it quantized; equal to x
 but for `qep`. weights: (tokens,), how much each token counts; 0 leaves it out. Everything is float32, products at the highest
-precision; states add up, so that activations need not be kept. A further statistic is a triple here and a line in `STATISTICS`;
-`methods.register_statistic` adds one from outside.
+precision; states add up, so that activations need not be kept. XLA shares a sum over tokens out among processor cores: the last
+digits of what is made of it depend on their number, which a row's device tells. A further statistic is a triple here and a
+line in `STATISTICS`; `methods.register_statistic` adds one from outside.
 """
 
 from collections.abc import Callable, Mapping

@@ -30,7 +30,8 @@ def rtn(
 ) -> tuple[QTensor, Info]:
     """Rounds a weight (in, out), any float type, to the nearest codes of `fmt`.
 
-    hessian: the mean of x x^T over tokens, read by clip="hessian" alone.
+    hessian: the mean of x x^T over tokens, read by clip="hessian" alone. Where the type of the scales does not hold those of
+    the weight, Info's weight_error tells, up to 1.
     Raises QjaxError for an unknown clip, a missing Hessian, and a weight that is empty or not two-dimensional.
     """
     fmt = parse_format(fmt)
