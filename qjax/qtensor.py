@@ -15,7 +15,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, PyTree, UInt8
+from jaxtyping import Array, Float, Int, PyTree, UInt8
 
 from qjax import grid, packing
 from qjax.formats import Format
@@ -75,6 +75,14 @@ def unpack_parameters(q: QTensor) -> tuple[Float[Array, "groups channels"], Floa
     if not q.format.is_affine:
         return scale, None
     return scale, q.format.zero_codec.load(q.zeros, q.format.bits, shape, q.format.is_flat)
+
+
+def times_power(q: QTensor, exponent: int | Int[Array, ""]) -> QTensor:
+    """2^exponent times a quantized weight: the same codes, and scales as far as their type holds them (`scales.Floats.times`).
+
+    Not for casts, which have no scales.
+    """
+    return dataclasses.replace(q, scales=q.format.scale_codec.times(q.scales, exponent))
 
 
 @functools.partial(jax.jit, static_argnames="dtype")

@@ -46,10 +46,13 @@ DEFAULT_ORDER = "qep"
 FIRST = {"transform": 0, "rounding": 1, "refiner": 2, "block refiner": 3}  # the order of kinds in a recipe
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Recipe:
     """Transforms, a rounding to a weight format, refiners, and what happens to the layer's input; build it with
     `parse_recipe`.
+
+    Equal are recipes that do the same: one without an order and the same in the default order, which `in_order` alone tells
+    apart.
     """
 
     transforms: tuple[Stage, ...]
@@ -59,6 +62,15 @@ class Recipe:
     refiners: tuple[Stage, ...] = ()
     block_refiners: tuple[Stage, ...] = ()
     activation: Activation | None = None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Recipe) and self._done() == other._done()
+
+    def __hash__(self) -> int:
+        return hash(self._done())
+
+    def _done(self) -> tuple:
+        return tuple((vars(self) | {"order": self.order or Stage(DEFAULT_ORDER)}).values())
 
     @property
     def stages(self) -> tuple[Stage, ...]:

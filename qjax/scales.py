@@ -95,6 +95,20 @@ class Floats:
         """float32 scales of `shape` (groups, columns) from what `store` gave."""
         return _of_shape(self._widen(stored, None), shape)
 
+    def times(self, stored: "Array | QuantizedScales | ScaledFloats", exponent: "int | Array") -> "Array":
+        """Stored scales times 2^exponent, as far as the type holds them: exactly, where it has the range."""
+        return self._narrow(times_power_of_two(self._widen(stored, None), exponent), None)
+
+    def strained(self, stored: "Array", bits: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """(lost, coarse), bool and on the host: which stored scales are 0 or the type's largest number, and which are so small
+        that the type's rounding moves the outermost of codes of so many bits by half a step. None for types of full range.
+        """
+        if self.dtype != "float16":
+            return None
+        size, limits = np.abs(np.asarray(stored, np.float64)), np.finfo(np.float16)
+        spacing = float(limits.smallest_subnormal)
+        return (size == 0) | (size >= float(limits.max)), size < spacing * 2**bits
+
     def nearest(self, scale: "Array", common: "Array | None") -> "Array":
         """float32 scales as they are after being stored, each alone: of movable codecs."""
         return self._widen(self._narrow(scale, common), common)
@@ -141,6 +155,12 @@ class PowersOfTwo(Floats):
                 exponent = (_bits(largest) >> 23) - math.floor(math.log2(bound))
         return self._widen(_byte(exponent), None)
 
+    def times(self, stored, exponent):
+        """The exponent is added to the bytes, but to 0, which stands for a scale of 0."""
+        import jax.numpy as jnp
+
+        return jnp.where(stored == 0, stored, _byte(stored.astype(jnp.int32) + exponent))
+
     def _narrow(self, scale, common):
         return _byte((_bits(scale) + (1 << 22)) >> 23)
 
@@ -182,6 +202,10 @@ class TwoLevels(Floats):
         """ScaledFloats."""
         return ScaledFloats(_laid(self._narrow(scale, common), flat), common)
 
+    def times(self, stored, exponent):
+        """The float32 of the weight takes the factor."""
+        return stored._replace(scale=times_power_of_two(stored.scale, exponent))
+
     def load(self, stored, shape):
         """The product of both levels."""
         return _of_shape(self._widen(stored.codes, stored.scale), shape)
@@ -205,7 +229,8 @@ class Nested(Floats):
     """Codes of `dynamic_map` for the difference from the mean, relative to its largest in blocks of 256 scales (QLoRA).
 
     For flat blocks as bitsandbytes does it, which codes weights with the exact maximum and quantizes that afterwards, with a
-    table of 2^16 equal steps instead of the nearest code.
+    table of 2^16 equal steps instead of the nearest code. The mean is a sum of many numbers: of weights rounded together under
+    vmap it can differ in the last bit from that of one alone, as XLA adds up in another order.
     """
 
     dtype: str = "uint8"
@@ -238,6 +263,11 @@ class Nested(Floats):
         table = jnp.array(dynamic_map())
         codes = jnp.searchsorted((table[:-1] + table[1:]) / 2, scaled, side="left").astype(jnp.uint8)
         return QuantizedScales(codes.reshape(-1)[: scale.size], largest, offset)
+
+    def times(self, stored, exponent):
+        """The float32 numbers take the factor."""
+        scales, offset = (times_power_of_two(x, exponent) for x in (stored.scales, stored.offset))
+        return QuantizedScales(stored.codes, scales, offset)
 
     def load(self, stored, shape):
         """The value of each code in its block."""
@@ -338,6 +368,20 @@ def dynamic_map() -> np.ndarray:
         middles = (edges[:-1] + edges[1:]) / np.float32(2) * np.float32(10.0 ** (decade - 6))
         values += [*middles, *-middles]
     return np.sort(np.array(values, np.float32))
+
+
+def times_power_of_two(x: "Array", exponent: "int | Array") -> "Array":
+    """float32 x * 2^exponent, |exponent| up to 250: exact where the result is a normal number. x itself for a Python 0."""
+    import jax
+    import jax.numpy as jnp
+
+    if isinstance(exponent, int) and exponent == 0:
+        return x
+    first = exponent // 2  # 2^exponent itself may be no normal float32
+    powers = (jnp.asarray(part, jnp.int32) + 127 << 23 for part in (first, exponent - first))
+    for power in powers:
+        x = x * jax.lax.bitcast_convert_type(power, jnp.float32)
+    return x
 
 
 def _laid(stored, flat):

@@ -37,6 +37,8 @@ def test_recipes_of_one_name_mean_the_same():
     """The default order has no name, so names are for recipes whose order is settled; until then an explicit order wins."""
     explicit, silent = parse_recipe(f"gptq:int3-g128@{DEFAULT_ORDER}"), parse_recipe("gptq:int3-g128")
     assert str(explicit) == str(silent) == "gptq:int3-g128"
+    assert explicit == silent and hash(explicit) == hash(silent)
+    assert explicit != parse_recipe("gptq:int3-g128@block") and explicit != parse_recipe("gptq:int3-g64") and explicit != "x"
     assert str(explicit.in_order("parallel")) == "gptq:int3-g128"
     assert str(silent.in_order("parallel")) == "gptq:int3-g128@parallel"
     named = ["gptq:int3-g128@qep", "gptq:int3-g128@parallel"]

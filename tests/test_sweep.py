@@ -26,6 +26,7 @@ from qjax.models.model import compute_dtype, stages
 from qjax.recipe import method_name, parse_recipe
 from qjax.report.reports import write_reports
 from qjax.sweep import quantizer, runner
+from qjax.sweep.measurements import provenance
 from qjax.sweep.measurements.perplexity import difference
 from qjax.sweep.record import digest
 from qjax.sweep.runner import Sweep, Watcher, run_sweep
@@ -315,3 +316,8 @@ def test_kill_loses_at_most_the_cell_in_progress(tmp_path):
     rows, expected = read_rows(killed / ROWS), read_rows(tmp_path / "whole" / ROWS)
     assert rows[: len(survivors)] == survivors
     assert measured(rows) == measured(expected)
+
+
+def test_the_device_is_told_with_the_cores_that_may_be_used(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3})
+    assert provenance.provenance()["device"].endswith(" x1")

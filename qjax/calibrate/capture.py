@@ -6,6 +6,7 @@ Linen module.
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -18,6 +19,8 @@ from jaxtyping import Array, Float, PyTree
 from qjax.calibrate.statistics import COUNT, STATISTICS
 from qjax.errors import QjaxError
 from qjax.interception.linen import recorded
+
+LARGEST_SQUARE = 2.0**70  # mean squares of inputs up to here, and down to its inverse, times squares of weights are float32
 
 
 class Batch(NamedTuple):
@@ -143,7 +146,7 @@ class Captured(NamedTuple):
 def capture_statistics(
     module: nn.Module,
     params: PyTree,
-    batches: Iterable[Batch],
+    batches: Sequence[Batch],
     needed: Mapping[str, int],
     names: Iterable[str],
     exact: tuple[PyTree, Iterable[Batch]] | None = None,
@@ -177,6 +180,16 @@ def capture_statistics(
         raise QjaxError(
             f"calibration: the input of {', '.join(prefix + path for path in broken)} is not finite; the model's weights or "
             "the calibration data are broken, or its activations overflow"
+        )
+    sizes = {path: float(jnp.max(jnp.diagonal(v["hessian"]))) for path, v in values.items() if "hessian" in v}
+    zero = {path: needed[path] for path, size in sizes.items() if size == 0}
+    if zero:  # by inputs of 0, or by squares below float32
+        largest = capture_statistics(module, params, batches, zero, ["abs_max"], prefix=prefix).statistics
+        sizes |= {path: math.nan for path in zero if float(jnp.max(largest[path]["abs_max"])) > 0}
+    if extreme := [path for path, size in sizes.items() if not (size == 0 or 1 / LARGEST_SQUARE < size < LARGEST_SQUARE)]:
+        raise QjaxError(
+            f"calibration: squares of the input of {', '.join(prefix + path for path in extreme)} are beyond "
+            f"{1 / LARGEST_SQUARE:.0e} to {LARGEST_SQUARE:.0e}, where float32 loses what is made of them; scale its layer"
         )
     return Captured(values, outputs)
 
@@ -230,7 +243,7 @@ def module_outputs(module: nn.Module, params: PyTree, batches: Sequence[Batch], 
 def _token_weights(path: str, weights: Float[Array, "..."] | None, shape: tuple[int, ...]) -> Float[Array, " tokens"]:
     """How much each of a layer's tokens counts."""
     if weights is None:
-        return jnp.ones(int(np.prod(shape)))
+        return jnp.ones(int(np.prod(shape)), jnp.float32)
     if weights.shape != shape[: weights.ndim]:
         raise QjaxError(
             f"calibration weights of shape {weights.shape} do not fit the input of {path}, whose tokens have shape {shape}: "

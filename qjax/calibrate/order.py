@@ -81,6 +81,7 @@ def correct(
     """
     product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
     weight, hessian, drift = (array.astype(jnp.float32) for array in (weight, hessian, drift))
+    alpha, damp = jnp.float32(alpha), jnp.float32(damp)
     diagonal = jnp.diagonal(hessian)
     mean = jnp.mean(diagonal)
     mean = jnp.where(mean == 0, 1.0, mean)

@@ -4,8 +4,9 @@
 
 x: (tokens, in), what the layer is given. exact: the same, what it would be given were nothing before it quantized; equal to x
 but for `qep`. weights: (tokens,), how much each token counts; 0 leaves it out. Everything is float32, products at the highest
-precision; states add up, so that activations need not be kept. A further statistic is a triple here and a line in `STATISTICS`;
-`methods.register_statistic` adds one from outside.
+precision; states add up, so that activations need not be kept. XLA shares a sum over tokens out among processor cores: the last
+digits of what is made of it depend on their number, which a row's device tells. A further statistic is a triple here and a
+line in `STATISTICS`; `methods.register_statistic` adds one from outside.
 """
 
 import functools
@@ -42,6 +43,10 @@ class Mean(NamedTuple):
         return self.total / self.weight
 
 
+def _zeros(*shape: int) -> Float[Array, "..."]:
+    return jnp.zeros(shape, jnp.float32)
+
+
 def _counted(x: Float[Array, "tokens in"], weights: Float[Array, " tokens"]) -> Float[Array, "tokens in"]:
     """The tokens that count, 0 for the others: 0 times nan would be nan."""
     return jnp.where(weights[:, None] > 0, x, 0)
@@ -54,7 +59,7 @@ def _outer(x: Float[Array, "tokens in"], y: Float[Array, "tokens in"], weights: 
 
 def _square_mean(product: Callable) -> Statistic:
     return Statistic(
-        init=lambda size: Mean(jnp.zeros((size, size)), jnp.zeros(())),
+        init=lambda size: Mean(_zeros(size, size), _zeros()),
         update=lambda s, x, exact, w: Mean(s.total + product(x, exact, w), s.weight + jnp.sum(w)),
         finalize=Mean.value,
         axes=2,
@@ -66,14 +71,14 @@ hessian = _square_mean(lambda x, exact, w: _outer(x, x, w))
 drift = _square_mean(lambda x, exact, w: _outer(x, exact - x, w))
 
 abs_mean = Statistic(
-    init=lambda size: Mean(jnp.zeros(size), jnp.zeros(())),
+    init=lambda size: Mean(_zeros(size), _zeros()),
     update=lambda s, x, exact, w: Mean(s.total + jnp.sum(jnp.abs(_counted(x, w)) * w[:, None], axis=0), s.weight + jnp.sum(w)),
     finalize=Mean.value,
     axes=1,
 )
 
 abs_max = Statistic(
-    init=jnp.zeros,
+    init=_zeros,
     update=lambda s, x, exact, w: jnp.maximum(s, jnp.max(jnp.abs(_counted(x, w)), axis=0)),
     finalize=lambda s: s,
     axes=1,

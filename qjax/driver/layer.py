@@ -4,6 +4,7 @@ Diagnostics are taken here, for all methods alike: proxy loss and output error o
 the one it stands for.
 """
 
+import functools
 import math
 import time
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from qjax import maps
 from qjax.activations import static_scale
 from qjax.calibrate.order import Order, correct
 from qjax.calibrate.statistics import COUNT, STATISTICS, given_to, read_by
+from qjax.driver.scale_range import check_scales
 from qjax.errors import QjaxError
 from qjax.formats import Format
 from qjax.linear import Linear, dequantize, is_quantized
@@ -27,6 +29,8 @@ from qjax.qtensor import QTensor
 from qjax.recipe import Recipe
 from qjax.refining.block import BlockInfo
 from qjax.rounding.parts.info import Info, output_loss, relative
+from qjax.rounding.parts.unit import exponent_of
+from qjax.scales import times_power_of_two
 
 
 class LayerRecord(NamedTuple):
@@ -61,7 +65,7 @@ class Mapped(NamedTuple):
 
 class Rounded(NamedTuple):
     """A kernel's new leaf and diagnostics, not waited for. original: the (in, out) weight as it came; weight: what was rounded,
-    after correction and maps; statistics: of its mapped input.
+    after correction and maps; statistics: of its mapped input. exponent: proxy_loss is that of 2^-exponent times the weight.
     """
 
     leaf: QTensor | Linear
@@ -73,6 +77,7 @@ class Rounded(NamedTuple):
     mapped: Mapped | None = None
     tokens: Array | None = None
     block: BlockInfo = BlockInfo()
+    exponent: int = 0
 
     def leaf_of(self, weight: QTensor | Array) -> Linear:
         """The layer with this weight: a QTensor, or an array in its place."""
@@ -110,19 +115,22 @@ def round_kernel(
 
 def placed(done: Rounded, q: QTensor, info: Info, memo: Memo, *, corrected: bool = True) -> Rounded:
     """The kernel with these codes. corrected: what was rounded is not the weight as it came."""
-    mapped, known = done.mapped, done.statistics
-    moments = given_to(output_loss, known)
+    mapped, known, exponent = done.mapped, done.statistics, 0 if q.format.is_float else exponent_of(done.weight)
+    unit, moments = functools.partial(times_power_of_two, exponent=-exponent), given_to(output_loss, known)
+    if exponent:  # all diagnostics are taken here
+        info, corrected = info._replace(proxy_loss=None), True
     if moments:
-        loss = output_loss(dequantize(q) - done.weight, *moments) if info.proxy_loss is None else info.proxy_loss
-        whole = memo.get(output_loss, done.weight, *moments)
+        loss = output_loss(unit(dequantize(q) - done.weight), *moments) if info.proxy_loss is None else info.proxy_loss
+        whole = memo.get(output_loss, unit(done.weight), *moments)
         info = info._replace(proxy_loss=loss, output_error=relative(loss, whole))
     leaf = done.leaf_of(q)
     leaf = leaf if leaf.inputs or leaf.activation else q
     if corrected:  # for every method alike
         rows = mapped.inputs[0].scale[:, None] if mapped is not None and mapped.folded else 1.0
-        change, before = (jnp.sum(jnp.square(w / rows)) for w in (dequantize(leaf) - done.original, done.original))
+        both = (dequantize(leaf) - done.original, done.original)
+        change, before = (jnp.sum(jnp.square(unit(w) / rows)) for w in both)
         info = info._replace(weight_error=relative(change, before))
-    return done._replace(leaf=leaf, info=info)
+    return done._replace(leaf=leaf, info=info, exponent=exponent)
 
 
 def _map_statistic(value: Array, inputs: tuple[InputMap, ...], *, name: str) -> Array:
@@ -218,6 +226,9 @@ def make_record(path: str, shape: tuple[int, int], kernel: object, rounded: Roun
     figures = {key: None if value is None else float(value) for key, value in rounded.info._asdict().items()}
     if not all(math.isfinite(figures[key] or 0.0) for key in ("weight_error", "proxy_loss")):
         raise QjaxError(f"weights that are not finite cannot be quantized: {path}; start from an intact model")
+    if figures["proxy_loss"]:
+        figures["proxy_loss"] *= 4.0**rounded.exponent  # a Python number: float32 may not hold it
+    check_scales(path, rounded.weight, rounded.leaf.weight if isinstance(rounded.leaf, Linear) else rounded.leaf)
     losses = {f"block_{key}": None if value is None else float(value) for key, value in rounded.block._asdict().items()}
     tokens = None if rounded.tokens is None else int(rounded.tokens)
     seconds = time.perf_counter() - started

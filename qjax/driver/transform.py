@@ -20,6 +20,8 @@ from qjax.methods import Memo, Site, Stage, captures_of
 from qjax.models.folding import fold_map, is_linear
 from qjax.recipe import Recipe
 from qjax.rounding.parts.info import output_loss
+from qjax.rounding.parts.unit import exponent_of
+from qjax.scales import times_power_of_two
 
 
 def transform(
@@ -120,7 +122,9 @@ def _module_error(piece, paths, flat, found, statistics, batches) -> Callable[[S
     """
     matrices = [piece.matrix(path, flat[path]) for path in paths]
     if len(paths) == 1:
-        return lambda weights: output_loss(weights[0] - maps.on_weight(found, matrices[0]), *given_to(output_loss, statistics))
+        exact = maps.on_weight(found, matrices[0])
+        unit = functools.partial(times_power_of_two, exponent=-exponent_of(exact))
+        return lambda weights: output_loss(unit(weights[0] - exact), *given_to(output_loss, statistics))
     parent = tuple(paths[0].split("/")[:-2])
 
     @functools.cache

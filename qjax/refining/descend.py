@@ -25,10 +25,12 @@ from qjax.formats import Format
 from qjax.qtensor import QTensor, unpack_codes, unpack_parameters
 from qjax.rounding.parts.feedback import Factor, coded_by, factorize, round_with_feedback, row_grids
 from qjax.rounding.parts.info import Info, finish
+from qjax.rounding.parts.unit import in_unit
 
 product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
+@in_unit
 def descend(
     weight: Float[Array, "in out"],
     start: QTensor,
@@ -57,7 +59,7 @@ def descend(
             f"descend: blocks of {fmt} cross output columns where {fmt.group} does not divide the {len(weight)} inputs"
         )
     factor = factorize(hessian, damp=damp) if factor is None else factor
-    weight = weight.astype(jnp.float32)
+    weight, hessian = weight.astype(jnp.float32), hessian.astype(jnp.float32)
     added = jnp.where(jnp.diagonal(hessian) == 0, 0.0, factor.added)  # inputs never moved weigh nothing
     scale, zero = unpack_parameters(start)
     parameters = grid.Parameters(scale, scale, zero, start.scales)
@@ -88,7 +90,7 @@ def _descend(
 ) -> _Refined:
     """On a damped Hessian. Float32 throughout."""
     inputs, diagonal = len(weight), jnp.diagonal(hessian)[:, None]
-    others = hessian * (1 - jnp.eye(inputs))
+    others = hessian * (1 - jnp.eye(inputs, dtype=jnp.float32))
     feedback = _pad(jnp.where(diagonal > 0, others / jnp.where(diagonal > 0, diagonal, 1), 0), panel, both=True)
     padded = _pad(weight, panel)
     coder = coded_by(fmt)
@@ -136,7 +138,7 @@ def _fit_scales(hessian, codes, errors, parameters, fmt):
         best = scale + gain / jnp.where(curvature > 0, curvature, jnp.inf)
         stored = codec.nearest(best, common)
         moved = jnp.where(stored != 0 if fmt.bound == "full" else stored > 0, stored, scale)
-        change = jnp.zeros((size, columns)) + (moved - scale) * values
+        change = jnp.zeros((size, columns), jnp.float32) + (moved - scale) * values
         longer = jnp.pad(errors, ((0, size), (0, 0)))
         before = jax.lax.dynamic_slice(longer, (first, 0), (size, columns))
         return jax.lax.dynamic_update_slice(longer, before - change, (first, 0))[: len(errors)], moved

@@ -31,8 +31,10 @@ from qjax.rounding.nearest import Clip, check_clip, check_shapes
 from qjax.rounding.parts.feedback import Factor, coded_by, factorize, round_with_feedback, row_grid, row_grids
 from qjax.rounding.parts.info import Info, finish
 from qjax.rounding.parts.ranges import search_shrink
+from qjax.rounding.parts.unit import in_unit
 
 
+@in_unit
 def gptq(
     weight: Float[Array, "in out"],
     fmt: Format | str,
@@ -113,7 +115,7 @@ def _find_grids(weight: Float[Array, "in out"], factor: Factor, fmt: Format, cli
 
 def _costs(factor: Factor) -> Float[Array, " in"]:
     """R_ii^2, what the squared difference of a target from its value costs, in the weight's own order."""
-    return jnp.zeros(len(factor.order)).at[factor.order].set(jnp.square(factor.pivots))
+    return jnp.zeros_like(factor.pivots).at[factor.order].set(jnp.square(factor.pivots))
 
 
 @functools.partial(jax.jit, static_argnames=("coder", "panel"))

@@ -12,14 +12,16 @@ Badri & Shaji 2023 (https://mobiusml.github.io/hqq_blog/). z is a real number, a
 code it is worse than the zero of nearest rounding. Where we depart from the authors' library: ranges are widened to hold zero,
 codes are chosen for scales and zeros as they are stored, and kappa counts (the solver of hqq 0.2.8 leaves it out: kappa=1).
 
-beta is absolute: E is 0 for errors below beta^(-1/(2-p)), 0.17 by default, so that for weights of the usual size z is the
-mean of Q - W / s, in the library too.
+beta is for weights that a power of two brings to a largest magnitude from 1/64 to 1/32, so that results do not depend on their
+unit. E is 0 for errors below beta^(-1/(2-p)), 0.17 by default: z is the mean of Q - W / s, as in the library, whose beta is for
+weights as they come, for weights of the usual size.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from qjax import grid
@@ -29,8 +31,13 @@ from qjax.qtensor import QTensor
 from qjax.rounding.nearest import check_shapes, round_groups
 from qjax.rounding.parts.info import Info
 from qjax.rounding.parts.ranges import masked
+from qjax.rounding.parts.unit import binary_exponent, in_unit
+from qjax.scales import times_power_of_two
+
+UNIT = 5  # beta is for weights whose largest magnitude is below 2^-UNIT
 
 
+@in_unit
 def hqq(
     weight: Float[Array, "in out"],
     fmt: Format | str,
@@ -57,7 +64,7 @@ def hqq(
             "hqq: lp_norm must be in (0, 1], beta and kappa above 0 and iters at least 1, "
             f"got lp_norm={lp_norm}, beta={beta}, kappa={kappa}, iters={iters}"
         )
-    return _hqq(weight, fmt, lp_norm, beta, kappa, iters, early_stop)
+    return _hqq(weight, fmt, *map(np.float32, (lp_norm, beta, kappa)), iters, early_stop)
 
 
 @functools.partial(jax.jit, static_argnames=("fmt", "early_stop"))
@@ -79,7 +86,9 @@ def _hqq(weight, fmt, lp_norm, beta, kappa, iters, early_stop) -> tuple[QTensor,
         codes = grid.encode(groups, scale, zero[:, None], fmt)
         error = groups - grid.decode(codes, decoded, zero[:, None], fmt)
         size = jnp.abs(error)
-        sparse = jnp.sign(error) * jax.nn.relu(size - size ** (lp_norm - 1) / beta)
+        in_unit = times_power_of_two(size, -unit)
+        kept = times_power_of_two(jax.nn.relu(in_unit - in_unit ** (lp_norm - 1) / beta), unit)
+        sparse = jnp.sign(error) * kept
         zero = group_sum(codes - (groups - sparse) * inverse) / counts
         found = jnp.sum(group_sum(size)) / weight.size
         return count + 1, zero, beta * kappa, jnp.minimum(best, found), found < best
@@ -87,8 +96,9 @@ def _hqq(weight, fmt, lp_norm, beta, kappa, iters, early_stop) -> tuple[QTensor,
     def unfinished(state):
         return (state[0] < iters) & (state[-1] | (not early_stop))
 
-    low, _ = grid.find_range(groups, fmt)
-    start = (0, -low * inverse[:, 0], jnp.float32(beta), jnp.float32(jnp.inf), jnp.array(True))
+    low, high = grid.find_range(groups, fmt)
+    unit = binary_exponent(jnp.maximum(jnp.max(high), -jnp.min(low))) + UNIT
+    start = (0, -low * inverse[:, 0], beta, jnp.float32(jnp.inf), jnp.array(True))
     zero = jax.lax.while_loop(unfinished, step, start)[1]
     parameters = parameters._replace(zero=fmt.zero_codec.nearest(zero, fmt.largest_code))
     return round_groups(weight, parameters, fmt)

@@ -19,17 +19,20 @@ from qjax.qtensor import FLOAT_DTYPES, QTensor, from_codes
 from qjax.rounding.parts.info import Info
 from qjax.rounding.parts.pieces import map_pieces
 from qjax.rounding.parts.ranges import masked, search_shrink, search_shrink_hessian
+from qjax.rounding.parts.unit import in_unit
 from qjax.scales import nonzero
 
 Clip = Literal["none", "mse", "hessian"]
 
 
+@in_unit
 def rtn(
     weight: Float[Array, "in out"], fmt: Format | str, *, hessian: Float[Array, "in in"] | None = None, clip: Clip = "none"
 ) -> tuple[QTensor, Info]:
     """Rounds a weight (in, out), any float type, to the nearest codes of `fmt`.
 
-    hessian: the mean of x x^T over tokens, read by clip="hessian" alone.
+    hessian: the mean of x x^T over tokens, read by clip="hessian" alone. Where the type of the scales does not hold those of
+    the weight, Info's weight_error tells, up to 1.
     Raises QjaxError for an unknown clip, a missing Hessian, and a weight that is empty or not two-dimensional.
     """
     fmt = parse_format(fmt)

@@ -31,9 +31,12 @@ from qjax.linear import Linear, dequantize
 from qjax.maps import LARGEST, Divide, InputMap
 from qjax.rounding.nearest import Clip, check_shapes, rtn
 from qjax.rounding.parts.info import Info, output_loss, relative
+from qjax.rounding.parts.unit import exponent_of
+from qjax.scales import times_power_of_two
 
 Scaling = Literal["reference", "duo", "both"]
 Loss = Literal["hessian", "module"]
+SMALL = 2.0**-12  # of the largest |W|: what is added to a group's is AutoAWQ's 1e-6, but no more than this
 
 
 def awq_scale(
@@ -73,19 +76,23 @@ def awq_scale(
         raise QjaxError(f"awq: abs_mean has shape {abs_mean.shape}, weights (in, out) = {shapes} go with (in,)")
     for weight in weights:
         check_shapes("awq", weight, hessian)
-    weights = [weight.astype(jnp.float32) for weight in weights]
+    exponent = exponent_of(*weights)  # of them all: their errors are summed
+    weights = [times_power_of_two(weight.astype(jnp.float32), -exponent) for weight in weights]
     candidates = _candidates(weights, abs_mean, fmt, scaling, ratios)
     if loss == "hessian":
         errors = sum(_hessian_errors(weight, candidates, hessian, fmt) for weight in weights)
     else:
-        errors = jnp.stack([module([_scaled_rounding(weight, scale, fmt) for weight in weights]) for scale in candidates])
+        rounding = lambda scale: [times_power_of_two(_scaled_rounding(weight, scale, fmt), exponent) for weight in weights]  # noqa: E731
+        errors = jnp.stack([module(rounding(scale)) for scale in candidates])
     known = jnp.isfinite(errors[0]) & jnp.all(jnp.isfinite(abs_mean))  # errors[0] is that of no scale
     found, none = candidates[jnp.argmin(errors)], jnp.ones_like(abs_mean)
     if rounded is None or not guard:
         return Divide(jnp.where(known, found, jnp.nan))
 
     def error(new):
-        changes = zip(new, weights, strict=True)
+        changes = (
+            () if loss == "module" else zip((times_power_of_two(weight, -exponent) for weight in new), weights, strict=True)
+        )
         return module(new) if loss == "module" else sum(output_loss(after - before, hessian) for after, before in changes)
 
     kept = jnp.where(error(rounded(Divide(found))) < error(rounded(None)), found, none)
@@ -110,6 +117,7 @@ def awq(
     `qjax.quantize`.
     """
     check_shapes("awq", weight, hessian)
+    weight, hessian, abs_mean = (jnp.asarray(array).astype(jnp.float32) for array in (weight, hessian, abs_mean))
 
     def mapped_rtn(mapped):
         return rtn(mapped.on_weight(weight), fmt, hessian=mapped.on_statistic(hessian, 2), clip=clip)
@@ -123,15 +131,20 @@ def awq(
     stored = divide.stored()
     q, info = mapped_rtn(stored)
     result = Linear(q, (stored,))
-    proxy_loss = output_loss(dequantize(result) - weight, hessian)
-    return result, info._replace(proxy_loss=proxy_loss, output_error=relative(proxy_loss, output_loss(weight, hessian)))
+    exponent = exponent_of(weight)
+    change, whole = (times_power_of_two(matrix, -exponent) for matrix in (dequantize(result) - weight, weight))
+    loss = output_loss(change, hessian)
+    output_error = relative(loss, output_loss(whole, hessian))
+    return result, info._replace(
+        proxy_loss=times_power_of_two(times_power_of_two(loss, exponent), exponent), output_error=output_error
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("fmt", "scaling", "ratios"))
 def _candidates(weights, abs_mean, fmt, scaling, ratios) -> Float[Array, "candidates in"]:
-    ratio = (jnp.arange(ratios) / ratios)[:, None]
+    ratio = (jnp.arange(ratios, dtype=jnp.int32).astype(jnp.float32) / ratios)[:, None]
     by_input = abs_mean**ratio
-    found = [jnp.ones((1, len(abs_mean)))]
+    found = [jnp.ones((1, len(abs_mean)), jnp.float32)]
     if scaling != "duo":
         found.append(_normalised(by_input))
     if scaling != "reference":
@@ -151,13 +164,15 @@ def _relative_magnitude(weight: Float[Array, "in out"], fmt: Format) -> Float[Ar
     size = fmt.group if fmt.granularity in ("group", "flat") else len(weight)
     along_input = Format("int8", "group", size)
     groups = jnp.abs(grid.to_groups(weight, along_input))
-    relative = groups / (jnp.max(groups, axis=1, keepdims=True) + 1e-6)
+    least = jnp.minimum(jnp.max(groups) * SMALL, 1e-6)
+    relative = groups / (jnp.max(groups, axis=1, keepdims=True) + least)
     return grid.from_groups(relative, along_input, *weight.shape)
 
 
 def _scaled_rounding(weight: Float[Array, "in out"], scale: Float[Array, " in"], fmt: Format) -> Float[Array, "in out"]:
     """The weight that diag(s) W, rounded to nearest, stands for."""
-    return dequantize(rtn(weight * scale[:, None], fmt)[0]) / scale[:, None]
+    rounded, _ = rtn.__wrapped__(weight * scale[:, None], fmt)  # the weight is in its unit
+    return dequantize(rounded) / scale[:, None]
 
 
 @functools.partial(jax.jit, static_argnames="fmt")

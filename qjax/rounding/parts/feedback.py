@@ -185,12 +185,13 @@ def round_with_feedback(
         grids = jax.tree.map(lambda x: jnp.broadcast_to(x, (panel, x.shape[-1])), grids)
         before = jax.lax.dynamic_slice(errors, (number * panel, 0), (panel, columns))
         changes, (codes, losses) = jax.lax.scan(
-            round_row, jnp.zeros((panel, columns)), (jnp.arange(panel), weight, target, before, grids, inside)
+            round_row, jnp.zeros((panel, columns), jnp.float32), (jnp.arange(panel), weight, target, before, grids, inside)
         )
         return jax.lax.dynamic_update_slice(errors, before + changes, (number * panel, 0)), (codes, losses, kept)
 
     xs = (jnp.arange(panels), weight.reshape(panels, panel, columns), feedback.reshape(panels, panel, rows))
-    errors, (codes, losses, kept) = jax.lax.scan(round_panel, jnp.broadcast_to(errors, (rows, columns)), xs)
+    start = jnp.broadcast_to(jnp.asarray(errors, jnp.float32), (rows, columns))
+    errors, (codes, losses, kept) = jax.lax.scan(round_panel, start, xs)
     return codes.reshape(rows, columns), errors, losses.reshape(rows), kept
 
 

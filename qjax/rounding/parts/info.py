@@ -37,6 +37,17 @@ def output_loss(weight: Float[Array, "in out"], hessian: Float[Array, "in in"]) 
     return jnp.sum(weight * jnp.matmul(hessian, weight, precision=jax.lax.Precision.HIGHEST))
 
 
+def clipped_share(
+    weight: Float[Array, "in out"], scale: Float[Array, "groups channels"], zero: Float[Array, "..."] | None, fmt: Format
+) -> Float[Array, ""]:
+    """The fraction of weights beyond the outermost values of their group's grid."""
+    groups = grid.to_groups(weight, fmt)
+    zero = None if zero is None else zero[:, None]
+    ends = [grid.decode(jnp.uint8(code), scale[:, None], zero, fmt) for code in (0, fmt.largest_code)]
+    clipped = (groups < jnp.minimum(*ends)) | (groups > jnp.maximum(*ends))
+    return jnp.sum(clipped, dtype=jnp.float32) / weight.size
+
+
 @functools.partial(jax.jit, static_argnames="fmt")
 def finish(
     weight: Float[Array, "in out"],
@@ -51,14 +62,10 @@ def finish(
     """The result of a method that worked against a damped Hessian. errors: W - W'; damped_loss: tr(E^T (H + diag(added)) E)."""
     squares = jnp.sum(jnp.square(errors), axis=1)
     proxy_loss = jnp.maximum(damped_loss - jnp.sum(added * squares), 0)
-    groups = grid.to_groups(weight, fmt)
-    zero = None if parameters.zero is None else parameters.zero[:, None]
-    ends = [grid.decode(jnp.uint8(code), parameters.decoded_scale[:, None], zero, fmt) for code in (0, fmt.largest_code)]
-    clipped = (groups < jnp.minimum(*ends)) | (groups > jnp.maximum(*ends))
     weight_error = relative(jnp.sum(squares), jnp.sum(jnp.square(weight)))
     info = Info(
         weight_error=jnp.where(jnp.isfinite(proxy_loss), weight_error, jnp.nan),
-        clipped=jnp.sum(clipped, dtype=jnp.float32) / weight.size,
+        clipped=clipped_share(weight, parameters.decoded_scale, parameters.zero, fmt),
         proxy_loss=proxy_loss,
         damp=damp,
     )

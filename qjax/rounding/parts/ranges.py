@@ -22,9 +22,12 @@ from qjax import grid
 from qjax.errors import QjaxError
 from qjax.formats import Format
 from qjax.rounding.parts.pieces import map_pieces
+from qjax.rounding.parts.unit import binary_exponent
+from qjax.scales import times_power_of_two
 
 SHRINKS = 81  # 1.00, 0.99, ..., 0.20
 HESSIAN_STEP = 3  # the quadratic form costs a matrix product a step: every third shrink is tried
+SMALLEST = -8  # binary exponent of weights whose scales are normal float16 numbers, with some to spare
 LARGEST_PART = 256  # inputs of a Hessian's diagonal block; larger groups are the sum of such parts
 
 
@@ -35,6 +38,8 @@ def search_shrink(
 
     importance: (groups, size, columns) or (groups, size, 1), None for all equal.
     """
+
+    groups = _in_range(groups, fmt)
 
     def piece_error(piece, importance, scale, zero, fmt):
         return jnp.sum(masked(jnp.square(_difference(piece, scale, zero, fmt)), importance), axis=0)
@@ -50,6 +55,7 @@ def search_shrink_hessian(
     groups: Float[Array, "groups size columns"], hessian: Float[Array, "in in"], fmt: Format
 ) -> Float[Array, "groups channels"]:
     """Shrink of every group with the least e^T H_gg e; raises QjaxError for blocks that cross output columns."""
+    groups = _in_range(groups, fmt)
     count, size, columns = groups.shape
     if fmt.crosses_columns(len(hessian)):
         raise QjaxError(
@@ -83,6 +89,15 @@ def masked(error: Float[Array, "..."], importance: Shaped[Array, "..."] | None) 
     return error if importance is None else error * importance
 
 
+def _in_range(groups: Float[Array, "groups size columns"], fmt: Format) -> Float[Array, "groups size columns"]:
+    """Groups of a size whose scales the type that they are searched in holds, where they are not stored in it."""
+    if fmt.searched == fmt:
+        return groups
+    largest = jnp.max(jnp.abs(groups))
+    exponent = binary_exponent(largest)
+    return times_power_of_two(groups, jnp.where((exponent < SMALLEST) & (largest > 0), -exponent, 0))
+
+
 def _difference(piece, scale, zero, fmt):
     return grid.decode(grid.encode(piece, scale, zero, fmt), scale, zero, fmt) - piece
 
@@ -93,12 +108,12 @@ def _search(groups: Array, fmt: Format, errors: Callable, steps: range) -> Float
     searched = fmt.searched
 
     def try_shrink(best, step):
-        shrink = 1 - step / 100
+        shrink = 1 - step.astype(jnp.float32) / 100
         error = errors(grid.range_parameters(low, high, searched, shrink), searched)
         error = error.reshape(*low.shape, -1).sum(axis=-1)
         better = error < best[0]
         return (jnp.where(better, error, best[0]), jnp.where(better, shrink, best[1])), None
 
-    start = (jnp.full(low.shape, jnp.inf), jnp.ones(low.shape))
-    (_, shrink), _ = jax.lax.scan(try_shrink, start, jnp.array(steps))
+    start = (jnp.full_like(low, jnp.inf), jnp.ones_like(low))
+    (_, shrink), _ = jax.lax.scan(try_shrink, start, jnp.array(steps, jnp.int32))
     return shrink

@@ -4,7 +4,6 @@ import datetime
 import functools
 import hashlib
 import importlib.metadata
-import os
 import platform
 import resource
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from types import MappingProxyType
 
 import qjax
 from qjax.sweep.columns import Cell, Column, Measurement, asked_measurements, measurement_sources
+from qjax.sweep.machine import device
 from qjax.sweep.record import digest
 
 PACKAGE = Path(__file__).parents[2]
@@ -21,7 +21,7 @@ LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "tokenizers")
 COLUMNS = (
     Column("versions", str, "", "of qjax, Python and libraries", "made"),
     Column("code", str, "", "hash of the source, and of all that is used from outside the package", "made"),
-    Column("device", str, "", "machine kind", "machine"),
+    Column("device", str, "", "machine kind: processor, instruction sets that change arithmetic, cores in use", "machine"),
     Column("compute_dtype", str, "", "type the model computes in: float32 on CPU, bfloat16 elsewhere", "machine"),
     Column("time", str, "", "when (UTC)", "made"),
     Column("peak_rss_bytes", int, "bytes", "largest resident memory of the process so far", "spent"),
@@ -52,18 +52,15 @@ def code_fingerprint() -> str:
 
 def provenance(added: Mapping[str, str] = MappingProxyType({})) -> dict[str, object]:
     """Versions, code and device of this process. added: sources of what does not belong to the package."""
-    import jax
     import jax.numpy as jnp
 
     from qjax.models.model import compute_dtype
 
     versions = [f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES]
-    device = jax.devices()[0]
-    kind = device.device_kind if device.platform != "cpu" else f"{platform.machine()} x{os.cpu_count()}"
     return {
         "versions": ", ".join([f"qjax {qjax.__version__}", f"python {platform.python_version()}", *versions]),
         "code": digest(code_fingerprint(), dict(added)) if added else code_fingerprint(),
-        "device": f"{device.platform}: {kind}",
+        "device": device(),
         "compute_dtype": jnp.dtype(compute_dtype()).name,
     }
 

@@ -1,0 +1,44 @@
+"""Whether the type of a format's scales holds those of a weight: float16 ends at 65504 and loses digits below 6e-5."""
+
+import dataclasses
+import warnings
+
+import numpy as np
+from jaxtyping import Array, Float
+
+from qjax import grid
+from qjax.errors import QjaxError, QjaxWarning
+from qjax.qtensor import QTensor
+
+SHARE = 0.01  # of the sum of squares of a weight, in groups whose scales are not held: less than that is let pass
+
+
+def check_scales(path: str, weight: Float[Array, "in out"], q: QTensor) -> None:
+    """Raises QjaxError where scales of a rounded weight are lost, 0 or cut off; warns (QjaxWarning) where they are coarse.
+
+    Looks at the scales alone where they are all well.
+    """
+    found = None if q.scales is None else q.format.scale_codec.strained(q.scales, q.format.bits)
+    if found is None or not any(part.any() for part in found):
+        return
+    groups = np.asarray(grid.to_groups(weight, q.format), np.float64)
+    largest = np.abs(groups).max()
+    energy = np.square(groups / (largest or 1.0)).sum(axis=1)
+    lost, coarse = (_share(part, energy) for part in found)
+    if max(lost, coarse) < SHARE:
+        return
+    fmt, wider = q.format, [str(dataclasses.replace(q.format, scales=name)) for name in ("bf16", "fp32")]
+    told = f"the largest |weight| is {largest:.1e}; give scales of more range, {' or '.join(wider)}"
+    if lost >= SHARE:
+        raise QjaxError(f"{path}: {fmt} stores scales as {fmt.scales}, which loses {lost:.0%} of this weight: {told}")
+    warnings.warn(
+        f"{path}: {fmt} stores scales as {fmt.scales}, which is coarse for {coarse:.0%} of this weight: {told}",
+        QjaxWarning,
+        stacklevel=2,
+    )
+
+
+def _share(groups: np.ndarray, energy: np.ndarray) -> float:
+    """Of the energy (groups, columns), in the groups named: (groups, channels) or flat."""
+    shaped = groups if groups.ndim == 2 else groups.reshape(energy.shape[::-1]).T
+    return float(energy[np.broadcast_to(shaped, energy.shape)].sum() / (energy.sum() or 1.0))
