@@ -1,7 +1,7 @@
 """Which kind of machine a figure is from: rows of equal keys hold equal figures only where the same instructions ran.
 
-XLA chooses code by the processor's instruction sets, and splits sums over the cores that a process may use. So the kind names the
-processor (with family, model and stepping, which virtual machines often hide from its name), the instruction sets that change
+XLA chooses code by the instruction sets of the processor, and splits sums over the cores that a process may use. So the kind names
+the processor (with family, model and stepping, which the names of virtual machines hide), the instruction sets that change
 arithmetic, and the number of cores.
 """
 
