@@ -26,7 +26,7 @@ from qjax.cli.options import (
 )
 from qjax.cli.terminal import live_sweep, print_tables
 from qjax.errors import QjaxError
-from qjax.files import require_writable
+from qjax.folders import prepare_output_folder, refuse_inputs
 
 if TYPE_CHECKING:
     from qjax.models.model import Model
@@ -80,7 +80,8 @@ def sweep(
     rules = rules_in_order(rule or (), order)
     measured = parse_convention(convention)
     measures = require_measurements(split_names(measure) if measure else ())
-    require_writable(out)
+    refuse_inputs(out, [model])
+    prepare_output_folder(out)
     corpora = load_corpora(data)
     asked = load_tasks(split_names(tasks) if tasks else (), max_questions or None)
     loaded = load_model(model)
@@ -126,7 +127,8 @@ def sensitivity(
     from qjax.sweep.runner import Sweep
 
     names, measured = canonical([recipe], order), parse_convention(convention)
-    require_writable(out)
+    refuse_inputs(out, [model])
+    prepare_output_folder(out)
     corpora = load_corpora(data)
     loaded = load_model(model)
     tokens = calibration_for(loaded, (names, ()), calibration, data, calibration_windows, calibration_window, seed)

@@ -20,15 +20,16 @@ from qjax.errors import QjaxError
 from qjax.evaluate.corpora import Corpus
 from qjax.evaluate.perplexity import Convention, corpus_windows
 from qjax.evaluate.questions import Task
-from qjax.files import require_writable
+from qjax.folders import prepare_output_folder
 from qjax.models.fingerprint import model_fingerprint
 from qjax.models.model import Model
 from qjax.models.walk import block_name
+from qjax.numbers import as_json
 from qjax.recipe import UNQUANTIZED, parse_recipe
 from qjax.sweep.cells import canonical, name_in_order
 from qjax.sweep.columns import Cell, Measurement, asked_measurements, column_of, misfits
 from qjax.sweep.quantizer import Quantizer
-from qjax.sweep.record import as_json, digest, layer_rows
+from qjax.sweep.record import digest, layer_rows
 from qjax.sweep.store import LAYERS, ROWS, append_row, append_rows, layers_held, read_rows
 
 
@@ -102,9 +103,9 @@ def run_sweep(model: Model, sweep: Sweep, folder: str | Path, watcher: Watcher |
     shorter than a window) is an error before anything is computed. A recipe that makes the model diverge gets a row with
     infinite perplexity.
     """
-    watcher, folder, asked = watcher or Watcher(), Path(folder), asked_measurements(sweep)
+    watcher, asked = watcher or Watcher(), asked_measurements(sweep)
     cells = _cells(model, sweep)
-    require_writable(folder)
+    folder = prepare_output_folder(folder)
     known = {row["key"]: row for row in read_rows(folder / ROWS)}
     heads = [_head(cell, asked) for cell in cells]
     pending = [
