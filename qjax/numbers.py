@@ -19,8 +19,8 @@ def require_finite(values: object, of: str, *, model: str) -> None:
     broken = values.size - int(np.isfinite(values).sum())
     if broken:
         raise NotFiniteError(
-            f"{model}: {broken} of {values.size} {of} are NaN or infinite, which gives no figure; its weights overflow or are "
-            "broken, or the recipe damages it too much"
+            f"{model}: {broken} of {values.size} {of} are not finite, and no figure comes of that; the weights, or what the "
+            "recipe makes of them, are broken or far too large"
         )
 
 

@@ -22,6 +22,7 @@ from qjax.folders import new_folder, standing
 from qjax.lazy import Lazy, materialised
 from qjax.linear import dequantize, is_quantized
 from qjax.models.config import DecoderConfig
+from qjax.models.config_entries import ids_of
 from qjax.models.families import FAMILIES, read_config, write_config
 from qjax.models.family import Family, StoredTensor, head_name, stored_tensors
 from qjax.models.model import Model
@@ -30,10 +31,11 @@ from qjax.models.tokenizer import Tokenizer, load_tokenizer
 from qjax.models.walk import TABLE
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
-REPLACED = ("qjax.json", "generation_config.json", CONFIG, INDEX, "model*.safetensors", "tokenizer*.json", "layers.jsonl")
+REPLACED = ("qjax.json", GENERATION, CONFIG, INDEX, "model*.safetensors", "tokenizer*.json", "layers.jsonl")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-HUB_FILES = [CONFIG, WEIGHTS, INDEX, "model-*.safetensors", TOKENIZER]
+HUB_FILES = [CONFIG, GENERATION, WEIGHTS, INDEX, "model-*.safetensors", TOKENIZER]
 
 
 def load_huggingface(folder: str | Path, *, lazy: bool = False) -> Model:
@@ -48,7 +50,7 @@ def load_huggingface(folder: str | Path, *, lazy: bool = False) -> Model:
         raise QjaxError(f"{folder} is a file; give its folder" if folder.exists() else f"{folder}: no such folder")
     if not (folder / CONFIG).exists():
         raise QjaxError(f"{folder} has no {CONFIG}: it is not a Hugging Face checkpoint folder")
-    content = read_json(folder / CONFIG)
+    content = _with_ends(folder, read_json(folder / CONFIG))
     try:
         config = read_config(content)
     except QjaxError as error:
@@ -61,6 +63,15 @@ def load_huggingface(folder: str | Path, *, lazy: bool = False) -> Model:
     tokenizer = load_folder_tokenizer(folder, config)
     read = _lazy_parameters if lazy else _read_parameters
     return Model(config, read(folder, tensors, headers, head), tokenizer, name)
+
+
+def _with_ends(folder: Path, content: dict) -> dict:
+    """config.json with the ends of text that generation_config.json adds: any of them ends one."""
+    if not (folder / GENERATION).exists():
+        return content
+    first, *others = ids_of(content, "eos_token_id")
+    more = [i for i in ids_of(read_json(folder / GENERATION), "eos_token_id") if i is not None]
+    return {**content, "eos_token_id": [first, *others, *more]}
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -205,6 +216,9 @@ def save_huggingface(folder: str | Path, model: Model, *, overwrite: bool = Fals
         if model.tokenizer is not None:
             write_atomically(new / TOKENIZER, model.tokenizer.to_json())
             write_atomically(new / TOKENIZER_CONFIG, json.dumps(_tokenizer_config(model.tokenizer), indent=1) + "\n")
+        if model.config.other_eos_ids:
+            ends = [i for i in (model.config.eos_id, *model.config.other_eos_ids) if i is not None]
+            write_atomically(new / GENERATION, json.dumps({"eos_token_id": ends}, indent=1) + "\n")
         write_atomically(new / CONFIG, json.dumps(config, indent=1) + "\n")
 
 

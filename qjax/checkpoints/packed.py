@@ -232,6 +232,8 @@ def config_from_dict(values: dict) -> DecoderConfig:
             raise QjaxError(f"'rope_scaling' is {tagged!r}; its kind must be one of {', '.join(SCALINGS)}")
         scaling = {key: value for key, value in tagged.items() if key != "kind"}
         values = {**values, "rope_scaling": _build(SCALINGS[tagged["kind"]], scaling)}
+    if isinstance(others := values.get("other_eos_ids"), list):
+        values = {**values, "other_eos_ids": tuple(others)}
     return _build(DecoderConfig, values)
 
 

@@ -139,12 +139,20 @@ def sensitivity(
 
 def _run(model: "Model", plan: "Sweep", out: Path) -> None:
     """Measures, prints the tables of this sweep, and writes those of all rows in the folder."""
+    from qjax.numbers import NotFiniteError
     from qjax.report.reports import write_reports
     from qjax.sweep.runner import run_sweep
     from qjax.sweep.store import ROWS, read_rows
 
+    broken = None
     with live_sweep() as watcher:
-        rows = run_sweep(model, plan, out, watcher)
-    print_tables(rows)
-    for path in write_reports(out, read_rows(out / ROWS)):
-        typer.echo(path)
+        try:
+            rows = run_sweep(model, plan, out, watcher)
+        except NotFiniteError as error:  # some cells have no row, which the others' are shown without
+            rows, broken = read_rows(out / ROWS), error
+    if rows:
+        print_tables(rows)
+        for path in write_reports(out, read_rows(out / ROWS)):
+            typer.echo(path)
+    if broken is not None:
+        raise broken

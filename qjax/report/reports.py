@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+LONGEST = 60  # letters of a name in a file's name, which the system allows 255
+
+
 class Part(NamedTuple):
     """A table or figure. suffix: of its file name; shows(rows): true where the rows fill it; make(rows), of a figure
     make(rows, width). split(rows), of a folder's: further suffix -> rows, each of a table of their own; None: one of all.
@@ -180,4 +183,4 @@ def report_names(groups: Sequence[Sequence[Row]]) -> list[str]:
 
 def _slug(*keys: str, row: Row) -> str:
     row = with_baseline(row)
-    return "-".join(re.sub(r"[^A-Za-z0-9._]+", "-", str(row.get(key))).strip("-.") for key in keys)
+    return "-".join(re.sub(r"[^A-Za-z0-9._]+", "-", str(row.get(key))).strip("-.")[:LONGEST] or "x" for key in keys)
