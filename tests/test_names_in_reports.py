@@ -79,6 +79,15 @@ def test_csv():
         assert model == (f"'{name}" if key == "spreadsheet" else printable(name))
 
 
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [("-1 to 1", "-1 to 1"), ("+0.1 (MMLU)", "+0.1 (MMLU)"), ("-", "-"), ("-1+cmd|' /C'!A0", "'-1+cmd|' /C'!A0")]
+    + [(text, f"'{text}") for text in ("@SUM(1)", "+HYPERLINK(1)", "-A1", "=1")],
+)
+def test_formulas_in_csv(value, shown):
+    assert next(csv.reader(to_csv(one_cell(value)).splitlines()[1:]))[0] == shown
+
+
 def test_printable():
     assert printable("qjax Ωmega 模型 \N{GRINNING FACE}") == "qjax Ωmega 模型 \N{GRINNING FACE}"
     assert printable("a\tb\nc\x00\x1b\u200f\ud800") == "a b c����"

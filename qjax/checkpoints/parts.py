@@ -58,12 +58,13 @@ class PartWriter:
                     f"{self._folder} holds the beginning of something else ({_difference(begun['identity'], identity)}); "
                     "name another folder, or ask to overwrite"
                 )
-            for old in self._folder.iterdir():
-                if old.name != LOCK:
-                    shutil.rmtree(old) if old.is_dir() else old.unlink()
             begun["parts"] = {}
         whole = {name: entry for name, entry in begun["parts"].items() if _is_whole(self._file(name), entry)}
         self._progress = {"identity": identity, "parts": whole}
+        known = {PROGRESS, LOCK, *(self._file(name).name for name in whole)}
+        for other in self._folder.iterdir():  # half a part, what libraries wrote it through, something else's
+            if other.name not in known:
+                shutil.rmtree(other) if other.is_dir() and not other.is_symlink() else other.unlink()
 
     @property
     def complete(self) -> dict[str, object]:

@@ -181,6 +181,7 @@ _LATEX_ESCAPES = str.maketrans(
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "|": r"\textbar{}"}
     | {"<": r"\textless{}", ">": r"\textgreater{}", "±": r"$\pm$", "≈": r"$\approx$", "∞": r"$\infty$"}
 )
+_SIGNED = re.compile(r"[-+](\d[\w .,()%]*)?")  # words that begin with a signed number, or a sign alone
 _NUMBER = re.compile(r"(-?)(\d[\d.]*)(?:e(-?\d+))?")
 
 
@@ -232,7 +233,8 @@ def _csv_value(value: object) -> object:
     """A value that no spreadsheet takes for a formula."""
     if not isinstance(value, str):
         return value
-    return f"'{printable(value)}" if value.startswith(("=", "+", "-", "@", "\t", "\r")) else printable(value)
+    formula = value.startswith(("=", "+", "-", "@", "\t", "\r")) and not _SIGNED.fullmatch(value)
+    return f"'{printable(value)}" if formula else printable(value)
 
 
 @dataclasses.dataclass(frozen=True)
