@@ -14,7 +14,7 @@ COLUMNS = (
     Column("convention", str, "", "how perplexity is measured (`qjax/evaluate/perplexity.py`)", "asked", True),
     Column("max_windows", int | None, "", "limit of windows that was asked for", "told"),
     Column("windows", int, "", "windows measured", "asked"),
-    Column("perplexity", float, "", "exp(nll); \"inf\" for a model that diverged", needed=True),
+    Column("perplexity", float, "", "exp(nll); \"inf\" in early rows: diverged", needed=True),
     Column("perplexity_stderr", float | None, "", "its standard error over windows"),
     Column("nll", float, NATS, "mean -ln p of the scored tokens", needed=True),
     Column("nll_stderr", float | None, NATS, "its standard error over windows"),
