@@ -71,7 +71,7 @@ _PUBLIC = {
     "divergence": "evaluate.divergence",
     "paired_difference": "evaluate.statistics",
     "accuracy_difference": "evaluate.statistics",
-    "bootstrap_interval": "evaluate.statistics",
+    "estimate": "evaluate.statistics",
     "count_flips": "evaluate.statistics",
     "generate": "evaluate.generate",
     "generate_text": "evaluate.generate",

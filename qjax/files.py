@@ -1,11 +1,16 @@
 """Reading and writing files so that a reader sees a whole file or none, and a person sees one line when it fails."""
 
+import hashlib
 import json
 import os
+import platform
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from qjax.errors import QjaxError
+
+HOST = f"{zlib.crc32(platform.node().encode()):08x}"  # this machine, among those that share a file system
 
 
 def expand(path: str | Path) -> Path:
@@ -24,8 +29,8 @@ def write_atomically(path: str | Path, content: bytes | str | Callable[[Path], N
     content: bytes, text (as UTF-8), or a function that writes the file whose path it is given.
     Raises QjaxError when the folder is missing, read-only or full; the earlier file, if any, is then untouched.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path = expand(path)
+    temporary = temporary_of(path)
     try:
         try:
             if callable(content):
@@ -40,6 +45,12 @@ def write_atomically(path: str | Path, content: bytes | str | Callable[[Path], N
         sync(path.parent)
     except OSError as error:
         raise QjaxError(f"cannot write {path}: {reason(error)}; choose a writable folder with free space") from error
+
+
+def temporary_of(path: Path) -> Path:
+    """Beside `path`: what this process calls it until it is whole (`folders.py` sweeps those of dead processes)."""
+    name = path.name.encode()[:200].decode(errors="ignore")  # a name has room for 255 bytes
+    return path.with_name(f".{name}.{HOST}-{os.getpid()}.tmp")
 
 
 def _umask() -> int:
@@ -59,26 +70,13 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def prepare_output_folder(path: str | Path, *, overwrite: bool = False, replaces: Iterable[str] = ()) -> Path:
-    """The folder `path`, made if need be.
-
-    replaces: glob patterns of files that what comes next takes the place of; with `overwrite` they are removed, so that
-    no reader mistakes them for a part of it. Raises QjaxError for a folder that holds anything, unless `overwrite`.
-    """
-    path = expand(path)
-    if path.exists() and not path.is_dir():
-        raise QjaxError(f"cannot write into {path}: it is a file; name a folder")
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file's content. Raises QjaxError when it is missing or unreadable."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        if any(path.iterdir()):
-            if not overwrite:
-                raise QjaxError(f"{path} is not empty; name a new folder or ask to overwrite")
-            for pattern in replaces:
-                for old in path.glob(pattern):
-                    old.unlink()
+        with path.open("rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
     except OSError as error:
-        raise QjaxError(f"cannot write into {path}: {reason(error)}; choose a writable folder") from error
-    return path
+        raise QjaxError(f"cannot read {path}: {reason(error)}") from error
 
 
 def read_bytes(path: str | Path) -> bytes:
@@ -106,11 +104,3 @@ def listing(items: Iterable[object], limit: int = 5) -> str:
     items = [str(item) for item in items]
     rest = len(items) - limit
     return "; ".join(items[:limit]) + (f"; and {rest} more" if rest > 0 else "")
-
-
-def require_writable(folder: Path) -> None:
-    """Makes an output folder and proves that it can be written before anything is computed."""
-    prepare_output_folder(folder, overwrite=True)
-    probe = folder / f".probe-{os.getpid()}"
-    probe.write_bytes(b"")
-    probe.unlink()

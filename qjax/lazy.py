@@ -7,6 +7,7 @@ and size like any other. `materialised` reads; nothing keeps what was read but t
 import dataclasses
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,11 +16,12 @@ from jaxtyping import PyTree
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Lazy:
-    """An array of this shape and type, or a leaf that stands for one: `read()` makes it, anew each time."""
+    """An array of this shape and type, or a leaf that stands for one: `read()` makes it, anew each time, from `file`."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[], object]
+    file: Path | None = None
 
     @property
     def ndim(self) -> int:

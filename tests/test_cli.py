@@ -84,6 +84,25 @@ def test_quantize_then_eval_equals_the_sweep(checkpoint, tmp_path, capsys):
     assert "not empty" in fails(capsys, "quantize", checkpoint / "tiny", "--recipe", "nf4", "--out", tmp_path / "q")
 
 
+def test_an_output_that_is_the_input(checkpoint, capsys):
+    """Also by another path, and before anything is computed."""
+    before = sorted(path.stat().st_mtime_ns for path in (checkpoint / "tiny").iterdir())
+    for same in (checkpoint / "tiny", checkpoint / "tiny" / ".." / "tiny"):
+        arguments = ("quantize", checkpoint / "tiny", "--recipe", "nf4", "--overwrite", "--out", same)
+        assert "is what is read" in fails(capsys, *arguments)
+    assert "is what is read" in fails(capsys, *sweep_arguments(checkpoint, checkpoint / "tiny"))
+    assert sorted(path.stat().st_mtime_ns for path in (checkpoint / "tiny").iterdir()) == before
+
+
+def test_home_is_known_behind_an_equals_sign(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "rows.jsonl").write_text("")
+    for arguments in (["report", "~/old"], ["compare", "~/old", "~/old"], ["rerun", "~/old", "--row", "a"]):
+        assert f"{tmp_path}/old/rows.jsonl holds no rows" in fails(capsys, *arguments)
+    assert f"{tmp_path}/old holds the results" in fails(capsys, "quantize", "m", "--recipe", "nf4", "--out=~/old")
+
+
 def test_information(checkpoint, capsys):
     assert "6.74" in succeeds(capsys, "info", "--parameters", "6.738e9").replace("\n", " ")
     assert "INT3" in succeeds(capsys, "info", checkpoint / "tiny")

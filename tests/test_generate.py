@@ -1,5 +1,6 @@
 """qjax.evaluate.generate: greedy tokens are those of the whole forward pass, whatever the batch; stops, draws, refusals."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 from qjax.driver.decoder import quantize
 from qjax.errors import QjaxError
-from qjax.evaluate.generate import generate, generate_text
+from qjax.evaluate.generate import ends, generate, generate_text
 from qjax.evaluate.likelihood import encode
 from qjax.evaluate.speed import measure_speed
 from qjax.models.model import apply
@@ -52,6 +53,21 @@ def test_every_family_says_what_its_whole_pass_says(family):
     quantized, _ = quantize(model, "rtn:int8-g16")
     found = generate(quantized, PROMPTS, 6)
     assert [tokens.tolist() for tokens in found.tokens] == [greedily(quantized, prompt, 6) for prompt in PROMPTS]
+
+
+def test_any_of_several_ends_stops(model):
+    """Whatever token comes second may be an end, wherever it stands among them."""
+    prompt = [encode(model.tokenizer, "the cat")]
+    second = int(generate(model, prompt, 2).tokens[0][1])
+    for first, others in ((second, ()), (None, (second,)), (7, (9, second)), (7, (second, 9))):
+        ended = model._replace(
+            config=dataclasses.replace(model.config, eos_id=first, other_eos_ids=others),
+            tokenizer=dataclasses.replace(model.tokenizer, eos_id=first),
+        )
+        assert ends(ended) == (*(() if first is None else (first,)), *others)
+        assert len(generate(ended, prompt, 6, stop=ends(ended)).tokens[0]) == 2
+        assert generate_text(ended, "the cat", 6) == generate_text(model, "the cat", 2)
+    assert len(generate(model, prompt, 6, stop=ends(model)).tokens[0]) == 6
 
 
 def test_packed_weights_give_the_same_tokens(model):

@@ -19,6 +19,7 @@ from qjax.activations import parse_activation
 from qjax.checkpoints import huggingface
 from qjax.checkpoints.huggingface import load_huggingface, save_huggingface
 from qjax.checkpoints.load import load
+from qjax.checkpoints.packed import save
 from qjax.errors import QjaxError
 from qjax.formats import parse_format
 from qjax.linear import Linear, dequantize, dequantize_tree
@@ -274,6 +275,31 @@ def test_a_tied_head_may_be_stored_too(tmp_path):
 
 
 # Bad folders
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "ends"),
+    [
+        ([1, 70], None, (1, (70,))),
+        ([70, 1, 70], [1, 70], (70, (1,))),
+        (1, [1, 70], (1, (70,))),
+        (1, 70, (1, (70,))),
+        (None, [70, 1], (None, (70, 1))),
+        (1, "absent", (1, ())),
+        ([1, -2, True, "x", 2**40], [None, 3.0], (1, ())),
+    ],
+)
+def test_several_ends(config, generation, ends, folder, tmp_path):
+    """Those of config.json, of which the first is the one, and of generation_config.json; saved folders keep them."""
+    edit_config(folder, eos_token_id=config)
+    if generation is not None:
+        entry = {} if generation == "absent" else {"eos_token_id": generation}
+        (folder / "generation_config.json").write_text(json.dumps(entry))
+    model = load(folder, lazy=True)
+    assert (model.config.eos_id, model.config.other_eos_ids) == ends
+    for name, write in {"packed": save, "huggingface": save_huggingface}.items():
+        write(tmp_path / name, model)
+        assert load(tmp_path / name, lazy=True).config == model.config
 
 
 def test_missing_folder(tmp_path):

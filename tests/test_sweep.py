@@ -23,6 +23,7 @@ from qjax.evaluate.windows import parse_convention
 from qjax.models import walk
 from qjax.models.fingerprint import model_fingerprint
 from qjax.models.model import compute_dtype, stages
+from qjax.numbers import NotFiniteError
 from qjax.recipe import method_name, parse_recipe
 from qjax.report.reports import write_reports
 from qjax.sweep import quantizer, runner
@@ -189,7 +190,7 @@ def test_rules_apply_to_none_and_the_baseline_stays(tiny_model, tmp_path):
     write_reports(tmp_path, rows)
 
 
-def test_a_recipe_that_diverges_gets_a_row_and_the_sweep_goes_on(tiny_model, tmp_path, monkeypatch):
+def test_a_recipe_that_breaks_the_model_gets_no_row_and_the_sweep_goes_on(tiny_model, tmp_path, monkeypatch):
     honest = quantizer.quantize_together
 
     def diverge(model, requests, **options):
@@ -199,14 +200,18 @@ def test_a_recipe_that_diverges_gets_a_row_and_the_sweep_goes_on(tiny_model, tmp
         return [(quantized, report)]
 
     monkeypatch.setattr(quantizer, "quantize_together", diverge)
-    rows = run_sweep(tiny_model, plan("rtn:int2-channel", "nf4", corpora=CORPORA[:1]), tmp_path)
-    assert [row["perplexity"] == "inf" for row in rows] == [False, True, False]
-    assert "NaN" not in (tmp_path / ROWS).read_text() and "Infinity" not in (tmp_path / ROWS).read_text()
-    assert read_rows(tmp_path / ROWS) == rows
-    write_reports(tmp_path, rows)
+    asked = plan("rtn:int2-channel", "nf4", corpora=CORPORA[:1])
+    with pytest.raises(
+        NotFiniteError, match=r"^rtn:int2-channel on \w+ has no row: .* losses on .* not finite.*other row is in"
+    ):
+        run_sweep(tiny_model, asked, tmp_path)
+    assert [row["recipe"] for row in read_rows(tmp_path / ROWS)] == ["none", "rtn:nf4-g64"]
+    monkeypatch.undo()
+    assert [row["recipe"] for row in run_sweep(tiny_model, asked, tmp_path)] == ["none", "rtn:int2-channel", "rtn:nf4-g64"]
     broken = tiny_model._replace(params=jax.tree.map(lambda leaf: leaf * np.nan, tiny_model.params))
-    with pytest.raises(QjaxError, match="not finite"):
+    with pytest.raises(NotFiniteError, match="not finite"):
         run_sweep(broken, plan("nf4"), tmp_path / "broken")
+    assert not (tmp_path / "broken" / ROWS).exists()
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, PyTree
 from qjax.calibrate.statistics import COUNT, STATISTICS
 from qjax.errors import QjaxError
 from qjax.interception.linen import recorded
+from qjax.numbers import NotFiniteError
 
 LARGEST_SQUARE = 2.0**70  # mean squares of inputs up to here, and down to its inverse, times squares of weights are float32
 
@@ -177,7 +178,7 @@ def capture_statistics(
         raise QjaxError(f"no calibration token of weight above 0 reached {', '.join(prefix + path for path in empty)}")
     broken = [path for path in paths if not all(bool(jnp.all(jnp.isfinite(v))) for v in values[path].values())]
     if broken:
-        raise QjaxError(
+        raise NotFiniteError(
             f"calibration: the input of {', '.join(prefix + path for path in broken)} is not finite; the model's weights or "
             "the calibration data are broken, or its activations overflow"
         )

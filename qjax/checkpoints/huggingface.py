@@ -17,10 +17,12 @@ from jaxtyping import PyTree
 
 from qjax.checkpoints.tensors import FLOATS, Header, dtype_of, read_finite, read_headers, read_tensor, write_tensors
 from qjax.errors import QjaxError
-from qjax.files import expand, listing, prepare_output_folder, read_json, write_atomically
+from qjax.files import expand, listing, read_json, write_atomically
+from qjax.folders import new_folder, standing
 from qjax.lazy import Lazy, materialised
 from qjax.linear import dequantize, is_quantized
 from qjax.models.config import DecoderConfig
+from qjax.models.config_entries import ids_of
 from qjax.models.families import FAMILIES, read_config, write_config
 from qjax.models.family import Family, StoredTensor, head_name, stored_tensors
 from qjax.models.model import Model
@@ -29,9 +31,11 @@ from qjax.models.tokenizer import Tokenizer, load_tokenizer
 from qjax.models.walk import TABLE
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+REPLACED = ("qjax.json", GENERATION, CONFIG, INDEX, "model*.safetensors", "tokenizer*.json", "layers.jsonl")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-HUB_FILES = [CONFIG, WEIGHTS, INDEX, "model-*.safetensors", TOKENIZER]
+HUB_FILES = [CONFIG, GENERATION, WEIGHTS, INDEX, "model-*.safetensors", TOKENIZER]
 
 
 def load_huggingface(folder: str | Path, *, lazy: bool = False) -> Model:
@@ -41,12 +45,12 @@ def load_huggingface(folder: str | Path, *, lazy: bool = False) -> Model:
     where there is no tokenizer.json. Raises QjaxError, one line that names the file or all tensors at fault, for whatever is
     missing, corrupt, misshapen, not finite or not supported.
     """
-    folder = expand(folder)
+    name, folder = expand(folder).resolve().name, standing(expand(folder))
     if not folder.is_dir():
         raise QjaxError(f"{folder} is a file; give its folder" if folder.exists() else f"{folder}: no such folder")
     if not (folder / CONFIG).exists():
         raise QjaxError(f"{folder} has no {CONFIG}: it is not a Hugging Face checkpoint folder")
-    content = read_json(folder / CONFIG)
+    content = _with_ends(folder, read_json(folder / CONFIG))
     try:
         config = read_config(content)
     except QjaxError as error:
@@ -58,7 +62,16 @@ def load_huggingface(folder: str | Path, *, lazy: bool = False) -> Model:
     _check(folder, tensors, headers)
     tokenizer = load_folder_tokenizer(folder, config)
     read = _lazy_parameters if lazy else _read_parameters
-    return Model(config, read(folder, tensors, headers, head), tokenizer, folder.resolve().name)
+    return Model(config, read(folder, tensors, headers, head), tokenizer, name)
+
+
+def _with_ends(folder: Path, content: dict) -> dict:
+    """config.json with the ends of text that generation_config.json adds: any of them ends one."""
+    if not (folder / GENERATION).exists():
+        return content
+    first, *others = ids_of(content, "eos_token_id")
+    more = [i for i in ids_of(read_json(folder / GENERATION), "eos_token_id") if i is not None]
+    return {**content, "eos_token_id": [first, *others, *more]}
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -127,7 +140,7 @@ def _lazy_parameters(folder: Path, tensors: list[StoredTensor], headers: Mapping
 
     return unflatten(
         {
-            path: Lazy(shape, dtype_of(headers[tensor.name]), functools.partial(read, tensor, path))
+            path: Lazy(shape, dtype_of(headers[tensor.name]), functools.partial(read, tensor, path), headers[tensor.name].file)
             for tensor in tensors
             for path, shape in tensor.parts
         }
@@ -177,7 +190,7 @@ def download(name: str) -> Path:
 
 
 def save_huggingface(folder: str | Path, model: Model, *, overwrite: bool = False) -> None:
-    """Writes a folder that `load_huggingface` and the transformers library read; config.json comes last.
+    """Writes a folder that `load_huggingface` and the transformers library read, which appears when it is whole.
 
     Quantized leaves are written as the values they stand for, in the checkpoint's type. Raises QjaxError for a folder that is
     not empty (unless `overwrite`) or cannot be written, for a model that its family's files cannot express, and lists layers
@@ -194,20 +207,19 @@ def save_huggingface(folder: str | Path, model: Model, *, overwrite: bool = Fals
         )
     dtype = checkpoint_dtype(leaves)
     config["torch_dtype"] = np.dtype(dtype).name
-    tensors = {
-        tensor.name: tensor.join({path: _to_numpy(leaves[path], dtype) for path, _ in tensor.parts})
-        for tensor in stored_tensors(FAMILIES[model.config.family], shapes, model.config.heads)
-    }
-    folder = prepare_output_folder(
-        folder,
-        overwrite=overwrite,
-        replaces=("qjax.json", CONFIG, INDEX, "model-*.safetensors", TOKENIZER, TOKENIZER_CONFIG),
-    )
-    write_tensors(folder / WEIGHTS, tensors)
-    if model.tokenizer is not None:
-        write_atomically(folder / TOKENIZER, model.tokenizer.to_json())
-        write_atomically(folder / TOKENIZER_CONFIG, json.dumps(_tokenizer_config(model.tokenizer), indent=1) + "\n")
-    write_atomically(folder / CONFIG, json.dumps(config, indent=1) + "\n")
+    with new_folder(folder, overwrite=overwrite, replaces=REPLACED) as new:
+        tensors = {
+            tensor.name: tensor.join({path: _to_numpy(leaves[path], dtype) for path, _ in tensor.parts})
+            for tensor in stored_tensors(FAMILIES[model.config.family], shapes, model.config.heads)
+        }
+        write_tensors(new / WEIGHTS, tensors)
+        if model.tokenizer is not None:
+            write_atomically(new / TOKENIZER, model.tokenizer.to_json())
+            write_atomically(new / TOKENIZER_CONFIG, json.dumps(_tokenizer_config(model.tokenizer), indent=1) + "\n")
+        if model.config.other_eos_ids:
+            ends = [i for i in (model.config.eos_id, *model.config.other_eos_ids) if i is not None]
+            write_atomically(new / GENERATION, json.dumps({"eos_token_id": ends}, indent=1) + "\n")
+        write_atomically(new / CONFIG, json.dumps(config, indent=1) + "\n")
 
 
 def checkpoint_dtype(leaves: Mapping[str, object]) -> DTypeLike:

@@ -7,6 +7,7 @@ from qjax.checkpoints.huggingface import download, load_huggingface
 from qjax.checkpoints.packed import DESCRIPTION, load_packed
 from qjax.errors import QjaxError
 from qjax.files import expand, reason
+from qjax.folders import standing
 from qjax.models.model import Model
 
 BUNDLED = "bundled"
@@ -32,7 +33,7 @@ def load(name: str | Path, *, lazy: bool = False) -> Model:
 
 
 def _load(name: str | Path, lazy: bool) -> Model:
-    folder = expand(name)
+    folder = standing(expand(name))
     if folder.is_dir():
         read = load_packed if (folder / DESCRIPTION).exists() else load_huggingface
         return read(folder, lazy=lazy)

@@ -4,15 +4,18 @@
                         .scales.codes, .scales.scales, .scales.offset; those of a Linear's weight as .weight.codes and so on,
                         beside .inputs[0].scale, .outliers.index, .adapter.a, ...; every other parameter under its path. It
                         may be several files instead, which qjax.json lists: `parts.py` writes one for each part of a model
-    qjax.json           version, name, recipe, config, and the record of every quantized leaf (`leaves.py`); written last, so a
-                        folder that has it is complete
+    qjax.json           version, name, recipe, config, the record of every quantized leaf (`leaves.py`), `digests` of the files
+                        beside it (SHA-256), and a `digest` of all this, so that no part of it is changed unnoticed
     tokenizer.json      where the model has one
+    layers.jsonl        where the driver wrote the folder: a row of every kernel
 
-Keys, shapes and types are checked against the description before anything is read. Version 1 knew no Linear, only an input's
-scale: "input_scale": true beside a format, stored as .input_scale.
+Keys, shapes and types are checked against the description before anything is read, the digest of the description always, those
+of the files where all of them is read (not of a lazy model). Version 2 had no digests; version 1 knew no Linear, only an
+input's scale: "input_scale": true beside a format, stored as .input_scale.
 """
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,49 +30,65 @@ from qjax.checkpoints.huggingface import load_folder_tokenizer
 from qjax.checkpoints.leaves import TYPES, entry, template
 from qjax.checkpoints.tensors import FLOATS, Header, read_arrays, read_headers, write_tensors
 from qjax.errors import QjaxError
-from qjax.files import expand, listing, prepare_output_folder, read_json, write_atomically
+from qjax.files import digest_of, expand, listing, read_json, write_atomically
+from qjax.folders import new_folder, standing
 from qjax.linear import Linear, is_quantized
 from qjax.maps import Permute
 from qjax.models.config import DecoderConfig, LinearScaling, Llama3Scaling
 from qjax.models.model import Model
 from qjax.models.parameters import check_parameters, flatten, parameter_shapes, unflatten
 
-DESCRIPTION, WEIGHTS, TOKENIZER = "qjax.json", "model.safetensors", "tokenizer.json"
-REPLACED = (DESCRIPTION, "config.json", "model.safetensors.index.json", "model*.safetensors", "tokenizer*.json")
-VERSION = 2
+DESCRIPTION, WEIGHTS, TOKENIZER, LAYERS = "qjax.json", "model.safetensors", "tokenizer.json", "layers.jsonl"
+REPLACED = (
+    *(DESCRIPTION, "config.json", "generation_config.json", "model.safetensors.index.json"),
+    *("model*.safetensors", "tokenizer*.json", LAYERS),
+)
+VERSION = 3
 SCALINGS = {"llama3": Llama3Scaling, "linear": LinearScaling}
 
 
 def save(folder: str | Path, model: Model, *, overwrite: bool = False) -> None:
-    """Writes the model, packed, into `folder`.
+    """Writes the model, packed, into `folder`, which appears when it is whole.
 
     Raises QjaxError for a folder that is not empty (unless `overwrite`) or cannot be written (read-only, full).
     """
     leaves = flatten(model.params)
     check_parameters(leaves, parameter_shapes(model.config))
     quantized = describe(leaves)
-    tensors = {name: np.asarray(array) for name, array in stored(leaves).items()}  # read before the folder is touched
-    folder = prepare_output_folder(folder, overwrite=overwrite, replaces=REPLACED)
-    write_tensors(folder / WEIGHTS, tensors)
-    write_description(folder, model, quantized)
+    with new_folder(folder, overwrite=overwrite, replaces=REPLACED) as new:
+        write_tensors(new / WEIGHTS, {name: np.asarray(array) for name, array in stored(leaves).items()})
+        write_description(new, model, quantized, {WEIGHTS: digest_of(new / WEIGHTS)})
 
 
-def write_description(folder: Path, model: Model, quantized: Mapping[str, dict], files: Sequence[str] = ()) -> None:
-    """tokenizer.json and, last, qjax.json of a folder whose weights are there.
+def write_description(
+    folder: Path, model: Model, quantized: Mapping[str, dict], weights: Mapping[str, str], layers: str | None = None
+) -> None:
+    """tokenizer.json, layers.jsonl where its content is given, and, last, qjax.json of a folder whose weights are there.
 
-    quantized: `describe` of the leaves. files: those with weights, where they are several.
+    quantized: `describe` of the leaves. weights: digests of the files with weights, by name.
     """
+    others = {TOKENIZER: model.tokenizer and model.tokenizer.to_json(), LAYERS: layers}
+    for name, content in others.items():
+        if content is not None:
+            write_atomically(folder / name, content)
+    digests = {name: digest_of(folder / name) for name, content in others.items() if content is not None}
     description = {
         "version": VERSION,
         "name": model.name,
         "recipe": model.recipe,
         "config": config_to_dict(model.config),
         "quantized": dict(quantized),
-        **({"files": list(files)} if files else {}),
+        **({} if list(weights) == [WEIGHTS] else {"files": list(weights)}),
+        "digests": {**weights, **digests},
     }
-    if model.tokenizer is not None:
-        write_atomically(folder / TOKENIZER, model.tokenizer.to_json())
+    description["digest"] = _digest(description)
     write_atomically(folder / DESCRIPTION, json.dumps(description, indent=1) + "\n")
+
+
+def _digest(description: Mapping[str, object]) -> str:
+    """Of all that a description says besides its own digest."""
+    said = {name: value for name, value in description.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def describe(leaves: Mapping[str, object]) -> dict[str, dict]:
@@ -91,11 +110,11 @@ def load_packed(folder: str | Path, *, lazy: bool = False) -> Model:
 
     lazy: arrays are read from the files, which must stay, whenever they are needed (`lazy.py`).
     """
-    folder = expand(folder)
+    folder = standing(expand(folder))
     description = read_json(folder / DESCRIPTION)
     try:
-        if (version := description.get("version")) not in (1, VERSION):
-            raise QjaxError(f"version {version!r} is not supported, expected 1 or {VERSION}; use the qjax that wrote it")
+        if type(version := description.get("version")) is not int or not 1 <= version <= VERSION:
+            raise QjaxError(f"version {version!r} is not supported, expected 1 to {VERSION}; use the qjax that wrote it")
         config = config_from_dict(entry(description, "config", dict))
         name, recipe = entry(description, "name", str), entry(description, "recipe", str)
         records = entry(description, "quantized", dict)
@@ -110,7 +129,20 @@ def load_packed(folder: str | Path, *, lazy: bool = False) -> Model:
         headers = {name.replace(".input_scale", ".inputs[0].scale"): header for name, header in headers.items()}
     _check(folder, templates, headers)
     arrays = read_arrays(headers, advice="quantize an intact model again", lazy=lazy, below=_indices(templates))
-    return Model(config, unflatten(filled(templates, arrays)), load_folder_tokenizer(folder, config), name, recipe)
+    tokenizer = load_folder_tokenizer(folder, config)
+    if version > 2:
+        _check_digests(folder, description, [TOKENIZER] if lazy else [TOKENIZER, *files])
+    return Model(config, unflatten(filled(templates, arrays)), tokenizer, name, recipe)
+
+
+def _check_digests(folder: Path, description: Mapping[str, object], files: Sequence[str]) -> None:
+    """Raises QjaxError where the description, or one of the files that it tells digests of, is not what was written."""
+    digests = description.get("digests")
+    if description.get("digest") != _digest(description) or not isinstance(digests, dict):
+        raise QjaxError(f"{folder / DESCRIPTION} is not as qjax wrote it; get the folder anew, or quantize the model again")
+    changed = [name for name in files if name in digests and digest_of(folder / name) != digests[name]]
+    if changed:
+        raise QjaxError(f"{folder}: {listing(changed)} is not as {DESCRIPTION} tells it; get the folder anew")
 
 
 def _files(description: dict) -> list[str]:
@@ -200,6 +232,8 @@ def config_from_dict(values: dict) -> DecoderConfig:
             raise QjaxError(f"'rope_scaling' is {tagged!r}; its kind must be one of {', '.join(SCALINGS)}")
         scaling = {key: value for key, value in tagged.items() if key != "kind"}
         values = {**values, "rope_scaling": _build(SCALINGS[tagged["kind"]], scaling)}
+    if isinstance(others := values.get("other_eos_ids"), list):
+        values = {**values, "other_eos_ids": tuple(others)}
     return _build(DecoderConfig, values)
 
 

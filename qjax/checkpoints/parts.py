@@ -9,7 +9,6 @@
 `finish` adds the description (`packed.py`) and gives the folder its name: whoever sees the name sees a whole model.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -23,7 +22,8 @@ from qjax import __version__
 from qjax.checkpoints import packed
 from qjax.checkpoints.tensors import read_arrays, read_headers, write_tensors
 from qjax.errors import QjaxError
-from qjax.files import expand, listing, prepare_output_folder, read_json, reason, sync, write_atomically
+from qjax.files import digest_of, expand, listing, read_json, reason, write_atomically
+from qjax.folders import claim, prepare_output_folder, take_name
 from qjax.models.config import DecoderConfig
 from qjax.models.model import Model
 from qjax.models.parameters import check_parameters, parameter_shapes
@@ -44,11 +44,10 @@ class PartWriter:
         QjaxError where the folder holds anything, unless `overwrite`, where what was begun is something else (with
         `overwrite` that is begun anew), and where another process is at work on it.
         """
-        self._target, self._config, self._overwrite = expand(folder).resolve(), config, overwrite
+        _tidy(expand(folder))
+        self._target, self._config = claim(folder, overwrite=overwrite), config
         self._folder = self._target.with_name(f".{self._target.name}.partial")
-        if self._target.exists():
-            prepare_output_folder(self._target, overwrite=overwrite)
-        _lock(prepare_output_folder(self._folder, overwrite=True))
+        _lock(prepare_output_folder(self._folder))
         identity = json.loads(json.dumps({"qjax": __version__, "version": packed.VERSION, **identity}))
         begun = (
             read_json(self._folder / PROGRESS) if (self._folder / PROGRESS).exists() else {"identity": identity, "parts": {}}
@@ -59,12 +58,13 @@ class PartWriter:
                     f"{self._folder} holds the beginning of something else ({_difference(begun['identity'], identity)}); "
                     "name another folder, or ask to overwrite"
                 )
-            for old in self._folder.iterdir():
-                if old.name != LOCK:
-                    shutil.rmtree(old) if old.is_dir() else old.unlink()
             begun["parts"] = {}
-        whole = {name: entry for name, entry in begun["parts"].items() if _digest(self._file(name)) == entry["digest"]}
+        whole = {name: entry for name, entry in begun["parts"].items() if _is_whole(self._file(name), entry)}
         self._progress = {"identity": identity, "parts": whole}
+        known = {PROGRESS, LOCK, *(self._file(name).name for name in whole)}
+        for other in self._folder.iterdir():  # half a part, what libraries wrote it through, something else's
+            if other.name not in known:
+                shutil.rmtree(other) if other.is_dir() and not other.is_symlink() else other.unlink()
 
     @property
     def complete(self) -> dict[str, object]:
@@ -79,7 +79,7 @@ class PartWriter:
         shapes = parameter_shapes(self._config)
         check_parameters(leaves, {path: shapes[path] for path in leaves if path in shapes})
         write_tensors(self._file(name), {key: np.asarray(array) for key, array in packed.stored(leaves).items()})
-        entry = {"digest": _digest(self._file(name)), "quantized": packed.describe(leaves), "record": record}
+        entry = {"digest": digest_of(self._file(name)), "quantized": packed.describe(leaves), "record": record}
         self._progress["parts"][name] = entry
         write_atomically(self._folder / PROGRESS, json.dumps(self._progress))
 
@@ -90,36 +90,25 @@ class PartWriter:
         held = {path: leaf for path, leaf in templates.items() if packed.stored({path: leaf}).keys() <= headers.keys()}
         return packed.filled(held, read_arrays(headers, advice="write the part again", lazy=True))
 
-    def finish(self, model: Model) -> Path:
+    def finish(self, model: Model, layers: str | None = None) -> Path:
         """Describes the folder and gives it its name, which is returned. model: its name, recipe and tokenizer; its parameters
-        are not looked at. Raises QjaxError where parameters of the configuration are missing.
+        are not looked at. layers: the content of layers.jsonl. Raises QjaxError where parameters of the configuration are
+        missing.
         """
         parts = self._progress["parts"]
         check_parameters(
             {path: leaf for name in parts for path, leaf in self.read(name).items()}, parameter_shapes(self._config)
         )
         quantized = {path: entry for part in parts.values() for path, entry in part["quantized"].items()}
-        files = [self._file(name).name for name in parts]
-        packed.write_description(self._folder, model._replace(config=self._config), quantized, files)
+        digests = {self._file(name).name: part["digest"] for name, part in parts.items()}
+        packed.write_description(self._folder, model._replace(config=self._config), quantized, digests, layers)
         try:
-            self._make_room()
-            self._folder.replace(self._target)
-            sync(self._target.parent)
-            (self._target / PROGRESS).unlink()
-            (self._target / LOCK).unlink(missing_ok=True)
+            take_name(self._folder, self._target, (*packed.REPLACED, PROGRESS, LOCK))
+            _tidy(self._target)
         except OSError as error:
             raise QjaxError(f"cannot write {self._target}: {reason(error)}; choose a writable folder") from error
         _unlock(self._folder)
         return self._target
-
-    def _make_room(self) -> None:
-        """Takes away the folder that has the name: a model's files go, others of it are kept."""
-        if not self._target.exists():
-            return
-        prepare_output_folder(self._target, overwrite=self._overwrite, replaces=(*packed.REPLACED, PROGRESS, LOCK))
-        for other in self._target.iterdir():
-            other.replace(self._folder / other.name)
-        self._target.rmdir()
 
     def _file(self, name: str) -> Path:
         if not re.fullmatch(r"[\w-]+", name):
@@ -163,12 +152,15 @@ def _is_named(descriptor: int, file: Path) -> bool:
     return file.exists() and os.path.samestat(os.fstat(descriptor), file.stat())
 
 
-def _digest(file: Path) -> str | None:
-    """SHA-256 of a file; None where it is missing."""
-    if not file.exists():
-        return None
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+def _is_whole(file: Path, entry: Mapping[str, object]) -> bool:
+    return file.exists() and digest_of(file) == entry["digest"]
+
+
+def _tidy(folder: Path) -> None:
+    """Takes what only a beginning needs out of a finished folder."""
+    if (folder / packed.DESCRIPTION).exists():
+        (folder / PROGRESS).unlink(missing_ok=True)
+        (folder / LOCK).unlink(missing_ok=True)
 
 
 def _difference(begun: Mapping[str, object], identity: Mapping[str, object]) -> str:

@@ -81,7 +81,7 @@ def read_arrays(
     """
     if lazy:
         readers = {key: functools.partial(read_finite, header, advice, below.get(key)) for key, header in headers.items()}
-        return {key: Lazy(each.shape, dtype_of(each), _reading(readers[key])) for key, each in headers.items()}
+        return {key: Lazy(each.shape, dtype_of(each), _reading(readers[key]), each.file) for key, each in headers.items()}
     arrays, broken = {}, []
     for key, header in headers.items():
         array = read_tensor(header)

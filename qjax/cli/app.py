@@ -1,10 +1,22 @@
-"""The command line: parse, call, print. Exit code 2 and one line for a user's mistake; 130 when interrupted.
+"""The command line: parse, call, print. Exit codes and one line on stderr:
+
+    2                a user's mistake, a file that cannot be read or written, memory that does not suffice
+    1                our own fault, with the traceback in a file (and `rerun` where figures differ)
+    130, 143, 129    Ctrl-C, SIGTERM, SIGHUP: what was finished is kept
 
 JAX and everything that needs it is imported inside the commands, so that `qjax --help` answers at once.
 """
 
+import contextlib
+import os
+import signal
 import sys
+import tempfile
+import threading
+import traceback
 import warnings
+from collections.abc import Iterator
+from pathlib import Path
 
 import typer
 
@@ -14,8 +26,11 @@ from qjax.cli.quantize import quantize
 from qjax.cli.results import compare, report, rerun
 from qjax.cli.sweep import sensitivity, sweep
 from qjax.errors import QjaxError
+from qjax.printable import printable
 
-INTERRUPTED = 130  # exit code after Ctrl-C
+OUR_FAULT = 1
+STOPPED = 128  # exit code after a signal, less its number
+STOPPING = ("SIGTERM", "SIGHUP")  # what ends a run as Ctrl-C does: a scheduler's time limit, a terminal that is closed
 
 app = typer.Typer(
     name="qjax",
@@ -29,28 +44,78 @@ for command in (sweep, quantize, sensitivity, evaluate, generate, info, report, 
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point: runs the command and turns a user's mistake into one line and exit code 2.
+    """Entry point: runs the command; whatever goes wrong is one line and an exit code.
 
     arguments: words of the command line, None for those of this process.
     """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA's own remarks, as on slow compilation, are not for the terminal
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _stopped_by_signals() as received:
             warnings.showwarning = _print_warning
-            app(arguments)
+            try:
+                app(arguments)
+            except KeyboardInterrupt:
+                sys.exit(STOPPED + signal.SIGINT)
     except SystemExit as stop:
-        if stop.code == INTERRUPTED:
-            typer.echo("interrupted; what was finished is kept, the same command goes on from there", err=True)
+        if stop.code == STOPPED + signal.SIGINT:
+            number = received[0] if received else signal.SIGINT
+            how = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
+            _end(f"{how}; what was finished is kept, the same command goes on from there", STOPPED + number)
         raise
     except QjaxError as error:
-        _fail(str(error))
+        _end(f"error: {error}", 2)
     except OSError as error:
-        _fail(f"{error.filename or 'file'}: {error.strerror or error}")
+        _end(f"error: {error.filename or 'file'}: {error.strerror or error}", 2)
+    except BaseException as error:  # also a panic of a library, which is no Exception
+        if _is_memory(error):
+            _end("error: memory does not suffice; give a smaller model, fewer or shorter windows, or a larger machine", 2)
+        _end(
+            f"error: this is a fault of qjax itself ({type(error).__name__}: {str(error)[:200]}); please report it with "
+            f"{_kept_traceback(error)}, which has the details",
+            OUR_FAULT,
+        )
+
+
+@contextlib.contextmanager
+def _stopped_by_signals() -> Iterator[list[int]]:
+    """Signals that end a run raise KeyboardInterrupt meanwhile, and are listed; those that are ignored (nohup) stay so."""
+    received, before = [], {}
+
+    def stop(number: int, _: object) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        known = [getattr(signal, name) for name in STOPPING if hasattr(signal, name)]  # no SIGHUP on Windows
+        before = {number: signal.signal(number, stop) for number in known if signal.getsignal(number) == signal.SIG_DFL}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _is_memory(error: BaseException) -> bool:
+    """Whether memory ran out, here or on a device."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error))
+
+
+def _kept_traceback(error: BaseException) -> Path | str:
+    """The file that an unexpected error's traceback was written to."""
+    text = "".join(traceback.format_exception(error))
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="qjax-error-", suffix=".txt", delete=False, encoding="utf-8") as file:
+            file.write(f"{' '.join(sys.argv)}\n{text}")
+    except OSError:
+        return " ".join(text.split())
+    return Path(file.name)
 
 
 def _print_warning(message: Warning | str, *_: object) -> None:
-    typer.echo("warning: " + " ".join(str(message).split()), err=True)
+    typer.echo(printable("warning: " + " ".join(str(message).split())), err=True)
 
 
-def _fail(message: str) -> None:
-    typer.echo("error: " + " ".join(message.split()), err=True)
-    sys.exit(2)
+def _end(message: str, code: int) -> None:
+    with contextlib.suppress(OSError):  # a terminal that is gone
+        typer.echo(printable(" ".join(message.split())), err=True)
+    sys.exit(code)

@@ -21,6 +21,7 @@ from qjax.cli.options import (
 )
 from qjax.cli.terminal import console, print_accuracies, print_perplexity, progress_bars
 from qjax.errors import QjaxError
+from qjax.printable import printable
 
 
 def evaluate(
@@ -53,11 +54,11 @@ def evaluate(
         found = evaluate_harness(loaded, harness, folder=lm_eval_folder, limit=max_questions or None, packed=packed)
         for task, figures in found.items():
             shown = ", ".join(f"{name.removesuffix(',none')} {value:.4f}" for name, value in figures.items() if "," in name)
-            typer.echo(f"{loaded.name} ({loaded.recipe}) on {task}: {shown}")
+            typer.echo(printable(f"{loaded.name} ({loaded.recipe}) on {task}: {shown}"))
     print_accuracies(loaded, asked, packed=packed)
     for corpus in corpora:
         with progress_bars() as progress:
-            task = progress.add_task(corpus.name, total=None)
+            task = progress.add_task(printable(corpus.name), total=None)
             result = perplexity(
                 loaded,
                 corpus,

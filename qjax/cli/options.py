@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from qjax.errors import QjaxError
+from qjax.files import expand
 
 MODEL_HELP = "Hugging Face folder or hub name, folder qjax saved, or 'bundled'."
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
@@ -45,8 +46,8 @@ OrderName = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Write into a folder that is not empty.")]
-Out = Annotated[Path, typer.Option("--out", help="Folder to write.")]
-Folder = Annotated[Path, typer.Argument(help="A folder with rows.jsonl.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder to write.", parser=expand, metavar="PATH")]
+Folder = Annotated[Path, typer.Argument(help="A folder with rows.jsonl.", parser=expand)]
 
 
 def split_names(text: str) -> list[str]:

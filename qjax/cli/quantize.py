@@ -1,6 +1,5 @@
 """The command that writes a quantized model."""
 
-import json
 from typing import Annotated
 
 import typer
@@ -41,16 +40,15 @@ def quantize(
     """
     from qjax.driver.decoder import quantize_to
     from qjax.driver.placement import placement
-    from qjax.files import prepare_output_folder, write_atomically
+    from qjax.folders import claim, refuse_inputs
     from qjax.report.rendering import to_rich
     from qjax.report.tables import layers_table
     from qjax.sweep.cells import canonical
-    from qjax.sweep.record import layer_rows
     from qjax.sweep.runner import rules_in_order
-    from qjax.sweep.store import LAYERS
 
     (recipe,), rules = canonical([recipe], order), rules_in_order(rule or (), order)
-    out = prepare_output_folder(out, overwrite=overwrite)
+    refuse_inputs(out, [model])
+    out = claim(out, overwrite=overwrite)
     loaded = load_model(model, lazy=True)
     total = len(placement(loaded, recipe, rules))
     asked_of = ([recipe], rules)
@@ -60,7 +58,6 @@ def quantize(
         quantized, done = quantize_to(
             out, loaded, recipe, calibration=tokens, rules=rules, overwrite=overwrite, on_layer=lambda _: progress.advance(task)
         )
-    write_atomically(out / LAYERS, "".join(json.dumps(row) + "\n" for row in layer_rows(None, done)))
     if report:
         console().print(to_rich(layers_table(done.layers)))
     typer.echo(

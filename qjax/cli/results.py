@@ -8,6 +8,7 @@ import typer
 from qjax.cli.options import Folder, split_names
 from qjax.cli.terminal import console, live_sweep, print_tables
 from qjax.errors import QjaxError
+from qjax.files import expand
 
 UNEQUAL = 1  # exit code of a rerun that gave other figures
 
@@ -59,8 +60,10 @@ def rerun(
 
 
 def compare(
-    old: Annotated[Path, typer.Argument(metavar="A", help="A folder with rows.jsonl.")],
-    new: Annotated[Path | None, typer.Argument(metavar="[B]", help="The folder that is compared with it.")] = None,
+    old: Annotated[Path, typer.Argument(metavar="A", help="A folder with rows.jsonl.", parser=expand)],
+    new: Annotated[
+        Path | None, typer.Argument(metavar="[B]", help="The folder that is compared with it.", parser=expand)
+    ] = None,
     metric: Annotated[str, typer.Option(help="A column of numbers, as nll, kl, size_bytes, accuracy:TASK.")] = "perplexity",
     baseline: Annotated[
         str | None,

@@ -27,7 +27,7 @@ from qjax.cli.options import (
 )
 from qjax.cli.terminal import live_sweep, print_tables
 from qjax.errors import QjaxError
-from qjax.files import require_writable
+from qjax.folders import prepare_output_folder, refuse_inputs
 
 if TYPE_CHECKING:
     from qjax.models.model import Model
@@ -81,7 +81,8 @@ def sweep(
     rules = rules_in_order(rule or (), order)
     measured = parse_convention(convention)
     measures = require_measurements(split_names(measure) if measure else ())
-    require_writable(out)
+    refuse_inputs(out, [model])
+    prepare_output_folder(out)
     corpora = load_corpora(data)
     asked = load_tasks(split_names(tasks) if tasks else (), max_questions or None)
     loaded = load_model(model)
@@ -129,7 +130,8 @@ def sensitivity(
     from qjax.sweep.runner import Sweep
 
     names, measured = canonical([recipe], order), parse_convention(convention)
-    require_writable(out)
+    refuse_inputs(out, [model])
+    prepare_output_folder(out)
     corpora = load_corpora(data)
     loaded = load_model(model)
     tokens = calibration_for(loaded, (names, ()), calibration, data, calibration_windows, calibration_window, seed)
@@ -140,12 +142,20 @@ def sensitivity(
 
 def _run(model: "Model", request: "Sweep", out: Path) -> None:
     """Measures, prints the tables of this sweep, and writes those of all rows in the folder."""
+    from qjax.numbers import NotFiniteError
     from qjax.report.reports import write_reports
     from qjax.sweep.runner import run_sweep
     from qjax.sweep.store import ROWS, read_rows
 
+    broken = None
     with live_sweep() as watcher:
-        rows = run_sweep(model, request, out, watcher)
-    print_tables(rows)
-    for path in write_reports(out, read_rows(out / ROWS)):
-        typer.echo(path)
+        try:
+            rows = run_sweep(model, request, out, watcher)
+        except NotFiniteError as error:  # some cells have no row, which the others' are shown without
+            rows, broken = read_rows(out / ROWS), error
+    if rows:
+        print_tables(rows)
+        for path in write_reports(out, read_rows(out / ROWS)):
+            typer.echo(path)
+    if broken is not None:
+        raise broken

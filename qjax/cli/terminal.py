@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from qjax.printable import printable
+
 if TYPE_CHECKING:
     from qjax.evaluate.perplexity import PerplexityResult
     from qjax.models.model import Model
@@ -27,7 +29,7 @@ def progress_bars():
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=Console(stderr=True), transient=True)
 
 
@@ -44,7 +46,7 @@ def live_sweep() -> Iterator[object]:
             def cell(self, number, total, recipe, corpus):
                 progress.update(cells, completed=number - 1, total=total)
                 progress.update(work, description=f"{recipe}: quantizing", completed=0, total=None)
-                self.label = f"{recipe} on {corpus}"
+                self.label = printable(f"{recipe} on {corpus}")
 
             def layer(self, record):
                 progress.advance(work)
@@ -55,9 +57,10 @@ def live_sweep() -> Iterator[object]:
             def row(self, row, is_new):
                 note = "" if is_new else " (measured before)"
                 progress.console.print(
-                    f"{row['recipe']:<28} {row['bits_per_weight']:7.3f} bits  {row['corpus']:<14} "
+                    f"{row['recipe']:<28} {row['bits_per_weight']:7.3f} bits  {printable(row['corpus']):<14} "
                     f"perplexity {row['perplexity']:.4f}{note}",
                     highlight=False,
+                    markup=False,
                     soft_wrap=True,
                 )
 
@@ -79,7 +82,7 @@ def print_accuracies(model: "Model", tasks: tuple, *, packed: bool) -> None:
 
     for task in tasks:
         with progress_bars() as progress:
-            bar = progress.add_task(task.name, total=None)
+            bar = progress.add_task(printable(task.name), total=None)
             show = lambda done, total, bar=bar, progress=progress: progress.update(bar, completed=done, total=total)  # noqa: E731
             found = accuracy(model, task, packed=packed, on_batch=show)
         kind = "accuracy" if found.kind == "choices" else "last words"
@@ -87,7 +90,7 @@ def print_accuracies(model: "Model", tasks: tuple, *, packed: bool) -> None:
         error = f" ± {found.stderr:.2%}" if math.isfinite(found.stderr) else ""
         cut = f", {found.truncated} cut to the context" if found.truncated else ""
         typer.echo(
-            f"{model.name} ({model.recipe}) on {task.name}: {kind} {found.value:.2%}{error}{more} "
+            f"{printable(f'{model.name} ({model.recipe}) on {task.name}')}: {kind} {found.value:.2%}{error}{more} "
             f"[{len(found.gold):,} questions{cut}, {found.seconds:.1f} s]"
         )
 
@@ -96,7 +99,7 @@ def print_perplexity(model: "Model", result: "PerplexityResult") -> None:
     """The line of `qjax eval`."""
     error = f" ± {result.stderr:.4f}" if math.isfinite(result.stderr) else ""
     typer.echo(
-        f"{model.name} ({model.recipe}) on {result.corpus}: perplexity {result.value:.4f}{error}, "
+        f"{printable(f'{model.name} ({model.recipe}) on {result.corpus}')}: perplexity {result.value:.4f}{error}, "
         f"{result.nll:.5f} nats a token, {result.bits_per_byte:.4f} bits a byte "
         f"[{result.convention}, {result.tokens:,} tokens, {result.tokens_per_second:,.0f} tokens/s]"
     )

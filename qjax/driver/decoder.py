@@ -11,6 +11,7 @@ adds outputs of the attention or MLP whose scale it looks for: the right ones an
 """
 
 import dataclasses
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -30,10 +31,11 @@ from qjax.driver.flow import Quantized, quantize_piece
 from qjax.driver.layer import LayerRecord
 from qjax.driver.piece import Piece
 from qjax.driver.placement import Plan, Rule, one_order, parsed, placement
-from qjax.driver.report import Report, cast_others, make_report, warn_of_few_tokens
+from qjax.driver.report import Report, cast_others, make_report, rows_of, warn_of_few_tokens
 from qjax.errors import QjaxError
+from qjax.folders import refuse_inputs
 from qjax.interception.contraction import KernelView
-from qjax.lazy import materialised
+from qjax.lazy import is_lazy, materialised
 from qjax.linear import dense, is_quantized
 from qjax.methods import UNQUANTIZED, Stage
 from qjax.models import walk
@@ -110,9 +112,11 @@ def quantize_to(
     not even the weights of another. Returns the model in the folder, lazy, and the report.
 
     What is done is on disk in .NAME.partial, from where the same call goes on after a kill, to the same bits; the folder
-    appears when it is whole. Raises what `quantize` and `save` raise.
+    appears when it is whole, with layers.jsonl, a row of every kernel. Raises what `quantize` and `save` raise, and QjaxError
+    for the folder that a lazy model is read from.
     """
     started = time.perf_counter()
+    refuse_inputs(folder, {leaf.file.parent for leaf in jax.tree.leaves(model.params) if is_lazy(leaf) and leaf.file})
     request = parsed(recipe, rules, order)
     work = _work(model, [request], calibration, on_layer)
     identity = {
@@ -138,8 +142,10 @@ def quantize_to(
         if _file_of(part) not in writer.complete:
             writer.write(_file_of(part), leaves, [record._asdict() for record in found.records])
         made.append(found._replace(leaves={}))
-    writer.finish(model._replace(recipe=_name(model, *request)))
-    result, records = load_packed(folder, lazy=True), _records(work.plans[0], made)
+    records = _records(work.plans[0], made)
+    layers = "".join(json.dumps(row) + "\n" for row in rows_of(records))
+    writer.finish(model._replace(recipe=_name(model, *request)), layers)
+    result = load_packed(folder, lazy=True)
     warn_of_few_tokens(records, 2)
     return result, make_report(result.params, records, time.perf_counter() - started)
 

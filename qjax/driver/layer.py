@@ -25,6 +25,7 @@ from qjax.formats import Format
 from qjax.linear import Linear, dequantize, is_quantized
 from qjax.maps import InputMap
 from qjax.methods import UNQUANTIZED, Memo, Site, Stage, added_methods, captures_of
+from qjax.numbers import NotFiniteError
 from qjax.qtensor import QTensor
 from qjax.recipe import Recipe
 from qjax.refining.block import BlockInfo
@@ -224,12 +225,14 @@ def make_record(path: str, shape: tuple[int, int], kernel: object, rounded: Roun
         bits = kernel.bits_per_weight if is_quantized(kernel) else 8.0 * kernel.dtype.itemsize
         return LayerRecord(path, UNQUANTIZED, *shape, bits)
     figures = {key: None if value is None else float(value) for key, value in rounded.info._asdict().items()}
+    losses = {f"block_{key}": None if value is None else float(value) for key, value in rounded.block._asdict().items()}
     if not all(math.isfinite(figures[key] or 0.0) for key in ("weight_error", "proxy_loss")):
-        raise QjaxError(f"weights that are not finite cannot be quantized: {path}; start from an intact model")
+        raise NotFiniteError(f"weights that are not finite cannot be quantized: {path}; start from an intact model")
+    if broken := [key for key, value in (figures | losses).items() if not math.isfinite(value or 0.0)]:
+        raise NotFiniteError(f"{path}: {', '.join(broken)} of {rounded.recipe} not finite; choose another recipe for it")
     if figures["proxy_loss"]:
         figures["proxy_loss"] *= 4.0**rounded.exponent  # a Python number: float32 may not hold it
     check_scales(path, rounded.weight, rounded.leaf.weight if isinstance(rounded.leaf, Linear) else rounded.leaf)
-    losses = {f"block_{key}": None if value is None else float(value) for key, value in rounded.block._asdict().items()}
     tokens = None if rounded.tokens is None else int(rounded.tokens)
     seconds = time.perf_counter() - started
     bits = rounded.leaf.bits_per_weight

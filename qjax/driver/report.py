@@ -14,6 +14,7 @@ from qjax.driver.layer import LayerRecord
 from qjax.errors import QjaxWarning
 from qjax.linear import is_quantized
 from qjax.methods import UNQUANTIZED
+from qjax.numbers import as_json
 from qjax.qtensor import FLOAT_DTYPES
 from qjax.recipe import Recipe
 
@@ -38,6 +39,11 @@ def make_report(params: PyTree, records: Sequence[LayerRecord], seconds: float) 
     counts = [record.in_features * record.out_features for record in chosen]
     bits = sum(record.bits_per_weight * count for record, count in zip(chosen, counts, strict=True)) / sum(counts)
     return Report(tuple(records), bits, 8 * size / weights, size, seconds)
+
+
+def rows_of(records: Sequence[LayerRecord]) -> list[dict[str, object]]:
+    """A row of JSON values for each quantized kernel."""
+    return [as_json(record._asdict()) for record in records if record.recipe != UNQUANTIZED]
 
 
 def warn_of_few_tokens(records: Sequence[LayerRecord], callers: int) -> None:

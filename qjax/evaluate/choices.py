@@ -20,6 +20,7 @@ from qjax.evaluate.questions import Task
 from qjax.evaluate.statistics import estimate
 from qjax.evaluate.tasks import load_task
 from qjax.models.model import Model
+from qjax.numbers import NotFiniteError
 
 
 class Accuracy(NamedTuple):
@@ -56,7 +57,8 @@ def accuracy(
 ) -> Accuracy:
     """Accuracy of a model on a task (a `Task` or a spec such as "cloze", "piqa:PATH"), its first `max_questions` questions.
 
-    Raises QjaxError for an unknown task, a malformed file, a model without tokenizer, and a continuation that has no tokens.
+    Raises QjaxError for an unknown task, a malformed file, a model without tokenizer, a continuation that has no tokens, and
+    likelihoods that are not finite.
     """
     if isinstance(task, str):
         task = load_task(task, max_questions)
@@ -69,7 +71,10 @@ def accuracy(
             pairs.append([make_pair(model, *candidate) for candidate in question.candidates])
         except QjaxError as error:
             raise QjaxError(f"task {task.name}, question {number}: {error}") from None
-    found = likelihoods(model, pairs, packed=packed, batch_tokens=batch_tokens, on_batch=on_batch)
+    try:
+        found = likelihoods(model, pairs, packed=packed, batch_tokens=batch_tokens, on_batch=on_batch)
+    except NotFiniteError as error:
+        raise NotFiniteError(f"task {task.name}: {error}") from None
     ends = np.cumsum([len(group) for group in pairs])[:-1]
     scores = np.split(found.value, ends)
     gold = np.array([question.gold for question in task.questions])

@@ -23,7 +23,8 @@ from qjax.evaluate.corpora import Corpus, load_corpus
 from qjax.evaluate.perplexity import BATCH_TOKENS
 from qjax.evaluate.statistics import estimate
 from qjax.evaluate.windows import Convention, Windows, corpus_windows, parse_convention
-from qjax.models.model import LOGITS_AT_ONCE, Model, apply_head, hidden_batches, runnable
+from qjax.models.model import LOGITS_AT_ONCE, Model, apply_head, hidden_batches, named, runnable
+from qjax.numbers import require_finite
 
 
 class Divergence(NamedTuple):
@@ -54,7 +55,7 @@ def divergence(
 ) -> Divergence:
     """Divergence of a model from a baseline with the same vocabulary, on the windows that perplexity would measure.
 
-    Raises QjaxError for models of different configurations and whatever `perplexity` raises.
+    Raises QjaxError for models of different configurations, divergences that are not finite, and whatever `perplexity` raises.
     """
     corpus = load_corpus(corpus) if isinstance(corpus, str) else corpus
     windows = corpus_windows(model, corpus, parse_convention(convention).clipped(model.config.context), max_windows, seed=seed)
@@ -87,7 +88,10 @@ def measure_divergence(
             found[-2] = np.asarray(found[-2])  # waits for the batch before this one, so that one is always in flight
         on_batch(min(len(found) * batch, total), total)
     kl, same, change = np.concatenate([np.asarray(part) for part in found], axis=1)[:, :total].astype(np.float64)
-    return summarise(kl, same, change, windows.scored[:, 1:], windows.documents)
+    scored = windows.scored[:, 1:]
+    pair = f"{named(model)} against {named(baseline)}"
+    require_finite(np.stack([kl[scored], change[scored]]), "divergences", model=pair)
+    return summarise(kl, same, change, scored, windows.documents)
 
 
 def _compare(ours: tuple[Model, jax.Array], theirs: tuple[Model, jax.Array], targets: jax.Array) -> jax.Array:
@@ -117,13 +121,12 @@ def _distances(ours: jax.Array, theirs: jax.Array, targets: jax.Array) -> jax.Ar
 def summarise(
     kl: np.ndarray, same: np.ndarray, change: np.ndarray, scored: np.ndarray, documents: np.ndarray | None = None
 ) -> Divergence:
-    """The result of per-token figures, all (windows, time). A model that diverged has infinite KL.
+    """The result of per-token figures, all (windows, time), finite where they are scored.
 
     documents: of each window (`statistics.estimate`).
     """
     counts = scored.sum(axis=1)
-    kl = np.where(np.isnan(kl), np.inf, np.maximum(kl, 0))  # rounding can leave a negative zero-ish sum
-    change = np.where(np.isnan(change), 1.0, change)
+    kl = np.maximum(kl, 0)  # rounding can leave a negative zero-ish sum
 
     def mean(values: np.ndarray) -> tuple[float, float]:
         totals = np.sum(np.where(scored, values, 0), axis=1)
@@ -146,7 +149,7 @@ def summarise(
 
 
 def _quantile(ordered: np.ndarray, fraction: float) -> float:
-    """Linear between neighbours; infinity where one of them is."""
+    """Linear between neighbours."""
     place = fraction * (len(ordered) - 1)
     low, high = ordered[math.floor(place)], ordered[math.ceil(place)]
     return float(low if low == high else low + (place % 1) * (high - low))

@@ -18,7 +18,8 @@ from qjax.errors import QjaxError
 from qjax.evaluate.likelihood import bucket, encode, require_tokenizer
 from qjax.lazy import materialised
 from qjax.models.layout import cache_layout
-from qjax.models.model import Model, apply_head, empty_caches, hidden_states_cached, runnable
+from qjax.models.model import Model, apply_head, empty_caches, hidden_states_cached, named, runnable
+from qjax.numbers import require_finite
 
 NEW_TOKENS = 100
 SMALLEST_TEMPERATURE = float(np.finfo(np.float32).tiny)
@@ -58,11 +59,16 @@ def generate_text(
         shown.append(int(tokens[0]))
         on_token(_behind(tokenizer, ids, shown))
 
-    stop = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
     found = generate(
-        model, [ids], max_new_tokens, stop=stop, temperature=temperature, seed=seed, packed=packed, on_tokens=collect
+        model, [ids], max_new_tokens, stop=ends(model), temperature=temperature, seed=seed, packed=packed, on_tokens=collect
     )
     return _behind(tokenizer, ids, found.tokens[0])
+
+
+def ends(model: Model) -> tuple[int, ...]:
+    """The tokens that end a text."""
+    first = require_tokenizer(model).eos_id
+    return (*(() if first is None else (first,)), *model.config.other_eos_ids)
 
 
 def _behind(tokenizer, prompt: np.ndarray, new: Sequence[int]) -> str:
@@ -87,7 +93,8 @@ def generate(
     stop: tokens that end a sequence, as does finished(its new tokens) being true. packed: multiply with packed kernels as they
     are. on_tokens gets every step's tokens, one of each prompt.
 
-    Raises QjaxError where prompt and new tokens do not fit the model's context, and for a temperature that is not finite.
+    Raises QjaxError where prompt and new tokens do not fit the model's context, and for a temperature or logits that are not
+    finite.
     """
     lengths = np.array([len(prompt) for prompt in prompts])
     limit = model.config.context
@@ -112,14 +119,14 @@ def generate(
     layout = layout_of(jnp.zeros(len(prompts), jnp.int32), time_in, capacity, window)
     x, caches = hidden_states_cached(model, jnp.asarray(tokens), layout, caches)
     last = x[jnp.arange(len(prompts)), jnp.asarray(lengths - 1)][:, None]
-    chosen = np.asarray(_choose(apply_head(model, last), temperature, jax.random.fold_in(key, 0)))
+    chosen = _chosen(model, apply_head(model, last), temperature, jax.random.fold_in(key, 0))
     first = time.perf_counter() - started
     steps, done = [chosen], _done([chosen], stop, finished)
     on_tokens(chosen)
     while len(steps) < max_new_tokens and not done.all():
         layout = layout_of(jnp.asarray(lengths + len(steps) - 1, jnp.int32), 1, capacity, window)
         x, caches = hidden_states_cached(model, jnp.asarray(chosen[:, None]), layout, caches)
-        chosen = np.asarray(_choose(apply_head(model, x), temperature, jax.random.fold_in(key, len(steps))))
+        chosen = _chosen(model, apply_head(model, x), temperature, jax.random.fold_in(key, len(steps)))
         steps.append(chosen)
         done |= _done(steps, stop, finished)
         on_tokens(chosen)
@@ -127,14 +134,22 @@ def generate(
     return Generation(tuple(_until(row, stop) for row in np.stack(steps, axis=1)), first, rest, len(steps) - 1)
 
 
+def _chosen(model: Model, logits: jax.Array, temperature: float, key: jax.Array) -> np.ndarray:
+    """The next token of each sequence. Raises NotFiniteError for logits that are not finite."""
+    chosen, best = map(np.asarray, _choose(logits, temperature, key))
+    require_finite(best, "next tokens' largest logits", model=named(model))
+    return chosen
+
+
 @functools.partial(jax.jit, static_argnums=1)
-def _choose(logits: jax.Array, temperature: float, key: jax.Array) -> jax.Array:
-    """(batch, 1, vocabulary) -> int32 (batch,)."""
+def _choose(logits: jax.Array, temperature: float, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(batch, 1, vocabulary) -> tokens, int32 (batch,), and the largest logit of each, nan where any is."""
     logits = logits[:, 0]
+    best = jnp.max(logits, axis=-1)
     if temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    below_best = logits - jnp.max(logits, axis=-1, keepdims=True)  # a small temperature makes it -inf, never nan
-    return jax.random.categorical(key, below_best / max(temperature, SMALLEST_TEMPERATURE)).astype(jnp.int32)
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32), best
+    below_best = logits - best[:, None]  # a small temperature makes it -inf, never nan
+    return jax.random.categorical(key, below_best / max(temperature, SMALLEST_TEMPERATURE)).astype(jnp.int32), best
 
 
 def _done(steps: list[np.ndarray], stop: Sequence[int], finished: Callable[[list[int]], bool] | None) -> np.ndarray:

@@ -24,8 +24,9 @@ import numpy as np
 from qjax.errors import QjaxError
 from qjax.evaluate.perplexity import BATCH_TOKENS
 from qjax.models.layout import Layout, tree_layout
-from qjax.models.model import Model, hidden_batches, runnable, scores
+from qjax.models.model import Model, hidden_batches, named, runnable, scores
 from qjax.models.tokenizer import Tokenizer
+from qjax.numbers import require_finite
 
 WORTH_SHARING = 8  # tokens saved by sharing a beginning, fewer than which rows of their own are cheaper
 PICKS = 256  # scored tokens that go through the head at a time
@@ -119,6 +120,7 @@ def likelihoods(
     """Likelihood of every pair, in order; pairs of a group may share a row.
 
     packed: multiply with packed kernels as they are. batch_tokens: tokens run at a time. on_batch(done, total) reports rows.
+    Raises NotFiniteError where one is NaN or infinite.
     """
     model = runnable(model, packed)
     count = sum(len(group) for group in groups)
@@ -138,6 +140,7 @@ def likelihoods(
         on_batch(done, len(rows))
     for result in pending:
         _collect(result, value, greedy)
+    require_finite(value, "likelihoods", model=named(model))
     return Likelihood(value, greedy)
 
 

@@ -21,7 +21,7 @@ except ImportError as error:
 
 from qjax.checkpoints.load import load
 from qjax.errors import QjaxError
-from qjax.evaluate.generate import generate
+from qjax.evaluate.generate import ends, generate
 from qjax.evaluate.likelihood import encode, likelihoods, make_pair, require_tokenizer, rolling_pairs
 from qjax.models.model import Model, runnable
 
@@ -86,12 +86,11 @@ class LM(HarnessModel):
         until = options.get("until") or []
         until = [until] if isinstance(until, str) else [text for text in until if text]
         sampled = options.get("do_sample", False) or float(options.get("temperature") or 0) > 0
-        stop = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
         found = generate(
             self.model,
             [encode(tokenizer, context)[-(limit - new) :] for context in contexts],
             new,
-            stop=stop,
+            stop=ends(self.model),
             temperature=float(options.get("temperature") or 1.0) if sampled else 0.0,
             packed=self.packed,
             finished=lambda tokens: any(text in tokenizer.decode(tokens) for text in until),

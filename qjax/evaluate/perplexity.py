@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.errors import QjaxError
 from qjax.evaluate.corpora import Corpus, load_corpus
 from qjax.evaluate.statistics import autocorrelation, estimate
 from qjax.evaluate.windows import Convention, Windows, corpus_windows, parse_convention
-from qjax.models.model import Model, hidden_batches, losses, runnable
+from qjax.models.model import Model, hidden_batches, losses, named, runnable
+from qjax.numbers import require_finite
 
 # Tokens run at a time. On a CPU a small batch keeps the activations in its cache, which is twice as fast for small models.
 BATCH_TOKENS = {"cpu": 1024, "gpu": 16384, "tpu": 16384}
@@ -59,24 +59,13 @@ def perplexity(
 
     max_windows: so many windows, spread over the text from a place that `seed` draws. packed: multiply with packed kernels as
     they are; else every kernel is decoded once first, so that all recipes of a sweep share one compiled forward pass.
-    on_batch(done, total) reports windows. Raises QjaxError for an unknown convention or corpus, a model without tokenizer, and
-    a text shorter than a window.
+    on_batch(done, total) reports windows. Raises QjaxError for an unknown convention or corpus, a model without tokenizer, a
+    text shorter than a window, and losses that are not finite.
     """
     corpus = load_corpus(corpus) if isinstance(corpus, str) else corpus
     convention = parse_convention(convention).clipped(model.config.context)
     windows = corpus_windows(model, corpus, convention, max_windows, seed=seed)
-    result = measure(model, windows, convention, corpus, packed=packed, on_batch=on_batch)
-    require_finite(model, result)
-    return result
-
-
-def require_finite(model: Model, result: PerplexityResult) -> None:
-    """Raises QjaxError for a model that diverged."""
-    if not math.isfinite(result.nll):
-        raise QjaxError(
-            f"{model.name} ({model.recipe}) on {result.corpus}: the loss is {result.nll}; "
-            "the weights, or what this format makes of them, are not finite or far too large"
-        )
+    return measure(model, windows, convention, corpus, packed=packed, on_batch=on_batch)
 
 
 def measure(
@@ -90,14 +79,18 @@ def measure(
 ) -> PerplexityResult:
     """`perplexity` of windows that `corpus_windows` cut, for callers that measure many models on the same ones.
 
-    A model that diverges gets an infinite perplexity rather than an error.
+    Raises NotFiniteError for a scored token's loss that is NaN or infinite, and for a perplexity beyond all numbers.
     """
     model = runnable(model, packed)
     score(model, windows.tokens[: _batch_size(windows.tokens)], packed=packed)  # compiles; the clock measures evaluation alone
     started = time.perf_counter()
     token_nll = score(model, windows.tokens, packed=packed, on_batch=on_batch)
     seconds = time.perf_counter() - started
-    return summarise(token_nll, windows, convention, corpus, seconds)
+    of = f"{corpus.name}, {convention}"
+    require_finite(token_nll[windows.scored], f"losses on {of}", model=named(model))
+    result = summarise(token_nll, windows, convention, corpus, seconds)
+    require_finite(result.value, f"perplexities (exp of {result.nll:.0f} nats) on {of}", model=named(model))
+    return result
 
 
 def score(
@@ -134,13 +127,10 @@ def _batch_size(tokens: np.ndarray) -> int:
 def summarise(
     token_nll: np.ndarray, windows: Windows, convention: Convention, corpus: Corpus, seconds: float
 ) -> PerplexityResult:
-    """The result of per-token losses, summed in float64. A model that diverges on a scored token has infinite perplexity."""
+    """The result of per-token losses, finite on scored tokens, summed in float64."""
     window_nll = np.sum(np.where(windows.scored, token_nll, 0), axis=1, dtype=np.float64)
-    window_nll = np.where(np.isnan(window_nll), np.inf, window_nll)
     counts = windows.scored.sum(axis=1)
     nll, nll_stderr, *_ = estimate(window_nll, counts, windows.documents)
-    with np.errstate(invalid="ignore"):  # of a model that diverged
-        correlation = autocorrelation(window_nll - nll * counts)
     value = math.exp(nll) if nll < 700 else math.inf
     return PerplexityResult(
         value=value,
@@ -153,7 +143,7 @@ def summarise(
         window_nll=tuple(window_nll.tolist()),
         window_tokens=tuple(counts.tolist()),
         window_documents=tuple(windows.documents.tolist()),
-        autocorrelation=correlation,
+        autocorrelation=autocorrelation(window_nll - nll * counts),
         convention=str(convention),
         corpus=corpus.name,
         fingerprint=corpus.fingerprint,

@@ -58,6 +58,7 @@ class DecoderConfig:
     rotary_fraction: float = 1.0  # of each head, its first features, which positions rotate
     scaled_embeddings: bool = False  # those of tokens are multiplied by sqrt(hidden_size); a tied head's table is not
     position_offset: int = 0  # rows of the learned positions' table before that of position 0
+    other_eos_ids: tuple = ()  # tokens that end a text besides eos_id
 
     @property
     def rotary_dim(self) -> int:
@@ -91,6 +92,8 @@ class DecoderConfig:
                 raise QjaxError(f"model configuration: {name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
         if not isinstance(self.position_offset, int) or not 0 <= self.position_offset < 2**31:
             raise QjaxError(f"model configuration: position_offset must not be negative, got {self.position_offset!r}")
+        if not isinstance(self.other_eos_ids, tuple) or not all(type(i) is int and 0 <= i < 2**31 for i in self.other_eos_ids):
+            raise QjaxError(f"model configuration: other_eos_ids must be token ids, got {self.other_eos_ids!r}")
         if self.heads % self.kv_heads:
             raise QjaxError(f"model configuration: {self.heads} heads cannot share {self.kv_heads} key/value heads evenly")
         if self.rope_theta <= 0:

@@ -54,14 +54,22 @@ def head_dim(hidden: int, heads: int) -> int:
     return hidden // heads
 
 
-def token_ids(config: dict) -> dict[str, int | None]:
-    """bos_id and eos_id of DecoderConfig. Where config.json lists several ends of text, the first."""
-    ids = {}
-    for name in ("bos", "eos"):
-        value = config.get(f"{name}_token_id")
-        value = value[0] if isinstance(value, list) and value else value
-        ids[f"{name}_id"] = value if isinstance(value, int) and value >= 0 else None
-    return ids
+def token_ids(config: dict) -> dict[str, object]:
+    """bos_id, eos_id and other_eos_ids of DecoderConfig. Where config.json lists several, the first is the one."""
+    begins, ends = (ids_of(config, f"{name}_token_id") for name in ("bos", "eos"))
+    return {"bos_id": begins[0], "eos_id": ends[0], "other_eos_ids": tuple(dict.fromkeys(i for i in ends[1:] if i != ends[0]))}
+
+
+def ids_of(config: dict, key: str) -> list[int | None]:
+    """The token ids of an entry that holds one or several; None for a first one that is no token."""
+    value = config.get(key)
+    first, *others = value if isinstance(value, list) and value else [value]
+    known = [i for i in others if _is_token(i)]
+    return [first if _is_token(first) else None, *known]
+
+
+def _is_token(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**31
 
 
 def rope(config: dict) -> dict[str, object]:

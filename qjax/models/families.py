@@ -46,7 +46,10 @@ def read_config(config: dict) -> DecoderConfig:
 
 
 def write_config(config: DecoderConfig) -> dict:
-    """A config.json that reads back as `config`. Raises QjaxError when its family has no words for some field."""
+    """A config.json that reads back as `config`, less further ends of text, which stand in generation_config.json. Raises
+    QjaxError when its family has no words for some field.
+    """
+    config = dataclasses.replace(config, other_eos_ids=())
     if config.family not in FAMILIES:
         raise QjaxError(f"unknown family {config.family!r}; supported: {', '.join(FAMILIES)}")
     family = FAMILIES[config.family]

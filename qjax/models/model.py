@@ -45,6 +45,11 @@ class Stages(NamedTuple):
     cached: object  # (params, hidden, layout, cache) -> (hidden, cache); the cache given is used up
 
 
+def named(model: Model) -> str:
+    """A model in messages: its name, and what it was quantized with."""
+    return model.name if model.recipe == "none" else f"{model.name} ({model.recipe})"
+
+
 def compute_dtype() -> DTypeLike:
     """float32 on CPU, where XLA's bfloat16 matmul is slow; bfloat16 on accelerators."""
     return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16

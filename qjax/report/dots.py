@@ -22,6 +22,7 @@ from qjax.report.drawing import (
     lay_out,
     method_style,
     new_figure,
+    plain,
     scale_values,
     text_size,
     wrap,
@@ -76,7 +77,7 @@ def dots_figure(rows: Sequence[Row], width: str = "single") -> "Figure":
         names = [wrap(figure, name, _space(page) * LABEL_SIZE / size) for name in lines]
         figure.set_size_inches(page, MARGINS + LINE_HEIGHT * max(map(len, names)) * (len(lines) + 1))
         axes.set_ylim(len(lines) - 0.5, -0.5)  # the first line on top
-        axes.set_yticks(range(len(lines)), ["\n".join(name) for name in names], fontsize=size)
+        axes.set_yticks(range(len(lines)), [plain("\n".join(name)) for name in names], fontsize=size)
         axes.tick_params(axis="y", length=0, pad=5)  # a mark at the edge touches no name
         axes.grid(axis="x", color="#DDDDDD", linewidth=0.5)
         axes.set_axisbelow(True)

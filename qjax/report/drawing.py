@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from qjax.errors import QjaxError
+from qjax.printable import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -137,15 +138,15 @@ def new_figure(width: str, panels: int = 1) -> Iterator[tuple["Figure", list["Ax
 def write_titles(figure: "Figure", title: str, *, x: str, y: str, panels: Sequence[str] = ()) -> None:
     """The page's title, in lines that fit, the names of both axes, and the panels' titles."""
     width = figure.get_size_inches()[0] * POINT
-    lines = wrap(figure, title, width - 2 * EDGE)
-    figure.suptitle("\n".join(lines), x=EDGE / width, ha="left", color=GREY, fontsize=LABEL_SIZE)
+    lines = wrap(figure, printable(title), width - 2 * EDGE)
+    figure.suptitle(plain("\n".join(lines)), x=EDGE / width, ha="left", color=GREY, fontsize=LABEL_SIZE)
     grid = figure.axes
     columns = grid[0].get_gridspec().ncols
-    (figure.supylabel if len(grid) > columns else grid[0].set_ylabel)(y)
+    (figure.supylabel if len(grid) > columns else grid[0].set_ylabel)(plain(y))
     for axes in grid[-columns:]:
         axes.set_xlabel(x, loc="right")
     for axes, name in zip(grid, panels, strict=False):
-        axes.set_title(name, loc="left")
+        axes.set_title(plain(name), loc="left")
 
 
 def write_note(figure: "Figure", text: str) -> None:
@@ -169,9 +170,14 @@ def wrap(figure: "Figure", text: str, space: float) -> list[str]:
     return lines
 
 
+def plain(text: str) -> str:
+    """Text as matplotlib writes it, which takes what stands between two $ for a formula."""
+    return "\n".join(map(printable, text.split("\n"))).replace("$", r"\$")
+
+
 def text_size(figure: "Figure", text: str) -> tuple[float, float]:
     """Width and height of a name, points."""
-    artist = figure.text(0, 0, text, fontsize=LABEL_SIZE)
+    artist = figure.text(0, 0, plain(text), fontsize=LABEL_SIZE)
     box = artist.get_window_extent()
     artist.remove()
     return box.width * POINT / figure.dpi, box.height * POINT / figure.dpi
@@ -254,7 +260,7 @@ def name_column(axes: "Axes", names: Sequence[Name], *, side: str) -> list[np.nd
         name, place = names[i], np.array([outer + sign * COLUMN_GAP, y])
         led = abs(y - ends[i, 1]) > SHIFTED or np.linalg.norm(place - ends[i]) > COLUMN_GAP + 5
         axes.annotate(
-            name.text, name.point, place - ends[i], textcoords="offset points", ha="right" if side == "left" else "left",
+            plain(name.text), name.point, place - ends[i], textcoords="offset points", ha="right" if side == "left" else "left",
             va="center", fontsize=LABEL_SIZE, color=name.colour, zorder=6, annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": name.colour, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 4,
                         "relpos": (float(side == "left"), 0.5)} if led else None,
@@ -281,7 +287,7 @@ def name_points(axes: "Axes", names: Sequence[Name], lines: Sequence[np.ndarray]
     colours, ends = [name.colour for name in names], [name.point for name in names]
     drawn = np.concatenate([*lines, ends])
     leaders = textalloc.allocate(
-        axes, *np.array(ends).T, [name.text for name in names], x_scatter=drawn[:, 0], y_scatter=drawn[:, 1],
+        axes, *np.array(ends).T, [plain(name.text) for name in names], x_scatter=drawn[:, 0], y_scatter=drawn[:, 1],
         x_lines=[line[:, 0] for line in lines], y_lines=[line[:, 1] for line in lines],
         scatter_sizes=np.repeat((CLEAR, APART), (len(drawn) - len(ends), len(ends))) * pixels,
         text_scatter_sizes=np.full(len(names), (APART + 1.5) * pixels), min_distance=0, margin=0.005,

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from qjax.errors import QjaxError
+from qjax.printable import printable
 
 if TYPE_CHECKING:
     import rich.table
@@ -116,20 +117,24 @@ class TableColumn:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Rows under a title; `notes` are sentences below it."""
+    """Rows under a title; `notes` are sentences below it. Whatever names are in them is shown as `printable`."""
 
     title: str
     columns: tuple[TableColumn, ...]
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
 
+    def __post_init__(self):
+        object.__setattr__(self, "title", printable(self.title))
+        object.__setattr__(self, "notes", tuple(map(printable, self.notes)))
+
     def cells(self) -> list[list[str]]:
         """The formatted text of every row."""
-        return [[column.format(row, column.key) for column in self.columns] for row in self.rows]
+        return [[printable(column.format(row, column.key)) for column in self.columns] for row in self.rows]
 
     def headers(self) -> list[str]:
         """The columns' headers, each on one line."""
-        return [column.header.replace("\n", " ") for column in self.columns]
+        return [printable(column.header) for column in self.columns]
 
 
 def decimals(places: int) -> Callable[[Row, str], str]:
@@ -144,7 +149,7 @@ def digits(count: int) -> Callable[[Row, str], str]:
 
 def to_markdown(table: Table) -> str:
     """A GitHub-flavoured table whose source is aligned too."""
-    lines = [[cell.replace("|", "\\|") for cell in line] for line in [table.headers(), *table.cells()]]
+    lines = [[_markdown_escape(cell) for cell in line] for line in [table.headers(), *table.cells()]]
     widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
     aligned = list(zip(widths, [column.text for column in table.columns], strict=True))
     lines.insert(1, [":".ljust(width, "-") if text else ":".rjust(width, "-") for width, text in aligned])
@@ -153,7 +158,14 @@ def to_markdown(table: Table) -> str:
         for line in lines
     )
     rows = [f"| {' | '.join(line)} |" for line in cells]
-    return "\n".join([f"**{table.title}**", "", *rows, *(["", " ".join(table.notes)] if table.notes else [])]) + "\n"
+    title, notes = (_markdown_escape(text, cell=False) for text in (table.title, " ".join(table.notes)))
+    return "\n".join([f"**{title}**", "", *rows, *(["", notes] if notes else [])]) + "\n"
+
+
+def _markdown_escape(text: str, *, cell: bool = True) -> str:
+    """Text that opens no HTML tag, no link and, in a cell, no column."""
+    text = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text.replace("\\", "\\\\")).replace("](", "]\\(")
+    return text.replace("|", "\\|") if cell else text
 
 
 _LATEX_ESCAPES = str.maketrans(
@@ -161,6 +173,7 @@ _LATEX_ESCAPES = str.maketrans(
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "|": r"\textbar{}"}
     | {"<": r"\textless{}", ">": r"\textgreater{}", "±": r"$\pm$", "≈": r"$\approx$", "∞": r"$\infty$"}
 )
+_SIGNED = re.compile(r"[-+](\d[\w .,()%]*)?")  # words that begin with a signed number, or a sign alone
 _NUMBER = re.compile(r"(-?)(\d[\d.]*)(?:e(-?\d+))?")
 
 
@@ -204,8 +217,16 @@ def to_csv(table: Table) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, keys, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(table.rows)
+    writer.writerows({key: _csv_value(value) for key, value in row.items()} for row in table.rows)
     return text.getvalue()
+
+
+def _csv_value(value: object) -> object:
+    """A value that no spreadsheet takes for a formula."""
+    if not isinstance(value, str):
+        return value
+    formula = value.startswith(("=", "+", "-", "@", "\t", "\r")) and not _SIGNED.fullmatch(value)
+    return f"'{printable(value)}" if formula else printable(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,7 +260,7 @@ class RichTable:
         )  # fmt: skip
         for column in (column for column in self.table.columns if column.rank <= limit):
             look = {"justify": "left", "overflow": "fold"} if column.text else {"justify": "right", "no_wrap": True}
-            grid.add_column(Text(column.header, style="bold"), **look)
+            grid.add_column(Text("\n".join(map(printable, column.header.split("\n"))), style="bold"), **look)
         for line in self.table.cells():
             grid.add_row(*(Text(cell) for cell, keep in zip(line, shown, strict=True) if keep))
         return grid

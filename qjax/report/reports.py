@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from qjax.errors import QjaxError
-from qjax.files import write_atomically
+from qjax.files import expand, write_atomically
+from qjax.folders import prepare_output_folder
 from qjax.report.accuracy import accuracy_table, tasks_of
 from qjax.report.dots import dots_figure, has_dots
 from qjax.report.drawing import PNG_DPI, RC
@@ -34,6 +35,9 @@ from qjax.sweep.rows import with_baseline
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+LONGEST = 60  # letters of a name in a file's name, which the system allows 255
 
 
 class Exhibit(NamedTuple):
@@ -119,6 +123,7 @@ def write_reports(folder: str | Path, rows: Sequence[Row], *, width: str = "sing
     width: of the figures, "single" or "double" column. Returns the paths. Raises QjaxError when there are no rows or the folder
     cannot be written.
     """
+    folder = prepare_output_folder(folder)
     paths = [path for name, table in tables(rows) for path in write_table(folder, name, table)]
     return paths + [path for name, figure in figures(rows, width) for path in save_figure(figure, folder, name)]
 
@@ -127,7 +132,7 @@ def write_table(folder: str | Path, name: str, table: Table) -> list[Path]:
     """Writes folder/name.md, .tex and .csv."""
     paths = []
     for suffix, render in (("md", to_markdown), ("tex", to_latex), ("csv", to_csv)):
-        paths.append(Path(folder) / f"{name}.{suffix}")
+        paths.append(expand(folder) / f"{name}.{suffix}")
         write_atomically(paths[-1], render(table))
     return paths
 
@@ -144,7 +149,7 @@ def save_figure(figure: "Figure", folder: str | Path, name: str) -> list[Path]:
         content = io.BytesIO()
         with matplotlib.style.context(["default", RC]):
             figure.savefig(content, format=suffix, dpi=PNG_DPI, metadata=metadata)
-        paths.append(Path(folder) / f"{name}.{suffix}")
+        paths.append(expand(folder) / f"{name}.{suffix}")
         write_atomically(paths[-1], content.getvalue())
     return paths
 
@@ -178,4 +183,4 @@ def report_names(groups: Sequence[Sequence[Row]]) -> list[str]:
 
 def _slug(*keys: str, row: Row) -> str:
     row = with_baseline(row)
-    return "-".join(re.sub(r"[^A-Za-z0-9._]+", "-", str(row.get(key))).strip("-.") for key in keys)
+    return "-".join(re.sub(r"[^A-Za-z0-9._]+", "-", str(row.get(key))).strip("-.")[:LONGEST] or "x" for key in keys)

@@ -20,11 +20,14 @@ Roles of columns, and what they are part of:
 import functools
 import importlib
 import inspect
+import math
 import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
 
 from qjax.errors import QjaxError
 from qjax.registry import forget, forgotten_in_scope, forgotten_on_change
@@ -218,10 +221,25 @@ def _fits(value: object, kind: object) -> bool:
     """Whether a value, as JSON gives it, is of a column's type; of losses in a list some are null in old rows."""
     many = isinstance(value, list)
     for _, part in (each for each in _alternatives(kind) if each[0] == many):
-        found = {type(item) for item in (value if many else [value]) if not (part is float and item == "inf")}
+        items = value if many else [value]
+        if any(isinstance(item, float) and not math.isfinite(item) for item in items):
+            return False  # what Python's JSON reads as NaN, and no row has
+        found = {type(item) for item in items if not (part is float and item == "inf")}
         if found <= _JSON[part][1] | ({_NULL} if many else set()):
             return True
     return False
+
+
+def undefined(row: Row) -> list[str]:
+    """Names of a row's figures that are NaN or infinite; a standard error or interval of a single unit may be NaN."""
+    return [name for name, value in row.items() if _is_broken(value, may_be_nan=bool(re.search("stderr|_low|_high", name)))]
+
+
+def _is_broken(value: object, *, may_be_nan: bool) -> bool:
+    if isinstance(value, str | bytes | bool | None):
+        return False
+    found = np.asarray(value)
+    return found.dtype.kind == "f" and not bool(np.all(np.isfinite(found) | (may_be_nan & np.isnan(found))))
 
 
 def misfits(row: Row, *, whole: bool = True) -> list[str]:

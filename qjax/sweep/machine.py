@@ -1,6 +1,6 @@
 """Which kind of machine a figure is from: rows of equal keys hold equal figures only where the same instructions ran.
 
-XLA chooses code by the instruction sets of the processor, and splits sums over the cores that a process may use. So the kind names
+XLA chooses code by the instruction sets and splits sums over the cores that a process may use. So the kind names
 the processor (with family, model and stepping, which the names of virtual machines hide), the instruction sets that change
 arithmetic, and the number of cores.
 """

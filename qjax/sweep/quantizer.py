@@ -8,6 +8,7 @@ from qjax.driver.decoder import quantize_together
 from qjax.driver.layer import LayerRecord
 from qjax.driver.report import Report
 from qjax.models.model import Model, runnable
+from qjax.numbers import NotFiniteError
 from qjax.recipe import Stage
 from qjax.sweep.columns import Cell
 
@@ -43,7 +44,12 @@ class Quantizer:
             together |= {place: other for place, other in others.items() if place not in self._made}
         together = dict(list(together.items())[:MOST_TOGETHER])
         requests = [(each.treatment.recipe, each.treatment.rules) for each in together.values()]
-        made = quantize_together(cell.subject, requests, calibration=cell.sweep.calibration, on_layer=self._on_layer)
+        try:
+            made = quantize_together(cell.subject, requests, calibration=cell.sweep.calibration, on_layer=self._on_layer)
+        except NotFiniteError:
+            if len(requests) == 1:
+                raise
+            return self._make(cell, ())  # another one's weights may be what is broken
         return dict(zip(together, made, strict=True))
 
 

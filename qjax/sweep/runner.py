@@ -20,15 +20,17 @@ from qjax.errors import QjaxError
 from qjax.evaluate.corpora import Corpus
 from qjax.evaluate.questions import Task
 from qjax.evaluate.windows import Convention, corpus_windows
-from qjax.files import require_writable
+from qjax.files import listing
+from qjax.folders import prepare_output_folder
 from qjax.models.fingerprint import model_fingerprint
 from qjax.models.model import Model
 from qjax.models.walk import block_name
+from qjax.numbers import NotFiniteError, as_json
 from qjax.recipe import UNQUANTIZED, parse_recipe
 from qjax.sweep.cells import canonical, name_in_order
-from qjax.sweep.columns import Cell, Measurement, asked_measurements, column_of, misfits
+from qjax.sweep.columns import Cell, Measurement, asked_measurements, column_of, misfits, undefined
 from qjax.sweep.quantizer import Quantizer
-from qjax.sweep.record import as_json, digest, layer_rows
+from qjax.sweep.record import digest, layer_rows
 from qjax.sweep.store import LAYERS, ROWS, append_row, append_rows, layers_held, read_rows
 
 
@@ -99,32 +101,40 @@ def run_sweep(model: Model, sweep: Sweep, folder: str | Path, watcher: Watcher |
     """Measures every cell that folder/rows.jsonl does not hold yet; returns this sweep's rows, baseline first.
 
     The folder is made where it is missing. Everything that can be wrong with the request (recipes, rules, measurements, texts
-    shorter than a window) is an error before anything is computed. A recipe that makes the model diverge gets a row with
-    infinite perplexity.
+    shorter than a window) is an error before anything is computed. A cell whose figures are not finite gets no row; the others
+    go on, and a NotFiniteError in the end names it. Without the baseline's figures nothing goes on.
     """
-    watcher, folder, asked = watcher or Watcher(), Path(folder), asked_measurements(sweep)
+    watcher, asked = watcher or Watcher(), asked_measurements(sweep)
     cells = _cells(model, sweep)
-    require_writable(folder)
+    folder = prepare_output_folder(folder)
     known = {row["key"]: row for row in read_rows(folder / ROWS)}
     heads = [_head(cell, asked) for cell in cells]
     pending = [
         (number, cell) for number, (cell, head) in enumerate(zip(cells, heads, strict=True), 1) if head["key"] not in known
     ]
     held = layers_held(folder / LAYERS) if pending else set()
-    quantizer, rows, baselines, shared = Quantizer(watcher.layer), [], {}, {}
+    quantizer, rows, baselines, shared, broken = Quantizer(watcher.layer), [], {}, {}, []
     for number, (cell, head) in enumerate(zip(cells, heads, strict=True), start=1):
         watcher.cell(number, len(cells), head["recipe"], cell.corpus.name)
         row, before = known.get(head["key"]), baselines.get(cell.corpus.fingerprint)
         if row is None:
             later = [other for at, other in pending if at > number]
-            cell = quantizer.prepare(cell, later)._replace(before=before, on_batch=watcher.batch)  # noqa: PLW2901
-            row = _measured(cell, head, asked, shared)
+            try:
+                cell = quantizer.prepare(cell, later)._replace(before=before, on_batch=watcher.batch)  # noqa: PLW2901
+                row = _measured(cell, head, asked, shared)
+            except NotFiniteError as error:
+                broken.append(f"{head['recipe']} on {cell.corpus.name} has no row: {error}")
+                if before is None:
+                    break
+                continue
             layers = [layer for layer in layer_rows(row["key"], cell.report) if (row["key"], layer["path"]) not in held]
             append_rows(folder / LAYERS, layers)
             append_row(folder / ROWS, row)
         baselines.setdefault(cell.corpus.fingerprint, row)
         rows.append(row)
         watcher.row(row, is_new=head["key"] not in known)
+    if broken:
+        raise NotFiniteError(f"{listing(broken)}; every other row is in {folder / ROWS}")
     return rows
 
 
@@ -137,7 +147,7 @@ def _head(cell: Cell, asked: Sequence[Measurement]) -> dict[str, object]:
 def _measured(cell: Cell, head: dict[str, object], asked: Sequence[Measurement], shared: dict) -> dict[str, object]:
     """The row of a cell. shared: what earlier cells found that no text changes, added to.
 
-    Raises QjaxError for a measurement that gives what it has not declared.
+    Raises QjaxError for a measurement that gives what it has not declared, NotFiniteError for a figure that is none.
     """
     row = dict(head)
     for each in (each for each in asked if each.measure):
@@ -151,6 +161,8 @@ def _measured(cell: Cell, head: dict[str, object], asked: Sequence[Measurement],
         if wrong:
             raise QjaxError(f"measurement {each.name} gives {', '.join(wrong)}, undeclared or of another type; see its columns")
         row |= found
+    if broken := [name for name in undefined(row) if getattr(column_of(name), "role", "") != "spent"]:
+        raise NotFiniteError(f"{', '.join(broken)}: not finite")
     return as_json(row)
 
 

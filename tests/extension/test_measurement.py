@@ -12,9 +12,9 @@ from qjax.checkpoints.huggingface import save_huggingface
 from qjax.cli import app as cli
 from qjax.errors import QjaxError
 from qjax.evaluate.corpora import Corpus
+from qjax.numbers import as_json
 from qjax.report.rerun_table import rerun_table, unequal
 from qjax.sweep.columns import BASELINE, Column, Measurement, column_of, data_dictionary, register_measurement
-from qjax.sweep.record import as_json
 from qjax.sweep.request import request_of
 from qjax.sweep.rerun import rerun
 from qjax.sweep.store import ROWS, read_rows

@@ -63,12 +63,13 @@ def measure(cell: Cell) -> dict[str, object]:
 
 
 def _task_columns(found, before: Row | None) -> dict[str, object]:
+    choices = found.kind != "last-word"
     columns = {
         "accuracy": found.value,
         "accuracy_stderr": found.stderr,
-        "accuracy_norm": found.normalised,
+        "accuracy_norm": found.normalised if choices else None,
         "accuracy_norm_stderr": found.normalised_stderr,
-        "word_perplexity": found.perplexity,
+        "word_perplexity": None if choices else found.perplexity,
         "questions": len(found.gold),
         "truncated": found.truncated,
         "seconds_task": found.seconds,

@@ -1,0 +1,174 @@
+"""Folders that are written: whole or not at all, and never over what is read.
+
+    .NAME.HOST-PID.tmp   a file or folder that a process is writing or taking away; of a dead one, the next run sweeps it
+    .NAME.old            what had the name, between the two renamings of `take_name`
+
+Whoever finds NAME missing takes .NAME.old (`standing`): a kill at any moment leaves the old folder or the new one to be loaded.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from qjax.errors import QjaxError
+from qjax.files import HOST, expand, reason, sync, temporary_of
+
+DAY = 86400.0  # seconds after which what another machine was writing counts as left behind
+
+
+def standing(path: Path) -> Path:
+    """The folder called `path`: itself, or what a killed run has put aside and not replaced yet."""
+    old = _old(path)
+    return old if not path.exists() and old.exists() else path
+
+
+@contextlib.contextmanager
+def new_folder(path: str | Path, *, overwrite: bool = False, replaces: Iterable[str] = ()) -> Iterator[Path]:
+    """A folder to write into, which takes the name `path` when the body ends; until then whoever reads finds what was there.
+
+    replaces: glob patterns of files that the new ones stand for; others of an earlier folder are kept. Raises QjaxError for a
+    folder that holds anything, unless `overwrite`, and where it cannot be written; nothing is left behind then.
+    """
+    target = claim(path, overwrite=overwrite)
+    temporary = temporary_of(target)
+    try:
+        _remove(temporary)
+        temporary.mkdir()
+        yield temporary
+        take_name(temporary, target, replaces)
+    except QjaxError as error:
+        raise QjaxError(str(error).replace(str(temporary), str(target))) from error
+    except OSError as error:
+        raise _unwritable(target, error) from error
+    finally:
+        _remove(temporary)
+
+
+def claim(path: str | Path, *, overwrite: bool = False) -> Path:
+    """The place of a model's folder, resolved, after proof that one may be made there; it is not made yet.
+
+    Raises QjaxError for a folder that holds anything, unless `overwrite`, or a sweep's rows, for one that cannot be replaced,
+    and for a file.
+    """
+    path = expand(path)
+    try:
+        target = path.resolve()
+        if target.exists() and not target.is_dir():
+            raise QjaxError(f"cannot write into {path}: it is a file; name a folder")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _probe(target.parent)
+        sweep(target.parent)
+        if standing(target) != target:
+            _old(target).rename(target)
+        if (target / "rows.jsonl").exists():
+            raise QjaxError(f"{path} holds the results of a sweep; name another folder for a model")
+        if not overwrite and target.exists() and any(target.iterdir()):
+            raise QjaxError(f"{path} is not empty; name a new folder or ask to overwrite")
+        if Path.cwd().is_relative_to(target):
+            raise QjaxError(f"{path} is the folder you are in, which cannot be replaced; name a folder in it")
+    except (OSError, ValueError) as error:
+        raise _unwritable(path, error) from error
+    return target
+
+
+def take_name(new: Path, target: Path, replaces: Iterable[str] = ()) -> None:
+    """Gives a finished folder its name, in the place of one that has it, of which files that match `replaces`, as all of the
+    new one's do, go and others are kept. Raises OSError.
+    """
+    if target.exists():
+        gone = {old for pattern in replaces for old in target.glob(pattern)}
+        for kept in target.iterdir():
+            if kept not in gone:
+                _remove(new / kept.name)  # of a killed run, perhaps half
+                _link(kept, new / kept.name)  # in both folders, so that a kill loses it in neither
+        sync(new)
+        _remove(_old(target))
+        target.rename(_old(target))
+    new.rename(target)
+    sync(target.parent)
+    _remove(_old(target))
+
+
+def prepare_output_folder(path: str | Path) -> Path:
+    """A folder that files are added to, made where it is missing, after proof that it can be written."""
+    path = expand(path)
+    try:
+        if path.exists() and not path.is_dir():
+            raise QjaxError(f"cannot write into {path}: it is a file; name a folder")
+        path.mkdir(parents=True, exist_ok=True)
+        _probe(path)
+        sweep(path)
+    except (OSError, ValueError) as error:
+        raise _unwritable(path, error) from error
+    return path
+
+
+def refuse_inputs(output: str | Path, inputs: Iterable[str | Path]) -> None:
+    """Raises QjaxError where the folder to be written is one of the folders that are read, by whatever path."""
+    output = expand(output)
+    for each in map(expand, inputs):
+        if output.exists() and each.exists() and output.samefile(each):
+            raise QjaxError(f"{output} is what is read ({each}), and writing it would destroy that; name another folder")
+
+
+def sweep(folder: Path) -> None:
+    """Takes away what killed processes were writing in a folder."""
+    for path in folder.iterdir():
+        if named := re.fullmatch(r"\..+\.([0-9a-f]{8})-(\d+)\.tmp", path.name):
+            with contextlib.suppress(OSError):  # gone meanwhile, or not ours to take away
+                if _is_left(path, named[1], int(named[2])):
+                    _remove(path)
+
+
+def _is_left(path: Path, host: str, process: int) -> bool:
+    """Whether a temporary's process is gone; one of another machine cannot be asked, only waited for."""
+    if host != HOST or os.name != "posix":
+        return time.time() - path.lstat().st_mtime > DAY
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    return False
+
+
+def _old(target: Path) -> Path:
+    return target.with_name(f".{target.name}.old")
+
+
+def _probe(folder: Path) -> None:
+    probe = temporary_of(folder / "probe")
+    probe.write_bytes(b"")
+    probe.unlink()
+
+
+def _link(source: Path, target: Path) -> None:
+    if source.is_dir() and not source.is_symlink():
+        shutil.copytree(source, target, symlinks=True, copy_function=_link_file)
+    else:
+        _link_file(source, target)
+
+
+def _link_file(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:  # a file system without links
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _remove(path: Path) -> None:
+    """A file or a folder, which first loses its name, so that none is found half there."""
+    if path.is_dir() and not path.is_symlink():
+        if path.suffix != ".tmp":
+            path = path.rename(temporary_of(path))
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _unwritable(path: Path, error: OSError | ValueError) -> QjaxError:
+    why = reason(error) if isinstance(error, OSError) else str(error)
+    return QjaxError(f"cannot write into {path}: {why}; choose a writable folder with free space")
