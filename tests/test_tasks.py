@@ -128,7 +128,7 @@ def test_other_malformed_files(tmp_path):
     for name, content, message in (
         ("a.csv", b"", "expected .jsonl"),
         ("a.jsonl.gz", b"no gzip", "cannot be read"),
-        ("a.jsonl", b"\xff\xfe\xff", "cannot be read as UTF-8"),
+        ("a.jsonl", b"\xff\xfe\xff", "not UTF-8 text"),
         ("a.txt", b"one\ntwo\n", "six a question"),
         ("b.txt", b"c\n4\na\nb\nc\nd\n", "line 2 is '4'"),
         ("c.txt", b"c\n1\na\n\nc\nd\n", "line 4: an ending is empty"),

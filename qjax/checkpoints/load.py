@@ -8,6 +8,7 @@ from qjax.checkpoints.packed import DESCRIPTION, load_packed
 from qjax.errors import QjaxError
 from qjax.files import expand, reason
 from qjax.models.model import Model
+from qjax.untrusted import is_folder, status
 
 BUNDLED = "bundled"
 
@@ -33,10 +34,10 @@ def load(name: str | Path, *, lazy: bool = False) -> Model:
 
 def _load(name: str | Path, lazy: bool) -> Model:
     folder = expand(name)
-    if folder.is_dir():
-        read = load_packed if (folder / DESCRIPTION).exists() else load_huggingface
+    if is_folder(folder):
+        read = load_packed if status(folder / DESCRIPTION) else load_huggingface
         return read(folder, lazy=lazy)
-    if folder.exists() or _looks_like_a_path(name):
+    if status(folder) or _looks_like_a_path(name):
         return load_huggingface(folder)  # says what is wrong with it
     return load_huggingface(download(str(name)), lazy=lazy)._replace(name=str(name))
 

@@ -23,10 +23,11 @@ from qjax import __version__
 from qjax.checkpoints import packed
 from qjax.checkpoints.tensors import read_arrays, read_headers, write_tensors
 from qjax.errors import QjaxError
-from qjax.files import expand, listing, prepare_output_folder, read_json, reason, sync, write_atomically
+from qjax.files import expand, listing, prepare_output_folder, reason, sync, write_atomically
 from qjax.models.config import DecoderConfig
 from qjax.models.model import Model
 from qjax.models.parameters import check_parameters, parameter_shapes
+from qjax.untrusted import read_json
 
 PROGRESS, LOCK = "qjax-progress.json", "qjax.lock"
 _locks: dict[Path, int] = {}  # descriptors of the locks that this process holds, by folder

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qjax.errors import QjaxError
-from qjax.files import read_bytes
+from qjax.untrusted import read_bytes
 
 if TYPE_CHECKING:
     import tokenizers

@@ -195,6 +195,7 @@ def data_dictionary() -> list[dict[str, str]]:
 
 # --- types ----------------------------------------------------------------------------------------------------------------
 
+LARGEST = 2**63 - 1  # of integers: what tables and CSV files can hold
 _NULL = types.NoneType
 _JSON = {str: ("text", {str}), int: ("integer", {int}), float: ("number", {int, float}), _NULL: ("null", {_NULL})}
 
@@ -216,7 +217,10 @@ def _fits(value: object, kind: object) -> bool:
     """Whether a value, as JSON gives it, is of a column's type; of losses in a list some are null in old rows."""
     many = isinstance(value, list)
     for _, part in (each for each in _alternatives(kind) if each[0] == many):
-        found = {type(item) for item in (value if many else [value]) if not (part is float and item == "inf")}
+        items = [item for item in (value if many else [value]) if not (part is float and item == "inf")]
+        found = {type(item) for item in items}
+        if any(type(item) is int and abs(item) > LARGEST for item in items):
+            return False
         if found <= _JSON[part][1] | ({_NULL} if many else set()):
             return True
     return False
