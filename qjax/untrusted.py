@@ -180,10 +180,10 @@ def read_json(path: str | Path) -> dict:
     return json_object(read_bytes(path, JSON_BYTES), str(path))
 
 
-def json_object(content: bytes | str, where: str) -> dict:
-    """The JSON object in the content, see the module's docstring. Raises QjaxError that begins with `where`."""
+def json_object(content: bytes | str, where: str, limit: int = JSON_BYTES) -> dict:
+    """The JSON object in at most `limit` bytes, see the module's docstring. Raises QjaxError that begins with `where`."""
     try:
-        value = _parsed(content)
+        value = _parsed(content, limit)
         if not isinstance(value, dict):
             raise ValueError(f"it is a {type(value).__name__}")
     except ValueError as error:
@@ -194,15 +194,15 @@ def json_object(content: bytes | str, where: str) -> dict:
 def parse_json(content: bytes | str, where: str) -> object:
     """The JSON value in the content, see the module's docstring. Raises QjaxError that begins with `where`."""
     try:
-        return _parsed(content)
+        return _parsed(content, JSON_BYTES)
     except ValueError as error:
         raise QjaxError(f"{where} is not valid JSON ({error})") from error
 
 
-def _parsed(content: bytes | str) -> object:
+def _parsed(content: bytes | str, limit: int) -> object:
     """Raises ValueError for what is no JSON or beyond the limits."""
-    if len(content) > JSON_BYTES:
-        raise ValueError(f"more than {JSON_BYTES >> 20} MiB")
+    if len(content) > limit:
+        raise ValueError(f"more than {limit >> 20} MiB")
     text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
     try:
         value = json.loads(text, parse_int=_integer, parse_float=_number, parse_constant=_number, object_pairs_hook=_once)

@@ -153,6 +153,12 @@ def load_folder_tokenizer(folder: Path, config: DecoderConfig) -> Tokenizer | No
     path = folder / TOKENIZER
     if not status(path):
         return None
+    ids = {"bos": config.bos_id, "eos": config.eos_id}
+    if beyond := [f"{name} is {i}" for name, i in ids.items() if i is not None and i >= config.vocabulary_size]:
+        raise QjaxError(
+            f"{folder}: {' and '.join(beyond)}, the model's embedding has {config.vocabulary_size} tokens; set it to "
+            "one of them, or to null"
+        )
     tokenizer = load_tokenizer(path, bos_id=config.bos_id, eos_id=config.eos_id)
     if tokenizer.vocabulary_size > config.vocabulary_size:
         raise QjaxError(
