@@ -18,7 +18,9 @@ from qjax.evaluate.tasks import load_task
 from qjax.files import expand
 from qjax.models.config import RANGES, DecoderConfig, LinearScaling, Llama3Scaling
 from qjax.models.families import read_config
+from qjax.report.reports import tables
 from qjax.sweep.columns import column_of, misfits
+from qjax.sweep.store import read_rows
 from qjax.untrusted import (
     decode,
     json_object,
@@ -32,6 +34,7 @@ from qjax.untrusted import (
     status,
 )
 from tests.conftest import FAMILY_CHANGES, tiny_config
+from tests.report_rows import measured_row
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs devices and pipes")
 
@@ -319,3 +322,15 @@ def test_headers_of_weights(tmp_path, header):
 def test_columns_of_rows_have_one_type_each(value):
     assert column_of("bits_per_weight").type is float
     assert misfits({"bits_per_weight": value}, whole=False) == ["bits_per_weight"]
+
+
+def test_rows_that_lost_columns_are_shown_all_the_same(tmp_path):
+    """Of those that reading does not demand."""
+    recipes = [
+        f"{method}:int{bits}-{sharing}" for method in ("rtn", "gptq") for bits in (2, 3, 4) for sharing in ("g64", "channel")
+    ]
+    rows = [measured_row("none"), *(measured_row(recipe, 0.01) for recipe in recipes)]
+    for lost in ("rules", "perplexity_ratio"):
+        text = "".join(json.dumps({name: each for name, each in row.items() if name != lost}) + "\n" for row in rows)
+        (tmp_path / "rows.jsonl").write_text(text)
+        assert len(dict(tables(read_rows(tmp_path / "rows.jsonl")))) >= 2

@@ -13,11 +13,11 @@ EXPANSION = 1_000  # characters that rules may make of one; those of real tokeni
 PIECES = 64  # of a template, and of tokens of one of them
 PLAIN_BYTES = 2**18
 PLAIN = {  # types of known code: no regular expression of the file's, no table that the file brings along
-    "model": {"BPE", "WordLevel"},
-    "normalizer": {"NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Strip", "StripAccents", "Prepend", "Replace", "Sequence"},
-    "pre_tokenizer": {"ByteLevel", "Whitespace", "WhitespaceSplit", "Metaspace", "Digits", "Punctuation", "Sequence"},
-    "post_processor": {"ByteLevel", "TemplateProcessing", "BertProcessing", "RobertaProcessing", "Sequence"},
-    "decoder": {"ByteLevel", "ByteFallback", "Fuse", "Strip", "Metaspace", "Replace", "Sequence"},
+    "model": ("BPE", "WordLevel"),
+    "normalizer": ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Strip", "StripAccents", "Prepend", "Replace", "Sequence"),
+    "pre_tokenizer": ("ByteLevel", "Whitespace", "WhitespaceSplit", "Metaspace", "Digits", "Punctuation", "Sequence"),
+    "post_processor": ("ByteLevel", "TemplateProcessing", "BertProcessing", "RobertaProcessing", "Sequence"),
+    "decoder": ("ByteLevel", "ByteFallback", "Fuse", "Strip", "Metaspace", "Replace", "Sequence"),
 }
 
 
@@ -40,7 +40,7 @@ def faults(content: dict) -> list[str]:
             found += _template_faults(part, ids)
         for name in ("sep", "cls"):
             pair = part.get(name)
-            if isinstance(pair, list) and len(pair) == 2 and pair[1] not in ids:
+            if isinstance(pair, list) and len(pair) == 2 and not _is_id(pair[1], ids):
                 found.append(f"puts {quoted(pair[0])} around texts, whose id {quoted(pair[1])} is not in its vocabulary")
     for kind in ("normalizer", "decoder"):
         size = 1
@@ -71,11 +71,15 @@ def _ids(content: dict) -> Iterator[object]:
     yield from (each.get("id") for each in (added if isinstance(added, list) else ()) if isinstance(each, dict))
 
 
+def _is_id(value: object, ids: set[int]) -> bool:
+    return type(value) is int and value in ids
+
+
 def _template_faults(part: dict, ids: set[int]) -> list[str]:
     found, known = [], _entry(part, "special_tokens")
     for name, token in known.items():
         held = token.get("ids") if isinstance(token, dict) else None
-        if not isinstance(held, list) or not 0 < len(held) <= PIECES or any(type(i) is not int or i not in ids for i in held):
+        if not isinstance(held, list) or not 0 < len(held) <= PIECES or not all(_is_id(i, ids) for i in held):
             found.append(f"has a template whose {quoted(name)} has ids {quoted(held)}, which are not in its vocabulary")
     pieces = part.get("single")
     pieces = pieces if isinstance(pieces, list) else []
