@@ -12,6 +12,7 @@ import zipfile
 import pytest
 
 from qjax.checkpoints.huggingface import load_huggingface
+from qjax.checkpoints.parts import PROGRESS, PartWriter
 from qjax.errors import QjaxError, one_line
 from qjax.evaluate.corpora import load_corpus
 from qjax.evaluate.tasks import load_task
@@ -334,3 +335,15 @@ def test_rows_that_lost_columns_are_shown_all_the_same(tmp_path):
         text = "".join(json.dumps({name: each for name, each in row.items() if name != lost}) + "\n" for row in rows)
         (tmp_path / "rows.jsonl").write_text(text)
         assert len(dict(tables(read_rows(tmp_path / "rows.jsonl")))) >= 2
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{}", '{"identity": 1, "parts": {}}', '{"identity": {}, "parts": []}', '{"identity": {}, "parts": {"head": {}}}'],
+)
+def test_progress_of_an_interrupted_folder(tmp_path, content):
+    (tmp_path / ".m.partial").mkdir()
+    (tmp_path / ".m.partial" / PROGRESS).write_text(content)
+    with refused("holds the beginning of something else (", "qjax-progress.json: 'unreadable', now None", "ask to overwrite"):
+        PartWriter(tmp_path / "m", tiny_config(), {"recipe": "none"})
+    assert PartWriter(tmp_path / "m", tiny_config(), {"recipe": "none"}, overwrite=True).complete == {}

@@ -54,6 +54,8 @@ class PartWriter:
         begun = (
             read_json(self._folder / PROGRESS) if (self._folder / PROGRESS).exists() else {"identity": identity, "parts": {}}
         )
+        if not _is_progress(begun):
+            begun = {"identity": {PROGRESS: "unreadable"}, "parts": {}}
         if begun["identity"] != identity:
             if not overwrite:
                 raise QjaxError(
@@ -126,6 +128,17 @@ class PartWriter:
         if not re.fullmatch(r"[\w-]+", name):
             raise QjaxError(f"part {name!r}: expected letters, digits, _ and -")
         return self._folder / f"model-{name}.safetensors"
+
+
+def _is_progress(begun: Mapping[str, object]) -> bool:
+    """Whether it is what `write` keeps."""
+    parts = begun.get("parts")
+    if not isinstance(begun.get("identity"), dict) or not isinstance(parts, dict):
+        return False
+    return all(
+        isinstance(entry, dict) and isinstance(entry.get("quantized"), dict) and {"digest", "record"} <= entry.keys()
+        for entry in parts.values()
+    )
 
 
 def _lock(folder: Path) -> None:
