@@ -23,8 +23,9 @@ from qjax.errors import QjaxError
 from qjax.files import reason
 
 TEXT_BYTES = 2**28  # of a file of texts or questions, decompressed
-ARCHIVE_BYTES = 2**26  # of a zip archive: its table of contents alone takes some ten times its bytes
+ARCHIVE_BYTES, MEMBERS = 2**25, 10**4  # of a zip archive, whose table of contents alone takes some ten times its bytes
 JSON_BYTES = 2**24  # of a JSON document or line: at most some forty times as much in memory
+LINES = 2**20  # of a file that is parsed line by line
 DEPTH = 64  # of nested lists and objects
 DIGITS = 40  # of an integer; where one is used its range is checked
 QUOTED = 120  # characters of a foreign value in a message
@@ -114,6 +115,8 @@ def read_archive(path: str | Path, wanted: Callable[[str], bool], limit: int = T
                         continue
                     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                         raise ValueError(f"{entry.filename} is compressed oddly")
+                    if len(contents) == MEMBERS:
+                        raise ValueError(f"more than {MEMBERS} files")
                     with archive.open(entry) as member:
                         contents[entry.filename] = _limited(member, path, left)
                     left -= len(contents[entry.filename])
@@ -166,8 +169,13 @@ def decode(content: bytes, where: str) -> str:
         raise QjaxError(f"{where} is not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
 
 
-def split_lines(text: str) -> Iterator[str]:
-    """text.split("\\n"), one after the other in memory; str.splitlines would break at U+2028 inside a string."""
+def split_lines(text: str, where: str) -> Iterator[str]:
+    """text.split("\\n"), one after the other in memory; str.splitlines would break at U+2028 inside a string.
+
+    Raises QjaxError that begins with `where` for more than `LINES`.
+    """
+    if (count := text.count("\n")) > LINES:
+        raise QjaxError(f"{where} has {count} lines, expected at most {LINES}; give a part of it")
     start = 0
     while (end := text.find("\n", start)) >= 0:
         yield text[start:end]
@@ -208,7 +216,7 @@ def _parsed(content: bytes | str, limit: int) -> object:
         value = json.loads(text, parse_int=_integer, parse_float=_number, parse_constant=_number, object_pairs_hook=_once)
     except RecursionError:
         raise ValueError(f"nested more than {DEPTH} deep") from None
-    if _is_deeper(value, DEPTH):
+    if text.count("[") + text.count("{") > DEPTH and _is_deeper(value, DEPTH):
         raise ValueError(f"nested more than {DEPTH} deep")
     return value
 

@@ -232,7 +232,9 @@ def test_text():
     with refused("here is not UTF-8 text (byte 1)"):
         decode(b"a\xff", "here")
     for text in ("", "a", "a\n", "\n\n", "a\u2028b\nc"):
-        assert list(split_lines(text)) == text.split("\n")
+        assert list(split_lines(text, "x")) == text.split("\n")
+    with refused("here has 1048577 lines, expected at most 1048576"):
+        next(split_lines("\n" * (2**20 + 1), "here"))
 
 
 # --- numbers of configurations -------------------------------------------------------------------------------------------

@@ -219,7 +219,7 @@ def _text(path: Path, spec: str) -> tuple[str, ...]:
 
 def _jsonl(path: Path, spec: str) -> tuple[str, ...]:
     documents = []
-    for number, line in enumerate(split_lines(_read(path, spec)), 1):
+    for number, line in enumerate(split_lines(_read(path, spec), f"corpus {spec!r}: the file"), 1):
         if not line.strip():
             continue
         document = parse_json(line, f"corpus {spec!r}: line {number}")

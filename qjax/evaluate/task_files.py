@@ -32,7 +32,7 @@ from qjax.untrusted import (
 )
 
 SCHEMAS = (("query", "choices", "gold"), ("context_options", "continuation", "gold"), ("context", "continuation"))
-BYTES, QUESTIONS = 2**26, 10**6  # of a task, at most
+BYTES, QUESTIONS = 2**26, 3 * 10**5  # of a task, at most
 SHOTS = 5
 LETTERS = "ABCD"
 
@@ -68,7 +68,7 @@ def _text(path: Path) -> str:
 
 def _jsonl(path: Path, suffix: str) -> Iterator[Question]:
     schema = None
-    for number, line in enumerate(split_lines(_text(path)), start=1):
+    for number, line in enumerate(split_lines(_text(path), f"task file {path}"), start=1):
         if not line.strip():
             continue
         where = f"{path}: line {number}"
@@ -118,7 +118,7 @@ def _fits(field: str, value: object) -> bool:
 
 
 def _hellaswag(path: Path) -> Iterator[Question]:
-    lines = _text(path).rstrip("\n").split("\n")
+    lines = list(split_lines(_text(path).rstrip("\n"), f"task file {path}"))
     if len(lines) % 6:
         raise QjaxError(f"{path} has {len(lines)} lines; expected six a question: context, gold index, four endings")
     for start in range(0, len(lines), 6):
@@ -182,7 +182,10 @@ def _subject(name: str) -> tuple[str, str] | None:
 
 
 def _csv_rows(content: bytes, where: str) -> list[list[str]]:
-    reader = csv.reader(io.StringIO(decode(content, where), newline=""))
+    text = decode(content, where)
+    if (count := text.count("\n")) > QUESTIONS:
+        raise QjaxError(f"{where} has {count} lines, expected at most {QUESTIONS}; give a part of it")
+    reader = csv.reader(io.StringIO(text, newline=""))
     try:
         return [_csv_row(row, f"{where}: row {number}") for number, row in enumerate(reader, start=1)]
     except csv.Error as error:
