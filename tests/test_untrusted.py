@@ -13,6 +13,7 @@ import pytest
 
 from qjax.checkpoints.huggingface import load_huggingface
 from qjax.checkpoints.parts import PROGRESS, PartWriter
+from qjax.driver.placement import parse_rule
 from qjax.errors import QjaxError, one_line
 from qjax.evaluate.corpora import load_corpus
 from qjax.evaluate.tasks import load_task
@@ -349,3 +350,12 @@ def test_progress_of_an_interrupted_folder(tmp_path, content):
     with refused("holds the beginning of something else (", "qjax-progress.json: 'unreadable', now None", "ask to overwrite"):
         PartWriter(tmp_path / "m", tiny_config(), {"recipe": "none"})
     assert PartWriter(tmp_path / "m", tiny_config(), {"recipe": "none"}, overwrite=True).complete == {}
+
+
+# --- rules ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", ["a{4294967296}", "(" * 5_000 + "a" + ")" * 5_000, "(", "a" * 10**5 + "["])
+def test_patterns_that_are_none(pattern):
+    with refused("is not a regular expression"):
+        parse_rule(f"{pattern}=none")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from qjax.errors import QjaxError
 from qjax.evaluate.questions import Question, last_word, multiple_choice, multiple_context
-from qjax.files import expand
+from qjax.files import expand, reason
 from qjax.untrusted import (
     TEXT_BYTES,
     decode,
@@ -162,14 +162,24 @@ def _asked(row: list[str]) -> str:
 def _csv_files(path: Path) -> dict[tuple[str, str], list[list[str]]]:
     """(dev | test, subject) -> rows."""
     if is_folder(path):
-        names = {file.relative_to(path).as_posix(): file for file in sorted(path.rglob("*.csv"))}
         contents, left = {}, BYTES
-        for name in filter(_subject, names):
-            contents[name] = read_bytes(names[name], left)
-            left -= len(contents[name])
+        for file in _files_below(path):
+            contents[file.relative_to(path).as_posix()] = content = read_bytes(file, left)
+            left -= len(content)
     else:
         contents = read_archive(path, _subject, BYTES)
     return {_subject(name): _csv_rows(content, f"{path}: {name}") for name, content in contents.items()}
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """MMLU's files in a folder or up to two below it: no deeper, as the folder named may be any."""
+    try:
+        found = [
+            file for above in ("", "*/", "*/*/") for part in ("dev", "test") for file in folder.glob(f"{above}{part}/*.csv")
+        ]
+    except OSError as error:
+        raise QjaxError(f"cannot read {folder}: {reason(error)}; give the folder with MMLU's dev and test") from error
+    return sorted(file for file in found if _subject(file.relative_to(folder).as_posix()))
 
 
 def _subject(name: str) -> tuple[str, str] | None:
