@@ -328,6 +328,12 @@ def test_columns_of_rows_have_one_type_each(value):
     assert misfits({"bits_per_weight": value}, whole=False) == ["bits_per_weight"]
 
 
+def test_losses_alone_may_be_null_in_a_list():
+    """As old rows have them."""
+    row = {"window_nll": [1.0, None], "window_tokens": [1, None], "rules": ["a=none", None]}
+    assert misfits(row, whole=False) == ["window_tokens", "rules"]
+
+
 def test_rows_that_lost_columns_are_shown_all_the_same(tmp_path):
     """Of those that reading does not demand."""
     recipes = [

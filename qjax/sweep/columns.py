@@ -221,7 +221,7 @@ def _fits(value: object, kind: object) -> bool:
         found = {type(item) for item in items}
         if any(type(item) is int and abs(item) > LARGEST for item in items):
             return False
-        if found <= _JSON[part][1] | ({_NULL} if many else set()):
+        if found <= _JSON[part][1] | ({_NULL} if many and part is float else set()):
             return True
     return False
 
