@@ -1,7 +1,16 @@
-"""JAX's persistent compilation cache, on for the command line and the experiments: a program compiles once per machine."""
+"""What is kept between runs: JAX's persistent compilation cache, on for the command line and the experiments, so that a program
+compiles once per machine, and small verdicts (`models/tokenizer_trial.py`).
+"""
 
 import os
 from pathlib import Path
+
+
+def cache_folder() -> Path | None:
+    """$XDG_CACHE_HOME/qjax or ~/.cache/qjax, which need not exist; None for a user without a home."""
+    home = os.path.expanduser("~")  # noqa: PTH111 - Path.home raises
+    base = os.environ.get("XDG_CACHE_HOME") or (os.path.join(home, ".cache") if home != "~" else None)  # noqa: PTH118
+    return Path(base) / "qjax" if base else None
 
 
 def enable_compilation_cache() -> None:
@@ -13,7 +22,9 @@ def enable_compilation_cache() -> None:
 
     if jax.config.jax_compilation_cache_dir:
         return
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qjax" / "xla"
+    if (base := cache_folder()) is None:
+        return
+    folder = base / "xla"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:

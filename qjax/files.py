@@ -1,7 +1,9 @@
-"""Reading and writing files so that a reader sees a whole file or none, and a person sees one line when it fails."""
+"""Writing files so that a reader sees a whole file or none, and a person sees one line when it fails.
+
+Reading is in `untrusted.py`.
+"""
 
 import hashlib
-import json
 import os
 import platform
 import zlib
@@ -15,12 +17,15 @@ HOST = f"{zlib.crc32(platform.node().encode()):08x}"  # this machine, among thos
 
 def expand(path: str | Path) -> Path:
     """The path with ~ as the home folder; a ~ that names no user stays as it is."""
-    return Path(os.path.expanduser(path))  # noqa: PTH111 - Path.expanduser raises
+    try:
+        return Path(os.path.expanduser(path))  # noqa: PTH111 - Path.expanduser raises
+    except ValueError:  # no name of a user at all
+        return Path(path)
 
 
 def reason(error: OSError) -> str:
     """What went wrong, without the errno and the path that str(error) would add."""
-    return error.strerror or str(error).splitlines()[0]
+    return error.strerror or str(error) or type(error).__name__
 
 
 def write_atomically(path: str | Path, content: bytes | str | Callable[[Path], None]) -> None:
@@ -77,26 +82,6 @@ def digest_of(path: Path) -> str:
             return hashlib.file_digest(content, "sha256").hexdigest()
     except OSError as error:
         raise QjaxError(f"cannot read {path}: {reason(error)}") from error
-
-
-def read_bytes(path: str | Path) -> bytes:
-    """The file's content. Raises QjaxError when it is missing or unreadable."""
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise QjaxError(f"cannot read {path}: {reason(error)}") from error
-
-
-def read_json(path: str | Path) -> dict:
-    """The JSON object in a file. Raises QjaxError when it is missing, unreadable, no JSON or no object."""
-    content = read_bytes(path)
-    try:
-        value = json.loads(content)
-    except ValueError as error:  # bad JSON and bad UTF-8 alike
-        raise QjaxError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise QjaxError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
 
 
 def listing(items: Iterable[object], limit: int = 5) -> str:

@@ -113,7 +113,7 @@ def test_jsonl_documents_keep_unusual_line_separators(tmp_path):
         ("txt:a", "did you mean text:PATH"),
         ("zzz", "expected one of python-docs, wikitext2, ptb, c4, text:PATH, jsonl:PATH"),
         ("text:/no/such/file", "no such file"),
-        ("text:", "cannot be read"),
+        ("text:", "cannot read"),
     ],
 )
 def test_bad_spec_is_one_line_with_a_remedy(spec, said):
@@ -140,9 +140,9 @@ def test_bad_split():
         ("text:a.txt", b" \n\t\n", "is empty"),
         ("text:a.bin", b"abc\xff\xfe", "not UTF-8 text"),
         ("text:a.bin", b"abc\0def", "NUL"),
-        ("text:a.gz", b"not gzip", "cannot be read"),
+        ("text:a.gz", b"not gzip", "cannot be read as its name says"),
         ("text:a.gz", gzip.compress(b"some text", mtime=0)[:-12], "cannot be read"),
-        ("jsonl:a.jsonl", b'{"text": "a"}\n{"text": \n', "line 2 is not JSON"),
+        ("jsonl:a.jsonl", b'{"text": "a"}\n{"text": \n', "line 2 is not valid JSON"),
         ("jsonl:a.jsonl", b'{"text": "a"}\n\n{"body": "b"}\n', 'line 3 has no string field "text"'),
         ("jsonl:a.jsonl", b'{"text": ""}\n', "is empty"),
     ],

@@ -457,9 +457,10 @@ def test_folders_that_may_not_be_entered(source, monkeypatch):
     def refuse_to_look(*args, **options):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "is_dir", refuse_to_look)
-    with pytest.raises(QjaxError, match=r"cannot read .*: Permission denied"):
-        load(source)
+    with monkeypatch.context() as patch:
+        patch.setattr("qjax.untrusted.os.stat", refuse_to_look)
+        with pytest.raises(QjaxError, match=r"cannot read .*: Permission denied"):
+            load(source)
 
 
 def test_hub_names_are_downloaded(source, monkeypatch):

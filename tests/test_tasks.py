@@ -4,9 +4,11 @@ import bz2
 import gzip
 import itertools
 import json
+import shutil
 import sys
 import types
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -128,7 +130,7 @@ def test_other_malformed_files(tmp_path):
     for name, content, message in (
         ("a.csv", b"", "expected .jsonl"),
         ("a.jsonl.gz", b"no gzip", "cannot be read"),
-        ("a.jsonl", b"\xff\xfe\xff", "cannot be read as UTF-8"),
+        ("a.jsonl", b"\xff\xfe\xff", "not UTF-8 text"),
         ("a.txt", b"one\ntwo\n", "six a question"),
         ("b.txt", b"c\n4\na\nb\nc\nd\n", "line 2 is '4'"),
         ("c.txt", b"c\n1\na\n\nc\nd\n", "line 4: an ending is empty"),
@@ -269,3 +271,21 @@ def test_built_in_cloze():
 )  # fmt: skip
 def test_real_files(name, file, count):
     assert len(load_task(f"{name}:{real_data(f'tasks/{file}')}").questions) == count
+
+
+def test_folders_of_other_things_are_not_walked(tmp_path, monkeypatch):
+    """Whatever folder is named, "/" too: not deeper than MMLU's files may lie, and a folder that goes meanwhile is an error."""
+    (tmp_path / "a" / "b" / "c").mkdir(parents=True)
+    mmlu(tmp_path / "a" / "b")
+    assert len(load_task(f"mmlu:{tmp_path / 'a'}").questions) == 2
+    mmlu(tmp_path / "a" / "b" / "c").rename(tmp_path / "a" / "b" / "c" / "d")
+    shutil.rmtree(tmp_path / "a" / "b" / "mmlu")
+    with pytest.raises(QjaxError, match="holds no test/"):
+        load_task(f"mmlu:{tmp_path}")
+
+    def gone(*args):
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(Path, "glob", gone)
+    with pytest.raises(QjaxError, match=r"cannot read .*No such file or directory; give the folder with"):
+        load_task(f"mmlu:{tmp_path}")

@@ -17,7 +17,7 @@ from jaxtyping import PyTree
 
 from qjax.checkpoints.tensors import FLOATS, Header, dtype_of, read_finite, read_headers, read_tensor, write_tensors
 from qjax.errors import QjaxError
-from qjax.files import expand, listing, read_json, write_atomically
+from qjax.files import expand, listing, write_atomically
 from qjax.folders import new_folder, standing
 from qjax.lazy import Lazy, materialised
 from qjax.linear import dequantize, is_quantized
@@ -29,6 +29,7 @@ from qjax.models.model import Model
 from qjax.models.parameters import check_parameters, flatten, parameter_shapes, unflatten
 from qjax.models.tokenizer import Tokenizer, load_tokenizer
 from qjax.models.walk import TABLE
+from qjax.untrusted import is_folder, read_json, status
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 GENERATION = "generation_config.json"
@@ -46,9 +47,9 @@ def load_huggingface(folder: str | Path, *, lazy: bool = False) -> Model:
     missing, corrupt, misshapen, not finite or not supported.
     """
     name, folder = expand(folder).resolve().name, standing(expand(folder))
-    if not folder.is_dir():
-        raise QjaxError(f"{folder} is a file; give its folder" if folder.exists() else f"{folder}: no such folder")
-    if not (folder / CONFIG).exists():
+    if not is_folder(folder):
+        raise QjaxError(f"{folder} is a file; give its folder" if status(folder) else f"{folder}: no such folder")
+    if not status(folder / CONFIG):
         raise QjaxError(f"{folder} has no {CONFIG}: it is not a Hugging Face checkpoint folder")
     content = _with_ends(folder, read_json(folder / CONFIG))
     try:
@@ -58,8 +59,8 @@ def load_huggingface(folder: str | Path, *, lazy: bool = False) -> Model:
     family = FAMILIES[config.family]
     tensors = stored_tensors(family, parameter_shapes(config), config.heads)
     headers = _canonical(family, tensors, read_headers(weight_files(folder)))
-    head = headers.pop(head_name(family), None) if config.tied else None  # some files repeat the table
-    _check(folder, tensors, headers)
+    _check(folder, tensors, headers, repeated=head_name(family) if config.tied else "")
+    head = headers.pop(head_name(family), None) if config.tied else None
     tokenizer = load_folder_tokenizer(folder, config)
     read = _lazy_parameters if lazy else _read_parameters
     return Model(config, read(folder, tensors, headers, head), tokenizer, name)
@@ -67,7 +68,7 @@ def load_huggingface(folder: str | Path, *, lazy: bool = False) -> Model:
 
 def _with_ends(folder: Path, content: dict) -> dict:
     """config.json with the ends of text that generation_config.json adds: any of them ends one."""
-    if not (folder / GENERATION).exists():
+    if not status(folder / GENERATION):
         return content
     first, *others = ids_of(content, "eos_token_id")
     more = [i for i in ids_of(read_json(folder / GENERATION), "eos_token_id") if i is not None]
@@ -76,14 +77,14 @@ def _with_ends(folder: Path, content: dict) -> dict:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint. Raises QjaxError when there are none, or shards are missing."""
-    if (folder / WEIGHTS).exists():
+    if status(folder / WEIGHTS):
         return [folder / WEIGHTS]
-    if (folder / INDEX).exists():
+    if status(folder / INDEX):
         shards = read_json(folder / INDEX).get("weight_map")
         shards = sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else []
         if not shards or any(Path(shard).name != shard for shard in shards):
             raise QjaxError(f"{folder / INDEX}: expected a weight_map from tensors to files of this folder")
-        if missing := [shard for shard in shards if not (folder / shard).exists()]:
+        if missing := [shard for shard in shards if not status(folder / shard)]:
             raise QjaxError(f"{folder} lacks {listing(missing)}, which {INDEX} names; copy or download them")
         return [folder / shard for shard in shards]
     if pickles := sorted({path.name for pattern in PICKLES for path in folder.glob(pattern)}):
@@ -105,14 +106,16 @@ def _canonical(family: Family, tensors: list[StoredTensor], headers: Mapping[str
     return {full(name): header for name, header in headers.items() if not re.search(family.ignored, name)}
 
 
-def _check(folder: Path, tensors: list[StoredTensor], headers: Mapping[str, Header]) -> None:
-    """Names, shapes and types of all tensors against the configuration."""
-    expected = {tensor.name: tensor for tensor in tensors}
+def _check(folder: Path, tensors: list[StoredTensor], headers: Mapping[str, Header], repeated: str) -> None:
+    """Names, shapes and types of all tensors against the configuration. repeated: a tied head's, which some files have too."""
+    expected = {tensor.name: tensor.shape for tensor in tensors}
     problems = [f"missing {name}" for name in expected if name not in headers]
+    if repeated:
+        expected[repeated] = next(tensor.shape for tensor in tensors if tensor.parts[0][0] == TABLE)
     problems += [f"unexpected {name}" for name in headers if name not in expected]
     for name, header in headers.items():
-        if name in expected and header.shape != expected[name].shape:
-            problems.append(f"{name} has shape {header.shape}, expected {expected[name].shape}")
+        if name in expected and header.shape != expected[name]:
+            problems.append(f"{name} has shape {header.shape}, expected {expected[name]}")
         if name in expected and header.dtype not in FLOATS:
             problems.append(f"{name} has type {header.dtype}, expected {', '.join(FLOATS)}")
     if problems:
@@ -161,8 +164,14 @@ def _check_tied(tensor: StoredTensor, headers: Mapping[str, Header], head: Heade
 def load_folder_tokenizer(folder: Path, config: DecoderConfig) -> Tokenizer | None:
     """The folder's tokenizer or None. Raises QjaxError when it is corrupt or has more tokens than the embedding."""
     path = folder / TOKENIZER
-    if not path.exists():
+    if not status(path):
         return None
+    ids = {"bos": config.bos_id, "eos": config.eos_id}
+    if beyond := [f"{name} is {i}" for name, i in ids.items() if i is not None and i >= config.vocabulary_size]:
+        raise QjaxError(
+            f"{folder}: {' and '.join(beyond)}, the model's embedding has {config.vocabulary_size} tokens; set it to "
+            "one of them, or to null"
+        )
     tokenizer = load_tokenizer(path, bos_id=config.bos_id, eos_id=config.eos_id)
     if tokenizer.vocabulary_size > config.vocabulary_size:
         raise QjaxError(

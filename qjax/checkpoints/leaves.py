@@ -22,6 +22,7 @@ from qjax.lazy import is_array
 from qjax.linear import Linear, LowRank, Outliers, apply_linear
 from qjax.maps import MAPS
 from qjax.qtensor import FLOAT_DTYPES, QTensor, from_codes
+from qjax.untrusted import quoted
 
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8", "int32": "I32"}  # safetensors' names
 
@@ -70,7 +71,7 @@ def template(record: object, shape: tuple[int, int]) -> Linear | QTensor:
     if not isinstance(record, dict) or "weight" not in record:
         weight = _described_qtensor(record, shape)
     elif (weight := _array(record["weight"])).shape != shape:
-        raise QjaxError(f"'weight' is {record['weight']}, expected {list(shape)}")
+        raise QjaxError(f"'weight' is {quoted(record['weight'])}, expected {list(shape)}")
     if "linear" not in record:
         return weight
     leaf = _layer(weight, entry(record, "linear", dict))
@@ -123,7 +124,7 @@ def _layer(weight: QTensor | jax.ShapeDtypeStruct, record: dict) -> Linear:
 def _map(record: object) -> object:
     name = entry(record, "map", str)
     if name not in MAPS:
-        raise QjaxError(f"unknown map {name!r}; known are {', '.join(MAPS)}, qjax.register_map adds one")
+        raise QjaxError(f"unknown map {quoted(name)}; known are {', '.join(MAPS)}, qjax.register_map adds one")
     return _part(MAPS[name], record)
 
 
@@ -134,7 +135,7 @@ def _part(cls: type, record: object) -> object:
     }
     try:
         return cls(**arrays, **static)
-    except TypeError as error:
+    except Exception as error:  # whatever a map of the user's own raises
         raise QjaxError(f"{cls.__name__}: {error}") from None
 
 
@@ -145,9 +146,11 @@ def _spell(array: jax.Array) -> str:
 
 
 def _array(text: object) -> jax.ShapeDtypeStruct:
-    found = re.fullmatch(rf"({'|'.join(TYPES)})\[([0-9, ]*)\]", text if isinstance(text, str) else "")
+    found = re.fullmatch(
+        rf"({'|'.join(TYPES)})\[((?:[0-9]{{1,18}}(?:, ?|(?=\]))){{0,8}})\]", text if isinstance(text, str) else ""
+    )
     if not found:
-        raise QjaxError(f"an array is {text!r}, expected a type and a shape, for example 'float16[4096]'")
+        raise QjaxError(f"an array is {quoted(text)}, expected a type and a shape, for example 'float16[4096]'")
     return jax.ShapeDtypeStruct(tuple(map(int, filter(None, re.split("[, ]+", found[2])))), found[1])
 
 
@@ -155,5 +158,5 @@ def entry(values: object, key: str, kind: type) -> object:
     """values[key]. Raises QjaxError unless it is there and of that type."""
     value = values.get(key) if isinstance(values, dict) else None
     if not isinstance(value, kind):
-        raise QjaxError(f"{key!r} must be {kind.__name__}, got {'nothing' if value is None else repr(value)}")
+        raise QjaxError(f"{key!r} must be {kind.__name__}, got {'nothing' if value is None else quoted(value)}")
     return value

@@ -9,6 +9,7 @@ from qjax.errors import QjaxError
 from qjax.files import expand, reason
 from qjax.folders import standing
 from qjax.models.model import Model
+from qjax.untrusted import is_folder, status
 
 BUNDLED = "bundled"
 
@@ -34,10 +35,10 @@ def load(name: str | Path, *, lazy: bool = False) -> Model:
 
 def _load(name: str | Path, lazy: bool) -> Model:
     folder = standing(expand(name))
-    if folder.is_dir():
-        read = load_packed if (folder / DESCRIPTION).exists() else load_huggingface
+    if is_folder(folder):
+        read = load_packed if status(folder / DESCRIPTION) else load_huggingface
         return read(folder, lazy=lazy)
-    if folder.exists() or _looks_like_a_path(name):
+    if status(folder) or _looks_like_a_path(name):
         return load_huggingface(folder)  # says what is wrong with it
     return load_huggingface(download(str(name)), lazy=lazy)._replace(name=str(name))
 

@@ -30,13 +30,14 @@ from qjax.checkpoints.huggingface import load_folder_tokenizer
 from qjax.checkpoints.leaves import TYPES, entry, template
 from qjax.checkpoints.tensors import FLOATS, Header, read_arrays, read_headers, write_tensors
 from qjax.errors import QjaxError
-from qjax.files import digest_of, expand, listing, read_json, write_atomically
+from qjax.files import digest_of, expand, listing, write_atomically
 from qjax.folders import new_folder, standing
 from qjax.linear import Linear, is_quantized
 from qjax.maps import Permute
 from qjax.models.config import DecoderConfig, LinearScaling, Llama3Scaling
 from qjax.models.model import Model
 from qjax.models.parameters import check_parameters, flatten, parameter_shapes, unflatten
+from qjax.untrusted import quoted, read_json
 
 DESCRIPTION, WEIGHTS, TOKENIZER, LAYERS = "qjax.json", "model.safetensors", "tokenizer.json", "layers.jsonl"
 REPLACED = (
@@ -114,7 +115,7 @@ def load_packed(folder: str | Path, *, lazy: bool = False) -> Model:
     description = read_json(folder / DESCRIPTION)
     try:
         if type(version := description.get("version")) is not int or not 1 <= version <= VERSION:
-            raise QjaxError(f"version {version!r} is not supported, expected 1 to {VERSION}; use the qjax that wrote it")
+            raise QjaxError(f"version {quoted(version)} is not supported, expected 1 to {VERSION}; use the qjax that wrote it")
         config = config_from_dict(entry(description, "config", dict))
         name, recipe = entry(description, "name", str), entry(description, "recipe", str)
         records = entry(description, "quantized", dict)
@@ -149,7 +150,7 @@ def _files(description: dict) -> list[str]:
     """Names of the files with weights: one, or those that are listed."""
     files = description.get("files", [WEIGHTS])
     if not isinstance(files, list) or not files or any(not isinstance(file, str) or Path(file).name != file for file in files):
-        raise QjaxError(f"'files' is {files!r}; expected names of files of this folder")
+        raise QjaxError(f"'files' is {quoted(files)}; expected names of files of this folder")
     return files
 
 
@@ -186,7 +187,7 @@ def templates_of(config: DecoderConfig, records: dict) -> dict[str, object]:
     templates = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in parameter_shapes(config).items()}
     for path, record in records.items():
         if path not in templates or len(shape := templates[path].shape) != 2:
-            raise QjaxError(f"'quantized' names {path!r}, which is no matrix of this model")
+            raise QjaxError(f"'quantized' names {quoted(path)}, which is no matrix of this model")
         try:
             templates[path] = template(record, shape)
         except QjaxError as error:
@@ -228,10 +229,10 @@ def config_to_dict(config: DecoderConfig) -> dict:
 def config_from_dict(values: dict) -> DecoderConfig:
     """The inverse of `config_to_dict`. Raises QjaxError for unknown, missing or malformed entries."""
     if (tagged := values.get("rope_scaling")) is not None:
-        if not isinstance(tagged, dict) or tagged.get("kind") not in SCALINGS:
-            raise QjaxError(f"'rope_scaling' is {tagged!r}; its kind must be one of {', '.join(SCALINGS)}")
+        if not isinstance(tagged, dict) or not isinstance(kind := tagged.get("kind"), str) or kind not in SCALINGS:
+            raise QjaxError(f"'rope_scaling' is {quoted(tagged)}; its kind must be one of {', '.join(SCALINGS)}")
         scaling = {key: value for key, value in tagged.items() if key != "kind"}
-        values = {**values, "rope_scaling": _build(SCALINGS[tagged["kind"]], scaling)}
+        values = {**values, "rope_scaling": _build(SCALINGS[kind], scaling)}
     if isinstance(others := values.get("other_eos_ids"), list):
         values = {**values, "other_eos_ids": tuple(others)}
     return _build(DecoderConfig, values)
@@ -240,12 +241,12 @@ def config_from_dict(values: dict) -> DecoderConfig:
 def _build(cls: type, values: dict) -> object:
     fields = {field.name: field for field in dataclasses.fields(cls)}
     required = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
-    problems = [f"unknown entry {name!r}" for name in values if name not in fields]
+    problems = [f"unknown entry {quoted(name)}" for name in values if name not in fields]
     problems += [f"missing entry {name!r}" for name in required if name not in values]
     for name in values.keys() & fields.keys():
         kind = int | float if fields[name].type is float else fields[name].type
         if not isinstance(values[name], kind):
-            problems.append(f"{name!r} is {values[name]!r}")
+            problems.append(f"{name!r} is {quoted(values[name])}")
     if problems:
         raise QjaxError(f"{cls.__name__}: {listing(problems)}")
     return cls(**values)

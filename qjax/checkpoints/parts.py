@@ -22,11 +22,12 @@ from qjax import __version__
 from qjax.checkpoints import packed
 from qjax.checkpoints.tensors import read_arrays, read_headers, write_tensors
 from qjax.errors import QjaxError
-from qjax.files import digest_of, expand, listing, read_json, reason, write_atomically
+from qjax.files import digest_of, expand, listing, reason, write_atomically
 from qjax.folders import claim, prepare_output_folder, take_name
 from qjax.models.config import DecoderConfig
 from qjax.models.model import Model
 from qjax.models.parameters import check_parameters, parameter_shapes
+from qjax.untrusted import read_json
 
 PROGRESS, LOCK = "qjax-progress.json", "qjax.lock"
 _locks: dict[Path, int] = {}  # descriptors of the locks that this process holds, by folder
@@ -52,6 +53,8 @@ class PartWriter:
         begun = (
             read_json(self._folder / PROGRESS) if (self._folder / PROGRESS).exists() else {"identity": identity, "parts": {}}
         )
+        if not _is_progress(begun):
+            begun = {"identity": {PROGRESS: "unreadable"}, "parts": {}}
         if begun["identity"] != identity:
             if not overwrite:
                 raise QjaxError(
@@ -114,6 +117,17 @@ class PartWriter:
         if not re.fullmatch(r"[\w-]+", name):
             raise QjaxError(f"part {name!r}: expected letters, digits, _ and -")
         return self._folder / f"model-{name}.safetensors"
+
+
+def _is_progress(begun: Mapping[str, object]) -> bool:
+    """Whether it is what `write` keeps."""
+    parts = begun.get("parts")
+    if not isinstance(begun.get("identity"), dict) or not isinstance(parts, dict):
+        return False
+    return all(
+        isinstance(entry, dict) and isinstance(entry.get("quantized"), dict) and {"digest", "record"} <= entry.keys()
+        for entry in parts.values()
+    )
 
 
 def _lock(folder: Path) -> None:

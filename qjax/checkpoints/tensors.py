@@ -21,9 +21,11 @@ from safetensors.numpy import save_file
 from qjax.errors import QjaxError
 from qjax.files import listing, reason, write_atomically
 from qjax.lazy import Lazy
+from qjax.untrusted import open_regular
 
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "U8": np.uint8, "I32": np.int32}
 FLOATS = ("F32", "F16", "BF16")
+HEADER_BYTES = 2**25  # of a file's header; 100 bytes a tensor
 
 
 class Header(NamedTuple):
@@ -103,6 +105,10 @@ def dtype_of(header: Header) -> np.dtype:
 
 @contextmanager
 def _opened(file: Path):
+    with open_regular(file) as content:
+        size = int.from_bytes(content.read(8), "little")
+    if size > HEADER_BYTES:
+        raise QjaxError(f"{file} is truncated or corrupt (a header of {size} bytes); copy or download it again")
     try:
         with safe_open(file, framework="numpy") as content:
             yield content

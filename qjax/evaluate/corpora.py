@@ -21,11 +21,9 @@ from __future__ import annotations
 
 import ast
 import difflib
-import gzip
 import hashlib
 import inspect
 import itertools
-import json
 import logging
 import os
 import re
@@ -39,6 +37,7 @@ import numpy as np
 
 from qjax.errors import QjaxError
 from qjax.files import expand
+from qjax.untrusted import decode, parse_json, read_unpacked, split_lines, status
 
 Split = Literal["test", "calibration"]
 T = TypeVar("T")
@@ -123,7 +122,7 @@ def _unknown(spec: str) -> str:
     near = difflib.get_close_matches(kind, (*_NAMED, *_FILE_READERS), n=2, cutoff=0.5)
     names = [name if name in _NAMED else f"{name}:PATH" for name in near]
     hint = f" (did you mean {' or '.join(names)}?)" if names else ""
-    if not names and expand(spec).exists():
+    if not names and status(expand(spec)):
         hint = f" (a file is given as text:{spec})"
     return f"unknown corpus {spec!r}{hint}: expected one of {', '.join(corpus_names())}"
 
@@ -223,16 +222,11 @@ def _python_docs_side(*, held_out: bool) -> tuple[str, ...]:
 
 def _read(path: Path, spec: str) -> str:
     try:
-        data = path.read_bytes()
-        if path.suffix == ".gz":
-            data = gzip.decompress(data)
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise QjaxError(f"corpus {spec!r}: not UTF-8 text (byte {error.start}); convert the file to UTF-8") from error
-    except FileNotFoundError as error:
-        raise QjaxError(f"corpus {spec!r}: no such file; expected the path of a text file") from error
-    except (OSError, EOFError) as error:
-        raise QjaxError(f"corpus {spec!r}: cannot be read ({error}); expected a readable file") from error
+        if not status(path):
+            raise QjaxError("no such file; expected the path of a text file")
+        text = decode(read_unpacked(path), "the file")
+    except QjaxError as error:
+        raise QjaxError(f"corpus {spec!r}: {error}") from error
     if "\0" in text:
         raise QjaxError(f"corpus {spec!r}: holds NUL bytes, so it is no text file; expected UTF-8 text")
     if not text.strip():
@@ -246,13 +240,10 @@ def _text(path: Path, spec: str) -> tuple[str, ...]:
 
 def _jsonl(path: Path, spec: str) -> tuple[str, ...]:
     documents = []
-    for number, line in enumerate(_read(path, spec).split("\n"), 1):
+    for number, line in enumerate(split_lines(_read(path, spec), f"corpus {spec!r}: the file"), 1):
         if not line.strip():
             continue
-        try:
-            document = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise QjaxError(f"corpus {spec!r}: line {number} is not JSON ({error.msg}); expected one object a line") from error
+        document = parse_json(line, f"corpus {spec!r}: line {number}")
         if not isinstance(document, dict) or not isinstance(document.get("text"), str):
             raise QjaxError(f'corpus {spec!r}: line {number} has no string field "text"; expected {{"text": ...}} on each line')
         documents.append(document["text"])

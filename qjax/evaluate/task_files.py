@@ -10,21 +10,29 @@ The fields are those of MosaicML's llm-foundry, the text file is the one llama.c
 (arXiv 2009.03300), whose prompt is used. Every malformed line is an error that names it.
 """
 
-import bz2
 import csv
-import gzip
 import io
-import json
-import zipfile
-import zlib
-from collections.abc import Callable
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 
 from qjax.errors import QjaxError
 from qjax.evaluate.questions import Question, last_word, multiple_choice, multiple_context
-from qjax.files import expand, read_bytes
+from qjax.files import expand, reason
+from qjax.untrusted import (
+    TEXT_BYTES,
+    decode,
+    is_folder,
+    json_object,
+    read_archive,
+    read_bytes,
+    read_unpacked,
+    split_lines,
+    status,
+)
 
 SCHEMAS = (("query", "choices", "gold"), ("context_options", "continuation", "gold"), ("context", "continuation"))
+BYTES, QUESTIONS = 2**26, 3 * 10**5  # of a task, at most
 SHOTS = 5
 LETTERS = "ABCD"
 
@@ -35,48 +43,45 @@ def read_task_file(path: str | Path, suffix: str = "") -> list[Question]:
     Raises QjaxError for a missing or malformed file, with the line.
     """
     path = expand(path)
-    if not path.exists():
+    if not status(path):
         raise QjaxError(f"task file {path} does not exist")
-    if path.is_dir() or path.suffix == ".zip":
-        return _mmlu(path)
     kind = Path(path.stem).suffix if path.suffix in (".gz", ".bz2") else path.suffix
-    if kind == ".jsonl":
-        return _jsonl(path, suffix)
-    if kind == ".txt":
-        return _hellaswag(path)
-    raise QjaxError(f"task file {path}: expected .jsonl, .txt (HellaSwag), either with .gz or .bz2, or a folder or .zip (MMLU)")
+    if is_folder(path) or path.suffix == ".zip":
+        questions = _mmlu(path)
+    elif kind == ".jsonl":
+        questions = _jsonl(path, suffix)
+    elif kind == ".txt":
+        questions = _hellaswag(path)
+    else:
+        raise QjaxError(
+            f"task file {path}: expected .jsonl, .txt (HellaSwag), either with .gz or .bz2, or a folder or .zip (MMLU)"
+        )
+    found = list(itertools.islice(questions, QUESTIONS + 1))
+    if len(found) > QUESTIONS:
+        raise QjaxError(f"task file {path} has more than {QUESTIONS} questions; give a part of it")
+    return found
 
 
 def _text(path: Path) -> str:
-    unpack: Callable[[bytes], bytes] = {".gz": gzip.decompress, ".bz2": bz2.decompress}.get(path.suffix, bytes)
-    try:
-        return unpack(read_bytes(path)).decode("utf-8-sig")
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise QjaxError(f"task file {path} cannot be read as UTF-8 text: {error}") from error
+    return decode(read_unpacked(path, BYTES), f"task file {path}")
 
 
-def _jsonl(path: Path, suffix: str) -> list[Question]:
-    questions, schema = [], None
-    for number, line in enumerate(_text(path).split("\n"), start=1):  # str.splitlines would break at U+2028 inside a string
+def _jsonl(path: Path, suffix: str) -> Iterator[Question]:
+    schema = None
+    for number, line in enumerate(split_lines(_text(path), f"task file {path}"), start=1):
         if not line.strip():
             continue
         where = f"{path}: line {number}"
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            entry = None
-        if not isinstance(entry, dict):
-            raise QjaxError(f"{where} is not a JSON object")
+        entry = json_object(line, where)
         schema = schema or _schema(entry, where)
         missing = [field for field in schema if field not in entry]
         if missing:
             raise QjaxError(
                 f"{where} has no {', '.join(missing)}; expected the fields {', '.join(schema)} as in the first line"
             )
-        questions.append(_question(entry, schema, suffix, where))
-    if not questions:
+        yield _question(entry, schema, suffix, where)
+    if schema is None:
         raise QjaxError(f"task file {path} holds no questions")
-    return questions
 
 
 def _schema(entry: dict, where: str) -> tuple[str, ...]:
@@ -112,11 +117,10 @@ def _fits(field: str, value: object) -> bool:
     return isinstance(value, str) and (bool(value) or field in ("query", "context"))
 
 
-def _hellaswag(path: Path) -> list[Question]:
-    lines = _text(path).rstrip("\n").split("\n")
+def _hellaswag(path: Path) -> Iterator[Question]:
+    lines = list(split_lines(_text(path).rstrip("\n"), f"task file {path}"))
     if len(lines) % 6:
         raise QjaxError(f"{path} has {len(lines)} lines; expected six a question: context, gold index, four endings")
-    questions = []
     for start in range(0, len(lines), 6):
         context, gold, *endings = lines[start : start + 6]
         if gold not in ("0", "1", "2", "3"):
@@ -124,8 +128,7 @@ def _hellaswag(path: Path) -> list[Question]:
         empty = [start + line for line, ending in enumerate(endings, start=3) if not ending]
         if empty:
             raise QjaxError(f"{path}: line {empty[0]}: an ending is empty")
-        questions.append(multiple_choice(context, endings, int(gold)))
-    return questions
+        yield multiple_choice(context, endings, int(gold))
 
 
 # --- MMLU ----------------------------------------------------------------------------------------------------------------
@@ -144,9 +147,11 @@ def _mmlu(path: Path) -> list[Question]:
             raise QjaxError(f"{path}: subject {name} has {len(examples)} examples in dev, expected {SHOTS}")
         head = f"The following are multiple choice questions (with answers) about {name.replace('_', ' ')}.\n\n"
         head += "".join(f"{_asked(row)} {row[5]}\n\n" for row in examples)
+        if len(head) * len(rows) > TEXT_BYTES:
+            raise QjaxError(f"{path}: the {SHOTS} examples of subject {name} have {len(head)} characters; expected short ones")
         subjects.append([multiple_choice(head + _asked(row), LETTERS, LETTERS.index(row[5])) for row in rows])
-    longest = max(map(len, subjects))
-    return [questions[i] for i in range(longest) for questions in subjects if i < len(questions)]
+    in_turn = sorted((i, number) for number, questions in enumerate(subjects) for i in range(len(questions)))
+    return [subjects[number][i] for i, number in in_turn]
 
 
 def _asked(row: list[str]) -> str:
@@ -156,34 +161,51 @@ def _asked(row: list[str]) -> str:
 
 def _csv_files(path: Path) -> dict[tuple[str, str], list[list[str]]]:
     """(dev | test, subject) -> rows."""
-    if path.is_dir():
-        contents = {str(file.relative_to(path)): read_bytes(file) for file in sorted(path.rglob("*.csv"))}
+    if is_folder(path):
+        contents, left = {}, BYTES
+        for file in _files_below(path):
+            contents[file.relative_to(path).as_posix()] = content = read_bytes(file, left)
+            left -= len(content)
     else:
-        try:
-            with zipfile.ZipFile(path) as archive:
-                contents = {name: archive.read(name) for name in archive.namelist() if name.endswith(".csv")}
-        except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:  # RuntimeError: encrypted, compressed oddly
-            raise QjaxError(f"task file {path} is no readable zip archive: {error}") from error
-    files = {}
-    for name, content in contents.items():
-        part, _, file = name.rpartition("/")
-        part = part.rpartition("/")[2]
-        if part in ("dev", "test") and "__MACOSX" not in name and file.endswith(f"_{part}.csv"):
-            files[part, file.removesuffix(f"_{part}.csv")] = _csv_rows(content, f"{path}: {name}")
-    return files
+        contents = read_archive(path, _subject, BYTES)
+    return {_subject(name): _csv_rows(content, f"{path}: {name}") for name, content in contents.items()}
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """MMLU's files in a folder or up to two below it: no deeper, as the folder named may be any."""
+    try:
+        found = [
+            file for above in ("", "*/", "*/*/") for part in ("dev", "test") for file in folder.glob(f"{above}{part}/*.csv")
+        ]
+    except OSError as error:
+        raise QjaxError(f"cannot read {folder}: {reason(error)}; give the folder with MMLU's dev and test") from error
+    return sorted(file for file in found if _subject(file.relative_to(folder).as_posix()))
+
+
+def _subject(name: str) -> tuple[str, str] | None:
+    """(dev | test, subject) of a file's name; None for other files."""
+    part, _, file = name.rpartition("/")
+    part = part.rpartition("/")[2]
+    if part in ("dev", "test") and "__MACOSX" not in name and file.endswith(f"_{part}.csv"):
+        return part, file.removesuffix(f"_{part}.csv")
+    return None
 
 
 def _csv_rows(content: bytes, where: str) -> list[list[str]]:
+    text = decode(content, where)
+    if (count := text.count("\n")) > QUESTIONS:
+        raise QjaxError(f"{where} has {count} lines, expected at most {QUESTIONS}; give a part of it")
+    reader = csv.reader(io.StringIO(text, newline=""))
     try:
-        rows = list(csv.reader(io.StringIO(content.decode("utf-8-sig"), newline="")))
-    except (ValueError, csv.Error) as error:
+        return [_csv_row(row, f"{where}: row {number}") for number, row in enumerate(reader, start=1)]
+    except csv.Error as error:
         raise QjaxError(f"{where} is no CSV file: {error}") from error
-    for number, row in enumerate(rows, start=1):
-        if len(row) != 6 or row[5] not in tuple(LETTERS):
-            raise QjaxError(
-                f"{where}: row {number}: expected question, four options and a letter A to D, got {len(row)} fields"
-            )
-        empty = [str(option) for option, text in enumerate(row[1:5], start=1) if not text.strip()]
-        if empty:
-            raise QjaxError(f"{where}: row {number}: option {', '.join(empty)} is empty")
-    return rows
+
+
+def _csv_row(row: list[str], where: str) -> list[str]:
+    if len(row) != 6 or row[5] not in tuple(LETTERS):
+        raise QjaxError(f"{where}: expected question, four options and a letter A to D, got {len(row)} fields")
+    empty = [str(option) for option, text in enumerate(row[1:5], start=1) if not text.strip()]
+    if empty:
+        raise QjaxError(f"{where}: option {', '.join(empty)} is empty")
+    return row

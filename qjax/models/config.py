@@ -8,6 +8,43 @@ import dataclasses
 
 from qjax.errors import QjaxError
 
+SIZE = 2**31 - 1  # what int32 positions and tokens can count
+RANGES = {  # of every number of a configuration, both ends included: what any model might have, and a mistake has not
+    "vocabulary_size": (1, 2**24),
+    "hidden_size": (1, 2**20),
+    "mlp_size": (1, 2**22),
+    "layers": (1, 2**10),
+    "heads": (1, 2**14),
+    "kv_heads": (1, 2**14),
+    "head_dim": (1, 2**16),
+    "context": (2, 2**27),
+    "norm_epsilon": (1e-20, 0.1),
+    "rope_theta": (1.0, 1e15),
+    "sliding_window": (1, SIZE),
+    "bos_id": (0, SIZE),
+    "eos_id": (0, SIZE),
+    "rotary_fraction": (1e-3, 1.0),
+    "position_offset": (0, 2**16),
+    "factor": (1e-3, 1e6),
+    "low_frequency_factor": (1e-3, 1e6),
+    "high_frequency_factor": (1e-3, 1e6),
+    "original_context": (2, 2**27),
+}
+
+
+def check_ranges(values: object) -> None:
+    """Raises QjaxError that lists every number of a dataclass, by `RANGES`, that is out of its range or of another type."""
+    problems = []
+    for field in dataclasses.fields(values):
+        value = getattr(values, field.name)
+        if field.name not in RANGES or (value is None and field.default is None):
+            continue
+        low, high = RANGES[field.name]
+        if type(value) not in ((int,) if isinstance(low, int) else (int, float)) or not low <= value <= high:
+            problems.append(f"{field.name} is {value!r}, expected {low} to {high}")
+    if problems:
+        raise QjaxError(f"model configuration: {'; '.join(problems)}")
+
 
 @dataclasses.dataclass(frozen=True)
 class Llama3Scaling:
@@ -18,12 +55,23 @@ class Llama3Scaling:
     high_frequency_factor: float
     original_context: int
 
+    def __post_init__(self):
+        check_ranges(self)
+        if self.high_frequency_factor <= self.low_frequency_factor:
+            raise QjaxError(
+                f"model configuration: the high frequency factor is {self.high_frequency_factor}, expected one above the low, "
+                f"{self.low_frequency_factor}"
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class LinearScaling:
     """Position interpolation (Chen et al. 2023, arXiv 2306.15595): positions are divided by `factor`."""
 
     factor: float
+
+    def __post_init__(self):
+        check_ranges(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,13 +123,7 @@ class DecoderConfig:
         return f"DecoderConfig({', '.join(f'{field.name}={getattr(self, field.name)!r}' for field in shown)})"
 
     def __post_init__(self):
-        sizes = ("vocabulary_size", "hidden_size", "mlp_size", "layers", "heads", "kv_heads", "head_dim", "context")
-        bad = {name: value for name in sizes if not isinstance(value := getattr(self, name), int) or value < 1}
-        if bad:
-            raise QjaxError(f"model configuration: sizes must be positive integers, got {bad}")
-        huge = {name: value for name in sizes if (value := getattr(self, name)) >= (10_000 if name == "layers" else 2**31)}
-        if huge or self.context < 2:
-            raise QjaxError(f"model configuration: sizes out of all bounds: {huge or {'context': self.context}}")
+        check_ranges(self)
         choices = {
             "norm": ("rms", "rms_offset", "layer"),
             "activation": ("silu", "gelu", "gelu_tanh", "relu"),
@@ -90,17 +132,13 @@ class DecoderConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise QjaxError(f"model configuration: {name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
-        if not isinstance(self.position_offset, int) or not 0 <= self.position_offset < 2**31:
-            raise QjaxError(f"model configuration: position_offset must not be negative, got {self.position_offset!r}")
-        if not isinstance(self.other_eos_ids, tuple) or not all(type(i) is int and 0 <= i < 2**31 for i in self.other_eos_ids):
-            raise QjaxError(f"model configuration: other_eos_ids must be token ids, got {self.other_eos_ids!r}")
+        low, high = RANGES["eos_id"]
+        ends = self.other_eos_ids
+        if not isinstance(ends, tuple) or not all(type(i) is int and low <= i <= high for i in ends):
+            raise QjaxError(f"model configuration: other_eos_ids must be token ids, got {ends!r}")
         if self.heads % self.kv_heads:
             raise QjaxError(f"model configuration: {self.heads} heads cannot share {self.kv_heads} key/value heads evenly")
-        if self.rope_theta <= 0:
-            raise QjaxError(f"model configuration: rope_theta must be above 0, got {self.rope_theta}")
-        if self.positions == "rope" and not (
-            0 < self.rotary_fraction <= 1 and self.rotary_dim > 0 and self.rotary_dim % 2 == 0
-        ):
+        if self.positions == "rope" and (self.rotary_dim == 0 or self.rotary_dim % 2):
             raise QjaxError(
                 "model configuration: rotary positions need an even number of features of each head, got "
                 f"{self.rotary_fraction} of {self.head_dim}"

@@ -5,7 +5,8 @@ every version of the transformers library understands, is written. Every functio
 """
 
 from qjax.errors import QjaxError
-from qjax.models.config import DecoderConfig, LinearScaling, Llama3Scaling
+from qjax.models.config import RANGES, DecoderConfig, LinearScaling, Llama3Scaling
+from qjax.untrusted import quoted
 
 ACTIVATIONS = {  # config.json -> DecoderConfig
     "silu": "silu",
@@ -28,7 +29,7 @@ def get(config: dict, key: str, kind: type, default=_REQUIRED):
         return default
     kinds = (int, float) if kind is float else kind
     if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
-        got = "nothing" if value is None else repr(value)
+        got = "nothing" if value is None else quoted(value)
         raise QjaxError(f"{key!r} must be {'a number' if kind is float else kind.__name__}, got {got}")
     return value
 
@@ -36,14 +37,14 @@ def get(config: dict, key: str, kind: type, default=_REQUIRED):
 def require(config: dict, key: str, default: object, allowed: object) -> None:
     """An entry that changes the arithmetic must have the one value that the decoder implements."""
     if (value := config.get(key, default)) not in (allowed, None):
-        raise QjaxError(f"{key!r} is {value!r}; the decoder can only do {allowed!r}")
+        raise QjaxError(f"{key!r} is {quoted(value)}; the decoder can only do {allowed!r}")
 
 
 def activation(config: dict, key: str, default: str) -> str:
     """DecoderConfig's name of an activation function."""
     name = get(config, key, str, default)
     if name not in ACTIVATIONS:
-        raise QjaxError(f"{key!r} is {name!r}; supported: {', '.join(ACTIVATIONS)}")
+        raise QjaxError(f"{key!r} is {quoted(name)}; supported: {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
 
@@ -106,7 +107,7 @@ def partial_rope(config: dict, *, share: float, older: tuple[str, ...] = ()) -> 
                 original_context=get(parameters, "original_max_position_embeddings", int),
             )
         case _:
-            raise QjaxError(f"rotary scaling {kind!r} is not supported; supported: default, linear, llama3")
+            raise QjaxError(f"rotary scaling {quoted(kind)} is not supported; supported: default, linear, llama3")
     return {"rope_theta": theta, "rope_scaling": scaling, "rotary_fraction": share}
 
 
@@ -149,8 +150,9 @@ def window_of_all_layers(config: dict, window: int | None, *, first: int) -> int
     """The sliding window that all layers share, or None; `first` is the first layer with one where layer_types is silent."""
     if window is None:
         return None
-    layers = get(config, "num_hidden_layers", int)
-    default = ["full_attention"] * min(first, layers) + ["sliding_attention"] * (layers - first)
+    layers = min(get(config, "num_hidden_layers", int), RANGES["layers"][1])  # DecoderConfig refuses more
+    first = min(max(first, 0), layers)
+    default = ["full_attention"] * first + ["sliding_attention"] * (layers - first)
     kinds = list(map(str, get(config, "layer_types", list, default)))
     if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
         raise QjaxError(f"'layer_types' has {sorted(unknown)}; supported: full_attention, sliding_attention")

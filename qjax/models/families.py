@@ -13,6 +13,7 @@ from qjax.models.config import DecoderConfig
 from qjax.models.family import Family
 from qjax.models.family_gpt import GPT2, GPT_NEOX, OPT
 from qjax.models.family_llama import GEMMA, LLAMA, MISTRAL, QWEN2
+from qjax.untrusted import quoted
 
 FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, GPT2, GPT_NEOX, OPT, GEMMA)}
 
@@ -30,7 +31,7 @@ def find_family(config: dict) -> Family:
         family = None
     if family is None:
         raise QjaxError(
-            f"unknown architecture: model_type {name!r}, architectures {architectures}; "
+            f"unknown architecture: model_type {quoted(name)}, architectures {quoted(architectures)}; "
             f"supported: {', '.join(f'{each.name} ({each.architectures[0]})' for each in FAMILIES.values())}"
         )
     return family

@@ -81,7 +81,7 @@ def _write_llama(config: DecoderConfig) -> dict:
 
 def _read_mistral(config: dict) -> DecoderConfig:
     window = entries.window(config, None)
-    if window is not None and set(entries.get(config, "layer_types", list, [])) - {"sliding_attention"}:
+    if window is not None and set(map(str, entries.get(config, "layer_types", list, []))) - {"sliding_attention"}:
         raise QjaxError("'layer_types' beside 'sliding_window': the family has its window in every layer")
     return _read_llama_like(config, family="mistral", sliding_window=window)
 

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qjax.errors import QjaxError
-from qjax.files import read_bytes
+from qjax.models.tokenizer_file import LARGEST_ID
+from qjax.models.tokenizer_trial import TOKENIZER_BYTES, no_panic, parse_safely
+from qjax.untrusted import read_bytes
 
 if TYPE_CHECKING:
     import tokenizers
@@ -34,7 +36,8 @@ class Tokenizer:
         Raises QjaxError for text that UTF-8 cannot hold (lone surrogates).
         """
         _code_points(text)
-        return np.array(self.inner.encode(text, add_special_tokens=special_tokens).ids, np.int32)
+        with no_panic("encode this text"):
+            return np.array(self.inner.encode(text, add_special_tokens=special_tokens).ids, np.int32)
 
     def encode_with_bytes(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """int32 ids (tokens,) without special tokens, and the int32 number of UTF-8 bytes of the text each stands for.
@@ -43,8 +46,9 @@ class Tokenizer:
         end, to the last. Where one character is spread over several tokens its bytes count to the first of them.
         """
         points = _code_points(text)
-        encoding = self.inner.encode(text, add_special_tokens=False)
-        ids = np.array(encoding.ids, np.int32)
+        with no_panic("encode this text"):
+            encoding = self.inner.encode(text, add_special_tokens=False)
+            ids = np.array(encoding.ids, np.int32)
         if ids.size == 0:
             return ids, ids.copy()
         widths = 1 + (points > 0x7F).astype(np.int64) + (points > 0x7FF) + (points > 0xFFFF)
@@ -56,7 +60,9 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], *, special_tokens: bool = False) -> str:
         """Text of ids; special tokens such as the beginning of text are shown only with `special_tokens`."""
-        return self.inner.decode([int(i) for i in ids], skip_special_tokens=not special_tokens)
+        ids = [int(i) for i in ids]
+        with no_panic("decode these tokens"):
+            return self.inner.decode(ids, skip_special_tokens=not special_tokens)
 
     def to_json(self) -> str:
         """The content of a tokenizer.json that `load_tokenizer` reads back."""
@@ -68,22 +74,29 @@ def wrap_tokenizer(inner: "tokenizers.Tokenizer", *, bos_id: int | None = None, 
     knows what stands before a text, has the last word on bos_id. Truncation and padding are switched off."""
     inner.no_truncation()
     inner.no_padding()
-    framed = inner.encode("a")
+    with no_panic("encode 'a'"):
+        framed = inner.encode("a")
     adds_bos = bool(framed.special_tokens_mask) and framed.special_tokens_mask[0] == 1
     size = max(inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    if not 0 < size <= LARGEST_ID + 1 or max(framed.ids, default=0) >= size:
+        largest = max(size - 1, *framed.ids)
+        raise QjaxError(
+            f"the tokenizer has the token id {largest} beside a vocabulary of {size}; expected ids of the vocabulary"
+        )
     return Tokenizer(inner, size, framed.ids[0] if adds_bos else bos_id, eos_id, adds_bos)
 
 
 def load_tokenizer(path: str | Path, *, bos_id: int | None = None, eos_id: int | None = None) -> Tokenizer:
-    """The tokenizer in the file `path` (a tokenizer.json). Raises QjaxError when it is missing or corrupt."""
-    import tokenizers
+    """The tokenizer in the file `path` (a tokenizer.json).
 
-    content = read_bytes(path)
+    Raises QjaxError when it is missing, corrupt, or made so that using it is not safe (`tokenizer_trial.py`).
+    """
+    path = Path(path)
+    content = read_bytes(path, TOKENIZER_BYTES)
     try:
-        inner = tokenizers.Tokenizer.from_buffer(content)
-    except Exception as error:  # the library raises nothing more specific
-        raise QjaxError(f"{path} is not a tokenizer of the tokenizers library: {error}") from error
-    return wrap_tokenizer(inner, bos_id=bos_id, eos_id=eos_id)
+        return wrap_tokenizer(parse_safely(content), bos_id=bos_id, eos_id=eos_id)
+    except QjaxError as error:
+        raise QjaxError(f"{path}: {error}; get an intact tokenizer.json") from error
 
 
 def _code_points(text: str) -> np.ndarray:

@@ -130,7 +130,7 @@ def widths_table(rows: Sequence[Row]) -> Table:
         for method in (method for method in methods if (fmt, method) in found):
             row = found[fmt, method]
             error = number(row, "perplexity_ratio_stderr")
-            line |= {f"ratio:{method}": row["perplexity_ratio"], f"ratio_stderr:{method}": error, f"row:{method}": row}
+            line |= {f"ratio:{method}": row.get("perplexity_ratio"), f"ratio_stderr:{method}": error, f"row:{method}": row}
             line.setdefault("bits_per_weight", row["bits_per_weight"])  # of nearest rounding, whose column is the first
         lines.append(line)
     columns = [

@@ -200,6 +200,7 @@ def data_dictionary() -> list[dict[str, str]]:
 
 # --- types ----------------------------------------------------------------------------------------------------------------
 
+LARGEST = 2**63 - 1  # of integers: what tables and CSV files can hold
 _NULL = types.NoneType
 _JSON = {str: ("text", {str}), int: ("integer", {int}), float: ("number", {int, float}), _NULL: ("null", {_NULL})}
 
@@ -221,11 +222,13 @@ def _fits(value: object, kind: object) -> bool:
     """Whether a value, as JSON gives it, is of a column's type; of losses in a list some are null in old rows."""
     many = isinstance(value, list)
     for _, part in (each for each in _alternatives(kind) if each[0] == many):
-        items = value if many else [value]
+        items = [item for item in (value if many else [value]) if not (part is float and item == "inf")]
+        found = {type(item) for item in items}
+        if any(type(item) is int and abs(item) > LARGEST for item in items):
+            return False
         if any(isinstance(item, float) and not math.isfinite(item) for item in items):
             return False  # what Python's JSON reads as NaN, and no row has
-        found = {type(item) for item in items if not (part is float and item == "inf")}
-        if found <= _JSON[part][1] | ({_NULL} if many else set()):
+        if found <= _JSON[part][1] | ({_NULL} if many and part is float else set()):
             return True
     return False
 

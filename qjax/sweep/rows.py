@@ -87,7 +87,7 @@ def complete(row: Row) -> dict[str, object]:
     named = [each for each in measurements().values() if each.when is None]
     measures = [each.name for each in named if not held.isdisjoint(spelled(column.name) for column in each.columns)]
     added = with_baseline(row) | {"measures": measures}
-    if "recipe_alone" not in row:
+    if "recipe_alone" not in row or "rules" not in row:
         recipe, *rules = str(row["recipe"]).split("; ")
         added["rules"] = rules
         alone = re.match(r"\^block_(\d+)/=", rules[0]) if recipe == UNQUANTIZED and len(rules) == 1 else None

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
+from qjax import untrusted
 from qjax.errors import QjaxError
 from qjax.files import reason
 from qjax.sweep.columns import misfits
@@ -35,14 +36,15 @@ def read_rows(path: Path) -> list[dict[str, object]]:
 
 def _objects(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
     """The number and the object of every finished line."""
-    lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
-    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is unfinished
+    if not untrusted.status(path):
+        return
+    for number, line in untrusted.lines(path):
+        if not line.endswith(b"\n"):  # unfinished
+            return
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if not isinstance(row, dict):
-            raise QjaxError(f"{path}: line {number} is not a JSON object; mend or remove that line")
+            row = untrusted.json_object(line, f"{path}: line {number}")
+        except QjaxError as error:
+            raise QjaxError(f"{error}; mend or remove that line") from error
         yield number, row
 
 

@@ -1,0 +1,99 @@
+"""Small valid inputs, made once a process and without compiling anything."""
+
+import base64
+import functools
+import json
+import struct
+import tempfile
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from qjax.activations import parse_activation
+from qjax.checkpoints import packed
+from qjax.checkpoints.huggingface import save_huggingface
+from qjax.linear import Linear, LowRank, Outliers
+from qjax.maps import Permute, Scale
+from qjax.models.parameters import flatten, unflatten
+from tests.conftest import FAMILY_CHANGES, byte_tokenizer, tiny_config
+from tests.random_weights import weights_model
+from tests.report_rows import early_row, measured_row
+
+PRECOMPILED = base64.b64encode(struct.pack("<I", 1024) + bytes(1024) + b"ab\0").decode()  # a trie that knows no text
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "packed_v1"
+
+
+@functools.cache
+def checkpoint(family: str) -> dict[str, bytes]:
+    """Files of a small Hugging Face folder of a family, by name."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_huggingface(folder, weights_model(tiny_config(**FAMILY_CHANGES[family] | {"vocabulary_size": 64})))
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+@functools.cache
+def packed_folder(layered: bool) -> dict[str, bytes]:
+    """Files of a small packed folder; layered: with a layer of all parts, else of the first version."""
+    if not layered:
+        return {path.name: path.read_bytes() for path in FIXTURE.iterdir()}
+    model = packed.load_packed(FIXTURE)
+    leaves = flatten(model.params)
+    path = "block_0/attention/o/kernel"  # q is a Linear already
+    inputs, outputs = leaves[path].shape
+    parts = {
+        "inputs": (Scale(jnp.full(inputs, 0.5, jnp.float16)), Permute(jnp.asarray(np.arange(inputs)[::-1], jnp.int32))),
+        "activation": parse_activation("int8-tensor"),
+        "activation_scale": jnp.float32(0.1),
+        "outliers": Outliers(jnp.asarray([3], jnp.int32), jnp.ones((1, outputs), jnp.float16)),
+        "adapter": LowRank(jnp.ones((inputs, 2)), jnp.ones((2, outputs)), scaling=0.5),
+    }
+    model = model._replace(params=unflatten(leaves | {path: Linear(leaves[path], **parts)}))
+    with tempfile.TemporaryDirectory() as folder:
+        packed.save(folder, model)
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def models() -> list[dict[str, bytes]]:
+    """All small folders."""
+    return [*map(checkpoint, FAMILY_CHANGES), packed_folder(False), packed_folder(True)]
+
+
+@functools.cache
+def tokenizers() -> list[dict]:
+    """Contents of tokenizer.json of several kinds."""
+    bpe = json.loads(byte_tokenizer(bos=True).to_json())
+    small = {"model": bpe["model"] | {"vocab": dict(list(bpe["model"]["vocab"].items())[:80]), "unk_token": "!"}}
+    special = {"<s>": {"id": "<s>", "ids": [256], "tokens": ["<s>"]}}
+    a, b = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    roberta = {"type": "RobertaProcessing", "sep": ["!", 0], "cls": ["!", 0], "trim_offsets": True, "add_prefix_space": True}
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    split = {"type": "Split", "pattern": {"Regex": "\\s+|[a-z]+"}, "behavior": "Isolated", "invert": False}
+    bare = {"added_tokens": [], "post_processor": None}
+    return [
+        bpe,
+        bpe | {"post_processor": {"type": "TemplateProcessing", "single": [a], "pair": [a, b], "special_tokens": special}},
+        bpe | small | {"added_tokens": [], "post_processor": roberta},
+        bpe
+        | {"normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, replace, {"type": "NFC"}]}},
+        bpe
+        | {"model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1, "!": 2}, "unk_token": "!"}, "pre_tokenizer": split}
+        | bare,
+        bpe | {"model": {"type": "Unigram", "vocab": [["<unk>", 0.0], ["a", -1.0], ["▁", -2.0]], "unk_id": 0}} | bare,
+        bpe | {"normalizer": {"type": "Precompiled", "precompiled_charsmap": PRECOMPILED}},
+        bpe | {"truncation": {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}},
+        bpe
+        | {
+            "decoder": {
+                "type": "Sequence",
+                "decoders": [replace, {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}],
+            }
+        },
+    ]
+
+
+@functools.cache
+def rows() -> list[dict[str, object]]:
+    """Rows of a sweep, of this version and of earlier ones."""
+    recipes = ("none", "rtn:int4-g128", "gptq:int3-g128", "nf4", "awq+gptq(damp=0.05):int4-g64@sequential")
+    return [make(recipe, 0.01 * i) for make in (measured_row, early_row) for i, recipe in enumerate(recipes)]

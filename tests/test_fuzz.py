@@ -1,0 +1,51 @@
+"""A few hundred inputs of every fuzzer, always the same; `python -m tests.fuzz` goes on from there."""
+
+import os
+
+import pytest
+
+from tests.fuzz import seeds
+from tests.fuzz.attempt import attempt
+from tests.fuzz.readers import READERS, read_unchanged
+
+INPUTS = {"tokenizer": 12, "checkpoint": 12, "packed": 12}  # the slow ones; 40 of others
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="makes pipes and links")
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_inputs_that_are_nearly_right(reader, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    faults = {index: attempt(reader, 1, index, tmp_path / "input")[1] for index in range(INPUTS.get(reader, 40))}
+    assert {index: fault for index, fault in faults.items() if fault} == {}
+
+
+def test_inputs_are_right_before_they_are_changed(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert read_unchanged(tmp_path) == 7 + 2 + len(seeds.tokenizers())
+
+
+def test_faults_are_seen(tmp_path, monkeypatch):
+    """Other exceptions, messages of several lines, and memory."""
+    from qjax.errors import QjaxError
+    from tests.fuzz import attempt as judge
+
+    class Odd(QjaxError):
+        def __init__(self, message):
+            Exception.__init__(self, message)
+
+    def failing(error):
+        def read(folder):
+            raise error
+
+        return READERS["text"]._replace(read=read)
+
+    for error, said in ((ValueError("x"), "ValueError"), (Odd("two\nlines"), "not one"), (Odd("x" * 1_001), "1001 characters")):
+        monkeypatch.setitem(judge.READERS, "text", failing(error))
+        assert said in attempt("text", 0, 0, tmp_path / "input")[1]
+    monkeypatch.setitem(judge.READERS, "text", failing(QjaxError("a right one")))
+    assert attempt("text", 0, 0, tmp_path / "input") == (False, None)
+    monkeypatch.setattr(judge, "MEMORY", 2**24)
+    monkeypatch.setitem(judge.READERS, "text", READERS["text"]._replace(read=lambda folder: b"x" * 2**26))
+    if judge.FORGET.exists():
+        assert "MiB" in attempt("text", 0, 0, tmp_path / "input")[1]
