@@ -160,6 +160,9 @@ def test_rules_give_layers_their_own_recipes(model):
     by_path = {record.path: record for record in report.layers}
     assert by_path["head/output/kernel"].tokens == 512
     assert by_path["block_0/attention/k/kernel"].recipe == "none"
+    held = [leaf for leaf in leaves.values() if isinstance(leaf, QTensor | Linear)]  # of all formats and sizes together
+    bits = 8 * sum(leaf.nbytes for leaf in held) / sum(leaf.shape[0] * leaf.shape[1] for leaf in held)
+    assert report.bits_per_weight == pytest.approx(bits)
     decoded = quantized._replace(params=dequantize_tree(quantized.params))
     assert_near(qjax.apply(quantized, TOKENS), qjax.apply(decoded, TOKENS))
 
