@@ -1,13 +1,16 @@
-"""Models and tokenizers small enough to make in a test."""
+"""Models and tokenizers small enough to make in a test. Programs are compiled once for all processes and all runs."""
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from qjax import registry
+from qjax.cache import enable_compilation_cache
 from qjax.models.config import DecoderConfig
 from qjax.models.model import Model
 from qjax.models.walk import Decoder
+
+enable_compilation_cache()  # as the command line does: most of a test's time is the compilation of what another compiled too
 
 
 def byte_tokenizer(bos: bool = False):

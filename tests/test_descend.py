@@ -42,6 +42,14 @@ def test_refined_scales_stay_in_their_type():
         assert np.isfinite(info.weight_error) and np.isfinite(info.proxy_loss)
 
 
+def test_a_scale_never_turns_negative():
+    """Though the loss were least there: a start of the wrong sign keeps its scales, but where other groups draw them."""
+    weight, hessian = layer()
+    start, _ = rtn(-jnp.asarray(weight), "int4-g16-sym-fp32")
+    q, _ = descend(weight, start, hessian=hessian, sweeps=1)
+    assert np.all(q.scales > 0) and np.mean(q.scales == start.scales) > 0.9
+
+
 def test_refined_codes_are_a_minimum():
     """No single code and no single scale can be changed for a lower loss; float64."""
     weight, hessian = layer()

@@ -21,6 +21,7 @@ from qjax.driver.decoder import quantize
 from qjax.driver.flow import quantize_piece
 from qjax.driver.piece import Piece
 from qjax.formats import parse_format
+from qjax.maps import Divide
 from qjax.methods import Memo, Stage
 from qjax.models.parameters import flatten, unflatten
 from qjax.models.walk import Decoder
@@ -169,6 +170,25 @@ def test_a_chain_of_transforms_sees_what_those_before_it_left(case):
         np.testing.assert_array_equal(found[1][path], leaf, err_msg=path)
     changed = found[0]["block_0/mlp_norm/scale"] / case.leaves["block_0/mlp_norm/scale"]
     assert float(jnp.max(changed)) > 1 > float(jnp.min(changed))
+
+
+@pytest.mark.usefixtures("registries")
+def test_a_later_transform_is_given_mapped_weights(case):
+    seen = []
+
+    def double(weights, fmt):
+        return Divide(jnp.full(len(weights[0]), 2.0))
+
+    def look(weights, fmt):
+        seen.extend(weights)
+        return Divide(jnp.ones(len(weights[0])))
+
+    for each in (double, look):
+        methods.register(each, kind="transform")
+    quantize(case.model, "double+look:int8-g16", rules=["attention|mlp/down|head|block_1=none"])
+    assert len(seen) == 2  # gate and up, which share an input
+    for weight, name in zip(seen, ("gate", "up"), strict=True):
+        np.testing.assert_array_equal(weight, 2 * case.leaves[f"block_0/mlp/{name}/kernel"])
 
 
 def test_windows_that_fill_up_a_batch_do_not_count(case, monkeypatch):

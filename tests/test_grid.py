@@ -130,6 +130,13 @@ def test_equal_scales_are_their_mean_to_the_last_bit(count):
     np.testing.assert_array_equal(grid.load_scales(stored, fmt, scale.shape), scale)
 
 
+@pytest.mark.parametrize("name", ["nf4-g8-e8m0_ceil", "nf4-g8-e8m0_even"])
+def test_powers_of_two_stop_at_the_largest(name):
+    """Where rounding up would write byte 255, which stands for NaN."""
+    found = grid.find_parameters(jnp.full((1, 8, 1), 3.4e38, jnp.float32), parse_format(name))
+    assert found.stored == 254 and found.scale == 2.0**127
+
+
 def test_flat_formats_code_with_the_exact_maximum():
     """As bitsandbytes does: the maximum is quantized after the weights."""
     groups = jnp.asarray(np.random.default_rng(0).standard_normal((4, 64, 8)), jnp.float32)

@@ -74,6 +74,13 @@ def test_maps_one_after_the_other():
     assert maps.merged((), weight) is weight
 
 
+def test_neighbours_that_divide_are_one():
+    first, second, order = Divide(SCALE), Divide(3 * SCALE), KINDS["permute"][0]
+    both, *rest = maps.composed([first, second, order, second])
+    np.testing.assert_array_equal(both.scale, SCALE * (3 * SCALE))
+    assert isinstance(both, Divide) and rest == [order, second]
+
+
 def test_a_map_of_ones_own_is_a_pytree_with_static_fields():
     try:
 

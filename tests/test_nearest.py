@@ -199,6 +199,10 @@ def test_clipped_counts_weights_beyond_the_grid():
     q, info = rtn(weight, "int4-channel-sym-fp32")  # the outermost value is 7 / 7.5 of the largest weight
     assert float(info.clipped) == pytest.approx(0.01)
     assert float(dequantize(q)[-1, 0]) == pytest.approx(8 * 7 / 7.5)
+    _, info = rtn(-weight, "int4-channel-sym-full-fp32")  # the outermost value on the other side is 7 / 8
+    assert float(info.clipped) == 0
+    _, info = rtn(weight.at[:9].set(-8.0), "int4-channel-sym-full-fp32")
+    assert float(info.clipped) == pytest.approx(0.09)
 
 
 EXTREMES = {

@@ -179,7 +179,17 @@ def test_texts_of_one_name_are_told_apart(tiny_model, tmp_path):
     rows = run_sweep(tiny_model, plan("nf4", corpora=(one, other, one)), tmp_path)
     assert [row["corpus_fingerprint"] for row in rows] == ["f1", "f2"] * 2
     expected = run_sweep(tiny_model, plan("nf4"), tmp_path / "expected")
-    assert [row["nll"] for row in rows] == [row["nll"] for row in expected]
+    assert [row["nll"] for row in rows] == [row["nll"] for row in expected] and len({row["nll"] for row in rows}) == 4
+
+
+def test_recipes_of_several_orders_in_one_sweep(tiny_model, tmp_path, monkeypatch):
+    """Only those of the order `parallel` are quantized together, wherever they stand."""
+    monkeypatch.setattr(quantizer, "MOST_TOGETHER", 2)
+    tokens = as_calibration(tiny_model, np.random.default_rng(0).integers(0, 256, (4, 32)))
+    recipes = ("gptq:int4-g16@block", "gptq:int4-g16@parallel", "gptq:int3-g16@parallel")
+    asked = plan(*recipes, corpora=CORPORA[:1], max_windows=1, calibration=tokens, rules=("attention|gate|up|block_0=none",))
+    rows = run_sweep(tiny_model, asked, tmp_path)
+    assert [row["order"] for row in rows] == [None, "block", "parallel", "parallel"]
 
 
 def test_rules_apply_to_none_and_the_baseline_stays(tiny_model, tmp_path):

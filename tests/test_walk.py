@@ -99,6 +99,15 @@ def test_halves_one_after_the_other_are_the_model():
     np.testing.assert_allclose(x, apply(model, TOKENS), rtol=1e-4, atol=1e-4)
 
 
+def test_only_a_tied_head_takes_the_table():
+    tied, untied = (small_model(tiny_config(**FAMILY_CHANGES[family])) for family in ("gpt2", "llama"))
+    (table,) = walk.further_arguments(walk.head(tied.config), tied.params)
+    assert table is tied.params["embed"]["tokens"]["embedding"]
+    assert walk.further_arguments(walk.head(untied.config), untied.params) == (None,)
+    held = walk.loaded(walk.head(tied.config), tied.params)
+    assert flatten(held).keys() == flatten(tied.params).keys()  # with positions beside the table
+
+
 def test_names_of_blocks():
     assert [walk.block_of(path) for path in ("block_12/mlp/up/kernel", "embed/tokens/embedding", "head/block_1/x")] == [
         12,

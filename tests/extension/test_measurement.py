@@ -89,6 +89,7 @@ def test_key_and_request_follow(work):
 
 
 def test_table_csv_and_dictionary_follow(work):
+    assert list(columns.measurements()) == [*columns.HOUSE, NAME]  # last, so that it sees what the others found
     rows = read_rows(work / "results" / ROWS)
     names = {path.name for path in qjax.write_reports(work / "results", rows)}
     assert {f"tiny-text-text.txt-windows-32-{NAME}.{suffix}" for suffix in ("md", "tex", "csv")} <= names

@@ -10,8 +10,9 @@ import pytest
 
 import qjax
 from qjax import grid
+from qjax.models import walk
 from qjax.qtensor import from_codes, unpack_codes, unpack_parameters
-from tests.extension.common import sweep
+from tests.extension.common import sweep, tiny_model
 
 pytestmark = pytest.mark.usefixtures("registries")
 
@@ -111,6 +112,26 @@ def test_a_block_refiner(tmp_path, refiner, order):
     assert len(told) == 14 and all(row["block_loss_after"] <= row["block_loss_before"] for row in told)
     assert any(row["block_loss_after"] < row["block_loss_before"] for row in told)
     assert all(row.get("block_loss_after") is None for row in layers if row["recipe"] == rows[plain]["recipe"])
+
+
+def test_targets_are_the_outputs_of_the_unquantized_model():
+    """Whatever became of the blocks before, which are what the inputs come from."""
+    seen, model, tokens = [], tiny_model(), np.random.default_rng(0).integers(0, 256, (2, 32)).astype(np.int32)
+
+    def watch(block, start):
+        seen.append(block)
+        return dict(start), qjax.BlockInfo(jnp.float32(0), jnp.float32(0))
+
+    qjax.register(watch, kind="block refiner")
+    qjax.quantize(model, "rtn+watch:int2-g16@block", calibration=tokens, rules=["block_0/attention|block_1/attention=none"])
+    embed, *blocks = walk.body(model.config)
+    x = walk.run(embed, model.params, jnp.asarray(tokens))
+    moved = []
+    for part, block in zip(blocks, seen, strict=True):
+        moved.append(float(jnp.max(jnp.abs(block.inputs[0][0] - x))))
+        x = walk.run(part, model.params, x)
+        np.testing.assert_allclose(block.targets[0], x, atol=1e-4)
+    assert moved[0] == 0 and moved[1] > 0.1
 
 
 def test_codes_survive_with_codes():

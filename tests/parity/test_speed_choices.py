@@ -19,7 +19,7 @@ from tests.paths import real_data  # noqa: E402
 
 pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("ignore")]
 
-ROUNDS = 5
+ROUNDS = 3
 BATCHES = (1, 8, 32)
 
 
