@@ -1,5 +1,6 @@
 """The commands that measure many cells: sweep, sensitivity."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,7 +25,7 @@ from qjax.cli.options import (
     split_names,
     split_numbers,
 )
-from qjax.cli.terminal import live_sweep, print_tables
+from qjax.cli.terminal import live_sweep, live_workers, print_states, print_tables
 from qjax.errors import QjaxError
 from qjax.files import require_writable
 
@@ -36,6 +37,7 @@ METHODS, BITS = "rtn,gptq,awq,awq+gptq,nf4", "8,4,3,2"
 
 
 def sweep(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(metavar="[MODEL]", help=MODEL_HELP)] = "bundled",
     recipes: Annotated[
         str | None, typer.Option(help="Comma-separated recipes, see `qjax recipes`; instead of --methods, --bits, --group.")
@@ -67,23 +69,44 @@ def sweep(
     rule: Rules = None,
     seed: Seed = 0,
     out: Out = Path("qjax-results"),
+    workers: Annotated[int, typer.Option(min=1, help="So many workers share the cells of this sweep.")] = 1,
+    launcher: Annotated[
+        str,
+        typer.Option(
+            help="What starts them: local, slurm(OPTION=VALUE,...) or ray(...); none: something else does, this is one.",
+            metavar="NAME",
+        ),
+    ] = "local",
+    stale: Annotated[
+        float, typer.Option(min=0.1, help="Seconds after which a worker that gives no sign of life loses its cells to others.")
+    ] = 60.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cells and how far they are; measure nothing.")] = False,
 ) -> None:
-    """Measure perplexity of a model in many formats; table and figure go to --out."""
+    """Measure perplexity of a model in many formats; table and figure go to --out.
+
+    The same command may run any number of times at once, on all machines that see --out: every cell is measured once.
+    """
     from qjax.evaluate.corpora import load_corpora
     from qjax.evaluate.perplexity import parse_convention
     from qjax.evaluate.tasks import load_tasks
     from qjax.recipe import UNQUANTIZED
     from qjax.sweep.columns import require_measurements
-    from qjax.sweep.runner import Sweep, rules_in_order
+    from qjax.sweep.launch import parse_launcher
+    from qjax.sweep.runner import Sweep, cell_states, rules_in_order
 
+    engine, _ = parse_launcher(launcher)
     names = _recipes(recipes, methods, bits, group, order)
     rules = rules_in_order(rule or (), order)
     measured = parse_convention(convention)
     measures = require_measurements(split_names(measure) if measure else ())
-    require_writable(out)
+    if not dry_run:
+        require_writable(out)
     corpora = load_corpora(data)
     asked = load_tasks(split_names(tasks) if tasks else (), max_questions or None)
-    loaded = load_model(model)
+    launched = not dry_run and (workers > 1 if engine == "local" else engine != "none")
+    if launched:
+        _launch(context, workers, launcher, out)
+    loaded = load_model(model, lazy=dry_run)
     if loaded.recipe != UNQUANTIZED and (recipes, methods, bits, group) == (None, None, None, None):
         names = [UNQUANTIZED]  # there is nothing left to quantize
     against = None if baseline is None else load_model(baseline)
@@ -91,7 +114,31 @@ def sweep(
     tokens = calibration_for(loaded, (names, rules), calibration, data, calibration_windows, calibration_window, seed)
     further = {"measures": measures, "baseline": against}
     plan = Sweep(tuple(names), corpora, measured, max_windows or None, rules, seed, asked, divergence, speed, tokens, **further)
-    _run(loaded, plan, out)
+    if dry_run:
+        print_states(cell_states(loaded, plan, out))
+        return
+    _run(loaded, plan, out, workers=workers, stale_seconds=stale, of_others=not launched and engine != "none")
+
+
+def _launch(context: typer.Context, workers: int, launcher: str, out: Path) -> None:
+    """Runs this command by so many workers; ends with the exit code of the first that failed."""
+    from qjax.sweep.launch import WorkerError, run_workers
+
+    given = {**context.params, "launcher": "none"}
+    words = [str(given["model"])]
+    for option in context.command.params:
+        value = given[option.name]
+        if option.name == "model" or value in (None, False):
+            continue
+        for each in value if isinstance(value, (list, tuple)) else [value]:
+            words.append(option.opts[0] if each is True else f"{option.opts[0]}={each}")
+    command = [sys.executable, "-c", "from qjax.cli.app import main; main()", "sweep", *words]
+    try:
+        with live_workers(out) as show:
+            run_workers(command, workers, out, launcher, on_wait=show)
+    except WorkerError as error:
+        typer.echo(f"error: {error}; what was finished is kept, the same command goes on from there", err=True)
+        raise typer.Exit(error.code) from None
 
 
 def _recipes(recipes: str | None, methods: str | None, bits: str | None, group: str | None, order: str | None) -> list[str]:
@@ -135,14 +182,20 @@ def sensitivity(
     _run(loaded, plan, out)
 
 
-def _run(model: "Model", plan: "Sweep", out: Path) -> None:
-    """Measures, prints the tables of this sweep, and writes those of all rows in the folder."""
+def _run(model: "Model", plan: "Sweep", out: Path, *, of_others: bool = True, **options: object) -> None:
+    """Measures, prints the tables of this sweep, and writes those of all rows in the folder. of_others: rows that other runs
+    measured are shown too; options: of `run_sweep`.
+    """
     from qjax.report.reports import write_reports
     from qjax.sweep.runner import run_sweep
     from qjax.sweep.store import ROWS, read_rows
 
-    with live_sweep() as watcher:
-        rows = run_sweep(model, plan, out, watcher)
+    with live_sweep(of_others=of_others) as watcher:
+        try:
+            rows = run_sweep(model, plan, out, watcher, **options)
+        except KeyboardInterrupt:
+            typer.echo(f"{watcher.done} of {watcher.total} cells are kept in {out / ROWS}", err=True)
+            raise
     print_tables(rows)
     for path in write_reports(out, read_rows(out / ROWS)):
         typer.echo(path)
