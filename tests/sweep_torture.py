@@ -2,7 +2,7 @@
 
     python -m tests.sweep_torture ROUNDS [SEED]
 
-A round starts four workers on one folder, kills two with SIGKILL and freezes a third (SIGSTOP, SIGCONT later, before or after its
+A round starts four workers on one folder, kills two with SIGKILL and freezes a third (SIGSTOP, and SIGCONT before or after its
 claims are void), each at a random moment of the work.
 """
 

@@ -1,5 +1,5 @@
-"""Starts the workers of a sweep: processes here, jobs of SLURM, tasks of Ray. Each runs one command on one folder, and they share
-the cells by claims (`claims.py`); any other scheduler can start that command too.
+"""Starts the workers of a sweep: processes here, jobs of SLURM, tasks of Ray. Each runs one command on one folder, and all
+share the cells by claims (`claims.py`); any other scheduler can start that command too.
 
 SLURM is reached by submitit, Ray by ray: the extras `slurm` and `ray`. A launcher takes the options of its engine in
 parentheses, `slurm(timeout_min=60,slurm_partition=gpu)` as submitit's `update_parameters`, `ray(num_gpus=1)` as `ray.remote`.
@@ -89,9 +89,8 @@ def run_workers(
         at, end = failed[0]
         said = [line for line in end.said.splitlines() if line.strip()]
         last = next((line for line in reversed(said) if line.startswith("error: ")), said[-1] if said else "it said nothing")
-        raise WorkerError(
-            f"worker {at + 1} of {workers} {_how(end.code)}: {last.removeprefix('error: ')}", _exit_code(end.code)
-        )
+        what = f"worker {at + 1} of {workers} {_how(end.code)}: {last.removeprefix('error: ')}"
+        raise WorkerError(what, end.code if end.code > 0 else 128 - end.code)  # as a shell tells it
     if (folder / LOGS).exists():
         shutil.rmtree(folder / LOGS)
 
@@ -108,7 +107,10 @@ def _local(command: Sequence[str], workers: int, folder: Path) -> list[Launched]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said, start_new_session=True)
 
         def poll() -> Ended | None:
-            return None if process.poll() is None else Ended(process.returncode, _end(said))
+            if process.poll() is None:
+                return None
+            with said:
+                return Ended(process.returncode, _end(said))
 
         def stop() -> None:
             process.terminate()
@@ -116,6 +118,7 @@ def _local(command: Sequence[str], workers: int, folder: Path) -> list[Launched]
                 process.wait(GRACE)
             process.kill()
             process.wait()
+            said.close()
 
         return Launched(poll, stop)
 
