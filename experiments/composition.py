@@ -27,7 +27,7 @@ class Experiment:
         "gptq",
         "gptq(clip=mse)",
         "gptq(clip=hessian)",
-        "gptq(clip=mse,refine=4)",
+        "gptq(clip=mse)+descend",
     )
     transforms: tuple[str, ...] = ("", "awq+")
     further: tuple[str, ...] = ("awq(guard=false)", "awq(guard=false)+gptq(clip=mse)")  # the scale kept whatever it gives

@@ -23,8 +23,8 @@ class Experiment:
     """What is measured."""
 
     methods: tuple[str, ...] = (
-        *("rtn", "rtn(clip=mse)", "gptq", "gptq(clip=mse)", "gptq(clip=mse,refine=4)"),
-        *("awq", "awq+gptq", "awq+gptq(clip=mse)", "awq+gptq(clip=mse,refine=4)"),
+        *("rtn", "rtn(clip=mse)", "gptq", "gptq(clip=mse)", "gptq(clip=mse)+descend"),
+        *("awq", "awq+gptq", "awq+gptq(clip=mse)", "awq+gptq(clip=mse)+descend"),
         *("nf4", "nf4-dq", "fp4", "bf16"),
     )
     bits: tuple[int, ...] = (8, 4, 3, 2)

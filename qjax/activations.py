@@ -7,6 +7,10 @@
 A token is to its inputs what an output channel is to a weight's: the arithmetic is the weight format's, on x transposed, with
 `channel` for `token`. Integers are symmetric with the bound `max`, scales are float32. Formats that store scales relative to
 all others (nvfp4) are refused: what becomes of a token would depend on which others are in the call.
+
+A static format reads calibration data, so its recipe has an order of calibration as others that read data do, `@qep` where it
+names none: rtn:int8-channel-sym/int8-tensor rounds weights that are first corrected for the error of their inputs, @parallel
+leaves them as they are.
 """
 
 import dataclasses
@@ -109,7 +113,7 @@ def multiply_rounded(
 ) -> Float[Array, "*batch out"]:
     """A(x) W in x's type: in integers where weight and device have such a product, with rounded values of x elsewhere."""
     if isinstance(weight, QTensor | KernelWeight):
-        if str(activation) == ACTIVATIONS and refusal_of_int8(weight) is None:
+        if scale is None and str(activation) == ACTIVATIONS and refusal_of_int8(weight) is None:
             return matmul(x, weight, implementation=implementation, activations=ACTIVATIONS)
         return matmul(round_activation(x, activation, scale), weight, implementation=implementation, precision=precision)
     return jnp.matmul(round_activation(x, activation, scale), weight.astype(x.dtype), precision=precision)

@@ -131,7 +131,7 @@ DEFAULT_GRANULARITY = {"nf4": "g64", "fp4_e2m1": "g64", "fp4_bnb": "g64"}  # the
 class Format:
     """A number format; build it with `parse_format`, print its name with `str`.
 
-    granularity: "tensor" | "channel" | "group" (of `group` weights along the input axis) | "block" (of `group` weights over
+    granularity: "tensor" | "channel" | "group" (of `group` weights along the input axis) | "flat" (of `group` weights over
     the flattened weight, output channel after output channel) | "none" (plain floating point).
     bound: "max" | "edge" | "full" for symmetric integers, else "". scales, zeros: how they are stored, names of `scales.SCALES`
     and `scales.ZEROS`; zeros are "none" but for affine integers.
@@ -172,7 +172,7 @@ class Format:
     @property
     def is_flat(self) -> bool:
         """True for blocks of the flattened weight, whose scales are kept as one axis."""
-        return self.granularity == "block"
+        return self.granularity == "flat"
 
     def crosses_columns(self, in_features: int) -> bool:
         """Whether groups of a weight with so many inputs go over the ends of its output columns."""
@@ -229,13 +229,13 @@ class Format:
         return 8 * self.nbytes(in_features, out_features) / (in_features * out_features)
 
     def parameter_shape(self, in_features: int, out_features: int) -> tuple[int, int]:
-        """(rows, columns) of the scales before a block format flattens them."""
+        """(rows, columns) of the scales before a flat format flattens them."""
         match self.granularity:
             case "tensor":
                 return 1, 1
             case "channel":
                 return 1, out_features
-            case "block" if self.crosses_columns(in_features):
+            case "flat" if self.crosses_columns(in_features):
                 return math.ceil(in_features * out_features / self.group), 1
             case _:
                 return math.ceil(in_features / self.group), out_features
@@ -247,7 +247,7 @@ class Format:
     def __str__(self) -> str:
         if self.is_float:
             return self.grid
-        sizes = {"group": f"g{self.group}", "block": f"b{self.group}"}
+        sizes = {"group": f"g{self.group}", "flat": f"b{self.group}"}
         parts = [self.grid, sizes.get(self.granularity, self.granularity)]
         if self.symmetric:
             parts += ["sym", self.bound] if self.bound != "edge" else ["sym"]
@@ -315,6 +315,12 @@ def register_scales(name: str, codec: Floats) -> None:
     parse_format.cache_clear()
 
 
+def from_outside(fmt: Format) -> dict[str, Codebook | Floats]:
+    """The codebook and the codec of a format that were registered, by kind and name."""
+    used = (("codebook", fmt.grid), ("scales", fmt.scales))
+    return {f"{kind} {name}": _ever_registered[kind, name] for kind, name in used if (kind, name) in _ever_registered}
+
+
 def default_scales(grid: str) -> str:
     """float16 for integers (GPTQ's and AWQ's files), float32 for codebooks (bitsandbytes')."""
     return "fp16" if grid in INTEGERS else "fp32"
@@ -360,7 +366,7 @@ def _parse_granularity(text: str, head: str, part: str) -> tuple[str, int]:
     size = int(part[1:])
     if size < 1:
         raise QjaxError(f"format {text!r}: a group needs at least 1 weight, got {part!r}")
-    return {"g": "group", "b": "block"}[part[0]], size
+    return {"g": "group", "b": "flat"}[part[0]], size
 
 
 def _parse_options(text: str, grid: str, parts: list[str]) -> dict[str, object]:

@@ -26,7 +26,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 
 from qjax.formats import Format
-from qjax.scales import QuantizedScales, ScaledFloats
+from qjax.scales import QuantizedScales, ScaledFloats, nonzero
 
 FLOAT8 = {"fp8_e4m3": jnp.float8_e4m3fn, "fp8_e5m2": jnp.float8_e5m2}
 StoredScales = jax.Array | QuantizedScales | ScaledFloats
@@ -36,7 +36,7 @@ class Parameters(NamedTuple):
     """The grid of every group.
 
     scale: (groups, columns) float32, what `encode` divides by. decoded_scale: the same shape, what `decode` multiplies with;
-    it differs for block formats with dq only. zero: (groups, columns) float32, or None. stored: the scales in the form a
+    it differs for flat formats with dq only. zero: (groups, columns) float32, or None. stored: the scales in the form a
     QTensor holds, see `store_scales`.
     """
 
@@ -52,7 +52,7 @@ def to_groups(weight: Shaped[Array, "in out"], fmt: Format) -> Shaped[Array, "gr
     match fmt.granularity:
         case "tensor" | "channel":
             return weight[None]
-        case "block" if fmt.crosses_columns(rows):
+        case "flat" if fmt.crosses_columns(rows):
             flat = weight.T.reshape(-1)
             size = min(fmt.group, flat.size)
             return jnp.pad(flat, (0, -flat.size % size)).reshape(-1, size, 1)
@@ -109,7 +109,7 @@ def range_parameters(
     stored = store_scales(exact, fmt, common)
     decoded = load_scales(stored, fmt, exact.shape)
     scale = exact if codec.codes_exactly(fmt.is_flat) else decoded
-    zero = fmt.zero_codec.nearest(-low / _nonzero(scale), fmt.largest_code) if fmt.is_affine else None
+    zero = fmt.zero_codec.nearest(-low / nonzero(scale), fmt.largest_code) if fmt.is_affine else None
     return Parameters(scale, decoded, zero, stored)
 
 
@@ -131,7 +131,7 @@ def encode(
 
 def _scaled(values, scale):
     # By the reciprocal, like bitsandbytes; XLA would make that of a division, but only when it compiles.
-    return jnp.where(scale == 0, 0.0, values * (1 / _nonzero(scale)))
+    return jnp.where(scale == 0, 0.0, values * (1 / nonzero(scale)))
 
 
 def nearest_codes(scaled: Float[Array, "..."], zero: Float[Array, "..."] | None, fmt: Format) -> UInt8[Array, "..."]:
@@ -232,7 +232,7 @@ def select(codes: Int[Array, "..."], values: Sequence[float]) -> Float[Array, ".
 
 
 def store_scales(scale: Float[Array, "groups channels"], fmt: Format, common: Float[Array, ""] | None = None) -> StoredScales:
-    """Scales in the form a QTensor holds: (groups, columns), flat for block formats, or what the format's codec makes of them.
+    """Scales in the form a QTensor holds: (groups, columns), flat for flat formats, or what the format's codec makes of them.
 
     common: what the codec stores scales relative to, `fmt.scale_codec.common`; None for one that stores each alone.
     """
@@ -242,7 +242,3 @@ def store_scales(scale: Float[Array, "groups channels"], fmt: Format, common: Fl
 def load_scales(stored: StoredScales, fmt: Format, shape: tuple[int, int]) -> Float[Array, "groups channels"]:
     """float32 scales of `shape` (groups, columns) from what `store_scales` gave."""
     return fmt.scale_codec.load(stored, shape)
-
-
-def _nonzero(scale: Float[Array, "..."]) -> Float[Array, "..."]:
-    return jnp.where(scale == 0, 1.0, scale)

@@ -20,6 +20,7 @@ from qjax.errors import QjaxError
 
 LARGEST = 1e4  # a scale and its inverse stay normal numbers of float16
 MAPS: dict[str, type] = {}  # what folders may hold, by name
+_pytrees: set[type] = set()  # JAX takes a class once
 
 
 class InputMap(Protocol):
@@ -48,12 +49,12 @@ def register_map(cls: type) -> type:
     qjax's own; a name of one's own may be registered again.
     """
     name = cls.__name__
-    if MAPS.get(name) is cls:
-        return cls
-    if name in MAPS and MAPS[name].__module__ == __name__:
+    if name in MAPS and MAPS[name].__module__ == __name__ and MAPS[name] is not cls:
         raise QjaxError(f"register_map: {name} is a map of qjax already; give the class another name")
-    MAPS[name] = jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
-    return MAPS[name]
+    if cls not in _pytrees:
+        _pytrees.add(jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls)))
+    MAPS[name] = cls
+    return cls
 
 
 @register_map

@@ -16,7 +16,6 @@ To add a method to the package write the function in a file of its own and a lin
 one from outside.
 """
 
-import contextlib
 import dataclasses
 import functools
 import importlib
@@ -24,17 +23,18 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from jaxtyping import Array, Float
 
 from qjax.calibrate.statistics import STATISTICS, Statistic
 from qjax.errors import QjaxError
-from qjax.formats import ALIASES, GRIDS, UNQUANTIZED, codebooks, parse_format
-from qjax.maps import InputMap
+from qjax.formats import ALIASES, GRIDS, UNQUANTIZED, Codebook, Format, codebooks, from_outside, parse_format
+from qjax.maps import MAPS, InputMap
+from qjax.registry import forget, forgotten_in_scope, forgotten_on_change
 from qjax.rounding.parts.feedback import factorize
-from qjax.scales import SCALES
+from qjax.scales import SCALES, Floats
 
 METHODS: dict[str, dict[str, str | Callable]] = {
     "transform": {"awq": "qjax.transforms.awq:awq_scale"},
@@ -104,6 +104,12 @@ GIVENS: dict[str, Given] = {
 }
 
 
+_added_statistics: dict[str, Statistic] = {}
+for _table in (METHODS, GIVENS, STATISTICS, GRIDS, codebooks(), SCALES, MAPS, _added_statistics):
+    forgotten_in_scope(_table)
+forgotten_on_change(parse_format)
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """A method with the options that differ from its defaults, sorted by name."""
@@ -147,6 +153,7 @@ def names(*kinds: str) -> tuple[str, ...]:
     return tuple(name for kind in kinds for name in METHODS[kind])
 
 
+@forgotten_on_change
 @functools.cache
 def method(name: str) -> Callable:
     """The function of a registered method."""
@@ -163,6 +170,7 @@ def options_of(name: str) -> dict[str, inspect.Parameter]:
     return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in GIVENS}
 
 
+@forgotten_on_change
 @functools.lru_cache(maxsize=1024)
 def givens_of(stage: Stage) -> tuple[str, ...]:
     """What is made for a method with these options, see the module's beginning."""
@@ -196,7 +204,7 @@ def register(function: Callable, *, kind: str = "rounding", transform: bool = Fa
     for methods in METHODS.values():
         methods.pop(name, None)
     METHODS[kind][name] = function
-    _forget()
+    forget()
     return function
 
 
@@ -237,51 +245,22 @@ def register_statistic(name: str, statistic: Statistic) -> Statistic:
     """
     if not isinstance(statistic, Statistic):
         raise QjaxError(f"register_statistic: {name} is a {type(statistic).__name__}, expected a qjax.Statistic")
-    options = {option for known in names(*METHODS) for option in options_of(known)}
-    _check_name(name, [*STATISTICS, *GIVENS, *options], _added_statistics)
-    _added_statistics.add(name)
+    arguments = {argument for known in names(*METHODS) for argument in inspect.signature(method(known)).parameters}
+    _check_name(name, [*STATISTICS, *GIVENS, *arguments], _added_statistics)
+    _added_statistics[name] = statistic
     STATISTICS[name] = statistic
     GIVENS[name] = _statistic(name)
-    _forget()
+    forget()
     return statistic
-
-
-_added_statistics: set[str] = set()
-_caches: list[Callable] = [method, givens_of, parse_format]
-
-
-@contextlib.contextmanager
-def scoped() -> Iterator[None]:
-    """Context after which what was registered inside is forgotten."""
-    tables = (METHODS, GIVENS, STATISTICS, GRIDS, codebooks(), SCALES)
-    kept = [{name: dict(value) if isinstance(value, dict) else value for name, value in table.items()} for table in tables]
-    own = set(_added_statistics)
-    try:
-        yield
-    finally:
-        for table, before in zip(tables, kept, strict=True):
-            table.clear()
-            table.update(before)
-        _added_statistics.intersection_update(own)
-        _forget()
-
-
-def forgotten_on_change(cached: Callable) -> Callable:
-    """Marks a functools cache whose values depend on the registry."""
-    _caches.append(cached)
-    return cached
-
-
-def _forget() -> None:
-    for cached in _caches:
-        cached.cache_clear()
 
 
 def _check_name(name: str, taken: Sequence[str], own: object) -> None:
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise QjaxError(f"register: {name!r} is no name; a recipe spells it with a-z, 0-9 and _, a letter first")
     if name in taken and name not in own:
-        raise QjaxError(f"register: {name} is a method, statistic, option, order or format of qjax already; give another name")
+        raise QjaxError(
+            f"register: {name} is a method, statistic, argument, order or format of qjax already; give another name"
+        )
 
 
 def added_methods() -> dict[str, Callable]:
@@ -289,19 +268,34 @@ def added_methods() -> dict[str, Callable]:
     return {name: function for methods in METHODS.values() for name, function in methods.items() if callable(function)}
 
 
-def sources(stages: Sequence[Stage]) -> dict[str, str]:
-    """Source of every method that comes from outside the package; functions that it calls are not seen.
+def sources(stages: Sequence[Stage], formats: Sequence[Format] = ()) -> dict[str, str]:
+    """Source of everything from outside the package that stages and formats are made of: methods, statistics, codebooks, codecs
+    of scales, and with a transform from outside all maps, as it may return any; functions that these call are not seen.
 
     Raises QjaxError where there is none to read.
     """
-    added = added_methods()
-    added = {stage.name: added[stage.name] for stage in stages if stage.name in added}
+    methods = added_methods()
+    used: dict[str, object] = {stage.name: methods[stage.name] for stage in stages if stage.name in methods}
+    if any(kind_of(name) == "transform" for name in used):
+        used |= {f"map {name}": each for name, each in MAPS.items() if each.__module__ != InputMap.__module__}
+    used |= {f"statistic {name}": STATISTICS[name] for name in captures_of(stages) if name in _added_statistics}
+    used |= {name: each for fmt in formats for name, each in from_outside(fmt).items()}
     try:
-        return {name: inspect.getsource(function) for name, function in added.items()}
+        return {name: _source(each) for name, each in used.items()}
     except (OSError, TypeError):
         raise QjaxError(
-            f"the source of {', '.join(added)} cannot be read, and rows are told apart by it; define it in a file or a notebook"
+            f"the source of {', '.join(used)} cannot be read, and rows are told apart by it; define it in a file or a notebook"
         ) from None
+
+
+def _source(thing: object) -> str:
+    if isinstance(thing, Codebook):
+        return str(thing)
+    if isinstance(thing, Floats):  # a codec: its class, with what this one is made of
+        return f"{inspect.getsource(type(thing))}{thing}"
+    if isinstance(thing, Statistic):
+        return "".join([*map(inspect.getsource, thing[:-1]), str(thing.axes)])
+    return inspect.getsource(thing)
 
 
 def method_table() -> list[dict[str, str]]:

@@ -1,8 +1,8 @@
 """QTensor: a quantized weight as a pytree, and its way back to floating point.
 
     codes   uint8 (bytes, out): codes packed along the input axis (`packing.py`); the weight itself for fp32, bf16, fp16
-    scales  as the format's codec stores them (`scales.py`): mostly (groups, out), flat for block formats; or None
-    zeros   uint8 (groups, bytes): zero points packed along the output axis; real ones (groups, out), flat for block formats;
+    scales  as the format's codec stores them (`scales.py`): mostly (groups, out), flat for flat formats; or None
+    zeros   uint8 (groups, bytes): zero points packed along the output axis; real ones (groups, out), flat for flat formats;
             or None
     format, in_features   static
 

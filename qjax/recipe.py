@@ -25,7 +25,8 @@ import types
 import typing
 from collections.abc import Collection, Sequence
 
-from qjax.activations import Activation, parse_activation
+from qjax.activations import Activation, parse_activation, static_scale
+from qjax.calibrate.statistics import read_by
 from qjax.errors import QjaxError
 from qjax.formats import Format, parse_format
 from qjax.methods import (
@@ -33,13 +34,13 @@ from qjax.methods import (
     UNQUANTIZED,
     Stage,
     captures_of,
-    forgotten_on_change,
     kind_of,
     names,
     options_of,
     show,
     sources,
 )
+from qjax.registry import forgotten_on_change
 
 DEFAULT_ORDER = "qep"
 FIRST = {"transform": 0, "rounding": 1, "refiner": 2, "block refiner": 3}  # the order of kinds in a recipe
@@ -67,7 +68,7 @@ class Recipe:
     @property
     def statistics(self) -> tuple[str, ...]:
         """Names of the statistics of layer inputs that its methods and a static activation format are made from."""
-        scale = ("abs_max",) if self.activation and self.activation.is_static else ()
+        scale = read_by(static_scale) if self.activation and self.activation.is_static else ()
         return tuple(dict.fromkeys([*captures_of(self.stages), *scale]))
 
     @property
@@ -83,8 +84,8 @@ class Recipe:
         return dataclasses.replace(self, order=order)
 
     def sources(self) -> dict[str, str]:
-        """Source of its methods from outside the package, see `methods.sources`."""
-        return sources(self.stages)
+        """Source of what it is made of from outside the package, see `methods.sources`."""
+        return sources(self.stages, [each for each in (self.format, self.activation and self.activation.format) if each])
 
     @property
     def is_cast(self) -> bool:
@@ -174,8 +175,10 @@ def _parse_stages(where: str, text: str) -> list[Stage]:
         if name == "gptq" and "block" in options:  # as it was once called
             options["panel"] = options.pop("block")
         sweeps = options.pop("refine", "0") if name == "gptq" else "0"
+        if not sweeps.isdecimal():
+            raise QjaxError(f"{where}: gptq(refine=...) expects a number of sweeps, 0 for none, got {sweeps!r}")
         stages.append(_stage(where, name, options))
-        if sweeps != "0":  # as gptq(refine=4) was once spelled
+        if int(sweeps):  # as gptq(refine=4) was once spelled
             shared = {option: options[option] for option in ("damp", "panel") if option in options}
             stages.append(_stage(where, "descend", {"sweeps": sweeps, **shared}))
     return stages

@@ -190,7 +190,7 @@ class TwoLevels(Floats):
         import jax
         import jax.numpy as jnp
 
-        relative = jnp.clip(scale / _nonzero(common), -LARGEST_E4M3, LARGEST_E4M3)
+        relative = jnp.clip(scale / nonzero(common), -LARGEST_E4M3, LARGEST_E4M3)
         return jax.lax.bitcast_convert_type(relative.astype(jnp.float8_e4m3fn), jnp.uint8)
 
     def _widen(self, stored, common):
@@ -231,7 +231,7 @@ class Nested(Floats):
         offset += jnp.mean(scale - offset)  # what rounding of the sum took
         blocks = jnp.pad(scale - offset, (0, -scale.size % DOUBLE_QUANT_BLOCK)).reshape(-1, DOUBLE_QUANT_BLOCK)
         largest = jnp.max(jnp.abs(blocks), axis=1)
-        scaled = blocks * (1 / _nonzero(largest))[:, None]
+        scaled = blocks * (1 / nonzero(largest))[:, None]
         if flat:  # bitsandbytes' table
             step = jnp.floor((scaled + 1) * 0.5 * 65535 + 0.5)
             scaled = 2 * step / 65535 - 1
@@ -361,7 +361,8 @@ def _byte(exponent):
     return jnp.clip(exponent, 0, 254).astype(jnp.uint8)
 
 
-def _nonzero(scale):
+def nonzero(scale: "Array") -> "Array":
+    """The scales with 1 in place of 0, to divide by."""
     import jax.numpy as jnp
 
     return jnp.where(scale == 0, 1.0, scale)

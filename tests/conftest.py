@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from qjax import methods
+from qjax import registry
 from qjax.models.config import DecoderConfig
 from qjax.models.model import Model
 from qjax.models.walk import Decoder
@@ -109,5 +109,5 @@ def tiny_model() -> Model:
 @pytest.fixture
 def registries():
     """Methods and statistics that a test registers are forgotten after it."""
-    with methods.scoped():
+    with registry.scoped():
         yield

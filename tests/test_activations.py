@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qjax import methods
+from qjax import registry
 from qjax.activations import multiply_rounded, parse_activation, round_activation, static_scale
 from qjax.errors import QjaxError
 from qjax.formats import codebooks, register_codebook, register_scales
@@ -62,6 +62,9 @@ def test_a_static_scale_is_that_of_calibration(name):
     np.testing.assert_array_equal(got[:1], round_activation(X[:1], activation, scale))
     with pytest.raises(QjaxError, match=f"{name} is static, but there is none"):
         round_activation(X, activation)
+    weight = rtn(jnp.ones((IN, 4)), "int8-channel-sym")[0]
+    with pytest.raises(QjaxError, match="int8-token is dynamic, but one was given"):  # on the path of integers too
+        multiply_rounded(X, weight, parse_activation("int8-token"), jnp.float32(1))
     with pytest.raises(QjaxError, match="int8-token is dynamic, but one was given"):
         round_activation(X, parse_activation("int8-token"), scale)
 
@@ -101,7 +104,7 @@ def test_scales_relative_to_all_tokens_are_refused():
 
 
 def test_what_is_forgotten_is_no_format():
-    with methods.scoped():
+    with registry.scoped():
         register_codebook("two", (-1.0, 1.0))
         assert parse_activation("two-token").format.bits == 1
     with pytest.raises(QjaxError, match="activation format"):

@@ -18,8 +18,8 @@ from qjax.calibrate.order import Order
 from qjax.calibrate.tokens import Calibration
 from qjax.driver import decoder as driver
 from qjax.driver.decoder import quantize
-from qjax.driver.flow import quantize_part
-from qjax.driver.part import Part
+from qjax.driver.flow import quantize_piece
+from qjax.driver.piece import Piece
 from qjax.formats import parse_format
 from qjax.methods import Memo, Stage
 from qjax.models.parameters import flatten, unflatten
@@ -199,7 +199,7 @@ def test_memo_computes_once_per_object():
     assert calls == [1, 2, 1]
 
 
-def test_a_part_without_calibrated_plans_runs_nothing(case):
+def test_a_piece_without_calibrated_plans_runs_nothing(case):
     """rtn needs no batches and no tracing, and leaves everything else as it was."""
     from qjax.interception.contraction import KernelView
     from qjax.models.decoder import Block
@@ -207,10 +207,10 @@ def test_a_part_without_calibrated_plans_runs_nothing(case):
     params = case.model.params["block_0"]
     flat = flatten(params)
     views = {path: KernelView(leaf.shape, (0,), (1,)) for path, leaf in flat.items() if path.endswith("kernel")}
-    part = Part(Block(case.model.config), "block_0/", params, views, {})
+    piece = Piece(Block(case.model.config), "block_0/", params, views, {})
     plan = dict.fromkeys(views, parse_recipe("rtn:int4-g16")) | {"mlp/up/kernel": None}
     seen = []
-    (found,) = quantize_part(part, [plan], Stage("parallel")(), on_layer=seen.append)
+    (found,) = quantize_piece(piece, [plan], Stage("parallel")(), on_layer=seen.append)
     assert [record.path for record in found.records] == [f"block_0/{path}" for path in views]
     assert sorted(record.path for record in seen) == sorted(record.path for record in found.records)
     assert found.leaves["mlp/up/kernel"] is flat["mlp/up/kernel"]

@@ -32,8 +32,8 @@ def formats(draw) -> Format:
     name = draw(st.sampled_from(list(GRIDS)))
     if name in FLOATS:
         return Format(name)
-    granularity = draw(st.sampled_from(["tensor", "channel", "group", "block"]))
-    group = draw(st.integers(1, 10**6)) if granularity in ("group", "block") else 0
+    granularity = draw(st.sampled_from(["tensor", "channel", "group", "flat"]))
+    group = draw(st.integers(1, 10**6)) if granularity in ("group", "flat") else 0
     symmetric = name in INTEGERS and draw(st.booleans())
     bound = draw(st.sampled_from(BOUNDS)) if symmetric else ""
     zeros = draw(st.sampled_from([*ZEROS])) if name in INTEGERS and not symmetric else "none"

@@ -130,14 +130,14 @@ def test_equal_scales_are_their_mean_to_the_last_bit(count):
     np.testing.assert_array_equal(grid.load_scales(stored, fmt, scale.shape), scale)
 
 
-def test_block_formats_code_with_the_exact_maximum():
+def test_flat_formats_code_with_the_exact_maximum():
     """As bitsandbytes does: the maximum is quantized after the weights."""
     groups = jnp.asarray(np.random.default_rng(0).standard_normal((4, 64, 8)), jnp.float32)
     largest = jnp.max(jnp.abs(groups), axis=1)
-    block = grid.find_parameters(groups, parse_format("nf4-b64-dq"))
-    np.testing.assert_array_equal(block.scale, largest)
-    np.testing.assert_array_equal(block.decoded_scale, grid.load_scales(block.stored, parse_format("nf4-b64-dq"), (4, 8)))
-    assert np.any(np.asarray(block.decoded_scale) != np.asarray(largest))
+    flat = grid.find_parameters(groups, parse_format("nf4-b64-dq"))
+    np.testing.assert_array_equal(flat.scale, largest)
+    np.testing.assert_array_equal(flat.decoded_scale, grid.load_scales(flat.stored, parse_format("nf4-b64-dq"), (4, 8)))
+    assert np.any(np.asarray(flat.decoded_scale) != np.asarray(largest))
     other = grid.find_parameters(groups, parse_format("nf4-g64-dq"))
     assert np.any(np.asarray(other.scale) != np.asarray(largest))
     np.testing.assert_array_equal(other.scale, other.decoded_scale)

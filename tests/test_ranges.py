@@ -80,7 +80,7 @@ def test_least_output_error(name, part, monkeypatch):
     monkeypatch.setattr(ranges, "LARGEST_PART", part)
     fmt = parse_format(name)
     weight, hessian = weights(2), random_hessian(IN, 100)
-    size = {"group": fmt.group, "block": fmt.group}.get(fmt.granularity, IN)
+    size = {"group": fmt.group, "flat": fmt.group}.get(fmt.granularity, IN)
     group, inside = np.divmod(np.arange(IN), size)
     same = group * IN + inside // part
     seen = np.where(same[:, None] == same, hessian.astype(np.float64), 0)

@@ -65,6 +65,8 @@ def test_parts():
         ("rtn:int8-channel/", "activation format ''"),
         ("rtn:int8-channel/int9-token", "activation format 'int9-token': expected GRID-token"),
         ("bf16/int8-token", "is a cast and takes no method"),
+        ("gptq(refine=-1):int4-g128", r"gptq\(refine=...\) expects a number of sweeps, 0 for none, got '-1'"),
+        ("gptq(refine=x):int4-g128", r"gptq\(refine=...\) expects a number of sweeps, 0 for none, got 'x'"),
         ("", "unknown grid"),
     ],
 )

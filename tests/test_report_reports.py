@@ -1,4 +1,4 @@
-"""A folder's parts: each where the rows fill it; rows of other kinds; sensitivity; calibration that differs."""
+"""A folder's tables and figures: each where the rows fill it; rows of other kinds; sensitivity; calibration that differs."""
 
 import pytest
 
@@ -42,8 +42,8 @@ def test_a_row_of_another_kind_needs_a_key(tmp_path):
 
 
 def test_suffixes_are_unique():
-    for parts in (TABLES, FIGURES, FOLDER_TABLES):
-        assert len({part.suffix for part in parts}) == len(parts)
+    for exhibits in (TABLES, FIGURES, FOLDER_TABLES):
+        assert len({exhibit.suffix for exhibit in exhibits}) == len(exhibits)
 
 
 def test_places_quantized_alone():

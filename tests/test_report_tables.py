@@ -10,7 +10,9 @@ import pytest
 
 from qjax.driver.layer import LayerRecord
 from qjax.errors import QjaxError
-from qjax.report.rendering import Column, Table, latex_escape
+from qjax.report.comparison import baseline_table
+from qjax.report.rendering import Table, TableColumn, latex_escape
+from qjax.report.rerun_table import rerun_table
 from qjax.report.tables import (
     formats_table,
     layers_table,
@@ -139,7 +141,7 @@ def test_what_cannot_be_compared_is_not_mixed(key, value):
     assert second == rows[-1:]
 
 
-@pytest.mark.parametrize(("name", "shown"), [("other", "model"), ("toy", "model's fingerprint")])
+@pytest.mark.parametrize(("name", "shown"), [("other", "model"), ("toy", "model's recipe")])
 def test_models_of_one_baseline_are_told_apart(name, shown):
     own = measured_row("none")
     against = {"baseline": own["baseline"], "baseline_fingerprint": own["fingerprint"], "model_recipe": "nf4-g64"}
@@ -194,7 +196,9 @@ def test_terminal_numbers_are_right_aligned():
 
 def test_markup_is_escaped():
     row = {"name": "a|b_c[red]", "value": -3.0e-5}
-    table = Table("50% & more", (Column("name", "x_y", text=True), Column("value", "v", lambda row, key: "-3.0e-5")), (row,))
+    table = Table(
+        "50% & more", (TableColumn("name", "x_y", text=True), TableColumn("value", "v", lambda row, key: "-3.0e-5")), (row,)
+    )
     assert r"| a\|b_c[red] | -3.0e-5 |" in to_markdown(table)
     assert r"a\textbar{}b\_c[red] & $-3.0\times10^{-5}$ \\" in to_latex(table)
     assert r"\caption{50\% \& more.}" in to_latex(table)
@@ -234,3 +238,21 @@ def test_importing_reports_is_light():
     code = "import sys, qjax.report.reports, qjax.report.memory; print({'jax', 'matplotlib', 'rich'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_models_of_one_name_are_told_apart_by_their_recipe():
+    """Two packed models of one name: in a table against a third, in titles, and of equal recipes."""
+    rows = [
+        measured_row("none", 0.1 * i, model="packed", model_recipe=recipe, fingerprint=f"f{i}", baseline="toy", key=f"k{i}")
+        | {"baseline_fingerprint": "toy"}
+        for i, recipe in enumerate(("nf4", "rtn:int3-g16"))
+    ]
+    assert perplexity_table(rows).headers()[:2] == ["recipe", "model's recipe"]
+    assert [line[1] for line in perplexity_table(rows).cells()] == ["nf4", "rtn:int3-g16"]
+    same = [{**row, "model_recipe": "nf4"} for row in rows]
+    assert perplexity_table(same).headers()[:2] == ["recipe", "model's fingerprint"]
+    alone = {**rows[1], "baseline": "packed", "baseline_fingerprint": "f1"}
+    assert perplexity_table([alone]).title.startswith("Perplexity of packed (rtn:int3-g16) on python-docs")
+    assert perplexity_table([rows[1]]).title.startswith("Perplexity of toy on python-docs")
+    assert baseline_table(rows, rows[0]).title.startswith("Against none of packed (nf4), python-docs")
+    assert rerun_table(rows[1], rows[1]).title.startswith("none of packed (rtn:int3-g16) measured again, python-docs")

@@ -215,15 +215,16 @@ def test_rows_without_what_is_needed_say_what():
 
 def test_rows_are_found_by_key_and_by_recipe():
     rows = [measured_row("rtn:nf4-g64", key="ab1"), measured_row("none", key="ab"), measured_row("none", key="cd", corpus="c4")]
+    rows[2] |= {"model": "packed", "model_recipe": "nf4"}
     assert find_row(rows, "ab", "f")["recipe"] == "none"  # a whole key, though another begins with it
     assert find_row(rows, "nf4", "f")["key"] == "ab1"
-    with pytest.raises(QjaxError, match=r"2 rows of f are 'none'.*: ab \(python-docs, seed 0\), cd \(c4, seed 0\)"):
+    with pytest.raises(QjaxError, match=r"2 .* 'none'.*: ab \(toy, python-docs, seed 0\), cd \(packed \(nf4\), c4, seed 0\)"):
         find_row(rows, "none", "f")
     again = [measured_row("none", 0.1 * i, key=f"k{i}", code=f"{i}", versions=f"{i}", max_windows=i) for i in range(3)]
     assert find_row(again, "none", "f")["key"] == "k2"  # the newest of one cell
     assert find_row(again, "k1", "f")["key"] == "k1"
     calibrated = [measured_row("gptq:int3-g128", key=f"{i}", calibration="c4", calibration_windows=i) for i in (8, 32)]
-    with pytest.raises(QjaxError, match=r"8 \(python-docs, seed 0, 8 windows of c4\), 32 \("):
+    with pytest.raises(QjaxError, match=r"8 \(toy, python-docs, seed 0, 8 windows of c4\), 32 \("):
         find_row(calibrated, "gptq:int3-g128", "f")
 
 

@@ -55,6 +55,7 @@ def test_differences_are_those_of_the_recipe(work):
     assert other[0] == own[0]  # the baseline's row is that of its own sweep
     for column in EQUAL:
         assert other[1][column] == own[1][column], column
+    assert own[0]["weight_error"] == 0 < own[1]["weight_error"] and other[1]["weight_error"] is None  # its own is not known
     assert other[1]["kl"] > 0 and other[1]["nll_delta"] != 0
     assert (other[1]["baseline"], other[1]["baseline_fingerprint"]) == (tiny.name, own[0]["fingerprint"]) != packed.name
 
@@ -76,12 +77,12 @@ def test_models_of_one_baseline_share_a_table(work):
     found = dict(tables(rows))
     table = found["tiny-text-text.txt-windows-32"]
     assert [(row["model"], row["recipe"]) for row in table.rows] == [("tiny", "none"), ("packed", "none"), ("tiny", RECIPE)]
-    assert "model" in table.headers() and "difference from the unquantized model" in table.notes[0]
+    assert {"model", "model's recipe"} <= set(table.headers()) and "difference from the unquantized model" in table.notes[0]
     change = table.headers().index("change (%)")
     assert [line[change] == "-" for line in table.cells()] == [True, False, False]
     assert [row["model"] for row in found["tiny-text-text.txt-windows-32-divergence"].rows] == ["packed", "tiny"]
     names = {text.get_text() for text in dots_figure(rows).axes[0].get_yticklabels()}
-    assert names == {"none, packed", f"{RECIPE}, tiny"}
+    assert names == {f"none, packed, {RECIPE}", f"{RECIPE}, tiny"}
 
 
 def test_recipes_of_a_quantized_model_are_refused(work, tmp_path):
@@ -171,7 +172,7 @@ def test_commands(work, tmp_path, capsys):
     code, printed, _ = run("compare", folder / "results", "--baseline", RECIPE, "--metric", "kl")
     assert code == 0 and f"Against {RECIPE} of tiny" in printed
     code, printed, _ = run("compare", folder / "results", tmp_path, "--baseline", own[0]["key"][:8])
-    assert code == 0 and "Against none of tiny" in printed
+    assert code == 0 and "Against none of tiny," in printed
     assert run("compare", folder / "results")[0] == 2
     code, _, errors = run("sweep", folder / "packed", "--recipes", "nf4", *options)
     assert code == 2 and "quantized already" in errors

@@ -5,7 +5,7 @@ import pytest
 from qjax.errors import QjaxError
 from qjax.recipe import parse_recipe
 from qjax.sweep.cells import canonical, expand
-from qjax.sweep.runner import Plan, Sweep, plans_of, rules_in_order
+from qjax.sweep.runner import Sweep, Treatment, rules_in_order, treatments_of
 
 
 def test_methods_times_bits():
@@ -55,9 +55,9 @@ def test_names_in_an_order_stay_what_they_are(order):
 def test_a_cell_has_one_name_whatever_order_it_was_asked_in():
     options = {"corpora": (), "convention": None, "rules": ("mlp=gptq:int2-g128@qep",)}
     asked = [Sweep(("gptq:int4-g128@qep",), order=order, **options) for order in (None, "block", "qep")]
-    plans = [plans_of(sweep, 2) for sweep in asked]
-    assert plans[0] == plans[1] == plans[2]
-    assert plans[0][1] == Plan("gptq:int4-g128", ("mlp=gptq:int2-g128",))
+    treatments = [treatments_of(sweep, 2) for sweep in asked]
+    assert treatments[0] == treatments[1] == treatments[2]
+    assert treatments[0][1] == Treatment("gptq:int4-g128", ("mlp=gptq:int2-g128",))
 
 
 def test_duplicates_are_dropped_and_every_recipe_is_checked():

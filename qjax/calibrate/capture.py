@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from qjax.calibrate.statistics import STATISTICS
+from qjax.calibrate.statistics import COUNT, STATISTICS
 from qjax.errors import QjaxError
 from qjax.interception.linen import recorded
 
@@ -156,7 +156,7 @@ def capture_statistics(
     messages. Raises QjaxError that names layers whose input is not finite, was not seen, or cannot be captured.
     """
     run = programs_of(module).capture
-    statistics, paths = tuple((name, STATISTICS[name]) for name in dict.fromkeys([*names, "tokens"])), tuple(needed)
+    statistics, paths = tuple((name, STATISTICS[name]) for name in dict.fromkeys([*names, COUNT])), tuple(needed)
     states = {path: {name: each.init(size) for name, each in statistics} for path, size in needed.items()}
     outputs = []
     for batch, other in zip(batches, batches if exact is None else exact[1], strict=True):
@@ -169,7 +169,7 @@ def capture_statistics(
             raise _hidden(prefix + path for path in hidden) from None
         outputs.append(output)
     values = {path: {name: each.finalize(state[name]) for name, each in statistics} for path, state in states.items()}
-    empty = [path for path in paths if not int(values[path]["tokens"])]
+    empty = [path for path in paths if not int(values[path][COUNT])]
     if empty:
         raise QjaxError(f"no calibration token of weight above 0 reached {', '.join(prefix + path for path in empty)}")
     broken = [path for path in paths if not all(bool(jnp.all(jnp.isfinite(v))) for v in values[path].values())]

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from qjax.calibrate.statistics import read_by
 from qjax.errors import QjaxError
 from qjax.rounding.parts.feedback import damp_until_factored
 
@@ -40,7 +41,7 @@ class Order:
     @property
     def captures(self) -> tuple[str, ...]:
         """Statistics that the correction is made from."""
-        return ("hessian", "drift") if self.alpha > 0 else ()
+        return read_by(correct) if self.alpha > 0 else ()
 
 
 def parallel() -> Order:

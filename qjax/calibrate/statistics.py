@@ -8,6 +8,8 @@ precision; states add up, so that activations need not be kept. A further statis
 `methods.register_statistic` adds one from outside.
 """
 
+import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -84,13 +86,30 @@ tokens = Statistic(
     axes=0,
 )
 
+COUNT = "tokens"  # the statistic that every capture takes
 STATISTICS: dict[str, Statistic] = {
     "hessian": hessian,  # (in, in): mean of x x^T
     "drift": drift,  # (in, in): mean of x (exact - x)^T
     "abs_mean": abs_mean,  # (in,): mean |x|
     "abs_max": abs_max,  # (in,): largest |x|
-    "tokens": tokens,  # (): tokens of weight above 0
+    COUNT: tokens,  # (): tokens of weight above 0
 }
+
+
+def read_by(function: Callable) -> tuple[str, ...]:
+    """The statistics that a function asks for, as methods do: by the names of its arguments, in their order."""
+    return tuple(name for name in _arguments(function) if name in STATISTICS)
+
+
+def given_to(function: Callable, values: Mapping[str, Array]) -> tuple[Array, ...] | None:
+    """What `read_by` says of a layer's statistics; None where one of them was not taken."""
+    names = read_by(function)
+    return tuple(values[name] for name in names) if values.keys() >= set(names) else None
+
+
+@functools.cache
+def _arguments(function: Callable) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
 
 
 def mapped(values: Mapping[str, Array], by: InputMap) -> dict[str, Array]:

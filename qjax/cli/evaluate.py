@@ -15,6 +15,7 @@ from qjax.cli.options import (
     MaxQuestions,
     MaxWindows,
     ModelName,
+    Packed,
     Tasks,
     split_names,
 )
@@ -33,7 +34,7 @@ def evaluate(
         Path | None, typer.Option("--lm-eval-folder", help="Folder of local task files (YAML) for --lm-eval.")
     ] = None,
     max_questions: MaxQuestions = None,
-    packed: Annotated[bool, typer.Option("--packed", help="Multiply with packed weights.")] = False,
+    packed: Packed = False,
 ) -> None:
     """Perplexity of one model, quantized or not; with --tasks or --lm-eval its accuracy instead."""
     from qjax.evaluate.corpora import load_corpora
@@ -78,7 +79,7 @@ def generate(
     calibration: CalibrationName = None,
     calibration_windows: CalibrationWindows = 128,
     calibration_window: CalibrationWindow = 2048,
-    packed: Annotated[bool, typer.Option("--packed", help="Multiply with packed weights.")] = False,
+    packed: Packed = False,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
 ) -> None:
     """Let a model, quantized or not, go on with a prompt."""

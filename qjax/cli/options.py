@@ -9,6 +9,8 @@ from qjax.errors import QjaxError
 
 MODEL_HELP = "Hugging Face folder or hub name, folder qjax saved, or 'bundled'."
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+RecipeName = Annotated[str, typer.Option("--recipe", help="For example gptq:int4-g128; see `qjax recipes`.")]
+Packed = Annotated[bool, typer.Option("--packed", help="Multiply with packed weights.")]
 Data = Annotated[
     list[str], typer.Option("--data", help="python-docs, wikitext2, ptb, c4, text:PATH or jsonl:PATH; may be repeated.")
 ]

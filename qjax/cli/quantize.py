@@ -14,6 +14,7 @@ from qjax.cli.options import (
     OrderName,
     Out,
     Overwrite,
+    RecipeName,
     Rules,
     Seed,
 )
@@ -22,7 +23,7 @@ from qjax.cli.terminal import console, progress_bars
 
 def quantize(
     model: ModelName,
-    recipe: Annotated[str, typer.Option(help="For example gptq:int4-g128; see `qjax recipes`.")],
+    recipe: RecipeName,
     out: Out,
     rule: Rules = None,
     calibration: CalibrationName = None,

@@ -19,6 +19,7 @@ from qjax.cli.options import (
     ModelName,
     OrderName,
     Out,
+    RecipeName,
     Rules,
     Seed,
     Tasks,
@@ -113,11 +114,13 @@ def sweep(
     max_windows = default_windows(model, data, max_windows)
     tokens = calibration_for(loaded, (names, rules), calibration, data, calibration_windows, calibration_window, seed)
     further = {"measures": measures, "baseline": against}
-    plan = Sweep(tuple(names), corpora, measured, max_windows or None, rules, seed, asked, divergence, speed, tokens, **further)
+    request = Sweep(
+        tuple(names), corpora, measured, max_windows or None, rules, seed, asked, divergence, speed, tokens, **further
+    )
     if dry_run:
-        print_states(cell_states(loaded, plan, out))
+        print_states(cell_states(loaded, request, out))
         return
-    _run(loaded, plan, out, workers=workers, stale_seconds=stale, of_others=not launched and engine != "none")
+    _run(loaded, request, out, workers=workers, stale_seconds=stale, of_others=not launched and engine != "none")
 
 
 def _launch(context: typer.Context, workers: int, launcher: str, out: Path) -> None:
@@ -128,7 +131,7 @@ def _launch(context: typer.Context, workers: int, launcher: str, out: Path) -> N
     words = [str(given["model"])]
     for option in context.command.params:
         value = given[option.name]
-        if option.name == "model" or value in (None, False):
+        if option.name == "model" or value is None or value is False:
             continue
         for each in value if isinstance(value, (list, tuple)) else [value]:
             words.append(option.opts[0] if each is True else f"{option.opts[0]}={each}")
@@ -155,7 +158,7 @@ def _recipes(recipes: str | None, methods: str | None, bits: str | None, group: 
 
 def sensitivity(
     model: ModelName,
-    recipe: Annotated[str, typer.Option(help="For example gptq:int3-g128; see `qjax recipes`.")],
+    recipe: RecipeName,
     data: Data = ["python-docs"],  # noqa: B006
     convention: ConventionName = "windows-2048",
     max_windows: MaxWindows = None,
@@ -178,11 +181,11 @@ def sensitivity(
     loaded = load_model(model)
     tokens = calibration_for(loaded, (names, ()), calibration, data, calibration_windows, calibration_window, seed)
     max_windows = default_windows(model, data, max_windows)
-    plan = Sweep(tuple(names), corpora, measured, max_windows or None, seed=seed, calibration=tokens, one_block=True)
-    _run(loaded, plan, out)
+    request = Sweep(tuple(names), corpora, measured, max_windows or None, seed=seed, calibration=tokens, one_block=True)
+    _run(loaded, request, out)
 
 
-def _run(model: "Model", plan: "Sweep", out: Path, *, of_others: bool = True, **options: object) -> None:
+def _run(model: "Model", request: "Sweep", out: Path, *, of_others: bool = True, **options: object) -> None:
     """Measures, prints the tables of this sweep, and writes those of all rows in the folder. of_others: rows that other runs
     measured are shown too; options: of `run_sweep`.
     """
@@ -192,7 +195,7 @@ def _run(model: "Model", plan: "Sweep", out: Path, *, of_others: bool = True, **
 
     with live_sweep(of_others=of_others) as watcher:
         try:
-            rows = run_sweep(model, plan, out, watcher, **options)
+            rows = run_sweep(model, request, out, watcher, **options)
         except KeyboardInterrupt:
             typer.echo(f"{watcher.done} of {watcher.total} cells are kept in {out / ROWS}", err=True)
             raise

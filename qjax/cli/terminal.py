@@ -122,14 +122,14 @@ def live_workers(folder: Path) -> Iterator[Callable[[], None]]:
 
 def print_states(states: list[dict[str, object]]) -> None:
     """The cells of a sweep and how far they are."""
-    from qjax.report.rendering import Column, Table, to_rich
+    from qjax.report.rendering import Table, TableColumn, to_rich
 
     columns = (
-        Column("recipe", "recipe", text=True),
-        Column("corpus", "text", text=True),
-        Column("format", "format", text=True, rank=1),
-        Column("key", "key", text=True),
-        Column("state", "state", text=True),
+        TableColumn("recipe", "recipe", text=True),
+        TableColumn("corpus", "text", text=True),
+        TableColumn("format", "format", text=True, rank=1),
+        TableColumn("key", "key", text=True),
+        TableColumn("state", "state", text=True),
     )
     counts = {"done": 0, "claimed": 0, "open": 0}
     for row in states:

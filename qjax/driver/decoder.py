@@ -26,9 +26,9 @@ from qjax.calibrate.order import Order
 from qjax.calibrate.tokens import Calibration, as_calibration
 from qjax.checkpoints.packed import load_packed
 from qjax.checkpoints.parts import PartWriter
-from qjax.driver.flow import Quantized, quantize_part
+from qjax.driver.flow import Quantized, quantize_piece
 from qjax.driver.layer import LayerRecord
-from qjax.driver.part import Part
+from qjax.driver.piece import Piece
 from qjax.driver.placement import Plan, Rule, one_order, parsed, placement
 from qjax.driver.report import Report, cast_others, make_report, warn_of_few_tokens
 from qjax.errors import QjaxError
@@ -202,9 +202,9 @@ def _parts(
     already. Blocks come in halves where layers see what becomes of those before them in their block, so that none runs twice.
     """
     config, order = model.config, work.order
-    pieces = list(_batches(work.calibration)) if work.calibration else []
-    weights = [weight for _, weight in pieces]
-    current = [tokens for tokens, _ in pieces]
+    weighted = list(_batches(work.calibration)) if work.calibration else []
+    weights = [weight for _, weight in weighted]
+    current = [tokens for tokens, _ in weighted]
     compares = order.alpha or (order.prefix and work.refines_blocks)
     exact = list(current) if compares else []  # states of the unquantized model
     parts = walk.parts(config, compute_dtype(), halves=order.inside and not work.refines_blocks)
@@ -222,7 +222,7 @@ def _parts(
             if batches and any(plans) and part.module not in shared:  # equal blocks are traced once
                 shared[part.module] = sharing(part.module, params, batches[0].args)
             piece = _piece(part, params, plans, shared.get(part.module, {}))
-            found = quantize_part(piece, plans, order, batches, references, work.on_layer, keep_outputs=later)
+            found = quantize_piece(piece, plans, order, batches, references, work.on_layer, keep_outputs=later)
         yield part, [each._replace(floating={}, outputs=[]) for each in found]
         del batches, references  # what holds hidden states, so that each makes room for the next
         if later:
@@ -240,12 +240,12 @@ def _within(part: walk.Part, plan: Plan) -> Plan:
     return {path.removeprefix(part.prefix): recipe for path, recipe in plan.items() if path.startswith(own)}
 
 
-def _piece(part: walk.Part, params, plans: Sequence[Plan], shared) -> Part:
+def _piece(part: walk.Part, params, plans: Sequence[Plan], shared) -> Piece:
     flat = flatten_dict(params, sep="/")
     views = {path: KernelView(flat[path].shape, (0,), (1,)) for path in plans[0]}
     allowed = folds(part.module.config) if part.kind == "block" else ()
     allowed = tuple(fold for fold in allowed if fold.source.split("/")[0] in params)
-    return Part(part.module, part.prefix, params, views, shared, allowed)
+    return Piece(part.module, part.prefix, params, views, shared, allowed)
 
 
 def _as_done(leaves: dict[str, object], records: Sequence[LayerRecord], on_layer) -> Quantized:

@@ -1,4 +1,4 @@
-"""Part by part: one module (a decoder's block, a half of it, or a whole Flax model) with calibration batches -> its quantized
+"""Piece by piece: one module (a decoder's block, a half of it, or a whole Flax model) with calibration batches -> its quantized
 kernels.
 
     capture -> statistics -> transforms (maps, folded where a table says how) -> rounding, refining -> block refiners
@@ -19,7 +19,7 @@ from jaxtyping import Array, PyTree
 from qjax.calibrate.capture import Batch, Captured, capture_statistics, outputs_of
 from qjax.calibrate.order import Order
 from qjax.driver.layer import LayerRecord, Rounded, checked_block, make_record, placed, round_kernel
-from qjax.driver.part import Part
+from qjax.driver.piece import Piece
 from qjax.driver.placement import Plan
 from qjax.driver.transform import transform
 from qjax.interception.linen import quantized_kernels
@@ -30,7 +30,7 @@ from qjax.refining.block import Block, BlockSite
 
 
 class Quantized(NamedTuple):
-    """A part's leaves by path within it: as they are stored, and as they are evaluated, for a run of the module.
+    """A piece's leaves by path within it: as they are stored, and as they are evaluated, for a run of the module.
 
     outputs: of the unquantized module for each batch, where capturing gave them (order `parallel`), else empty.
     """
@@ -43,9 +43,9 @@ class Quantized(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """A part with its inputs as the order has them, and exact: its inputs in the unquantized model."""
+    """A piece with its inputs as the order has them, and exact: its inputs in the unquantized model."""
 
-    part: Part
+    piece: Piece
     order: Order
     batches: Sequence[Batch]
     exact: Sequence[Batch]
@@ -55,27 +55,27 @@ class _Run:
         """Statistics of the layers at `paths`, by the path of the layer that stands for those with its input. reference:
         parameters of the run that the order compares with.
         """
-        part, compared = self.part, () if reference is None else self.order.captures
+        piece, compared = self.piece, () if reference is None else self.order.captures
         read = [(path, plan[path]) for plan in plans for path in paths if path in plan]
         statistics = {name for _, recipe in read for name in recipe.statistics} | set(compared)
-        needed = {part.shared[path]: part.views[path].matrix_shape[0] for path, _ in read}
+        needed = {piece.shared[path]: piece.views[path].matrix_shape[0] for path, _ in read}
         if not needed:
             return Captured({}, [])
         exact = (reference, self.exact) if compared else None
         return capture_statistics(
-            part.module,
+            piece.module,
             floating,
             self.batches,
             needed,
             sorted(statistics),
             exact,
-            prefix=part.prefix,
+            prefix=piece.prefix,
             keep_outputs=keep_outputs,
         )
 
 
-def quantize_part(
-    part: Part,
+def quantize_piece(
+    piece: Piece,
     plans: Sequence[Plan],
     order: Order,
     batches: Sequence[Batch] = (),
@@ -84,35 +84,35 @@ def quantize_part(
     *,
     keep_outputs: bool = False,
 ) -> list[Quantized]:
-    """The part's kernels by each plan. Plans may be several where the order takes no input from quantized layers.
+    """The piece's kernels by each plan. Plans may be several where the order takes no input from quantized layers.
 
-    batches: the part's inputs, as the order has them; none are needed by plans that read no calibration data. exact: its
+    batches: the piece's inputs, as the order has them; none are needed by plans that read no calibration data. exact: its
     inputs in the unquantized model, for orders with a correction and block refiners. keep_outputs: return those of the
     unquantized module, where the order gives them. Raises QjaxError for inputs that are not finite and layers that cannot be
     captured.
     """
-    run = _Run(part, order, batches, exact, on_layer)
+    run = _Run(piece, order, batches, exact, on_layer)
     reading = [{path: recipe for path, recipe in plan.items() if recipe and recipe.reads_data} for plan in plans]
     before = Captured({}, [])
     if any(reading) and (not order.inside or any(recipe.transforms for plan in reading for recipe in plan.values())):
-        before = run.capture(reading, list(part.views), part.params, keep_outputs=keep_outputs and not order.prefix)
+        before = run.capture(reading, list(piece.views), piece.params, keep_outputs=keep_outputs and not order.prefix)
     memo = Memo()
     return [_by_plan(run, *each, before, memo) for each in zip(plans, reading, strict=True)]
 
 
 def _by_plan(run: _Run, plan: Plan, reading: Plan, before: Captured, shared_memo: Memo) -> Quantized:
-    part, order = run.part, run.order
-    flat = flatten_dict(part.params, sep="/")
-    base, found = transform(part, flat, plan, before.statistics, run.batches, shared_memo)
+    piece, order = run.piece, run.order
+    flat = flatten_dict(piece.params, sep="/")
+    base, found = transform(piece, flat, plan, before.statistics, run.batches, shared_memo)
     current, rounded, records = dict(base), {}, {}
 
     def settle(path: str, started: float) -> None:
-        shape = part.views[path].matrix_shape
-        records[path] = make_record(part.prefix + path, shape, base[path], rounded.get(path), started)
+        shape = piece.views[path].matrix_shape
+        records[path] = make_record(piece.prefix + path, shape, base[path], rounded.get(path), started)
         run.on_layer(records[path])
 
     refined = [path for path, recipe in reading.items() if recipe.block_refiners]
-    for group in _in_call_order(plan, part.shared) if order.inside else [list(plan)]:
+    for group in _in_call_order(plan, piece.shared) if order.inside else [list(plan)]:
         statistics = before.statistics
         memo = Memo() if order.inside else shared_memo  # inside, nothing is shared beyond a group
         if order.inside and any(path in reading for path in group):
@@ -120,35 +120,35 @@ def _by_plan(run: _Run, plan: Plan, reading: Plan, before: Captured, shared_memo
             statistics = run.capture([reading], group, floating, reference=reference).statistics
         started = time.perf_counter()
         for path in (path for path in group if plan[path] is not None):  # all are on their way before the first is waited for
-            weight = part.matrix(path, base[path], memo)
-            known = statistics.get(part.shared.get(path), {}) if path in reading else {}
+            weight = piece.matrix(path, base[path], memo)
+            known = statistics.get(piece.shared.get(path), {}) if path in reading else {}
             rounded[path] = round_kernel(weight, plan[path], known, found.get(path), order, memo)
         for path in group:
             if path not in refined:
                 settle(path, started)
                 started = time.perf_counter()
             if path in rounded and order.prefix:
-                current[path] = _evaluated(part, path, rounded[path])
+                current[path] = _evaluated(piece, path, rounded[path])
     started = time.perf_counter()
     rounded |= _refine(run, reading, base, rounded)
     for path in refined:
         settle(path, started)
         started = time.perf_counter()
         if order.prefix:
-            current[path] = _evaluated(part, path, rounded[path])
-    leaves = {path: _leaf(part, path, each) for path, each in rounded.items()}
+            current[path] = _evaluated(piece, path, rounded[path])
+    leaves = {path: _leaf(piece, path, each) for path, each in rounded.items()}
     kept = before.outputs if not order.prefix else []
     return Quantized(base | leaves, [records[path] for path in plan], unflatten_dict(current, sep="/"), kept)
 
 
-def _leaf(part: Part, path: str, rounded: Rounded) -> object:
-    return part.views[path].to_kernel(rounded.leaf.codes) if rounded.recipe.is_cast else rounded.leaf
+def _leaf(piece: Piece, path: str, rounded: Rounded) -> object:
+    return piece.views[path].to_kernel(rounded.leaf.codes) if rounded.recipe.is_cast else rounded.leaf
 
 
-def _evaluated(part: Part, path: str, rounded: Rounded) -> object:
+def _evaluated(piece: Piece, path: str, rounded: Rounded) -> object:
     """The leaf as evaluation has it, in its kernel's shape where it is an array."""
     leaf = dense(rounded.leaf)
-    return leaf if isinstance(leaf, Linear) else part.views[path].to_kernel(leaf)
+    return leaf if isinstance(leaf, Linear) else piece.views[path].to_kernel(leaf)
 
 
 def _refine(run: _Run, plan: Plan, base: Mapping[str, Array], rounded: Mapping[str, Rounded]) -> dict[str, Rounded]:
@@ -162,18 +162,18 @@ def _refine(run: _Run, plan: Plan, base: Mapping[str, Array], rounded: Mapping[s
 
 
 def _refine_by(run: _Run, stage: Stage, paths: Sequence[str], base: Mapping, rounded: Mapping[str, Rounded]) -> dict:
-    part = run.part
-    held = {**base, **{path: _leaf(part, path, each) for path, each in rounded.items()}}
+    piece = run.piece
+    held = {**base, **{path: _leaf(piece, path, each) for path, each in rounded.items()}}
 
     def apply(weights: Mapping[str, QTensor | Array], *args: object) -> object:
         new = {path: rounded[path].leaf_of(weight) for path, weight in weights.items()}
         with quantized_kernels():
-            output = part.module.apply({"params": unflatten_dict({**held, **new}, sep="/")}, *args)
+            output = piece.module.apply({"params": unflatten_dict({**held, **new}, sep="/")}, *args)
         return jax.tree.leaves(output)[0]  # as the targets have it
 
     sites = {path: BlockSite(rounded[path].weight, rounded[path].recipe.format, rounded[path].statistics) for path in paths}
     exact = run.exact if run.order.prefix else run.batches
-    targets = outputs_of(part.module, part.params, exact)
+    targets = outputs_of(piece.module, piece.params, exact)
     block = Block(apply, sites, [batch.args for batch in run.batches], targets, [batch.weights for batch in run.batches])
     start = {path: _codes(rounded[path].leaf) for path in paths}
     memo = Memo()

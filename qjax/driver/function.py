@@ -10,9 +10,9 @@ from jaxtyping import Array, PyTree
 
 from qjax.calibrate.capture import Batch, distinct_calls, sharing
 from qjax.calibrate.tokens import as_weights
-from qjax.driver.flow import quantize_part
+from qjax.driver.flow import quantize_piece
 from qjax.driver.layer import LayerRecord
-from qjax.driver.part import Part
+from qjax.driver.piece import Piece
 from qjax.driver.placement import Plan, Rule, one_order, parsed, place
 from qjax.driver.report import Report, cast_others, make_report, warn_of_few_tokens
 from qjax.errors import QjaxError
@@ -57,8 +57,8 @@ def quantize_flax(
     calibration = [Batch(tuple(args), w) for args, w in zip(batches, weights, strict=True)]
     stage = one_order(plan)
     shared = sharing(module, params, *distinct_calls(batches)) if stage else {}
-    part = Part(module, "", params, views, shared)
-    (found,) = quantize_part(part, [plan], (stage or Stage("parallel"))(), calibration, calibration, on_layer)
+    piece = Piece(module, "", params, views, shared)
+    (found,) = quantize_piece(piece, [plan], (stage or Stage("parallel"))(), calibration, calibration, on_layer)
     warn_of_few_tokens(found.records, 2)
     done = [path for path in placed if path in views or placed[path] is None]
     result = unflatten_dict(found.leaves | cast_others(found.leaves, recipe, done), sep="/")

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from qjax import maps
 from qjax.activations import static_scale
 from qjax.calibrate.order import Order, correct
-from qjax.calibrate.statistics import STATISTICS
+from qjax.calibrate.statistics import COUNT, STATISTICS, given_to, read_by
 from qjax.errors import QjaxError
 from qjax.formats import Format
 from qjax.linear import Linear, dequantize, is_quantized
@@ -79,7 +79,7 @@ class Rounded(NamedTuple):
         inputs = () if self.mapped is None or self.mapped.folded else self.mapped.inputs
         activation = self.recipe.activation
         static = activation is not None and activation.is_static
-        scale = static_scale(self.statistics["abs_max"], activation) if static else None
+        scale = static_scale(*given_to(static_scale, self.statistics), activation) if static else None
         return Linear(weight, inputs, activation, scale)
 
 
@@ -92,27 +92,29 @@ def round_kernel(
     memo: Memo,
 ) -> Rounded:
     """Corrects, maps and rounds one weight; statistics are of its input as captured."""
-    needed, original = (*recipe.statistics, "hessian"), weight  # what the Hessian says is told of every layer
+    needed, original = (*recipe.statistics, *read_by(output_loss)), weight  # its loss is told of every layer
     known = {name: value for name, value in statistics.items() if name in needed}
-    if "drift" in statistics:
-        weight = correct(weight, statistics["hessian"], statistics["drift"], order.alpha, order.damp)
+    drifted = given_to(correct, statistics)
+    if drifted:
+        weight = correct(weight, *drifted, order.alpha, order.damp)
     if mapped is not None:
         if not mapped.folded:
             weight = maps.on_weight(mapped.inputs, weight)
         if not mapped.folded or not order.inside:  # else the input was captured with the scale folded into it
             known = {name: memo.get(_map_statistic, value, mapped.inputs, name=name) for name, value in known.items()}
     q, info = round_weight(weight, recipe, known, memo)
-    corrected = "drift" in statistics or mapped is not None
-    done = Rounded(q, info, original, weight, known, recipe, mapped, statistics.get("tokens"))
+    corrected = drifted is not None or mapped is not None
+    done = Rounded(q, info, original, weight, known, recipe, mapped, statistics.get(COUNT))
     return placed(done, q, info, memo, corrected=corrected)
 
 
 def placed(done: Rounded, q: QTensor, info: Info, memo: Memo, *, corrected: bool = True) -> Rounded:
     """The kernel with these codes. corrected: what was rounded is not the weight as it came."""
     mapped, known = done.mapped, done.statistics
-    if "hessian" in known:
-        loss = output_loss(dequantize(q) - done.weight, known["hessian"]) if info.proxy_loss is None else info.proxy_loss
-        whole = memo.get(output_loss, done.weight, known["hessian"])
+    moments = given_to(output_loss, known)
+    if moments:
+        loss = output_loss(dequantize(q) - done.weight, *moments) if info.proxy_loss is None else info.proxy_loss
+        whole = memo.get(output_loss, done.weight, *moments)
         info = info._replace(proxy_loss=loss, output_error=relative(loss, whole))
     leaf = done.leaf_of(q)
     leaf = leaf if leaf.inputs or leaf.activation else q

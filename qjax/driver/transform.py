@@ -1,5 +1,6 @@
-"""The transforms of a part's recipes: maps of layer inputs, found, and folded into the layer before where a table says how."""
+"""The transforms of a piece's recipes: maps of layer inputs, found, and folded into the layer before where a table says how."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -9,9 +10,9 @@ from jaxtyping import Array
 
 from qjax import maps
 from qjax.calibrate.capture import Batch, module_outputs
-from qjax.calibrate.statistics import mapped
+from qjax.calibrate.statistics import given_to, mapped
 from qjax.driver.layer import Mapped, round_weight
-from qjax.driver.part import Part
+from qjax.driver.piece import Piece
 from qjax.errors import QjaxError
 from qjax.linear import dequantize
 from qjax.maps import InputMap
@@ -22,25 +23,25 @@ from qjax.rounding.parts.info import output_loss
 
 
 def transform(
-    part: Part,
+    piece: Piece,
     flat: Mapping[str, Array],
     plan: Mapping[str, Recipe | None],
     statistics: Mapping[str, Mapping[str, Array]],
     batches: Sequence[Batch],
     memo: Memo,
 ) -> tuple[dict[str, Array], dict[str, Mapped]]:
-    """A part's float leaves after all transforms of a plan, and the maps of each kernel that got any; what the module computes
+    """A piece's float leaves after all transforms of a plan, and the maps of each kernel that got any; what the module computes
     is unchanged.
     """
     todo = {path: recipe for path, recipe in plan.items() if recipe and recipe.transforms}
     changed = {path for path, recipe in plan.items() if recipe and (recipe.transforms or recipe.reads_data)}
     base, found = dict(flat), {}
-    for fold in part.folds:
+    for fold in piece.folds:
         paths = [f"{layer}/kernel" for layer in fold.layers]
         recipes = {todo.get(path) for path in paths}
         if None in recipes or len(recipes) > 1 or (is_linear(fold, flat) and f"{fold.source}/kernel" not in changed):
             continue  # they cannot share a map, or what would have to change is to be left as it is
-        inputs = _find_maps(part, paths, flat, recipes.pop(), statistics.get(part.shared.get(paths[0]), {}), batches, memo)
+        inputs = _find_maps(piece, paths, flat, recipes.pop(), statistics.get(piece.shared.get(paths[0]), {}), batches, memo)
         if [type(each) for each in inputs] == [maps.Divide]:
             base |= fold_map(base, fold, inputs[0])
             found |= dict.fromkeys(paths, Mapped(inputs, folded=True))
@@ -48,7 +49,7 @@ def transform(
             found |= dict.fromkeys(paths, _stored(inputs))
     for path, recipe in todo.items():
         if path not in found:
-            inputs = _find_maps(part, [path], flat, recipe, statistics.get(part.shared.get(path), {}), batches, memo)
+            inputs = _find_maps(piece, [path], flat, recipe, statistics.get(piece.shared.get(path), {}), batches, memo)
             found[path] = _stored(inputs)
     return base, found
 
@@ -58,22 +59,22 @@ def _stored(inputs: Sequence[InputMap]) -> Mapped:
     return Mapped(tuple(each.stored() for each in inputs), folded=False)
 
 
-def _find_maps(part, paths, flat, recipe, statistics, batches, memo) -> tuple[InputMap, ...]:
+def _find_maps(piece, paths, flat, recipe, statistics, batches, memo) -> tuple[InputMap, ...]:
     """The maps that the recipe's transforms, one after the other, give the kernels at `paths`."""
-    weights, found = [part.matrix(path, flat[path]) for path in paths], ()
+    weights, found = [piece.matrix(path, flat[path]) for path in paths], ()
     for number, stage in enumerate(recipe.transforms):
         site = Site(
             tuple(weights),
             statistics,
             memo,
-            _module_error(part, paths, flat, found, statistics, batches),
+            _module_error(piece, paths, flat, found, statistics, batches),
             _rounder(tuple(weights), recipe, statistics, memo),
         )
         by = stage(weights, recipe.format, site=site)
         _check_map(stage, by, weights[0])
         if not all(bool(jnp.all(jnp.isfinite(array))) for array in jax.tree.leaves(by)):
             raise QjaxError(
-                f"{stage.name} finds no finite scale for {', '.join(part.prefix + path for path in paths)}: the weights, or "
+                f"{stage.name} finds no finite scale for {', '.join(piece.prefix + path for path in paths)}: the weights, or "
                 "the output of the module they are in, are not finite; start from an intact model and calibration data"
             )
         found = maps.composed([*found, by])
@@ -111,22 +112,24 @@ def _rounder(weights, recipe, statistics, memo) -> Callable[..., list[Array]]:
     return rounded
 
 
-def _module_error(part, paths, flat, found, statistics, batches) -> Callable[[Sequence[Array]], Array]:
+def _module_error(piece, paths, flat, found, statistics, batches) -> Callable[[Sequence[Array]], Array]:
     """The squared error of the parent module's output when the kernels at `paths` are replaced, for their input through the
     maps found so far.
 
     The parent of a single layer is the layer itself, as in AWQ's code, and the Hessian has its error.
     """
-    matrices = [part.matrix(path, flat[path]) for path in paths]
+    matrices = [piece.matrix(path, flat[path]) for path in paths]
     if len(paths) == 1:
-        return lambda weights: output_loss(weights[0] - maps.on_weight(found, matrices[0]), statistics["hessian"])
+        return lambda weights: output_loss(weights[0] - maps.on_weight(found, matrices[0]), *given_to(output_loss, statistics))
     parent = tuple(paths[0].split("/")[:-2])
-    wanted = []
+
+    @functools.cache
+    def wanted() -> list[Array]:
+        return module_outputs(piece.module, piece.params, batches, parent)
 
     def error(weights):
-        wanted.extend([] if wanted else module_outputs(part.module, part.params, batches, parent))
-        new = {path: part.views[path].to_kernel(maps.merged(found, w)) for path, w in zip(paths, weights, strict=True)}
-        got = module_outputs(part.module, unflatten_dict({**flat, **new}, sep="/"), batches, parent)
-        return sum(jnp.sum(jnp.square(a - b)) for a, b in zip(got, wanted, strict=True))
+        new = {path: piece.views[path].to_kernel(maps.merged(found, w)) for path, w in zip(paths, weights, strict=True)}
+        got = module_outputs(piece.module, unflatten_dict({**flat, **new}, sep="/"), batches, parent)
+        return sum(jnp.sum(jnp.square(a - b)) for a, b in zip(got, wanted(), strict=True))
 
     return error

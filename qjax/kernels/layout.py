@@ -88,7 +88,7 @@ def uneven(q: QTensor, count: int, units: str) -> str | None:
     fmt = q.format
     if fmt.crosses_columns(q.in_features):
         return f"blocks of {fmt} cross output channels where {fmt.group} does not divide the {q.in_features} inputs"
-    if fmt.granularity in ("group", "block") and fmt.group % count and fmt.group < q.in_features:
+    if fmt.granularity in ("group", "flat") and fmt.group % count and fmt.group < q.in_features:
         return f"groups of {fmt.group} are not whole {units} of {fmt.bits}-bit codes: a multiple of {count} is"
     return None
 

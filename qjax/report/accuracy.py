@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from qjax.errors import QjaxError
 from qjax.report.measured import heading, stderr_key
-from qjax.report.rendering import MISSING, Column, Row, Table, columns_of, number, with_error
+from qjax.report.rendering import MISSING, Row, Table, TableColumn, columns_of, number, with_error
 from qjax.report.tables import NOISE, baseline_name, in_order, is_baseline, model_of, require_one_group
 
 PREFIX = "accuracy:"
@@ -32,16 +32,18 @@ def accuracy_table(rows: Sequence[Row]) -> Table:
     columns = heading(rows)
     for rank, task in enumerate(tasks, start=1):
         columns += [
-            Column(f"accuracy:{task}", f"{task}\n(%)", _percent, error=f"accuracy_stderr:{task}", rank=2 * rank),
-            Column(f"accuracy_delta:{task}", f"{task} change\n(points)", _change, error=f"accuracy_delta_stderr:{task}"),
-            Column(f"flips:{task}", f"{task} flips\n(%)", _flips, rank=2 * rank + 1),
+            TableColumn(f"accuracy:{task}", f"{task}\n(%)", _percent, error=f"accuracy_stderr:{task}", rank=2 * rank),
+            TableColumn(f"accuracy_delta:{task}", f"{task} change\n(points)", _change, error=f"accuracy_delta_stderr:{task}"),
+            TableColumn(f"flips:{task}", f"{task} flips\n(%)", _flips, rank=2 * rank + 1),
         ]
         if any(isinstance(row.get(f"accuracy_norm:{task}"), (int, float)) for row in rows):
             error = f"accuracy_norm_stderr:{task}"
-            columns.append(Column(f"accuracy_norm:{task}", f"{task} by length\n(%)", _percent, error=error, rank=50 + rank))
+            columns.append(
+                TableColumn(f"accuracy_norm:{task}", f"{task} by length\n(%)", _percent, error=error, rank=50 + rank)
+            )
     if len(tasks) > 1:
         columns.append(
-            Column("accuracy_mean_delta", "mean change\n(points)", mean_change, error="accuracy_mean_delta_stderr", rank=1)
+            TableColumn("accuracy_mean_delta", "mean change\n(points)", mean_change, error="accuracy_mean_delta_stderr", rank=1)
         )
     counts = ", ".join(f"{int(number(rows[0], f'questions:{task}')):,} of {task}" for task in tasks)
     cut = [f"{int(number(rows[0], f'truncated:{task}')):,} of {task}" for task in tasks if number(rows[0], f"truncated:{task}")]

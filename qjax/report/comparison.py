@@ -15,10 +15,10 @@ import numpy as np
 from qjax.errors import QjaxError
 from qjax.evaluate.statistics import accuracy_difference, ratio_stderr
 from qjax.formats import UNQUANTIZED
-from qjax.report.rendering import MISSING, Column, Row, Table, columns_of, loss_change, number, significant, with_error
+from qjax.report.rendering import MISSING, Row, Table, TableColumn, columns_of, loss_change, number, significant, with_error
 from qjax.report.tables import NOISE, cells_of, distinctions
 from qjax.sweep.columns import column_of, with_roles
-from qjax.sweep.rows import cell_columns
+from qjax.sweep.rows import cell_columns, named_model
 
 DEFAULT_METRIC = "perplexity"
 
@@ -74,7 +74,7 @@ def comparison_tables(
         groups.setdefault(tuple(str(pair[1].get(key)) for key in keys), []).append(pair)
     tables = []
     for key, group in groups.items():
-        title = f"{names[1]} against {names[0]}: {key[0]} on {key[1]} ({key[2]}), {key[3]} windows"
+        title = f"{names[1]} against {names[0]}: {named_model(group[0][1])} on {key[1]} ({key[2]}), {key[3]} windows"
         tables.append(_pairs_table(title, group, {"old": names[0], "new": names[1]}, metric))
     notes = () if pairs else (_nearest(gone, come, names, asked),)
     return tables + ([_single_table(gone, come, names, notes)] if gone or come else [])
@@ -91,7 +91,7 @@ def baseline_table(rows: Sequence[Row], baseline: Row, metric: str = DEFAULT_MET
     others = [row for row in last if row is not baseline and all(row.get(key) == baseline.get(key) for key in keys)]
     if not others:
         raise QjaxError(f"no other row has the {', '.join(keys)} of row {baseline['key']}; measure some with `qjax sweep`")
-    title = f"Against {baseline['recipe']} of {baseline['model']}, {baseline['corpus']} ({baseline['convention']})"
+    title = f"Against {baseline['recipe']} of {named_model(baseline)}, {baseline['corpus']} ({baseline['convention']})"
     return _pairs_table(title, [(baseline, row) for row in others], {"new": ""}, metric)
 
 
@@ -120,10 +120,10 @@ def _pairs_table(title: str, pairs: Sequence[tuple[Row, Row]], shown: Mapping[st
         before, after = _value(old, metric), _value(new, metric)
         rows.append({**new, "old": before, "new": after, "difference": after - before, "difference_stderr": error})
     columns = [
-        Column("recipe", "recipe", text=True),
+        TableColumn("recipe", "recipe", text=True),
         *distinctions(rows),
-        *(Column(key, f"{metric}\n{name}".strip(), _figure) for key, name in shown.items()),
-        Column("difference", "difference", _difference, error="difference_stderr"),
+        *(TableColumn(key, f"{metric}\n{name}".strip(), _figure) for key, name in shown.items()),
+        TableColumn("difference", "difference", _difference, error="difference_stderr"),
     ]
     notes = [f"±: standard error of the difference, paired where both rows keep what it takes. *: beyond {NOISE} of them."]
     return Table(title, columns_of(rows, columns), tuple(rows), tuple(notes))
@@ -138,14 +138,14 @@ def _value(row: Row, metric: str) -> float:
 def _single_table(gone: Sequence[Row], come: Sequence[Row], names: tuple[str, str], notes: tuple[str, ...]) -> Table:
     rows = [{**row, "only": name} for name, part in zip(names, (gone, come), strict=True) for row in part]
     columns = [
-        Column("only", "only in", text=True),
-        Column("recipe", "recipe", text=True),
-        Column("corpus", "corpus", text=True, rank=1),
-        Column("model", "model", text=True, rank=2),
-        Column("convention", "convention", text=True, rank=3),
-        Column("windows", "windows", rank=4),
-        Column("seed", "seed", rank=4),
-        Column("key", "key"),
+        TableColumn("only", "only in", text=True),
+        TableColumn("recipe", "recipe", text=True),
+        TableColumn("corpus", "corpus", text=True, rank=1),
+        TableColumn("model", "model", lambda row, key: named_model(row), text=True, rank=2),
+        TableColumn("convention", "convention", text=True, rank=3),
+        TableColumn("windows", "windows", rank=4),
+        TableColumn("seed", "seed", rank=4),
+        TableColumn("key", "key"),
     ]
     return Table("Rows that only one folder has", columns_of(rows, columns), tuple(rows), notes)
 

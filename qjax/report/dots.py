@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qjax.errors import QjaxError
+from qjax.formats import UNQUANTIZED
 from qjax.report.drawing import (
     BARS,
     LABEL_SIZE,
@@ -117,7 +118,7 @@ def _name(row: Row, shown: Sequence[Row]) -> str:
     several = len({each.get("place_recipe") for each in shown}) > 1
     recipe = str(row["recipe"]).removesuffix(f":{_common_format(shown)}")
     name = row["place"] + (f": {row['place_recipe']}" if several else "") if "place" in row else recipe
-    told = [column.key for column in distinctions(shown, seed=False) if row.get(column.key) is not None]
+    told = [column.key for column in distinctions(shown, seed=False) if row.get(column.key) not in (None, UNQUANTIZED)]
     told = [CALIBRATED.get(key, "{}").format(row[key]) for key in told]
     return ", ".join([*([] if told and _common_recipe(shown) else [name]), *told])
 

@@ -30,7 +30,7 @@ from qjax.report.drawing import (
     text_size,
     write_titles,
 )
-from qjax.report.rendering import Column, Row, Table, decimals, digits, number
+from qjax.report.rendering import Row, Table, TableColumn, decimals, digits, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -76,12 +76,12 @@ def kernels_table(rows: Sequence[Row]) -> Table:
     sizes = sorted({row["rows"] for row in rows})
     shown = [size for size in SUMMARISED if size in sizes]
     columns = (
-        Column("weight", "weight", text=True),
-        Column("format", "format", text=True),
-        Column("implementation", "implementation", text=True),
-        *(Column(f"milliseconds_{size}", f"ms at\nM={size}", digits(3), rank=0 if size in shown else 1) for size in sizes),
-        *(Column(f"of_copy_{size}", f"of copy (%)\nM={size}", decimals(0)) for size in shown),
-        *(Column(f"speedup_{size}", f"x dense\nM={size}", decimals(2)) for size in shown),
+        TableColumn("weight", "weight", text=True),
+        TableColumn("format", "format", text=True),
+        TableColumn("implementation", "implementation", text=True),
+        *(TableColumn(f"milliseconds_{size}", f"ms at\nM={size}", digits(3), rank=0 if size in shown else 1) for size in sizes),
+        *(TableColumn(f"of_copy_{size}", f"of copy (%)\nM={size}", decimals(0)) for size in shown),
+        *(TableColumn(f"speedup_{size}", f"x dense\nM={size}", decimals(2)) for size in shown),
     )
     copies = sorted({float(f"{number(row, 'copy_bytes_per_second') / 1e9:.3g}") for row in rows})
     copy = f"{copies[0]:g}" if len(copies) == 1 else f"{copies[0]:g} to {copies[-1]:g}"  # runs at other times

@@ -6,26 +6,27 @@ A figure whose standard error is declared too (NAME_stderr) is shown with it, an
 from collections.abc import Sequence
 
 from qjax.errors import QjaxError
-from qjax.report.rendering import Column, Row, Table, columns_of, decimals, number, significant, with_error
+from qjax.report.rendering import Row, Table, TableColumn, columns_of, decimals, number, significant, with_error
 from qjax.report.tables import baseline_name, change_of_perplexity, describe, distinctions, in_order, require_one_group
-from qjax.sweep import columns as declared
-from qjax.sweep.columns import BASELINE, Measurement, column_of
+from qjax.sweep.columns import BASELINE, Column, Measurement, column_of, measurements
 from qjax.sweep.rows import is_baseline
 
 
-def heading(rows: Sequence[Row], rank: int = 0) -> list[Column]:
+def heading(rows: Sequence[Row], rank: int = 0) -> list[TableColumn]:
     """The columns that every such table begins with."""
     return [
-        Column("recipe", "recipe", text=True),
+        TableColumn("recipe", "recipe", text=True),
         *distinctions(rows),
-        Column("bits_per_weight", "bits per\nweight", decimals(3)),
-        Column("perplexity_ratio", "perplexity\nchange (%)", change_of_perplexity, error="perplexity_ratio_stderr", rank=rank),
+        TableColumn("bits_per_weight", "bits per\nweight", decimals(3)),
+        TableColumn(
+            "perplexity_ratio", "perplexity\nchange (%)", change_of_perplexity, error="perplexity_ratio_stderr", rank=rank
+        ),
     ]
 
 
 def shown_measurements() -> list[Measurement]:
     """The measurements that have a table by their declaration."""
-    return [each for each in declared.measurements().values() if any(column.header for column in each.columns)]
+    return [each for each in measurements().values() if any(column.header for column in each.columns)]
 
 
 def has_measured(measurement: Measurement, rows: Sequence[Row]) -> bool:
@@ -46,7 +47,7 @@ def measured_table(measurement: Measurement, rows: Sequence[Row]) -> Table:
     for key, column in _shown(measurement, rows):
         error = stderr_key(key)
         header = column.header if ":" not in key else f"{column.header} {key.partition(':')[2]}"
-        columns.append(Column(key, header, _figure, error=error if column_of(error) else "", rank=column.rank))
+        columns.append(TableColumn(key, header, _figure, error=error if column_of(error) else "", rank=column.rank))
     baseline = baseline_name(rows[0])
     notes = tuple(note.format(baseline=baseline) for note in measurement.notes)
     title = f"{measurement.title.format(baseline=baseline)}, {describe(rows[0])}"
@@ -58,7 +59,7 @@ def _lines(measurement: Measurement, rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if not (differences and is_baseline(row))]
 
 
-def _shown(measurement: Measurement, rows: Sequence[Row]) -> list[tuple[str, declared.Column]]:
+def _shown(measurement: Measurement, rows: Sequence[Row]) -> list[tuple[str, Column]]:
     """(key in rows, declaration), in the order declared; NAME:PART is a key for every part."""
     keys = list(dict.fromkeys(key for row in rows for key in row))
     return [(key, each) for each in measurement.columns if each.header for key in keys if column_of(key) == each]

@@ -12,7 +12,7 @@ from fractions import Fraction
 
 from qjax.errors import QjaxError
 from qjax.formats import Format, parse_format
-from qjax.report.rendering import Column, Row, Table, byte_unit, decimals, fixed, number
+from qjax.report.rendering import Row, Table, TableColumn, byte_unit, decimals, fixed, number
 
 MEMORY_FORMATS = ("int8-channel", "int4-g128", "int3-g128", "int2-g64", "nf4-g64", "nf4-g64-dq")
 REFERENCE_SHAPE = (4096, 4096)  # of a weight whose shape is not known: that of the 7-billion-parameter Llama's attention
@@ -101,13 +101,13 @@ def _row(name: str, precision: str, size: int, parameters: int, bits: float) -> 
 def _table(title: str, rows: Sequence[Row], notes: tuple[str, ...]) -> Table:
     unit, unit_bytes = byte_unit([number(row, "bytes") for row in rows])
     columns = (
-        Column("precision", "precision", text=True),
-        Column("format", "format", text=True),
-        Column("bits_per_weight", "bits per\nweight", decimals(3)),
-        Column("bytes", f"memory\n({unit})", lambda row, key: fixed(number(row, key) / unit_bytes, 2)),
-        Column("bytes", "bytes", lambda row, key: f"{row[key]:,}", rank=1),
-        Column("ratio_to_fp32", "of FP32\n(%)", _percent),
-        Column("ratio_to_fp16", "of FP16\n(%)", _percent),
+        TableColumn("precision", "precision", text=True),
+        TableColumn("format", "format", text=True),
+        TableColumn("bits_per_weight", "bits per\nweight", decimals(3)),
+        TableColumn("bytes", f"memory\n({unit})", lambda row, key: fixed(number(row, key) / unit_bytes, 2)),
+        TableColumn("bytes", "bytes", lambda row, key: f"{row[key]:,}", rank=1),
+        TableColumn("ratio_to_fp32", "of FP32\n(%)", _percent),
+        TableColumn("ratio_to_fp16", "of FP16\n(%)", _percent),
     )
     codecs = dict.fromkeys(parse_format(row["format"]).scale_codec.note for row in rows)
     explained = [f"1 {unit} = {unit_bytes:,} bytes.", *filter(None, codecs)]

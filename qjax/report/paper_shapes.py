@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Float
 
 from qjax.errors import QjaxError
-from qjax.report.rendering import ERRORS, MISSING, Column, Row, Table, loss_change, number, reach_of, with_error
+from qjax.report.rendering import ERRORS, MISSING, Row, Table, TableColumn, loss_change, number, reach_of, with_error
 from qjax.report.tables import describe, is_baseline, split_tables
 
 KIND = "paper_shapes"
@@ -252,12 +252,15 @@ def paper_shapes_table(rows: Sequence[Row], findings: Sequence[Finding] = FINDIN
             line |= dict(zip((f"ours:{name}", f"error:{name}", f"holds:{name}"), found or (None, None, MISSING), strict=True))
         lines.append(line)
     columns = [
-        *(Column(key, header, text=True) for key, header in (("finding", "finding"), ("paper", "paper"), ("source", "where"))),
-        Column("range", "holds\nif", text=True),
+        *(
+            TableColumn(key, header, text=True)
+            for key, header in (("finding", "finding"), ("paper", "paper"), ("source", "where"))
+        ),
+        TableColumn("range", "holds\nif", text=True),
     ]
     for name in names:
-        columns.append(Column(f"ours:{name}", f"{name}", functools.partial(_ours, name), error=f"error:{name}"))
-        columns.append(Column(f"holds:{name}", "holds?", text=True))
+        columns.append(TableColumn(f"ours:{name}", f"{name}", functools.partial(_ours, name), error=f"error:{name}"))
+        columns.append(TableColumn(f"holds:{name}", "holds?", text=True))
     notes = (
         f"Measured on {'; '.join(map(describe, (group[0] for group in groups)))}. "
         "±: standard error, of windows and of seeds of calibration. "

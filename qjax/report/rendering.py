@@ -106,7 +106,7 @@ def _as_text(row: Row, key: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Column:
+class TableColumn:
     """How one value of a row is shown.
 
     format(row, key) -> text; error: the key of the standard error, for CSV; text: left-aligned words, not a number;
@@ -127,7 +127,7 @@ class Table:
     """Rows under a title; `notes` are sentences below it."""
 
     title: str
-    columns: tuple[Column, ...]
+    columns: tuple[TableColumn, ...]
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
 
@@ -258,6 +258,6 @@ def to_rich(table: Table) -> RichTable:
     return RichTable(table)
 
 
-def columns_of(rows: Sequence[Row], columns: Iterable[Column]) -> tuple[Column, ...]:
+def columns_of(rows: Sequence[Row], columns: Iterable[TableColumn]) -> tuple[TableColumn, ...]:
     """The columns for which any row has a value."""
     return tuple(column for column in columns if any(row.get(column.key) is not None for row in rows))

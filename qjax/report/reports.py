@@ -4,7 +4,7 @@ What may be shown is data: `TABLES` and `FIGURES` for each group of rows of one 
 `FOLDER_TABLES` and `FOLDER_FIGURES` for all rows of a folder at once. A new table or figure is a pure function of rows and a
 line here; the command line prints it, `write_reports` writes it, and the test of committed results makes it again.
 
-Rows that are no cells of a sweep (`kind`) reach only the parts of the whole folder.
+Rows that are no cells of a sweep (`kind`) reach only the exhibits of the whole folder.
 """
 
 import functools
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class Part(NamedTuple):
+class Exhibit(NamedTuple):
     """A table or figure. suffix: of its file name; shows(rows): true where the rows fill it; make(rows), of a figure
     make(rows, width). split(rows), of a folder's: further suffix -> rows, each of a table of their own; None: one of all.
     """
@@ -57,37 +57,37 @@ def _lines(value: str) -> Callable[[Sequence[Row], str], "Figure"]:
 
 
 TABLES = (
-    Part("", ordinary, lambda rows: perplexity_table(ordinary(rows))),
-    Part("accuracy", tasks_of, accuracy_table),
-    Part("widths", has_widths, widths_table),
-    Part("seeds", seeds_of, seeds_table),
-    Part("tradeoff", has_speed, tradeoff_table),
-    Part("sensitivity", placed_alone, sensitivity_table),
+    Exhibit("", ordinary, lambda rows: perplexity_table(ordinary(rows))),
+    Exhibit("accuracy", tasks_of, accuracy_table),
+    Exhibit("widths", has_widths, widths_table),
+    Exhibit("seeds", seeds_of, seeds_table),
+    Exhibit("tradeoff", has_speed, tradeoff_table),
+    Exhibit("sensitivity", placed_alone, sensitivity_table),
 )
 FIGURES = (
-    Part("", has_lines, _lines("perplexity")),
-    Part("increase", lambda rows: has_lines(rows) and any(increase(row) > 0 for row in rows), _lines("increase")),
-    Part("share", lambda rows: has_lines(rows) and len(group_series(with_share(rows))) > 1, _lines("share")),
-    Part("accuracy", lambda rows: has_lines(rows) and tasks_of(rows), _lines("accuracy")),
-    Part(
+    Exhibit("", has_lines, _lines("perplexity")),
+    Exhibit("increase", lambda rows: has_lines(rows) and any(increase(row) > 0 for row in rows), _lines("increase")),
+    Exhibit("share", lambda rows: has_lines(rows) and len(group_series(with_share(rows))) > 1, _lines("share")),
+    Exhibit("accuracy", lambda rows: has_lines(rows) and tasks_of(rows), _lines("accuracy")),
+    Exhibit(
         "divergence",
         lambda rows: has_lines(rows) and any("kl" in row and not is_baseline(row) for row in rows),
         _lines("divergence"),
     ),
-    Part("recipes", has_dots, dots_figure),
+    Exhibit("recipes", has_dots, dots_figure),
 )
 FOLDER_TABLES = (
-    Part("memory", of_kind("memory"), memory_rows_table),
-    Part(KIND, of_kind(KIND), paper_shapes_table),
-    Part("kernels", of_kind("kernels"), kernels_table, by_device),
+    Exhibit("memory", of_kind("memory"), memory_rows_table),
+    Exhibit(KIND, of_kind(KIND), paper_shapes_table),
+    Exhibit("kernels", of_kind("kernels"), kernels_table, by_device),
 )
-FOLDER_FIGURES = (Part("kernels", has_kernels, kernels_figure, by_device),)
+FOLDER_FIGURES = (Exhibit("kernels", has_kernels, kernels_figure, by_device),)
 
 
-def table_parts() -> list[Part]:
+def table_exhibits() -> list[Exhibit]:
     """The tables of a group: those of `TABLES`, and one for each measurement that declares what it shows."""
     measured = [
-        Part(each.name, functools.partial(has_measured, each), functools.partial(measured_table, each))
+        Exhibit(each.name, functools.partial(has_measured, each), functools.partial(measured_table, each))
         for each in shown_measurements()
     ]
     return [*TABLES, *measured]
@@ -97,8 +97,8 @@ def tables(rows: Sequence[Row]) -> list[tuple[str, Table]]:
     """(file name without suffix, table) of everything the rows fill; raises QjaxError when there are no rows."""
     if not rows:
         raise QjaxError("a report needs rows, got none; `qjax sweep` measures some")
-    found = [(name, part.make(group)) for name, part, group in _parts(rows, table_parts())]
-    found += [(name, part.make(group)) for name, part, group in _folder_parts(rows, FOLDER_TABLES)]
+    found = [(name, exhibit.make(group)) for name, exhibit, group in _exhibits(rows, table_exhibits())]
+    found += [(name, exhibit.make(group)) for name, exhibit, group in _folder_exhibits(rows, FOLDER_TABLES)]
     if not found:
         kinds = ", ".join(dict.fromkeys(str(row.get("kind")) for row in rows))
         raise QjaxError(f"no table or figure shows rows of the kind {kinds}; `qjax sweep` measures some that are shown")
@@ -107,10 +107,10 @@ def tables(rows: Sequence[Row]) -> list[tuple[str, Table]]:
 
 def figures(rows: Sequence[Row], width: str = "single") -> Iterator[tuple[str, "Figure"]]:
     """(file name without suffix, figure) of everything the rows fill, drawn one by one. width: "single" | "double" column."""
-    for name, part, group in _parts(rows, FIGURES):
-        yield name, part.make(group, width)
-    for name, part, group in _folder_parts(rows, FOLDER_FIGURES):
-        yield name, part.make(group, width)
+    for name, exhibit, group in _exhibits(rows, FIGURES):
+        yield name, exhibit.make(group, width)
+    for name, exhibit, group in _folder_exhibits(rows, FOLDER_FIGURES):
+        yield name, exhibit.make(group, width)
 
 
 def write_reports(folder: str | Path, rows: Sequence[Row], *, width: str = "single") -> list[Path]:
@@ -149,20 +149,20 @@ def save_figure(figure: "Figure", folder: str | Path, name: str) -> list[Path]:
     return paths
 
 
-def _folder_parts(rows: Sequence[Row], parts: Sequence[Part]) -> Iterator[tuple[str, Part, list[Row]]]:
-    """(file name, part, rows) of what all rows together fill."""
-    for part in (part for part in parts if part.shows(rows)):
-        for more, group in (part.split(rows) if part.split else {"": list(rows)}).items():
-            if part.shows(group):
-                yield f"{part.suffix}-{more}".rstrip("-"), part, group
+def _folder_exhibits(rows: Sequence[Row], exhibits: Sequence[Exhibit]) -> Iterator[tuple[str, Exhibit, list[Row]]]:
+    """(file name, exhibit, rows) of what all rows together fill."""
+    for exhibit in (exhibit for exhibit in exhibits if exhibit.shows(rows)):
+        for more, group in (exhibit.split(rows) if exhibit.split else {"": list(rows)}).items():
+            if exhibit.shows(group):
+                yield f"{exhibit.suffix}-{more}".rstrip("-"), exhibit, group
 
 
-def _parts(rows: Sequence[Row], parts: Sequence[Part]) -> Iterator[tuple[str, Part, list[Row]]]:
-    """(file name, part, rows) of what each group fills."""
+def _exhibits(rows: Sequence[Row], exhibits: Sequence[Exhibit]) -> Iterator[tuple[str, Exhibit, list[Row]]]:
+    """(file name, exhibit, rows) of what each group fills."""
     groups = split_tables(rows)
     for name, group in zip(report_names(groups), groups, strict=True):
         shown = group if placed_alone(group) else name_orders(group)
-        yield from ((f"{name}-{part.suffix}".rstrip("-"), part, shown) for part in parts if part.shows(shown))
+        yield from ((f"{name}-{exhibit.suffix}".rstrip("-"), exhibit, shown) for exhibit in exhibits if exhibit.shows(shown))
 
 
 def report_names(groups: Sequence[Sequence[Row]]) -> list[str]:

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from qjax.report.rendering import Column, Row, Table
-from qjax.report.tables import describe
+from qjax.report.rendering import Row, Table, TableColumn
 from qjax.sweep.columns import VARYING, column_of, with_roles
+from qjax.sweep.rows import named_model
 
 
 def _circumstances() -> list[str]:
@@ -30,15 +30,16 @@ def rerun_table(old: Row, new: Row) -> Table:
         for name in names
     ]
     columns = (
-        Column("column", "column", text=True),
-        Column("old", "old"),
-        Column("new", "new"),
-        Column("equal", "equal?", text=True),
+        TableColumn("column", "column", text=True),
+        TableColumn("old", "old"),
+        TableColumn("new", "new"),
+        TableColumn("equal", "equal?", text=True),
     )
     notes = [f"Different: {', '.join(sorted(differing))}." if differing else "All columns that should be equal are equal."]
     changed = [name for name in _circumstances() if old.get(name) != new.get(name)]
     notes += [f"{name}: {_change(str(old.get(name)), str(new.get(name)))}." for name in changed]
-    return Table(f"{old['recipe']} measured again, {describe(old)}, key {old['key']}", columns, tuple(rows), tuple(notes))
+    title = f"{old['recipe']} of {named_model(old)} measured again, {old['corpus']} ({old['convention']}), key {old['key']}"
+    return Table(title, columns, tuple(rows), tuple(notes))
 
 
 def _is_stable(name: str) -> bool:

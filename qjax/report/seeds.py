@@ -14,9 +14,9 @@ from qjax.evaluate.statistics import accuracy_difference, aggregate_seeds
 from qjax.report.accuracy import tasks_of
 from qjax.report.rendering import (
     ERRORS,
-    Column,
     Row,
     Table,
+    TableColumn,
     columns_of,
     decimals,
     loss_change,
@@ -114,17 +114,17 @@ def seeds_table(rows: Sequence[Row]) -> Table:
     baseline = _baseline(rows)
     merged = in_order(_merge(group if _varies(group) else group[:1], baseline) for group in _by_recipe(rows))
     columns = [
-        Column("recipe", "recipe", text=True),
+        TableColumn("recipe", "recipe", text=True),
         *distinctions(merged, seed=False),
-        Column("seeds", "seeds"),
-        Column("bits_per_weight", "bits per\nweight", decimals(3)),
-        Column("perplexity_ratio", "perplexity\nchange (%)", _change, error="perplexity_ratio_stderr"),
-        Column("perplexity_ratio_between", "between\nseeds", _between, rank=1),
+        TableColumn("seeds", "seeds"),
+        TableColumn("bits_per_weight", "bits per\nweight", decimals(3)),
+        TableColumn("perplexity_ratio", "perplexity\nchange (%)", _change, error="perplexity_ratio_stderr"),
+        TableColumn("perplexity_ratio_between", "between\nseeds", _between, rank=1),
     ]
     for task in tasks_of(rows):
         error = f"accuracy_delta_stderr:{task}"
-        columns.append(Column(f"accuracy_delta:{task}", f"{task} change\n(points)", _points, error=error))
-        columns.append(Column(f"accuracy_delta_between:{task}", "between\nseeds", _between, rank=1))
+        columns.append(TableColumn(f"accuracy_delta:{task}", f"{task} change\n(points)", _points, error=error))
+        columns.append(TableColumn(f"accuracy_delta_between:{task}", "between\nseeds", _between, rank=1))
     notes = (
         "±: standard error of the mean over seeds, of windows (questions) and seeds together; of one seed, of windows alone.",
         "Between seeds: standard deviation.",

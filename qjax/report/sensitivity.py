@@ -6,7 +6,7 @@ A place is a block, a kind of linear layer, or whatever else the pattern of the 
 from collections.abc import Sequence
 
 from qjax.errors import QjaxError
-from qjax.report.rendering import Column, Row, Table, columns_of, digits, number
+from qjax.report.rendering import Row, Table, TableColumn, columns_of, digits, number
 from qjax.report.tables import (
     NOISE,
     baseline_name,
@@ -50,12 +50,12 @@ def sensitivity_table(rows: Sequence[Row]) -> Table:
         raise QjaxError("no row has one place quantized alone; `qjax sensitivity` measures every block so")
     found.sort(key=lambda row: (row["place_recipe"], -number(row, "nll_delta")))
     columns = [
-        Column("place_recipe", "recipe", text=True),
-        Column("place", "where", text=True),
+        TableColumn("place_recipe", "recipe", text=True),
+        TableColumn("place", "where", text=True),
         *distinctions(found),
-        Column("perplexity", "perplexity", perplexity_text, error="perplexity_stderr"),
-        Column("perplexity_ratio", "change\n(%)", change_of_perplexity, error="perplexity_ratio_stderr"),
-        Column("output_error", "output\nerror", digits(2), rank=1),
+        TableColumn("perplexity", "perplexity", perplexity_text, error="perplexity_stderr"),
+        TableColumn("perplexity_ratio", "change\n(%)", change_of_perplexity, error="perplexity_ratio_stderr"),
+        TableColumn("output_error", "output\nerror", digits(2), rank=1),
     ]
     baseline = baseline_name(found[0])
     notes = [f"One place is quantized at a time. ±: standard error of the paired difference from {baseline}."]

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 from qjax.errors import QjaxError
 from qjax.formats import INTEGERS, UNQUANTIZED, parse_format
-from qjax.report.rendering import MISSING, Column, Row, Table, decimals, number
+from qjax.report.rendering import MISSING, Row, Table, TableColumn, decimals, number
 from qjax.report.seeds import seeds_of
 from qjax.report.sensitivity import ordinary
 from qjax.report.tables import baseline_name, change_of_perplexity, describe, is_baseline, require_one_group
@@ -126,9 +126,9 @@ def widths_table(rows: Sequence[Row]) -> Table:
             line.setdefault("bits_per_weight", row["bits_per_weight"])  # of nearest rounding, whose column is the first
         lines.append(line)
     columns = [
-        Column("format", "format", text=True),
-        Column("bits_per_weight", "bits per\nweight", decimals(3)),
-        *(Column(f"ratio:{m}", m, functools.partial(_change, m), error=f"ratio_stderr:{m}") for m in methods),
+        TableColumn("format", "format", text=True),
+        TableColumn("bits_per_weight", "bits per\nweight", decimals(3)),
+        *(TableColumn(f"ratio:{m}", m, functools.partial(_change, m), error=f"ratio_stderr:{m}") for m in methods),
     ]
     notes = (
         f"Change of perplexity from {baseline_name(rows[0])}, percent. "

@@ -11,9 +11,9 @@ from qjax.format_table import format_table
 from qjax.formats import UNQUANTIZED
 from qjax.report.rendering import (
     MISSING,
-    Column,
     Row,
     Table,
+    TableColumn,
     byte_unit,
     columns_of,
     decimals,
@@ -27,11 +27,21 @@ from qjax.report.rendering import (
     with_error,
 )
 from qjax.sweep.columns import BASELINE, data_dictionary
-from qjax.sweep.rows import cell_columns, is_baseline, with_baseline
+from qjax.sweep.rows import cell_columns, is_baseline, named_model, with_baseline
 
 __all__ = [
-    "Column", "Row", "Table", "formats_table", "layers_table", "perplexity_table", "recipes_table", "split_tables",
-    "to_csv", "to_latex", "to_markdown", "to_rich",
+    "Row",
+    "Table",
+    "TableColumn",
+    "formats_table",
+    "layers_table",
+    "perplexity_table",
+    "recipes_table",
+    "split_tables",
+    "to_csv",
+    "to_latex",
+    "to_markdown",
+    "to_rich",
 ]  # fmt: skip
 
 GROUP_KEYS = (  # rows of one table have these in common; the model is that which differences are from
@@ -102,19 +112,20 @@ def _named(row: Row, order: object) -> str:
 
 
 DISTINCTIONS = (  # columns beside the recipe that are shown where they tell rows apart
-    Column("model", "model", text=True),
-    Column("fingerprint", "model's\nfingerprint", text=True),  # of models of one name
-    Column("calibration", "calibration\ntext", text=True),
-    Column("calibration_windows", "calibration\nwindows"),
-    Column("calibration_window_tokens", "tokens\na window"),
-    Column("seed", "seed"),
+    TableColumn("model", "model", text=True),
+    TableColumn("model_recipe", "model's\nrecipe", text=True),
+    TableColumn("fingerprint", "model's\nfingerprint", text=True),  # of models of one name
+    TableColumn("calibration", "calibration\ntext", text=True),
+    TableColumn("calibration_windows", "calibration\nwindows"),
+    TableColumn("calibration_window_tokens", "tokens\na window"),
+    TableColumn("seed", "seed"),
 )
 
 
-def distinctions(rows: Sequence[Row], *, seed: bool = True) -> list[Column]:
+def distinctions(rows: Sequence[Row], *, seed: bool = True) -> list[TableColumn]:
     """The columns beside the recipe that tell the rows apart. seed: whether the seed is one of them."""
     count = {column.key: len({row[column.key] for row in rows if row.get(column.key) is not None}) for column in DISTINCTIONS}
-    fewest = {"fingerprint": max(2, count["model"] + 1)}
+    fewest = {"fingerprint": max(2, len({named_model(row) for row in rows}) + 1)}
     return [each for each in DISTINCTIONS if count[each.key] >= fewest.get(each.key, 2) and (seed or each.key != "seed")]
 
 
@@ -125,7 +136,8 @@ def describe(row: Row) -> str:
 
 def model_of(row: Row) -> object:
     """The model that a table is about: the one that differences are from."""
-    return row.get("baseline", row["model"])
+    row = with_baseline(row)
+    return named_model(row) if row[BASELINE] == row.get("fingerprint") else row["baseline"]
 
 
 def baseline_name(row: Row) -> str:
@@ -144,17 +156,17 @@ def perplexity_table(rows: Sequence[Row]) -> Table:
     rows = in_order(rows)
     unit, unit_bytes = byte_unit([number(row, "size_bytes") for row in rows])
     columns = [
-        Column("recipe", "recipe", text=True),
+        TableColumn("recipe", "recipe", text=True),
         *distinctions(rows),
-        Column("bits_per_weight", "bits per\nweight", decimals(3)),
-        Column("model_bits_per_weight", "model bits\nper weight", decimals(3), rank=1),
-        Column("size_bytes", f"size\n({unit})", lambda row, key: fixed(number(row, key) / unit_bytes, 2)),
-        Column("perplexity", "perplexity", perplexity_text, error="perplexity_stderr"),
-        Column("perplexity_ratio", "change\n(%)", change_of_perplexity, error="perplexity_ratio_stderr"),
-        Column("weight_error", "weight\nerror", digits(2), rank=2),
-        Column("output_error", "output\nerror", digits(2), rank=2),
-        Column("seconds_quantize", "quantize\n(s)", digits(2), rank=4),
-        Column("tokens_per_second", "tokens\nper s", decimals(0), rank=3),
+        TableColumn("bits_per_weight", "bits per\nweight", decimals(3)),
+        TableColumn("model_bits_per_weight", "model bits\nper weight", decimals(3), rank=1),
+        TableColumn("size_bytes", f"size\n({unit})", lambda row, key: fixed(number(row, key) / unit_bytes, 2)),
+        TableColumn("perplexity", "perplexity", perplexity_text, error="perplexity_stderr"),
+        TableColumn("perplexity_ratio", "change\n(%)", change_of_perplexity, error="perplexity_ratio_stderr"),
+        TableColumn("weight_error", "weight\nerror", digits(2), rank=2),
+        TableColumn("output_error", "output\nerror", digits(2), rank=2),
+        TableColumn("seconds_quantize", "quantize\n(s)", digits(2), rank=4),
+        TableColumn("tokens_per_second", "tokens\nper s", decimals(0), rank=3),
     ]
     first = rows[0]
     counts = [f"{first[key]:,} {key}" for key in ("windows", "tokens") if key in first]
@@ -171,10 +183,10 @@ def perplexity_table(rows: Sequence[Row]) -> Table:
 def formats_table() -> Table:
     """Every documented number format, with exact bits per weight of a 4096 x 4096 matrix."""
     columns = (
-        Column("format", "format", text=True),
-        Column("bits_per_weight", "bits per\nweight", decimals(3)),
-        Column("ratio_to_fp16", "times smaller\nthan FP16", decimals(2)),
-        Column("what", "what", text=True),
+        TableColumn("format", "format", text=True),
+        TableColumn("bits_per_weight", "bits per\nweight", decimals(3)),
+        TableColumn("ratio_to_fp16", "times smaller\nthan FP16", decimals(2)),
+        TableColumn("what", "what", text=True),
     )
     notes = ("Bits per weight count the codes, scales and zero points of a 4096 x 4096 matrix.",)
     return Table("Number formats", columns, tuple(format_table()), notes)
@@ -184,7 +196,7 @@ def recipes_table() -> Table:
     """Every registered transform, rounding, refiner and order of calibration, with its options and the statistics it needs."""
     from qjax.methods import method_table
 
-    columns = tuple(Column(key, key, text=True) for key in ("method", "kind", "options", "needs", "what"))
+    columns = tuple(TableColumn(key, key, text=True) for key in ("method", "kind", "options", "needs", "what"))
     notes = (
         "A recipe is METHOD[+METHOD...]:FORMAT[/INPUT][@ORDER], options in parentheses: awq+gptq(clip=mse):int3-g128@qep, "
         "gptq+descend:int2-g64, rtn:int8-channel-sym-max/int8-token. The order says whose inputs calibration sees.",
@@ -195,8 +207,8 @@ def recipes_table() -> Table:
 def columns_table() -> Table:
     """Every column of rows, by measurement: the data dictionary."""
     columns = (
-        Column("measurement", "measurement", text=True, rank=1),
-        *(Column(key, key, text=True) for key in ("column", "type", "unit", "meaning")),
+        TableColumn("measurement", "measurement", text=True, rank=1),
+        *(TableColumn(key, key, text=True) for key in ("column", "type", "unit", "meaning")),
     )
     notes = (
         "A column NAME:PART stands for one of every PART. `qjax sweep --measure` takes the measurements that are not implied.",
@@ -209,18 +221,18 @@ def layers_table(layers: Iterable[tuple]) -> Table:
     rows = tuple({**layer._asdict(), "path": layer.path.removesuffix("/kernel")} for layer in layers)
     recipes = list(dict.fromkeys(row["recipe"] for row in rows if row["recipe"] != UNQUANTIZED))
     columns = (
-        Column("path", "kernel", text=True),
-        *([Column("recipe", "recipe", text=True)] if len(recipes) > 1 else []),
-        Column("in_features", "inputs", rank=6),
-        Column("out_features", "outputs", rank=5),
-        Column("bits_per_weight", "bits per\nweight", decimals(3)),
-        Column("weight_error", "weight\nerror", digits(2)),
-        Column("proxy_loss", "proxy\nloss", digits(2), rank=1),
-        Column("output_error", "output\nerror", digits(2)),
-        Column("damp", "damp", digits(2), rank=2),
-        Column("clipped", "clipped", digits(2), rank=3),
-        Column("tokens", "tokens", decimals(0), rank=5),
-        Column("seconds", "seconds", digits(2), rank=4),
+        TableColumn("path", "kernel", text=True),
+        *([TableColumn("recipe", "recipe", text=True)] if len(recipes) > 1 else []),
+        TableColumn("in_features", "inputs", rank=6),
+        TableColumn("out_features", "outputs", rank=5),
+        TableColumn("bits_per_weight", "bits per\nweight", decimals(3)),
+        TableColumn("weight_error", "weight\nerror", digits(2)),
+        TableColumn("proxy_loss", "proxy\nloss", digits(2), rank=1),
+        TableColumn("output_error", "output\nerror", digits(2)),
+        TableColumn("damp", "damp", digits(2), rank=2),
+        TableColumn("clipped", "clipped", digits(2), rank=3),
+        TableColumn("tokens", "tokens", decimals(0), rank=5),
+        TableColumn("seconds", "seconds", digits(2), rank=4),
     )
     notes = (
         "Weight error: squared error over squared weights, input scales undone. "

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from qjax.errors import QjaxError
 from qjax.report.accuracy import mean_change
-from qjax.report.rendering import Column, Row, Table, byte_unit, columns_of, decimals, fixed, number
+from qjax.report.rendering import Row, Table, TableColumn, byte_unit, columns_of, decimals, fixed, number
 from qjax.report.tables import (
     baseline_name,
     change_of_perplexity,
@@ -41,21 +41,21 @@ def tradeoff_table(rows: Sequence[Row]) -> Table:
         return fixed(number(row, key) / unit_bytes, 2)
 
     columns = [
-        Column("recipe", "recipe", text=True),
+        TableColumn("recipe", "recipe", text=True),
         *distinctions(rows),
-        Column("bits_per_weight", "bits per\nweight", decimals(3)),
-        Column("size_bytes", f"size\n({unit})", size),
-        Column("times_smaller", "times\nsmaller", decimals(2)),
-        Column("perplexity_ratio", "perplexity\nchange (%)", change_of_perplexity, error="perplexity_ratio_stderr"),
-        Column("accuracy_mean_delta", "accuracy change\n(points)", mean_change, error="accuracy_mean_delta_stderr"),
+        TableColumn("bits_per_weight", "bits per\nweight", decimals(3)),
+        TableColumn("size_bytes", f"size\n({unit})", size),
+        TableColumn("times_smaller", "times\nsmaller", decimals(2)),
+        TableColumn("perplexity_ratio", "perplexity\nchange (%)", change_of_perplexity, error="perplexity_ratio_stderr"),
+        TableColumn("accuracy_mean_delta", "accuracy change\n(points)", mean_change, error="accuracy_mean_delta_stderr"),
     ]
     for rank, held in enumerate(HELD, start=1):
         columns += [
-            Column(f"running_bytes:{held}", f"weights\n{held} ({unit})", size, rank=rank + 4),
-            Column(f"peak_bytes:{held}", f"peak\n{held} ({unit})", size, rank=rank + 2),
-            Column(f"prefill_tokens_per_second:{held}", f"prefill {held}\n(tokens/s)", decimals(0), rank=rank + 6),
-            Column(f"decode_tokens_per_second:{held}", f"decode {held}\n(tokens/s)", decimals(0)),
-            Column(f"first_token_seconds:{held}", f"first token\n{held} (ms)", _milliseconds, rank=rank + 8),
+            TableColumn(f"running_bytes:{held}", f"weights\n{held} ({unit})", size, rank=rank + 4),
+            TableColumn(f"peak_bytes:{held}", f"peak\n{held} ({unit})", size, rank=rank + 2),
+            TableColumn(f"prefill_tokens_per_second:{held}", f"prefill {held}\n(tokens/s)", decimals(0), rank=rank + 6),
+            TableColumn(f"decode_tokens_per_second:{held}", f"decode {held}\n(tokens/s)", decimals(0)),
+            TableColumn(f"first_token_seconds:{held}", f"first token\n{held} (ms)", _milliseconds, rank=rank + 8),
         ]
     first = rows[0]
     timed = next(row for row in rows if "speed_prompt_tokens" in row)

@@ -19,6 +19,7 @@ from qjax.qtensor import FLOAT_DTYPES, QTensor, from_codes
 from qjax.rounding.parts.info import Info
 from qjax.rounding.parts.pieces import map_pieces
 from qjax.rounding.parts.ranges import masked, search_shrink, search_shrink_hessian
+from qjax.scales import nonzero
 
 Clip = Literal["none", "mse", "hessian"]
 
@@ -93,7 +94,7 @@ def round_groups(weight: Float[Array, "in out"], parameters: grid.Parameters, fm
     codes, sums = map_pieces(round_piece, (groups, present), (parameters.scale, parameters.decoded_scale, parameters.zero))
     error, total, clipped = (jnp.sum(part) for part in sums)
     codes = grid.from_groups(codes.reshape(groups.shape), fmt, *weight.shape)
-    return from_codes(codes, parameters, fmt), Info(error / _nonzero(total), clipped / weight.size)
+    return from_codes(codes, parameters, fmt), Info(error / nonzero(total), clipped / weight.size)
 
 
 def _cast(weight: Float[Array, "in out"], fmt: Format) -> tuple[QTensor, Info]:
@@ -105,13 +106,9 @@ def _cast(weight: Float[Array, "in out"], fmt: Format) -> tuple[QTensor, Info]:
     error = jnp.sum(jnp.square((cast.astype(jnp.float32) - weight) * per_unit))
     total = jnp.sum(jnp.square(weight * per_unit))
     clipped = jnp.sum(jnp.abs(weight) > largest, dtype=jnp.float32) / weight.size
-    return QTensor(cast, None, None, fmt, weight.shape[0]), Info(error / _nonzero(total), clipped)
+    return QTensor(cast, None, None, fmt, weight.shape[0]), Info(error / nonzero(total), clipped)
 
 
 def _per_unit(largest: Float[Array, ""]) -> Float[Array, ""]:
     """A factor that brings weights up to `largest` to a size whose square is a normal float32."""
-    return jnp.minimum(16 / _nonzero(largest), 1e38)
-
-
-def _nonzero(x: Float[Array, ""]) -> Float[Array, ""]:
-    return jnp.where(x == 0, 1.0, x)
+    return jnp.minimum(16 / nonzero(largest), 1e38)

@@ -27,13 +27,14 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from qjax.errors import QjaxError
+from qjax.registry import forget, forgotten_in_scope, forgotten_on_change
 
 if TYPE_CHECKING:
     from qjax.driver.report import Report
     from qjax.evaluate.corpora import Corpus
     from qjax.evaluate.perplexity import Convention, Windows
     from qjax.models.model import Model
-    from qjax.sweep.runner import Plan, Sweep
+    from qjax.sweep.runner import Sweep, Treatment
 
 Row = Mapping[str, object]
 ROLES = ("asked", "named", "told", "machine", "made", "found", "spent")
@@ -68,7 +69,7 @@ class Cell(NamedTuple):
     sweep: "Sweep"
     subject: "Model"  # the swept model as it was loaded
     fingerprint: str
-    plan: "Plan"
+    treatment: "Treatment"
     order: object  # of calibration; None where none is read
     corpus: "Corpus"
     windows: "Windows"
@@ -100,9 +101,10 @@ class Measurement(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-_added: dict[str, Measurement] = {}
+_added: dict[str, Measurement] = forgotten_in_scope({})
 
 
+@forgotten_on_change
 @functools.cache
 def measurements() -> Mapping[str, Measurement]:
     """Every measurement by its name, the house's first."""
@@ -130,8 +132,7 @@ def register_measurement(measurement: Measurement) -> Measurement:
             f"type (str, int, float, a list, or None beside) and a role ({', '.join(ROLES)}); got {', '.join(wrong) or 'none'}"
         )
     _added[name] = measurement
-    measurements.cache_clear()
-    columns.cache_clear()
+    forget()
     return measurement
 
 
@@ -160,6 +161,7 @@ def measurement_sources(names: Iterable[str]) -> dict[str, str]:
         ) from None
 
 
+@forgotten_on_change
 @functools.cache
 def columns() -> Mapping[str, Column]:
     """Every declared column, by its name, of NAME:PART by "NAME:"."""

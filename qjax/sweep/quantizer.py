@@ -43,7 +43,7 @@ class Quantizer:
             others = {_place(other): other for other in later if other.order == PARALLEL}
             together |= {place: other for place, other in others.items() if place not in self._made}
         together = dict(list(together.items())[:MOST_TOGETHER])
-        requests = [(each.plan.recipe, each.plan.rules) for each in together.values()]
+        requests = [(each.treatment.recipe, each.treatment.rules) for each in together.values()]
         made = quantize_together(cell.subject, requests, calibration=cell.sweep.calibration, on_layer=self._on_layer)
         return dict(zip(together, made, strict=True))
 
@@ -65,4 +65,4 @@ def part_of(cells: Sequence[Cell], workers: int) -> int:
 
 
 def _place(cell: Cell) -> tuple:
-    return cell.fingerprint, cell.plan
+    return cell.fingerprint, cell.treatment

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from qjax.errors import QjaxError
 from qjax.sweep.cells import canonical
 from qjax.sweep.columns import Row
-from qjax.sweep.rows import cell_columns, complete, recipe_without_rules
+from qjax.sweep.rows import cell_columns, complete, named_model, recipe_without_rules
 
 NEEDED = ("model", "fingerprint", "recipe", "corpus", "corpus_fingerprint", "convention", "seed")
 CALIBRATION = ("calibration", "calibration_fingerprint", "calibration_windows", "calibration_window_tokens")
@@ -75,7 +75,7 @@ def _cell(row: Row) -> str:
     if "kind" in row:
         return f"{row['key']} ({row['kind']})"
     calibrated = f", {row.get('calibration_windows')} windows of {row['calibration']}" if row.get("calibration") else ""
-    return f"{row['key']} ({row['corpus']}, seed {row.get('seed')}{calibrated})"
+    return f"{row['key']} ({named_model(row)}, {row['corpus']}, seed {row.get('seed')}{calibrated})"
 
 
 def _canonical(recipe: str) -> list[str]:

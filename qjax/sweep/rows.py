@@ -19,6 +19,12 @@ def with_baseline(row: Row) -> dict[str, object]:
     return {"baseline": row.get("model"), BASELINE: row.get("fingerprint"), "model_recipe": UNQUANTIZED, **row}
 
 
+def named_model(row: Row) -> str:
+    """The row's model, with the recipe that it had been quantized with when it was loaded."""
+    recipe = with_baseline(row)["model_recipe"]
+    return str(row["model"]) if recipe == UNQUANTIZED else f"{row['model']} ({recipe})"
+
+
 def is_baseline(row: Row) -> bool:
     """Whether the row is that of the model which differences are from."""
     return row["recipe"] == UNQUANTIZED and row.get(BASELINE, row.get("fingerprint")) == row.get("fingerprint")

@@ -61,7 +61,7 @@ class Sweep:
         object.__setattr__(self, "measures", tuple(dict.fromkeys([*self.measures, *short])))
 
 
-class Plan(NamedTuple):
+class Treatment(NamedTuple):
     """What is done to a model: a recipe with rules. block: the one that the last rule names, where it alone is quantized."""
 
     recipe: str
@@ -72,12 +72,12 @@ class Plan(NamedTuple):
         return "; ".join([self.recipe, *self.rules])
 
     def sources(self) -> dict[str, str]:
-        """Sources of the methods from outside the package that it uses."""
+        """Sources of what it uses from outside the package."""
         recipes = (parse_recipe(self.recipe), *(parse_rule(rule).recipe for rule in self.rules))
         return {name: source for each in recipes if each for name, source in each.sources().items()}
 
 
-AS_IT_IS = Plan(UNQUANTIZED)
+AS_IT_IS = Treatment(UNQUANTIZED)
 
 
 class Watcher:
@@ -155,7 +155,7 @@ def _measured(cell: Cell, head: dict[str, object], asked: Sequence[Measurement],
     """
     row = dict(head)
     for each in (each for each in asked if each.measure):
-        place = (cell.fingerprint, cell.plan, each.name)
+        place = (cell.fingerprint, cell.treatment, each.name)
         found = shared.get(place) or each.measure(cell._replace(row=row))
         if not isinstance(found, Mapping):
             raise QjaxError(f"measurement {each.name} gives {type(found).__name__}, expected a dict of its columns; return one")
@@ -170,10 +170,10 @@ def _measured(cell: Cell, head: dict[str, object], asked: Sequence[Measurement],
 
 def _cells(model: Model, sweep: Sweep) -> list[Cell]:
     """Every cell of a sweep, the baseline's first, not measured yet. Raises what can be wrong with the request."""
-    plans = plans_of(sweep, model.config.layers)
-    orders = {plan: calibration_order(model, plan.recipe, plan.rules) for plan in plans}
-    _check_calibration(model, sweep, [plan for plan in plans if orders[plan]])
-    _check_recipes(model, plans)
+    treatments = treatments_of(sweep, model.config.layers)
+    orders = {treatment: calibration_order(model, treatment.recipe, treatment.rules) for treatment in treatments}
+    _check_calibration(model, sweep, [treatment for treatment in treatments if orders[treatment]])
+    _check_recipes(model, treatments)
     convention = sweep.convention.clipped(model.config.context)
     corpora = list({corpus.fingerprint: corpus for corpus in sweep.corpora}.values())  # the same text counts once
     windows = [corpus_windows(model, corpus, convention, sweep.max_windows) for corpus in corpora]
@@ -181,7 +181,7 @@ def _cells(model: Model, sweep: Sweep) -> list[Cell]:
     if sweep.baseline is not None:
         theirs = model_fingerprint(sweep.baseline)
         baseline = model if theirs == fingerprint else sweep.baseline
-    todo = [(model, fingerprint, plan) for plan in plans]
+    todo = [(model, fingerprint, treatment) for treatment in treatments]
     if baseline is not model:
         for corpus, cut in zip(corpora, windows, strict=True):
             _check_baseline(
@@ -190,8 +190,8 @@ def _cells(model: Model, sweep: Sweep) -> list[Cell]:
         todo = [(baseline, theirs, AS_IT_IS), *todo]
     own = theirs or fingerprint
     return [
-        Cell(sweep, subject, mark, plan, orders[plan], corpus, cut, convention, baseline, own)
-        for subject, mark, plan in todo
+        Cell(sweep, subject, mark, treatment, orders[treatment], corpus, cut, convention, baseline, own)
+        for subject, mark, treatment in todo
         for corpus, cut in zip(corpora, windows, strict=True)
     ]
 
@@ -205,15 +205,15 @@ def _check_baseline(model: Model, baseline: Model, tokens: np.ndarray, cut) -> N
         )
 
 
-def plans_of(sweep: Sweep, layers: int) -> list[Plan]:
+def treatments_of(sweep: Sweep, layers: int) -> list[Treatment]:
     """Everything a sweep measures, the model as it is first."""
     rules, recipes = rules_in_order(sweep.rules, sweep.order), canonical(sweep.recipes, sweep.order)
     rules, recipes = rules_in_order(rules, None), canonical(recipes)  # one name for a cell, whatever order it was asked in
     if sweep.one_block:
         blocks = sweep.blocks or range(layers)
-        found = [Plan(UNQUANTIZED, (*rules, f"^{block_name(i)}/={recipe}"), i) for recipe in recipes for i in blocks]
+        found = [Treatment(UNQUANTIZED, (*rules, f"^{block_name(i)}/={recipe}"), i) for recipe in recipes for i in blocks]
     else:
-        found = [Plan(recipe, rules) for recipe in recipes]
+        found = [Treatment(recipe, rules) for recipe in recipes]
     return list(dict.fromkeys([AS_IT_IS, *found]))
 
 
@@ -222,8 +222,8 @@ def rules_in_order(rules: Iterable[str], order: str | None) -> tuple[str, ...]:
     return tuple(f"{rule.pattern}={name_in_order(rule.recipe, order)}" for rule in map(parse_rule, rules))
 
 
-def _check_calibration(model: Model, sweep: Sweep, needing: Sequence[Plan]) -> None:
-    """Raises QjaxError when plans need calibration data and there is none, or none that may be used."""
+def _check_calibration(model: Model, sweep: Sweep, needing: Sequence[Treatment]) -> None:
+    """Raises QjaxError when treatments need calibration data and there is none, or none that may be used."""
     if needing and sweep.calibration is None:
         names = ", ".join(map(str, needing[:4]))
         raise QjaxError(f"{names} need calibration data; name a text with --calibration, for example --calibration python-docs")
@@ -237,11 +237,11 @@ def _check_calibration(model: Model, sweep: Sweep, needing: Sequence[Plan]) -> N
             )
 
 
-def _check_recipes(model: Model, plans: Sequence[Plan]) -> None:
-    """Raises QjaxError for a recipe that a kernel of its plan cannot have."""
+def _check_recipes(model: Model, treatments: Sequence[Treatment]) -> None:
+    """Raises QjaxError for a recipe that a kernel of its treatment cannot have."""
     kernels, find_problem = flatten_dict(model.params, sep="/"), functools.cache(problem_of)
-    for plan in plans:
-        for path, recipe in placement(model, plan.recipe, plan.rules).items():
+    for treatment in treatments:
+        for path, recipe in placement(model, treatment.recipe, treatment.rules).items():
             problem = recipe and not recipe.is_cast and find_problem(recipe, kernels[path].shape)
             if problem:
                 raise QjaxError(f"{path}: {problem}")

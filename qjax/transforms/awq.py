@@ -148,7 +148,7 @@ def _normalised(scale: Float[Array, "candidates in"]) -> Float[Array, "candidate
 
 def _relative_magnitude(weight: Float[Array, "in out"], fmt: Format) -> Float[Array, "in out"]:
     """|W| over the largest |W| of its group along the input axis."""
-    size = fmt.group if fmt.granularity in ("group", "block") else len(weight)
+    size = fmt.group if fmt.granularity in ("group", "flat") else len(weight)
     along_input = Format("int8", "group", size)
     groups = jnp.abs(grid.to_groups(weight, along_input))
     relative = groups / (jnp.max(groups, axis=1, keepdims=True) + 1e-6)

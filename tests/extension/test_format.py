@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import qjax
-from qjax import methods
+from qjax import registry
 from qjax.errors import QjaxError
 from qjax.scales import Floats
 from tests.extension.common import sweep, tiny_model
@@ -66,7 +66,7 @@ def test_what_cannot_be_registered(register, name, given):
 
 def test_a_name_means_one_thing_as_long_as_the_process_lives():
     """What was compiled for a format knows it by its name."""
-    with methods.scoped():
+    with registry.scoped():
         qjax.register_codebook("once", NF3)
         qjax.register_scales("once", HalvesUp())
     for register, other, same in (("codebook", (*NF3[:3], 0.1, *NF3[4:]), NF3), ("scales", HalvesUp("float32"), HalvesUp())):

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 import qjax
+from qjax import registry
 from qjax.checkpoints.huggingface import save_huggingface
 from qjax.cli import app as cli
 from qjax.errors import QjaxError
 from qjax.evaluate.corpora import Corpus
 from qjax.report.rerun_table import rerun_table, unequal
-from qjax.sweep import columns
 from qjax.sweep.columns import BASELINE, Column, Measurement, column_of, data_dictionary, register_measurement
 from qjax.sweep.record import as_json
 from qjax.sweep.request import request_of
@@ -51,8 +51,8 @@ def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("measurement")
     save_huggingface(folder / "tiny", random_model(tiny_config(), byte_tokenizer()))
     (folder / "text.txt").write_text(TEXT)
-    register_measurement(MEASUREMENT)
-    try:
+    with registry.scoped():
+        register_measurement(MEASUREMENT)
         sweep = qjax.Sweep(
             ("rtn:int4-g16", "rtn:int2-g16"),
             (qjax.load_corpus(f"text:{folder / 'text.txt'}"),),
@@ -62,10 +62,6 @@ def work(tmp_path_factory):
         )
         qjax.run_sweep(qjax.load(folder / "tiny"), sweep, folder / "results")
         yield folder
-    finally:
-        columns._added.clear()
-        columns.measurements.cache_clear()
-        columns.columns.cache_clear()
 
 
 def test_rows_hold_what_it_gives(work):

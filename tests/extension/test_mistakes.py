@@ -127,7 +127,8 @@ def test_what_statistics_cannot_be():
     qjax.register(literal)
     for name, given, named in (
         ("mine", lambda x: x, "expected a qjax.Statistic"),
-        ("damp", qjax.Statistic(0, 0, 0, 0), "option"),
+        ("damp", qjax.Statistic(0, 0, 0, 0), "argument"),
+        ("weight", qjax.Statistic(0, 0, 0, 0), "argument"),
     ):
         with pytest.raises(QjaxError, match=named):
             qjax.register_statistic(name, given)

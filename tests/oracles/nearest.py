@@ -32,7 +32,7 @@ def group_index(shape: tuple[int, int], fmt: Format) -> np.ndarray:
             return column
         case "group":
             return column * -(-rows // fmt.group) + row // fmt.group
-        case "block":
+        case "flat":
             return (column * rows + row) // fmt.group
 
 
@@ -48,7 +48,7 @@ def rtn(weight: np.ndarray, fmt: Format, shrink: float | np.ndarray = 1.0) -> Ro
     low, high = low * shrink, high * shrink
     exact = find(largest(low, high, fmt), fmt)
     stored = store(exact, fmt, level)
-    used = exact if fmt.scales == "dq" and fmt.granularity == "block" else stored
+    used = exact if fmt.scales == "dq" and fmt.granularity == "flat" else stored
     values, margin = np.zeros_like(weight), np.zeros_like(weight)
     for g in range(count):
         inside = index == g
@@ -123,7 +123,7 @@ def store(scales: np.ndarray, fmt: Format, level: float) -> np.ndarray:
         block = scales[start : start + 256] - offset
         largest = np.abs(block).max()
         scaled = block / (largest or 1)
-        if fmt.granularity == "block":  # bitsandbytes' CPU library looks codes up in 2^16 equal steps
+        if fmt.granularity == "flat":  # bitsandbytes' CPU library looks codes up in 2^16 equal steps
             scaled = np.floor((scaled + 1) / 2 * 65535 + 0.5) / 65535 * 2 - 1
         nearest = np.abs(scaled[:, None] - table).argmin(axis=1)
         stored[start : start + 256] = table[nearest] * largest + offset

@@ -137,7 +137,7 @@ def row_grids(parameters: grid.Parameters, fmt: Format, shape: tuple[int, int]) 
     match fmt.granularity:
         case "tensor" | "channel":
             return grids, jnp.zeros(rows, jnp.int32)
-        case "block" if fmt.crosses_columns(rows):  # blocks span columns: every weight has its own row and column of the grid
+        case "flat" if fmt.crosses_columns(rows):  # blocks span columns: every weight has its own row and column of the grid
             size = min(fmt.group, rows * columns)
             spread = jax.tree.map(lambda x: jnp.broadcast_to(x[:, None], (len(x), size, 1)), grids)
             return jax.tree.map(lambda x: grid.from_groups(x, fmt, rows, columns), spread), jnp.arange(rows)

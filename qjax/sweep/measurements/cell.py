@@ -37,8 +37,8 @@ def asks(cell: Cell) -> dict[str, object]:
         "model_recipe": cell.subject.recipe,
         "baseline": cell.baseline.name,
         "baseline_fingerprint": cell.baseline_fingerprint,
-        "recipe": str(cell.plan),
-        **recipe_columns(*cell.plan),
+        "recipe": str(cell.treatment),
+        **recipe_columns(*cell.treatment),
         "seed": cell.sweep.seed,
         "measures": sorted(each.name for each in asked_measurements(cell.sweep) if each.when is None),
     }

@@ -21,7 +21,7 @@ UNMEASURED = ("cli", "report", "train", *WHO_AND_WHEN)  # parts that no measured
 LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "tokenizers")
 COLUMNS = (
     Column("versions", str, "", "of qjax, Python and libraries", "made"),
-    Column("code", str, "", "hash of the source, of methods and measurements from outside the package too", "made"),
+    Column("code", str, "", "hash of the source, and of all that is used from outside the package", "made"),
     Column("device", str, "", "machine kind", "machine"),
     Column("compute_dtype", str, "", "type the model computes in: float32 on CPU, bfloat16 elsewhere", "machine"),
     Column("time", str, "", "when (UTC)", "made"),
@@ -32,7 +32,7 @@ COLUMNS = (
 def asks(cell: Cell) -> dict[str, object]:
     """Provenance of this process, with the sources of what does not belong to the package."""
     names = [each.name for each in asked_measurements(cell.sweep)]
-    return provenance({**cell.plan.sources(), **measurement_sources(names)})
+    return provenance({**cell.treatment.sources(), **measurement_sources(names)})
 
 
 def measure(cell: Cell) -> dict[str, object]:

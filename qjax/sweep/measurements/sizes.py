@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from qjax.formats import UNQUANTIZED
 from qjax.sweep.columns import Cell, Column, Measurement
 
 STORED = "exact, over the quantized kernels: codes, scales, zero points, maps and scales of inputs, outliers, low-rank adapters"
@@ -25,12 +26,13 @@ def measure(cell: Cell) -> dict[str, object]:
     """From the driver's report."""
     report = cell.report
     errors = [layer.weight_error for layer in report.layers if layer.weight_error is not None]
+    as_it_is = 0.0 if cell.subject.recipe == UNQUANTIZED else None  # of a quantized model its error is not known
     outputs = [layer.output_error for layer in report.layers if layer.output_error is not None]
     return {
         "bits_per_weight": report.bits_per_weight,
         "model_bits_per_weight": report.model_bits_per_weight,
         "size_bytes": report.size_bytes,
-        "weight_error": float(np.mean(errors)) if errors else 0.0,
+        "weight_error": float(np.mean(errors)) if errors else as_it_is,
         "output_error": float(np.mean(outputs)) if outputs else None,
         "damp": max((layer.damp for layer in report.layers if layer.damp is not None), default=None),
         "seconds_quantize": report.seconds,

@@ -13,7 +13,7 @@ from qjax.models.folding import Fold
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class Piece:
     """A module to quantize: a decoder's block, a half of it, or a whole Flax model.
 
     prefix: of its kernels' paths in the whole model. shared: for every linear layer, in the order of the calls, the first with
