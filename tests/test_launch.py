@@ -9,7 +9,7 @@ import pytest
 
 from qjax.cli import app as cli
 from qjax.errors import QjaxError
-from qjax.sweep import runner
+from qjax.sweep import launch, runner
 from qjax.sweep.claims import CLAIMS
 from qjax.sweep.launch import LOGS, WorkerError, parse_launcher, run_workers
 from qjax.sweep.store import LAYERS, ROWS
@@ -125,3 +125,18 @@ def test_an_interruption_says_what_is_kept(checkpoint, tmp_path, capsys, monkeyp
         cli.main([str(argument) for argument in sweep_arguments(checkpoint, tmp_path, "--recipes", "nf4")])
     assert stopped.value.code == 130
     assert f"1 of 5 cells are kept in {tmp_path / ROWS}" in capsys.readouterr().err
+
+
+def test_workers_are_told_every_option_that_was_given(checkpoint, tmp_path, capsys, monkeypatch):  # noqa: F811
+    def refused(command, workers, folder, launcher, **options):
+        told.extend(command)
+        raise WorkerError("refused", 7)
+
+    told = []
+    monkeypatch.setattr(launch, "run_workers", refused)
+    options = "--methods nf4 --rule up=none --rule down=none --max-windows 0 --speed --workers 2".split()
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([str(argument) for argument in sweep_arguments(checkpoint, tmp_path, *options)])
+    assert stopped.value.code == 7
+    expected = {"--methods=nf4", "--rule=up=none", "--rule=down=none", "--max-windows=0", "--speed", "--workers=2"}
+    assert {*expected, "--launcher=none", f"--out={tmp_path}"} <= set(told) and "--dry-run" not in told
