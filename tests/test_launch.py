@@ -134,7 +134,7 @@ def test_workers_are_told_every_option_that_was_given(checkpoint, tmp_path, caps
 
     told = []
     monkeypatch.setattr(launch, "run_workers", refused)
-    options = "--methods nf4 --rule up=none --rule down=none --max-windows 0 --speed --workers 2".split()
+    options = ["--methods", "nf4", "--rule=up=none", "--rule=down=none", "--max-windows=0", "--speed", "--workers=2"]
     with pytest.raises(SystemExit) as stopped:
         cli.main([str(argument) for argument in sweep_arguments(checkpoint, tmp_path, *options)])
     assert stopped.value.code == 7
