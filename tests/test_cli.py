@@ -207,17 +207,18 @@ def test_output_that_cannot_be_written_is_found_before_work(checkpoint, tmp_path
 
 
 def test_rows_survive_a_disk_that_fills_up(checkpoint, tmp_path, capsys, monkeypatch):
-    from qjax.sweep import runner
+    from qjax.sweep import worker
 
-    append, written = runner.append_row, []
+    write, written = worker.write_rows, []
 
-    def fill_up(path, row):
-        if written:
-            raise OSError(28, "No space left on device", str(path))
-        written.append(row)
-        append(path, row)
+    def fill_up(path, rows):
+        if path.name == "rows.jsonl":
+            if written:
+                raise OSError(28, "No space left on device", str(path))
+            written.extend(rows)
+        write(path, rows)
 
-    monkeypatch.setattr(runner, "append_row", fill_up)
+    monkeypatch.setattr(worker, "write_rows", fill_up)
     assert "No space left" in fails(capsys, *sweep_arguments(checkpoint, tmp_path, "--recipes", "nf4"))
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 1
 

@@ -26,12 +26,12 @@ from qjax.models.model import compute_dtype, stages
 from qjax.numbers import NotFiniteError
 from qjax.recipe import method_name, parse_recipe
 from qjax.report.reports import write_reports
-from qjax.sweep import quantizer, runner
+from qjax.sweep import quantizer, worker
 from qjax.sweep.measurements import provenance
 from qjax.sweep.measurements.perplexity import difference
 from qjax.sweep.record import digest
 from qjax.sweep.runner import Sweep, Watcher, run_sweep
-from qjax.sweep.store import LAYERS, ROWS, append_row, read_rows
+from qjax.sweep.store import LAYERS, ROWS, read_rows, write_rows
 
 from .conftest import FAMILY_CHANGES, byte_tokenizer, random_model, tiny_config
 
@@ -265,11 +265,13 @@ def test_an_order_out_of_range_is_found_before_anything_is_measured(tiny_model, 
 
 
 def test_layers_are_there_once_after_a_stop_between_them_and_their_row(tiny_model, tmp_path, monkeypatch):
-    def stop(*_):
-        raise KeyboardInterrupt
+    def written(path, rows):
+        if path.name == ROWS and rows[0]["recipe"] != "none":
+            raise KeyboardInterrupt
+        write_rows(path, rows)
 
     with monkeypatch.context() as stopped:
-        stopped.setattr(runner, "append_row", lambda path, row: append_row(path, row) if row["recipe"] == "none" else stop())
+        stopped.setattr(worker, "write_rows", written)
         with pytest.raises(KeyboardInterrupt):
             run_sweep(tiny_model, plan("nf4", corpora=CORPORA[:1]), tmp_path)
     with (tmp_path / LAYERS).open("r+b") as file:  # and in the middle of a line

@@ -1,5 +1,6 @@
 """The commands that measure many cells: sweep, sensitivity."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,7 +26,7 @@ from qjax.cli.options import (
     split_names,
     split_numbers,
 )
-from qjax.cli.terminal import live_sweep, print_tables
+from qjax.cli.terminal import live_sweep, live_workers, print_states, print_tables
 from qjax.errors import QjaxError
 from qjax.folders import prepare_output_folder, refuse_inputs
 
@@ -37,6 +38,7 @@ METHODS, BITS = "rtn,gptq,awq,awq+gptq,nf4", "8,4,3,2"
 
 
 def sweep(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(metavar="[MODEL]", help=MODEL_HELP)] = "bundled",
     recipes: Annotated[
         str | None, typer.Option(help="Comma-separated recipes, see `qjax recipes`; instead of --methods, --bits, --group.")
@@ -68,24 +70,45 @@ def sweep(
     rule: Rules = None,
     seed: Seed = 0,
     out: Out = Path("qjax-results"),
+    workers: Annotated[int, typer.Option(min=1, help="So many workers share the cells of this sweep.")] = 1,
+    launcher: Annotated[
+        str,
+        typer.Option(
+            help="What starts them: local, slurm(OPTION=VALUE,...) or ray(...); none: something else does, this is one.",
+            metavar="NAME",
+        ),
+    ] = "local",
+    stale: Annotated[
+        float, typer.Option(min=0.1, help="Seconds after which a worker that gives no sign of life loses its cells to others.")
+    ] = 60.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cells and how far they are; measure nothing.")] = False,
 ) -> None:
-    """Measure perplexity of a model in many formats; table and figure go to --out."""
+    """Measure perplexity of a model in many formats; table and figure go to --out.
+
+    The same command may run any number of times at once, on all machines that see --out: every cell is measured once.
+    """
     from qjax.evaluate.corpora import load_corpora
     from qjax.evaluate.tasks import load_tasks
     from qjax.evaluate.windows import parse_convention
     from qjax.recipe import UNQUANTIZED
     from qjax.sweep.columns import require_measurements
-    from qjax.sweep.runner import Sweep, rules_in_order
+    from qjax.sweep.launch import parse_launcher
+    from qjax.sweep.runner import Sweep, cell_states, rules_in_order
 
+    engine, _ = parse_launcher(launcher)
     names = _recipes(recipes, methods, bits, group, order)
     rules = rules_in_order(rule or (), order)
     measured = parse_convention(convention)
     measures = require_measurements(split_names(measure) if measure else ())
-    refuse_inputs(out, [model])
-    prepare_output_folder(out)
+    if not dry_run:
+        refuse_inputs(out, [model])
+        prepare_output_folder(out)
     corpora = load_corpora(data)
     asked = load_tasks(split_names(tasks) if tasks else (), max_questions or None)
-    loaded = load_model(model)
+    launched = not dry_run and (workers > 1 if engine == "local" else engine != "none")
+    if launched:
+        _launch(context, workers, launcher, out)
+    loaded = load_model(model, lazy=dry_run)
     if loaded.recipe != UNQUANTIZED and (recipes, methods, bits, group) == (None, None, None, None):
         names = [UNQUANTIZED]  # there is nothing left to quantize
     against = None if baseline is None else load_model(baseline)
@@ -95,7 +118,31 @@ def sweep(
     request = Sweep(
         tuple(names), corpora, measured, max_windows or None, rules, seed, asked, divergence, speed, tokens, **further
     )
-    _run(loaded, request, out)
+    if dry_run:
+        print_states(cell_states(loaded, request, out))
+        return
+    _run(loaded, request, out, workers=workers, stale_seconds=stale, of_others=not launched and engine != "none")
+
+
+def _launch(context: typer.Context, workers: int, launcher: str, out: Path) -> None:
+    """Runs this command by so many workers; ends with the exit code of the first that failed."""
+    from qjax.sweep.launch import WorkerError, run_workers
+
+    given = {**context.params, "launcher": "none"}
+    words = [str(given["model"])]
+    for option in context.command.params:
+        value = given[option.name]
+        if option.name == "model" or value is None or value is False:
+            continue
+        for each in value if isinstance(value, (list, tuple)) else [value]:
+            words.append(option.opts[0] if each is True else f"{option.opts[0]}={each}")
+    command = [sys.executable, "-c", "from qjax.cli.app import main; main()", "sweep", *words]
+    try:
+        with live_workers(out) as show:
+            run_workers(command, workers, out, launcher, on_wait=show)
+    except WorkerError as error:
+        typer.echo(f"error: {error}; what was finished is kept, the same command goes on from there", err=True)
+        raise typer.Exit(error.code) from None
 
 
 def _recipes(recipes: str | None, methods: str | None, bits: str | None, group: str | None, order: str | None) -> list[str]:
@@ -140,19 +187,24 @@ def sensitivity(
     _run(loaded, request, out)
 
 
-def _run(model: "Model", request: "Sweep", out: Path) -> None:
-    """Measures, prints the tables of this sweep, and writes those of all rows in the folder."""
+def _run(model: "Model", request: "Sweep", out: Path, *, of_others: bool = True, **options: object) -> None:
+    """Measures, prints the tables of this sweep, and writes those of all rows in the folder. of_others: rows that other runs
+    measured are shown too; options: of `run_sweep`.
+    """
     from qjax.numbers import NotFiniteError
     from qjax.report.reports import write_reports
     from qjax.sweep.runner import run_sweep
     from qjax.sweep.store import ROWS, read_rows
 
     broken = None
-    with live_sweep() as watcher:
+    with live_sweep(of_others=of_others) as watcher:
         try:
-            rows = run_sweep(model, request, out, watcher)
+            rows = run_sweep(model, request, out, watcher, **options)
         except NotFiniteError as error:  # some cells have no row, which the others' are shown without
             rows, broken = read_rows(out / ROWS), error
+        except KeyboardInterrupt:
+            typer.echo(f"{watcher.done} of {watcher.total} cells are kept in {out / ROWS}", err=True)
+            raise
     if rows:
         print_tables(rows)
         for path in write_reports(out, read_rows(out / ROWS)):

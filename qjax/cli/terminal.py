@@ -5,14 +5,18 @@ Rich and whatever else is heavy is imported when something is shown.
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
+from qjax.files import listing
 from qjax.printable import printable
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from qjax.evaluate.perplexity import PerplexityResult
     from qjax.models.model import Model
 
@@ -34,8 +38,8 @@ def progress_bars():
 
 
 @contextlib.contextmanager
-def live_sweep() -> Iterator[object]:
-    """A live display of the cells of a sweep."""
+def live_sweep(*, of_others: bool = True) -> Iterator[object]:
+    """A live display of the cells of a sweep. of_others: rows that this process did not measure are shown too."""
     from qjax.sweep.runner import Watcher
 
     with progress_bars() as progress:
@@ -43,7 +47,10 @@ def live_sweep() -> Iterator[object]:
         work = progress.add_task("")
 
         class Live(Watcher):
+            done, total = 0, 0
+
             def cell(self, number, total, recipe, corpus):
+                self.done, self.total = number - 1, total
                 progress.update(cells, completed=number - 1, total=total)
                 progress.update(work, description=f"{recipe}: quantizing", completed=0, total=None)
                 self.label = printable(f"{recipe} on {corpus}")
@@ -54,17 +61,83 @@ def live_sweep() -> Iterator[object]:
             def batch(self, done, total):
                 progress.update(work, description=self.label, completed=done, total=total)
 
+            def waiting(self, cells):
+                progress.update(work, description=f"waiting for {_waited_for(cells)}", completed=0, total=None)
+
             def row(self, row, is_new):
-                note = "" if is_new else " (measured before)"
-                progress.console.print(
-                    f"{row['recipe']:<28} {row['bits_per_weight']:7.3f} bits  {printable(row['corpus']):<14} "
-                    f"perplexity {row['perplexity']:.4f}{note}",
-                    highlight=False,
-                    markup=False,
-                    soft_wrap=True,
-                )
+                self.done += 1
+                if is_new or of_others:
+                    _print_row(progress, row, "" if is_new else " (measured before)")
 
         yield Live()
+
+
+def _waited_for(cells: Mapping[str, str]) -> str:
+    """Who is at which cell, by worker."""
+    by_worker: dict[str, list[str]] = {}
+    for cell, worker in cells.items():
+        by_worker.setdefault(worker, []).append(cell)
+    return listing((f"{worker} ({listing(at, 2)})" for worker, at in by_worker.items()), 3)
+
+
+def _print_row(progress: "Progress", row: Mapping[str, object], note: str = "") -> None:
+    progress.console.print(
+        f"{row['recipe']:<28} {row['bits_per_weight']:7.3f} bits  {printable(row['corpus']):<14} "
+        f"perplexity {float(row['perplexity']):.4f}{note}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+@contextlib.contextmanager
+def live_workers(folder: Path) -> Iterator[Callable[[], None]]:
+    """A live display of the workers in a folder, which the function that it gives brings up to date: rows as they come, and
+    what each worker is at.
+    """
+    from qjax.sweep.claims import holders
+    from qjax.sweep.store import ROWS, read_rows
+
+    path = folder / ROWS
+    shown, size, tasks = len(read_rows(path)), 0, {}
+    with progress_bars() as progress:
+        cells = progress.add_task("rows", total=None)
+
+        def show() -> None:
+            nonlocal shown, size
+            if path.exists() and path.stat().st_size != size:
+                size, rows = path.stat().st_size, read_rows(path)
+                for row in (row for row in rows[shown:] if "kind" not in row):
+                    _print_row(progress, row)
+                shown = len(rows)
+            progress.update(cells, completed=shown)
+            at_work = {holder.path: f"{holder}: {listing(holder.cells.values(), 2)}" for holder in holders(folder)}
+            for name in [name for name in tasks if name not in at_work]:
+                progress.remove_task(tasks.pop(name))
+            for name, text in at_work.items():
+                if name not in tasks:
+                    tasks[name] = progress.add_task(text, total=None)
+                progress.update(tasks[name], description=text)
+
+        yield show
+
+
+def print_states(states: list[dict[str, object]]) -> None:
+    """The cells of a sweep and how far they are."""
+    from qjax.report.rendering import Table, TableColumn, to_rich
+
+    columns = (
+        TableColumn("recipe", "recipe", text=True),
+        TableColumn("corpus", "text", text=True),
+        TableColumn("format", "format", text=True, rank=1),
+        TableColumn("key", "key", text=True),
+        TableColumn("state", "state", text=True),
+    )
+    counts = {"done": 0, "claimed": 0, "open": 0}
+    for row in states:
+        counts[row["state"] if row["state"] in counts else "claimed"] += 1
+    note = f"{len(states)} cells: " + ", ".join(f"{count} {state}" for state, count in counts.items())
+    console().print(to_rich(Table("Cells", columns, tuple(states), (note,))))
 
 
 def print_tables(rows: list[dict[str, object]]) -> None:

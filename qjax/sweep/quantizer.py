@@ -2,6 +2,7 @@
 calibration gives.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 from qjax.driver.decoder import quantize_together
@@ -51,6 +52,22 @@ class Quantizer:
                 raise
             return self._make(cell, ())  # another one's weights may be what is broken
         return dict(zip(together, made, strict=True))
+
+
+def made_together(cells: Sequence[Cell], most: int) -> list[int]:
+    """The cells that share work with the first: those of its model on other texts, and in the order `parallel` those of other
+    models in it. most: how many models.
+    """
+    first = {_place(cell): None for cell in cells[:1]}
+    if cells and cells[0].order == PARALLEL:
+        first = dict.fromkeys(_place(cell) for cell in cells if cell.order == PARALLEL)
+    places = list(first)[: min(most, MOST_TOGETHER)]
+    return [at for at, cell in enumerate(cells) if _place(cell) in places]
+
+
+def part_of(cells: Sequence[Cell], workers: int) -> int:
+    """How many models one of several workers makes together: no more than its part, so that each has some."""
+    return max(1, math.ceil(len({_place(cell) for cell in cells if cell.order == PARALLEL}) / workers))
 
 
 def _place(cell: Cell) -> tuple:

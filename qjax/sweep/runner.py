@@ -1,4 +1,4 @@
-"""The resumable loop: every recipe on every corpus, one row as soon as one is measured.
+"""A sweep: every recipe on every corpus, one row as soon as one is measured (`worker.py`).
 
 All cells share the loaded weights, the tokenized windows and one compiled forward pass. A cell whose key is already in
 the rows file is skipped, so running the same sweep again finishes what an interruption left.
@@ -20,7 +20,7 @@ from qjax.errors import QjaxError
 from qjax.evaluate.corpora import Corpus
 from qjax.evaluate.questions import Task
 from qjax.evaluate.windows import Convention, corpus_windows
-from qjax.files import listing
+from qjax.files import expand
 from qjax.folders import prepare_output_folder
 from qjax.models.fingerprint import model_fingerprint
 from qjax.models.model import Model
@@ -28,10 +28,11 @@ from qjax.models.walk import block_name
 from qjax.numbers import NotFiniteError, as_json
 from qjax.recipe import UNQUANTIZED, parse_recipe
 from qjax.sweep.cells import canonical, name_in_order
+from qjax.sweep.claims import STALE_SECONDS, Claims, holders
 from qjax.sweep.columns import Cell, Measurement, asked_measurements, column_of, misfits, undefined
-from qjax.sweep.quantizer import Quantizer
-from qjax.sweep.record import digest, layer_rows
-from qjax.sweep.store import LAYERS, ROWS, append_row, append_rows, layers_held, read_rows
+from qjax.sweep.record import digest
+from qjax.sweep.store import ROWS, read_rows
+from qjax.sweep.worker import Job, Worker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,49 +94,55 @@ class Watcher:
     def batch(self, done: int, total: int) -> None:
         """Windows evaluated so far in this cell."""
 
+    def waiting(self, cells: Mapping[str, str]) -> None:
+        """Others are at all cells that are left: the cell -> who."""
+
     def row(self, row: dict[str, object], is_new: bool) -> None:
         """A row is on disk; is_new is False when it was there before."""
 
 
-def run_sweep(model: Model, sweep: Sweep, folder: str | Path, watcher: Watcher | None = None) -> list[dict[str, object]]:
+def run_sweep(
+    model: Model,
+    sweep: Sweep,
+    folder: str | Path,
+    watcher: Watcher | None = None,
+    *,
+    workers: int = 1,
+    stale_seconds: float = STALE_SECONDS,
+) -> list[dict[str, object]]:
     """Measures every cell that folder/rows.jsonl does not hold yet; returns this sweep's rows, baseline first.
 
-    The folder is made where it is missing. Everything that can be wrong with the request (recipes, rules, measurements, texts
-    shorter than a window) is an error before anything is computed. A cell whose figures are not finite gets no row; the others
-    go on, and a NotFiniteError in the end names it. Without the baseline's figures nothing goes on.
+    The same sweep may run any number of times at once, on all machines that see the folder: they share the cells (`claims.py`),
+    and each returns all rows. workers: how many do, so that what is made together can be dealt out; a worker that gives no sign
+    of life for stale_seconds loses its cells to the others. The folder is made where it is missing.
+
+    Everything that can be wrong with the request (recipes, rules, measurements, texts shorter than a window) is an error before
+    anything is computed. A cell whose figures are not finite gets no row; the others go on, and a NotFiniteError in the end
+    names it. Without the baseline's figures nothing goes on.
     """
     watcher, asked = watcher or Watcher(), asked_measurements(sweep)
-    cells = _cells(model, sweep)
+    if workers < 1 or not stale_seconds > 0:
+        raise QjaxError(f"workers {workers}, stale_seconds {stale_seconds}: expected at least 1, and more than 0")
+    jobs = [Job(cell, _head(cell, asked)) for cell in _cells(model, sweep)]
     folder = prepare_output_folder(folder)
-    known = {row["key"]: row for row in read_rows(folder / ROWS)}
-    heads = [_head(cell, asked) for cell in cells]
-    pending = [
-        (number, cell) for number, (cell, head) in enumerate(zip(cells, heads, strict=True), 1) if head["key"] not in known
-    ]
-    held = layers_held(folder / LAYERS) if pending else set()
-    quantizer, rows, baselines, shared, broken = Quantizer(watcher.layer), [], {}, {}, []
-    for number, (cell, head) in enumerate(zip(cells, heads, strict=True), start=1):
-        watcher.cell(number, len(cells), head["recipe"], cell.corpus.name)
-        row, before = known.get(head["key"]), baselines.get(cell.corpus.fingerprint)
-        if row is None:
-            later = [other for at, other in pending if at > number]
-            try:
-                cell = quantizer.prepare(cell, later)._replace(before=before, on_batch=watcher.batch)  # noqa: PLW2901
-                row = _measured(cell, head, asked, shared)
-            except NotFiniteError as error:
-                broken.append(f"{head['recipe']} on {cell.corpus.name} has no row: {error}")
-                if before is None:
-                    break
-                continue
-            layers = [layer for layer in layer_rows(row["key"], cell.report) if (row["key"], layer["path"]) not in held]
-            append_rows(folder / LAYERS, layers)
-            append_row(folder / ROWS, row)
-        baselines.setdefault(cell.corpus.fingerprint, row)
-        rows.append(row)
-        watcher.row(row, is_new=head["key"] not in known)
-    if broken:
-        raise NotFiniteError(f"{listing(broken)}; every other row is in {folder / ROWS}")
-    return rows
+    measure = functools.partial(_measured, asked=asked, shared={})
+    claims = Claims(folder, stale_seconds=stale_seconds)
+    try:
+        return Worker(folder, jobs, measure, watcher, claims, workers).run()
+    finally:
+        claims.release()
+
+
+def cell_states(model: Model, sweep: Sweep, folder: str | Path) -> list[dict[str, object]]:
+    """What is asked in every cell of a sweep, and as "state" how far it is: "done", "open", or who is at it.
+
+    Nothing is measured or written; the model's weights are read for its fingerprint, which is part of every key.
+    """
+    folder, asked = expand(folder), asked_measurements(sweep)
+    heads = [_head(cell, asked) for cell in _cells(model, sweep)]
+    claimed = {key: str(holder) for holder in holders(folder) if not holder.is_gone for key in holder.cells}
+    states = claimed | {str(row["key"]): "done" for row in read_rows(folder / ROWS)}
+    return [{**head, "state": states.get(head["key"], "open")} for head in heads]
 
 
 def _head(cell: Cell, asked: Sequence[Measurement]) -> dict[str, object]:

@@ -1,24 +1,29 @@
 """Rows on disk: one JSON object a line, appended and flushed row by row.
 
-A run that is killed at any moment leaves at most one unfinished last line, which reading skips and the next append cuts off.
-Any other line that does not parse is an error that names it: results are evidence and are never dropped silently.
+A run that is killed at any moment leaves at most one unfinished last line, which reading skips and the next append cuts off; a
+line that lacks its newline alone is whole. Any other that does not parse is an error that names it: results are evidence and
+are never dropped silently.
+
+Whoever writes holds the folder's lock, FOLDER/.lock, an empty file that stays there.
 """
 
 import contextlib
 import json
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
 
 from qjax import untrusted
-from qjax.errors import QjaxError
+from qjax.errors import QjaxError, QjaxWarning
 from qjax.files import reason
 from qjax.sweep.columns import misfits
 from qjax.sweep.rows import complete
 
 ROWS = "rows.jsonl"
 LAYERS = "layers.jsonl"  # a row a kernel, under the key of its cell
+LOCK = ".lock"
+LOCK_SECONDS = 60.0  # after which a worker that waits for the lock says so
 OTHER_COLUMNS = {"key": str, "kind": str}  # of rows that are no cells of a sweep
 
 
@@ -39,11 +44,11 @@ def _objects(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
     if not untrusted.status(path):
         return
     for number, line in untrusted.lines(path):
-        if not line.endswith(b"\n"):  # unfinished
-            return
         try:
             row = untrusted.json_object(line, f"{path}: line {number}")
         except QjaxError as error:
+            if not line.endswith(b"\n"):  # unfinished
+                return
             raise QjaxError(f"{error}; mend or remove that line") from error
         yield number, row
 
@@ -59,34 +64,65 @@ def append_row(path: Path, row: Mapping[str, object]) -> None:
 
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
-    """Appends rows and waits until they are on disk; an unfinished last line is cut off first.
+    """`write_rows` under the folder's lock, which is made where it is missing."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    with locked(path.parent):
+        write_rows(path, rows)
 
-    One writer at a time: processes that share a file wait for each other where the system has file locks. Raises QjaxError when
-    the file cannot be written.
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
+    """Appends rows and waits until they are on disk, for one who holds the lock; what follows the last whole row is cut off.
+
+    Raises QjaxError when the file cannot be written.
     """
     lines = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab+") as file, _locked(file):
+        with path.open("ab+") as file:
             end = file.seek(0, os.SEEK_END)
             if end:
                 file.seek(end - 1)
                 if file.read(1) != b"\n":
                     file.seek(0)
-                    file.truncate(file.read().rfind(b"\n") + 1)
+                    content = file.read()
+                    start = content.rfind(b"\n") + 1
+                    try:
+                        untrusted.json_object(content[start:], str(path))
+                        lines = b"\n" + lines  # whole, but for its newline
+                    except QjaxError:
+                        file.truncate(start)
             file.write(lines)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise QjaxError(f"cannot write {path}: {reason(error)}; free space or choose another folder, and run again") from error
+        raise _unwritable(path, error) from error
 
 
 @contextlib.contextmanager
-def _locked(file: BinaryIO) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
+    """Holds the folder's lock: of all processes on all machines that see the folder, one at a time; not to be nested.
+
+    A process that dies gives it back; one that is frozen in the milliseconds when it holds it holds up the others, who say so
+    after a minute. Raises QjaxError where the file system has no locks.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / LOCK)
+    while not lock.is_locked:
+        try:
+            lock.acquire(timeout=LOCK_SECONDS)
+        except Timeout:
+            text = f"{folder / LOCK} is held by another process, which may be frozen; end it, or wait"
+            warnings.warn(QjaxWarning(text), stacklevel=2)
+        except OSError as error:
+            raise _unwritable(folder / LOCK, error) from error
     try:
-        import fcntl
-    except ImportError:  # not on Windows
         yield
-        return
-    fcntl.flock(file, fcntl.LOCK_EX)  # given back when the file is closed
-    yield
+    finally:
+        lock.release()
+
+
+def _unwritable(path: Path, error: OSError) -> QjaxError:
+    return QjaxError(f"cannot write {path}: {reason(error)}; free space or choose another folder, and run again")

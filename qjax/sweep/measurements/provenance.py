@@ -16,7 +16,8 @@ from qjax.sweep.machine import device
 from qjax.sweep.record import digest
 
 PACKAGE = Path(__file__).parents[2]
-UNMEASURED = ("cli", "report", "train", "sweep/request.py", "sweep/rerun.py")  # parts that no measured figure depends on
+WHO_AND_WHEN = ("sweep/claims.py", "sweep/launch.py", "sweep/request.py", "sweep/rerun.py")
+UNMEASURED = ("cli", "report", "train", *WHO_AND_WHEN)  # parts that no measured figure depends on
 LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "tokenizers")
 COLUMNS = (
     Column("versions", str, "", "of qjax, Python and libraries", "made"),
