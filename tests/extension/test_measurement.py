@@ -14,6 +14,7 @@ from qjax.errors import QjaxError
 from qjax.evaluate.corpora import Corpus
 from qjax.numbers import as_json
 from qjax.report.rerun_table import rerun_table, unequal
+from qjax.sweep import columns
 from qjax.sweep.columns import BASELINE, Column, Measurement, column_of, data_dictionary, register_measurement
 from qjax.sweep.request import request_of
 from qjax.sweep.rerun import rerun
