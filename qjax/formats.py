@@ -34,7 +34,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from qjax.errors import QjaxError
-from qjax.scales import SCALES, ZEROS, Floats, Zeros, packed_rows
+from qjax.scales import SCALES, Floats
+from qjax.zeros import ZEROS, Zeros, packed_rows
 
 BOUNDS = ("max", "edge", "full")
 REAL_ZEROS = tuple(name for name, codec in ZEROS.items() if not codec.whole)
@@ -134,7 +135,7 @@ class Format:
     granularity: "tensor" | "channel" | "group" (of `group` weights along the input axis) | "flat" (of `group` weights over
     the flattened weight, output channel after output channel) | "none" (plain floating point).
     bound: "max" | "edge" | "full" for symmetric integers, else "". scales, zeros: how they are stored, names of `scales.SCALES`
-    and `scales.ZEROS`; zeros are "none" but for affine integers.
+    and `zeros.ZEROS`; zeros are "none" but for affine integers.
     """
 
     grid: str

@@ -1,11 +1,9 @@
-"""How scales and zero points are stored: the codecs that a format names, each with its bytes and its arithmetic.
+"""How scales are stored: the codecs that a format names, each with its bytes and its arithmetic.
 
-    scales   fp32, fp16, bf16                floats of a type
-             e8m0, e8m0_ceil, e8m0_even      powers of two in a byte, of the Microscaling formats
-             e4m3                            8-bit floats times one float32 of the whole weight: NVFP4
-             dq                              8-bit codes, in turn with scales and a mean: QLoRA's double quantization
-    zeros    codes                           integers of the format's own bits, packed along the output axis
-             z16, z32                        real numbers in float16 or float32, as HQQ has them
+    fp32, fp16, bf16                floats of a type
+    e8m0, e8m0_ceil, e8m0_even      powers of two in a byte, of the Microscaling formats
+    e4m3                            8-bit floats times one float32 of the whole weight: NVFP4
+    dq                              8-bit codes, in turn with scales and a mean: QLoRA's double quantization
 
 Nothing outside this file tests for one of them: it asks the codec. A codec stores float32 scales (groups, columns) and loads
 them; `flat` formats keep them as one axis, output channel after output channel. To add one, write it
@@ -15,7 +13,6 @@ JAX is imported where something is computed: sizes, names and tables do without 
 """
 
 import dataclasses
-import functools
 import math
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
@@ -89,11 +86,11 @@ class Floats:
 
     def store(self, scale: "Array", common: "Array | None", flat: bool) -> "Array | QuantizedScales | ScaledFloats":
         """Scales in the form that a QTensor holds; common: see `common`."""
-        return _laid(self._narrow(scale, common), flat)
+        return laid(self._narrow(scale, common), flat)
 
     def load(self, stored: "Array | QuantizedScales | ScaledFloats", shape: tuple[int, int]) -> "Array":
         """float32 scales of `shape` (groups, columns) from what `store` gave."""
-        return _of_shape(self._widen(stored, None), shape)
+        return of_shape(self._widen(stored, None), shape)
 
     def times(self, stored: "Array | QuantizedScales | ScaledFloats", exponent: "int | Array") -> "Array":
         """Stored scales times 2^exponent, as far as the type holds them: exactly, where it has the range."""
@@ -200,7 +197,7 @@ class TwoLevels(Floats):
 
     def store(self, scale, common, flat):
         """ScaledFloats."""
-        return ScaledFloats(_laid(self._narrow(scale, common), flat), common)
+        return ScaledFloats(laid(self._narrow(scale, common), flat), common)
 
     def times(self, stored, exponent):
         """The float32 of the weight takes the factor."""
@@ -208,7 +205,7 @@ class TwoLevels(Floats):
 
     def load(self, stored, shape):
         """The product of both levels."""
-        return _of_shape(self._widen(stored.codes, stored.scale), shape)
+        return of_shape(self._widen(stored.codes, stored.scale), shape)
 
     def _narrow(self, scale, common):
         import jax
@@ -275,79 +272,7 @@ class Nested(Floats):
 
         values = jnp.array(dynamic_map())[stored.codes]
         scales = jnp.repeat(stored.scales, DOUBLE_QUANT_BLOCK)[: values.size]
-        return _of_shape((values * scales + stored.offset).astype(jnp.float32), shape)
-
-
-@dataclasses.dataclass(frozen=True)
-class Zeros:
-    """Zero points that are codes: whole numbers 0..largest of the format's bits, packed along the output axis."""
-
-    whole: ClassVar[bool] = True
-
-    def nbytes(self, shape: tuple[int, int], bits: int, flat: bool) -> int:
-        """Exact bytes of the zero points of (groups, columns) groups."""
-        rows, columns = (1, math.prod(shape)) if flat else shape
-        return rows * packed_rows(columns, bits)
-
-    def nearest(self, zero: "Array", largest: int) -> "Array":
-        """float32 zero points as they are after being stored."""
-        import jax.numpy as jnp
-
-        return jnp.clip(jnp.round(zero), 0, largest)
-
-    def store(self, zero: "Array", bits: int, flat: bool) -> "Array":
-        """Zero points (groups, columns) in the form that a QTensor holds."""
-        import jax.numpy as jnp
-
-        from qjax import packing
-
-        zero = zero.astype(jnp.uint8)
-        zero = zero.T.reshape(1, -1) if flat else zero
-        return packing.pack(zero.T, bits).T
-
-    def load(self, stored: "Array", bits: int, shape: tuple[int, int], flat: bool) -> "Array":
-        """float32 zero points of `shape` (groups, columns) from what `store` gave."""
-        import jax.numpy as jnp
-
-        from qjax import packing
-
-        columns = shape[0] * shape[1] if flat else shape[1]
-        zero = packing.unpack(stored.T, bits, columns).T.astype(jnp.float32)
-        return zero.reshape(shape[::-1]).T if flat else zero
-
-
-@dataclasses.dataclass(frozen=True)
-class RealZeros(Zeros):
-    """Zero points that are real numbers in a floating-point type, as HQQ has them."""
-
-    dtype: str
-    whole: ClassVar[bool] = False
-
-    def nbytes(self, shape, bits, flat):
-        """A number a group."""
-        return math.prod(shape) * np.dtype(self.dtype).itemsize
-
-    def nearest(self, zero, largest):
-        """Rounded to the type."""
-        import jax.numpy as jnp
-
-        return zero.astype(self.dtype).astype(jnp.float32)
-
-    def store(self, zero, bits, flat):
-        """In the type."""
-        return _laid(zero.astype(self.dtype), flat)
-
-    def load(self, stored, bits, shape, flat):
-        """In float32."""
-        import jax.numpy as jnp
-
-        return _of_shape(stored.astype(jnp.float32), shape)
-
-
-def packed_rows(count: int, bits: int) -> int:
-    """Bytes that hold `count` codes of `bits` bits, in whole packing units (`packing.unit`)."""
-    unit = 8 // math.gcd(8, bits)
-    return math.ceil(count / unit) * unit * bits // 8
+        return of_shape((values * scales + stored.offset).astype(jnp.float32), shape)
 
 
 @functools.cache
@@ -384,11 +309,13 @@ def times_power_of_two(x: "Array", exponent: "int | Array") -> "Array":
     return x
 
 
-def _laid(stored, flat):
+def laid(stored: "Array", flat: bool) -> "Array":
+    """Numbers of groups (groups, columns) as they are stored."""
     return stored.T.reshape(-1) if flat else stored
 
 
-def _of_shape(scales, shape):
+def of_shape(scales: "Array", shape: tuple[int, int]) -> "Array":
+    """The inverse of `laid`."""
     return scales if scales.ndim == 2 else scales.reshape(shape[::-1]).T
 
 
@@ -422,4 +349,3 @@ SCALES: dict[str, Floats] = {
     "e4m3": TwoLevels(),
     "dq": Nested(),
 }
-ZEROS: dict[str, Zeros] = {"codes": Zeros(), "z16": RealZeros("float16"), "z32": RealZeros("float32")}

@@ -24,8 +24,9 @@ from qjax.refining.descend import descend
 from qjax.rounding.gptq import gptq
 from qjax.rounding.hqq import hqq
 from qjax.rounding.nearest import rtn
-from qjax.scales import SCALES, ZEROS
+from qjax.scales import SCALES
 from qjax.transforms.awq import awq_scale
+from qjax.zeros import ZEROS
 from tests.oracles.gptq import layer_error
 from tests.test_factor import random_hessian
 

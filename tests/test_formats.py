@@ -21,7 +21,8 @@ from qjax.formats import (
     codebooks,
     parse_format,
 )
-from qjax.scales import SCALES, ZEROS, dynamic_map
+from qjax.scales import SCALES, dynamic_map
+from qjax.zeros import ZEROS
 
 FLOAT8 = {"fp8_e4m3": ml_dtypes.float8_e4m3fn, "fp8_e5m2": ml_dtypes.float8_e5m2}
 

@@ -1,0 +1,93 @@
+"""How zero points are stored: the codecs that a format names, each with its bytes and its arithmetic.
+
+    codes       integers of the format's own bits, packed along the output axis
+    z16, z32    real numbers in float16 or float32, as HQQ has them
+
+Nothing outside this file tests for one of them. JAX is imported where something is computed, as in `scales.py`.
+"""
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from qjax.scales import laid, of_shape
+
+if TYPE_CHECKING:
+    from jax import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Zeros:
+    """Zero points that are codes: whole numbers 0..largest of the format's bits, packed along the output axis."""
+
+    whole: ClassVar[bool] = True
+
+    def nbytes(self, shape: tuple[int, int], bits: int, flat: bool) -> int:
+        """Exact bytes of the zero points of (groups, columns) groups."""
+        rows, columns = (1, math.prod(shape)) if flat else shape
+        return rows * packed_rows(columns, bits)
+
+    def nearest(self, zero: "Array", largest: int) -> "Array":
+        """float32 zero points as they are after being stored."""
+        import jax.numpy as jnp
+
+        return jnp.clip(jnp.round(zero), 0, largest)
+
+    def store(self, zero: "Array", bits: int, flat: bool) -> "Array":
+        """Zero points (groups, columns) in the form that a QTensor holds."""
+        import jax.numpy as jnp
+
+        from qjax import packing
+
+        zero = zero.astype(jnp.uint8)
+        zero = zero.T.reshape(1, -1) if flat else zero
+        return packing.pack(zero.T, bits).T
+
+    def load(self, stored: "Array", bits: int, shape: tuple[int, int], flat: bool) -> "Array":
+        """float32 zero points of `shape` (groups, columns) from what `store` gave."""
+        import jax.numpy as jnp
+
+        from qjax import packing
+
+        columns = shape[0] * shape[1] if flat else shape[1]
+        zero = packing.unpack(stored.T, bits, columns).T.astype(jnp.float32)
+        return zero.reshape(shape[::-1]).T if flat else zero
+
+
+@dataclasses.dataclass(frozen=True)
+class RealZeros(Zeros):
+    """Zero points that are real numbers in a floating-point type, as HQQ has them."""
+
+    dtype: str
+    whole: ClassVar[bool] = False
+
+    def nbytes(self, shape, bits, flat):
+        """A number a group."""
+        return math.prod(shape) * np.dtype(self.dtype).itemsize
+
+    def nearest(self, zero, largest):
+        """Rounded to the type."""
+        import jax.numpy as jnp
+
+        return zero.astype(self.dtype).astype(jnp.float32)
+
+    def store(self, zero, bits, flat):
+        """In the type."""
+        return laid(zero.astype(self.dtype), flat)
+
+    def load(self, stored, bits, shape, flat):
+        """In float32."""
+        import jax.numpy as jnp
+
+        return of_shape(stored.astype(jnp.float32), shape)
+
+
+def packed_rows(count: int, bits: int) -> int:
+    """Bytes that hold `count` codes of `bits` bits, in whole packing units (`packing.unit`)."""
+    unit = 8 // math.gcd(8, bits)
+    return math.ceil(count / unit) * unit * bits // 8
+
+
+ZEROS: dict[str, Zeros] = {"codes": Zeros(), "z16": RealZeros("float16"), "z32": RealZeros("float32")}
