@@ -29,7 +29,7 @@ from qjax.checkpoints.parts import PartWriter
 from qjax.driver.flow import Quantized, quantize_piece
 from qjax.driver.layer import LayerRecord
 from qjax.driver.piece import Piece
-from qjax.driver.placement import Plan, Rule, one_order, parsed, placement
+from qjax.driver.placement import Plan, Rule, in_our_words, one_order, parsed, placement
 from qjax.driver.report import Report, cast_others, make_report, warn_of_few_tokens
 from qjax.errors import QjaxError
 from qjax.interception.contraction import KernelView
@@ -79,7 +79,7 @@ def quantize_together(
     One request may be in any order. Raises what `quantize` raises. Each report's seconds are its share: all by their number.
     """
     started = time.perf_counter()
-    asked = [parsed(recipe, rules, order) for recipe, rules in requests]
+    asked = [_parsed(model, recipe, rules, order) for recipe, rules in requests]
     work = _work(model, asked, calibration, on_layer)
     made = list(_parts(model, work))
     results = []
@@ -113,7 +113,7 @@ def quantize_to(
     appears when it is whole. Raises what `quantize` and `save` raise.
     """
     started = time.perf_counter()
-    request = parsed(recipe, rules, order)
+    request = _parsed(model, recipe, rules, order)
     work = _work(model, [request], calibration, on_layer)
     identity = {
         "model": model_fingerprint(model),
@@ -147,6 +147,11 @@ def quantize_to(
 def _file_of(part: walk.Part) -> str:
     half = getattr(part.module, "half", None)
     return f"{part.name}-{half}" if half else part.name
+
+
+def _parsed(model: Model, recipe, rules, order) -> tuple[Recipe | None, tuple[Rule, ...]]:
+    recipe, rules = parsed(recipe, rules, order)
+    return recipe, in_our_words(model, rules)
 
 
 def _name(model: Model, recipe: Recipe | None, rules: Sequence[Rule]) -> str:

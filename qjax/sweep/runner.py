@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict
 
 from qjax.calibrate.tokens import Calibration, as_calibration
 from qjax.driver.layer import LayerRecord, problem_of
-from qjax.driver.placement import calibration_order, parse_rule, placement
+from qjax.driver.placement import calibration_order, in_our_words, parse_rule, placement
 from qjax.errors import QjaxError
 from qjax.evaluate.corpora import Corpus
 from qjax.evaluate.perplexity import Convention, corpus_windows
@@ -156,6 +156,7 @@ def _measured(cell: Cell, head: dict[str, object], asked: Sequence[Measurement],
 
 def _cells(model: Model, sweep: Sweep) -> list[Cell]:
     """Every cell of a sweep, the baseline's first, not measured yet. Raises what can be wrong with the request."""
+    sweep = dataclasses.replace(sweep, rules=_known_rules(model, sweep.rules))
     treatments = treatments_of(sweep, model.config.layers)
     orders = {treatment: calibration_order(model, treatment.recipe, treatment.rules) for treatment in treatments}
     _check_calibration(model, sweep, [treatment for treatment in treatments if orders[treatment]])
@@ -201,6 +202,13 @@ def treatments_of(sweep: Sweep, layers: int) -> list[Treatment]:
     else:
         found = [Treatment(recipe, rules) for recipe in recipes]
     return list(dict.fromkeys([AS_IT_IS, *found]))
+
+
+def _known_rules(model: Model, rules: Iterable[str]) -> tuple[str, ...]:
+    """Rules by the names that their kernels have here, so that equal cells have equal keys."""
+    texts = [(rule.partition("=")[2], parse_rule(rule)) for rule in rules]
+    known = in_our_words(model, [rule for _, rule in texts])
+    return tuple(f"{rule.pattern}={recipe}" for rule, (recipe, _) in zip(known, texts, strict=True))
 
 
 def rules_in_order(rules: Iterable[str], order: str | None) -> tuple[str, ...]:
