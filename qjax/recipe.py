@@ -7,7 +7,7 @@
     gptq+descend(sweeps=4):int2-g64     rounding + refiners
     gptq:int3-g128@sequential           @ order of calibration: whose inputs statistics are from (`calibrate/order.py`)
     rtn:int8-channel-sym/int8-token     / format of the layer's input (`activations.py`)
-    nf4                                 a format alone is rounded to nearest
+    nf4, int4                           a format alone is rounded to nearest, a grid alone has the usual group (`formats.py`)
     bf16                                storage in another floating-point type, of the whole model
     none                                the model as it is
 
@@ -28,7 +28,7 @@ from collections.abc import Collection, Sequence
 from qjax.activations import Activation, parse_activation, static_scale
 from qjax.calibrate.statistics import read_by
 from qjax.errors import QjaxError
-from qjax.formats import Format, parse_format
+from qjax.formats import Format, parse_format, suggestion
 from qjax.methods import (
     FOLLOWED_BY,
     UNQUANTIZED,
@@ -125,19 +125,28 @@ def _parse_order(where: str, text: str) -> Stage:
 @forgotten_on_change
 @functools.lru_cache(maxsize=1024)
 def parse_recipe(text: str) -> Recipe | None:
-    """The recipe named `text`; None for "none", the unquantized model.
+    """The recipe named `text`; None for "none", the unquantized model. Capitals are as good as small letters.
 
-    Raises QjaxError that names the wrong part and what is allowed in its place.
+    Raises QjaxError that names the wrong part and what is allowed in its place, or the recipe that was probably meant.
     """
     text = text.strip()
-    if text == UNQUANTIZED:
+    if text.lower() == UNQUANTIZED:
         return None
+    try:
+        return _parse_recipe(text)
+    except QjaxError:
+        if found := suggestion(text, _parse_recipe, names(*FIRST)):
+            raise QjaxError(f"recipe {text!r}: {found}") from None
+        raise
+
+
+def _parse_recipe(text: str) -> Recipe:
     where = f"recipe {text!r}"
     body, at, order = text.partition("@")
     *head, formats = re.split(r":(?![^(]*\))", body)
     if len(head) > 1:
         raise QjaxError(f"{where}: expected METHODS:FORMAT, got {len(head)} colons")
-    if not head and kind_of(re.split(r"[(\-+:/]", formats)[0]) in FIRST:
+    if not head and kind_of(_known(re.split(r"[(\-+:/]", formats)[0], names(*FIRST))) in FIRST:
         raise QjaxError(f"{where}: a method needs a format, for example {formats}:int4-g128")
     stages = _parse_stages(where, head[0]) if head else [Stage("rtn")]
     weights, slash, activation = formats.partition("/")
@@ -184,10 +193,15 @@ def _parse_stages(where: str, text: str) -> list[Stage]:
     return stages
 
 
+def _known(name: str, known: Collection[str]) -> str:
+    """A name as it is, or in small letters where it is known so alone."""
+    return name.lower() if name not in known and name.lower() in known else name
+
+
 def _split_stage(where: str, text: str, known: Collection[str], what: str) -> tuple[str, dict[str, str]]:
     """A stage's name, which must be known, and its options as they are written."""
     match = re.fullmatch(r"\s*([A-Za-z_]\w*)\s*(?:\((.*)\))?\s*", text)
-    name = match.group(1) if match else text
+    name = _known(match.group(1), known) if match else text
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""

@@ -46,7 +46,8 @@ def sweep(
     ] = None,
     bits: Annotated[str | None, typer.Option(help="Comma-separated bits per code.", show_default=BITS)] = None,
     group: Annotated[
-        str | None, typer.Option(help="Weights per scale: a number, channel or tensor.", show_default="128, codebooks 64")
+        str | None,
+        typer.Option(help="Weights per scale: a number, channel (or -1) or tensor.", show_default="128, codebooks 64"),
     ] = None,
     data: Data = ["python-docs"],  # noqa: B006
     convention: ConventionName = "windows-2048",

@@ -45,7 +45,7 @@ def _names_pattern(pattern: str) -> str:
         return rf"(^|\.){re.escape(plain)}(\.|$)"
     try:
         re.compile(pattern)
-    except re.error:
+    except re.error:  # without its first letters
         return r"$^"
     return pattern
 

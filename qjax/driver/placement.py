@@ -42,7 +42,7 @@ def parse_rule(text: str) -> Rule:
         raise QjaxError(f"rule {text!r}: expected PATTERN=RECIPE, for example 'mlp/down=rtn:int8-g128'")
     try:
         re.compile(pattern)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         hint = ", in which any text is '.*'" if "*" in pattern else ""
         raise QjaxError(f"rule {text!r}: {pattern!r} is not a regular expression{hint}: {error}") from None
     return Rule(pattern, parse_recipe(recipe))
