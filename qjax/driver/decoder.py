@@ -56,7 +56,8 @@ def quantize(
 ) -> tuple[Model, Report]:
     """The model with its kernels in the recipe's format, and a report. The given model is left as it is.
 
-    calibration: tokens (windows, time) int32 or a `Calibration` (`load_calibration`); needed by recipes that read data.
+    calibration: tokens (windows, time) int32, samples of any lengths or texts (`calibrate/samples.py`), a `Corpus`, or a
+    `Calibration` (`load_calibration`); needed by recipes that read data.
     rules: "PATTERN=RECIPE" strings, the first that matches a kernel's path decides (`placement.py`).
     order: whose inputs statistics are from ("parallel", "block", "sequential", "qep"), for recipes that do not say @ORDER.
     on_layer is called with each layer's record as it is done. Raises QjaxError for a bad recipe or rule, a model that is

@@ -51,13 +51,29 @@ _SKIPPED_DIRECTORIES = frozenset(
 )
 
 
-class Corpus(NamedTuple):
-    """Documents and where they come from."""
-
-    name: str  # the spec, with a path cut to its file name
+class _Corpus(NamedTuple):
+    name: str
     documents: tuple[str, ...]
-    fingerprint: str  # first 16 hex digits of the SHA-256 of the joined documents, in UTF-8
-    separator: str = BLANK_LINE  # joins the documents; a blank in ptb and c4, as GPTQ's scripts join them
+    fingerprint: str
+    separator: str
+
+
+class Corpus(_Corpus):
+    """Documents and where they come from: of `load_corpus`, or texts in memory, as Corpus("mine", ["a text", "another"]).
+
+    name: the spec, with a path cut to its file name. fingerprint: first 16 hex digits of the SHA-256 of the joined documents,
+    in UTF-8; made where it is not given. separator: joins the documents; a blank in ptb and c4, as GPTQ's scripts join them.
+    Raises QjaxError for documents that are no texts.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, name: str, documents: Iterable[str], fingerprint: str | None = None, separator: str = BLANK_LINE):
+        documents = (documents,) if isinstance(documents, str) else tuple(documents)
+        if wrong := next((type(each).__name__ for each in documents if not isinstance(each, str)), None):
+            raise QjaxError(f"corpus {name!r}: expected texts, got {wrong}; give a list of str")
+        mark = fingerprint_of(documents, separator) if fingerprint is None else fingerprint
+        return super().__new__(cls, name, documents, mark, separator)
 
 
 def load_corpus(spec: str, split: Split = "test") -> Corpus:
@@ -79,7 +95,7 @@ def load_corpus(spec: str, split: Split = "test") -> Corpus:
     if not any(document.strip() for document in documents):
         raise QjaxError(f"corpus {spec!r} ({split}) is empty: expected at least one document with text")
     separator = _SEPARATORS.get(name, BLANK_LINE)
-    return Corpus(name, documents, fingerprint(documents, separator), separator)
+    return Corpus(name, documents, separator=separator)
 
 
 def load_corpora(specs: Iterable[str], split: Split = "test") -> tuple[Corpus, ...]:
@@ -87,7 +103,7 @@ def load_corpora(specs: Iterable[str], split: Split = "test") -> tuple[Corpus, .
     return tuple(load_corpus(spec, split) for spec in specs)
 
 
-def fingerprint(documents: Iterable[str], separator: str = BLANK_LINE) -> str:
+def fingerprint_of(documents: Iterable[str], separator: str = BLANK_LINE) -> str:
     """First 16 hex digits of the SHA-256 of the joined documents."""
     return hashlib.sha256(separator.join(documents).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
