@@ -110,7 +110,7 @@ def test_information(checkpoint, capsys):
         (["sweep", "TINY", "--group", ""], "group ''"),
         (["sweep", "~nosuchuser/here/"], "~nosuchuser/here"),
         (["sweep", "TINY", "--convention", "ppl"], "allowed are windows-N"),
-        (["sweep", "TINY", "--methods", "rtn", "--data", "DATA", "--rule", "nothing=none"], "match no kernel"),
+        (["sweep", "TINY", "--methods", "rtn", "--data", "DATA", "--rule", "nothing=none"], "matches no kernel"),
         (["sweep", "TINY", "--methods", "rtn", "--data", "SHORT"], "fewer than one window"),
         (["sweep", "TINY", "--data", "DATA"], "name a text with --calibration"),
         (

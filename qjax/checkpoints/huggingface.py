@@ -24,7 +24,7 @@ from qjax.linear import dequantize, is_quantized
 from qjax.models.config import DecoderConfig
 from qjax.models.families import FAMILIES, read_config, write_config
 from qjax.models.family import StoredTensor, head_name, stored_tensors
-from qjax.models.model import Model
+from qjax.models.model import Model, require_model
 from qjax.models.parameters import check_parameters, flatten, parameter_shapes, unflatten
 from qjax.models.tokenizer import Tokenizer, load_tokenizer
 from qjax.models.walk import TABLE
@@ -197,6 +197,7 @@ def save_huggingface(folder: str | Path, model: Model, *, overwrite: bool = Fals
     not empty (unless `overwrite`) or cannot be written, for a model that its family's files cannot express, and lists layers
     with an activation format, which a plain folder has no word for.
     """
+    require_model("save_huggingface", model)
     config = write_config(model.config)
     shapes = parameter_shapes(model.config)
     leaves = flatten(model.params)
