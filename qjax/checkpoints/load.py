@@ -6,7 +6,7 @@ from pathlib import Path
 from qjax.checkpoints.huggingface import download, load_huggingface
 from qjax.checkpoints.packed import DESCRIPTION, load_packed
 from qjax.errors import QjaxError
-from qjax.files import expand, reason
+from qjax.files import expand, looks_like_a_path, reason
 from qjax.models.model import Model
 
 BUNDLED = "bundled"
@@ -36,11 +36,6 @@ def _load(name: str | Path, lazy: bool) -> Model:
     if folder.is_dir():
         read = load_packed if (folder / DESCRIPTION).exists() else load_huggingface
         return read(folder, lazy=lazy)
-    if folder.exists() or _looks_like_a_path(name):
+    if folder.exists() or looks_like_a_path(name):
         return load_huggingface(folder)  # says what is wrong with it
     return load_huggingface(download(str(name)), lazy=lazy)._replace(name=str(name))
-
-
-def _looks_like_a_path(name: str | Path) -> bool:
-    text = str(name)
-    return isinstance(name, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text

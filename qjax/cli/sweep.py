@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qjax.cli.early import check_names
 from qjax.cli.loading import calibration_for, default_windows, load_model
 from qjax.cli.options import (
     MODEL_HELP,
@@ -71,6 +72,8 @@ def sweep(
     out: Out = Path("qjax-results"),
 ) -> None:
     """Measure perplexity of a model in many formats; table and figure go to --out."""
+    asked_names = {"recipes": recipes, "methods": methods, "order": order, "rules": rule}
+    check_names(**asked_names, texts=(*data, calibration), models=(model, baseline))
     from qjax.evaluate.corpora import load_corpora
     from qjax.evaluate.perplexity import parse_convention
     from qjax.evaluate.tasks import load_tasks
@@ -124,6 +127,7 @@ def sensitivity(
     out: Out = Path("qjax-sensitivity"),
 ) -> None:
     """Measure what each block costs when it alone is quantized; rows and a table go to --out."""
+    check_names(recipes=recipe, order=order, texts=(*data, calibration), models=(model,))
     from qjax.evaluate.corpora import load_corpora
     from qjax.evaluate.perplexity import parse_convention
     from qjax.sweep.cells import canonical

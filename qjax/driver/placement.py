@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict
 
 from qjax.driver import patterns
 from qjax.errors import QjaxError
+from qjax.grammar import split_rule
 from qjax.linear import is_quantized
 from qjax.methods import UNQUANTIZED, Stage
 from qjax.models import walk
@@ -37,9 +38,7 @@ class Rule(NamedTuple):
 
 def parse_rule(text: str) -> Rule:
     """The rule "PATTERN=RECIPE"; raises QjaxError for a missing part, a bad pattern or a bad recipe."""
-    pattern, equals, recipe = text.partition("=")
-    if not equals or not pattern or not recipe:
-        raise QjaxError(f"rule {text!r}: expected PATTERN=RECIPE, for example 'mlp/down=rtn:int8-g128'")
+    pattern, recipe = split_rule(text)
     try:
         re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:

@@ -98,6 +98,15 @@ def load_corpus(spec: str, split: Split = "test") -> Corpus:
     return Corpus(name, documents, separator=separator)
 
 
+def require_spec(spec: str) -> None:
+    """Raises QjaxError for what names no corpus, and for a file that does not exist; nothing is read."""
+    kind, colon, path = spec.partition(":")
+    if spec not in _NAMED and not (colon and kind in _FILE_READERS):
+        raise QjaxError(_unknown(spec))
+    if colon and not expand(path).exists():
+        raise QjaxError(f"corpus {spec!r}: no such file; expected the path of a text file")
+
+
 def load_corpora(specs: Iterable[str], split: Split = "test") -> tuple[Corpus, ...]:
     """Every corpus named; raises what `load_corpus` raises."""
     return tuple(load_corpus(spec, split) for spec in specs)
