@@ -63,6 +63,7 @@ _PUBLIC = {
     "save": "checkpoints.packed",
     "save_huggingface": "checkpoints.huggingface",
     # evaluation
+    "Corpus": "evaluate.corpora",
     "load_corpus": "evaluate.corpora",
     "parse_convention": "evaluate.windows",
     "perplexity": "evaluate.perplexity",

@@ -48,10 +48,11 @@ class Activation:
 
 def parse_activation(text: str) -> Activation:
     """The activation format named `text`, for example "int8-token"; raises QjaxError that says what is allowed."""
-    grid_name, *parts = text.strip().split("-")
+    grid_name, *parts = text.strip().lower().split("-")
     name = "-".join([grid_name, *parts]).replace("-token", "-channel") + INTEGER_OPTIONS * (grid_name in INTEGERS)
     try:
-        fmt = None if len(parts) > 1 or parts in (["channel"], ["dq"]) else parse_format(name)
+        refused = len(parts) > 1 or parts in (["channel"], ["dq"]) or (grid_name in INTEGERS and not parts)
+        fmt = None if refused else parse_format(name)
     except QjaxError:
         fmt = None
     if fmt is None or fmt.granularity not in ("channel", "group", "tensor"):

@@ -23,6 +23,12 @@ def expand(path: str | Path) -> Path:
         return Path(path)
 
 
+def looks_like_a_path(name: str | Path) -> bool:
+    """Whether the name of a model can be no name of the hub."""
+    text = str(name)
+    return isinstance(name, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text
+
+
 def reason(error: OSError) -> str:
     """What went wrong, without the errno and the path that str(error) would add."""
     return error.strerror or str(error) or type(error).__name__

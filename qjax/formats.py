@@ -14,6 +14,7 @@ A format says which values a code can stand for and which weights share a scale:
     mxfp4            fp4_e2m1-g32-e8m0: scales are powers of two; mxfp4_ceil, mxfp4_even: by another rule (`scales.py`)
     nvfp4            fp4_e2m1-g16-e4m3: scales are 8-bit floats times one float32
     bf16             no codes at all: the weight in another floating-point type
+    int4, nf4, fp8   a grid alone has the group that is usual: integers g128, 4-bit codebooks g64, FP8 channel
 
 Order of the parts: grid, granularity, then in any order sym, the bound, how zeros and scales are stored. `str(format)` is
 canonical: parts that are the grid's default are left out. Bound and tie rule are part of a format because they change 2- and
@@ -24,15 +25,17 @@ NF4: Dettmers et al. 2023 (arXiv 2305.14314); FP8: Micikevicius et al. 2022 (220
 code of AutoRound (Cheng et al. 2023, 2309.05516).
 """
 
+import contextlib
 import dataclasses
 import difflib
 import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
+from qjax import words
 from qjax.errors import QjaxError
 from qjax.scales import SCALES, Floats
 from qjax.zeros import ZEROS, Zeros, packed_rows
@@ -120,12 +123,17 @@ MICROSCALING = {"mxfp4": "fp4_e2m1", "mxfp8_e4m3": "fp8_e4m3", "mxfp8_e5m2": "fp
 UNQUANTIZED = "none"  # the recipe of a model as it is
 ALIASES = {  # what a name stands for
     "fp4": "fp4_e2m1",
+    "fp8": "fp8_e4m3",
     "mxfp8": "fp8_e4m3-g32-e8m0",
     **{f"{name}{rule}": f"{grid}-g32-e8m0{rule}" for name, grid in MICROSCALING.items() for rule in ("", "_ceil", "_even")},
     "nvfp4": "fp4_e2m1-g16-e4m3",
 }
 SHORT = {text: name for name, text in ALIASES.items() if "-" in text}  # and which of them are printed
-DEFAULT_GRANULARITY = {"nf4": "g64", "fp4_e2m1": "g64", "fp4_bnb": "g64"}  # the block of QLoRA
+DEFAULT_GRANULARITY = {
+    **dict.fromkeys(INTEGERS, "g128"),  # of GPTQ's and AWQ's checkpoints
+    **dict.fromkeys(("nf4", "fp4_e2m1", "fp4_bnb"), "g64"),  # the block of QLoRA
+    **dict.fromkeys(("fp8_e4m3", "fp8_e5m2"), "channel"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -331,11 +339,28 @@ def default_scales(grid: str) -> str:
 def parse_format(text: str | Format) -> Format:
     """The format named `text`, for example "int4-g128", "nf4-g64-dq", "fp8_e4m3-channel"; a Format is returned as it is.
 
-    Raises QjaxError that names the part that is wrong and lists what is allowed.
+    Raises QjaxError that names the part that is wrong and lists what is allowed, or what was probably meant.
     """
     if isinstance(text, Format):
         return text
-    head, *parts = text.strip().split("-")
+    try:
+        return _parse_format(text)
+    except QjaxError:
+        if found := suggestion(text, _parse_format):
+            raise QjaxError(f"format {text!r}: {found}") from None
+        raise
+
+
+def suggestion(text: str, parse: Callable[[str], object], methods: Collection[str] = ()) -> str:
+    """What to say of a text that is no format, or no recipe of these methods: another name that `parse` takes; "" for none."""
+    for what, name in words.advice(text, methods=methods, grids=[*GRIDS, *ALIASES], parts=["sym", *BOUNDS, *ZEROS, *SCALES]):
+        with contextlib.suppress(QjaxError):
+            return f"{what} {str(parse(name))!r}{'?' if what.startswith('did') else ''}"
+    return ""
+
+
+def _parse_format(text: str) -> Format:
+    head, *parts = text.strip().lower().split("-")
     grid, *implied = ALIASES.get(head, head).split("-")
     parts = [*implied, *parts]
     if grid not in GRIDS:
@@ -346,14 +371,15 @@ def parse_format(text: str | Format) -> Format:
         if parts:
             raise QjaxError(f"format {text!r}: {grid} takes no further parts, got {parts[0]!r}")
         return Format(grid)
-    if grid in DEFAULT_GRANULARITY and not (parts and _is_granularity(parts[0])):
+    options = ("sym", *BOUNDS, *ZEROS, *SCALES)  # after fp8 they would be read as its exponent: fp8-e4m3
+    if grid in DEFAULT_GRANULARITY and (not parts or (parts[0] in options and not grid.startswith("fp8"))):
         parts = [DEFAULT_GRANULARITY[grid], *parts]
     granularity, group = _parse_granularity(text, head, parts[0] if parts else "")
     return Format(grid, granularity, group, **_parse_options(text, grid, parts[1:]))
 
 
 def _is_granularity(part: str) -> bool:
-    return part in ("tensor", "channel") or re.fullmatch(r"[gb][0-9]+", part) is not None
+    return part in ("tensor", "channel") or re.fullmatch(r"[gb][0-9]{1,9}", part) is not None
 
 
 def _parse_granularity(text: str, head: str, part: str) -> tuple[str, int]:

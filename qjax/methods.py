@@ -12,8 +12,8 @@ these `| None`. One named in `GIVENS` is no option but is made for it: a statist
 from statistics, weights and the module they are in. A given without default is always made; one with a default where an
 option's value is its name (clip=hessian) or what it is made from is at hand anyway.
 
-To add a method to the package write the function in a file of its own and a line below; `register` and `register_statistic` add
-one from outside.
+To add a method to the package write the function in a file of its own and a line in `grammar.py`; `register` and
+`register_statistic` add one from outside.
 """
 
 import dataclasses
@@ -31,18 +31,12 @@ from jaxtyping import Array, Float
 from qjax.calibrate.statistics import STATISTICS, Statistic
 from qjax.errors import QjaxError
 from qjax.formats import ALIASES, GRIDS, UNQUANTIZED, Codebook, Format, codebooks, from_outside, parse_format
+from qjax.grammar import METHODS, kind_of, names
 from qjax.maps import MAPS, InputMap
 from qjax.registry import forget, forgotten_in_scope, forgotten_on_change
 from qjax.rounding.parts.feedback import factorize
 from qjax.scales import SCALES, Floats
 
-METHODS: dict[str, dict[str, str | Callable]] = {
-    "transform": {"awq": "qjax.transforms.awq:awq_scale"},
-    "rounding": {"rtn": "qjax.rounding.nearest:rtn", "gptq": "qjax.rounding.gptq:gptq", "hqq": "qjax.rounding.hqq:hqq"},
-    "refiner": {"descend": "qjax.refining.descend:descend"},
-    "block refiner": {},
-    "order": {name: f"qjax.calibrate.order:{name}" for name in ("parallel", "block", "sequential", "qep")},
-}
 FOLLOWED_BY = {"awq": "rtn(clip=hessian)"}  # the rounding of a recipe that ends in this transform; others end in rtn
 
 
@@ -141,16 +135,6 @@ class Stage:
 def show(value: object) -> str:
     """An option's value as a recipe spells it."""
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
-
-
-def kind_of(name: str) -> str | None:
-    """The kind of a registered method; None for a name that is none."""
-    return next((kind for kind, methods in METHODS.items() if name in methods), None)
-
-
-def names(*kinds: str) -> tuple[str, ...]:
-    """Registered methods of these kinds, in the table's order."""
-    return tuple(name for kind in kinds for name in METHODS[kind])
 
 
 @forgotten_on_change

@@ -7,7 +7,7 @@
     gptq+descend(sweeps=4):int2-g64     rounding + refiners
     gptq:int3-g128@sequential           @ order of calibration: whose inputs statistics are from (`calibrate/order.py`)
     rtn:int8-channel-sym/int8-token     / format of the layer's input (`activations.py`)
-    nf4                                 a format alone is rounded to nearest
+    nf4, int4                           a format alone is rounded to nearest, a grid alone has the usual group (`formats.py`)
     bf16                                storage in another floating-point type, of the whole model
     none                                the model as it is
 
@@ -16,19 +16,18 @@
 """
 
 import dataclasses
-import difflib
 import functools
 import inspect
 import math
-import re
 import types
 import typing
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from qjax.activations import Activation, parse_activation, static_scale
 from qjax.calibrate.statistics import read_by
 from qjax.errors import QjaxError
-from qjax.formats import Format, parse_format
+from qjax.formats import Format
+from qjax.grammar import FIRST, answered, split_recipe, split_stage, split_stages
 from qjax.methods import (
     FOLLOWED_BY,
     UNQUANTIZED,
@@ -43,7 +42,6 @@ from qjax.methods import (
 from qjax.registry import forgotten_on_change
 
 DEFAULT_ORDER = "qep"
-FIRST = {"transform": 0, "rounding": 1, "refiner": 2, "block refiner": 3}  # the order of kinds in a recipe
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -119,7 +117,7 @@ class Recipe:
 def implied_rounding(transforms: tuple[Stage, ...]) -> Stage:
     """The rounding of a recipe that names none."""
     text = FOLLOWED_BY.get(transforms[-1].name, "rtn") if transforms else "rtn"
-    return _parse_stages(text, text)[0]
+    return _stages(text, split_stages(text, text))[0]
 
 
 def parse_order(text: str) -> Stage:
@@ -128,7 +126,7 @@ def parse_order(text: str) -> Stage:
 
 
 def _parse_order(where: str, text: str) -> Stage:
-    name, options = _split_stage(where, text, names("order"), "order of calibration")
+    name, options = split_stage(where, text, names("order"), "order of calibration")
     stage = _stage(where, name, options)
     stage()  # raises for options out of range
     return stage
@@ -137,32 +135,30 @@ def _parse_order(where: str, text: str) -> Stage:
 @forgotten_on_change
 @functools.lru_cache(maxsize=1024)
 def parse_recipe(text: str) -> Recipe | None:
-    """The recipe named `text`; None for "none", the unquantized model.
+    """The recipe named `text`; None for "none", the unquantized model. Capitals are as good as small letters.
 
-    Raises QjaxError that names the wrong part and what is allowed in its place.
+    Raises QjaxError that names the wrong part and what is allowed in its place, or the recipe that was probably meant.
     """
     text = text.strip()
-    if text == UNQUANTIZED:
+    if text.lower() == UNQUANTIZED:
         return None
+    return answered(text, _parse_recipe)
+
+
+def _parse_recipe(text: str) -> Recipe:
     where = f"recipe {text!r}"
-    body, at, order = text.partition("@")
-    *head, formats = re.split(r":(?![^(]*\))", body)
-    if len(head) > 1:
-        raise QjaxError(f"{where}: expected METHODS:FORMAT, got {len(head)} colons")
-    if not head and kind_of(re.split(r"[(\-+:/]", formats)[0]) in FIRST:
-        raise QjaxError(f"{where}: a method needs a format, for example {formats}:int4-g128")
-    stages = _parse_stages(where, head[0]) if head else [Stage("rtn")]
-    weights, slash, activation = formats.partition("/")
+    words = split_recipe(text)
+    stages = _stages(where, words.stages)
     try:
-        formats = {"format": parse_format(weights), "activation": parse_activation(activation) if slash else None}
+        activation = None if words.activation is None else parse_activation(words.activation)
     except QjaxError as error:
         raise QjaxError(f"{where}: {error}") from None
-    recipe = Recipe(**_by_kind(where, stages), **formats)
-    if recipe.is_cast and (recipe.stages != (Stage("rtn"),) or slash):
+    recipe = Recipe(**_by_kind(where, stages), format=words.format, activation=activation)
+    if recipe.is_cast and (recipe.stages != (Stage("rtn"),) or activation):
         raise QjaxError(f"{where}: {recipe.format} is a cast and takes no method; write {str(recipe.format)!r}")
-    if at and not recipe.reads_data:
-        raise QjaxError(f"{where}: its methods read no calibration data, which an order (@{order}) is about")
-    return recipe.in_order(_parse_order(where, order)) if at else recipe
+    if words.order is not None and not recipe.reads_data:
+        raise QjaxError(f"{where}: its methods read no calibration data, which an order (@{words.order}) is about")
+    return recipe if words.order is None else recipe.in_order(_parse_order(where, words.order))
 
 
 def _by_kind(where: str, stages: Sequence[Stage]) -> dict[str, object]:
@@ -180,10 +176,10 @@ def _by_kind(where: str, stages: Sequence[Stage]) -> dict[str, object]:
     return {"transforms": transforms, "rounding": rounding, "refiners": refiners, "block_refiners": block_refiners}
 
 
-def _parse_stages(where: str, text: str) -> list[Stage]:
+def _stages(where: str, given: Sequence[tuple[str, dict[str, str]]]) -> list[Stage]:
     stages = []
-    for part in re.split(r"\+(?![^(]*\))", text):
-        name, options = _split_stage(where, part, names(*FIRST), "method")
+    for name, written in given:
+        options = dict(written)
         if name == "gptq" and "block" in options:  # as it was once called
             options["panel"] = options.pop("block")
         sweeps = options.pop("refine", "0") if name == "gptq" else "0"
@@ -194,23 +190,6 @@ def _parse_stages(where: str, text: str) -> list[Stage]:
             shared = {option: options[option] for option in ("damp", "panel") if option in options}
             stages.append(_stage(where, "descend", {"sweeps": sweeps, **shared}))
     return stages
-
-
-def _split_stage(where: str, text: str, known: Collection[str], what: str) -> tuple[str, dict[str, str]]:
-    """A stage's name, which must be known, and its options as they are written."""
-    match = re.fullmatch(r"\s*([A-Za-z_]\w*)\s*(?:\((.*)\))?\s*", text)
-    name = match.group(1) if match else text
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise QjaxError(f"{where}: unknown {what} {name!r}; {hint}allowed: {', '.join(known)}")
-    options = {}
-    for item in filter(None, (match.group(2) or "").split(",")):
-        key, equals, value = (part.strip() for part in item.partition("="))
-        if key in options:
-            raise QjaxError(f"{where}: {name}({key}=...) is given twice; give it once")
-        options[key if equals else item] = value if equals else ""
-    return name, options
 
 
 def _stage(where: str, name: str, given: dict[str, str]) -> Stage:

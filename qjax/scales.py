@@ -13,6 +13,7 @@ JAX is imported where something is computed: sizes, names and tables do without 
 """
 
 import dataclasses
+import functools
 import math
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 

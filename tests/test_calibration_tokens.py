@@ -103,3 +103,66 @@ def test_weights_are_part_of_the_fingerprint(model):
     assert as_calibration(model, tokens.reshape(1, 24)).fingerprint != names[0]  # so is how they are cut
     found = as_calibration(model, Calibration(tokens, np.ones((2, 12), bool)))
     assert found.weights.dtype == np.float32
+
+
+ROWS = [[5, 6, 7, 8], [9, 10]]
+FILLED, COUNTED = [[5, 6, 7, 8], [9, 10, 0, 0]], [[1, 1, 1, 1], [1, 1, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ROWS,
+        [np.array(row) for row in ROWS],
+        iter(ROWS),
+        {"input_ids": ROWS},
+        {"input_ids": np.array(FILLED), "attention_mask": np.array(COUNTED)},
+        {"input_ids": [[5, 6, 7, 8], [0, 0, 9, 10]], "attention_mask": [[1, 1, 1, 1], [0, 0, 1, 1]]},  # filled on the left
+        [{"input_ids": row, "attention_mask": [1] * len(row)} for row in ROWS],
+    ],
+)
+def test_samples_of_different_lengths_are_filled_up_with_what_does_not_count(model, given):
+    found = as_calibration(model, given)
+    np.testing.assert_array_equal(found.tokens, FILLED)
+    np.testing.assert_array_equal(found.weights, np.float32(COUNTED))
+    assert found.fingerprint == Calibration(np.array(FILLED), np.array(COUNTED)).fingerprint
+
+
+def test_full_samples_are_the_tokens_themselves(model):
+    tokens = np.arange(24).reshape(2, 12)
+    for given in ({"input_ids": tokens, "attention_mask": np.ones_like(tokens)}, [{"input_ids": row} for row in tokens]):
+        found = as_calibration(model, given)
+        assert found.weights is None and found.fingerprint == as_calibration(model, tokens).fingerprint
+
+
+def test_texts_are_cut_into_pieces_of_the_context(model):
+    text = TEXT[:70]
+    found = as_calibration(model, [text, "ab"])
+    assert found.tokens.shape == (4, 32) and found.weights.sum(axis=1).tolist() == [32, 32, 6, 2]
+    ids = np.concatenate([row[weight > 0] for row, weight in zip(found.tokens, found.weights, strict=True)])
+    np.testing.assert_array_equal(ids, np.concatenate([model.tokenizer.encode(text), model.tokenizer.encode("ab")]))
+    np.testing.assert_array_equal(as_calibration(model, "ab").tokens, [model.tokenizer.encode("ab")])
+    with pytest.raises(QjaxError, match=r"has no tokenizer\.json"):
+        as_calibration(model._replace(tokenizer=None), ["ab"])
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"ids": ROWS}, "a dictionary with ids; expected 'input_ids'"),
+        ({"input_ids": ROWS, "attention_mask": [[1, 1], [1, 1]]}, "different shapes"),
+        ({"input_ids": [1, 2, 3], "attention_mask": [1, 0, 1]}, "tokens in the middle"),
+        ([[1, 2], [0.5]], "list of integer tokens"),
+        ([[1, 2], ["a"]], "list of integer tokens"),
+        ([1, [2, 3]], "no array"),
+        ([[], []], r"of shape \(2, 0\)"),
+        ({"input_ids": [[1, 2]], "attention_mask": [[0, 0]]}, "hold no token"),
+        ([[1, 2], [300]], "vocabulary of 257"),
+        ([""], "hold no token"),
+        ([], r"of shape \(0,\)"),
+        (7, r"of shape \(\)"),
+    ],
+)
+def test_samples_that_are_none(model, given, named):
+    with pytest.raises(QjaxError, match=named):
+        as_calibration(model, given)

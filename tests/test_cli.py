@@ -129,7 +129,7 @@ def test_information(checkpoint, capsys):
         (["sweep", "TINY", "--group", ""], "group ''"),
         (["sweep", "~nosuchuser/here/"], "~nosuchuser/here"),
         (["sweep", "TINY", "--convention", "ppl"], "allowed are windows-N"),
-        (["sweep", "TINY", "--methods", "rtn", "--data", "DATA", "--rule", "nothing=none"], "match no kernel"),
+        (["sweep", "TINY", "--methods", "rtn", "--data", "DATA", "--rule", "nothing=none"], "matches no kernel"),
         (["sweep", "TINY", "--methods", "rtn", "--data", "SHORT"], "fewer than one window"),
         (["sweep", "TINY", "--data", "DATA"], "name a text with --calibration"),
         (
@@ -153,6 +153,37 @@ def test_mistakes_are_one_line(checkpoint, tmp_path, capsys, arguments, named):
     arguments = [f"text:{texts[a]}" if a in texts else str(checkpoint / "tiny") if a == "TINY" else a for a in arguments]
     out = ["--out", tmp_path / "out"] if arguments[0] in ("sweep", "quantize") else []
     assert named in fails(capsys, *arguments, *out)
+
+
+def test_mistakes_in_names_are_found_without_jax(tmp_path):
+    """A second, as against the two to three that importing JAX and Flax takes."""
+    wrong = [
+        ["sweep", "--recipes", "nonsense"],
+        ["sweep", "--recipes", "none,W4A16"],
+        ["sweep", "--methods", "rtn,nonsense"],
+        ["sweep", "--rule", "nonsense"],
+        ["sweep", "--rule", "mlp=nonsense"],
+        ["sweep", "--order", "nonsense"],
+        ["sweep", "--data", "nonsense"],
+        ["sweep", "--calibration", "text:no/such/file"],
+        ["sweep", "./no/such/model"],
+        ["eval", "./no/such/model"],
+        ["eval", "bundled", "--data", "nonsense"],
+        ["quantize", "bundled", "--recipe", "nonsense", "--out", str(tmp_path / "out")],
+        ["sensitivity", "bundled", "--recipe", "nonsense"],
+        ["generate", "bundled", "--prompt", "a", "--recipe", "nonsense"],
+        ["info", "./no/such/model"],
+    ]
+    script = (
+        "import sys\nfrom qjax.cli.app import main\n"
+        f"for words in {wrong!r}:\n"
+        "    try:\n        main(words)\n"
+        "    except SystemExit as stop:\n        assert stop.code == 2, words\n"
+        "    assert 'jax' not in sys.modules, words\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("error: ") == len(wrong)
 
 
 def damage(folder: Path, name: str) -> None:

@@ -8,6 +8,7 @@ import types
 
 import pytest
 
+import qjax
 from qjax.errors import QjaxError
 from qjax.evaluate import corpora
 from qjax.evaluate.corpora import load_corpus
@@ -83,9 +84,9 @@ def test_without_paragraphs_ignores_white_space():
 
 
 def test_fingerprint_is_of_the_joined_text(held_out_side):
-    assert corpora.fingerprint(["a", "b"]) == corpora.fingerprint(["a\n\nb"]) != corpora.fingerprint(["ab"])
-    assert corpora.fingerprint([""]) == "e3b0c44298fc1c14"  # SHA-256 of nothing
-    assert held_out_side.fingerprint == corpora.fingerprint(held_out_side.documents) and len(held_out_side.fingerprint) == 16
+    assert corpora.fingerprint_of(["a", "b"]) == corpora.fingerprint_of(["a\n\nb"]) != corpora.fingerprint_of(["ab"])
+    assert corpora.fingerprint_of([""]) == "e3b0c44298fc1c14"  # SHA-256 of nothing
+    assert held_out_side.fingerprint == corpora.fingerprint_of(held_out_side.documents) and len(held_out_side.fingerprint) == 16
 
 
 @pytest.mark.parametrize("split", ["test", "calibration"])
@@ -203,3 +204,15 @@ def test_named_corpus_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(QjaxError, match="needs the datasets package"):
         load_corpus("c4")
+
+
+def test_texts_in_memory(tmp_path):
+    corpus = qjax.Corpus("mine", ["a tale", "of two"])
+    assert corpus == ("mine", ("a tale", "of two"), corpora.fingerprint_of(["a tale\n\nof two"]), "\n\n", False)
+    assert qjax.Corpus("mine", "a tale\n\nof two").fingerprint == corpus.fingerprint
+    assert corpus._replace(name="other").documents == corpus.documents
+    with pytest.raises(QjaxError, match="corpus 'mine': expected texts, got int"):
+        qjax.Corpus("mine", ["a", 1])
+    (tmp_path / "mine").write_text("a tale\n\nof two")
+    named, held = qjax.Sweep(("nf4",), (f"text:{tmp_path / 'mine'}", corpus), None).corpora
+    assert held is corpus and named == corpus._replace(name="text:mine", documents=("a tale\n\nof two",))

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import qjax
 from qjax.activations import parse_activation
 from qjax.checkpoints import huggingface
 from qjax.checkpoints.huggingface import load_huggingface, save_huggingface
@@ -250,6 +251,49 @@ def test_names_without_the_prefix(name, tmp_path):
 
     edit_weights(tmp_path, strip)
     assert_equal_trees(load_huggingface(tmp_path).params, model.params)
+
+
+@pytest.mark.parametrize("wrapper", ["base_model.model.", "_orig_mod.", "module._orig_mod.", "language_model."])
+@pytest.mark.parametrize("changes", [{}, {"tied": True}])
+def test_names_in_a_wrapper(wrapper, changes, tmp_path):
+    model = weights_model(tiny_config(**changes))
+    save_huggingface(tmp_path, model)
+
+    def wrap(tensors):
+        for key in list(tensors):
+            tensors[wrapper + key] = tensors.pop(key)
+
+    edit_weights(tmp_path, wrap)
+    assert_equal_trees(load_huggingface(tmp_path).params, model.params)
+    edit_weights(tmp_path, lambda tensors: tensors.pop(wrapper + "model.norm.weight"))
+    expect_refusal(tmp_path, "config.json: missing model.norm.weight; get")
+
+
+def test_other_names_are_shown(folder):
+    edit_weights(folder, lambda tensors: tensors.update({"decoder.up": tensors.pop("model.norm.weight")}))
+    expect_refusal(folder, "missing model.norm.weight", "the file's names are as decoder.up")
+
+
+@pytest.mark.parametrize(
+    ("ending", "whose"),
+    [("qweight", "GPTQ or AWQ"), ("SCB", "8 bits"), ("weight.absmax", "4 bits"), ("weight_packed", "compressed-tensors")],
+)
+def test_weights_of_a_quantizer_whose_config_is_silent(ending, whose, folder):
+    def quantized(tensors):
+        tensors[f"model.layers.0.mlp.up_proj.{ending}"] = tensors.pop("model.layers.0.mlp.up_proj.weight").astype(np.int32)
+
+    edit_weights(folder, quantized)
+    expect_refusal(folder, whose, f"model.layers.0.mlp.up_proj.{ending}", "give the checkpoint that was quantized")
+
+
+def test_files_that_are_not_read_are_told_apart(folder, tmp_path):
+    (folder / "tokenizer.json").rename(folder / "tokenizer.model")
+    with pytest.warns(qjax.QjaxWarning, match=r"has tokenizer.model but no tokenizer.json.*save_pretrained"):
+        assert load_huggingface(folder).tokenizer is None
+    (tmp_path / "m.Q4_K.gguf").write_bytes(b"GGUF")
+    for name in (tmp_path, tmp_path / "m.Q4_K.gguf"):
+        with pytest.raises(QjaxError, match=r"GGUF file.*cannot be read yet; give the Hugging Face folder"):
+            load(name)
 
 
 def test_constants_among_the_weights_are_ignored(folder, tmp_path):

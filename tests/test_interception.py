@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import qjax
 from qjax.activations import parse_activation
@@ -213,7 +214,7 @@ def test_rules_leave_layers_out(x):
     quantized, _ = qjax.quantize_flax(module, params, "rtn:int8-g4", batches=[(x,)], rules=["dense=none", "dots=nf4"])
     assert not is_quantized(quantized["dense"]["kernel"])
     assert str(quantized["dots"]["kernel"].format) == "nf4-g64"
-    with pytest.raises(qjax.QjaxError, match="match no kernel"):
+    with pytest.raises(qjax.QjaxError, match="matches no kernel"):
         qjax.quantize_flax(module, params, "rtn:int8-g4", batches=[(x,)], rules=["nothing=none"])
 
 
@@ -289,3 +290,52 @@ def test_quantized_leaf_in_another_layer_is_an_error_that_names_it():
 
     with pytest.raises(qjax.QjaxError, match=r"embed.*quantized embedding"):
         qjax.apply_flax(Embedding(), {"embed": {"embedding": table}}, jnp.zeros((1, 2), jnp.int32))
+
+
+@pytest.mark.parametrize("wrap", [nn.with_partitioning, nn.with_logical_partitioning])
+@pytest.mark.parametrize("recipe", ["rtn:int4-g16", "bf16", "none"])
+def test_boxed_parameters_keep_their_boxes(wrap, recipe):
+    """The quantized kernel alone has none; what is computed is what it would be without boxes."""
+    x = jax.random.normal(jax.random.key(1), (4, 16))
+    inits = wrap(nn.initializers.lecun_normal(), ("embed", "mlp")), wrap(nn.initializers.normal(), ("mlp",))
+    layer = nn.Dense(8, kernel_init=inits[0], bias_init=inits[1])
+    params = layer.init(jax.random.key(0), x)["params"]
+    quantized, _ = qjax.quantize_flax(layer, params, recipe, batches=[(x,)])
+    plain, _ = qjax.quantize_flax(layer, nn.meta.unbox(params), recipe, batches=[(x,)])
+    assert type(quantized["bias"]) is type(params["bias"]) and quantized["bias"].names == ("mlp",)
+    assert is_quantized(quantized["kernel"]) == (recipe == "rtn:int4-g16")
+    assert is_quantized(quantized["kernel"]) or quantized["kernel"].names == ("embed", "mlp")
+    np.testing.assert_array_equal(qjax.apply_flax(layer, quantized, x), qjax.apply_flax(layer, plain, x))
+
+
+def test_modules_of_nnx_are_named():
+    class Net(nnx.Module):
+        pass
+
+    for run in (
+        lambda: qjax.quantize_flax(Net(), {}, "nf4", batches=[(1,)]),
+        lambda: qjax.apply_flax(Net(), {}),
+        lambda: qjax.dequantize_flax(Net(), {}),
+    ):
+        with pytest.raises(qjax.QjaxError, match=r"expected a Linen module.*got Net, an NNX module, which cannot be taken yet"):
+            run()
+    with pytest.raises(qjax.QjaxError, match=r"expected a Linen module .*got int$"):
+        qjax.quantize_flax(7, {}, "nf4", batches=[(1,)])
+
+
+def test_quantized_parameters_are_kept_by_orbax(x, tmp_path):
+    """As the README says; qjax's own folders are for decoders, and say so."""
+    orbax = pytest.importorskip("orbax.checkpoint")
+    module = Mixed()
+    params, _ = qjax.quantize_flax(module, initialise(module, x), "rtn:int8-g4", batches=[(x,)])
+    for save in (qjax.save, qjax.save_huggingface):
+        with pytest.raises(qjax.QjaxError, match=r"expected a Model, got dict; .*orbax.checkpoint.StandardCheckpointer"):
+            save(tmp_path / "own", params)
+    with orbax.StandardCheckpointer() as keeper:
+        keeper.save(tmp_path / "kept", params)
+    again, _ = qjax.quantize_flax(module, module.init(jax.random.key(5), x)["params"], "rtn:int8-g4", batches=[(x,)])
+    with orbax.StandardCheckpointer() as keeper:
+        found = keeper.restore(tmp_path / "kept", jax.eval_shape(lambda: again))
+    assert jax.tree.structure(found) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, found, params)
+    np.testing.assert_array_equal(qjax.apply_flax(module, found, x), qjax.apply_flax(module, params, x))

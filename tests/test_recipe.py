@@ -54,7 +54,7 @@ def test_parts():
         ("rtn(clap=mse):int4-g128", "'clap=mse'.*clip=none"),
         ("rtn(mse):int4-g128", "no option 'mse'"),
         ("rtn(clip=mse,clip=none):int4-g128", r"rtn\(clip=...\) is given twice"),
-        ("rtn:int4-q128", "'q128'"),
+        ("rtn:int4-q128", r"did you mean 'rtn:int4-g128'\?"),
         ("rtn:int12-g128", "'int12'"),
         ("rtn(clip=mse):bf16", "bf16 is a cast"),
         ("a:b:c", "2 colons"),

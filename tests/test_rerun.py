@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import qjax
+from qjax.checkpoints import load as load_module
 from qjax.checkpoints.huggingface import save_huggingface
 from qjax.cli import app as cli
 from qjax.errors import QjaxError
@@ -92,7 +93,7 @@ def test_a_row_that_is_not_what_is_measured_is_exit_code_1(work, tmp_path, capsy
     assert "Different: nll." in printed and "versions: qjax 0.0.1 -> " in printed
 
 
-def test_mistakes_are_one_line(work, tmp_path, capsys):
+def test_mistakes_are_one_line(work, tmp_path, capsys, monkeypatch):
     rows = read_rows(work / "results" / ROWS)
     results = work / "results"
     key = rows[1]["key"]
@@ -100,6 +101,8 @@ def test_mistakes_are_one_line(work, tmp_path, capsys):
     assert "no row 'zzz'" in fails(capsys, "rerun", results, "--row", "zzz")
     assert "2 rows of" in fails(capsys, "rerun", results, "--row", "")
     assert "no row 'rtn:int4-g128'" in fails(capsys, "rerun", results, "--row", "rtn:int4-g128")
+    monkeypatch.setattr(load_module, "download", None)  # the hub is not asked
+    assert "the row's model 'tiny' is no folder here; say with --model" in fails(capsys, "rerun", results, "--row", key)
     shutil.copytree(work / "tiny", tmp_path / "changed")
     weights = load_file(tmp_path / "changed" / "model.safetensors")
     save_file(weights | {"model.norm.weight": weights["model.norm.weight"] + 0.01}, tmp_path / "changed" / "model.safetensors")

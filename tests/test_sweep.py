@@ -156,7 +156,7 @@ def test_errors_come_before_any_work(tiny_model, tmp_path):
 
     for wrong, named in (
         (plan("rtn:int4-q"), "'q'"),
-        (plan("nf4", rules=("nothing=none",)), "match no kernel"),
+        (plan("nf4", rules=("nothing=none",)), "matches no kernel"),
         (plan("nf4", corpora=(Corpus("short", ("abc",), "f3"),)), "short: the text has 3 tokens"),
     ):
         with pytest.raises(QjaxError, match=named):

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
+from qjax.calibrate.samples import tokens_of
 from qjax.errors import QjaxError
 from qjax.evaluate.corpora import Corpus, article_starts, load_corpus
 from qjax.evaluate.windows import within_share
@@ -70,9 +71,13 @@ def load_calibration(
 
 
 def as_calibration(model: Model, calibration: object) -> Calibration:
-    """Tokens or a `Calibration`, checked against a model; raises QjaxError for wrong shapes, types and tokens."""
+    """Tokens, samples (`samples.py`), a `Corpus` or a `Calibration`, checked against a model; raises QjaxError for wrong
+    shapes, types and tokens.
+    """
+    if isinstance(calibration, Corpus):
+        calibration = load_calibration(model, calibration)
     if not isinstance(calibration, Calibration):
-        calibration = Calibration(np.asarray(calibration))
+        calibration = Calibration(*tokens_of(model, calibration))
     tokens, weights = np.asarray(calibration.tokens), calibration.weights
     config = model.config
     if tokens.ndim != 2 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):

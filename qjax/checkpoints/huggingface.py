@@ -6,7 +6,7 @@ weights is checked then, and all offenders are named at once. Only safetensors i
 
 import functools
 import json
-import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,8 +15,9 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
+from qjax.checkpoints.naming import canonical, quantizer_of
 from qjax.checkpoints.tensors import FLOATS, Header, dtype_of, read_finite, read_headers, read_tensor, write_tensors
-from qjax.errors import QjaxError
+from qjax.errors import QjaxError, QjaxWarning
 from qjax.files import expand, listing, write_atomically
 from qjax.folders import new_folder, standing
 from qjax.lazy import Lazy, materialised
@@ -24,8 +25,8 @@ from qjax.linear import dequantize, is_quantized
 from qjax.models.config import DecoderConfig
 from qjax.models.config_entries import ids_of
 from qjax.models.families import FAMILIES, read_config, write_config
-from qjax.models.family import Family, StoredTensor, head_name, stored_tensors
-from qjax.models.model import Model
+from qjax.models.family import StoredTensor, head_name, stored_tensors
+from qjax.models.model import Model, require_model
 from qjax.models.parameters import check_parameters, flatten, parameter_shapes, unflatten
 from qjax.models.tokenizer import Tokenizer, load_tokenizer
 from qjax.models.walk import TABLE
@@ -36,6 +37,8 @@ GENERATION = "generation_config.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 REPLACED = ("qjax.json", GENERATION, CONFIG, INDEX, "model*.safetensors", "tokenizer*.json", "layers.jsonl")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+NO_GGUF = "which cannot be read yet; give the Hugging Face folder that it was made from"
+OTHER_TOKENIZERS = ("tokenizer.model", "spiece.model", "vocab.json", "tokenizer.tiktoken")
 HUB_FILES = [CONFIG, GENERATION, WEIGHTS, INDEX, "model-*.safetensors", TOKENIZER]
 
 
@@ -47,10 +50,13 @@ def load_huggingface(folder: str | Path, *, lazy: bool = False) -> Model:
     missing, corrupt, misshapen, not finite or not supported.
     """
     name, folder = expand(folder).resolve().name, standing(expand(folder))
+    if folder.suffix.lower() == ".gguf" and status(folder) and not is_folder(folder):
+        raise QjaxError(f"{folder} is a GGUF file, {NO_GGUF}")
     if not is_folder(folder):
         raise QjaxError(f"{folder} is a file; give its folder" if status(folder) else f"{folder}: no such folder")
     if not status(folder / CONFIG):
-        raise QjaxError(f"{folder} has no {CONFIG}: it is not a Hugging Face checkpoint folder")
+        files = f", and its GGUF files are of a kind {NO_GGUF}" if any(folder.glob("*.gguf")) else ""
+        raise QjaxError(f"{folder} has no {CONFIG}: it is not a Hugging Face checkpoint folder{files}")
     content = _with_ends(folder, read_json(folder / CONFIG))
     try:
         config = read_config(content)
@@ -58,7 +64,7 @@ def load_huggingface(folder: str | Path, *, lazy: bool = False) -> Model:
         raise QjaxError(f"{folder / CONFIG}: {error}") from error
     family = FAMILIES[config.family]
     tensors = stored_tensors(family, parameter_shapes(config), config.heads)
-    headers = _canonical(family, tensors, read_headers(weight_files(folder)))
+    headers = canonical(family, tensors, read_headers(weight_files(folder)))
     _check(folder, tensors, headers, repeated=head_name(family) if config.tied else "")
     head = headers.pop(head_name(family), None) if config.tied else None
     tokenizer = load_folder_tokenizer(folder, config)
@@ -95,20 +101,14 @@ def weight_files(folder: Path) -> list[Path]:
     raise QjaxError(f"{folder} has no weights: expected {WEIGHTS}, or {INDEX} and its shards")
 
 
-def _canonical(family: Family, tensors: list[StoredTensor], headers: Mapping[str, Header]) -> dict[str, Header]:
-    """Headers under their full names, where a checkpoint leaves the family's prefix out."""
-    known = {tensor.name for tensor in tensors}
-
-    def full(name: str) -> str:
-        long = family.prefix + name
-        return long if long in known and long not in headers else name
-
-    return {full(name): header for name, header in headers.items() if not re.search(family.ignored, name)}
-
-
 def _check(folder: Path, tensors: list[StoredTensor], headers: Mapping[str, Header], repeated: str) -> None:
     """Names, shapes and types of all tensors against the configuration. repeated: a tied head's, which some files have too."""
     expected = {tensor.name: tensor.shape for tensor in tensors}
+    if whose := quantizer_of({name: header for name, header in headers.items() if name not in expected}):
+        raise QjaxError(
+            f"{folder}: the weights are not a model's own, though {CONFIG} does not say so ({whose}); give the checkpoint that "
+            "was quantized, or the model that an adapter was merged into"
+        )
     problems = [f"missing {name}" for name in expected if name not in headers]
     if repeated:
         expected[repeated] = next(tensor.shape for tensor in tensors if tensor.parts[0][0] == TABLE)
@@ -119,7 +119,11 @@ def _check(folder: Path, tensors: list[StoredTensor], headers: Mapping[str, Head
         if name in expected and header.dtype not in FLOATS:
             problems.append(f"{name} has type {header.dtype}, expected {', '.join(FLOATS)}")
     if problems:
-        raise QjaxError(f"{folder}: the weights do not fit {CONFIG}: {listing(problems)}; get the files that belong together")
+        strange = [name for name in headers if name not in expected]
+        found = f" (the file's names are as {strange[0]})" if strange and expected.keys() - headers.keys() else ""
+        raise QjaxError(
+            f"{folder}: the weights do not fit {CONFIG}: {listing(problems)}{found}; get the files that belong together"
+        )
 
 
 def _read_parameters(folder: Path, tensors: list[StoredTensor], headers: Mapping[str, Header], head: Header | None) -> PyTree:
@@ -162,9 +166,19 @@ def _check_tied(tensor: StoredTensor, headers: Mapping[str, Header], head: Heade
 
 
 def load_folder_tokenizer(folder: Path, config: DecoderConfig) -> Tokenizer | None:
-    """The folder's tokenizer or None. Raises QjaxError when it is corrupt or has more tokens than the embedding."""
+    """The folder's tokenizer or None, with a warning where it is in a form that is not read.
+
+    Raises QjaxError when it is corrupt or has more tokens than the embedding.
+    """
     path = folder / TOKENIZER
     if not status(path):
+        if other := next((name for name in OTHER_TOKENIZERS if status(folder / name)), None):
+            warnings.warn(
+                f"{folder} has {other} but no {TOKENIZER}, which texts need; transformers makes it: "
+                f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})",
+                QjaxWarning,
+                stacklevel=2,
+            )
         return None
     ids = {"bos": config.bos_id, "eos": config.eos_id}
     if beyond := [f"{name} is {i}" for name, i in ids.items() if i is not None and i >= config.vocabulary_size]:
@@ -205,6 +219,7 @@ def save_huggingface(folder: str | Path, model: Model, *, overwrite: bool = Fals
     not empty (unless `overwrite`) or cannot be written, for a model that its family's files cannot express, and lists layers
     with an activation format, which a plain folder has no word for.
     """
+    require_model("save_huggingface", model)
     config = write_config(model.config)
     shapes = parameter_shapes(model.config)
     leaves = flatten(model.params)

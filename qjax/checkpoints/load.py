@@ -6,7 +6,7 @@ from pathlib import Path
 from qjax.checkpoints.huggingface import download, load_huggingface
 from qjax.checkpoints.packed import DESCRIPTION, load_packed
 from qjax.errors import QjaxError
-from qjax.files import expand, reason
+from qjax.files import expand, looks_like_a_path, reason
 from qjax.folders import standing
 from qjax.models.model import Model
 from qjax.untrusted import is_folder, status
@@ -38,11 +38,6 @@ def _load(name: str | Path, lazy: bool) -> Model:
     if is_folder(folder):
         read = load_packed if status(folder / DESCRIPTION) else load_huggingface
         return read(folder, lazy=lazy)
-    if status(folder) or _looks_like_a_path(name):
+    if status(folder) or looks_like_a_path(name):
         return load_huggingface(folder)  # says what is wrong with it
     return load_huggingface(download(str(name)), lazy=lazy)._replace(name=str(name))
-
-
-def _looks_like_a_path(name: str | Path) -> bool:
-    text = str(name)
-    return isinstance(name, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text

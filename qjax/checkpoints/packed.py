@@ -35,7 +35,7 @@ from qjax.folders import new_folder, standing
 from qjax.linear import Linear, is_quantized
 from qjax.maps import Permute
 from qjax.models.config import DecoderConfig, LinearScaling, Llama3Scaling
-from qjax.models.model import Model
+from qjax.models.model import Model, require_model
 from qjax.models.parameters import check_parameters, flatten, parameter_shapes, unflatten
 from qjax.untrusted import quoted, read_json
 
@@ -53,6 +53,7 @@ def save(folder: str | Path, model: Model, *, overwrite: bool = False) -> None:
 
     Raises QjaxError for a folder that is not empty (unless `overwrite`) or cannot be written (read-only, full).
     """
+    require_model("save", model)
     leaves = flatten(model.params)
     check_parameters(leaves, parameter_shapes(model.config))
     quantized = describe(leaves)

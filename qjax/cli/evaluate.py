@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from qjax.cli.early import check_names
 from qjax.cli.loading import calibration_for, load_model, own_text
 from qjax.cli.options import (
     CalibrationName,
@@ -38,6 +39,7 @@ def evaluate(
     packed: Packed = False,
 ) -> None:
     """Perplexity of one model, quantized or not; with --tasks or --lm-eval its accuracy instead."""
+    check_names(texts=data, models=(model,))
     from qjax.evaluate.corpora import load_corpora
     from qjax.evaluate.perplexity import perplexity
     from qjax.evaluate.tasks import load_tasks
@@ -85,6 +87,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
 ) -> None:
     """Let a model, quantized or not, go on with a prompt."""
+    check_names(recipes=recipe, texts=(calibration,), models=(model,))
     from qjax.driver.decoder import quantize as quantize_model
     from qjax.evaluate.generate import generate_text
     from qjax.sweep.cells import canonical
@@ -112,6 +115,7 @@ def info(
     parameters: Annotated[float | None, typer.Option(help="Instead of a model: its number of parameters, as 7e9.")] = None,
 ) -> None:
     """The memory table: exact bytes of a model in every precision."""
+    check_names(models=(model,))
     from qjax.report.memory import memory_table, parameters_table
     from qjax.report.rendering import to_rich
 

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from qjax.cli.early import check_names
 from qjax.cli.loading import calibration_for, load_model, own_text
 from qjax.cli.options import (
     CalibrationName,
@@ -38,6 +39,7 @@ def quantize(
     layers.jsonl beside the weights has a row for every kernel. Blocks are written as they are done: the same command goes on
     where it was stopped.
     """
+    check_names(recipes=recipe, order=order, rules=rule, texts=(calibration,), models=(model,))
     from qjax.driver.decoder import quantize_to
     from qjax.driver.placement import placement
     from qjax.folders import claim, refuse_inputs

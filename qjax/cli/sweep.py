@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qjax.cli.early import check_names
 from qjax.cli.loading import calibration_for, default_windows, load_model
 from qjax.cli.options import (
     MODEL_HELP,
@@ -48,7 +49,8 @@ def sweep(
     ] = None,
     bits: Annotated[str | None, typer.Option(help="Comma-separated bits per code.", show_default=BITS)] = None,
     group: Annotated[
-        str | None, typer.Option(help="Weights per scale: a number, channel or tensor.", show_default="128, codebooks 64")
+        str | None,
+        typer.Option(help="Weights per scale: a number, channel (or -1) or tensor.", show_default="128, codebooks 64"),
     ] = None,
     data: Data = ["python-docs"],  # noqa: B006
     convention: ConventionName = "windows-2048",
@@ -87,6 +89,8 @@ def sweep(
 
     The same command may run any number of times at once, on all machines that see --out: every cell is measured once.
     """
+    asked_names = {"recipes": recipes, "methods": methods, "order": order, "rules": rule}
+    check_names(**asked_names, texts=(*data, calibration), models=(model, baseline))
     from qjax.evaluate.corpora import load_corpora
     from qjax.evaluate.tasks import load_tasks
     from qjax.evaluate.windows import parse_convention
@@ -171,6 +175,7 @@ def sensitivity(
     out: Out = Path("qjax-sensitivity"),
 ) -> None:
     """Measure what each block costs when it alone is quantized; rows and a table go to --out."""
+    check_names(recipes=recipe, order=order, texts=(*data, calibration), models=(model,))
     from qjax.evaluate.corpora import load_corpora
     from qjax.evaluate.windows import parse_convention
     from qjax.sweep.cells import canonical

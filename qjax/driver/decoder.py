@@ -30,7 +30,7 @@ from qjax.checkpoints.parts import PartWriter
 from qjax.driver.flow import Quantized, quantize_piece
 from qjax.driver.layer import LayerRecord
 from qjax.driver.piece import Piece
-from qjax.driver.placement import Plan, Rule, one_order, parsed, placement
+from qjax.driver.placement import Plan, Rule, in_our_words, one_order, parsed, placement
 from qjax.driver.report import Report, cast_others, make_report, rows_of, warn_of_few_tokens
 from qjax.errors import QjaxError
 from qjax.folders import refuse_inputs
@@ -58,7 +58,8 @@ def quantize(
 ) -> tuple[Model, Report]:
     """The model with its kernels in the recipe's format, and a report. The given model is left as it is.
 
-    calibration: tokens (windows, time) int32 or a `Calibration` (`load_calibration`); needed by recipes that read data.
+    calibration: tokens (windows, time) int32, samples of any lengths or texts (`calibrate/samples.py`), a `Corpus`, or a
+    `Calibration` (`load_calibration`); needed by recipes that read data.
     rules: "PATTERN=RECIPE" strings, the first that matches a kernel's path decides (`placement.py`).
     order: whose inputs statistics are from ("parallel", "block", "sequential", "qep"), for recipes that do not say @ORDER.
     on_layer is called with each layer's record as it is done. Raises QjaxError for a bad recipe or rule, a model that is
@@ -81,7 +82,7 @@ def quantize_together(
     One request may be in any order. Raises what `quantize` raises. Each report's seconds are its share: all by their number.
     """
     started = time.perf_counter()
-    asked = [parsed(recipe, rules, order) for recipe, rules in requests]
+    asked = [_parsed(model, recipe, rules, order) for recipe, rules in requests]
     work = _work(model, asked, calibration, on_layer)
     made = list(_parts(model, work))
     results = []
@@ -117,7 +118,7 @@ def quantize_to(
     """
     started = time.perf_counter()
     refuse_inputs(folder, {leaf.file.parent for leaf in jax.tree.leaves(model.params) if is_lazy(leaf) and leaf.file})
-    request = parsed(recipe, rules, order)
+    request = _parsed(model, recipe, rules, order)
     work = _work(model, [request], calibration, on_layer)
     identity = {
         "model": model_fingerprint(model),
@@ -153,6 +154,11 @@ def quantize_to(
 def _file_of(part: walk.Part) -> str:
     half = getattr(part.module, "half", None)
     return f"{part.name}-{half}" if half else part.name
+
+
+def _parsed(model: Model, recipe, rules, order) -> tuple[Recipe | None, tuple[Rule, ...]]:
+    recipe, rules = parsed(recipe, rules, order)
+    return recipe, in_our_words(model, rules)
 
 
 def _name(model: Model, recipe: Recipe | None, rules: Sequence[Rule]) -> str:

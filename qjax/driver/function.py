@@ -17,7 +17,7 @@ from qjax.driver.placement import Plan, Rule, one_order, parsed, place
 from qjax.driver.report import Report, cast_others, make_report, warn_of_few_tokens
 from qjax.errors import QjaxError
 from qjax.interception.contraction import KernelView
-from qjax.interception.linen import linear_layers, quantized_kernels
+from qjax.interception.linen import linear_layers, quantized_kernels, unboxed
 from qjax.linear import dequantize, is_quantized
 from qjax.methods import Stage
 from qjax.recipe import Recipe
@@ -43,10 +43,14 @@ def quantize_flax(
     Run the result with `apply_flax`. Raises QjaxError for weights that are negative or not finite, modules that
     read collections besides "params", when no layer can be quantized or a rule names none, and lists layers
     that no batch reaches, that cannot run with a quantized kernel, or cannot be captured, unless a rule "PATTERN=none" leaves
-    them out.
+    them out. Parameters with boxes of Flax (nn.with_partitioning) keep them, but for quantized kernels, whose arrays have other
+    shapes than the names in the box are for.
     """
+    _require_linen("quantize_flax", module)
     recipe, rules = parsed(recipe, rules, order)
     batches = list(batches)
+    boxed = flatten_dict(params, sep="/") if isinstance(params, Mapping) else {}
+    params = unboxed(params)
     _check(batches, params)
     started = time.perf_counter()
     views, placed = _placed(module, params, batches, recipe, rules)
@@ -61,8 +65,22 @@ def quantize_flax(
     (found,) = quantize_piece(piece, [plan], (stage or Stage("parallel"))(), calibration, calibration, on_layer)
     warn_of_few_tokens(found.records, 2)
     done = [path for path in placed if path in views or placed[path] is None]
-    result = unflatten_dict(found.leaves | cast_others(found.leaves, recipe, done), sep="/")
+    leaves = found.leaves | cast_others(found.leaves, recipe, done)
+    result = unflatten_dict({path: _boxed_again(boxed.get(path), leaf) for path, leaf in leaves.items()}, sep="/")
     return result, make_report(result, found.records, time.perf_counter() - started)
+
+
+def _boxed_again(before: object, leaf: object) -> object:
+    return before.replace_boxed(leaf) if isinstance(before, nn.meta.AxisMetadata) and not is_quantized(leaf) else leaf
+
+
+def _require_linen(function: str, module: object) -> None:
+    if not isinstance(module, nn.Module):
+        kind = "an NNX module" if type(module).__module__.startswith("flax.nnx") or hasattr(module, "iter_modules") else ""
+        raise QjaxError(
+            f"{function}: expected a Linen module (flax.linen), got {type(module).__name__}{kind and f', {kind}, '}"
+            f"{'which cannot be taken yet; quantize its kernels one by one with qjax.rtn or qjax.gptq' if kind else ''}"
+        )
 
 
 def _check(batches: Sequence[object], params: PyTree) -> None:
@@ -115,6 +133,7 @@ def _placed(
 
 def apply_flax(module: nn.Module, params: PyTree, *args: object, **kwargs: object) -> object:
     """module.apply({"params": params}, *args, **kwargs) with quantized kernels; works under jit, grad and vmap."""
+    _require_linen("apply_flax", module)
     with quantized_kernels():
         return module.apply({"params": params}, *args, **kwargs)
 
@@ -125,6 +144,7 @@ def dequantize_flax(module: nn.Module, params: PyTree, *args: object, **kwargs: 
 
     args: arguments of module.apply, to find the layers by tracing. Raises QjaxError that lists kernels they do not reach.
     """
+    _require_linen("dequantize_flax", module)
     views, _ = linear_layers(module, params, *args, **kwargs)
     flat = flatten_dict(params, sep="/")
     quantized = {path: leaf for path, leaf in flat.items() if is_quantized(leaf)}

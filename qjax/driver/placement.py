@@ -1,7 +1,8 @@
 """Placement: which kernels get which recipe, by path, strictly.
 
 A rule is "PATTERN=RECIPE": a regular expression searched in a kernel's path ("block_3/mlp/down/kernel",
-"head/output/kernel") and a recipe, or "none" to leave the kernel as it is. The first rule that matches decides; where
+"head/output/kernel") and a recipe, or "none" to leave the kernel as it is. Hugging Face's names of modules ("down_proj") mean
+the kernels that are stored there (`patterns.py`). The first rule that matches decides; where
 none does, the default decides. A rule that matches nothing is an error, and so is one that matches only leaves that
 cannot be quantized: nothing is skipped silently.
 """
@@ -12,10 +13,13 @@ from typing import NamedTuple
 
 from flax.traverse_util import flatten_dict
 
+from qjax.driver import patterns
 from qjax.errors import QjaxError
+from qjax.grammar import split_rule
 from qjax.linear import is_quantized
 from qjax.methods import UNQUANTIZED, Stage
 from qjax.models import walk
+from qjax.models.families import module_names
 from qjax.models.model import Model
 from qjax.recipe import DEFAULT_ORDER, Recipe, parse_order, parse_recipe
 
@@ -34,29 +38,34 @@ class Rule(NamedTuple):
 
 def parse_rule(text: str) -> Rule:
     """The rule "PATTERN=RECIPE"; raises QjaxError for a missing part, a bad pattern or a bad recipe."""
-    pattern, equals, recipe = text.partition("=")
-    if not equals or not pattern or not recipe:
-        raise QjaxError(f"rule {text!r}: expected PATTERN=RECIPE, for example 'mlp/down=rtn:int8-g128'")
+    pattern, recipe = split_rule(text)
     try:
         re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
-        raise QjaxError(f"rule {text!r}: {pattern!r} is not a regular expression: {error}") from None
+        hint = ", in which any text is '.*'" if "*" in pattern else ""
+        raise QjaxError(f"rule {text!r}: {pattern!r} is not a regular expression{hint}: {error}") from None
     return Rule(pattern, parse_recipe(recipe))
 
 
 def place(
-    kernels: Sequence[str], default: Recipe | None, rules: Iterable[Rule] = (), scope: Sequence[str] | None = None
+    kernels: Sequence[str],
+    default: Recipe | None,
+    rules: Iterable[Rule] = (),
+    scope: Sequence[str] | None = None,
+    theirs: Mapping[str, str] = patterns.NO_NAMES,
 ) -> dict[str, Recipe | None]:
     """What each kernel path gets: the first matching rule's recipe, else `default` for paths in `scope` (None: all).
 
-    Raises QjaxError listing every rule that matches no kernel.
+    theirs: Hugging Face's name of each path's module. Raises QjaxError listing every rule that matches no kernel.
     """
-    rules = tuple(rules)
-    idle = [str(rule) for rule in rules if not any(re.search(rule.pattern, path) for path in kernels)]
+    rules = [rule._replace(pattern=patterns.meant(rule.pattern, kernels, theirs)) for rule in rules]
+    idle = [rule for rule in rules if not any(re.search(rule.pattern, path) for path in kernels)]
     if idle:
+        many = len(idle) > 1
         raise QjaxError(
-            f"{'rules' if len(idle) > 1 else 'rule'} {', '.join(map(repr, idle))} match no kernel; "
-            f"the kernels are {abridge(kernels)}"
+            f"{'rules' if many else 'rule'} {', '.join(repr(str(rule)) for rule in idle)} {'match' if many else 'matches'} no "
+            f"kernel{patterns.nothing_found([rule.pattern for rule in idle], kernels, theirs)}; the kernels are "
+            f"{abridge(kernels)}"
         )
     placed = {}
     for path in kernels:
@@ -84,15 +93,28 @@ def parsed(
     )
 
 
+def kernels_of(model: Model) -> list[str]:
+    """Paths of a model's linear kernels."""
+    return [path for path in flatten_dict(model.params, sep="/") if path.endswith("/kernel")]
+
+
+def in_our_words(model: Model, rules: Iterable[Rule]) -> tuple[Rule, ...]:
+    """The rules with the pattern that they are known by: Hugging Face's names by our paths (`patterns.meant`)."""
+    kernels = kernels_of(model)
+    theirs = module_names(model.config.family, kernels)
+    return tuple(rule._replace(pattern=patterns.meant(rule.pattern, kernels, theirs)) for rule in rules)
+
+
 def placement(model: Model, recipe: str | Recipe | None, rules: Iterable[str | Rule] = ()) -> dict[str, Recipe | None]:
     """What `quantize` would do to every linear kernel, by path; None leaves it. Reads shapes alone. Raises what `quantize`
     raises.
     """
     recipe, rules = parsed(recipe, rules, None)
     flat = flatten_dict(model.params, sep="/")
-    kernels = [path for path in flat if path.endswith("/kernel")]
+    kernels = kernels_of(model)
     everywhere = recipe is not None and recipe.is_cast
-    placed = place(kernels, recipe, rules, kernels if everywhere else list(filter(walk.in_blocks, kernels)))
+    scope = kernels if everywhere else list(filter(walk.in_blocks, kernels))
+    placed = place(kernels, recipe, rules, scope, module_names(model.config.family, kernels))
     again = [path for path, chosen in placed.items() if chosen is not None and is_quantized(flat[path])]
     if again:
         raise QjaxError(

@@ -54,14 +54,37 @@ _SKIPPED_DIRECTORIES = frozenset(
 )
 
 
-class Corpus(NamedTuple):
-    """Documents and where they come from."""
-
-    name: str  # the spec, with a path cut to its file name
+class _Corpus(NamedTuple):
+    name: str
     documents: tuple[str, ...]
-    fingerprint: str  # first 16 hex digits of the SHA-256 of the joined documents, in UTF-8
-    separator: str = BLANK_LINE  # joins the documents; a blank in ptb and c4, as GPTQ's scripts join them
-    lines: bool = False  # the documents are lines of articles, as WikiText's rows are
+    fingerprint: str
+    separator: str
+    lines: bool
+
+
+class Corpus(_Corpus):
+    """Documents and where they come from: of `load_corpus`, or texts in memory, as Corpus("mine", ["a text", "another"]).
+
+    name: the spec, with a path cut to its file name. fingerprint: first 16 hex digits of the SHA-256 of the joined documents,
+    in UTF-8; made where it is not given. separator: joins the documents; a blank in ptb and c4, as GPTQ's scripts join them.
+    lines: the documents are lines of articles, as WikiText's rows are. Raises QjaxError for documents that are no texts.
+    """
+
+    __slots__ = ()
+
+    def __new__(
+        cls,
+        name: str,
+        documents: Iterable[str],
+        fingerprint: str | None = None,
+        separator: str = BLANK_LINE,
+        lines: bool = False,
+    ):
+        documents = (documents,) if isinstance(documents, str) else tuple(documents)
+        if wrong := next((type(each).__name__ for each in documents if not isinstance(each, str)), None):
+            raise QjaxError(f"corpus {name!r}: expected texts, got {wrong}; give a list of str")
+        mark = fingerprint_of(documents, separator) if fingerprint is None else fingerprint
+        return super().__new__(cls, name, documents, mark, separator, lines)
 
 
 def load_corpus(spec: str, split: Split = "test") -> Corpus:
@@ -83,7 +106,16 @@ def load_corpus(spec: str, split: Split = "test") -> Corpus:
     if not any(document.strip() for document in documents):
         raise QjaxError(f"corpus {spec!r} ({split}) is empty: expected at least one document with text")
     separator = _SEPARATORS.get(name, BLANK_LINE)
-    return Corpus(name, documents, fingerprint(documents, separator), separator, name in _OF_LINES)
+    return Corpus(name, documents, separator=separator, lines=name in _OF_LINES)
+
+
+def require_spec(spec: str) -> None:
+    """Raises QjaxError for what names no corpus, and for a file that does not exist; nothing is read."""
+    kind, colon, path = spec.partition(":")
+    if spec not in _NAMED and not (colon and kind in _FILE_READERS):
+        raise QjaxError(_unknown(spec))
+    if colon and not expand(path).exists():
+        raise QjaxError(f"corpus {spec!r}: no such file; expected the path of a text file")
 
 
 def load_corpora(specs: Iterable[str], split: Split = "test") -> tuple[Corpus, ...]:
@@ -91,7 +123,7 @@ def load_corpora(specs: Iterable[str], split: Split = "test") -> tuple[Corpus, .
     return tuple(load_corpus(spec, split) for spec in specs)
 
 
-def fingerprint(documents: Iterable[str], separator: str = BLANK_LINE) -> str:
+def fingerprint_of(documents: Iterable[str], separator: str = BLANK_LINE) -> str:
     """First 16 hex digits of the SHA-256 of the joined documents."""
     return hashlib.sha256(separator.join(documents).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 

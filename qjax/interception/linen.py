@@ -79,6 +79,14 @@ def recorded(watched: tuple[str, ...] | None = None) -> Iterator[Recording]:
         yield recording
 
 
+def unboxed(params: PyTree) -> PyTree:
+    """Parameters without the boxes that hold the names of their axes (nn.with_partitioning), unconstrained."""
+    is_box = lambda leaf: isinstance(leaf, nn.meta.AxisMetadata)  # noqa: E731
+    return jax.tree.map(
+        lambda leaf: leaf.value if is_box(leaf) else leaf, params, is_leaf=lambda x: is_box(x) or is_quantized(x)
+    )
+
+
 def linear_layers(module: nn.Module, params: PyTree, *args: object, **kwargs: object) -> Linears:
     """Every linear layer that module.apply({"params": params}, *args, **kwargs) calls; nothing is computed.
 
@@ -125,7 +133,7 @@ def _run_quantized(call, args, kwargs, context):
         raise QjaxError(_cannot(layer, "kernel"))
     plan = _contraction(layer, args, kwargs)
     x = args[0] if args else kwargs["inputs"]
-    bias = layer.get_variable("params", "bias") if layer.use_bias else None
+    bias = unboxed(layer.get_variable("params", "bias")) if layer.use_bias else None
     x, bias = promote_dtype(x, bias, dtype=layer.dtype or jnp.result_type(x, layer.param_dtype))
 
     y = plan.to_output(apply_linear(plan.to_matrix(x), kernel, precision=layer.precision))

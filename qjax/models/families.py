@@ -6,6 +6,7 @@ The names are those of Hugging Face's transformers library.
 """
 
 import dataclasses
+from collections.abc import Iterable
 
 from qjax.errors import QjaxError
 from qjax.models import config_entries as entries
@@ -13,6 +14,7 @@ from qjax.models.config import DecoderConfig
 from qjax.models.family import Family
 from qjax.models.family_gpt import GPT2, GPT_NEOX, OPT
 from qjax.models.family_llama import GEMMA, LLAMA, MISTRAL, QWEN2
+from qjax.models.walk import block_of
 from qjax.untrusted import quoted
 
 FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, GPT2, GPT_NEOX, OPT, GEMMA)}
@@ -35,6 +37,20 @@ def find_family(config: dict) -> Family:
             f"supported: {', '.join(f'{each.name} ({each.architectures[0]})' for each in FAMILIES.values())}"
         )
     return family
+
+
+def module_names(family: str, paths: Iterable[str]) -> dict[str, str]:
+    """What the family's files call the module of each parameter path; paths without a name there are left out."""
+    if family not in FAMILIES:
+        return {}
+    tables = FAMILIES[family].modules
+    names = {}
+    for path in paths:
+        module, layer = path.rpartition("/")[0], block_of(path)
+        theirs = tables.get(module if layer is None else module.replace(f"block_{layer}/", "block_{i}/", 1))
+        if theirs is not None:
+            names[path] = theirs.replace("{i}", str(layer))
+    return names
 
 
 def read_config(config: dict) -> DecoderConfig:

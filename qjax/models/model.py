@@ -36,6 +36,15 @@ class Model(NamedTuple):
     recipe: str = "none"
 
 
+def require_model(function: str, model: object) -> None:
+    """Raises QjaxError for what is no Model; parameters of a Flax module are told another way."""
+    if not isinstance(model, Model):
+        raise QjaxError(
+            f"{function}: expected a Model, got {type(model).__name__}; parameters of a Flax module are kept by Orbax "
+            "(orbax.checkpoint.StandardCheckpointer), see the README"
+        )
+
+
 class Stages(NamedTuple):
     """Compiled functions of a part's parameters and values; `head` also takes the embedding table when the model ties it."""
 

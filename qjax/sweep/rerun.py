@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from qjax.calibrate.tokens import Calibration, load_calibration
-from qjax.checkpoints.load import load
+from qjax.checkpoints.load import BUNDLED, load
 from qjax.errors import QjaxError
 from qjax.evaluate.corpora import load_corpus
 from qjax.evaluate.questions import Task
 from qjax.evaluate.tasks import load_task
 from qjax.evaluate.windows import parse_convention
+from qjax.files import expand
 from qjax.models.fingerprint import model_fingerprint
 from qjax.models.model import Model
 from qjax.sweep.columns import BASELINE, Row
@@ -64,7 +65,12 @@ def rerun(
 
 
 def _model(option: str, name: str, named: str | None, fingerprint: str) -> Model:
-    """A row's model under the row's name for it."""
+    """A row's model under the row's name for it. Rows hold the names of folders, so that a name is no reason to ask the hub."""
+    if named is None and name != BUNDLED and "/" not in name and not expand(name).is_dir():
+        raise QjaxError(
+            f"the row's {option} {name!r} is no folder here; say with --{option} where it is (--{option} {name} looks for that "
+            "name on the Hugging Face hub)"
+        )
     return _find(option, name, named, fingerprint, load, model_fingerprint)._replace(name=name)
 
 

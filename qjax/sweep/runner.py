@@ -15,9 +15,9 @@ from flax.traverse_util import flatten_dict
 
 from qjax.calibrate.tokens import Calibration, as_calibration
 from qjax.driver.layer import LayerRecord, problem_of
-from qjax.driver.placement import calibration_order, parse_rule, placement
+from qjax.driver.placement import calibration_order, in_our_words, parse_rule, placement
 from qjax.errors import QjaxError
-from qjax.evaluate.corpora import Corpus
+from qjax.evaluate.corpora import Corpus, load_corpus
 from qjax.evaluate.questions import Task
 from qjax.evaluate.windows import Convention, corpus_windows
 from qjax.files import expand
@@ -40,7 +40,7 @@ class Sweep:
     """What is measured: recipes, each with the rules, x corpora, in one convention. The model as it is comes first."""
 
     recipes: tuple[str, ...]
-    corpora: tuple[Corpus, ...]
+    corpora: tuple[Corpus | str, ...]  # names are loaded
     convention: Convention
     max_windows: int | None = None
     rules: tuple[str, ...] = ()
@@ -60,6 +60,8 @@ class Sweep:
             if isinstance(text := getattr(self, name), str):
                 raise QjaxError(f"Sweep: {name} is {text!r}, expected several in a tuple; give ({text!r},)")
         short = [name for name in ("divergence", "speed") if getattr(self, name)]
+        texts = tuple(load_corpus(each) if isinstance(each, str) else each for each in self.corpora)
+        object.__setattr__(self, "corpora", texts)
         object.__setattr__(self, "measures", tuple(dict.fromkeys([*self.measures, *short])))
 
 
@@ -175,6 +177,8 @@ def _measured(cell: Cell, head: dict[str, object], asked: Sequence[Measurement],
 
 def _cells(model: Model, sweep: Sweep) -> list[Cell]:
     """Every cell of a sweep, the baseline's first, not measured yet. Raises what can be wrong with the request."""
+    tokens = None if sweep.calibration is None else as_calibration(model, sweep.calibration)
+    sweep = dataclasses.replace(sweep, rules=_known_rules(model, sweep.rules), calibration=tokens)
     treatments = treatments_of(sweep, model.config.layers)
     orders = {treatment: calibration_order(model, treatment.recipe, treatment.rules) for treatment in treatments}
     _check_calibration(model, sweep, [treatment for treatment in treatments if orders[treatment]])
@@ -222,6 +226,13 @@ def treatments_of(sweep: Sweep, layers: int) -> list[Treatment]:
     return list(dict.fromkeys([AS_IT_IS, *found]))
 
 
+def _known_rules(model: Model, rules: Iterable[str]) -> tuple[str, ...]:
+    """Rules by the names that their kernels have here, so that equal cells have equal keys."""
+    texts = [(rule.partition("=")[2], parse_rule(rule)) for rule in rules]
+    known = in_our_words(model, [rule for _, rule in texts])
+    return tuple(f"{rule.pattern}={recipe}" for rule, (recipe, _) in zip(known, texts, strict=True))
+
+
 def rules_in_order(rules: Iterable[str], order: str | None) -> tuple[str, ...]:
     """Canonical rules whose recipes are in the given order where they read data and name none."""
     return tuple(f"{rule.pattern}={name_in_order(rule.recipe, order)}" for rule in map(parse_rule, rules))
@@ -233,7 +244,6 @@ def _check_calibration(model: Model, sweep: Sweep, needing: Sequence[Treatment])
         names = ", ".join(map(str, needing[:4]))
         raise QjaxError(f"{names} need calibration data; name a text with --calibration, for example --calibration python-docs")
     if needing:
-        as_calibration(model, sweep.calibration)
         same = [corpus.name for corpus in sweep.corpora if corpus.fingerprint == sweep.calibration.source]
         if same:
             raise QjaxError(

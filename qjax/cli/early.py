@@ -1,0 +1,47 @@
+"""Mistakes in names, found before JAX is imported and a model is loaded. Only the commands import it.
+
+What passes here may still be wrong (options, what a layer can have); the commands check all of it later.
+"""
+
+from collections.abc import Iterable
+
+from qjax.cli.options import split_names
+from qjax.errors import QjaxError
+from qjax.files import expand, looks_like_a_path
+from qjax.formats import ALIASES, GRIDS, UNQUANTIZED
+from qjax.grammar import names, require_words, split_rule, split_stage, split_stages
+
+
+def check_names(
+    *,
+    recipes: str | None = None,
+    methods: str | None = None,
+    order: str | None = None,
+    rules: Iterable[str] | None = None,
+    texts: Iterable[str | None] = (),
+    models: Iterable[str | None] = (),
+) -> None:
+    """Raises QjaxError for an unknown method, format, order or text, and for a model's path that does not exist.
+
+    None: not said. recipes, methods: names between commas.
+    """
+    for recipe in split_names(recipes) if recipes is not None else ():
+        require_words(recipe)
+    for method in split_names(methods) if methods is not None else ():
+        if method.lower().partition("-")[0] not in (*GRIDS, *ALIASES, UNQUANTIZED):
+            split_stages(f"method {method!r}", method.partition("@")[0])
+    if order is not None:
+        split_stage(f"order {order!r}", order, names("order"), "order of calibration")
+    for rule in rules or ():
+        require_words(split_rule(rule)[1])
+    _check_texts([text for text in texts if text is not None])
+    for model in models:
+        if model is not None and looks_like_a_path(model) and not expand(model).exists():
+            raise QjaxError(f"{expand(model)}: no such folder")
+
+
+def _check_texts(specs: Iterable[str]) -> None:
+    from qjax.evaluate.corpora import require_spec
+
+    for spec in specs:
+        require_spec(spec)

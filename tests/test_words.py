@@ -1,0 +1,95 @@
+"""Names as people type them: what is taken, and what is answered with the recipe that means it."""
+
+import re
+
+import pytest
+
+from qjax.errors import QjaxError
+from qjax.formats import parse_format
+from qjax.recipe import parse_recipe
+from qjax.sweep.cells import expand
+
+
+@pytest.mark.parametrize(
+    ("typed", "canonical"),
+    [
+        ("int4", "rtn:int4-g128"),
+        ("GPTQ:INT4", "gptq:int4-g128"),
+        ("AWQ+GPTQ:int3-g64", "awq+gptq:int3-g64"),
+        ("int4-sym", "rtn:int4-g128-sym"),
+        ("int8-channel-sym-max/INT8-token", "rtn:int8-channel-sym-max/int8-token"),
+        ("NF4-dq", "rtn:nf4-g64-dq"),
+        ("fp8", "rtn:fp8_e4m3-channel"),
+        ("fp8/fp8-token", "rtn:fp8_e4m3-channel/fp8_e4m3-token"),
+        ("fp8_e5m2", "rtn:fp8_e5m2-channel"),
+        ("BF16", "bf16"),
+    ],
+)
+def test_what_has_one_meaning_is_taken(typed, canonical):
+    assert str(parse_recipe(typed)) == canonical
+    assert parse_recipe("None") is None
+
+
+@pytest.mark.parametrize(
+    ("typed", "said", "recipe"),
+    [
+        ("W4A16", "preset.*compressed-tensors", "rtn:int4-g128-sym"),
+        ("gptq:W4A16", "preset", "gptq:int4-g128-sym"),
+        ("w4a16_asym", "preset", "rtn:int4-g128"),
+        ("W8A8", "preset", "rtn:int8-channel-sym/int8-token"),
+        ("w4a8", "preset", "rtn:int4-g128-sym/int8-token"),
+        ("FP8_DYNAMIC", "preset", "rtn:fp8_e4m3-channel/fp8_e4m3-token"),
+        ("NVFP4A16", "preset", "rtn:nvfp4"),
+        ("w3a16g64", "bits and groups", "rtn:int3-g64"),
+        ("Q4_K_M", "'Q4_K_M' is a type of GGUF files", "rtn:int4-g32-dq"),
+        ("gptq:q4_k", "GGUF", "gptq:int4-g32-dq"),
+        ("Q2_K", "GGUF", "rtn:int2-g16-dq"),
+        ("Q6_K", "GGUF", "rtn:int6-g16-sym-dq"),
+        ("Q8_0", "GGUF", "rtn:int8-g32-sym-max"),
+        ("Q4_0", "GGUF", "rtn:int4-g32-sym-full"),
+        ("Q5_1", "GGUF", "rtn:int5-g32-z16"),
+        ("IQ4_NL", "GGUF", "rtn:nf4-g32-fp16"),
+        ("IQ2_XXS", "GGUF", "rtn:int2-g128"),
+        ("bnb-4bit", "bitsandbytes", "rtn:nf4-b64"),
+        ("LLM.int8()", "bitsandbytes", "rtn:int8-channel-sym-max"),
+        ("int4wo", "another library", "rtn:int4-g128"),
+        ("fp8-e4m3", "spelled", "rtn:fp8_e4m3-channel"),
+        ("gptq-4bit-128g", "did you mean", "gptq:int4-g128"),
+        ("gptq4", "did you mean", "gptq:int4-g128"),
+        ("awq_int4_g64", "did you mean", "awq:int4-g64"),
+        ("hqq-4bit", "did you mean", "hqq:int4-g128-z16"),
+        ("8-bit", "did you mean", "rtn:int8-g128"),
+        ("int4-g-1", "did you mean", "rtn:int4-channel"),
+        ("int4-per-channel", "did you mean", "rtn:int4-channel"),
+        ("int4-g128-asym", "did you mean", "rtn:int4-g128"),
+        ("uint4-128", "did you mean", "rtn:int4-g128"),
+        ("int4g128", "did you mean", "rtn:int4-g128"),
+        ("nf4_double", "did you mean", "rtn:nf4-g64-dq"),
+        ("bfloat16", "did you mean", "bf16"),
+    ],
+)
+def test_other_names_are_answered_with_the_recipe_that_means_it(typed, said, recipe):
+    with pytest.raises(QjaxError, match=rf"^recipe '{re.escape(typed)}': .*{said}.* '{re.escape(recipe)}'\??$"):
+        parse_recipe(typed)
+    assert str(parse_recipe(recipe)) == recipe
+
+
+def test_formats_alone_are_answered_with_formats():
+    with pytest.raises(QjaxError, match=r"^format 'W4A16': .* 'int4-g128-sym'$"):
+        parse_format("W4A16")
+    with pytest.raises(QjaxError, match=r"^recipe 'gptq\(clip=mse\):4bit-64g': format '4bit-64g': did you mean 'int4-g64'\?$"):
+        parse_recipe("gptq(clip=mse):4bit-64g")
+
+
+@pytest.mark.parametrize("typed", ["nonsense", "int4-g128-foo", "(" * 5000, "int4-g" + "9" * 5000, "gptq:", "q_k_m", "w4a16:x"])
+def test_what_means_nothing_gets_the_list(typed):
+    with pytest.raises(QjaxError, match=r"allowed|needs a format|expected"):
+        parse_recipe(typed)
+
+
+def test_groups_as_configurations_say_them():
+    assert expand(["GPTQ", "NF4"], [4], "-1") == ["gptq:int4-channel", "rtn:nf4-channel"]
+    assert expand(["rtn"], [4], "G64") == expand(["rtn"], [4], " 64 ") == ["rtn:int4-g64"]
+    for wrong in ("", "0", "-2", "all"):
+        with pytest.raises(QjaxError, match=r"expected a number of weights, channel \(or -1\) or tensor"):
+            expand(["rtn"], [4], wrong)
