@@ -70,7 +70,7 @@ def ids_of(config: dict, key: str) -> list[int | None]:
 
 
 def _is_token(value: object) -> bool:
-    return type(value) is int and 0 <= value < 2**31
+    return type(value) is int and value >= 0
 
 
 def rope(config: dict) -> dict[str, object]:
