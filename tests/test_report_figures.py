@@ -319,8 +319,8 @@ def test_equal_names_are_told_apart():
 
 
 def test_unwritable_folder(tmp_path):
+    (tmp_path / "file").write_text("in the way")
     with pytest.raises(QjaxError, match="cannot write"):
-        (tmp_path / "file").write_text("in the way")
         write_reports(tmp_path / "file", sweep_rows())
 
 
