@@ -139,7 +139,7 @@ def _is_left(path: Path, host: str, process: int) -> bool:
 
 
 def _old(target: Path) -> Path:
-    return target.with_name(f".{target.name}.old")
+    return target.parent / f".{target.name}.old"  # with_name refuses "." and "/"
 
 
 def _probe(folder: Path) -> None:

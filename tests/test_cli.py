@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from qjax.checkpoints.huggingface import save_huggingface
 from qjax.cli import app as cli
+from qjax.errors import LONGEST
 
 from .conftest import byte_tokenizer, random_model, tiny_config
 
@@ -34,7 +35,7 @@ def fails(capsys, *arguments) -> str:
     assert stopped.value.code == 2
     captured = capsys.readouterr()
     *before, last = captured.err.splitlines()
-    assert last.startswith("error: ")
+    assert last.startswith("error: ") and len(last) <= LONGEST
     # Before the error there may be lines of finished cells, nothing else.
     assert all(" bits " in line for line in before if line), captured.err
     return last
@@ -128,6 +129,8 @@ def test_information(checkpoint, capsys):
         (["sweep", "TINY", "--recipes", "nf4", "--bits", "4"], "either it or"),
         (["sweep", "TINY", "--group", ""], "group ''"),
         (["sweep", "~nosuchuser/here/"], "~nosuchuser/here"),
+        (["eval", "A" * 5000 + "/b/c"], "File name too long"),
+        (["eval", "TINY", "--data", "text:" + "A" * 5000], "File name too long"),
         (["sweep", "TINY", "--convention", "ppl"], "allowed are windows-N"),
         (["sweep", "TINY", "--methods", "rtn", "--data", "DATA", "--rule", "nothing=none"], "matches no kernel"),
         (["sweep", "TINY", "--methods", "rtn", "--data", "SHORT"], "fewer than one window"),

@@ -14,6 +14,7 @@ from qjax.checkpoints.huggingface import save_huggingface
 from qjax.checkpoints.load import load
 from qjax.checkpoints.packed import save
 from qjax.checkpoints.parts import PartWriter
+from qjax.cli.early import check_names
 from qjax.errors import QjaxError
 from qjax.files import temporary_of, write_atomically
 from qjax.folders import claim, new_folder, prepare_output_folder, refuse_inputs, standing
@@ -202,3 +203,13 @@ def test_home(tmp_path, monkeypatch):
     write_atomically("~/a.txt", "a")
     assert prepare_output_folder("~/results") == tmp_path / "results"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "out", "results"] and which("~/out") is OLD
+
+
+def test_wherever_one_is(tmp_path, monkeypatch):
+    """By a path without a name; and by its name where a kill left the old one, which the command line knows too."""
+    save(tmp_path / "out", OLD)
+    monkeypatch.chdir(tmp_path / "out")
+    assert which(".") is OLD and standing(Path("/")) == Path("/")
+    (tmp_path / "out").rename(tmp_path / ".out.old")
+    check_names(models=[str(tmp_path / "out")])
+    assert which(tmp_path / "out") is OLD

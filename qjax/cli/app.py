@@ -25,7 +25,7 @@ from qjax.cli.lists import columns, formats, recipes
 from qjax.cli.quantize import quantize
 from qjax.cli.results import compare, report, rerun
 from qjax.cli.sweep import sensitivity, sweep
-from qjax.errors import QjaxError
+from qjax.errors import QjaxError, one_line
 from qjax.printable import printable
 
 OUR_FAULT = 1
@@ -117,5 +117,5 @@ def _print_warning(message: Warning | str, *_: object) -> None:
 
 def _end(message: str, code: int) -> None:
     with contextlib.suppress(OSError):  # a terminal that is gone
-        typer.echo(printable(" ".join(message.split())), err=True)
+        typer.echo(one_line(message), err=True)
     sys.exit(code)

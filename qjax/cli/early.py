@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from qjax.cli.options import split_names
 from qjax.errors import QjaxError
 from qjax.files import expand, looks_like_a_path
+from qjax.folders import standing
+from qjax.untrusted import status
 
 
 def check_names(
@@ -37,7 +39,7 @@ def check_names(
         require_words(split_rule(rule)[1])
     _check_texts([text for text in texts if text is not None])
     for model in models:
-        if model is not None and looks_like_a_path(model) and not expand(model).exists():
+        if model is not None and looks_like_a_path(model) and not status(standing(expand(model))):
             raise QjaxError(f"{expand(model)}: no such folder")
 
 

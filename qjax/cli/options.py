@@ -22,7 +22,7 @@ Rules = Annotated[
     list[str] | None,
     typer.Option("--rule", help="PATTERN=RECIPE (or =none): recipe of the kernels whose path matches; may be repeated."),
 ]
-MaxWindows = Annotated[int | None, typer.Option("--max-windows", min=0, help="Measure the first N windows only; 0: all.")]
+MaxWindows = Annotated[int | None, typer.Option("--max-windows", min=0, help="Measure N windows, spread out; 0: all.")]
 Tasks = Annotated[
     str | None,
     typer.Option(help="Comma-separated accuracy tasks: cloze, piqa:PATH, ...; a name alone is fetched from the hub."),

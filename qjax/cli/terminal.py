@@ -77,7 +77,7 @@ def _waited_for(cells: Mapping[str, str]) -> str:
     by_worker: dict[str, list[str]] = {}
     for cell, worker in cells.items():
         by_worker.setdefault(worker, []).append(cell)
-    return listing((f"{worker} ({listing(at, 2)})" for worker, at in by_worker.items()), 3)
+    return printable(listing((f"{worker} ({listing(at, 2)})" for worker, at in by_worker.items()), 3))
 
 
 def _print_row(progress: "Progress", row: Mapping[str, object], note: str = "") -> None:
@@ -111,7 +111,7 @@ def live_workers(folder: Path) -> Iterator[Callable[[], None]]:
                     _print_row(progress, row)
                 shown = len(rows)
             progress.update(cells, completed=shown)
-            at_work = {holder.path: f"{holder}: {listing(holder.cells.values(), 2)}" for holder in holders(folder)}
+            at_work = {each.path: printable(f"{each}: {listing(each.cells.values(), 2)}") for each in holders(folder)}
             for name in [name for name in tasks if name not in at_work]:
                 progress.remove_task(tasks.pop(name))
             for name, text in at_work.items():

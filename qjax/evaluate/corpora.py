@@ -114,7 +114,7 @@ def require_spec(spec: str) -> None:
     kind, colon, path = spec.partition(":")
     if spec not in _NAMED and not (colon and kind in _FILE_READERS):
         raise QjaxError(_unknown(spec))
-    if colon and not expand(path).exists():
+    if colon and not status(expand(path)):
         raise QjaxError(f"corpus {spec!r}: no such file; expected the path of a text file")
 
 

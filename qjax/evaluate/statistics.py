@@ -12,7 +12,7 @@ tokens; counts of 1 give a mean over questions):
                 one of 119 documents holds a seventh of the windows, and where there are six documents in all; percentiles of a
                 bootstrap over documents in 90 to 94 %
     blocks      of twice 1.5^(1/3) n^(1/3) (2 r / (1 - r^2))^(2/3) windows (Carlstein 1986), r: lag-1 autocorrelation
-    accuracy    Wald interval of the difference of paired proportions with half a question added to each of the four outcomes
+    accuracy    Wald interval of the difference of paired proportions with a question added to either way of differing
                 (Bonett and Price 2012, doi 10.3102/1076998611411915): valid where few or no answers differ
     seeds       the variance over units of the mean over seeds, and the variance between seeds over their number, added; degrees
                 of freedom by Welch and Satterthwaite

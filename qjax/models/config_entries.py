@@ -62,10 +62,12 @@ def token_ids(config: dict) -> dict[str, object]:
 
 
 def ids_of(config: dict, key: str) -> list[int | None]:
-    """The token ids of an entry that holds one or several; None for a first one that is no token."""
+    """The token ids of an entry that holds one or several; None for a first one that is no token. A first one beyond all
+    tokens is kept, for DecoderConfig to refuse.
+    """
     value = config.get(key)
     first, *others = value if isinstance(value, list) and value else [value]
-    known = [i for i in others if _is_token(i)]
+    known = [i for i in others if _is_token(i) and i <= RANGES["eos_id"][1]]
     return [first if _is_token(first) else None, *known]
 
 

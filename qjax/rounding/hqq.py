@@ -86,8 +86,8 @@ def _hqq(weight, fmt, lp_norm, beta, kappa, iters, early_stop) -> tuple[QTensor,
         codes = grid.encode(groups, scale, zero[:, None], fmt)
         error = groups - grid.decode(codes, decoded, zero[:, None], fmt)
         size = jnp.abs(error)
-        in_unit = times_power_of_two(size, -unit)
-        kept = times_power_of_two(jax.nn.relu(in_unit - in_unit ** (lp_norm - 1) / beta), unit)
+        small = times_power_of_two(size, -unit)
+        kept = times_power_of_two(jax.nn.relu(small - small ** (lp_norm - 1) / beta), unit)
         sparse = jnp.sign(error) * kept
         zero = group_sum(codes - (groups - sparse) * inverse) / counts
         found = jnp.sum(group_sum(size)) / weight.size

@@ -27,6 +27,7 @@ from typing import NamedTuple
 from qjax.errors import QjaxError
 from qjax.files import reason
 from qjax.sweep.store import locked
+from qjax.untrusted import JSON_BYTES, json_object, open_regular
 
 CLAIMS = ".claims"
 STALE_SECONDS = 60.0
@@ -63,19 +64,17 @@ class Holder(NamedTuple):
 def holders(folder: Path) -> Iterator[Holder]:
     """All workers with claims in a folder, living or not."""
     for path in sorted((folder / CLAIMS).glob("*.json")):
-        with contextlib.suppress(OSError), path.open("rb") as file:  # removed meanwhile; opening asks a file server anew
-            yield Holder(path, *_told(file.read()), os.fstat(file.fileno()).st_mtime_ns)
+        with contextlib.suppress(QjaxError), open_regular(path) as file:  # removed meanwhile; opening asks a file server anew
+            yield Holder(path, *_told(file.read(JSON_BYTES)), os.fstat(file.fileno()).st_mtime_ns)
 
 
 def _told(content: bytes) -> tuple[str, str, int, dict[str, str]]:
     """Place, host, process and cells of a file of claims; of one that is not whole, nothing."""
-    try:
-        told = json.loads(content)
+    with contextlib.suppress(QjaxError, TypeError, KeyError, AttributeError):
+        told = json_object(content, CLAIMS)
         place, host, process, cells = (told[name] for name in ("place", "host", "process", "cells"))
         if 0 < process < 2**31:
             return str(place), str(host), int(process), {str(key): str(label) for key, label in cells.items()}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        pass
     return "", "", 0, {}
 
 

@@ -65,7 +65,7 @@ def measure(cell: Cell) -> dict[str, object]:
         "window_tokens": list(result.window_tokens),
         "window_documents": list(result.window_documents),
         "documents": len(set(result.window_documents)),
-        "autocorrelation": result.autocorrelation,
+        "autocorrelation": None if math.isnan(result.autocorrelation) else result.autocorrelation,  # of one or two windows
     }
     return found | difference(found, cell.before or found)
 
