@@ -12,9 +12,9 @@ Badri & Shaji 2023 (https://mobiusml.github.io/hqq_blog/). z is a real number, a
 code it is worse than the zero of nearest rounding. Where we depart from the authors' library: ranges are widened to hold zero,
 codes are chosen for scales and zeros as they are stored, and kappa counts (the solver of hqq 0.2.8 leaves it out: kappa=1).
 
-beta is for weights that a power of two brings to a largest magnitude from 1/64 to 1/32, so that results do not depend on their
-unit. E is 0 for errors below beta^(-1/(2-p)), 0.17 by default: z is the mean of Q - W / s, as in the library, whose beta is for
-weights as they come, for weights of the usual size.
+beta is absolute: E is 0 for errors below beta^(-1/(2-p)), 0.17 by default, so that for weights of the usual size, and for all
+that are far from it (`parts/unit.py`), z is the mean of Q - W / s. Where the largest weights are from 1 to 2^16 the result
+depends on their unit, in the library too.
 """
 
 import functools
@@ -31,10 +31,7 @@ from qjax.qtensor import QTensor
 from qjax.rounding.nearest import check_shapes, round_groups
 from qjax.rounding.parts.info import Info
 from qjax.rounding.parts.ranges import masked
-from qjax.rounding.parts.unit import binary_exponent, in_unit
-from qjax.scales import times_power_of_two
-
-UNIT = 5  # beta is for weights whose largest magnitude is below 2^-UNIT
+from qjax.rounding.parts.unit import in_unit
 
 
 @in_unit
@@ -86,9 +83,7 @@ def _hqq(weight, fmt, lp_norm, beta, kappa, iters, early_stop) -> tuple[QTensor,
         codes = grid.encode(groups, scale, zero[:, None], fmt)
         error = groups - grid.decode(codes, decoded, zero[:, None], fmt)
         size = jnp.abs(error)
-        small = times_power_of_two(size, -unit)
-        kept = times_power_of_two(jax.nn.relu(small - small ** (lp_norm - 1) / beta), unit)
-        sparse = jnp.sign(error) * kept
+        sparse = jnp.sign(error) * jax.nn.relu(size - size ** (lp_norm - 1) / beta)
         zero = group_sum(codes - (groups - sparse) * inverse) / counts
         found = jnp.sum(group_sum(size)) / weight.size
         return count + 1, zero, beta * kappa, jnp.minimum(best, found), found < best
@@ -96,8 +91,7 @@ def _hqq(weight, fmt, lp_norm, beta, kappa, iters, early_stop) -> tuple[QTensor,
     def unfinished(state):
         return (state[0] < iters) & (state[-1] | (not early_stop))
 
-    low, high = grid.find_range(groups, fmt)
-    unit = binary_exponent(jnp.maximum(jnp.max(high), -jnp.min(low))) + UNIT
+    low, _ = grid.find_range(groups, fmt)
     start = (0, -low * inverse[:, 0], beta, jnp.float32(jnp.inf), jnp.array(True))
     zero = jax.lax.while_loop(unfinished, step, start)[1]
     parameters = parameters._replace(zero=fmt.zero_codec.nearest(zero, fmt.largest_code))
