@@ -16,14 +16,17 @@ from pathlib import Path
 
 from qjax.errors import QjaxError
 from qjax.files import HOST, expand, reason, sync, temporary_of
+from qjax.untrusted import status
 
 DAY = 86400.0  # seconds after which what another machine was writing counts as left behind
 
 
 def standing(path: Path) -> Path:
     """The folder called `path`: itself, or what a killed run has put aside and not replaced yet."""
+    if status(path) is not None or not path.name:
+        return path
     old = _old(path)
-    return old if not path.exists() and old.exists() else path
+    return old if status(old) is not None else path
 
 
 @contextlib.contextmanager

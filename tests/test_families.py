@@ -90,6 +90,7 @@ def test_llama():
         tied=True,
         bos_id=1,
         eos_id=5,
+        other_eos_ids=(6,),
     )
 
 

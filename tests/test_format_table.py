@@ -151,7 +151,8 @@ def test_hqq_is_its_formulas(name):
     """Against float64, one group after another; groups that padding fills up count their weights alone."""
     fmt = parse_format(name)
     weight = np.random.default_rng(0).standard_t(4, (40, 6)).astype(np.float32)  # small errors are all taken for noise
-    q, info = hqq(jnp.asarray(weight), fmt, lp_norm=0.6, beta=20.0, kappa=1.1, iters=9)
+    unit = 2.0 ** (np.frexp(np.abs(weight).max())[1] + 5)  # of beta: the largest weight is below 1/32 in it
+    q, info = hqq(jnp.asarray(weight), fmt, lp_norm=0.6, beta=20.0 * unit**1.4, kappa=1.1, iters=9)
     start, _ = rtn(jnp.asarray(weight), fmt)
     scale, zero = (np.asarray(p, np.float64).T.ravel() for p in qtensor.unpack_parameters(start))
     groups = (

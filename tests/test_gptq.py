@@ -284,7 +284,7 @@ def test_any_float_type_and_zero_weights():
         ("int4-g16-dq", {"static_groups": False, "act_order": False}, "dq quantizes all scales"),
         ("int4-b20", {"static_groups": False, "act_order": False}, "span output columns"),
         ("int4-g16", {"hessian": jnp.eye(IN + 1)}, r"\(49, 49\).*\(48, 48\)"),
-        ("int4-q16", {}, "'q16'"),
+        ("int4-q16", {}, "did you mean 'int4-g16'"),
     ],
 )
 def test_bad_options_are_named(name, options, named):

@@ -484,7 +484,7 @@ def test_tokenizer_larger_than_the_embedding(tmp_path):
 
 def test_corrupt_tokenizer(folder):
     (folder / "tokenizer.json").write_text("{}")
-    expect_refusal(folder, "tokenizer.json is not a tokenizer")
+    expect_refusal(folder, "tokenizer.json: the tokenizer has no vocabulary")
 
 
 # Names

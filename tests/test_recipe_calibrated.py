@@ -98,8 +98,8 @@ def test_orders():
         ("rtn(clip=mse):int4-g128@qep", "read no calibration data"),
         ("bf16@block", "read no calibration data"),
         ("gptq@block:int4-g128", "needs a format|unknown"),
-        ("awq++gptq:int4-g128", "unknown method ''"),
-        ("awq+:int4-g128", "unknown method ''"),
+        ("awq++gptq:int4-g128", r"did you mean 'awq\+gptq:int4-g128'"),
+        ("awq+:int4-g128", "did you mean 'awq:int4-g128'"),
     ],
 )
 def test_errors_name_the_part(text, named):

@@ -319,8 +319,9 @@ def test_equal_names_are_told_apart():
 
 
 def test_unwritable_folder(tmp_path):
+    (tmp_path / "file").write_text("in the way")
     with pytest.raises(QjaxError, match="cannot write"):
-        write_reports(tmp_path / "missing", sweep_rows())
+        write_reports(tmp_path / "file", sweep_rows())
 
 
 def test_pyplot_is_left_alone():

@@ -294,7 +294,7 @@ def test_layers_are_there_once_after_a_stop_between_them_and_their_row(tiny_mode
 
 def test_paired_difference():
     base = {"nll": 2.0, "window_nll": [20.0, 22.0, 18.0], "window_tokens": [10, 10, 10]}
-    worse = {"nll": 2.1, "window_nll": [21.0, 23.0, 19.0], "window_tokens": [10, 10, 10]}
+    worse = {"nll": 2.1, "window_nll": [21.0, 23.0, 19.0], "window_tokens": [10, 10, 10], "window_documents": [0, 1, 2]}
     change = difference(worse, base)
     assert change["nll_delta"] == pytest.approx(0.1)
     assert change["nll_delta_stderr"] == pytest.approx(0.0, abs=1e-12)  # every window is worse by the same amount

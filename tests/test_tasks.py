@@ -36,7 +36,7 @@ def test_multiple_choice(tmp_path, name):
     task = load_task(f"arc_easy:{write(tmp_path / name, CHOICE, CHOICE)}")
     assert (task.name, task.kind, len(task.questions)) == ("arc_easy", "choices", 2)
     asked = "Question: why?\nAnswer:"
-    assert task.questions[0] == (((asked, " because"), (asked, " for no reason")), 1, (7, 13))
+    assert task.questions[0] == (((asked, " because"), (asked, " for no reason")), 1, (7, 13), -1)
     plain = load_task(f"choices:{tmp_path / name}")
     assert (plain.name, plain.questions[0].candidates[0][0]) == (f"choices:{name}", "Question: why?")
 
@@ -67,7 +67,7 @@ def test_schemas_and_last_words(tmp_path):
 def test_hellaswag_text(tmp_path):
     (tmp_path / "h.txt").write_text("Roof: A man is\n3\na\nb\nc\nd\nIron: She is\n0\ne\nf\ng\nh\n")
     task = load_task(f"hellaswag:{tmp_path / 'h.txt'}", 1)
-    assert task.questions == ((tuple(("Roof: A man is", f" {end}") for end in "abcd"), 3, (1, 1, 1, 1)),)
+    assert task.questions == ((tuple(("Roof: A man is", f" {end}") for end in "abcd"), 3, (1, 1, 1, 1), -1),)
 
 
 def mmlu(folder, zipped=False):

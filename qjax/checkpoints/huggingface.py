@@ -49,7 +49,8 @@ def load_huggingface(folder: str | Path, *, lazy: bool = False) -> Model:
     where there is no tokenizer.json. Raises QjaxError, one line that names the file or all tensors at fault, for whatever is
     missing, corrupt, misshapen, not finite or not supported.
     """
-    name, folder = expand(folder).resolve().name, standing(expand(folder))
+    asked = expand(folder)
+    folder = standing(asked)
     if folder.suffix.lower() == ".gguf" and status(folder) and not is_folder(folder):
         raise QjaxError(f"{folder} is a GGUF file, {NO_GGUF}")
     if not is_folder(folder):
@@ -69,7 +70,7 @@ def load_huggingface(folder: str | Path, *, lazy: bool = False) -> Model:
     head = headers.pop(head_name(family), None) if config.tied else None
     tokenizer = load_folder_tokenizer(folder, config)
     read = _lazy_parameters if lazy else _read_parameters
-    return Model(config, read(folder, tensors, headers, head), tokenizer, name)
+    return Model(config, read(folder, tensors, headers, head), tokenizer, asked.resolve().name)
 
 
 def _with_ends(folder: Path, content: dict) -> dict:

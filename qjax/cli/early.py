@@ -9,8 +9,6 @@ from qjax.cli.options import split_names
 from qjax.errors import QjaxError
 from qjax.files import expand, looks_like_a_path
 from qjax.folders import standing
-from qjax.formats import ALIASES, GRIDS, UNQUANTIZED
-from qjax.grammar import names, require_words, split_rule, split_stage, split_stages
 from qjax.untrusted import status
 
 
@@ -29,6 +27,9 @@ def check_names(
 
     None: not said. recipes, methods: names between commas.
     """
+    from qjax.formats import ALIASES, GRIDS, UNQUANTIZED
+    from qjax.grammar import names, require_words, split_rule, split_stage, split_stages
+
     for recipe in split_names(recipes) if recipes is not None else ():
         require_words(recipe)
     for method in split_names(methods) if methods is not None else ():

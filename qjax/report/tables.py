@@ -53,8 +53,9 @@ NOISE = "≈: the 95 % interval of the change holds zero."
 
 
 def within_noise(row: Row) -> bool:
-    """Whether the 95 % interval of the difference of a model's loss from the baseline's holds zero."""
-    return not is_baseline(row) and number(row, "nll_delta_low") <= 0 <= number(row, "nll_delta_high")
+    """Whether the 95 % interval of the difference of a model's loss from the baseline's holds zero, and more than zero."""
+    low, high = number(row, "nll_delta_low"), number(row, "nll_delta_high")
+    return not is_baseline(row) and low <= 0 <= high and low < high
 
 
 def over_units(rows: Sequence[Row], of: str = "documents") -> str:
