@@ -123,7 +123,7 @@ def test_running_again_measures_nothing(tiny_model, tmp_path):
 def test_one_text_in_other_documents_is_another_cell(tiny_model, tmp_path):
     """Errors are over documents, and windows are spread over them."""
     divided = (Corpus("wise", parts, separator="") for parts in ((TEXT,), (TEXT[:200], TEXT[200:]), (TEXT[:300], TEXT[300:])))
-    states = [cell_states(tiny_model, plan(corpora=(corpus,)), tmp_path) for corpus in divided]
+    states = [cell_states(tiny_model, plan("none", corpora=(corpus,)), tmp_path) for corpus in divided]
     assert len({row["corpus_fingerprint"] for (row,) in states}) == 1 and len({row["key"] for (row,) in states}) == 3
 
 
