@@ -12,6 +12,7 @@ from qjax.checkpoints.huggingface import save_huggingface
 from qjax.cli import app as cli
 from qjax.errors import QjaxError
 from qjax.evaluate.corpora import Corpus
+from qjax.evaluate.windows import corpus_windows
 from qjax.numbers import as_json
 from qjax.report.rerun_table import rerun_table, unequal
 from qjax.sweep import columns
@@ -70,7 +71,7 @@ def test_rows_hold_what_it_gives(work):
     assert none[NAME] == 0 < int4[NAME] < int2[NAME] and int4[f"{NAME}_stderr"] > 0
     model = qjax.load(work / "tiny")
     quantized, _ = qjax.quantize(model, "rtn:int2-g16")
-    tokens = model.tokenizer.encode_with_bytes(TEXT)[0][:96].reshape(3, 32)
+    tokens = corpus_windows(model, qjax.Corpus("text", [TEXT]), qjax.parse_convention("windows-32"), 3).tokens
     expected = np.abs(np.asarray(qjax.apply(quantized, tokens)) - np.asarray(qjax.apply(model, tokens))).mean()
     assert int2[NAME] == pytest.approx(float(expected), rel=1e-4)
     assert int2["measures"] == [NAME] and type(int2[NAME]) is float
