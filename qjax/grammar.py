@@ -96,10 +96,15 @@ def split_stage(where: str, text: str, known: Collection[str], what: str) -> tup
 
 
 def split_rule(text: str) -> tuple[str, str]:
-    """Pattern and recipe of a rule; raises QjaxError for a missing part."""
+    """Pattern and recipe of a rule; raises QjaxError for a missing part and a bad pattern."""
     pattern, equals, recipe = text.partition("=")
     if not equals or not pattern or not recipe:
         raise QjaxError(f"rule {text!r}: expected PATTERN=RECIPE, for example 'mlp/down=rtn:int8-g128'")
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        hint = ", in which any text is '.*'" if "*" in pattern else ""
+        raise QjaxError(f"rule {text!r}: {pattern!r} is not a regular expression{hint}: {error}") from None
     return pattern, recipe
 
 

@@ -150,6 +150,7 @@ def test_texts_are_cut_into_pieces_of_the_context(model):
     ("given", "named"),
     [
         ({"ids": ROWS}, "a dictionary with ids; expected 'input_ids'"),
+        ({"input_ids": 3}, "'input_ids' is of type int; expected tokens"),
         ({"input_ids": ROWS, "attention_mask": [[1, 1], [1, 1]]}, "different shapes"),
         ({"input_ids": [1, 2, 3], "attention_mask": [1, 0, 1]}, "tokens in the middle"),
         ([[1, 2], [0.5]], "list of integer tokens"),

@@ -16,6 +16,7 @@ from qjax.report.rerun_table import rerun_table
 from qjax.report.tables import (
     formats_table,
     layers_table,
+    over_units,
     perplexity_table,
     recipes_table,
     split_tables,
@@ -114,6 +115,13 @@ def test_only_differences_beyond_noise_are_unmarked():
     assert "≈" in lines[4]
     assert "≈" not in lines[5]
     assert "≈" not in to_markdown(perplexity_table(rows[1:]))  # no mark, no explanation
+
+
+def test_notes_say_what_errors_are_over():
+    many, few = ({"window_nll": [1.0] * 6, "window_documents": documents} for documents in (range(6), [0, 0, 0, 1, 1, 2]))
+    assert over_units([many, {}]) == "documents"
+    assert over_units([many, few]) == "documents, or blocks of windows where a text has fewer than 5"
+    assert "independent" in over_units([many, {"window_nll": [1.0]}])
 
 
 def test_seed_is_a_column_where_it_differs():

@@ -121,7 +121,7 @@ def test_intervals_cover_accuracy_differences(n, lost, gained):
 
 @pytest.mark.parametrize("n", [5, 8])
 def test_intervals_of_few_answers_are_not_overconfident(n):
-    """Half a question added to each outcome holds the truth more often than said, never less."""
+    """A question added to either way of differing holds the truth more often than said, never less."""
     outcomes = np.random.default_rng(n).choice(3, (TRIALS, n), p=[0.3, 0.2, 0.5])
     found = [accuracy_difference(o == 1, o == 0) for o in outcomes]
     assert covered([(d.low, d.high) for d in found], -0.1) >= NOMINAL[0]

@@ -30,7 +30,7 @@ from qjax.sweep import quantizer, worker
 from qjax.sweep.measurements import provenance
 from qjax.sweep.measurements.perplexity import difference
 from qjax.sweep.record import digest
-from qjax.sweep.runner import Sweep, Watcher, run_sweep
+from qjax.sweep.runner import Sweep, Watcher, cell_states, run_sweep
 from qjax.sweep.store import LAYERS, ROWS, read_rows, write_rows
 
 from .conftest import FAMILY_CHANGES, byte_tokenizer, random_model, tiny_config
@@ -118,6 +118,13 @@ def test_running_again_measures_nothing(tiny_model, tmp_path):
     for model, changed in ((tiny_model, {"seed": 1}), (tiny_model, smaller), (other, {})):
         run_sweep(model, plan("nf4", corpora=CORPORA[:1], **changed), tmp_path)
     assert len({row["key"] for row in read_rows(tmp_path / ROWS)}) == 10
+
+
+def test_one_text_in_other_documents_is_another_cell(tiny_model, tmp_path):
+    """Errors are over documents, and windows are spread over them."""
+    divided = (Corpus("wise", parts, separator="") for parts in ((TEXT,), (TEXT[:200], TEXT[200:]), (TEXT[:300], TEXT[300:])))
+    states = [cell_states(tiny_model, plan("none", corpora=(corpus,)), tmp_path) for corpus in divided]
+    assert len({row["corpus_fingerprint"] for (row,) in states}) == 1 and len({row["key"] for (row,) in states}) == 3
 
 
 def test_a_models_fingerprint_is_of_all_that_it_is(tiny_model):

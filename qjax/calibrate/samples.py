@@ -60,6 +60,8 @@ def _unmasked(given: Mapping) -> list[np.ndarray]:
     if IDS not in given:
         raise QjaxError(f"calibration: a dictionary with {', '.join(map(str, given.keys()))}; expected {IDS!r} in it")
     ids, mask = given[IDS], given.get(MASK)
+    if not hasattr(ids, "__len__"):
+        raise QjaxError(f"calibration: {IDS!r} is of type {type(ids).__name__}; expected tokens, or a list of them")
     many = bool(len(ids)) and np.ndim(ids[0]) > 0
     rows = [_as_array(row) for row in (ids if many else [ids])]
     if mask is None:

@@ -18,10 +18,12 @@ def check_names(
     methods: str | None = None,
     order: str | None = None,
     rules: Iterable[str] | None = None,
+    convention: str | None = None,
     texts: Iterable[str | None] = (),
     models: Iterable[str | None] = (),
 ) -> None:
-    """Raises QjaxError for an unknown method, format, order or text, and for a model's path that does not exist.
+    """Raises QjaxError for an unknown method, format, order, convention or text, for a rule whose pattern is none, and for a
+    model's path that does not exist.
 
     None: not said. recipes, methods: names between commas.
     """
@@ -37,14 +39,17 @@ def check_names(
         split_stage(f"order {order!r}", order, names("order"), "order of calibration")
     for rule in rules or ():
         require_words(split_rule(rule)[1])
-    _check_texts([text for text in texts if text is not None])
+    _check_evaluation(convention, [text for text in texts if text is not None])
     for model in models:
         if model is not None and looks_like_a_path(model) and not status(standing(expand(model))):
             raise QjaxError(f"{expand(model)}: no such folder")
 
 
-def _check_texts(specs: Iterable[str]) -> None:
+def _check_evaluation(convention: str | None, specs: Iterable[str]) -> None:
     from qjax.evaluate.corpora import require_spec
+    from qjax.evaluate.windows import parse_convention
 
+    if convention is not None:
+        parse_convention(convention)
     for spec in specs:
         require_spec(spec)

@@ -44,7 +44,7 @@ def default_windows(model: str, data: list[str], asked: int | None) -> int | Non
     """How many windows are measured: of the bundled model's own text not all, unless asked for."""
     if asked is not None or model != "bundled" or data != ["python-docs"]:
         return asked
-    typer.echo(f"measuring the first {DEFAULT_WINDOWS} windows; --max-windows 0 measures all", err=True)
+    typer.echo(f"measuring {DEFAULT_WINDOWS} windows, spread over the text; --max-windows 0 measures all", err=True)
     return DEFAULT_WINDOWS
 
 

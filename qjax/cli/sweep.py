@@ -89,17 +89,18 @@ def sweep(
 
     The same command may run any number of times at once, on all machines that see --out: every cell is measured once.
     """
-    asked_names = {"recipes": recipes, "methods": methods, "order": order, "rules": rule}
+    from qjax.sweep.launch import parse_launcher
+
+    engine, _ = parse_launcher(launcher)
+    asked_names = {"recipes": recipes, "methods": methods, "order": order, "rules": rule, "convention": convention}
     check_names(**asked_names, texts=(*data, calibration), models=(model, baseline))
     from qjax.evaluate.corpora import load_corpora
     from qjax.evaluate.tasks import load_tasks
     from qjax.evaluate.windows import parse_convention
     from qjax.recipe import UNQUANTIZED
     from qjax.sweep.columns import require_measurements
-    from qjax.sweep.launch import parse_launcher
     from qjax.sweep.runner import Sweep, cell_states, rules_in_order
 
-    engine, _ = parse_launcher(launcher)
     names = _recipes(recipes, methods, bits, group, order)
     rules = rules_in_order(rule or (), order)
     measured = parse_convention(convention)
@@ -175,7 +176,7 @@ def sensitivity(
     out: Out = Path("qjax-sensitivity"),
 ) -> None:
     """Measure what each block costs when it alone is quantized; rows and a table go to --out."""
-    check_names(recipes=recipe, order=order, texts=(*data, calibration), models=(model,))
+    check_names(recipes=recipe, order=order, convention=convention, texts=(*data, calibration), models=(model,))
     from qjax.evaluate.corpora import load_corpora
     from qjax.evaluate.windows import parse_convention
     from qjax.sweep.cells import canonical

@@ -19,13 +19,15 @@ originals. A window belongs to the document that most of its scored tokens are f
 import dataclasses
 import math
 import re
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from qjax.errors import QjaxError
 from qjax.evaluate.corpora import Corpus, article_starts
-from qjax.models.model import Model
+
+if TYPE_CHECKING:  # a convention is known without JAX
+    from qjax.models.model import Model
 
 LARGEST_SHARE = 0.1  # of the windows of a draw that one document may give
 
@@ -153,7 +155,7 @@ def within_share(order: np.ndarray, documents: np.ndarray, wanted: int) -> np.nd
 
 
 def corpus_windows(
-    model: Model, corpus: Corpus, convention: Convention, max_windows: int | None = None, *, seed: int = 0
+    model: "Model", corpus: Corpus, convention: Convention, max_windows: int | None = None, *, seed: int = 0
 ) -> Windows:
     """A corpus as windows of a model's tokens; `max_windows` of them, drawn by seed and spread over its documents."""
     if max_windows is not None and max_windows < 1:

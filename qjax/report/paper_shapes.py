@@ -191,8 +191,8 @@ def judge(finding: Finding, rows: Sequence[Row]) -> Judged | None:
 def _estimate(samples: Sequence[Float[np.ndarray, " n"]], counts: Float[np.ndarray, " units"]) -> Difference:
     """Mean over seeds. samples: a seed's figure, of all windows, then without each unit. counts: tokens of each unit."""
     values = np.array([float(sample[0]) for sample in samples])
-    over_units = float(np.mean([jackknife_error(sample[1:]) for sample in samples]))
-    return with_seeds(interval(float(values.mean()), over_units, equal_units(counts) - 1), values).change
+    over_documents = float(np.mean([jackknife_error(sample[1:]) for sample in samples]))
+    return with_seeds(interval(float(values.mean()), over_documents, equal_units(counts) - 1), values).change
 
 
 def jackknife_error(left_out: Float[np.ndarray, " n"]) -> float:

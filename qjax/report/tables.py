@@ -7,6 +7,7 @@ Rows of different baselines, texts, conventions or devices are never put in one 
 from collections.abc import Iterable, Sequence
 
 from qjax.errors import QjaxError
+from qjax.evaluate.statistics import FEWEST
 from qjax.format_table import format_table
 from qjax.formats import UNQUANTIZED
 from qjax.report.rendering import (
@@ -59,9 +60,14 @@ def within_noise(row: Row) -> bool:
 
 
 def over_units(rows: Sequence[Row], of: str = "documents") -> str:
-    """What errors are over, for notes: documents, or windows where rows of earlier versions do not know their documents."""
-    known = all("window_documents" in row for row in rows if "window_nll" in row)
-    return of if known else "windows taken as independent, which they are not (rows of an earlier version)"
+    """What errors are over, for notes: documents, blocks of windows where a text has few, or windows where rows of earlier
+    versions do not know their documents.
+    """
+    documents = [row.get("window_documents") for row in rows if "window_nll" in row]
+    if None in documents:
+        return "windows taken as independent, which they are not (rows of an earlier version)"
+    few = any(len(set(each)) < FEWEST for each in documents)
+    return f"{of}, or blocks of windows where a text has fewer than {FEWEST}" if few else of
 
 
 def cells_of(rows: Iterable[Row]) -> list[Row]:

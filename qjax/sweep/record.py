@@ -1,7 +1,7 @@
 """Fingerprints, and a row's key: a hash of everything that can change its figures. Equal keys mean equal figures.
 
 Model weights, recipe, rules, text, convention, seed, library versions, machine kind, compute type, source code less what only
-presents results: what the measurements say is asked (`columns.py`).
+presents results: what the measurements say is asked (`columns.py`), and the windows with their documents.
 """
 
 import hashlib

@@ -6,6 +6,7 @@ the rows file is skipped, so running the same sweep again finishes what an inter
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -148,9 +149,10 @@ def cell_states(model: Model, sweep: Sweep, folder: str | Path) -> list[dict[str
 
 
 def _head(cell: Cell, asked: Sequence[Measurement]) -> dict[str, object]:
-    """What is asked in a cell, under its key."""
+    """What is asked in a cell, under its key, which is of the windows too: one text may be divided into other documents."""
     columns = {name: value for each in asked if each.asks for name, value in each.asks(cell).items()}
-    return {"key": digest(columns)} | columns
+    windows = hashlib.sha256(b"".join(field.tobytes() for field in (cell.windows.tokens, cell.windows.documents)))
+    return {"key": digest(columns, windows.hexdigest())} | columns
 
 
 def _measured(cell: Cell, head: dict[str, object], asked: Sequence[Measurement], shared: dict) -> dict[str, object]:
