@@ -29,8 +29,9 @@ from typing import NamedTuple
 from jaxtyping import Array, Float
 
 from qjax.calibrate.statistics import STATISTICS, Statistic
+from qjax.codebooks import Codebook, codebooks
 from qjax.errors import QjaxError
-from qjax.formats import ALIASES, GRIDS, UNQUANTIZED, Codebook, Format, codebooks, from_outside, parse_format
+from qjax.formats import ALIASES, GRIDS, UNQUANTIZED, Format, from_outside, parse_format
 from qjax.grammar import METHODS, kind_of, names
 from qjax.maps import MAPS, InputMap
 from qjax.registry import forget, forgotten_in_scope, forgotten_on_change

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qjax.codebooks import NF4_VALUES, codebooks
 from qjax.errors import QjaxError
 from qjax.format_table import EXAMPLES, format_table
 from qjax.formats import (
@@ -16,9 +17,7 @@ from qjax.formats import (
     FLOATS,
     GRIDS,
     INTEGERS,
-    NF4_VALUES,
     Format,
-    codebooks,
     parse_format,
 )
 from qjax.scales import SCALES, dynamic_map

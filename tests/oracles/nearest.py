@@ -9,7 +9,8 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from qjax.formats import Format, codebooks
+from qjax.codebooks import codebooks
+from qjax.formats import Format
 from qjax.scales import dynamic_map
 
 
