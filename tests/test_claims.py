@@ -146,35 +146,32 @@ def test_workers_at_once_measure_every_cell_once(tiny_model, tmp_path, monkeypat
     assert not (tmp_path / "many" / CLAIMS).exists()
 
 
+class Frozen(Watcher):
+    """Loses its claims within its first cell, while `meanwhile` happens."""
+
+    def __init__(self, folder, meanwhile=lambda: None):
+        self.folder, self.meanwhile, self.new = folder, meanwhile, []
+
+    def batch(self, done, total):
+        if self.folder is not None:
+            folder, self.folder = self.folder, None
+            next((folder / CLAIMS).iterdir()).unlink()
+            self.meanwhile()
+
+    def row(self, row, is_new):
+        self.new.append(is_new)
+
+
 def test_a_worker_that_lost_its_claim_writes_no_second_row(tiny_model, tmp_path):
     """Frozen within a cell, which another then measures with all that are left."""
-
-    class Frozen(Watcher):
-        asleep = True
-
-        def batch(self, done, total):
-            if self.asleep:
-                self.asleep = False
-                next((tmp_path / CLAIMS).iterdir()).unlink()
-                run_sweep(tiny_model, ASKED, tmp_path)
-
-        def row(self, row, is_new):
-            assert not is_new
-
-    rows = run_sweep(tiny_model, ASKED, tmp_path, Frozen())
-    assert rows == read_rows(tmp_path / ROWS) and len(rows) == 6
+    frozen = Frozen(tmp_path, lambda: run_sweep(tiny_model, ASKED, tmp_path))
+    rows = run_sweep(tiny_model, ASKED, tmp_path, frozen)
+    assert rows == read_rows(tmp_path / ROWS) and frozen.new == [False] * 6
 
 
 def test_a_lost_cell_that_nobody_measured_is_measured_again(tiny_model, tmp_path):
-    class Frozen(Watcher):
-        asleep = True
-
-        def batch(self, done, total):
-            if self.asleep:
-                self.asleep = False
-                next((tmp_path / CLAIMS).iterdir()).unlink()
-
-    assert run_sweep(tiny_model, ASKED, tmp_path, Frozen()) == read_rows(tmp_path / ROWS)
+    frozen = Frozen(tmp_path)
+    assert run_sweep(tiny_model, ASKED, tmp_path, frozen) == read_rows(tmp_path / ROWS) and frozen.new == [True] * 6
 
 
 def test_a_worker_waits_for_others_and_says_for_whom(tiny_model, tmp_path, monkeypatch):

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 
 from qjax.errors import QjaxError
-from qjax.evaluate.statistics import estimate
+from qjax.evaluate.statistics import estimate, jackknife_error
 from qjax.recipe import parse_recipe
 from qjax.report.paper_shapes import (
     FINDINGS,
     Finding,
-    jackknife_error,
     judge,
     paper_shapes_table,
     recipes_of,

@@ -84,8 +84,13 @@ def estimate(
     if len(totals) < 2:
         return Difference(value, math.nan, math.nan, math.nan, math.nan)
     without = (totals.sum() - totals) / (counts.sum() - counts)
-    stderr = math.sqrt((len(totals) - 1) / len(totals) * np.sum((without - without.mean()) ** 2))
-    return interval(value, stderr, equal_units(counts) - 1)
+    return interval(value, jackknife_error(without), equal_units(counts) - 1)
+
+
+def jackknife_error(left_out: Float[np.ndarray, " n"]) -> float:
+    """Standard error of a figure from its values with each of n units left out; nan for a single unit."""
+    n = len(left_out)
+    return math.sqrt((n - 1) / n * float(np.sum((left_out - left_out.mean()) ** 2))) if n > 1 else math.nan
 
 
 def paired_difference(

@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from qjax.errors import QjaxError
-from qjax.evaluate.statistics import Difference, equal_units, interval, units_of, with_seeds
+from qjax.evaluate.statistics import Difference, equal_units, interval, jackknife_error, units_of, with_seeds
 from qjax.report.accuracy import mean_reach
 from qjax.report.rendering import MISSING, Row, Table, TableColumn, documents_of, loss_change, losses, number, with_error
 from qjax.report.tables import describe, is_baseline, over_units, split_tables
@@ -193,12 +193,6 @@ def _estimate(samples: Sequence[Float[np.ndarray, " n"]], counts: Float[np.ndarr
     values = np.array([float(sample[0]) for sample in samples])
     over_documents = float(np.mean([jackknife_error(sample[1:]) for sample in samples]))
     return with_seeds(interval(float(values.mean()), over_documents, equal_units(counts) - 1), values).change
-
-
-def jackknife_error(left_out: Float[np.ndarray, " n"]) -> float:
-    """Standard error of a figure from its values with each of n units left out; nan for a single unit."""
-    n = len(left_out)
-    return math.sqrt((n - 1) / n * float(np.sum((left_out - left_out.mean()) ** 2))) if n > 1 else math.nan
 
 
 def _judged(finding: Finding, found: Difference) -> Judged:

@@ -12,7 +12,7 @@ from qjax.sweep.rows import named_model
 
 # Between kinds of machines: gptq:int4 on x86-64 with and without AVX-512 differs by 5e-5 of its perplexity; its codes of a few
 # weights, and so a window's loss, by more.
-RELATIVE, ABSOLUTE = 0.01, 1e-3
+RELATIVE, ABSOLUTE = 1e-3, 1e-3
 
 
 def _circumstances() -> list[str]:
@@ -57,7 +57,7 @@ def rerun_table(old: Row, new: Row) -> Table:
     )
     notes = [f"Different: {', '.join(sorted(differing))}." if differing else "All columns that should be equal are equal."]
     if old.get("device") != new.get("device"):
-        notes.append(f"Another kind of machine: figures count as equal within {RELATIVE:.0%} or {ABSOLUTE:g}.")
+        notes.append(f"Another kind of machine: figures count as equal within {RELATIVE:.1%} or {ABSOLUTE:g}.")
     changed = [name for name in _circumstances() if old.get(name) != new.get(name)]
     notes += [f"{name}: {_change(str(old.get(name)), str(new.get(name)))}." for name in changed]
     title = f"{old['recipe']} of {named_model(old)} measured again, {old['corpus']} ({old['convention']}), key {old['key']}"
