@@ -12,7 +12,7 @@ from pathlib import Path
 
 import common
 
-SETTINGS = common.Settings(max_windows=256, questions=None, tasks=True, divergence=True)
+SETTINGS = common.Settings(max_windows=256, questions=None, tasks=True, divergence=True, seeds=(0, 1, 2))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,17 +46,18 @@ class Subject:
     corpora: tuple[str, ...] = ("wikitext2",)
     calibration: str = "c4"
     tasks: tuple[str, ...] = ()
-    groups: tuple[str, ...] = ("32", "64", "128", "channel")  # of the bitwidth sweep
+    groups: tuple[str, ...] = ("32", "128", "channel")  # of the bitwidth sweep
     window: int = 2048  # tokens, of texts and of calibration; cut to the model's context
     data: Path = DATA
 
 
 WIKITEXT = "text:{data}/text/wikitext2/wiki.test.raw"
 STORIES = HALF + "{data}/text/tinystories_val.txt"
-FILES = tuple(f"{name}:{{data}}/tasks/{name}.jsonl" for name in ("arc_easy", "piqa"))
 SUBJECTS = {
     "bundled": Subject("bundled", ("python-docs",), "python-docs", ("cloze",)),
-    "stories260K": Subject("{data}/models/stories260K-hf", (STORIES, WIKITEXT), STORIES, FILES, ("32", "64", "channel"), 256),
+    "stories260K": Subject(
+        "{data}/models/stories260K-hf", (STORIES, WIKITEXT), STORIES, groups=("32", "64", "channel"), window=256
+    ),
     # Its tokenizer knows the 105 characters of its stories and no others: WikiText-2 would be mostly unknown tokens.
     "babyllama": Subject("{data}/models/babyllama-hf", (STORIES,), STORIES),
     "gpt2": Subject("openai-community/gpt2"),

@@ -13,7 +13,9 @@ ratio of their bytes; with many rows arithmetic takes the time, and decoding is 
 
 import argparse
 import dataclasses
+import datetime
 import functools
+import importlib.metadata
 import importlib.util
 from pathlib import Path
 
@@ -42,6 +44,7 @@ class Experiment:
 
 TINY = Experiment(((256, 128),), ("int4-g128", "nf4-g64"), (1, 16), copies=2, copied_bytes=2**20, repeats=2)
 Cases = dict[tuple[str, str], tuple[timing.Program, int]]  # (format, implementation): what runs, bytes of one weight
+PEERS = ("bitsandbytes", "torchao")
 
 
 def run(experiment: Experiment, out: Path) -> list[dict[str, object]]:
@@ -54,8 +57,9 @@ def run(experiment: Experiment, out: Path) -> list[dict[str, object]]:
             about = made | {"kind": "kernels", "inputs": shape[0], "outputs": shape[1], "rows": count}
             if any(about.items() <= row.items() for row in rows):
                 continue
+            now = {"time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
             measured = [
-                about | row | {"copy_bytes_per_second": copy, "bandwidth_fraction": row["bytes_per_second"] / copy}
+                about | now | row | {"copy_bytes_per_second": copy, "bandwidth_fraction": row["bytes_per_second"] / copy}
                 for row in measure(experiment, shape, count)
             ]
             key = "kernels: {device}, {inputs}x{outputs}, {format}, {implementation}, M={rows}"
@@ -83,6 +87,8 @@ def measure(experiment: Experiment, shape: tuple[int, int], count: int) -> list[
         speed = moved * experiment.copies / total
         rows.append({"format": fmt, "implementation": implementation, "dtype": x.dtype.name, "weight_bytes": size})
         rows[-1] |= {"seconds": total / experiment.copies, "bytes_per_second": speed, "speedup": seconds[0] / total}
+        if implementation in PEERS:
+            rows[-1]["library"] = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in (implementation, "torch"))
     return rows
 
 
