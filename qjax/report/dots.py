@@ -31,7 +31,7 @@ from qjax.report.drawing import (
 )
 from qjax.report.figures import SMALLEST, VALUES, has_lines
 from qjax.report.rendering import Row, number
-from qjax.report.seeds import merge_seeds, seeds_of
+from qjax.report.seeds import seeds_of
 from qjax.report.sensitivity import placed_alone
 from qjax.report.series import increase
 from qjax.report.tables import describe, distinctions, is_baseline, require_one_group
@@ -138,9 +138,8 @@ def _common_format(shown: Sequence[Row]) -> str:
 
 
 def _merged(rows: Sequence[Row], shown: Sequence[Row]) -> dict[str, Row]:
-    """The lines of several seeds, merged where the baseline was measured too."""
-    baseline = [row for row in rows if is_baseline(row) and "window_nll" in row]
-    return {_name(row, shown): row for row in merge_seeds([*baseline, *shown])} if baseline and seeds_of(shown) else {}
+    """The lines of several draws."""
+    return {_name(row, shown): row for row in seeds_of(rows)}
 
 
 def _mean(members: Sequence[Row]) -> float:

@@ -20,6 +20,7 @@ from qjax.folders import prepare_output_folder
 from qjax.report.accuracy import accuracy_table, tasks_of
 from qjax.report.dots import dots_figure, has_dots
 from qjax.report.drawing import PNG_DPI, RC
+from qjax.report.estimates import shown_rows
 from qjax.report.figures import has_lines, perplexity_figure, with_share
 from qjax.report.kernels import by_device, has_kernels, kernels_figure, kernels_table
 from qjax.report.measured import has_measured, measured_table, shown_measurements
@@ -29,7 +30,7 @@ from qjax.report.rendering import Row, Table, to_csv, to_latex, to_markdown
 from qjax.report.seeds import seeds_of, seeds_table
 from qjax.report.sensitivity import ordinary, placed_alone, sensitivity_table
 from qjax.report.series import group_series, has_widths, increase, widths_table
-from qjax.report.tables import is_baseline, name_orders, perplexity_table, split_tables
+from qjax.report.tables import is_baseline, perplexity_table, split_tables
 from qjax.report.tradeoff import has_speed, tradeoff_table
 from qjax.sweep.rows import with_baseline
 
@@ -163,10 +164,10 @@ def _folder_exhibits(rows: Sequence[Row], exhibits: Sequence[Exhibit]) -> Iterat
 
 
 def _exhibits(rows: Sequence[Row], exhibits: Sequence[Exhibit]) -> Iterator[tuple[str, Exhibit, list[Row]]]:
-    """(file name, exhibit, rows) of what each group fills."""
+    """(file name, exhibit, rows) of what each group fills, a row for every cell."""
     groups = split_tables(rows)
     for name, group in zip(report_names(groups), groups, strict=True):
-        shown = group if placed_alone(group) else name_orders(group)
+        shown = shown_rows(group)
         yield from ((f"{name}-{exhibit.suffix}".rstrip("-"), exhibit, shown) for exhibit in exhibits if exhibit.shows(shown))
 
 

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 
 from qjax.errors import QjaxError
 from qjax.formats import INTEGERS, UNQUANTIZED, parse_format
+from qjax.report.draws import merge_draws
 from qjax.report.rendering import MISSING, Row, Table, TableColumn, decimals, number
-from qjax.report.seeds import seeds_of
 from qjax.report.sensitivity import ordinary
 from qjax.report.tables import (
     NOISE,
@@ -109,12 +109,12 @@ def increase(row: Row) -> float:
 
 
 def has_widths(rows: Sequence[Row]) -> bool:
-    """Whether the rows are of several methods, widths and groupings, each once."""
+    """Whether the rows are of several methods, widths and groupings."""
     found = _cells(rows)
     formats = {parse_format(fmt) for fmt, _ in found}
     methods = {method for _, method in found}
     counts = (len(methods), len({fmt.bits for fmt in formats}), len({(fmt.granularity, fmt.group) for fmt in formats}))
-    return min(counts) >= FEWEST and not seeds_of(rows)
+    return min(counts) >= FEWEST
 
 
 def widths_table(rows: Sequence[Row]) -> Table:
@@ -140,7 +140,7 @@ def widths_table(rows: Sequence[Row]) -> Table:
     ]
     notes = (
         f"Change of perplexity from {baseline_name(rows[0])}, percent. "
-        f"±: standard error over {over_units(rows)} of the difference. {NOISE}",
+        f"±: standard error of the difference, over {over_units(list(found.values()))}. {NOISE}",
         "Bits per weight are those of the first method; AWQ's input scales add to them where they cannot be folded.",
     )
     return Table(f"Methods by width, {describe(rows[0])}", tuple(columns), tuple(lines), notes)
@@ -149,7 +149,7 @@ def widths_table(rows: Sequence[Row]) -> Table:
 def _cells(rows: Sequence[Row]) -> dict[tuple[str, str], Row]:
     """(format, method with options and order) -> row, of integer formats."""
     found = {}
-    for row in ordinary(rows):
+    for row in ordinary(merge_draws(rows)):
         fmt = str(row["format"])
         if fmt != UNQUANTIZED and parse_format(fmt).grid in INTEGERS:
             found[fmt, str(row["recipe"]).replace(f":{fmt}", "")] = row
