@@ -79,7 +79,7 @@ class Settings:
     divergence: bool = False
     speed: bool = False
     seeds: tuple[int, ...] = (0,)
-    calibration_windows: int = 128
+    calibration_windows: int = 32  # what more than 8,192 tokens of calibration change is less than other draws do
     calibration_window: int | None = None  # the subject's
 
 
