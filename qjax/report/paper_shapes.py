@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from qjax.errors import QjaxError
-from qjax.evaluate.statistics import Difference, equal_units, interval, jackknife_error, units_of, with_seeds
+from qjax.evaluate.statistics import Difference, equal_units, interval, jackknife_error, units_of, with_draws
 from qjax.report.accuracy import mean_reach
 from qjax.report.rendering import MISSING, Row, Table, TableColumn, documents_of, loss_change, losses, number, with_error
 from qjax.report.tables import describe, is_baseline, over_units, split_tables
@@ -192,7 +192,7 @@ def _estimate(samples: Sequence[Float[np.ndarray, " n"]], counts: Float[np.ndarr
     """Mean over seeds. samples: a seed's figure, of all windows, then without each unit. counts: tokens of each unit."""
     values = np.array([float(sample[0]) for sample in samples])
     over_documents = float(np.mean([jackknife_error(sample[1:]) for sample in samples]))
-    return with_seeds(interval(float(values.mean()), over_documents, equal_units(counts) - 1), values).change
+    return with_draws(interval(float(values.mean()), over_documents, equal_units(counts) - 1), values).change
 
 
 def _judged(finding: Finding, found: Difference) -> Judged:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from qjax.errors import QjaxError
-from qjax.evaluate.statistics import accuracy_difference, aggregate_seeds, with_seeds
+from qjax.evaluate.statistics import accuracy_difference, aggregate_draws, with_draws
 from qjax.report.accuracy import tasks_of
 from qjax.report.rendering import (
     Row,
@@ -74,11 +74,11 @@ def _baseline(rows: Sequence[Row]) -> Row:
 def _merge(group: Sequence[Row], baseline: Row) -> Row:
     first, counts = group[0], np.array(baseline["window_tokens"])
     with np.errstate(invalid="ignore"):  # of seeds that diverged the mean is infinite and its error unknown
-        found = aggregate_seeds([loss_change(row, baseline) for row in group], counts, documents_of(baseline))
+        found = aggregate_draws([loss_change(row, baseline) for row in group], counts, documents_of(baseline))
     change = found.change
     ratio = math.exp(change.value) if change.value < 700 else math.inf
     merged = {key: first[key] for key in KEPT if key in first} | {
-        "seeds": found.seeds,
+        "seeds": found.draws,
         "nll_delta": change.value,
         "nll_delta_stderr": change.stderr,
         "nll_delta_low": change.low,
@@ -93,7 +93,7 @@ def _merge(group: Sequence[Row], baseline: Row) -> Row:
         # The error over questions is that of a single seed's difference, which few changed answers do not make 0.
         single = [accuracy_difference(each, before, documents) for each in right]
         typical = single[0]._replace(stderr=float(np.mean([each.stderr for each in single])))
-        found = with_seeds(typical, np.array([each.value for each in single]))
+        found = with_draws(typical, np.array([each.value for each in single]))
         change = found.change
         merged |= {f"accuracy_delta:{task}": change.value, f"accuracy_delta_stderr:{task}": change.stderr}
         merged |= {f"accuracy_delta_low:{task}": change.low, f"accuracy_delta_high:{task}": change.high}
