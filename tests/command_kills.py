@@ -95,7 +95,17 @@ class Swept:
         """The command."""
         data = ("--data", "text:text.txt", "--calibration", "text:other.txt", "--calibration-windows", "4")
         return command(
-            "sweep", "tiny", "--recipes", RECIPES[0], *data, "--convention", "windows-32", "--max-windows", "4", "--out=out", **options
+            "sweep",
+            "tiny",
+            "--recipes",
+            RECIPES[0],
+            *data,
+            "--convention",
+            "windows-32",
+            "--max-windows",
+            "4",
+            "--out=out",
+            **options,
         )
 
     def begin(self, number: int) -> None:

@@ -1,12 +1,13 @@
 """Numbers that documents print, computed from the rows of results/.
 
-Behind a paragraph stands a comment of expressions in Python, one for each of its numbers in order, made of names of `evidence.py`;
+Behind a paragraph stands a comment of expressions in Python, one for each of its numbers in order, of names of `evidence.py`;
 numbers in code, headings and links are not counted:
 
     GPTQ costs 0.39 of what nearest rounding does at 4 bits.
     <!-- = share("quickstart", "gptq:int4-g128", "rtn:int4-g128"); 4 -->
 
-A number must be what its expression is with as many decimals as are printed. An expression that gives a bool stands for no
+`HERE` is the folder of results that the document is in; `*(...)` stands for several numbers. A number must be what its
+expression is with as many decimals as are printed. An expression that gives a bool stands for no
 number and must be True; one that gives a text is the whole paragraph (a table). `python -m tests.documents` writes what the
 rows say into the documents, and lists what is not True.
 """
@@ -17,12 +18,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from tests import evidence
 from tests.paths import REPOSITORY
 
 PARAGRAPH = re.compile(r"(?P<text>(?:^(?!<!--)\S[^\n]*\n)+)(?:<!-- = (?P<expressions>(?s:.*?)) -->\n)?", re.MULTILINE)
 UNCOUNTED = re.compile(r"`[^`]*`|\]\([^)]*\)|arXiv \S+|doi \S+|^\|?[-:| ]+$|^#.*$|[A-Za-z][\w.-]*\d[\w.-]*", re.MULTILINE)
-NUMBER = re.compile(r"(?<![\w.])[+-]?\d[\d,]*(?:\.\d+)?")
+NUMBER = re.compile(r"(?<![\w.])[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
 
 
 class Statement(NamedTuple):
@@ -58,14 +61,15 @@ def numbers(text: str) -> list[re.Match]:
 def values(statement: Statement) -> tuple[list[float], str | None, list[str]]:
     """(numbers, the whole paragraph or None, expressions that are not True)."""
     found, whole, wrong = [], None, []
+    names = vars(evidence) | {"HERE": statement.path.parent.name}
     for expression in filter(None, map(str.strip, statement.expressions.split(";"))):
-        value = eval(expression, vars(evidence))
-        if isinstance(value, str):
-            whole = value
-        elif isinstance(value, bool) or type(value).__name__ == "bool":
-            wrong += [] if value else [expression]
-        else:
-            found.append(float(value))
+        for value in eval(f"({expression},)", names):
+            if isinstance(value, str):
+                whole = value
+            elif isinstance(value, (bool, np.bool_)):
+                wrong += [] if value else [expression]
+            else:
+                found.append(float(value))
     return found, whole, wrong
 
 

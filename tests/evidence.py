@@ -5,49 +5,51 @@ Changes are in percent of the unquantized model's perplexity, accuracies and fli
 
 import functools
 
-from qjax.report.draws import merge_draws
-from qjax.report.rendering import Row, decimals, with_error
-from qjax.report.tables import change_of_perplexity, perplexity_text, split_tables
-from qjax.sweep.rows import is_baseline
+from qjax.report.estimates import Estimate, cell_estimates
+from qjax.report.rendering import decimals, with_error
+from qjax.report.tables import change_of_perplexity, perplexity_text
 from qjax.sweep.store import ROWS, read_rows
 from tests.paths import REPOSITORY
 
 RESULTS = REPOSITORY / "results"
-BUNDLED = "bundled"
+BUNDLED, BASELINE = "bundled", "none"
 
 
 @functools.cache
-def cells(folder: str, model: str = BUNDLED, corpus: str = "") -> dict[str, Row]:
-    """Rows of a model and a text by recipe, draws together. corpus: a part of its name; the first one's by default."""
-    rows = [row for row in read_rows(RESULTS / folder / ROWS) if row.get("model", "").startswith(model) and "window_nll" in row]
-    groups = [group for group in split_tables(rows) if corpus in group[0]["corpus"]]
-    return {row["recipe"]: row for row in merge_draws(groups[0])}
+def cells(folder: str, model: str = BUNDLED, text: str = "") -> dict[str, Estimate]:
+    """What rows of a model and a text say, by recipe and what else tells them apart. text: a part of its name."""
+    found = cell_estimates(read_rows(RESULTS / folder / ROWS))
+    return {" ".join(key[2:]): cell for key, cell in found.items() if key[0].startswith(model) and text in key[1]}
 
 
-def cell(folder: str, recipe: str, **where: str) -> Row:
+def cell(folder: str, recipe: str, **where: str) -> Estimate:
     """One of them."""
     return cells(folder, **where)[recipe]
 
 
-def baseline(folder: str, **where: str) -> Row:
-    """The unquantized model's."""
-    return next(row for row in cells(folder, **where).values() if is_baseline(row))
-
-
 def change(folder: str, recipe: str, **where: str) -> float:
     """Change of perplexity, %."""
-    return 100 * (cell(folder, recipe, **where)["perplexity_ratio"] - 1)
+    return cell(folder, recipe, **where).change
 
 
 def error(folder: str, recipe: str, **where: str) -> float:
     """Its standard error."""
-    return 100 * cell(folder, recipe, **where)["perplexity_ratio_stderr"]
+    return cell(folder, recipe, **where).change_stderr
 
 
-def noise(folder: str, recipe: str, **where: str) -> bool:
-    """Whether its 95 % interval holds zero."""
-    row = cell(folder, recipe, **where)
-    return row["nll_delta_low"] <= 0 <= row["nll_delta_high"]
+def bits(folder: str, recipe: str, **where: str) -> float:
+    """Exact bits per weight."""
+    return cell(folder, recipe, **where).bits_per_weight
+
+
+def is_noise(found: Estimate) -> bool:
+    """Whether the 95 % interval of its change holds zero."""
+    return found.change_low <= 0 <= found.change_high
+
+
+def resolved(folder: str, bits: int, **where: str) -> list[bool]:
+    """Of every recipe of so many bits whether its change is told from zero."""
+    return [not is_noise(found) for found in cells(folder, **where).values() if found.row["bits"] == bits]
 
 
 def share(folder: str, recipe: str, of: str, **where: str) -> float:
@@ -55,25 +57,10 @@ def share(folder: str, recipe: str, of: str, **where: str) -> float:
     return change(folder, recipe, **where) / change(folder, of, **where)
 
 
-def accuracy(folder: str, recipe: str, task: str = "cloze") -> float:
-    """Accuracy, %."""
-    return 100 * cell(folder, recipe)[f"accuracy:{task}"]
-
-
-def accuracy_change(folder: str, recipe: str, task: str = "cloze") -> float:
-    """Its change, points."""
-    return 100 * cell(folder, recipe)[f"accuracy_delta:{task}"]
-
-
 def accuracy_noise(folder: str, recipe: str, task: str = "cloze") -> bool:
-    """Whether the change's 95 % interval holds zero."""
-    row = cell(folder, recipe)
+    """Whether the 95 % interval of a change of accuracy holds zero."""
+    row = cell(folder, recipe).row
     return row[f"accuracy_delta_low:{task}"] <= 0 <= row[f"accuracy_delta_high:{task}"]
-
-
-def flips(folder: str, recipe: str, task: str = "cloze") -> float:
-    """Answers that went from right to wrong or back, %."""
-    return 100 * cell(folder, recipe)[f"flips:{task}"]
 
 
 # --- tables of the README -------------------------------------------------------------------------------------------------
@@ -89,10 +76,10 @@ ACCURACY = tuple(f"{method}:int{bits}-g128" for bits in (8, 4, 3, 2) for method 
 
 def quickstart_table() -> str:
     """Bits, perplexity and its change."""
-    base = baseline("quickstart")
+    base = cell("quickstart", BASELINE).row
     lines = [("none (bfloat16)", decimals(3)(base, "bits_per_weight"), perplexity_text(base, "perplexity"), "")]
     for recipe in QUICKSTART:
-        row = cell("quickstart", recipe)
+        row = cell("quickstart", recipe).row
         figures = perplexity_text(row, "perplexity"), change_of_perplexity(row, "perplexity_ratio")
         lines.append((f"`{recipe}`", decimals(3)(row, "bits_per_weight"), *figures))
     return _markdown(("recipe", "bits per weight", "perplexity", "change (%)"), lines)
@@ -100,28 +87,28 @@ def quickstart_table() -> str:
 
 def accuracy_table() -> str:
     """Accuracy of `cloze`, its change, flips, and KL divergence."""
-    base = baseline("accuracy")
-    lines = [("none (bfloat16)", with_error(accuracy("accuracy", base["recipe"]), _stderr(base)), "", "", "")]
+    base = cell("accuracy", BASELINE)
+    lines = [("none (bfloat16)", with_error(base.accuracy["cloze"], _stderr(base.row)), "", "", "")]
     for recipe in (each for each in ACCURACY if each in cells("accuracy")):
-        row = cell("accuracy", recipe)
-        change = with_error(accuracy_change("accuracy", recipe), 100 * row["accuracy_delta_stderr:cloze"], sign="+")
+        found = cell("accuracy", recipe)
+        change = with_error(found.accuracy_change["cloze"], 100 * found.row["accuracy_delta_stderr:cloze"], sign="+")
         lines.append(
             (
-                *(f"`{recipe}`", with_error(accuracy("accuracy", recipe), _stderr(row))),
+                *(f"`{recipe}`", with_error(found.accuracy["cloze"], _stderr(found.row))),
                 f"{'≈ ' * accuracy_noise('accuracy', recipe)}{change}",
-                *(f"{flips('accuracy', recipe):.1f}", with_error(row["kl"], row["kl_stderr"])),
+                *(f"{found.flips['cloze']:.1f}", with_error(found.kl, found.row["kl_stderr"])),
             )
         )
     return _markdown(("recipe", "accuracy (%)", "change (points)", "flips (%)", "KL (nats a token)"), lines)
 
 
-def _stderr(row: Row) -> float:
+def _stderr(row: dict) -> float:
     return 100 * row["accuracy_stderr:cloze"]
 
 
 def _markdown(headers: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
     rows = [headers, ("---", *["---:"] * (len(headers) - 1)), *lines]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows).replace("|  |", "| |")
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows).replace("  ", " ")
 
 
 # --- kernels --------------------------------------------------------------------------------------------------------------
