@@ -25,9 +25,9 @@ from qjax.errors import QjaxError
 from qjax.formats import parse_format
 from qjax.linear import Linear, dequantize, dequantize_tree
 from qjax.maps import Scale
-from qjax.models.config import LinearScaling, Llama3Scaling
 from qjax.models.model import apply
 from qjax.models.parameters import flatten, unflatten
+from qjax.models.scalings import LinearScaling, Llama3Scaling
 from qjax.models.walk import Decoder
 from qjax.rounding.nearest import rtn
 from tests.conftest import GEMMA, GPT2, GPT_NEOX, OPT, byte_tokenizer, random_model, tiny_config
