@@ -84,7 +84,6 @@ def _sentencepiece(values: Mapping[str, object], tokens: list[str]) -> dict:
     scores = _list(values, "scores", float)
     if len(scores) != len(tokens):
         raise QjaxError(f"tokenizer.ggml.scores has {len(scores)} numbers, expected one for each of {len(tokens)} tokens")
-    tokens = [SPACE * len(token) if token and not token.strip(" ") else token for token in tokens]
     prefix = values.get("tokenizer.ggml.add_space_prefix", True) is not False
     unknown = values.get("tokenizer.ggml.unknown_token_id")
     spaces = [{"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
