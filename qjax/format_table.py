@@ -36,6 +36,7 @@ EXAMPLES = (
     ("mxfp8_e5m2", "FP8 with 5 exponent bits, the same way"),
     ("nvfp4", "FP4 in groups of 16, scales are FP8 times one float32"),
     ("fp8_e4m3-channel", "FP8 with 4 exponent and 3 mantissa bits, largest 448"),
+    ("fp8_e4m3-g128-fp32x128", "FP8 in tiles of 128 x 128, one scale each (DeepSeek-V3)"),
     ("fp8_e5m2-channel", "FP8 with 5 exponent and 2 mantissa bits, largest 57344"),
 )
 
