@@ -84,13 +84,15 @@ def columns(q: QTensor, index: np.ndarray) -> QTensor:
     """The weight of some output columns: the same codes, and the same scales where each belongs to one column; where what is
     stored of scales spans several, the float32 numbers that they stand for.
 
-    Raises QjaxError where groups go over the ends of columns.
+    Raises QjaxError where groups go over the ends of columns, and for minima, which are not stored by columns.
     """
     fmt, (rows, width) = q.format, q.shape
     if fmt.is_float:
         return dataclasses.replace(q, codes=q.codes[:, index])
     if fmt.crosses_columns(rows):
         raise QjaxError(f"blocks of {fmt.group} go over the ends of columns of {rows} weights, which cannot be taken apart")
+    if fmt.has_minima:
+        raise QjaxError(f"a weight in {fmt} cannot be taken apart: its minima are stored together")
     shape = fmt.parameter_shape(rows, width)
     if fmt.granularity == "tensor":
         return dataclasses.replace(q, codes=q.codes[:, index])

@@ -50,7 +50,7 @@ GENERATION = "generation_config.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 REPLACED = ("qjax.json", GENERATION, CONFIG, INDEX, "model*.safetensors", "tokenizer*.json", "layers.jsonl")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-NO_GGUF = "which cannot be read yet; give the Hugging Face folder that it was made from"
+NO_GGUF = "no Hugging Face folder; qjax.load reads it"
 OTHER_TOKENIZERS = ("tokenizer.model", "spiece.model", "vocab.json", "tokenizer.tiktoken")
 COMPANIONS = (
     *(GENERATION, TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
@@ -73,7 +73,7 @@ def load_huggingface(folder: str | Path, *, lazy: bool = False) -> Model:
     if not is_folder(folder):
         raise QjaxError(f"{folder} is a file; give its folder" if status(folder) else f"{folder}: no such folder")
     if not status(folder / CONFIG):
-        files = f", and its GGUF files are of a kind {NO_GGUF}" if any(folder.glob("*.gguf")) else ""
+        files = f"; its GGUF files are {NO_GGUF}" if any(folder.glob("*.gguf")) else ""
         raise QjaxError(f"{folder} has no {CONFIG}: it is not a Hugging Face checkpoint folder{files}")
     content = _with_ends(folder, read_json(folder / CONFIG))
     try:

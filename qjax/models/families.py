@@ -11,12 +11,13 @@ from collections.abc import Iterable
 from qjax.errors import QjaxError
 from qjax.models.config import DecoderConfig
 from qjax.models.family import Family
+from qjax.models.family_gemma import GEMMA, GEMMA2, GEMMA3
 from qjax.models.family_gpt import GPT2, GPT_NEOX, OPT
-from qjax.models.family_llama import GEMMA, LLAMA, MISTRAL, QWEN2
+from qjax.models.family_llama import LLAMA, MISTRAL, QWEN2
 from qjax.models.walk import block_of
 from qjax.untrusted import quoted
 
-FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, GPT2, GPT_NEOX, OPT, GEMMA)}
+FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, GPT2, GPT_NEOX, OPT, GEMMA, GEMMA2, GEMMA3)}
 
 
 def find_family(config: dict) -> Family:

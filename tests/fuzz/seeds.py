@@ -18,6 +18,7 @@ from qjax.maps import Permute, Scale
 from qjax.models.parameters import flatten, unflatten
 from tests import foreign, foreign_makers
 from tests.conftest import FAMILY_CHANGES, byte_tokenizer, tiny_config
+from tests.gguf_files import file_bytes, model_tensors, model_values, random_rows
 from tests.random_weights import weights_model
 from tests.report_rows import early_row, measured_row
 
@@ -96,7 +97,8 @@ def foreign_folder(kind: str) -> dict[str, bytes]:
 
 def models() -> list[dict[str, bytes]]:
     """All small folders."""
-    return [*map(checkpoint, FAMILY_CHANGES), packed_folder(False), packed_folder(True), *map(foreign_folder, FOREIGN)]
+    ours = [packed_folder(False), packed_folder(True), gguf_file(False), gguf_file(True)]
+    return [*map(checkpoint, FAMILY_CHANGES), *ours, *map(foreign_folder, FOREIGN)]
 
 
 @functools.cache
@@ -130,6 +132,37 @@ def tokenizers() -> list[dict]:
             }
         },
     ]
+
+
+GGUF_KINDS = ("F32", "F16", "Q4_1", "Q8_0", "Q5_0", "MXFP4", "IQ4_NL")
+
+
+@functools.cache
+def gguf_parts(sentencepiece: bool) -> tuple[dict, dict]:
+    """Values and tensors of a small GGUF file, several of which are quantized, with a tokenizer of either kind."""
+    model = weights_model(tiny_config(vocabulary_size=300))
+    values, tensors = model_values(model), model_tensors(model)
+    for number, (name, (_, shape, _)) in enumerate(list(tensors.items())):
+        kind = GGUF_KINDS[number % len(GGUF_KINDS)]
+        if len(shape) == 2 and kind.startswith("F"):
+            tensors[name] = (kind, shape, bytes(shape[0] * shape[1] * int(kind[1:]) // 8))
+        elif shape[-1] == 32 and len(shape) == 2:
+            tensors[name] = (kind, shape, random_rows(kind, *shape).tobytes())
+    letters = list(json.loads(byte_tokenizer().to_json())["model"]["vocab"])
+    tokens = ["<unk>", "<s>", "</s>", *letters, "aa", "ab"]
+    types = np.array([2, 3, 3, *[1] * (len(tokens) - 3)], np.int32)
+    own = {"model": "gpt2", "pre": "smollm", "tokens": tokens, "token_type": types, "merges": ["a a", "a b"]}
+    if sentencepiece:
+        tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "▁a", "aa", "  "]
+        scores = -np.arange(len(tokens), dtype=np.float32)
+        own = {"model": "llama", "tokens": tokens, "scores": scores, "token_type": np.ones(len(tokens), np.int32)}
+    own |= {"bos_token_id": 1, "eos_token_id": 2, "add_bos_token": True, "unknown_token_id": 0}
+    return values | {f"tokenizer.ggml.{key}": value for key, value in own.items()}, tensors
+
+
+def gguf_file(sentencepiece: bool) -> dict[str, bytes]:
+    """The file of these parts, in a folder."""
+    return {"tiny.gguf": file_bytes(*gguf_parts(sentencepiece))}
 
 
 @functools.cache
