@@ -42,6 +42,7 @@ EXAMPLES = (
     ("int4-g32-k6m-k6", "GGUF's Q4_K (read only): 6-bit scales and minima; Q5_K is int5-g32-k6m-k6"),
     ("int6-g16-sym-full-k8s", "GGUF's Q6_K: 8-bit scales times a float16 of 256 weights"),
     ("fp8_e4m3-channel", "FP8 with 4 exponent and 3 mantissa bits, largest 448"),
+    ("fp8_e4m3-g128-fp32x128", "FP8 in tiles of 128 x 128, one scale each (DeepSeek-V3)"),
     ("fp8_e5m2-channel", "FP8 with 5 exponent and 2 mantissa bits, largest 57344"),
 )
 

@@ -38,7 +38,8 @@ from collections.abc import Callable, Collection, Sequence
 from qjax import words
 from qjax.codebooks import Codebook, codebooks, middle_codebook
 from qjax.errors import QjaxError
-from qjax.scales import SCALES, Floats, packed_rows
+from qjax.file_scales import SCALES
+from qjax.scales import Floats, packed_rows
 from qjax.zeros import ZEROS, Zeros
 
 BOUNDS = ("max", "edge", "full")
@@ -133,7 +134,7 @@ class Format:
     @property
     def scale_codec(self) -> Floats:
         """How scales are stored."""
-        return SCALES[self.scales]
+        return SCALES[self.scales].of_layout(self.is_flat)
 
     @property
     def zero_codec(self) -> Zeros | None:
@@ -174,7 +175,7 @@ class Format:
         shape = self.parameter_shape(in_features, out_features)
         if self.is_affine:
             size += self.zero_codec.nbytes(shape, self.bits, self.is_flat)
-        return size + self.scale_codec.nbytes(math.prod(shape))
+        return size + self.scale_codec.nbytes_of(shape)
 
     def bits_per_weight(self, in_features: int = 4096, out_features: int = 4096) -> float:
         """Exact bits per weight of an (in_features, out_features) weight."""

@@ -135,6 +135,24 @@ def _checkpoint(rng: random.Random, folder: Path) -> None:
     _write(rng, folder, files)
 
 
+def _quantized(rng: random.Random, folder: Path) -> None:
+    """What a folder says of its quantizer is changed, or what it holds; now and then it is said in a file of its own."""
+    files = dict(seeds.foreign_folder(rng.choice(list(seeds.FOREIGN))))
+    config = json.loads(files["config.json"])
+    settings = config.pop("quantization_config")
+    if rng.random() < 0.5:
+        files["model.safetensors"] = _weights(rng, files["model.safetensors"])
+    else:
+        settings = mutations.json_value(rng, settings)
+    raw = json.dumps(settings).replace(f'"{mutations.RAW}', '"').encode("utf-8", "surrogatepass")
+    if rng.random() < 0.2:
+        files[rng.choice(("quantize_config.json", "quant_config.json", "hf_quant_config.json"))] = raw
+    else:
+        config["quantization_config"] = settings
+    files["config.json"] = json.dumps(config).encode()
+    _write(rng, folder, files)
+
+
 def _split(content: bytes) -> tuple[dict, bytes]:
     """Header and rest of a safetensors file."""
     end = 8 + int.from_bytes(content[:8], "little")
@@ -147,7 +165,9 @@ def _weights(rng: random.Random, content: bytes) -> bytes:
     header, rest = _split(content)
     for entry in header.values():
         if rng.random() < 0.1 and "dtype" in entry:
-            entry["dtype"] = rng.choice(("F64", "F8_E4M3", "F8_E5M2", "BOOL", "I64", "U16", "F32", "F16", "BF16", "F4", "C64"))
+            entry["dtype"] = rng.choice(
+                ("F64", "I8", "I32", "U8", "F8_E4M3", "F8_E5M2", "BOOL", "I64", "U16", "F32", "F16", "BF16", "F4", "C64")
+            )
     header = mutations.json_bytes(rng, header)
     length = len(header) if rng.random() < 0.9 else rng.choice(mutations.ODD_NUMBERS[:14]) & (2**64 - 1)
     return length.to_bytes(8, "little") + header + rest
@@ -385,6 +405,7 @@ def read_unchanged(folder: Path) -> int:
 READERS = {
     "config": Reader(_config, lambda folder: read_config(read_json(folder / "config.json"))),
     "checkpoint": Reader(_checkpoint, load_huggingface),
+    "quantized": Reader(_quantized, load_huggingface),
     "tensors": Reader(_tensors, _read_tensors),
     "packed": Reader(_packed, load_packed),
     "gguf": Reader(_gguf, _read_gguf),

@@ -16,12 +16,43 @@ from qjax.checkpoints.huggingface import save_huggingface
 from qjax.linear import Linear, LowRank, Outliers
 from qjax.maps import Permute, Scale
 from qjax.models.parameters import flatten, unflatten
+from tests import foreign, foreign_makers
 from tests.conftest import FAMILY_CHANGES, byte_tokenizer, tiny_config
 from tests.gguf_files import file_bytes, model_tensors, model_values, random_rows
 from tests.random_weights import weights_model
 from tests.report_rows import early_row, measured_row
 
 PRECOMPILED = base64.b64encode(struct.pack("<I", 1024) + bytes(1024) + b"ab\0").decode()  # a trie that knows no text
+GROUP = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": 16, "actorder": "group"}
+FLOAT8 = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
+GROUPS = {"a": {"targets": ["re:.*mlp.*", "Linear"], "weights": GROUP, "input_activations": None}}
+TILES = {"weights": {"num_bits": 8, "type": "float", "strategy": "channel"}, "targets": ["Linear"], "input_activations": FLOAT8}
+NVFP4 = {"weights": {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}, "targets": ["Linear"]}
+FOREIGN = {  # kind -> (settings, maker of `tests.foreign`)
+    "gptq": (
+        {"quant_method": "gptq", "bits": 3, "group_size": 16, "sym": True, "desc_act": True, "dynamic": {"-:.*gate": {}}},
+        functools.partial(foreign.gptq, bits=3, symmetric=True, ordered=True),
+    ),
+    "awq": ({"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm", "zero_point": True}, foreign_makers.awq),
+    "bitsandbytes": (
+        {"quant_method": "bitsandbytes", "load_in_4bit": True},
+        functools.partial(foreign_makers.bitsandbytes, nested=True),
+    ),
+    "compressed": (
+        {"quant_method": "compressed-tensors", "config_groups": GROUPS, "ignore": ["lm_head"], "kv_cache_scheme": None},
+        functools.partial(foreign_makers.integers, symmetric=False, ordered=True),
+    ),
+    "fp8": ({"quant_method": "compressed-tensors", "config_groups": {"a": TILES}}, foreign_makers.fp8),
+    "nvfp4": ({"quant_method": "compressed-tensors", "config_groups": {"a": NVFP4}}, foreign_makers.fp4),
+    "auto-round": (
+        {"quant_method": "auto-round", "bits": 4, "group_size": 16, "sym": False, "extra_config": {"lm_head": {"bits": 16}}},
+        foreign.gptq,
+    ),
+    "modelopt": (
+        {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16},
+        functools.partial(foreign_makers.fp4, whole="weight_scale_2", packed="weight"),
+    ),
+}
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "packed_v1"
 
 
@@ -55,9 +86,19 @@ def packed_folder(layered: bool) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
+@functools.cache
+def foreign_folder(kind: str) -> dict[str, bytes]:
+    """Files of a small folder as another library quantized it."""
+    settings, make = FOREIGN[kind]
+    with tempfile.TemporaryDirectory() as folder:
+        foreign.write(Path(folder) / "a", settings, make(), foreign.llama(vocabulary_size=64))
+        return {path.name: path.read_bytes() for path in (Path(folder) / "a").iterdir()}
+
+
 def models() -> list[dict[str, bytes]]:
     """All small folders."""
-    return [*map(checkpoint, FAMILY_CHANGES), packed_folder(False), packed_folder(True), gguf_file(False), gguf_file(True)]
+    ours = [packed_folder(False), packed_folder(True), gguf_file(False), gguf_file(True)]
+    return [*map(checkpoint, FAMILY_CHANGES), *ours, *map(foreign_folder, FOREIGN)]
 
 
 @functools.cache
