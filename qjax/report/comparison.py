@@ -127,7 +127,7 @@ def _is_metric(key: str, value: object) -> bool:
 def _pairs_table(title: str, pairs: Sequence[tuple[Row, Row]], shown: Mapping[str, str], metric: str, family: bool) -> Table:
     """shown: which of "old" and "new" has a column, with its name."""
     found = [_difference_of(old, new, metric) for old, new in pairs]
-    marked = holm([each.p for each in found]) if family else [not each.is_noise for each in found]
+    marked = holm([each.p for each in found]) if family else [each.p < 1 - LEVEL for each in found]
     rows = [
         {**new, "old": _value(old, metric), "new": _value(new, metric)}
         | {"difference": _value(new, metric) - _value(old, metric), "difference_stderr": each.stderr, "marked": mark}

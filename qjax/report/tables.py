@@ -7,7 +7,7 @@ Rows of different baselines, texts, conventions or devices are never put in one 
 from collections.abc import Iterable, Sequence
 
 from qjax.errors import QjaxError
-from qjax.evaluate.statistics import FEWEST
+from qjax.evaluate.statistics import FEWEST, is_noise
 from qjax.format_table import format_table
 from qjax.formats import UNQUANTIZED
 from qjax.report.rendering import (
@@ -54,9 +54,8 @@ NOISE = "≈: the 95 % interval of the change holds zero."
 
 
 def within_noise(row: Row) -> bool:
-    """Whether the 95 % interval of the difference of a model's loss from the baseline's holds zero, and more than zero."""
-    low, high = number(row, "nll_delta_low"), number(row, "nll_delta_high")
-    return not is_baseline(row) and low <= 0 <= high and low < high
+    """Whether the difference of a model's loss from the baseline's is noise."""
+    return not is_baseline(row) and is_noise(number(row, "nll_delta_low"), number(row, "nll_delta_high"))
 
 
 def over_units(rows: Sequence[Row], of: str = "documents") -> str:
