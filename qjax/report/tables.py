@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from qjax.errors import QjaxError
-from qjax.evaluate.statistics import FEWEST
+from qjax.evaluate.statistics import FEWEST, interval
 from qjax.format_table import format_table
 from qjax.formats import UNQUANTIZED
 from qjax.report.draws import DRAWS, merge_draws
@@ -62,6 +62,13 @@ def within_noise(row: Row) -> bool:
     """Whether the 95 % interval of the difference of a model's loss from the baseline's holds zero, and more than zero."""
     low, high = number(row, "nll_delta_low"), number(row, "nll_delta_high")
     return not is_baseline(row) and low <= 0 <= high and low < high
+
+
+def noise_note(rows: Sequence[Row]) -> str:
+    """What ≈ means, and how wide intervals are where draws are few."""
+    draws = min((int(row[DRAWS]) for row in rows if DRAWS in row), default=0)
+    wide = f" Of {draws} draws it reaches up to {interval(0.0, 1.0, draws - 1).high:.1f} standard errors." if draws else ""
+    return f"{NOISE}{wide}"
 
 
 def over_units(rows: Sequence[Row], of: str = "documents") -> str:
@@ -215,7 +222,7 @@ def perplexity_table(rows: Sequence[Row]) -> Table:
     baseline = baseline_name(first)
     notes = [f"±: standard error over {over_units(rows)}; of the change, of the difference from {baseline} window by window."]
     if any(within_noise(row) for row in rows):
-        notes.append(NOISE)
+        notes.append(noise_note(rows))
     devices = sorted({str(row["device"]) for row in rows if "device" in row})
     notes += [f"Measured on {' and '.join(devices)}."] if devices else []
     title = ", ".join([f"Perplexity of {describe(first)}", *counts])
