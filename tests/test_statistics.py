@@ -193,7 +193,7 @@ def test_accuracies_over_draws_are_of_each_questions_mean():
 def test_a_model_does_not_differ_from_itself():
     losses = np.arange(1.0, 9.0)
     same = paired_difference(losses, losses, np.full(8, 100))
-    assert (same.value, same.stderr, same.low, same.high, same.is_noise) == (0, 0, 0, 0, True)
+    assert (same.value, same.stderr, same.low, same.high, same.p, same.is_noise) == (0, 0, 0, 0, 1, False)
     right = np.arange(100) % 3 == 0
     same = accuracy_difference(right, right)
     assert same.value == 0 and same.is_noise

@@ -52,8 +52,8 @@ class Difference(NamedTuple):
 
     @property
     def is_noise(self) -> bool:
-        """Whether no difference at all is within the interval: what the mark of tables says."""
-        return self.low <= 0 <= self.high
+        """`is_noise` of the interval."""
+        return is_noise(self.low, self.high)
 
     @property
     def p(self) -> float:
@@ -66,6 +66,13 @@ class Difference(NamedTuple):
 
         off = abs((self.low + self.high) / 2 - truth)
         return float(2 * stdtr(min(self.dof, 1e9), -off / self.stderr)) if self.stderr else float(off == 0)
+
+
+def is_noise(low: float, high: float) -> bool:
+    """Whether an interval holds zero, which is what ≈ says in tables, and more than zero: what is exactly equal differs by no
+    noise.
+    """
+    return low <= 0 <= high and low < high
 
 
 def interval(value: float, stderr: float, dof: float = math.inf) -> Difference:

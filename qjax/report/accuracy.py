@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 
 from qjax.errors import QjaxError
+from qjax.evaluate.statistics import is_noise
 from qjax.report.measured import heading, stderr_key
 from qjax.report.rendering import MISSING, Row, Table, TableColumn, columns_of, number, with_error
 from qjax.report.tables import DRAWS, baseline_name, is_baseline, lines_of, model_of, noise_note
@@ -72,7 +73,7 @@ def _percent(row: Row, key: str) -> str:
 
 
 def _within_noise(row: Row, task: str) -> bool:
-    return not is_baseline(row) and number(row, f"accuracy_delta_low:{task}") <= 0 <= number(row, f"accuracy_delta_high:{task}")
+    return not is_baseline(row) and is_noise(*(number(row, f"accuracy_delta_{end}:{task}") for end in ("low", "high")))
 
 
 def _change(row: Row, key: str) -> str:
@@ -87,7 +88,7 @@ def mean_change(row: Row, key: str) -> str:
     if is_baseline(row):
         return MISSING
     change, error, reach = number(row, key), number(row, stderr_key(key)), mean_reach(row)
-    return ("≈ " if abs(change) <= reach else "") + with_error(100 * change, 100 * error, sign="+")
+    return ("≈ " if is_noise(change - reach, change + reach) else "") + with_error(100 * change, 100 * error, sign="+")
 
 
 def mean_reach(row: Row) -> float:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from qjax.errors import QjaxError
-from qjax.evaluate.statistics import FEWEST, interval
+from qjax.evaluate.statistics import FEWEST, interval, is_noise
 from qjax.format_table import format_table
 from qjax.formats import UNQUANTIZED
 from qjax.report.draws import DRAWS, merge_draws
@@ -59,9 +59,8 @@ NOISE = "≈: the 95 % interval of the change holds zero, each change by itself.
 
 
 def within_noise(row: Row) -> bool:
-    """Whether the 95 % interval of the difference of a model's loss from the baseline's holds zero, and more than zero."""
-    low, high = number(row, "nll_delta_low"), number(row, "nll_delta_high")
-    return not is_baseline(row) and low <= 0 <= high and low < high
+    """Whether the difference of a model's loss from the baseline's is noise."""
+    return not is_baseline(row) and is_noise(number(row, "nll_delta_low"), number(row, "nll_delta_high"))
 
 
 def noise_note(rows: Sequence[Row]) -> str:
