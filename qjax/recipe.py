@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from qjax.activations import Activation, parse_activation, static_scale
 from qjax.calibrate.statistics import read_by
 from qjax.errors import QjaxError
-from qjax.formats import Format
+from qjax.formats import Format, not_rounded_to
 from qjax.grammar import FIRST, answered, read_stages, split_recipe, split_stage, split_stages
 from qjax.methods import (
     FOLLOWED_BY,
@@ -148,6 +148,8 @@ def _parse_recipe(text: str) -> Recipe:
     except QjaxError as error:
         raise QjaxError(f"{where}: {error}") from None
     recipe = Recipe(**_by_kind(where, stages), format=words.format, activation=activation)
+    if recipe.format.has_minima:
+        raise QjaxError(f"{where}: {not_rounded_to(recipe.format)}")
     if recipe.is_cast and (recipe.stages != (Stage("rtn"),) or activation):
         raise QjaxError(f"{where}: {recipe.format} is a cast and takes no method; write {str(recipe.format)!r}")
     if words.order is not None and not recipe.reads_data:

@@ -6,7 +6,7 @@ import pytest
 
 from qjax import registry
 from qjax.cache import enable_compilation_cache
-from qjax.models.config import DecoderConfig
+from qjax.models.config import DecoderConfig, LayerKind
 from qjax.models.model import Model
 from qjax.models.walk import Decoder
 
@@ -67,6 +67,15 @@ GEMMA = {
     "scaled_embeddings": True,
     "tied": True,
 }
+GEMMA3 = GEMMA | {
+    "family": "gemma3_text",
+    "kinds": (LayerKind(sliding_window=5), LayerKind(rope_theta=1e6)),
+    "sliding_window": 5,
+    "norm_places": "both",
+    "qk_norm": "head",
+    "attention_scale": 0.25,
+    "logit_softcap": 5.0,
+}
 FAMILY_CHANGES = {  # family -> what makes `tiny_config` one of it
     "llama": {},
     "mistral": {"family": "mistral", "sliding_window": 5},
@@ -75,6 +84,7 @@ FAMILY_CHANGES = {  # family -> what makes `tiny_config` one of it
     "gpt_neox": GPT_NEOX,
     "opt": OPT,
     "gemma": GEMMA,
+    "gemma3_text": GEMMA3,
 }
 
 

@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 from scipy.special import erf
 
-from qjax.models import decoder
-from qjax.models.config import LinearScaling, Llama3Scaling
-from qjax.models.decoder import MLP, Attention, Block, Embed, Head, make_norm, rope_frequencies, rotate
+from qjax.models import attention
+from qjax.models.attention import Attention
+from qjax.models.decoder import MLP, Block, Embed, Head
+from qjax.models.norms import make_norm
+from qjax.models.rope import rope_frequencies, rotate
+from qjax.models.scalings import LinearScaling, Llama3Scaling
 
 from .conftest import FAMILY_CHANGES, tiny_config
 from .random_weights import small_model
@@ -87,12 +90,12 @@ def test_pieces_of_a_long_sequence_see_what_the_whole_sees(window, monkeypatch):
     """Queries go piece by piece, with the keys up to the last of the piece; the last piece is shorter."""
     config = tiny_config(context=256, sliding_window=window)
     model = small_model(config)
-    size, keys, attend = decoder.SMALLEST_PIECE, [], decoder.attend
+    size, keys, attend = attention.SMALLEST_PIECE, [], attention.attend
     shape = (2, 3 * size - 5, config.hidden_size)
     x = jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
-    monkeypatch.setattr(decoder, "attend", lambda q, k, v, visible: keys.append(k.shape[2]) or attend(q, k, v, visible))
+    monkeypatch.setattr(attention, "attend", lambda q, k, *rest: keys.append(k.shape[2]) or attend(q, k, *rest))
     pieces = Block(config).apply({"params": model.params["block_0"]}, x)
-    monkeypatch.setattr(decoder, "QUERY_PIECES", 1)
+    monkeypatch.setattr(attention, "QUERY_PIECES", 1)
     whole = Block(config).apply({"params": model.params["block_0"]}, x)
     np.testing.assert_allclose(pieces, whole, atol=1e-5)
     assert keys == [size, 2 * size, shape[1], shape[1]]

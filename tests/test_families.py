@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 
 from qjax.errors import QjaxError
-from qjax.models.config import DecoderConfig, LinearScaling, Llama3Scaling
+from qjax.models.config import DecoderConfig, LayerKind
 from qjax.models.families import FAMILIES, find_family, read_config, write_config
 from qjax.models.family import stored_tensors
 from qjax.models.parameters import parameter_shapes
+from qjax.models.scalings import LinearScaling, Llama3Scaling
 
 LLAMA = {
     "model_type": "llama",
@@ -58,7 +59,9 @@ OPT = {
     "do_layer_norm_before": True,
 }
 GEMMA = LLAMA | {"model_type": "gemma", "architectures": ["GemmaForCausalLM"], "head_dim": 16}
-EVERY = (LLAMA, MISTRAL, QWEN2, GPT2, GPT_NEOX, OPT, GEMMA)
+GEMMA2 = GEMMA | {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}
+GEMMA3 = GEMMA | {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
+EVERY = (LLAMA, MISTRAL, QWEN2, GPT2, GPT_NEOX, OPT, GEMMA, GEMMA2, GEMMA3)
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -130,11 +133,54 @@ def test_qwen2_window(entries, window):
 
 
 @pytest.mark.parametrize(
-    "entries", [{"max_window_layers": 1}, {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}]
+    ("entries", "windows"),
+    [
+        ({"max_window_layers": 1}, [None, 16, 16]),
+        ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, [None, 16, None]),
+        ({"layer_types": ["sliding_attention", "full_attention", "full_attention"]}, [16, None, None]),
+    ],
 )
-def test_a_window_in_some_layers_is_refused(entries):
-    with pytest.raises(QjaxError, match=r"sliding window in \d of 3 layers is not supported"):
-        read_config(QWEN2 | {"use_sliding_window": True, "sliding_window": 16} | entries)
+def test_a_window_in_some_layers(entries, windows):
+    config = read_config(QWEN2 | {"use_sliding_window": True, "sliding_window": 16} | entries)
+    assert [kind.sliding_window for kind in config.layer_kinds] == windows
+    assert config.kinds == config.layer_kinds
+    assert [config.of_layer(i).sliding_window for i in range(3)] == windows
+    assert config.of_layer(1) == dataclasses.replace(config, kinds=(), sliding_window=windows[1])
+
+
+GEMMA3_ROPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e5, "factor": 8.0},
+}
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"rope_parameters": GEMMA3_ROPE},
+        {"rope_theta": 1e5, "rope_local_base_freq": 1e3, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    ],
+)
+def test_both_generations_of_gemma_3(entries):
+    config = read_config(GEMMA3 | {"sliding_window": 16, "sliding_window_pattern": 3} | entries)
+    local = LayerKind(sliding_window=16, rope_theta=1e3)
+    assert config.kinds == (local, local, LayerKind(rope_theta=1e5, rope_scaling=LinearScaling(8.0)))
+    assert (config.norm_places, config.qk_norm, config.attention_scale, config.logit_softcap) == ("both", "head", 1 / 16, None)
+
+
+def test_defaults_of_gemma_2_and_3():
+    second, third = (read_config(family | {"num_hidden_layers": 7}) for family in (GEMMA2, GEMMA3))
+    assert [kind.sliding_window for kind in second.kinds] == [4096, None] * 3 + [4096]
+    assert {kind.rope_theta for kind in second.kinds} == {1e4}
+    assert (second.attention_softcap, second.logit_softcap) == (50.0, 30.0)
+    assert [(kind.sliding_window, kind.rope_theta) for kind in third.kinds] == [
+        *[(4096, 1e4)] * 5,
+        (None, 1e6),
+        (4096, 1e4),
+    ]
+    assert (third.attention_softcap, third.logit_softcap) == (None, None)
+    assert read_config(GEMMA2 | {"final_logit_softcapping": None}).logit_softcap is None
+    assert read_config(GEMMA3 | {"query_pre_attn_scalar": 168}).attention_scale == 168**-0.5
 
 
 def test_gpt2():
@@ -246,7 +292,6 @@ def test_the_oldest_name_of_the_rotary_type():
         ({"model_type": ["llama"]}, "unknown architecture"),
         (LLAMA | {"architectures": ["MyForCausalLM"]}, "'MyForCausalLM'"),
         (LLAMA | {"architectures": ["MistralForCausalLM"]}, "unknown architecture"),
-        (LLAMA | {"quantization_config": {"quant_method": "gptq"}}, r"already quantized \(gptq\)"),
         (LLAMA | {"hidden_size": None}, "'hidden_size' must be int, got nothing"),
         (LLAMA | {"hidden_size": "64"}, "'hidden_size' must be int, got '64'"),
         (LLAMA | {"hidden_size": True}, "'hidden_size' must be int, got True"),
@@ -284,7 +329,13 @@ def test_the_oldest_name_of_the_rotary_type():
         (GEMMA | {"hidden_act": "silu", "hidden_activation": "gelu_new"}, "'hidden_act' 'silu' .* 'gelu_new' disagree"),
         (GEMMA | {"use_bidirectional_attention": True}, "'use_bidirectional_attention' is True"),
         (GEMMA | {"num_key_value_heads": None}, "'num_key_value_heads' must be int, got nothing"),
-        (GEMMA | {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}, "unknown architecture: model_type 'gemma2'"),
+        (GEMMA | {"model_type": "gemma4", "architectures": ["Gemma4ForCausalLM"]}, "unknown architecture: model_type 'gemma4'"),
+        (GEMMA2 | {"use_bidirectional_attention": True}, "'use_bidirectional_attention' is True"),
+        (GEMMA3 | {"attn_logit_softcapping": 50.0}, "'attn_logit_softcapping' is 50.0"),
+        (GEMMA3 | {"sliding_window_pattern": 0}, "'sliding_window_pattern' must be at least 1"),
+        (GEMMA3 | {"query_pre_attn_scalar": 0}, "'query_pre_attn_scalar' is 0.0, expected a positive number"),
+        (GEMMA3 | {"layer_types": ["full_attention"]}, "'layer_types' names 1 layers; the model has 3"),
+        (GEMMA3 | {"rope_parameters": {"rope_theta": 1e6}}, r"'rope_parameters' has \['rope_theta'\] beside settings"),
         (GPT2 | {"scale_attn_by_inverse_layer_idx": True}, "'scale_attn_by_inverse_layer_idx' is True"),
         (GPT2 | {"scale_attn_weights": False}, "'scale_attn_weights' is False"),
         (GPT2 | {"add_cross_attention": True}, "'add_cross_attention' is True"),
@@ -322,6 +373,12 @@ def test_either_name_of_the_architecture_is_enough():
         GEMMA | {"hidden_activation": "gelu", "tie_word_embeddings": False, "attention_bias": True, "rope_theta": 5e5},
         OPT,
         OPT | {"enable_bias": False, "activation_function": "gelu", "tie_word_embeddings": False, "bos_token_id": 2},
+        QWEN2 | {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+        GEMMA2,
+        GEMMA2 | {"final_logit_softcapping": None, "query_pre_attn_scalar": 144, "layer_types": ["full_attention"] * 3},
+        GEMMA3,
+        GEMMA3 | {"rope_parameters": GEMMA3_ROPE, "query_pre_attn_scalar": 168, "sliding_window_pattern": 2},
+        GEMMA3 | {"layer_types": ["sliding_attention"] * 3, "rope_local_base_freq": 5e3, "final_logit_softcapping": 9.0},
     ],
 )
 def test_written_configurations_read_back(config):
@@ -342,7 +399,9 @@ def test_what_a_family_cannot_say_is_not_written(field, value):
 
 
 def test_an_unknown_family_is_not_written():
-    with pytest.raises(QjaxError, match="unknown family 'other'; supported: llama, mistral, qwen2, gpt2, gpt_neox, opt, gemma"):
+    with pytest.raises(
+        QjaxError, match="unknown family 'other'; supported: llama, mistral, qwen2, gpt2, gpt_neox, opt, gemma, gemma2"
+    ):
         write_config(dataclasses.replace(read_config(LLAMA), family="other"))
 
 

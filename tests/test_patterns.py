@@ -6,7 +6,7 @@ import pytest
 import qjax
 from qjax.driver.patterns import meant
 from qjax.driver.placement import in_our_words, parse_rule, placement
-from qjax.models.families import FAMILIES, module_names
+from qjax.models.families import module_names
 from qjax.models.model import Model
 from qjax.models.parameters import parameter_shapes, unflatten
 from qjax.models.walk import block_of
@@ -58,7 +58,7 @@ def test_without_names_case_alone_is_ignored_where_nothing_is_found_as_it_is():
     assert meant("conv", ["conv_in/kernel", "Conv_0/kernel"]) == "conv"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILY_CHANGES)
 def test_every_kernel_has_a_name_in_every_family(family):
     model = zeros(**FAMILY_CHANGES[family])
     kernels = list(placement(model, None))

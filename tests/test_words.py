@@ -52,7 +52,7 @@ def test_what_has_one_meaning_is_taken(typed, canonical):
         ("Q8_0", "GGUF", "rtn:int8-g32-sym-max"),
         ("Q4_0", "GGUF", "rtn:int4-g32-sym-full"),
         ("Q5_1", "GGUF", "rtn:int5-g32-z16"),
-        ("IQ4_NL", "GGUF", "rtn:nf4-g32-fp16"),
+        ("IQ4_XS", "GGUF", "rtn:nf4-g32-dq"),
         ("IQ2_XXS", "GGUF", "rtn:int2-g128"),
         ("bnb-4bit", "bitsandbytes", "rtn:nf4-b64"),
         ("LLM.int8()", "bitsandbytes", "rtn:int8-channel-sym-max"),

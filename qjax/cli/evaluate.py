@@ -125,5 +125,10 @@ def info(
         console().print(to_rich(parameters_table(parameters)))
         return
     from qjax.driver.decoder import kernel_shapes
+    from qjax.driver.report import stored_size
 
-    console().print(to_rich(memory_table(*kernel_shapes(load_model(model, lazy=True)), title=model)))
+    loaded = load_model(model, lazy=True)
+    console().print(to_rich(memory_table(*kernel_shapes(loaded), title=model)))
+    if loaded.recipe != "none":
+        bits, size = stored_size(loaded.params)
+        typer.echo(printable(f"as it is stored, {loaded.recipe}: {bits:.3f} bits per quantized weight, {size:,} bytes"))

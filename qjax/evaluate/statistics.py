@@ -58,10 +58,14 @@ class Difference(NamedTuple):
     @property
     def p(self) -> float:
         """Probability of a difference at least this large where there is none (two-sided)."""
+        return self.p_of(0.0)
+
+    def p_of(self, truth: float) -> float:
+        """Probability of a difference at least as far from the truth as this is (two-sided)."""
         from scipy.special import stdtr
 
-        middle = (self.low + self.high) / 2
-        return float(2 * stdtr(min(self.dof, 1e9), -abs(middle) / self.stderr)) if self.stderr else float(middle == 0)
+        off = abs((self.low + self.high) / 2 - truth)
+        return float(2 * stdtr(min(self.dof, 1e9), -off / self.stderr)) if self.stderr else float(off == 0)
 
 
 def is_noise(low: float, high: float) -> bool:

@@ -1,6 +1,7 @@
 """GPT-2, GPT-NeoX (Pythia) and OPT: layer norms, biases, no gate."""
 
 from qjax.models import config_entries as entries
+from qjax.models import rope_entries
 from qjax.models.config import DecoderConfig
 from qjax.models.family import Family
 
@@ -126,13 +127,13 @@ def _read_gpt_neox(config: dict) -> DecoderConfig:
         mlp_bias=True,
         tied=entries.get(config, "tie_word_embeddings", bool, False),
         parallel_residual=entries.get(config, "use_parallel_residual", bool, True),
-        **entries.partial_rope(config, share=0.25, older=("rotary_emb_base", "rotary_pct")),
+        **rope_entries.partial_rope(config, share=0.25, older=("rotary_emb_base", "rotary_pct")),
         **entries.token_ids(config),
     )
 
 
 def _write_gpt_neox(config: DecoderConfig) -> dict:
-    rope = entries.write_rope(config)
+    rope = rope_entries.write_rope(config)
     return {
         "vocab_size": config.vocabulary_size,
         "hidden_size": config.hidden_size,

@@ -2,7 +2,8 @@
 
 Layers that share an input are given x / s when whatever makes x is divided by s, and their rows are multiplied by s. A norm
 makes its output by a product with its scale (and a sum with its bias); a linear layer by its output columns, where only
-linear maps, or products and maps that keep a positive factor, lie between it and the layers that read it:
+linear maps, or products and maps that keep a positive factor, lie between it and the layers that read it (a norm behind a
+branch stands after the layers, and norms of queries and keys behind theirs: neither is in the way):
 
     norm -> q, k, v;   norm -> gate, up            always
     v -> o             each value head feeds its own inputs of o: not where heads share values

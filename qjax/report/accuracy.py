@@ -11,7 +11,7 @@ from qjax.errors import QjaxError
 from qjax.evaluate.statistics import is_noise
 from qjax.report.measured import heading, stderr_key
 from qjax.report.rendering import MISSING, Row, Table, TableColumn, columns_of, number, with_error
-from qjax.report.tables import NOISE, baseline_name, in_order, is_baseline, model_of, require_one_group
+from qjax.report.tables import DRAWS, NOISE, baseline_name, is_baseline, lines_of, model_of
 
 PREFIX = "accuracy:"
 
@@ -26,11 +26,10 @@ def accuracy_table(rows: Sequence[Row]) -> Table:
 
     Raises QjaxError for rows without tasks, and for rows of more than one model, text or set of questions.
     """
-    require_one_group(rows)
+    rows = lines_of(rows)
     tasks = tasks_of(rows)
     if not tasks:
         raise QjaxError("these rows hold no accuracies; `qjax sweep --tasks cloze,...` measures them")
-    rows = in_order(rows)
     columns = heading(rows)
     for rank, task in enumerate(tasks, start=1):
         columns += [
@@ -51,7 +50,8 @@ def accuracy_table(rows: Sequence[Row]) -> Table:
     cut = [f"{int(number(rows[0], f'truncated:{task}')):,} of {task}" for task in tasks if number(rows[0], f"truncated:{task}")]
     baseline = baseline_name(rows[0])
     notes = [
-        f"±: standard error over questions; of the change, of the difference from {baseline} question by question.",
+        f"±: standard error over questions{' and draws' if any(DRAWS in row for row in rows) else ''}; of the change, of the "
+        f"difference from {baseline} question by question.",
         "Flips: answers that went from right to wrong or back. By length: log-likelihood divided by the choice's characters.",
     ]
     if any(_within_noise(row, task) for row in rows for task in tasks):
@@ -86,6 +86,8 @@ def mean_change(row: Row, key: str) -> str:
 
 def mean_reach(row: Row) -> float:
     """Half the 95 % interval of the mean change over tasks, which are independent; nan where a task's is not known."""
+    if DRAWS in row:  # which tasks have in common
+        return (number(row, "accuracy_mean_delta_high") - number(row, "accuracy_mean_delta_low")) / 2
     tasks = tasks_of([row])
     ends = ([number(row, f"accuracy_delta_{end}:{task}") for end in ("low", "high")] for task in tasks)
     return math.hypot(*((high - low) / 2 for low, high in ends)) / len(tasks)

@@ -40,7 +40,7 @@ from qjax.sweep.columns import column_of
 from qjax.sweep.rows import cell_columns, is_baseline
 
 DRAWS = "draws"
-LOGARITHMIC = ("word_perplexity",)  # figures whose mean over draws is geometric, beside perplexity
+GEOMETRIC = ("perplexity", "perplexity_ratio", "word_perplexity")  # figures whose mean over draws is that of their logarithms
 LARGEST_EXPONENT = 700  # of a float
 
 
@@ -57,17 +57,28 @@ def draws_of(rows: Iterable[Row]) -> list[list[Row]]:
     """Rows by cell, each with its draws by seed; of rows that drew nothing, or the same, the first alone."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        drawn = {"seed", *(["calibration_fingerprint"] if row.get("calibration_source") else [])}
-        name = cell_columns(row, without=drawn) if "window_nll" in row else cell_columns(row)
-        groups.setdefault(name, []).append(row)
-    return [sorted(group, key=_seed) if _drew(group) else group[:1] for group in groups.values()]
+        groups.setdefault(cell_columns(row, any_draw="window_nll" in row), []).append(row)
+    return [sorted(group, key=_seed) if drew(group) else group[:1] for group in groups.values()]
+
+
+def in_step(cells: Sequence[Sequence[Row]]) -> list[list[Row]]:
+    """Cells draw by draw: for every seed that all cells of several draws have, a row of each; a cell of one row has that for
+    every seed. Where they have no seed in common, draws are as they come.
+    """
+    by_seed = [{_seed(row): row for row in cell} for cell in cells]
+    several = [set(found) for found in by_seed if len(found) > 1]
+    common = sorted(set.intersection(*several)) if several else []
+    if not common:
+        count = min(map(len, several), default=1)
+        return [[cell[min(draw, len(cell) - 1)] for cell in cells] for draw in range(count)]
+    return [[found.get(seed, next(iter(found.values()))) for found in by_seed] for seed in common]
 
 
 def _seed(row: Row) -> float:
     return number(row, "seed")
 
 
-def _drew(group: Sequence[Row]) -> bool:
+def drew(group: Sequence[Row]) -> bool:
     """Whether rows that differ in their seed are draws: what they drew differs, or what came of it."""
     return any(group[0].get(name) != row.get(name) for row in group for name in ("calibration_fingerprint", "window_nll"))
 
@@ -76,21 +87,22 @@ def _merged(group: Sequence[Row], baseline: Row) -> Row:
     if len(group) == 1:
         return group[0]
     found = {name: value for name, value in group[0].items() if all(name in row and row[name] == value for row in group)}
-    found |= {name: mean for name in group[0] if (mean := _mean(name, group)) is not None}
+    found |= {name: mean for name in group[0] if (mean := mean_of(group, name)) is not None}
     found |= _typical_errors(group, found)
     found |= _losses(group, baseline)
     return found | _accuracies(group, baseline) | {DRAWS: len(group), "draw_seeds": [row.get("seed") for row in group]}
 
 
-def _mean(name: str, group: Sequence[Row]) -> float | None:
-    """The mean of a figure that differs between draws; None of what is no figure, or what a draw lacks."""
+def mean_of(group: Sequence[Row], name: str) -> float | None:
+    """The mean of a figure over draws, itself where all are equal; None of what is no figure, or what a draw lacks."""
     declared, values = column_of(name), [row.get(name) for row in group]
     known = declared is None or declared.role in ("found", "spent")
-    if not known or all(value == values[0] for value in values) or not all(map(_is_number, values)):
+    if not known or not all(map(_is_number, values)):
         return None
-    if name.partition(":")[0] in LOGARITHMIC:
-        return math.exp(float(np.mean(np.log(values))))
-    return float(np.mean(np.array(values, float)))
+    if all(value == values[0] for value in values):
+        return values[0]
+    numbers = np.array(values, float)
+    return float(np.exp(np.mean(np.log(numbers))) if name.partition(":")[0] in GEOMETRIC else np.mean(numbers))
 
 
 def _is_number(value: object) -> bool:

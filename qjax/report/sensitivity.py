@@ -14,9 +14,9 @@ from qjax.report.tables import (
     describe,
     distinctions,
     is_baseline,
+    lines_of,
     over_units,
     perplexity_text,
-    require_one_group,
     within_noise,
 )
 
@@ -45,8 +45,7 @@ def sensitivity_table(rows: Sequence[Row]) -> Table:
 
     Raises QjaxError when there are no such rows, or rows of more than one model, text or convention.
     """
-    require_one_group(rows)
-    found = placed_alone(rows)
+    found = placed_alone(lines_of(rows))
     if not found:
         raise QjaxError("no row has one place quantized alone; `qjax sensitivity` measures every block so")
     found.sort(key=lambda row: (row["place_recipe"], -number(row, "nll_delta")))

@@ -1,15 +1,20 @@
 """The tables qjax prints and writes, as functions of rows (flat dicts, one per measured cell; `sweep/columns.py` says what
 they hold).
 
-Rows of different baselines, texts, conventions or devices are never put in one table: `split_tables` groups them.
+Rows of different baselines, texts, conventions or devices are never put in one table: `split_tables` groups them. A table has
+a line for every cell, whose draws of calibration data are together (`draws.py`).
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
+
+import numpy as np
 
 from qjax.errors import QjaxError
 from qjax.evaluate.statistics import FEWEST, is_noise
 from qjax.format_table import format_table
 from qjax.formats import UNQUANTIZED
+from qjax.report.draws import DRAWS, merge_draws
 from qjax.report.rendering import (
     MISSING,
     Row,
@@ -50,7 +55,7 @@ GROUP_KEYS = (  # rows of one table have these in common; the model is that whic
     *("compute_dtype", "device"),
 )
 OWN = "the unquantized model"  # the name of a baseline that is the row's own model, as it was loaded
-NOISE = "≈: the 95 % interval of the change holds zero."
+NOISE = "≈: the 95 % interval of the change holds zero, each change by itself."
 
 
 def within_noise(row: Row) -> bool:
@@ -59,14 +64,23 @@ def within_noise(row: Row) -> bool:
 
 
 def over_units(rows: Sequence[Row], of: str = "documents") -> str:
-    """What errors are over, for notes: documents, blocks of windows where a text has few, or windows where rows of earlier
-    versions do not know their documents.
+    """What errors are over, for notes: how many documents, or blocks of windows where a text has few, or windows where rows of
+    earlier versions do not know their documents; and how many draws of calibration data. of: where rows have no windows.
     """
-    documents = [row.get("window_documents") for row in rows if "window_nll" in row]
-    if None in documents:
+    texts = {str(row.get("window_documents")): row for row in rows if "window_nll" in row}
+    parts = list(dict.fromkeys(map(_units_of_text, texts.values()))) or [of]
+    draws = sorted({int(number(row, DRAWS)) for row in rows if DRAWS in row})
+    many = " to ".join(dict.fromkeys(str(each) for each in (draws[0], draws[-1]))) if draws else ""
+    return " or ".join(parts) + (f" and {many} draws of calibration data" if draws else "")
+
+
+def _units_of_text(row: Row) -> str:
+    if row.get("window_documents") is None:
         return "windows taken as independent, which they are not (rows of an earlier version)"
-    few = any(len(set(each)) < FEWEST for each in documents)
-    return f"{of}, or blocks of windows where a text has fewer than {FEWEST}" if few else of
+    tokens = np.bincount(np.unique(row["window_documents"], return_inverse=True)[1], row.get("window_tokens"))
+    if len(tokens) < FEWEST:
+        return f"blocks of windows of {len(tokens)} document{'s' * (len(tokens) > 1)}"
+    return f"{len(tokens):,} documents (the largest has {100 * tokens.max() / tokens.sum():.0f} % of the tokens)"
 
 
 def cells_of(rows: Iterable[Row]) -> list[Row]:
@@ -93,6 +107,12 @@ def require_one_group(rows: Sequence[Row]) -> None:
     mixed = [f"{key} {', '.join(values)}" for key, values in mixed.items() if len(values) > 1]
     if mixed:
         raise QjaxError(f"rows that cannot be compared in one table: {'; '.join(mixed)}; group them with split_tables")
+
+
+def lines_of(rows: Sequence[Row]) -> list[Row]:
+    """The lines of a table: a row for every cell, in order. Raises QjaxError as `require_one_group`."""
+    require_one_group(rows)
+    return in_order(merge_draws(rows))
 
 
 def in_order(rows: Iterable[Row]) -> list[Row]:
@@ -130,15 +150,18 @@ DISTINCTIONS = (  # columns beside the recipe that are shown where they tell row
     TableColumn("calibration", "calibration\ntext", text=True),
     TableColumn("calibration_windows", "calibration\nwindows"),
     TableColumn("calibration_window_tokens", "tokens\na window"),
-    TableColumn("seed", "seed"),
+    TableColumn("seed", "seed"),  # of rows that are not merged
+    TableColumn(DRAWS, "draws", lambda row, key: str(row.get(key, MISSING if row.get("order") is None else 1))),
 )
 
 
 def distinctions(rows: Sequence[Row], *, seed: bool = True) -> list[TableColumn]:
-    """The columns beside the recipe that tell the rows apart. seed: whether the seed is one of them."""
+    """The columns beside the recipe that tell the rows apart. seed: whether seeds, and how many were drawn, are among them."""
     count = {column.key: len({row[column.key] for row in rows if row.get(column.key) is not None}) for column in DISTINCTIONS}
-    fewest = {"fingerprint": max(2, len({named_model(row) for row in rows}) + 1)}
-    return [each for each in DISTINCTIONS if count[each.key] >= fewest.get(each.key, 2) and (seed or each.key != "seed")]
+    count["seed"] = max(Counter(cell_columns(row, any_draw=True) for row in rows).values(), default=0)
+    fewest = {"fingerprint": max(2, len({named_model(row) for row in rows}) + 1), DRAWS: 1}
+    shown = [each for each in DISTINCTIONS if seed or each.key not in ("seed", DRAWS)]
+    return [each for each in shown if count[each.key] >= fewest.get(each.key, 2)]
 
 
 def describe(row: Row) -> str:
@@ -164,8 +187,7 @@ def perplexity_table(rows: Sequence[Row]) -> Table:
 
     Raises QjaxError when there are no rows or rows of more than one model, text or convention.
     """
-    require_one_group(rows)
-    rows = in_order(rows)
+    rows = lines_of(rows)
     unit, unit_bytes = byte_unit([number(row, "size_bytes") for row in rows])
     columns = [
         TableColumn("recipe", "recipe", text=True),

@@ -37,8 +37,14 @@ class Job(NamedTuple):
     def key(self) -> str:
         return str(self.head["key"])
 
+    @property
+    def recipe(self) -> str:
+        """With its seed, where a sweep has several."""
+        drawn = self.cell.order is not None and len(self.cell.sweep.seeds) > 1
+        return f"{self.head['recipe']}{f', seed {self.cell.sweep.seed}' if drawn else ''}"
+
     def __str__(self) -> str:
-        return f"{self.head['recipe']} on {self.cell.corpus.name}"
+        return f"{self.recipe} on {self.cell.corpus.name}"
 
 
 class Worker:
@@ -125,7 +131,7 @@ class Worker:
     def _measure(self, jobs: Sequence[Job]) -> None:
         """Measures cells that are claimed, as long as they are."""
         for at, (cell, head) in enumerate(jobs):
-            self._watcher.cell(len(self._rows) + 1, len(self._jobs), str(head["recipe"]), cell.corpus.name)
+            self._watcher.cell(len(self._rows) + 1, len(self._jobs), jobs[at].recipe, cell.corpus.name)
             try:
                 made = self._quantizer.prepare(cell, [later.cell for later in jobs[at + 1 :]])
                 made = made._replace(before=self._before(jobs[at]), on_batch=self._watcher.batch)
