@@ -48,10 +48,10 @@ def accuracy_table(rows: Sequence[Row]) -> Table:
         )
     counts = ", ".join(f"{int(number(rows[0], f'questions:{task}')):,} of {task}" for task in tasks)
     cut = [f"{int(number(rows[0], f'truncated:{task}')):,} of {task}" for task in tasks if number(rows[0], f"truncated:{task}")]
-    baseline = baseline_name(rows[0])
+    baseline, drawn = baseline_name(rows[0]), " and draws" if any(DRAWS in row for row in rows) else ""
     notes = [
-        f"±: standard error over questions{' and draws' if any(DRAWS in row for row in rows) else ''}; of the change, of the "
-        f"difference from {baseline} question by question.",
+        f"±: standard error over questions{drawn}{_texts(rows[0], tasks)}; of the change, of the difference from {baseline} "
+        "question by question.",
         "Flips: answers that went from right to wrong or back. By length: log-likelihood divided by the choice's characters.",
     ]
     if any(_within_noise(row, task) for row in rows for task in tasks):
@@ -59,6 +59,13 @@ def accuracy_table(rows: Sequence[Row]) -> Table:
     notes += [f"Longer than the model's context, cut at the left: {', '.join(cut)}."] if cut else []
     title = f"Accuracy of {model_of(rows[0])} ({counts} questions), perplexity on {rows[0]['corpus']} ({rows[0]['convention']})"
     return Table(title, columns_of(rows, columns), tuple(rows), tuple(notes))
+
+
+def _texts(row: Row, tasks: Sequence[str]) -> str:
+    """How many texts questions are made from, where they share some."""
+    counts = {task: len(set(row.get(f"documents:{task}") or ())) for task in tasks}
+    told = ", ".join(f"{count:,} of {task}" for task, count in counts.items() if count)
+    return f", or over the texts they are made from ({told}) where that is larger" if told else ""
 
 
 def _percent(row: Row, key: str) -> str:

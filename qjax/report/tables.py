@@ -69,9 +69,16 @@ def over_units(rows: Sequence[Row], of: str = "documents") -> str:
     """
     texts = {str(row.get("window_documents")): row for row in rows if "window_nll" in row}
     parts = list(dict.fromkeys(map(_units_of_text, texts.values()))) or [of]
-    draws = sorted({int(number(row, DRAWS)) for row in rows if DRAWS in row})
-    many = " to ".join(dict.fromkeys(str(each) for each in (draws[0], draws[-1]))) if draws else ""
-    return " or ".join(parts) + (f" and {many} draws of calibration data" if draws else "")
+    draws = {int(row.get(DRAWS, 1)) for row in rows if DRAWS in row or row.get("order") is not None}
+    many = " to ".join(str(each) for each in sorted({min(draws), max(draws)})) if draws else ""
+    drawn = (
+        f" and {many} draws of calibration data"
+        if many not in ("", "1")
+        else " of one draw of calibration data"
+        if many
+        else ""
+    )
+    return " or ".join(parts) + drawn
 
 
 def _units_of_text(row: Row) -> str:

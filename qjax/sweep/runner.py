@@ -220,16 +220,6 @@ def _cells(model: Model, sweep: Sweep) -> list[Cell]:
     ]
 
 
-def _each_text_once(corpora: Iterable[Corpus]) -> list[Corpus]:
-    """Warns (QjaxWarning) of texts that are there already, by another name or in other documents."""
-    found: dict[str, Corpus] = {}
-    for corpus in corpora:
-        if (first := found.setdefault(corpus.fingerprint, corpus)) is not corpus:
-            text = f"{corpus.name} is left out: it is the text of {first.name}, however that is divided, which is measured once"
-            warnings.warn(QjaxWarning(text), stacklevel=2)
-    return list(found.values())
-
-
 def _by_seed(model: Model, sweep: Sweep) -> list[Sweep]:
     """The sweep of every seed, with what that drew."""
     seeds, drawn = sweep.seeds or (sweep.seed,), sweep.calibration
@@ -241,6 +231,16 @@ def _by_seed(model: Model, sweep: Sweep) -> list[Sweep]:
         )
     tokens = [None if each is None else as_calibration(model, each) for each in drawn]
     return [dataclasses.replace(sweep, seed=seed, calibration=tokens[at % len(tokens)]) for at, seed in enumerate(seeds)]
+
+
+def _each_text_once(corpora: Iterable[Corpus]) -> list[Corpus]:
+    """Warns (QjaxWarning) of texts that are there already, by another name or in other documents."""
+    found: dict[str, Corpus] = {}
+    for corpus in corpora:
+        if (first := found.setdefault(corpus.fingerprint, corpus)) is not corpus:
+            text = f"{corpus.name} is left out: it is the text of {first.name}, however that is divided, which is measured once"
+            warnings.warn(QjaxWarning(text), stacklevel=2)
+    return list(found.values())
 
 
 def _check_baseline(model: Model, baseline: Model, tokens: np.ndarray, cut) -> None:

@@ -34,6 +34,7 @@ from qjax.qtensor import QTensor, dequantize
 from qjax.untrusted import is_folder, status
 
 SUFFIX = ".gguf"
+DECODED = 2**23  # weights of a table at a time
 
 
 def gguf_file(place: Path) -> Path | None:
@@ -150,16 +151,23 @@ def _leaf(info: TensorInfo, part: Piece, stored: np.ndarray) -> QTensor | jax.Ar
         if not np.isfinite(array).all():
             raise _NotFiniteError(f"{info.file}: NaN or infinite weights in {info.name}; get an intact file")
     else:
+        kind, rows = blocks.KINDS[info.kind], stored if part.rows is None else stored[part.rows]
         try:
-            quantized = blocks.quantized(blocks.KINDS[info.kind], stored if part.rows is None else stored[part.rows])
+            return blocks.quantized(kind, rows) if _is_kernel(part.path) else jnp.asarray(_decoded(kind, rows, part.shape))
         except QjaxError as error:
             raise _NotFiniteError(f"{info.file}: {error} in {info.name}; get an intact file") from error
-        if _is_kernel(part.path):
-            return quantized
-        return dequantize(quantized).T.reshape(part.shape)
     if part.path.endswith("/offset"):  # of a norm that multiplies with 1 + offset: files hold the sum
         array = array - np.ones((), array.dtype)
     return jnp.asarray(array.T if _is_kernel(part.path) else array)
+
+
+def _decoded(kind: blocks.Kind, rows: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The float32 values of rows, some at a time."""
+    values = np.empty((len(rows), rows.shape[1] // kind.nbytes * kind.weights), np.float32)
+    step = max(1, DECODED // values.shape[1])
+    for start in range(0, len(rows), step):
+        values[start : start + step] = np.asarray(dequantize(blocks.quantized(kind, rows[start : start + step]))).T
+    return values.reshape(shape)
 
 
 def _floats(info: TensorInfo) -> np.ndarray:
