@@ -125,11 +125,11 @@ def test_added_tokens_and_the_beginning():
     assert not tokenizer_of(values | {"tokenizer.ggml.add_bos_token": False}).adds_bos
 
 
-def test_pieces_of_spaces_are_written_as_blanks_in_files():
-    """Gemma's files write a run of blanks as such, its merges are of the mark that stands for one."""
+def test_runs_of_spaces_that_are_tokens_come_before_merges():
+    """Gemma's, which files write as blanks: "▁a" would be the better merge."""
     values = seeds.gguf_parts(True)[0] | {"tokenizer.ggml.add_space_prefix": False}
     tokens = values["tokenizer.ggml.tokens"]
-    assert tokenizer_of(values).encode("a  ").tolist() == [tokens.index("a"), tokens.index("  ")]
+    assert tokenizer_of(values).encode("a  a a").tolist() == [tokens.index(token) for token in ("a", "  ", "a", "▁a")]
 
 
 def test_what_is_not_read_and_what_is_broken():

@@ -155,7 +155,12 @@ def gguf_parts(sentencepiece: bool) -> tuple[dict, dict]:
     if sentencepiece:
         tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "▁a", "aa", "  "]
         scores = -np.arange(len(tokens), dtype=np.float32)
-        own = {"model": "llama", "tokens": tokens, "scores": scores, "token_type": np.ones(len(tokens), np.int32)}
+        own = {
+            "model": "llama",
+            "tokens": tokens,
+            "scores": scores,
+            "token_type": np.array([1] * (len(tokens) - 1) + [4], np.int32),
+        }
     own |= {"bos_token_id": 1, "eos_token_id": 2, "add_bos_token": True, "unknown_token_id": 0}
     return values | {f"tokenizer.ggml.{key}": value for key, value in own.items()}, tensors
 

@@ -48,6 +48,10 @@ FAMILIES = {  # architecture -> its model_type, and what every file of it means 
     "gemma3": ("gemma3_text", GEMMA),
     "gpt2": ("gpt2", {}),
 }
+LARGEST = {
+    "gemma2": 46,
+    "gemma3": 62,
+}  # layers of the models of 27 billions: scores go by hidden / heads, of others by head_dim
 READ_HERE = ("attention.value_length", "rope.dimension_count", "vocab_size", "rope.scaling.type", "rope.scaling.factor")
 HARMLESS = ("rope.scaling.original_context_length", "rope.scaling.finetuned", "tensor_data_layout", "rope.scaling.attn_factor")
 FREQUENCIES = "rope_freqs.weight"  # a tensor of factors: Llama 3's scaling, as numbers
@@ -70,6 +74,11 @@ def config_of(values: Mapping[str, object], tensors: Mapping[str, TensorInfo], f
     config = implied | {names[key]: _number(f"{name}.{key}", value) for key, value in own.items() if key in names}
     config |= {"model_type": family, "vocab_size": _vocabulary(tensors), "tie_word_embeddings": "output.weight" not in tensors}
     config |= _rotary(name, own, config, factors)
+    if name in LARGEST and {"head_dim", "num_hidden_layers", "hidden_size", "num_attention_heads"} <= config.keys():
+        by_heads = config["num_hidden_layers"] == LARGEST[name] and config["num_attention_heads"]
+        config["query_pre_attn_scalar"] = (
+            config["hidden_size"] / config["num_attention_heads"] if by_heads else config["head_dim"]
+        )
     if f"{NAME_OF_BIAS}.bias" in tensors and family == "llama":
         config["attention_bias"] = True
     ids = {kind: values.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("bos", *ENDS)}
@@ -126,7 +135,7 @@ def _rotary(name: str, own: Mapping[str, object], config: Mapping[str, object], 
 
 def llama3_scaling(factors: np.ndarray, config: Mapping[str, object]) -> dict:
     """Llama 3's scaling whose factors these are. Raises QjaxError where there is none with its usual settings."""
-    theta, half = float(config.get("rope_theta", 10000.0)), factors.size
+    theta, half = max(float(config.get("rope_theta", 10000.0)), 1.0), factors.size
     turns = 8192 * theta ** (-np.arange(half) / half) / (2 * np.pi)
     keep = np.clip((turns - 1.0) / 3.0, 0.0, 1.0)
     factor = float(factors.max(initial=0.0))

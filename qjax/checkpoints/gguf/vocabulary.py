@@ -84,7 +84,6 @@ def _sentencepiece(values: Mapping[str, object], tokens: list[str]) -> dict:
     scores = _list(values, "scores", float)
     if len(scores) != len(tokens):
         raise QjaxError(f"tokenizer.ggml.scores has {len(scores)} numbers, expected one for each of {len(tokens)} tokens")
-    tokens = [SPACE * len(token) if token and not token.strip(" ") else token for token in tokens]
     prefix = values.get("tokenizer.ggml.add_space_prefix", True) is not False
     unknown = values.get("tokenizer.ggml.unknown_token_id")
     spaces = [{"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
@@ -92,7 +91,7 @@ def _sentencepiece(values: Mapping[str, object], tokens: list[str]) -> dict:
     stripped = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
     special = {tokens[i] for i, kind in enumerate(_types(values, tokens)) if kind == CONTROL}
     model = _bpe(tokens, _merges(tokens, scores, special)) | {"byte_fallback": True, "fuse_unk": True}
-    if type(unknown) is int and unknown < len(tokens):
+    if type(unknown) is int and 0 <= unknown < len(tokens):
         model["unk_token"] = tokens[unknown]
     return {
         "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}] * prefix + spaces},
