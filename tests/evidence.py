@@ -67,11 +67,10 @@ def accuracy_noise(folder: str, recipe: str, task: str = "cloze") -> bool:
 
 QUICKSTART = (
     *("rtn:int8-g128", "gptq:int8-g128", "rtn:nf4-g64", "rtn:int4-g128", "awq:int4-g128", "gptq:int4-g128"),
-    *("gptq(clip=mse)+descend:int4-g128", "awq+gptq(clip=mse)+descend:int4-g128", "rtn:int3-g128", "awq:int3-g128"),
-    *("gptq(clip=mse):int3-g128", "gptq(clip=mse)+descend:int3-g128", "rtn:int2-g128", "awq:int2-g128"),
-    "gptq(clip=mse)+descend:int2-g128",
+    *("gptq(clip=mse)+descend:int4-g128", "rtn:int3-g128", "awq:int3-g128", "gptq(clip=mse)+descend:int3-g128"),
+    *("rtn:int2-g128", "awq:int2-g128", "gptq(clip=mse)+descend:int2-g128"),
 )
-ACCURACY = tuple(f"{method}:int{bits}-g128" for bits in (8, 4, 3, 2) for method in ("rtn", "awq", "gptq(clip=mse)"))
+ACCURACY = tuple(f"{method}:int{bits}-g128" for bits in (4, 3, 2) for method in ("rtn", "gptq(clip=mse)"))
 
 
 def quickstart_table() -> str:
@@ -89,7 +88,7 @@ def accuracy_table() -> str:
     """Accuracy of `cloze`, its change, flips, and KL divergence."""
     base = cell("accuracy", BASELINE)
     lines = [("none (bfloat16)", with_error(base.accuracy["cloze"], _stderr(base.row)), "", "", "")]
-    for recipe in (each for each in ACCURACY if each in cells("accuracy")):
+    for recipe in ACCURACY:
         found = cell("accuracy", recipe)
         change = with_error(found.accuracy_change["cloze"], 100 * found.row["accuracy_delta_stderr:cloze"], sign="+")
         lines.append(
