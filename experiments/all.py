@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 EXPERIMENTS = (
-    *("quickstart", "accuracy", "tradeoff", "kernel_benchmark", "order", "formats_at_4_bits", "sensitivity"),
-    *("calibration", "composition", "paper_shapes", "bitwidth_sweep"),
+    *("kernel_benchmark", "tradeoff", "quickstart", "accuracy", "order", "paper_shapes", "formats_at_4_bits", "sensitivity"),
+    *("calibration", "composition", "bitwidth_sweep"),
 )
 FOLDERS = {"kernel_benchmark": "kernels"}  # those not named like their script
 

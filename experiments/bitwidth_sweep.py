@@ -22,7 +22,7 @@ SETTINGS = common.Settings(divergence=True, seeds=(0, 1, 2))
 class Experiment:
     """What is measured."""
 
-    methods: tuple[str, ...] = ("rtn", "rtn(clip=mse)", "gptq(clip=mse)", "awq", "awq+gptq(clip=mse)")
+    methods: tuple[str, ...] = ("rtn", "gptq(clip=mse)", "awq", "awq+gptq(clip=mse)")
     bits: tuple[int, ...] = (8, 4, 3, 2)
     codebooks: tuple[str, ...] = ("nf4", "fp4")
     groups: tuple[str, ...] | None = None  # the subject's

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import common
 
-SETTINGS = common.Settings(max_windows=256, divergence=True, seeds=(0, 1, 2))
+SETTINGS = common.Settings(divergence=True, seeds=(0, 1, 2))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import common
 
-SETTINGS = common.Settings(max_windows=256, seeds=(0, 1, 2))
+SETTINGS = common.Settings(seeds=(0, 1, 2))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ import common
 
 from qjax.report.paper_shapes import KIND, recipes_of
 
-SETTINGS = common.Settings(max_windows=256, tasks=True, seeds=(0, 1, 2))
+SETTINGS = common.Settings(max_windows=128, tasks=True, seeds=(0, 1, 2))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The quickstart's figures: every method at 8, 4, 3 and 2 bits on the bundled model and the held-out python-docs.
+"""The quickstart's figures: methods at 8, 4, 3 and 2 bits on the bundled model and the held-out python-docs, three draws each.
 
     python experiments/quickstart.py                writes results/quickstart/, ten minutes on 2 cores
     python experiments/quickstart.py --tiny --out X  a few windows and formats, for tests
@@ -15,7 +15,7 @@ import common
 
 from qjax.sweep.cells import expand
 
-SETTINGS = common.Settings(max_windows=None, seeds=(0, 1, 2))
+SETTINGS = common.Settings(max_windows=256, seeds=(0, 1, 2), calibration_windows=128)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,21 +24,22 @@ class Experiment:
 
     methods: tuple[str, ...] = (
         *("rtn", "rtn(clip=mse)", "gptq", "gptq(clip=mse)", "gptq(clip=mse)+descend"),
-        *("awq", "awq+gptq", "awq+gptq(clip=mse)", "awq+gptq(clip=mse)+descend"),
-        *("nf4", "nf4-dq", "fp4", "bf16"),
+        *("awq", "awq+gptq(clip=mse)", "awq+gptq(clip=mse)+descend", "nf4", "nf4-dq", "fp4", "bf16"),
     )
-    bits: tuple[int, ...] = (8, 4, 3, 2)
+    bits: tuple[int, ...] = (4, 3, 2)
+    of_8_bits: tuple[str, ...] = ("rtn", "gptq", "awq")
     settings: common.Settings = SETTINGS
 
 
-TINY = Experiment(methods=("rtn", "gptq(clip=mse)"), bits=(4, 3), settings=common.TINY)
+TINY = Experiment(methods=("rtn", "gptq(clip=mse)"), bits=(4, 3), of_8_bits=(), settings=common.TINY)
 
 
 def run(out: Path, *, tiny: bool = False, subjects: tuple[common.Subject, ...] = common.BUNDLED) -> list[dict[str, object]]:
     """Measures what is missing in out/rows.jsonl and writes the tables and figures."""
     experiment = TINY if tiny else Experiment()
     for subject in subjects:
-        common.measure(out, subject, expand(experiment.methods, experiment.bits), experiment.settings)
+        recipes = [*expand(experiment.of_8_bits, (8,)), *expand(experiment.methods, experiment.bits)]
+        common.measure(out, subject, recipes, experiment.settings)
     return common.report(out)
 
 

@@ -14,7 +14,7 @@ import common
 
 from qjax.recipe import UNQUANTIZED
 
-SETTINGS = common.Settings(max_windows=256, seeds=(0, 1, 2))
+SETTINGS = common.Settings(seeds=(0, 1, 2))
 
 
 @dataclasses.dataclass(frozen=True)

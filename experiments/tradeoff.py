@@ -20,7 +20,7 @@ LLAMA_2_7B = {
 }
 
 
-SETTINGS = common.Settings(max_windows=None, questions=None, tasks=True, speed=True, seeds=(0, 1, 2))
+SETTINGS = common.Settings(max_windows=None, questions=None, tasks=True, speed=True, calibration_windows=128)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from qjax.checkpoints.huggingface import save_huggingface
 from qjax.cli import app as cli
 from qjax.errors import LONGEST
+from qjax.sweep.store import ROWS, read_rows
 
 from .conftest import byte_tokenizer, random_model, tiny_config
 
@@ -167,6 +168,14 @@ def test_mistakes_in_names_are_found_without_jax(tmp_path):
         ["sweep", "--rule", "nonsense"],
         ["sweep", "--rule", "mlp=nonsense"],
         ["sweep", "--rule", "(=none"],
+        ["sweep", "--recipes", "gptq(dam=1):int4"],
+        ["sweep", "--methods", "gptq(damp=x)"],
+        ["sweep", "--rule", "mlp=rtn(clop=mse):int4"],
+        ["quantize", "bundled", "--recipe", "gptq:int4@qep(alph=1)", "--out", str(tmp_path / "out")],
+        ["sweep", "--tasks", "cloze,nonsense"],
+        ["sweep", "--tasks", "piqa:no/such/file"],
+        ["eval", "bundled", "--tasks", "cloze,cloze"],
+        ["sweep", "--measure", "speed,nonsense"],
         ["sweep", "--order", "nonsense"],
         ["sweep", "--launcher", "nonsense"],
         ["sweep", "--convention", "nonsense"],
@@ -301,16 +310,24 @@ def test_calibrated_quantization_and_sensitivity(checkpoint, tmp_path, capsys):
     assert len((tmp_path / "s" / "rows.jsonl").read_text().splitlines()) == 3
 
 
-def test_seeds_of_calibration_come_together_in_one_folder(checkpoint, tmp_path, capsys):
-    """Each seed draws other calibration windows; nearest rounding draws nothing, so its two runs are no two samples."""
+def test_seeds_of_calibration_are_one_line(checkpoint, tmp_path, capsys):
+    """Each seed draws other calibration windows; nearest rounding draws nothing and has one row; keys are those of --seed."""
     other = tmp_path / "other.txt"
     other.write_text("".join(f"The quick brown fox {i} jumps over {i * i} lazy dogs, and back again. " for i in range(60)))
     out, options = tmp_path / "out", ("--calibration", f"text:{other}", "--calibration-windows", "4")
-    for seed in (0, 1):
-        recipes = ("--recipes", "rtn:int3-g16,gptq:int3-g16@parallel", "--seed", seed)
-        printed = succeeds(capsys, *sweep_arguments(checkpoint, out, *recipes, *options))
-    (table,) = out.glob("*-seeds.md")  # the second sweep writes it: reports are of all rows in the folder
+    recipes = ("--recipes", "rtn:int3-g16,gptq:int3-g16@parallel")
+    printed = succeeds(capsys, *sweep_arguments(checkpoint, out, *recipes, *options, "--seeds", "0,7"))
+    rows = read_rows(out / ROWS)
+    assert [(row["recipe"], row["seed"]) for row in rows] == [
+        ("none", 0), ("rtn:int3-g16", 0), ("gptq:int3-g16@parallel", 0), ("gptq:int3-g16@parallel", 7),
+    ]  # fmt: skip
+    (table,) = out.glob("*-seeds.md")
     assert str(table) in printed.replace("\n", "")
-    lines = [line for line in table.read_text().splitlines() if ":int3-g16" in line]
-    seeds = {tuple(cell.strip() for cell in line.split("|")[1:3]) for line in lines}
-    assert seeds == {("gptq:int3-g16@parallel", "2"), ("rtn:int3-g16", "1")}
+    succeeds(capsys, *sweep_arguments(checkpoint, out, *recipes, *options, "--seed", "7"))
+    again = read_rows(out / ROWS)[4:]
+    assert [(row["recipe"], row["seed"]) for row in again] == [("none", 7), ("rtn:int3-g16", 7)]
+    printed = succeeds(capsys, *sweep_arguments(checkpoint, out, *recipes, *options, "--seeds", "0,7", "--dry-run"))
+    assert "4 cells: 4 done" in printed
+    wrong = {("0", "--seed", "7"): "by one of the two", ("0,0,1",): "expected each once", ("a",): "expected whole numbers"}
+    for given, message in wrong.items():
+        assert message in fails(capsys, *sweep_arguments(checkpoint, out, *recipes, *options, "--seeds", *given))

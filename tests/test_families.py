@@ -322,7 +322,6 @@ def test_how_falcon_fuses_queries_keys_and_values(entries, heads, blocks):
         ({"model_type": ["llama"]}, "unknown architecture"),
         (LLAMA | {"architectures": ["MyForCausalLM"]}, "'MyForCausalLM'"),
         (LLAMA | {"architectures": ["MistralForCausalLM"]}, "unknown architecture"),
-        (LLAMA | {"quantization_config": {"quant_method": "gptq"}}, r"already quantized \(gptq\)"),
         (LLAMA | {"hidden_size": None}, "'hidden_size' must be int, got nothing"),
         (LLAMA | {"hidden_size": "64"}, "'hidden_size' must be int, got '64'"),
         (LLAMA | {"hidden_size": True}, "'hidden_size' must be int, got True"),

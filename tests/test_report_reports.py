@@ -107,7 +107,8 @@ def test_two_seeds_are_within_noise_by_students_t(errors, noise):
     for seed, change in enumerate((1e-5 * (errors - 1), 1e-5 * (errors + 1))):  # their mean has an error of 1e-5
         losses = {"window_nll": [600.0 + 100 * change] * 8, "window_tokens": [100] * 8}
         rows.append(measured_row("gptq:int3-g128", change, seed=seed, **losses))
-    assert ("≈" in seeds_table(rows).cells()[0][3]) == noise
+    for table in (seeds_table(rows), perplexity_table(rows)):
+        assert any("≈" in cell for cell in table.cells()[-1]) == noise
 
 
 def test_a_seed_that_diverged_leaves_every_table_and_figure():
@@ -121,7 +122,7 @@ def test_a_seed_that_diverged_leaves_every_table_and_figure():
     assert [" ∞" in f" {' '.join(line)}" for line in cells] == [False, True]  # 8 windows; 32, of which one seed diverged
     assert [name for name, _ in figures(rows)] == [f"{STEM}-recipes"]
     worse, better = (comparison_tables(*pair, ("a", "b"))[0] for pair in ((rows[-2:], rows[-2:]), ([bad], rows[-1:])))
-    assert [line[-1] for line in worse.cells()] == ["0", "-"] and better.cells()[0][-2:] == ["∞", "-"]
+    assert [line[-1] for line in worse.cells()] == ["-"] and better.cells()[0][-2:] == ["∞", "-"]
 
 
 def test_calibration_is_a_column_where_it_tells_rows_apart():
@@ -129,12 +130,6 @@ def test_calibration_is_a_column_where_it_tells_rows_apart():
     headers = perplexity_table(rows).headers()
     assert "calibration text" in headers and "calibration windows" in headers and "tokens a window" not in headers
     assert names(rows) == [STEM, f"{STEM}-seeds"]
-    assert len(tables(rows)[1][1].rows) == 4  # 2 texts x 2 numbers of windows, each of 2 seeds
-    (alone,) = [
-        line
-        for line in seeds_table([*rows, measured_row("rtn:int3-g128", 0.2, window_nll=[660.0] * 8)]).rows
-        if line["seeds"] == 1
-    ]
-    assert alone["recipe"] == "rtn:int3-g128" and alone["nll_delta"] == pytest.approx(60 / 256)
+    assert [len(table.rows) for _, table in tables(rows)] == [5, 4]  # 2 texts x 2 numbers of windows, each of 2 seeds
     same = [row for row in rows if row.get("calibration") in (None, "c4") and row.get("calibration_windows") in (None, 8)]
     assert not any("calibration" in header for header in perplexity_table(same).headers())

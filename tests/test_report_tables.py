@@ -38,14 +38,14 @@ MARKDOWN = """\
 | rtn:int2-g128           |           2.141 |                 5.605 |      0.54 |   44.8 ± 1.1 |      +348 ± 22 |        0.062 |         0.12 |         7300 |
 
 ±: standard error over documents; of the change, of the difference from the unquantized model window by window. \
-≈: the 95 % interval of the change holds zero. Measured on cpu: x86_64 x2.
+≈: the 95 % interval of the change holds zero, each change by itself. Measured on cpu: x86_64 x2.
 """  # noqa: E501
 
 LATEX = r"""% \usepackage{booktabs}
 \begin{table}
 \centering
 \small
-\caption{Perplexity of toy on python-docs (windows-512), 8 windows, 4,088 tokens. $\pm$: standard error over documents; of the change, of the difference from the unquantized model window by window. $\approx$: the 95 \% interval of the change holds zero. Measured on cpu: x86\_64 x2.}
+\caption{Perplexity of toy on python-docs (windows-512), 8 windows, 4,088 tokens. $\pm$: standard error over documents; of the change, of the difference from the unquantized model window by window. $\approx$: the 95 \% interval of the change holds zero, each change by itself. Measured on cpu: x86\_64 x2.}
 \begin{tabular}{lrrrrrrrr}
 \toprule
 recipe & bits per weight & model bits per weight & size (MB) & perplexity & change (\%) & weight error & quantize (s) & tokens per s \\
@@ -119,12 +119,25 @@ def test_only_differences_beyond_noise_are_unmarked():
 
 def test_notes_say_what_errors_are_over():
     many, few = ({"window_nll": [1.0] * 6, "window_documents": documents} for documents in (range(6), [0, 0, 0, 1, 1, 2]))
-    assert over_units([many, {}]) == "documents"
-    assert over_units([many, few]) == "documents, or blocks of windows where a text has fewer than 5"
+    assert over_units([{}]) == "documents"
+    assert over_units([many, {}]) == "6 documents (the largest has 17 % of the tokens)"
+    assert over_units([few, {"draws": 3}]) == "blocks of windows of 3 documents and 3 draws of calibration data"
+    uneven = {"window_nll": [1.0] * 6, "window_documents": [0, 1, 2, 3, 4, 4], "window_tokens": [1, 1, 1, 1, 2, 4]}
+    assert over_units([uneven, {"draws": 2}, {"draws": 5}]).startswith(
+        "5 documents (the largest has 60 % of the tokens) and 2 to 5"
+    )
+    one = over_units([many, {"order": "qep"}])
+    assert (
+        one == "6 documents (the largest has 17 % of the tokens) of one draw of calibration data"
+    )  # what others change is not in ±
+    assert over_units([many, {"order": "qep"}, {"order": "qep", "draws": 3}, {"order": None}]).endswith(
+        " and 1 to 3 draws of calibration data"
+    )
     assert "independent" in over_units([many, {"window_nll": [1.0]}])
 
 
 def test_seed_is_a_column_where_it_differs():
+    """Of rows without the losses of windows, which cannot be put together."""
     rows = [measured_row("gptq:int3-g128", 0.1, seed=seed) for seed in (0, 1)]
     assert "| seed |" in to_markdown(perplexity_table(rows))
     assert "seed" not in to_markdown(perplexity_table(rows[:1]))

@@ -35,7 +35,5 @@ def test_shown_for_several_methods_widths_and_groupings_alone():
     assert has_widths(rows)
     for left in ("int3", "rtn", "g"):  # no other width, method, grouping
         assert not has_widths([row for row in rows if left not in row["recipe"]])
-    seeds = [rows[1] | {"seed": seed, "window_nll": [float(seed)]} for seed in (0, 1)]
-    assert not has_widths([*rows, *seeds])
     with pytest.raises(QjaxError, match="integer"):
         widths_table([measured_row("none"), measured_row("nf4-g64", 0.02)])

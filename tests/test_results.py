@@ -15,20 +15,20 @@ from tests.dictionary import LAYERS as OF_LAYERS
 
 RESULTS = README.parent
 FOLDERS = sorted(path.parent for path in RESULTS.glob(f"*/{ROWS}"))
+LONGEST_CELL = 100  # letters, to be read at a glance
 RENDERED = {"md": to_markdown, "tex": to_latex, "csv": to_csv}
 every_folder = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 
 
 @every_folder
 def test_tables_are_those_of_the_rows(folder: Path):
-    made = {
-        f"{name}.{suffix}": render(table)
-        for name, table in tables(read_rows(folder / ROWS))
-        for suffix, render in RENDERED.items()
-    }
+    found = tables(read_rows(folder / ROWS))
+    made = {f"{name}.{suffix}": render(table) for name, table in found for suffix, render in RENDERED.items()}
     committed = {path.name: path.read_text() for suffix in RENDERED for path in folder.glob(f"*.{suffix}")}
     assert sorted(made) == sorted(committed)
     assert [name for name, text in made.items() if committed[name] != text] == []
+    cells = {cell.strip() for _, table in found for line in table.cells() for cell in line}
+    assert [cell for cell in cells if len(cell) > LONGEST_CELL or cell in ("None", "nan")] == []
 
 
 @every_folder

@@ -12,7 +12,7 @@ from scipy.signal import lfilter
 from qjax.errors import QjaxError
 from qjax.evaluate.statistics import (
     accuracy_difference,
-    aggregate_seeds,
+    aggregate_draws,
     autocorrelation,
     count_flips,
     estimate,
@@ -144,22 +144,56 @@ def test_intervals_cover_accuracies_of_questions_that_share_documents():
     assert few == accuracy_difference(np.ones(30, bool), np.ones(30, bool))  # the error over questions is the larger one
 
 
-@pytest.mark.parametrize("seeds", [3, 8])
-def test_errors_over_seeds_cover_the_mean_difference(seeds):
-    """change[s, i] = 0.02 + seed effect + unit effect + both: the error must hold the mean over all seeds and units."""
-    generator = np.random.default_rng(seeds)
-    hits = 0
-    for _ in range(TRIALS):
-        effect = 0.002 * generator.standard_normal((seeds, 1)) + 0.03 * generator.standard_normal(60)
-        found = aggregate_seeds(0.02 + effect + 0.01 * generator.standard_normal((seeds, 60)))
-        hits += found.change.low <= 0.02 <= found.change.high
-    assert NOMINAL[0] <= hits / TRIALS <= NOMINAL[1] + 0.01
+@pytest.mark.parametrize("draws", [3, 5])
+@pytest.mark.parametrize(
+    ("of_draw", "of_document", "of_both"),
+    [(0, 1, 1), (0, 0.2, 1), (0.1, 0.3, 1), (0.3, 0.2, 1), (0.3, 1, 1), (1, 1, 1), (1, 0, 0.3)],
+    ids=["both", "interaction", "a-little", "half", "some", "most", "draws"],
+)
+def test_errors_over_draws_cover_the_mean_of_all_draws_and_documents(draws, of_draw, of_document, of_both):
+    """change[s, g] = 0 + draw + document + both, of 119 documents of which one holds an eighth of the windows."""
+    generator = np.random.default_rng(draws)
+    sizes = np.maximum(1, generator.lognormal(1.5, 1.0, 119).astype(int))
+    sizes[0] = 134
+    counts, found, trials = 100 * sizes, [], TRIALS // 4
+    draw, document = of_draw * generator.standard_normal((trials, draws, 1)), generator.standard_normal((trials, 1, 119))
+    change = draw + of_document * document + of_both * generator.standard_normal((trials, draws, 119))
+    for each in change * counts:
+        found.append(aggregate_draws(each, counts, np.arange(119)).change[2:4])
+    assert NOMINAL[0] <= covered(found, 0) <= NOMINAL[1] + 0.015  # on the safe side
+
+
+def test_errors_over_draws_by_hand():
+    """Two draws of three documents of one token: means 2 and 4, every document's 2, 3, 4."""
+    found = aggregate_draws(np.array([[1.0, 2.0, 3.0], [3.0, 4.0, 5.0]]), None, np.arange(3))
+    over_documents, over_draws = 1 / math.sqrt(3), math.sqrt(2) / math.sqrt(2)  # deviations over square roots of numbers
+    assert (found.change.value, found.draws) == (3, 2) and found.between == pytest.approx(math.sqrt(2))
+    assert found.change.stderr == pytest.approx(math.hypot(over_documents, over_draws))
+    blocks = estimate(np.array([2.0, 3.0, 4.0]), None, np.arange(3))
+    reach = math.hypot(blocks.high - 3, stats.t.ppf(0.975, 1) * over_draws)
+    assert (found.change.low, found.change.high) == (pytest.approx(3 - reach), pytest.approx(3 + reach))
+    assert stats.t.ppf(0.975, found.change.dof) * found.change.stderr == pytest.approx(reach)  # p-values agree with it
+    apart = np.array([[1.0, -1.0, 0.0], [-1.0, 1.0, 0.0]])  # what differs between draws is what differs between documents
+    assert aggregate_draws(apart).change.stderr == 0
+    same = aggregate_draws(np.array([[1.0, 2.0, 6.0]] * 3))
+    np.testing.assert_allclose(same.change, estimate(np.array([1.0, 2.0, 6.0])))
+    assert same.between == 0
+
+
+def test_accuracies_over_draws_are_of_each_questions_mean():
+    """Of two draws half a question counts half; no flips are little evidence, not none."""
+    before, ours = np.array([1, 1, 0, 0, 1]), np.array([[1, 0, 0, 1, 1], [1, 0, 0, 0, 1]])
+    found = accuracy_difference(ours.mean(axis=0), before)
+    squares = (1 + 0.25 + 2) / 7
+    assert found.value == pytest.approx(-0.1)
+    assert found.stderr == pytest.approx(math.sqrt((squares - (0.5 / 7) ** 2) / 7))
+    assert accuracy_difference(np.array([before, before]).mean(axis=0), before) == accuracy_difference(before, before)
 
 
 def test_a_model_does_not_differ_from_itself():
     losses = np.arange(1.0, 9.0)
     same = paired_difference(losses, losses, np.full(8, 100))
-    assert (same.value, same.stderr, same.low, same.high, same.is_noise) == (0, 0, 0, 0, True)
+    assert (same.value, same.stderr, same.low, same.high, same.p, same.is_noise) == (0, 0, 0, 0, 1, False)
     right = np.arange(100) % 3 == 0
     same = accuracy_difference(right, right)
     assert same.value == 0 and same.is_noise
@@ -199,8 +233,10 @@ def test_too_little_to_know():
     assert math.isnan(estimate(np.array([1.0])).stderr) and math.isnan(estimate(np.array([1.0])).low)
     assert estimate(np.array([1.0, math.inf])).value == math.inf
     assert math.isnan(paired_difference([1.0, math.inf], [0.0, 0.0]).low)
-    one = aggregate_seeds(np.array([0.1, 0.2, 0.3]))
-    assert (one.seeds, math.isnan(one.between)) == (1, True)
+    one = aggregate_draws(np.array([0.1, 0.2, 0.3]))
+    assert (one.draws, math.isnan(one.between)) == (1, True)
+    diverged = aggregate_draws(np.array([[1.0, 2.0], [1.0, math.inf]]))
+    assert diverged.change.value == math.inf and math.isnan(diverged.change.stderr)
     for bad in (
         lambda: paired_difference([1.0], [1.0, 2.0]),
         lambda: accuracy_difference([], []),

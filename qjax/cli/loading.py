@@ -1,5 +1,6 @@
 """Models and calibration as the commands name them. Only the commands import it."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import typer
@@ -25,9 +26,20 @@ def load_model(name: str, *, lazy: bool = False) -> "Model":
 def calibration_for(
     model: "Model", asked: tuple, name: str | None, data: list[str], windows: int, window: int, seed: int
 ) -> "Calibration | None":
-    """Calibration tokens where a recipe or rule of `asked` reads any; the text defaults to the first named one of `data`."""
+    """`calibrations_for` of one seed."""
+    found = calibrations_for(model, asked, name, data, windows, window, (seed,))
+    return found and found[0]
+
+
+def calibrations_for(
+    model: "Model", asked: tuple, name: str | None, data: list[str], windows: int, window: int, seeds: Sequence[int]
+) -> "tuple[Calibration, ...] | None":
+    """Calibration tokens of each seed where a recipe or rule of `asked` reads any; the text defaults to the first named one of
+    `data`.
+    """
     from qjax.calibrate.tokens import load_calibration
     from qjax.driver.placement import parse_rule
+    from qjax.evaluate.corpora import load_corpus
     from qjax.recipe import parse_recipe
 
     recipes = [*map(parse_recipe, asked[0]), *(parse_rule(rule).recipe for rule in asked[1])]
@@ -37,7 +49,8 @@ def calibration_for(
     if name is None and not named:
         needing = next(str(recipe) for recipe in recipes if recipe and recipe.reads_data)
         raise QjaxError(f"{needing} reads calibration data; name a text with --calibration, for example text:PATH or c4")
-    return load_calibration(model, name or named[0], windows=windows, window=window, seed=seed)
+    corpus = load_corpus(name or named[0], "calibration")
+    return tuple(load_calibration(model, corpus, windows=windows, window=window, seed=seed) for seed in seeds)
 
 
 def default_windows(model: str, data: list[str], asked: int | None) -> int | None:

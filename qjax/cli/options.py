@@ -8,7 +8,7 @@ import typer
 from qjax.errors import QjaxError
 from qjax.files import expand
 
-MODEL_HELP = "Hugging Face folder or hub name, folder qjax saved, or 'bundled'."
+MODEL_HELP = "Hugging Face folder or hub name, GGUF file, folder qjax saved, or 'bundled'."
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 RecipeName = Annotated[str, typer.Option("--recipe", help="For example gptq:int4-g128; see `qjax recipes`.")]
 Packed = Annotated[bool, typer.Option("--packed", help="Multiply with packed weights.")]
@@ -45,6 +45,15 @@ OrderName = Annotated[
     typer.Option("--order", help="parallel, block, sequential or qep: for recipes without @ORDER.", show_default="qep"),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Seeds = Annotated[
+    str | None,
+    typer.Option(
+        help="Recipes that read data are measured on N draws of it, of seeds 0 to N - 1, or of several as 0,5,7; their mean is "
+        "one line of tables.",
+        metavar="N",
+        show_default="one, of --seed",
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Write into a folder that is not empty.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder to write.", parser=expand, metavar="PATH")]
 Folder = Annotated[Path, typer.Argument(help="A folder with rows.jsonl.", parser=expand)]
@@ -65,9 +74,19 @@ def split_names(text: str) -> list[str]:
     return parts
 
 
-def split_numbers(text: str) -> list[int]:
+def split_numbers(text: str, option: str = "--bits", example: str = "8,4,3,2") -> list[int]:
     """Whole numbers between commas."""
     try:
         return [int(part) for part in split_names(text)]
     except ValueError:
-        raise QjaxError(f"--bits {text!r}: expected whole numbers separated by commas, for example 8,4,3,2") from None
+        raise QjaxError(f"{option} {text!r}: expected whole numbers separated by commas, for example {example}") from None
+
+
+def split_seeds(text: str | None, seed: int) -> tuple[int, ...]:
+    """The seeds of --seeds, N or several; that of --seed, which it excludes, where it is not given."""
+    if text is None:
+        return (seed,)
+    first, *others = split_numbers(text, "--seeds", "0,5,7")
+    if seed or (not others and first < 1):
+        raise QjaxError(f"--seeds {text}, --seed {seed}: expected at least one seed, by one of the two; leave the other out")
+    return (first, *others) if others else tuple(range(first))

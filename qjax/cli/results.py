@@ -73,7 +73,7 @@ def compare(
         bool, typer.Option("--holm", help="Mark * so that one wrong mark in a table has a probability of 5 %, not each.")
     ] = False,
 ) -> None:
-    """Rows of two folders that were asked the same, old and new, or all rows with one of them.
+    """Rows of two folders that were asked the same, old and new, or all rows with one of them; draws (--seeds) are one line.
 
     A difference whose 95 % interval does not hold zero is marked *.
     """
@@ -86,7 +86,8 @@ def compare(
         raise QjaxError("compare: give a second folder, or --baseline, a row that every other is compared with")
     before, after = _read(old), [] if new is None else _read(new)
     if baseline is not None:
-        found = [baseline_table([*before, *after], find_row(cells_of(before), baseline, str(old)), metric, family=holm)]
+        row = find_row(cells_of(before), baseline, str(old), any_draw=True)
+        found = [baseline_table([*before, *after], row, metric, family=holm)]
     else:
         names = (old.name, new.name) if old.name != new.name else (str(old), str(new))
         found = comparison_tables(before, after, names, metric, family=holm)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qjax.cli.early import check_names
-from qjax.cli.loading import calibration_for, default_windows, load_model
+from qjax.cli.loading import calibrations_for, default_windows, load_model
 from qjax.cli.options import (
     MODEL_HELP,
     CalibrationName,
@@ -23,9 +23,11 @@ from qjax.cli.options import (
     RecipeName,
     Rules,
     Seed,
+    Seeds,
     Tasks,
     split_names,
     split_numbers,
+    split_seeds,
 )
 from qjax.cli.terminal import live_sweep, live_workers, print_states, print_tables
 from qjax.errors import QjaxError
@@ -71,6 +73,7 @@ def sweep(
     order: OrderName = None,
     rule: Rules = None,
     seed: Seed = 0,
+    seeds: Seeds = None,
     out: Out = Path("qjax-results"),
     workers: Annotated[int, typer.Option(min=1, help="So many workers share the cells of this sweep.")] = 1,
     launcher: Annotated[
@@ -93,6 +96,7 @@ def sweep(
 
     engine, _ = parse_launcher(launcher)
     asked_names = {"recipes": recipes, "methods": methods, "order": order, "rules": rule, "convention": convention}
+    asked_names |= {"tasks": tasks, "measure": measure}
     check_names(**asked_names, texts=(*data, calibration), models=(model, baseline))
     from qjax.evaluate.corpora import load_corpora
     from qjax.evaluate.tasks import load_tasks
@@ -101,7 +105,7 @@ def sweep(
     from qjax.sweep.columns import require_measurements
     from qjax.sweep.runner import Sweep, cell_states, rules_in_order
 
-    names = _recipes(recipes, methods, bits, group, order)
+    names, drawing = _recipes(recipes, methods, bits, group, order), split_seeds(seeds, seed)
     rules = rules_in_order(rule or (), order)
     measured = parse_convention(convention)
     measures = require_measurements(split_names(measure) if measure else ())
@@ -118,10 +122,20 @@ def sweep(
         names = [UNQUANTIZED]  # there is nothing left to quantize
     against = None if baseline is None else load_model(baseline)
     max_windows = default_windows(model, data, max_windows)
-    tokens = calibration_for(loaded, (names, rules), calibration, data, calibration_windows, calibration_window, seed)
-    further = {"measures": measures, "baseline": against}
+    tokens = calibrations_for(loaded, (names, rules), calibration, data, calibration_windows, calibration_window, drawing)
     request = Sweep(
-        tuple(names), corpora, measured, max_windows or None, rules, seed, asked, divergence, speed, tokens, **further
+        tuple(names),
+        corpora,
+        measured,
+        max_windows or None,
+        rules,
+        tasks=asked,
+        divergence=divergence,
+        speed=speed,
+        measures=measures,
+        baseline=against,
+        seeds=drawing,
+        calibration=tokens,
     )
     if dry_run:
         print_states(cell_states(loaded, request, out))
@@ -173,6 +187,7 @@ def sensitivity(
     calibration_window: CalibrationWindow = 2048,
     order: OrderName = None,
     seed: Seed = 0,
+    seeds: Seeds = None,
     out: Out = Path("qjax-sensitivity"),
 ) -> None:
     """Measure what each block costs when it alone is quantized; rows and a table go to --out."""
@@ -182,14 +197,14 @@ def sensitivity(
     from qjax.sweep.cells import canonical
     from qjax.sweep.runner import Sweep
 
-    names, measured = canonical([recipe], order), parse_convention(convention)
+    names, measured, drawing = canonical([recipe], order), parse_convention(convention), split_seeds(seeds, seed)
     refuse_inputs(out, [model])
     prepare_output_folder(out)
     corpora = load_corpora(data)
     loaded = load_model(model)
-    tokens = calibration_for(loaded, (names, ()), calibration, data, calibration_windows, calibration_window, seed)
+    tokens = calibrations_for(loaded, (names, ()), calibration, data, calibration_windows, calibration_window, drawing)
     max_windows = default_windows(model, data, max_windows)
-    request = Sweep(tuple(names), corpora, measured, max_windows or None, seed=seed, calibration=tokens, one_block=True)
+    request = Sweep(tuple(names), corpora, measured, max_windows or None, seeds=drawing, calibration=tokens, one_block=True)
     _run(loaded, request, out)
 
 

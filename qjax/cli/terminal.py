@@ -81,9 +81,10 @@ def _waited_for(cells: Mapping[str, str]) -> str:
 
 
 def _print_row(progress: "Progress", row: Mapping[str, object], note: str = "") -> None:
+    seed = f", seed {row['seed']}" if row.get("seed") and row.get("order") is not None else ""
     progress.console.print(
         f"{row['recipe']:<28} {row['bits_per_weight']:7.3f} bits  {printable(row['corpus']):<14} "
-        f"perplexity {float(row['perplexity']):.4f}{note}",
+        f"perplexity {float(row['perplexity']):.4f}{seed}{note}",
         highlight=False,
         markup=False,
         soft_wrap=True,
@@ -130,6 +131,7 @@ def print_states(states: list[dict[str, object]]) -> None:
         TableColumn("recipe", "recipe", text=True),
         TableColumn("corpus", "text", text=True),
         TableColumn("format", "format", text=True, rank=1),
+        *([TableColumn("seed", "seed", rank=1)] if len({row["seed"] for row in states}) > 1 else []),
         TableColumn("key", "key", text=True),
         TableColumn("state", "state", text=True),
     )

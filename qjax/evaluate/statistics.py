@@ -14,8 +14,18 @@ tokens; counts of 1 give a mean over questions):
     blocks      of twice 1.5^(1/3) n^(1/3) (2 r / (1 - r^2))^(2/3) windows (Carlstein 1986), r: lag-1 autocorrelation
     accuracy    Wald interval of the difference of paired proportions with a question added to either way of differing
                 (Bonett and Price 2012, doi 10.3102/1076998611411915): valid where few or no answers differ
-    seeds       the variance over units of the mean over seeds, and the variance between seeds over their number, added; degrees
-                of freedom by Welch and Satterthwaite
+    draws       of calibration data, all measured on the same units: a change is d_sg = m + draw s + unit g + both. Of the mean
+                over S draws, the variance between draws over their number, V_d = v / S, is 1 / S of what s adds and of what
+                both add; the variance over units V_u (of each unit's mean over draws) is what g adds, and 1 / S of what both
+                add, a second time. The latter is V_both = sum_s V_u(d_s - mean over draws) / (S - 1) / S; it is taken off once,
+                which leaves what is the same in every draw (two-way clustering: Cameron, Gelbach and Miller 2011, doi
+                10.1198/jbes.2010.07136):
+
+                    stderr^2 = V_g + V_d, V_g = max(0, V_u - V_both)      interval: R +- sqrt(t_u^2 V_g + t_d^2 V_d)
+
+                with a Student's t for each part, of S - 1 degrees of freedom for V_d (Banerjee 1960). Simulated on documents as
+                above it holds the truth in 94 to 98 % for 2, 3 and 5 draws, whatever part is the largest; with one t by Welch
+                and Satterthwaite, or V_both taken off V_d, in 91 to 97 % for 3, with nothing taken off in up to 99.8 %
 """
 
 import math
@@ -42,16 +52,27 @@ class Difference(NamedTuple):
 
     @property
     def is_noise(self) -> bool:
-        """Whether no difference at all is within the interval: what the mark of tables says."""
-        return self.low <= 0 <= self.high
+        """`is_noise` of the interval."""
+        return is_noise(self.low, self.high)
 
     @property
     def p(self) -> float:
         """Probability of a difference at least this large where there is none (two-sided)."""
+        return self.p_of(0.0)
+
+    def p_of(self, truth: float) -> float:
+        """Probability of a difference at least as far from the truth as this is (two-sided)."""
         from scipy.special import stdtr
 
-        middle = (self.low + self.high) / 2
-        return float(2 * stdtr(min(self.dof, 1e9), -abs(middle) / self.stderr)) if self.stderr else float(middle == 0)
+        off = abs((self.low + self.high) / 2 - truth)
+        return float(2 * stdtr(min(self.dof, 1e9), -off / self.stderr)) if self.stderr else float(off == 0)
+
+
+def is_noise(low: float, high: float) -> bool:
+    """Whether an interval holds zero, which is what ≈ says in tables, and more than zero: what is exactly equal differs by no
+    noise.
+    """
+    return low <= 0 <= high and low < high
 
 
 def interval(value: float, stderr: float, dof: float = math.inf) -> Difference:
@@ -83,8 +104,12 @@ def estimate(
         totals, counts = totals[counts > 0], counts[counts > 0]
     if len(totals) < 2:
         return Difference(value, math.nan, math.nan, math.nan, math.nan)
-    without = (totals.sum() - totals) / (counts.sum() - counts)
-    return interval(value, jackknife_error(without), equal_units(counts) - 1)
+    return interval(value, jackknife_error(_left_out(totals, counts)), equal_units(counts) - 1)
+
+
+def _left_out(totals: Float[np.ndarray, " n"], counts: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """The ratio without each unit."""
+    return (totals.sum() - totals) / (counts.sum() - counts)
 
 
 def jackknife_error(left_out: Float[np.ndarray, " n"]) -> float:
@@ -142,23 +167,25 @@ def units_of(residuals: np.ndarray, documents: np.ndarray) -> np.ndarray:
 
 
 def accuracy_difference(
-    ours: Sequence[bool], theirs: Sequence[bool], documents: Int[np.ndarray, " n"] | None = None
+    ours: Sequence[float], theirs: Sequence[float], documents: Int[np.ndarray, " n"] | None = None
 ) -> Difference:
-    """Difference of two accuracies on the same questions; True is a right answer. documents: of each question, where several
-    come from one; the larger of the errors over questions and over documents counts.
+    """Difference of two accuracies on the same questions; 1 (True) is a right answer, between 0 and 1 the part of several draws
+    that are right. documents: of each question, where several come from one; the larger of the errors over questions and over
+    documents counts.
     """
     from scipy.special import ndtri
 
-    ours, theirs = np.asarray(ours, bool), np.asarray(theirs, bool)
+    ours, theirs = np.asarray(ours, float), np.asarray(theirs, float)
     if ours.shape != theirs.shape or ours.ndim != 1 or not len(ours):
         raise QjaxError(f"accuracies over {ours.shape} and {theirs.shape} answers: expected the same questions")
-    n, gained, lost = len(ours), int(np.sum(ours & ~theirs)), int(np.sum(~ours & theirs))
-    more, less = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
-    middle, spread = more - less, math.sqrt((more + less - (more - less) ** 2) / (n + 2))
+    n, gained, lost = len(ours), np.maximum(ours - theirs, 0), np.maximum(theirs - ours, 0)
+    more, less = float(gained.sum() + 1) / (n + 2), float(lost.sum() + 1) / (n + 2)
+    squares = float(np.sum(gained**2) + 1) / (n + 2) + float(np.sum(lost**2) + 1) / (n + 2)
+    middle, spread = more - less, math.sqrt((squares - (more - less) ** 2) / (n + 2))
     reach, dof = float(ndtri((1 + LEVEL) / 2)) * spread, math.inf
-    value = (gained - lost) / n
+    value = float(gained.sum() - lost.sum()) / n
     if documents is not None and n > 1:
-        clustered = estimate(ours.astype(float) - theirs, None, documents)
+        clustered = estimate(ours - theirs, None, documents)
         if clustered.high - clustered.low > 2 * reach:
             spread, reach, dof = clustered.stderr, (clustered.high - clustered.low) / 2, clustered.dof
     return Difference(value, spread, min(middle - reach, value), max(middle + reach, value), dof)
@@ -188,34 +215,63 @@ def count_flips(answers: Sequence[int], baseline: Sequence[int], gold: Sequence[
 
 
 class Aggregate(NamedTuple):
-    """A figure over several seeds."""
+    """A figure over several draws."""
 
-    change: Difference  # mean over seeds, with the error of units and seeds together
-    between: float  # standard deviation between seeds; nan for a single seed
-    seeds: int
+    change: Difference  # mean over draws, with the error of units and draws together
+    units: float  # the part of its standard error that is the units', the same in every draw
+    between: float  # standard deviation between draws; nan of a single one
+    draws: int
 
 
-def aggregate_seeds(
-    changes: Float[np.ndarray, "seeds n"],
+def aggregate_draws(
+    changes: Float[np.ndarray, "draws n"],
     counts: Int[np.ndarray, " n"] | None = None,
     documents: Int[np.ndarray, " n"] | None = None,
 ) -> Aggregate:
-    """Mean difference over seeds of changes on the same units; counts, documents: as in `estimate`."""
+    """Mean over draws of changes on the same units; counts, documents: as in `estimate`."""
     changes = np.atleast_2d(np.asarray(changes, float))
     counts = np.ones(changes.shape[1]) if counts is None else np.asarray(counts, float)
-    return with_seeds(estimate(changes.mean(axis=0), counts, documents), changes.sum(axis=1) / counts.sum())
+    over_units, values = estimate(changes.mean(axis=0), counts, documents), changes.sum(axis=1) / counts.sum()
+    return with_draws(over_units, values, twice_counted(changes, counts, documents))
 
 
-def with_seeds(over_units: Difference, values: Float[np.ndarray, " seeds"]) -> Aggregate:
-    """The mean of a figure over seeds, whose error over units is known.
+def twice_counted(
+    changes: Float[np.ndarray, "draws n"],
+    counts: Int[np.ndarray, " n"] | None = None,
+    documents: Int[np.ndarray, " n"] | None = None,
+) -> float:
+    """V_both: the part of the variance over units that draws hold too; counts, documents: as in `estimate`."""
+    changes = np.asarray(changes, float)
+    if len(changes) < 2 or not np.isfinite(changes).all():
+        return 0.0
+    counts, mean = np.ones(changes.shape[1]) if counts is None else np.asarray(counts, float), changes.mean(axis=0)
+    units = np.arange(len(counts))
+    if documents is not None:
+        units = units_of(mean - mean.sum() / counts.sum() * counts, np.asarray(documents))
+    totals, kept = np.bincount(units, counts), np.bincount(units, counts) > 0
+    if kept.sum() < 2:
+        return 0.0
+    apart = (np.bincount(units, each) for each in changes - mean)
+    return shared_variance([_left_out(each[kept], totals[kept]) for each in apart])
 
-    The error takes units and seeds as two samples; what they do together is in both terms, which errs on the safe side.
-    """
-    value, seeds = float(np.mean(values)), len(values)
-    if seeds == 1:
-        return Aggregate(over_units, math.nan, 1)
-    between = float(np.std(values, ddof=1))
-    units, drawn = over_units.stderr**2, between**2 / seeds
-    total, spread = units + drawn, units**2 / over_units.dof + drawn**2 / (seeds - 1)
-    dof = total**2 / spread if spread else math.inf
-    return Aggregate(interval(value, math.sqrt(total), dof), between, seeds)
+
+def shared_variance(left_out: Sequence[Float[np.ndarray, " n"]]) -> float:
+    """V_both of a figure from its values of every draw with each of n units left out, less those of the mean over draws."""
+    return sum(jackknife_error(each) ** 2 for each in left_out) / (len(left_out) - 1) / len(left_out)
+
+
+def with_draws(over_units: Difference, values: Sequence[float], both: float = 0.0) -> Aggregate:
+    """The mean of a figure over draws, whose error over units is known. both: V_both; 0 errs on the safe side."""
+    from scipy.special import stdtridf, stdtrit
+
+    value, draws = float(np.mean(values)), len(values)
+    if draws == 1:
+        return Aggregate(over_units, over_units.stderr, math.nan, 1)
+    if not math.isfinite(value):  # a draw diverged
+        return Aggregate(Difference(value, math.nan, math.nan, math.nan, math.nan), math.nan, math.nan, draws)
+    between, half = float(np.std(values, ddof=1)), (over_units.high - over_units.low) / 2
+    drawn, units = between / math.sqrt(draws), math.sqrt(max(0.0, over_units.stderr**2 - both))
+    half = half * units / over_units.stderr if over_units.stderr else half
+    stderr, reach = math.hypot(units, drawn), math.hypot(half, float(stdtrit(draws - 1, (1 + LEVEL) / 2)) * drawn)
+    dof = float(stdtridf((1 + LEVEL) / 2, reach / stderr)) if drawn else over_units.dof
+    return Aggregate(Difference(value, stderr, value - reach, value + reach, dof), units, between, draws)

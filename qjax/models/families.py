@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Iterable
 
 from qjax.errors import QjaxError
-from qjax.models import config_entries as entries
 from qjax.models.config import DecoderConfig
 from qjax.models.family import Family
 from qjax.models.family_alibi import BLOOM, FALCON, FALCON2
@@ -65,11 +64,7 @@ def module_names(family: str, paths: Iterable[str]) -> dict[str, str]:
 
 def read_config(config: dict) -> DecoderConfig:
     """The DecoderConfig of a config.json. Raises QjaxError for what is missing, malformed or cannot be done."""
-    family = find_family(config)
-    if config.get("quantization_config"):
-        method = entries.get(config["quantization_config"], "quant_method", str, "an unnamed method")
-        raise QjaxError(f"the weights are already quantized ({method}); give the checkpoint they were made from")
-    return family.read(config)
+    return find_family(config).read(config)
 
 
 def write_config(config: DecoderConfig) -> dict:

@@ -4,7 +4,8 @@ against one of them.
 Rows match where model (fingerprint), recipe, text, convention, windows, seed and calibration are the same, and what else a
 figure depends on: of tasks their questions, of differences the baseline. The difference of losses is paired window by window,
 and of accuracies question by question, where both rows keep these; otherwise the two errors are added as if independent, or no
-error is given.
+error is given. Rows that differ in their seed alone are draws of one line, whose mean difference has the error of documents and
+draws together (`draws.py`).
 """
 
 import math
@@ -13,8 +14,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from qjax.errors import QjaxError
-from qjax.evaluate.statistics import LEVEL, Difference, accuracy_difference, holm, interval, paired_difference
+from qjax.evaluate.statistics import LEVEL, Difference, aggregate_draws, holm, interval, with_draws
 from qjax.formats import UNQUANTIZED
+from qjax.report.draws import DRAWS, accuracy_change, draws_of, drew, in_step, mean_of, right_answers
 from qjax.report.rendering import (
     MISSING,
     Row,
@@ -22,7 +24,7 @@ from qjax.report.rendering import (
     TableColumn,
     columns_of,
     documents_of,
-    losses,
+    loss_change,
     number,
     significant,
     with_error,
@@ -32,6 +34,7 @@ from qjax.sweep.columns import column_of, with_roles
 from qjax.sweep.rows import cell_columns, named_model
 
 DEFAULT_METRIC = "perplexity"
+Pair = tuple[Row, Row]  # old, new; of the same seed where they are draws
 
 
 def match_rows(
@@ -52,8 +55,8 @@ def match_rows(
 
 
 def _asked(row: Row, asked: Sequence[str]) -> tuple[str, ...]:
-    as_it_is = row["recipe"] == UNQUANTIZED  # no seed changes it
-    return tuple("" if key == "seed" and as_it_is else str(row.get(key)) for key in asked)
+    seedless = row["recipe"] == UNQUANTIZED or row.get("order", "") is None  # no seed changes it
+    return tuple("" if key == "seed" and seedless else str(row.get(key)) for key in asked)
 
 
 def _given(rows: Sequence[Row], metric: str) -> list[str]:
@@ -80,31 +83,34 @@ def comparison_tables(
     given = _given([*old, *new], metric)
     asked = [*with_roles("asked"), *given]
     pairs, gone, come = match_rows(old, new, asked)
-    groups: dict[tuple, list[tuple[Row, Row]]] = {}
+    groups: dict[tuple, dict[tuple, list[Pair]]] = {}
     for pair in pairs:
         keys = ("model", "corpus", "convention", "windows", "fingerprint", "corpus_fingerprint", *given)
-        groups.setdefault(tuple(str(pair[1].get(key)) for key in keys), []).append(pair)
+        lines = groups.setdefault(tuple(str(pair[1].get(key)) for key in keys), {})
+        lines.setdefault(_asked(pair[1], [key for key in asked if key != "seed"]), []).append(pair)
     tables = []
-    for key, group in groups.items():
-        title = f"{names[1]} against {names[0]}: {named_model(group[0][1])} on {key[1]} ({key[2]}), {key[3]} windows"
-        tables.append(_pairs_table(title, group, {"old": names[0], "new": names[1]}, metric, family))
+    for key, lines in groups.items():
+        model = named_model(next(iter(lines.values()))[0][1])
+        title = f"{names[1]} against {names[0]}: {model} on {key[1]} ({key[2]}), {key[3]} windows"
+        drawn = [pairs if any(map(drew, zip(*pairs, strict=True))) else pairs[:1] for pairs in lines.values()]
+        tables.append(_pairs_table(title, drawn, {"old": names[0], "new": names[1]}, metric, family))
     notes = () if pairs else (_nearest(gone, come, names, asked),)
     return tables + ([_single_table(gone, come, names, notes)] if gone or come else [])
 
 
 def baseline_table(rows: Sequence[Row], baseline: Row, metric: str = DEFAULT_METRIC, *, family: bool = False) -> Table:
-    """Every other row of the baseline's text, convention and windows against it, of whatever model, recipe and seed; where the
-    metric depends on more, those that agree in that. family: as in `comparison_tables`.
+    """Every other cell of the baseline's text, convention and windows against that of the row, of whatever model and recipe;
+    where the metric depends on more, those that agree in that. family: as in `comparison_tables`.
 
     Raises QjaxError where there is none, and for a metric that no row has.
     """
     keys = ["corpus_fingerprint", "convention", "windows", *_given(rows, metric)]
-    last = {cell_columns(row): row for row in cells_of(rows)}.values()
-    others = [row for row in last if row is not baseline and all(row.get(key) == baseline.get(key) for key in keys)]
+    last = {cell_columns(row): row for row in (baseline, *cells_of(rows), baseline)}.values()
+    own, *others = draws_of(row for row in last if all(row.get(key) == baseline.get(key) for key in keys))
     if not others:
         raise QjaxError(f"no other row has the {', '.join(keys)} of row {baseline['key']}; measure some with `qjax sweep`")
     title = f"Against {baseline['recipe']} of {named_model(baseline)}, {baseline['corpus']} ({baseline['convention']})"
-    return _pairs_table(title, [(baseline, row) for row in others], {"new": ""}, metric, family)
+    return _pairs_table(title, [in_step([own, cell]) for cell in others], {"new": ""}, metric, family)
 
 
 def _nearest(gone: Sequence[Row], come: Sequence[Row], names: tuple[str, str], asked: Sequence[str]) -> str:
@@ -124,23 +130,24 @@ def _is_metric(key: str, value: object) -> bool:
     return figure and (declared is None or declared.role in ("found", "spent"))
 
 
-def _pairs_table(title: str, pairs: Sequence[tuple[Row, Row]], shown: Mapping[str, str], metric: str, family: bool) -> Table:
-    """shown: which of "old" and "new" has a column, with its name."""
-    found = [_difference_of(old, new, metric) for old, new in pairs]
-    marked = holm([each.p for each in found]) if family else [not each.is_noise for each in found]
-    rows = [
-        {**new, "old": _value(old, metric), "new": _value(new, metric)}
-        | {"difference": _value(new, metric) - _value(old, metric), "difference_stderr": each.stderr, "marked": mark}
-        for (old, new), each, mark in zip(pairs, found, marked, strict=True)
-    ]
+def _pairs_table(title: str, lines: Sequence[Sequence[Pair]], shown: Mapping[str, str], metric: str, family: bool) -> Table:
+    """lines: the pairs of every line, draw by draw. shown: which of "old" and "new" has a column, with its name."""
+    found = [_difference_of(*zip(*pairs, strict=True), metric) for pairs in lines]
+    marked = holm([each.p for each in found]) if family else [each.p < 1 - LEVEL for each in found]
+    rows = []
+    for pairs, each, mark in zip(lines, found, marked, strict=True):
+        old, new = (_value(side, metric) for side in zip(*pairs, strict=True))
+        drawn = {DRAWS: len(pairs), "seed": None} if len(pairs) > 1 else {}
+        figures = {"old": old, "new": new, "difference": new - old, "difference_stderr": each.stderr, "marked": mark}
+        rows.append({**pairs[-1][1], **drawn, **figures})
     columns = [
         TableColumn("recipe", "recipe", text=True),
         *distinctions(rows),
         *(TableColumn(key, f"{metric}\n{name}".strip(), _figure) for key, name in shown.items()),
         TableColumn("difference", "difference", _difference, error="difference_stderr"),
     ]
-    together = f", all {len(rows)} lines together (Holm 1979)" if family else ""
-    units = over_units(rows, "documents (questions)")
+    together = f", all {len(rows)} together (Holm 1979)" if family else f", each of {len(rows)} by itself"
+    units = "questions" if metric.startswith("accuracy") else over_units(rows)
     notes = [
         f"±: standard error of the difference over {units}, paired where both rows keep what it takes.",
         f"*: the {LEVEL:.0%} interval of the difference does not hold zero{together}.",
@@ -148,10 +155,10 @@ def _pairs_table(title: str, pairs: Sequence[tuple[Row, Row]], shown: Mapping[st
     return Table(title, columns_of(rows, columns), tuple(rows), tuple(notes))
 
 
-def _value(row: Row, metric: str) -> float:
-    """A row's figure; a count stays an integer."""
-    value = row.get(metric)
-    return value if isinstance(value, int) else number(row, metric)
+def _value(rows: Sequence[Row], metric: str) -> float:
+    """The figure of rows that are draws; a count stays an integer."""
+    value = mean_of(rows, metric)
+    return value if isinstance(value, int) else math.nan if value is None else float(value)
 
 
 def _single_table(gone: Sequence[Row], come: Sequence[Row], names: tuple[str, str], notes: tuple[str, ...]) -> Table:
@@ -169,34 +176,38 @@ def _single_table(gone: Sequence[Row], come: Sequence[Row], names: tuple[str, st
     return Table("Rows that only one folder has", columns_of(rows, columns), tuple(rows), notes)
 
 
-def _difference_of(old: Row, new: Row, metric: str) -> Difference:
-    """new - old; its errors are nan where they are not known."""
+def _difference_of(old: Sequence[Row], new: Sequence[Row], metric: str) -> Difference:
+    """new - old, draw by draw; its errors are nan where they are not known."""
     if metric in ("perplexity", "nll", "nll_delta", "perplexity_ratio", "bits_per_byte"):
         return _loss_difference(old, new, metric)
     column, colon, task = metric.partition(":")
-    gold, answers = f"gold:{task}", f"answers{'_norm' if column == 'accuracy_norm' else ''}:{task}"
-    change = float(_value(new, metric) - _value(old, metric))
-    if column in ("accuracy", "accuracy_norm") and all(row.get(answers) for row in (old, new)) and old[gold] == new[gold]:
-        right = [np.equal(row[answers], row[gold]) for row in (new, old)]
-        same = np.array_equal(*right)
-        return interval(0.0, 0.0) if same else accuracy_difference(*right, new.get(f"documents:{task}") or None)
-    return interval(change, math.hypot(*(number(row, f"{column}_stderr{colon}{task}") for row in (old, new))))
+    gold, suffix = f"gold:{task}", "_norm" if column == "accuracy_norm" else ""
+    kept = all(row.get(f"answers{suffix}:{task}") and row[gold] == old[0][gold] for row in (*old, *new))
+    if column in ("accuracy", "accuracy_norm") and kept:
+        ours, theirs = (right_answers(rows, task, suffix) for rows in (new, old))
+        if np.array_equal(ours, theirs):
+            return interval(0.0, 0.0)
+        return with_draws(*accuracy_change(ours, theirs, new[0].get(f"documents:{task}") or None)).change
+    changes = [number(after, metric) - number(before, metric) for before, after in zip(old, new, strict=True)]
+    errors = [number(row, f"{column}_stderr{colon}{task}") for row in (*old, *new)]
+    return with_draws(interval(float(np.mean(changes)), math.hypot(*errors) / math.sqrt(len(changes))), changes).change
 
 
-def _loss_difference(old: Row, new: Row, metric: str) -> Difference:
+def _loss_difference(old: Sequence[Row], new: Sequence[Row], metric: str) -> Difference:
     """Paired, over documents, carried from nll to the metric at the mean of both (the delta method)."""
-    value = number(new, metric) - number(old, metric)
-    if "window_nll" not in old or "window_nll" not in new or old["window_tokens"] != new["window_tokens"]:
-        return interval(value, math.nan)
+    before, after = _value(old, metric), _value(new, metric)
+    if not all("window_nll" in row and row["window_tokens"] == old[0]["window_tokens"] for row in (*old, *new)):
+        return interval(after - before, math.nan)
     with np.errstate(invalid="ignore"):  # of models that diverged
-        found = paired_difference(losses(new), losses(old), np.array(new["window_tokens"]), documents_of(new))
+        changes = np.array([loss_change(*pair) for pair in zip(new, old, strict=True)])
+        found = aggregate_draws(changes, np.array(new[0]["window_tokens"]), documents_of(new[0])).change
     if metric in ("nll", "nll_delta"):
         slope = 1.0
     elif metric == "bits_per_byte":
-        slope = number(new, metric) / number(new, "nll")
+        slope = after / _value(new, "nll")
     else:
-        slope = (number(old, metric) + number(new, metric)) / 2
-    return interval(value, slope * found.stderr, found.dof)
+        slope = (before + after) / 2
+    return interval(after - before, slope * found.stderr, found.dof)
 
 
 def _figure(row: Row, key: str) -> str:

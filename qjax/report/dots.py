@@ -1,180 +1,177 @@
-"""Figure of recipes, or of places quantized alone, one under the other: the increase of perplexity of each with its error.
+"""Figure of recipes, or of places quantized alone, one under the other: the increase of perplexity of each with its interval.
 
-For what lines over bits per weight do not show: formats of equal size, orders and amounts of calibration, several seeds, one
-block at a time. A dot is a measurement, a marker with a bar the mean and its standard error, of windows and seeds together.
+For what lines over bits per weight do not show: many methods at each width, orders and amounts of calibration, one block at a
+time. Facets are widths (or the recipes of places and calibrations), each on its own scale, so that differences within a width
+are seen: side by side where they have the same lines, else one under the other.
 """
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from qjax.errors import QjaxError
-from qjax.formats import UNQUANTIZED
+from qjax.formats import INTEGERS
 from qjax.report.drawing import (
     BARS,
-    LABEL_SIZE,
     POINT,
-    SMALL_SIZE,
     WIDTHS,
     ink,
     lay_out,
-    method_style,
-    new_figure,
+    look,
+    new_page,
     plain,
     scale_values,
     text_size,
     wrap,
-    write_note,
-    write_titles,
 )
-from qjax.report.figures import SMALLEST, VALUES, has_lines
+from qjax.report.draws import merge_draws
+from qjax.report.figures import VALUES, interval_of
 from qjax.report.rendering import Row, number
-from qjax.report.seeds import merge_seeds, seeds_of
 from qjax.report.sensitivity import placed_alone
-from qjax.report.series import increase
-from qjax.report.tables import describe, distinctions, is_baseline, require_one_group
+from qjax.report.series import base_method, increase, is_cast, line_panels, parts_of
+from qjax.report.tables import distinctions, is_baseline, require_one_group
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 FEWEST = 2  # lines
-WIDEST_NAMES = 0.57  # of the page
-BELOW = "◀ below the axis"
-LINE_HEIGHT, MARGINS = 0.155, 0.75  # inches
-CALIBRATED = {"calibration": "{}", "calibration_windows": "{} windows", "calibration_window_tokens": "{} tokens each"}
+CROWDED = 6  # lines over bits in one panel; where there are more, dots are shown too
+WIDEST_NAMES = 0.4  # of the page
+MOST_FACETS = {"single": 2, "double": 5}  # side by side
+SHARED = 0.6  # of all lines in all facets: what must be there for facets side by side
+GAP = 12  # points between facets side by side
+BOLD = 1.12  # how much wider than other letters those of titles are
+LINE_HEIGHT, MARGINS = 0.135, 0.42  # inches; margins of a facet
+CALIBRATED = {"calibration", "calibration_windows", "calibration_window_tokens"}
+Facets = dict[str, dict[str, Row]]  # title -> name -> row
 
 
 def has_dots(rows: Sequence[Row]) -> bool:
-    """Whether the rows are better shown one under the other than as lines over bits."""
-    shown = _shown(rows)
-    apart = placed_alone(rows) or seeds_of(rows) or not has_lines(rows)
-    return bool(apart) and len(_lines(shown)) >= FEWEST and any(increase(row) > 0 for row in shown)
-
-
-def dots_figure(rows: Sequence[Row], width: str = "single") -> "Figure":
-    """The figure of one model, text and convention. width: "single" | "double" column.
-
-    Recipes stand in the order of their increase, places in the order of the rows. Long names are written smaller; the figure
-    takes both columns where that is not enough, and names too long for these are broken into lines. Raises QjaxError for rows
-    of more than one model, text or convention, and where there is nothing to show.
-    """
-    require_one_group(rows)
-    shown = _shown(rows)
-    if not shown:
-        raise QjaxError("a figure of recipes needs rows of quantized models, got none")
-    lines = _lines(shown)
-    if not placed_alone(rows):
-        lines = dict(sorted(lines.items(), key=lambda item: _mean(item[1])))
-    merged = _merged(rows, shown)
-    bars = np.array([_value_and_error(members, merged.get(name)) for name, members in lines.items()])
-    with new_figure(width) as (figure, (axes,)):
-        longest = max(text_size(figure, name)[0] for name in lines)
-        page = WIDTHS[width if SMALL_SIZE / LABEL_SIZE * longest < _space(WIDTHS[width]) else "double"]
-        size = max(SMALL_SIZE, LABEL_SIZE * min(1, _space(page) / longest))
-        names = [wrap(figure, name, _space(page) * LABEL_SIZE / size) for name in lines]
-        figure.set_size_inches(page, MARGINS + LINE_HEIGHT * max(map(len, names)) * (len(lines) + 1))
-        axes.set_ylim(len(lines) - 0.5, -0.5)  # the first line on top
-        axes.set_yticks(range(len(lines)), [plain("\n".join(name)) for name in names], fontsize=size)
-        axes.tick_params(axis="y", length=0, pad=5)  # a mark at the edge touches no name
-        axes.grid(axis="x", color="#DDDDDD", linewidth=0.5)
-        axes.set_axisbelow(True)
-        title = ": ".join(filter(None, (_common_recipe(shown) or _common_format(shown), describe(rows[0]))))
-        write_titles(figure, title, x=VALUES["increase"], y="")
-        figure.get_layout_engine().execute(figure)  # how many ticks there is room for
-        values = np.array([increase(row) for row in shown])
-        errors = np.where(np.isfinite(bars[:, 1]), bars[:, 1], 0)
-        scale_values(axes.xaxis, np.append(values, bars[:, 0]), np.append(np.zeros(len(values)), errors), SMALLEST["increase"])
-        for height, (bar, members) in enumerate(zip(bars, lines.values(), strict=True)):
-            colour, marker = method_style(_method(members[0]))
-            axes.get_yticklabels()[height].set_color(ink(colour))
-            _draw(axes, height, members, bar, colour=colour, marker=marker)
-        lay_out(figure)
-        if any(line.get_marker() == "<" for line in axes.lines):
-            write_note(figure, BELOW)
-    return figure
-
-
-def _space(page: float) -> float:
-    """Points that names may take of a page, inches."""
-    return WIDEST_NAMES * POINT * page
+    """Whether the rows are better shown one under the other than as lines over bits, or as well where these are crowded."""
+    rows = merge_draws(rows)
+    lines, shown = line_panels(rows), _shown(rows)
+    crowded = not lines or (len(lines) == 1 and len(lines[0][1]) > CROWDED)
+    return crowded and len(shown) >= FEWEST and any(increase(row) > 0 for row in shown)
 
 
 def _shown(rows: Sequence[Row]) -> list[Row]:
-    return placed_alone(rows) or [row for row in rows if not is_baseline(row)]
+    """Places where there are any, else all other models than the baseline; casts alone only."""
+    found = placed_alone(rows) or [row for row in rows if not is_baseline(row)]
+    return [row for row in found if not is_cast(row)] or found
 
 
-def _lines(shown: Sequence[Row]) -> dict[str, list[Row]]:
-    """Name -> its measurements, each of another seed."""
-    lines: dict[str, list[Row]] = {}
-    for row in shown:
-        lines.setdefault(_name(row, shown), []).append(row)
-    return lines
+def dots_figure(rows: Sequence[Row], width: str = "single") -> "Figure":
+    """The figure of one model, text and convention. width: "single" | "double" column; "double" too where names need it.
+
+    Recipes stand in the order of their increase, of facets side by side in that of the first; places and calibrations in the
+    order of the rows. Raises QjaxError for rows of more than one model, text or convention, and where there is nothing to show.
+    """
+    require_one_group(rows)
+    shown = _shown(merge_draws(rows))
+    if not shown:
+        raise QjaxError("a figure of recipes needs rows of quantized models, got none")
+    facets = facets_of(shown)
+    names = list(dict.fromkeys(name for facet in facets.values() for name in facet))
+    together = sum(map(len, facets.values())) >= SHARED * len(facets) * len(names)
+    lines = [names] * len(facets) if together else [list(facet) for facet in facets.values()]
+    with new_page(width) as figure:
+        grid = _axes(figure, list(facets), lines, width, together)
+        for axes, facet, here in zip(grid, facets.values(), lines, strict=True):
+            scale_values(axes.xaxis, np.array([interval_of(row) for row in facet.values()]))
+            for height, name in enumerate(here):
+                if name in facet:
+                    _draw(axes, height, facet[name])
+            for label, name in zip(axes.get_yticklabels(), here, strict=True):
+                colours = {_look(each[name]).colour for each in facets.values() if name in each}
+                label.set_color(ink(colours.pop()) if len(colours) == 1 else "black")
+    return figure
 
 
-def _name(row: Row, shown: Sequence[Row]) -> str:
-    """The place or recipe, and how it was calibrated where that tells rows apart."""
-    several = len({each.get("place_recipe") for each in shown}) > 1
-    recipe = str(row["recipe"]).removesuffix(f":{_common_format(shown)}")
-    name = row["place"] + (f": {row['place_recipe']}" if several else "") if "place" in row else recipe
-    told = [column.key for column in distinctions(shown, seed=False) if row.get(column.key) not in (None, UNQUANTIZED)]
-    told = [CALIBRATED.get(key, "{}").format(row[key]) for key in told]
-    return ", ".join([*([] if told and _common_recipe(shown) else [name]), *told])
+def _axes(figure: "Figure", titles: Sequence[str], lines: Sequence[Sequence[str]], width: str, together: bool) -> list["Axes"]:
+    """The axes of the facets, with their titles and the names of their lines, in their places.
+
+    together: side by side with the same names.
+    """
+    longest = max(text_size(figure, name)[0] for names in lines for name in names)
+    fits = longest < WIDEST_NAMES * WIDTHS[width] * POINT and (not together or len(lines) <= MOST_FACETS[width])
+    page = WIDTHS[width if fits else "double"]
+    broken = {name: wrap(figure, name, WIDEST_NAMES * page * POINT) for names in lines for name in names}
+    counts = [len(names) for names in (lines[:1] if together else lines)]
+    tall = LINE_HEIGHT * max(map(len, broken.values()))
+    figure.set_size_inches(page, sum(MARGINS + tall * count for count in counts) + 0.2)
+    ratios = None if together else [count * tall + 0.05 for count in counts]
+    shape = (1, len(lines)) if together else (len(lines), 1)
+    grid = list(figure.subplots(*shape, squeeze=False, height_ratios=ratios).ravel())
+    space = (page * POINT - min(longest, WIDEST_NAMES * page * POINT)) / shape[1] - GAP
+    for axes, title, names in zip(grid, titles, lines, strict=True):
+        axes.set_title(plain("\n".join(wrap(figure, title, space / BOLD))), loc="left")
+        axes.set_ylim(len(names) - 0.5, -0.5)  # the first line on top
+        shown = axes is grid[0] or not together
+        axes.set_yticks(range(len(names)), [plain("\n".join(broken[name])) * shown for name in names])
+        axes.tick_params(axis="y", length=0, pad=4)
+        axes.grid(axis="x")
+    figure.supxlabel(VALUES["increase"])
+    lay_out(figure)
+    return grid
 
 
-def _common_recipe(shown: Sequence[Row]) -> str:
-    """What all the lines are of: the recipe where calibration alone differs, or that of places quantized alone; else ""."""
-    recipes = {str(row.get("place_recipe", row["recipe"])) for row in shown}
-    return recipes.pop() if len(recipes) == 1 else ""
+def facets_of(shown: Sequence[Row]) -> Facets:
+    """The facets by ascending bits; those of places and calibrations as they come."""
+    keys = {column.key for column in distinctions(shown)}
+    placed, calibrated = "place" in shown[0], bool(keys) and keys <= CALIBRATED
+    groupings = {
+        (parts_of(row).grouping, parts_of(row).others) for row in shown if not placed and parts_of(row).grid in INTEGERS
+    }
+    facets: Facets = {}
+    for row in shown if placed or calibrated else sorted(shown, key=increase):
+        recipe, told = str(row["recipe"]), _told(row, keys)
+        if placed:
+            title, name = str(row["place_recipe"]), [str(row["place"]), *told]
+        elif calibrated:
+            title, name = recipe, told or [recipe]
+        else:
+            short = len(groupings) == 1 and parts_of(row).grid in INTEGERS
+            title, name = str(row.get("bits") or ""), [recipe.replace(f":{row['format']}", "") if short else recipe, *told]
+        facets.setdefault(title, {})[", ".join(name)] = row
+    if placed or calibrated:
+        return facets
+    return {_title(bits, facet): facet for bits, facet in sorted(facets.items(), key=lambda item: int(item[0] or 99))}
 
 
-def _common_format(shown: Sequence[Row]) -> str:
-    """The format, and order, of recipes that all have the same, without rules: it stands in the title; else ""."""
-    recipes = [str(row["recipe"]) for row in shown]
-    formats = {recipe.rpartition(":")[2] for recipe in recipes}
-    return formats.pop() if len(formats) == 1 and not any(";" in recipe or ":" not in recipe for recipe in recipes) else ""
+def _told(row: Row, keys: set[str]) -> list[str]:
+    """What tells the row from others beside its recipe: of calibration text and amount, of anything else the value."""
+    told = [f"seed {row['seed']}"] if "seed" in keys and "seed" in row else []
+    told += [str(row[key]) for key in ("calibration", *sorted(keys - CALIBRATED - {"seed"})) if key in keys and row.get(key)]
+    if keys & {"calibration_windows", "calibration_window_tokens"} and row.get("calibration_windows"):
+        told.append(f"{row['calibration_windows']} x {row['calibration_window_tokens']} tokens")
+    return told
 
 
-def _merged(rows: Sequence[Row], shown: Sequence[Row]) -> dict[str, Row]:
-    """The lines of several seeds, merged where the baseline was measured too."""
-    baseline = [row for row in rows if is_baseline(row) and "window_nll" in row]
-    return {_name(row, shown): row for row in merge_seeds([*baseline, *shown])} if baseline and seeds_of(shown) else {}
+def _title(bits: str, facet: dict[str, Row]) -> str:
+    """3 bits (3.15 to 3.59 bits per weight): 3 bits: 3.15 to 3.59."""
+    exact = sorted({f"{number(row, 'bits_per_weight'):.2f}" for row in facet.values()})
+    return f"{bits} bits: {' to '.join(dict.fromkeys((exact[0], exact[-1])))}" if bits else ""
 
 
-def _mean(members: Sequence[Row]) -> float:
-    values = [increase(row) for row in members]
-    return float(np.mean(values)) if np.isfinite(values).all() else math.inf
-
-
-def _method(row: Row) -> str:
+def _look(row: Row):
     if "place_recipe" not in row:
-        return str(row["method"])
+        return look(base_method(row))
     from qjax.recipe import method_name, parse_recipe
 
-    return method_name(parse_recipe(row["place_recipe"]))
+    return look(method_name(parse_recipe(row["place_recipe"])))
 
 
-def _value_and_error(members: Sequence[Row], merged: Row | None) -> tuple[float, float]:
-    """The mean of a line and its standard error, nan where that is not known."""
-    mean = increase(merged) if merged else float(np.mean([increase(row) for row in members]))
-    return mean, number(merged or members[0], "nll_delta_stderr") * (100 + mean)
-
-
-def _draw(axes: "Axes", height: int, members: Sequence[Row], bar: Sequence[float], *, colour: str, marker: str) -> None:
-    """One line. bar: mean and standard error. What is below the axis is at its left edge, infinity at the right."""
+def _draw(axes: "Axes", height: int, row: Row) -> None:
+    """One line. What is below the axis is at its left edge, infinity at the right."""
     left, right = axes.get_xlim()
-    mean, error = bar
-    if len(members) > 1:
-        values = np.array([increase(row) for row in members])
-        inside = values[(values > left) & (values < right)]
-        axes.plot(inside, np.full(len(inside), height), "o", color=colour, markersize=2, alpha=0.6, markeredgewidth=0, zorder=3)
-    if not left < mean < right:
-        look = {"marker": "$\\infty$", "markersize": 8} if mean > left else {"marker": "<"}
-        axes.plot([right if mean > left else left], [height], color=colour, clip_on=False, zorder=5, **look)
+    value, low, high = interval_of(row)
+    colour, marker, face = _look(row)
+    if not left < value < right:
+        mark = {"marker": "$\\infty$", "markersize": 8} if value > left else {"marker": "<"}
+        axes.plot([right if value > left else left], [height], color=colour, clip_on=False, zorder=5, **mark)
         return
-    xerr = [error] if math.isfinite(error) else None
-    axes.errorbar([mean], [height], xerr=xerr, fmt=marker, color=colour, markersize=3.5, zorder=4, **BARS)
-    if mean - error < left:
-        axes.plot([left], [height], "<", color=colour, markersize=2, clip_on=False, zorder=5)
+    low = max(low, left / 2) if axes.get_xscale() == "log" else low
+    bar = np.nan_to_num(np.maximum(0, [[value - low], [high - value]]))
+    axes.errorbar([value], [height], xerr=bar, fmt=marker, color=colour, markerfacecolor=face, zorder=4, **BARS)

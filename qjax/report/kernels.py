@@ -7,6 +7,7 @@ has a panel for each weight, and the time over the dense product's against M.
     x dense    time of the dense product (float32 on CPU, bfloat16 elsewhere) over the time of this one, from turns of one run
 """
 
+import math
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -14,30 +15,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qjax.errors import QjaxError
-from qjax.formats import INTEGERS, parse_format
-from qjax.report.drawing import (
-    COLUMN_GAP,
-    GREY,
-    LINE_STYLES,
-    POINT,
-    Name,
-    ink,
-    lay_out,
-    method_style,
-    name_column,
-    new_figure,
-    scale_values,
-    text_size,
-    write_titles,
-)
+from qjax.report.drawing import GREY, METHOD_STYLES, Look, look, method_style
+from qjax.report.panels import Line, Panel, panels_figure
 from qjax.report.rendering import Row, Table, TableColumn, decimals, digits, number
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 OURS = ("xla", "pallas_tpu", "pallas_gpu")
-MOST_SIZES = 7  # M named at the axis
+MOST_SIZES = 6  # M named at the axis
 SUMMARISED = (1, 16)  # the M of which bandwidth and speed are shown
 NEEDED = (
     *("device", "inputs", "outputs", "rows", "format", "implementation", "dtype"),
@@ -99,72 +85,36 @@ def kernels_figure(rows: Sequence[Row], width: str = "single") -> "Figure":
     """A panel for each weight: time over that of the dense product, of the same turns, by M; a line for each format and
     implementation but the reference, which decodes the whole weight and is in the table. Rows are of one device.
 
-    Integers have one colour and a line style each, codebooks their own colours; what is not ours is grey.
+    What is not ours is grey.
     """
     rows = [row for row in rows if row.get("kind") == "kernels" and row["implementation"] not in ("dense", "reference")]
     last = {(row["inputs"], row["outputs"], *_line(row), row["rows"]): row for row in rows}  # measured of each case
-    rows = list(last.values())
-    weights = list(dict.fromkeys((row["inputs"], row["outputs"]) for row in rows))
-    lines = list(dict.fromkeys(map(_line, rows)))
+    points: dict[tuple, dict[tuple, list[tuple[float, float]]]] = {}
+    for row in sorted(last.values(), key=lambda row: row["rows"]):
+        weight = points.setdefault((row["inputs"], row["outputs"]), {})
+        weight.setdefault(_line(row), []).append((row["rows"], 1 / row["speedup"]))
+    order = list(dict.fromkeys(map(_line, rows)))
     sizes = sorted({row["rows"] for row in rows})
-    names = {line: line[0] if line[1] in OURS else f"{line[0]}, {line[1]}" for line in lines}
-    styles = _styles(lines)
-    with new_figure(width, len(weights)) as (figure, grid):
-        times = np.array([*(1 / row["speedup"] for row in rows), 1.0])
-        scale_values(grid[0].yaxis, times, np.zeros(len(times)))
-        write_titles(
-            figure,
-            f"products with packed weights, {rows[0]['device']}",
-            x="M, rows of x",
-            y="time over the dense product's",
-            panels=[f"{inputs} x {outputs}" for inputs, outputs in weights],
-        )
-        lay_out(figure)
-        longest = max(text_size(figure, name)[0] for name in names.values())
-        for axes in grid:
-            _scale_rows(axes, sizes, longest + COLUMN_GAP)
-        for axes, weight in zip(grid, weights, strict=True):
-            axes.plot([axes.get_xlim()[0], sizes[-1]], [1, 1], color=GREY, linewidth=0.8, linestyle=":", zorder=0)
-            here = [row for row in rows if (row["inputs"], row["outputs"]) == weight]
-            there = [line for line in lines if line in map(_line, here)]
-            ends = [_draw(axes, [row for row in here if _line(row) == line], styles[line]) for line in there]
-            labels = [Name(names[line], end, ink(styles[line]["color"])) for line, end in zip(there, ends, strict=True)]
-            name_column(axes, labels, side="right")
-    return figure
+    ticks = sizes[:: math.ceil(len(sizes) / MOST_SIZES)]
+    panels = []
+    for inputs, outputs in dict.fromkeys((row["inputs"], row["outputs"]) for row in rows):
+        there = [(line, np.array(points[inputs, outputs][line])) for line in order if line in points[inputs, outputs]]
+        lines = [Line(_name(*line), _look(*line, order), xy[:, 0], np.repeat(xy[:, 1:], 3, axis=1)) for line, xy in there]
+        panels.append(Panel(lines, "M, rows of x", "time / dense product's", f"{inputs} x {outputs}", across=1, ticks=ticks))
+    return panels_figure(panels, width, shared=True)
 
 
 def _line(row: Row) -> tuple[str, str]:
     return str(row["format"]), str(row["implementation"])
 
 
-def _styles(lines: Sequence[tuple[str, str]]) -> dict[tuple[str, str], dict[str, object]]:
-    """How each line is drawn."""
-    styles, integers = {}, 0
-    for fmt, implementation in lines:
-        if implementation not in OURS:
-            styles[fmt, implementation] = {"color": GREY, "marker": method_style(implementation)[1], "linestyle": "-"}
-            continue
-        grid = parse_format(fmt).grid
-        colour, marker = method_style("rtn" if grid in INTEGERS else grid)
-        style = LINE_STYLES[integers % len(LINE_STYLES) if grid in INTEGERS else 0]
-        styles[fmt, implementation] = {"color": colour, "marker": marker, "linestyle": style}
-        integers += grid in INTEGERS
-    return styles
+def _name(fmt: str, implementation: str) -> str:
+    return fmt if implementation in OURS else f"{fmt}, {implementation}"
 
 
-def _scale_rows(axes: "Axes", sizes: Sequence[int], names: float) -> None:
-    """A logarithmic axis of M, with room for names at the right, points."""
-    from matplotlib.ticker import FixedLocator, NullLocator
-
-    room = min(0.6, names * axes.figure.dpi / POINT / axes.bbox.width)
-    low, high = sizes[0] / 1.3, sizes[-1] * 1.1
-    axes.set_xscale("log", base=2)
-    axes.set_xlim(low, high * (high / low) ** (room / (1 - room)))
-    axes.xaxis.set(major_locator=FixedLocator(sizes, nbins=MOST_SIZES), minor_locator=NullLocator(), major_formatter="{x:g}")
-
-
-def _draw(axes: "Axes", rows: Sequence[Row], style: dict[str, object]) -> tuple[float, float]:
-    """Draws a line; its last point."""
-    points = sorted((row["rows"], 1 / row["speedup"]) for row in rows)
-    axes.plot(*zip(*points, strict=True), markersize=3, **style)
-    return points[-1]
+def _look(fmt: str, implementation: str, order: Sequence[tuple[str, str]]) -> Look:
+    """Of ours a colour and a marker each, as those of the methods."""
+    ours = [line for line in order if line[1] in OURS]
+    if implementation not in OURS:
+        return Look(GREY, method_style(implementation)[1], "white")
+    return look(list(METHOD_STYLES)[ours.index((fmt, implementation)) % len(METHOD_STYLES)])

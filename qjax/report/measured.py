@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from qjax.errors import QjaxError
 from qjax.report.rendering import Row, Table, TableColumn, columns_of, decimals, number, significant, with_error
-from qjax.report.tables import baseline_name, change_of_perplexity, describe, distinctions, in_order, require_one_group
+from qjax.report.tables import DRAWS, baseline_name, change_of_perplexity, describe, distinctions, lines_of
 from qjax.sweep.columns import BASELINE, Column, Measurement, column_of, measurements
 from qjax.sweep.rows import is_baseline
 
@@ -39,10 +39,10 @@ def measured_table(measurement: Measurement, rows: Sequence[Row]) -> Table:
 
     Raises QjaxError for rows without its figures, and for rows of more than one baseline, text or convention.
     """
-    require_one_group(rows)
+    rows = lines_of(rows)
     if not has_measured(measurement, rows):
         raise QjaxError(f"these rows hold no {measurement.name}; `qjax sweep --measure {measurement.name}` measures it")
-    rows = in_order(_lines(measurement, rows))
+    rows = _lines(measurement, rows)
     columns = heading(rows, rank=3)
     for key, column in _shown(measurement, rows):
         error = stderr_key(key)
@@ -50,6 +50,7 @@ def measured_table(measurement: Measurement, rows: Sequence[Row]) -> Table:
         columns.append(TableColumn(key, header, _figure, error=error if column_of(error) else "", rank=column.rank))
     baseline = baseline_name(rows[0])
     notes = tuple(note.format(baseline=baseline) for note in measurement.notes)
+    notes += ("Of several draws the mean; ± is theirs too.",) if any(DRAWS in row for row in rows) else ()
     title = f"{measurement.title.format(baseline=baseline)}, {describe(rows[0])}"
     return Table(title, columns_of(rows, columns), tuple(rows), notes)
 

@@ -1,11 +1,14 @@
 """Which findings of the GPTQ, AWQ and QLoRA papers hold on other models: finding / paper / ours / holds, from rows alone.
 
 A finding is a function of what recipes cost, cost = 100 (PPL / PPL of the unquantized model - 1), and a range that it should be
-in. Its error adds two parts: over documents, by the jackknife (every document left out once, as in `evaluate/statistics.py`),
-which keeps the pairing of recipes, and over seeds of calibration, the variance between them over their number. A finding holds
-where its 95 % interval is in the range, does not where it is out of it, and is open in between, or where the interval of a
-cost that another is divided by holds 0. The papers' numbers are computed from their tables, of models up to a thousand times
-larger; the ranges leave room beside what their smallest models and their claims say. The settings are theirs:
+in. Costs are those of the other tables: over draws of calibration data PPL's geometric mean (`draws.py`). The error adds
+documents and draws (`evaluate/statistics.py`): every document is left out once, which keeps the pairing of recipes, and the
+figures of the draws say what they add. A finding holds where its interval is in the range, does not where it is out of it, and
+is open in between, or where the interval of a cost that another is divided by holds 0. The intervals of a table are so wide
+that one wrong verdict among them all has a probability of 5 % (Holm 1979); what an interval of 95 % would say is told as such.
+The papers' numbers are computed from their
+tables, of models up to a thousand times larger; the ranges leave room beside what their smallest models and their claims say.
+The settings are theirs:
 GPTQ's paper has no act-order and sees the quantized blocks before; its code on LLaMA has act-order and sees the layers
 before (with act-order our groups are static, its were not); AWQ sees the unquantized model.
 
@@ -15,28 +18,47 @@ GPTQ: Frantar et al. 2022 (arXiv 2210.17323). AWQ: Lin et al. 2023 (2306.00978).
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from qjax.errors import QjaxError
-from qjax.evaluate.statistics import Difference, equal_units, interval, jackknife_error, units_of, with_seeds
+from qjax.evaluate.statistics import (
+    LEVEL,
+    Difference,
+    equal_units,
+    holm,
+    interval,
+    jackknife_error,
+    shared_variance,
+    units_of,
+    with_draws,
+)
 from qjax.report.accuracy import mean_reach
+from qjax.report.draws import draws_of, in_step, merge_draws
 from qjax.report.rendering import MISSING, Row, Table, TableColumn, documents_of, loss_change, losses, number, with_error
 from qjax.report.tables import describe, is_baseline, over_units, split_tables
 
 KIND = "paper_shapes"
-Costs = Mapping[str, Float[np.ndarray, " n"]]  # recipe -> percent; of all windows, then without each document
+Changes = Float[np.ndarray, "recipes n"]  # of the mean loss of every recipe, nats; of all windows, then without each document
 
 
 class Judged(NamedTuple):
-    """A finding on one model. holds: "yes", "no", or "open" where the error is too large to tell."""
+    """A finding on one model. inside: whether the value is in the range. p: probability of an error as large as the value's
+    distance from the nearest end of that.
+    """
 
     value: float
     error: float
-    holds: str
+    inside: bool
+    p: float
+
+    @property
+    def holds(self) -> str:
+        """The verdict by itself: "yes", "no", or "open" where the error is too large to tell."""
+        return ("yes" if self.inside else "no") if self.p <= 1 - LEVEL else "open"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,37 +192,42 @@ def recipes_of(findings: Sequence[Finding] = FINDINGS) -> list[str]:
 def judge(finding: Finding, rows: Sequence[Row]) -> Judged | None:
     """The finding on rows of one model, text and convention; None where they lack a recipe (or accuracies)."""
     baseline = next((row for row in rows if is_baseline(row)), None)
-    rows = [row for row in rows if row["recipe"] in finding.recipes]
-    if baseline is None or {row["recipe"] for row in rows} != set(finding.recipes):
+    cells = [[row for row in rows if row["recipe"] == recipe] for recipe in finding.recipes]
+    if baseline is None or not all(cells):
         return None
     if finding.measure is None:
-        value, error = (100 * number(rows[0], key) for key in ("accuracy_mean_delta", "accuracy_mean_delta_stderr"))
+        row = merge_draws([baseline, *cells[0]])[-1]
+        value, error = (100 * number(row, key) for key in ("accuracy_mean_delta", "accuracy_mean_delta_stderr"))
         if math.isnan(value):
             return None
-        reach = 100 * mean_reach(rows[0])
+        reach = 100 * mean_reach(row)
         return _judged(finding, Difference(value, error, value - reach, value + reach))
-    seeds = [[costs[recipe] for recipe in finding.recipes] for costs in _costs_of_seeds(rows, baseline)]
-    counts = np.bincount(_units(baseline), np.asarray(baseline["window_tokens"]))
-    with np.errstate(invalid="ignore", divide="ignore"):  # of costs that are 0 or infinite
-        found = _judged(finding, _estimate([finding.measure(*costs) for costs in seeds], counts))
-        divisors = [_estimate([costs[i] for costs in seeds], counts) for i in DIVISORS.get(finding.measure, ())]
-    sure = all(each.value == math.inf or each.low > 0 for each in divisors)
-    return found if sure else found._replace(holds="open")
+    draws = [_changes(each, baseline) for each in in_step([draws_of(cell)[-1] for cell in cells])]
+    units = equal_units(np.bincount(_units(baseline), np.asarray(baseline["window_tokens"])))
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):  # of costs that are 0 or infinite
+        found = _judged(finding, _estimate(finding.measure, draws, units))
+        divisors = [_estimate(lambda *costs, i=i: costs[i], draws, units) for i in DIVISORS.get(finding.measure, ())]
+    unsure = [0.0 if each.value == math.inf else each.p if each.value > 0 else 1.0 for each in divisors]
+    return found._replace(p=float(np.max([found.p, *unsure])))
 
 
-def _estimate(samples: Sequence[Float[np.ndarray, " n"]], counts: Float[np.ndarray, " units"]) -> Difference:
-    """Mean over seeds. samples: a seed's figure, of all windows, then without each unit. counts: tokens of each unit."""
-    values = np.array([float(sample[0]) for sample in samples])
-    over_documents = float(np.mean([jackknife_error(sample[1:]) for sample in samples]))
-    return with_seeds(interval(float(values.mean()), over_documents, equal_units(counts) - 1), values).change
+def _estimate(measure: Callable[..., Float[np.ndarray, " n"]], draws: Sequence[Changes], units: float) -> Difference:
+    """The measure of the costs over draws. units: how many of equal size tell as much as the documents."""
+    mean, *single = (measure(*(100 * np.expm1(changes))) for changes in (np.mean(draws, axis=0), *draws))
+    if not math.isfinite(mean[0]):
+        return interval(float(mean[0]), math.nan)
+    over_documents = interval(float(mean[0]), jackknife_error(mean[1:]), units - 1)
+    both = shared_variance([each[1:] - mean[1:] for each in single]) if len(single) > 1 else 0.0
+    values = np.array([each[0] for each in single])
+    return with_draws(over_documents, values + (mean[0] - values.mean()), both).change
 
 
 def _judged(finding: Finding, found: Difference) -> Judged:
     if found.value == math.inf:  # one of the models diverged, and no error is known
-        return Judged(found.value, math.nan, "no" if math.isfinite(finding.high) else "open")
-    inside = finding.low <= found.low and found.high <= finding.high
-    outside = found.high < finding.low or finding.high < found.low
-    return Judged(found.value, found.stderr, "yes" if inside else "no" if outside else "open")
+        return Judged(found.value, math.nan, False, 0.0 if math.isfinite(finding.high) else 1.0)
+    inside = finding.low <= found.value <= finding.high
+    nearest = max(found.p_of(end) for end in (finding.low, finding.high) if math.isfinite(end))
+    return Judged(found.value, found.stderr, inside, nearest)
 
 
 def _units(baseline: Row) -> Int[np.ndarray, " windows"]:
@@ -209,23 +236,17 @@ def _units(baseline: Row) -> Int[np.ndarray, " windows"]:
     return np.arange(len(loss)) if documents is None else units_of(loss - loss.mean(), documents)
 
 
-def _costs_of_seeds(rows: Sequence[Row], baseline: Row) -> list[Costs]:
-    """Costs of every recipe, seed by seed; recipes that draw nothing have one row, which counts for every seed."""
-    seeds: dict[str, dict[object, np.ndarray]] = {}
-    for row in rows:
-        seeds.setdefault(str(row["recipe"]), {})[row.get("seed")] = _cost(row, baseline)
-    drawn = [set(found) for found in seeds.values() if len(found) > 1]
-    common = sorted(set.intersection(*drawn)) if drawn else [None]
-    return [{recipe: found.get(seed, next(iter(found.values()))) for recipe, found in seeds.items()} for seed in common]
-
-
-def _cost(row: Row, baseline: Row) -> Float[np.ndarray, " n"]:
+def _changes(rows: Sequence[Row], baseline: Row) -> Changes:
+    """Of one draw's row of every recipe."""
     units = _units(baseline)
-    change, counts = (np.bincount(units, each) for each in (loss_change(row, baseline), baseline["window_tokens"]))
-    total, tokens = np.append(0.0, change), np.append(0.0, counts)
-    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        left = np.where(np.isposinf(change.sum()), np.inf, change.sum() - total)  # diverged: whatever unit is left out
-        return 100 * np.expm1(left / (counts.sum() - tokens))
+    tokens = np.bincount(units, baseline["window_tokens"])
+    counts, found = tokens.sum() - np.append(0.0, tokens), []
+    for row in rows:
+        total = np.bincount(units, loss_change(row, baseline))
+        with np.errstate(invalid="ignore"):
+            left = np.where(np.isposinf(total.sum()), np.inf, total.sum() - np.append(0.0, total))  # diverged: without any too
+        found.append(left / counts)
+    return np.array(found)
 
 
 def paper_shapes_table(rows: Sequence[Row], findings: Sequence[Finding] = FINDINGS) -> Table:
@@ -244,13 +265,16 @@ def paper_shapes_table(rows: Sequence[Row], findings: Sequence[Finding] = FINDIN
         lambda row: f"{describe(row)}, {row.get('windows')} windows, {row.get('tasks')}, {row.get('device')}",
     ):
         names = [name if names.count(name) == 1 else more(group[0]) for name, group in zip(names, groups, strict=True)]
-    lines = []
-    for finding in findings:
-        line = {"finding": finding.text, "paper": finding.paper, "source": finding.source, "range": finding.range}
-        for name, group in zip(names, groups, strict=True):
-            found = judge(finding, group)
-            line |= dict(zip((f"ours:{name}", f"error:{name}", f"holds:{name}"), found or (None, None, MISSING), strict=True))
-        lines.append(line)
+    lines = [dict(zip(("finding", "paper", "source", "range"), _told(finding), strict=True)) for finding in findings]
+    judged = {
+        (at, name): found
+        for at, finding in enumerate(findings)
+        for name, group in zip(names, groups, strict=True)
+        if (found := judge(finding, group)) is not None
+    }
+    sure = holm([found.p for found in judged.values()])
+    for ((at, name), found), each in zip(judged.items(), sure, strict=True):
+        lines[at] |= {f"ours:{name}": found.value, f"error:{name}": found.error, f"holds:{name}": _together(found.holds, each)}
     columns = [
         *(
             TableColumn(key, header, text=True)
@@ -260,17 +284,30 @@ def paper_shapes_table(rows: Sequence[Row], findings: Sequence[Finding] = FINDIN
     ]
     for name in names:
         columns.append(TableColumn(f"ours:{name}", f"{name}", functools.partial(_ours, name), error=f"error:{name}"))
-        columns.append(TableColumn(f"holds:{name}", "holds?", text=True))
+        columns.append(TableColumn(f"holds:{name}", "holds?", lambda row, key: str(row.get(key, MISSING)), text=True))
     notes = (
-        f"Measured on {'; '.join(map(describe, (group[0] for group in groups)))}. "
-        f"±: standard error, over {over_units([row for group in groups for row in group])} and seeds of calibration. "
-        "Yes: the 95 % interval is in the range; no: it is out of it; open: neither, or a divisor's interval holds 0. "
+        f"±: standard error. Measured on {'; '.join(_measured_on(group) for group in groups)}. "
+        "Yes: the interval is in the range; no: it is out of it; open: neither, or a divisor's interval holds 0. "
+        f"Intervals are those that hold the {len(judged)} verdicts together, one wrong yes or no among them all with a "
+        "probability of 5 % (Holm 1979); alone: by a 95 % interval of its own. "
         "A range below 1 tests the direction alone, not the papers' size. "
         "Cost: increase of perplexity over the unquantized model, in percent; its differences are points. "
         "GPTQ: without act-order where a finding does not name it; "
         "RTN: nearest rounding; INT4: symmetric, scale max/7; DQ: double quantization.",
     )
     return Table("Findings of the GPTQ, AWQ and QLoRA papers on small models", tuple(columns), tuple(lines), notes)
+
+
+def _together(verdict: str, sure: bool) -> str:
+    return verdict if sure or verdict == "open" else f"{verdict} alone"
+
+
+def _told(finding: Finding) -> tuple[str, ...]:
+    return finding.text, finding.paper, finding.source, finding.range
+
+
+def _measured_on(group: Sequence[Row]) -> str:
+    return f"{describe(group[0])}, over {over_units(merge_draws(group))}"
 
 
 def _ours(name: str, row: Row, key: str) -> str:

@@ -95,7 +95,7 @@ def byte_unit(sizes: Sequence[float]) -> tuple[str, int]:
 
 
 def _as_text(row: Row, key: str) -> str:
-    return str(row.get(key, ""))
+    return "" if row.get(key) is None else str(row[key])
 
 
 @dataclasses.dataclass(frozen=True)

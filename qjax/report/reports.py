@@ -18,9 +18,11 @@ from qjax.errors import QjaxError
 from qjax.files import expand, write_atomically
 from qjax.folders import prepare_output_folder
 from qjax.report.accuracy import accuracy_table, tasks_of
+from qjax.report.captions import dots_caption, kernels_caption, lines_caption, tradeoff_caption
 from qjax.report.dots import dots_figure, has_dots
 from qjax.report.drawing import PNG_DPI, RC
-from qjax.report.figures import has_lines, perplexity_figure, with_share
+from qjax.report.estimates import shown_rows
+from qjax.report.figures import lines_figure, tradeoff_figure
 from qjax.report.kernels import by_device, has_kernels, kernels_figure, kernels_table
 from qjax.report.measured import has_measured, measured_table, shown_measurements
 from qjax.report.memory import memory_rows_table
@@ -28,8 +30,8 @@ from qjax.report.paper_shapes import KIND, paper_shapes_table
 from qjax.report.rendering import Row, Table, to_csv, to_latex, to_markdown
 from qjax.report.seeds import seeds_of, seeds_table
 from qjax.report.sensitivity import ordinary, placed_alone, sensitivity_table
-from qjax.report.series import group_series, has_widths, increase, widths_table
-from qjax.report.tables import is_baseline, name_orders, perplexity_table, split_tables
+from qjax.report.series import has_widths, line_panels, widths_table
+from qjax.report.tables import perplexity_table, split_tables
 from qjax.report.tradeoff import has_speed, tradeoff_table
 from qjax.sweep.rows import with_baseline
 
@@ -43,21 +45,19 @@ LONGEST = 60  # letters of a name in a file's name, which the system allows 255
 class Exhibit(NamedTuple):
     """A table or figure. suffix: of its file name; shows(rows): true where the rows fill it; make(rows), of a figure
     make(rows, width). split(rows), of a folder's: further suffix -> rows, each of a table of their own; None: one of all.
+    caption(rows): of a figure.
     """
 
     suffix: str
     shows: Callable[[Sequence[Row]], object]
     make: Callable[..., object]
     split: Callable[[Sequence[Row]], dict[str, list[Row]]] | None = None
+    caption: Callable[[Sequence[Row]], str] | None = None
 
 
 def of_kind(kind: str) -> Callable[[Sequence[Row]], bool]:
     """Whether any row is of that kind."""
     return lambda rows: any(row.get("kind") == kind for row in rows)
-
-
-def _lines(value: str) -> Callable[[Sequence[Row], str], "Figure"]:
-    return lambda rows, width: perplexity_figure(ordinary(rows), value=value, width=width)
 
 
 TABLES = (
@@ -69,23 +69,16 @@ TABLES = (
     Exhibit("sensitivity", placed_alone, sensitivity_table),
 )
 FIGURES = (
-    Exhibit("", has_lines, _lines("perplexity")),
-    Exhibit("increase", lambda rows: has_lines(rows) and any(increase(row) > 0 for row in rows), _lines("increase")),
-    Exhibit("share", lambda rows: has_lines(rows) and len(group_series(with_share(rows))) > 1, _lines("share")),
-    Exhibit("accuracy", lambda rows: has_lines(rows) and tasks_of(rows), _lines("accuracy")),
-    Exhibit(
-        "divergence",
-        lambda rows: has_lines(rows) and any("kl" in row and not is_baseline(row) for row in rows),
-        _lines("divergence"),
-    ),
-    Exhibit("recipes", has_dots, dots_figure),
+    Exhibit("", lambda rows: not has_speed(rows) and line_panels(rows), lines_figure, caption=lines_caption),
+    Exhibit("recipes", has_dots, dots_figure, caption=dots_caption),
+    Exhibit("tradeoff", has_speed, tradeoff_figure, caption=tradeoff_caption),
 )
 FOLDER_TABLES = (
     Exhibit("memory", of_kind("memory"), memory_rows_table),
     Exhibit(KIND, of_kind(KIND), paper_shapes_table),
     Exhibit("kernels", of_kind("kernels"), kernels_table, by_device),
 )
-FOLDER_FIGURES = (Exhibit("kernels", has_kernels, kernels_figure, by_device),)
+FOLDER_FIGURES = (Exhibit("kernels", has_kernels, kernels_figure, by_device, kernels_caption),)
 
 
 def table_exhibits() -> list[Exhibit]:
@@ -111,21 +104,33 @@ def tables(rows: Sequence[Row]) -> list[tuple[str, Table]]:
 
 def figures(rows: Sequence[Row], width: str = "single") -> Iterator[tuple[str, "Figure"]]:
     """(file name without suffix, figure) of everything the rows fill, drawn one by one. width: "single" | "double" column."""
-    for name, exhibit, group in _exhibits(rows, FIGURES):
+    for name, exhibit, group in _all_figures(rows):
         yield name, exhibit.make(group, width)
-    for name, exhibit, group in _folder_exhibits(rows, FOLDER_FIGURES):
-        yield name, exhibit.make(group, width)
+
+
+def captions(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """(file name without suffix, text) of every figure's caption."""
+    return [(name, exhibit.caption(group)) for name, exhibit, group in _all_figures(rows)]
+
+
+def _all_figures(rows: Sequence[Row]) -> Iterator[tuple[str, Exhibit, list[Row]]]:
+    yield from _exhibits(rows, FIGURES)
+    yield from _folder_exhibits(rows, FOLDER_FIGURES)
 
 
 def write_reports(folder: str | Path, rows: Sequence[Row], *, width: str = "single") -> list[Path]:
-    """Writes every table (md, tex, csv) and figure (png, pdf) that the rows fill.
+    """Writes every table (md, tex, csv) and figure (png, pdf, caption.txt) that the rows fill.
 
     width: of the figures, "single" or "double" column. Returns the paths. Raises QjaxError when there are no rows or the folder
     cannot be written.
     """
     folder = prepare_output_folder(folder)
     paths = [path for name, table in tables(rows) for path in write_table(folder, name, table)]
-    return paths + [path for name, figure in figures(rows, width) for path in save_figure(figure, folder, name)]
+    paths += [path for name, figure in figures(rows, width) for path in save_figure(figure, folder, name)]
+    for name, caption in captions(rows):
+        paths.append(folder / f"{name}.caption.txt")
+        write_atomically(paths[-1], caption)
+    return paths
 
 
 def write_table(folder: str | Path, name: str, table: Table) -> list[Path]:
@@ -163,10 +168,10 @@ def _folder_exhibits(rows: Sequence[Row], exhibits: Sequence[Exhibit]) -> Iterat
 
 
 def _exhibits(rows: Sequence[Row], exhibits: Sequence[Exhibit]) -> Iterator[tuple[str, Exhibit, list[Row]]]:
-    """(file name, exhibit, rows) of what each group fills."""
+    """(file name, exhibit, rows) of what each group fills, a row for every cell."""
     groups = split_tables(rows)
     for name, group in zip(report_names(groups), groups, strict=True):
-        shown = group if placed_alone(group) else name_orders(group)
+        shown = shown_rows(group)
         yield from ((f"{name}-{exhibit.suffix}".rstrip("-"), exhibit, shown) for exhibit in exhibits if exhibit.shows(shown))
 
 

@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from qjax.errors import QjaxError
 from qjax.report.rendering import Row, Table, TableColumn, columns_of, digits, number
 from qjax.report.tables import (
-    NOISE,
     baseline_name,
     change_of_perplexity,
     describe,
     distinctions,
     is_baseline,
+    lines_of,
+    noise_note,
     over_units,
     perplexity_text,
-    require_one_group,
     within_noise,
 )
 
@@ -45,8 +45,7 @@ def sensitivity_table(rows: Sequence[Row]) -> Table:
 
     Raises QjaxError when there are no such rows, or rows of more than one model, text or convention.
     """
-    require_one_group(rows)
-    found = placed_alone(rows)
+    found = placed_alone(lines_of(rows))
     if not found:
         raise QjaxError("no row has one place quantized alone; `qjax sensitivity` measures every block so")
     found.sort(key=lambda row: (row["place_recipe"], -number(row, "nll_delta")))
@@ -63,5 +62,5 @@ def sensitivity_table(rows: Sequence[Row]) -> Table:
         f"One place is quantized at a time. ±: standard error of the difference from {baseline}, over {over_units(found)}."
     ]
     if any(within_noise(row) for row in found):
-        notes.append(NOISE)
+        notes.append(noise_note(found))
     return Table(f"Sensitivity of {describe(found[0])}", columns_of(found, columns), tuple(found), tuple(notes))

@@ -1,4 +1,4 @@
-"""Methods over formats: which rows make a line of a figure, and what it is called; and the table with a column for each method.
+"""Which rows make a line of a figure, in which panel, and what it is called; and the table with a column for each method.
 
 The table is that of a paper: a line for each integer format, in each cell the change of perplexity; for sweeps of several
 methods over several widths and groupings, whose table of recipes is long.
@@ -7,33 +7,36 @@ methods over several widths and groupings, whose table of recipes is long.
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from qjax.errors import QjaxError
-from qjax.formats import INTEGERS, UNQUANTIZED, parse_format
+from qjax.formats import FLOATS, INTEGERS, UNQUANTIZED, parse_format
+from qjax.report.drawing import METHOD_STYLES
+from qjax.report.draws import merge_draws
 from qjax.report.rendering import MISSING, Row, Table, TableColumn, decimals, number
-from qjax.report.seeds import seeds_of
-from qjax.report.sensitivity import ordinary
+from qjax.report.sensitivity import ordinary, placed_alone
 from qjax.report.tables import (
     NOISE,
     baseline_name,
     change_of_perplexity,
     describe,
+    distinctions,
     is_baseline,
     over_units,
     require_one_group,
 )
 from qjax.sweep.rows import recipe_without_rules
 
-MOST_LINES = 12  # in one panel: more names are not legible
+MOST_LINES = 13  # in one figure: more looks and names are not told apart
+DOUBLY = "dq"  # of a format whose scales are quantized
 FEWEST = 2  # methods, widths and groupings of a table
 
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """One line: the measurements of a method with fixed options and grouping, by ascending bits per weight.
+    """One line: the measurements of a method with fixed options, by ascending bits per weight.
 
-    variant: how many lines of the same method come before it.
+    method: without refiners; variant: how many lines of the same method come before it.
     """
 
     label: str
@@ -42,79 +45,132 @@ class Series:
     rows: tuple[Row, ...]
 
 
-def group_series(rows: Iterable[Row]) -> list[Series]:
-    """The lines of a figure. Integer formats of all widths make a line per grouping; a codebook makes one over its groupings.
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """A recipe in parts: rtn(clip=mse), int4, g128, sym, /int8-token@block with mlp/down=rtn:int8-g128."""
 
-    The grouping is part of the labels where integer formats have more than one.
-    """
-    lines: dict[tuple[str, str, str], list[Row]] = {}
-    for row in rows:
-        if not is_baseline(row):
-            lines.setdefault((str(row["method"]), *_name_and_grouping(row)), []).append(row)
-    several = len({grouping for _, _, grouping in lines} - {""}) > 1
-    series, counts = [], dict.fromkeys((method for method, _, _ in lines), 0)
-    for (method, name, grouping), members in sorted(lines.items()):
-        ordered = tuple(sorted(members, key=lambda row: number(row, "bits_per_weight")))
-        series.append(Series(f"{name} {grouping}" if several and grouping else name, method, counts[method], ordered))
-        counts[method] += 1
-    return series
+    stages: str
+    grid: str
+    grouping: str = ""
+    others: str = ""
+    placed: str = ""
 
 
-def _name_and_grouping(row: Row) -> tuple[str, str]:
-    """("rtn(clip=mse)", "g128-sym") of rtn(clip=mse):int4-g128-sym; ("nf4 dq/int8-token", "") of nf4-g64-dq/int8-token; the
-    model's name of one as it is that is not the baseline.
-    """
+def parts_of(row: Row) -> Parts:
+    """Of the model as it is, and of one of which a rule quantizes some kernels, `stages` is a name."""
     rules = "; ".join(row["rules"])
-    if row["format"] == UNQUANTIZED:  # only the kernels that a rule names are quantized
-        return f"{UNQUANTIZED} with {rules}" if rules else str(row["model"]), ""
+    if row["format"] == UNQUANTIZED:
+        return Parts(f"{UNQUANTIZED} with {rules}" if rules else str(row["model"]), UNQUANTIZED)
     recipe, at, order = recipe_without_rules(row).partition("@")
     activation = f"/{row['activation']}" if row.get("activation") else ""
     stages = recipe.removesuffix(activation).removesuffix(str(row["format"])).removesuffix(":")
     fmt = parse_format(str(row["format"]))
     grouping, _, others = str(fmt).partition("-")[2].partition("-")
     placed = activation + at + order + (f" with {rules}" if rules else "")
-    if fmt.grid in INTEGERS:
-        return (stages or str(row["method"])) + placed, "-".join(filter(None, (grouping, others)))
-    stages = "" if stages == "rtn" else stages
-    return " ".join(filter(None, (stages, fmt.grid_name, others))) + placed, ""
+    return Parts(stages or ("rtn" if grouping else str(fmt)), fmt.grid_name, grouping, others, placed)
 
 
-def split_panels(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
-    """(grouping, rows) of the panels of a figure: one, or for many lines over several groupings of integers one for each.
+def by_method(row: Row) -> str:
+    """The name of a line over widths or groupings: "rtn(clip=mse)", "gptq sym", "nf4 dq", "gptq nf4"."""
+    parts = parts_of(row)
+    codebook = parts.grid not in (UNQUANTIZED, *INTEGERS)
+    stages = "" if codebook and parts.stages in ("rtn", parts.grid) else parts.stages
+    return " ".join(filter(None, (stages, parts.grid if codebook else "", parts.others))) + parts.placed
 
-    What has no grouping (casts, the baseline) is in every panel.
+
+def by_grid(row: Row) -> str:
+    """The name of lines over groupings, scales doubly quantized or not: "int4-sym", "nf4"."""
+    parts = parts_of(row)
+    return "-".join((parts.grid, *(part for part in parts.others.split("-") if part not in ("", DOUBLY))))
+
+
+def _doubly(row: Row) -> bool:
+    return DOUBLY in parts_of(row).others.split("-")
+
+
+def group_series(rows: Iterable[Row], name: Callable[[Row], str] = by_method) -> list[Series]:
+    """The lines of a figure, those of a method one after another."""
+    lines: dict[tuple[str, str], list[Row]] = {}
+    for row in (row for row in rows if not is_baseline(row)):
+        grid = parts_of(row).grid
+        looks = base_method(row) if name is by_method else "rtn" if grid in INTEGERS else grid
+        lines.setdefault((looks, name(row)), []).append(row)
+    series, counts = [], dict.fromkeys((method for method, _ in lines), 0)
+    known = list(METHOD_STYLES)
+    for (method, label), members in sorted(lines.items(), key=lambda item: ((*known, item[0][0]).index(item[0][0]), item[0])):
+        ordered = tuple(sorted(members, key=lambda row: number(row, "bits_per_weight")))
+        series.append(Series(label, method, counts[method], ordered))
+        counts[method] += 1
+    return series
+
+
+def base_method(row: Row) -> str:
+    """The method without its refiners, which are variants of it: gptq of gptq(clip=mse)+descend."""
+    refiners = {str(stage).partition("(")[0] for stage in row.get("refining", ())}
+    return "+".join(stage for stage in str(row["method"]).split("+") if stage not in refiners)
+
+
+def is_cast(row: Row) -> bool:
+    """Whether the weights are of another floating-point type: twice the bits of everything else, and no loss to see."""
+    return str(row["format"]) in FLOATS
+
+
+def line_panels(rows: Sequence[Row]) -> list[tuple[str, list[Series]]]:
+    """(title, lines) of the panels of a figure of lines over bits per weight; none where dots one under the other show more.
+
+    One panel for one grouping at three widths or more; a panel for each width where there are several groupings; for a single
+    width one for each method, with a line for each grid. Not where one place is quantized at a time, calibration differs, there
+    are more than MOST_LINES, or most lines would be a point.
     """
-    groupings = {id(row): "" if is_baseline(row) else _grouping(row) for row in rows}
-    integers = {_name_and_grouping(row)[1] for row in rows if not is_baseline(row)} - {""}
-    if len(integers) < 2 or len(group_series(rows)) <= MOST_LINES:
-        return [("", list(rows))]
-    names = sorted(set(groupings.values()) - {""}, key=_by_size)
-    return [(name, [row for row in rows if groupings[id(row)] in ("", name)]) for name in names]
+    rows = [row for row in rows if not is_baseline(row) and not is_cast(row)]
+    if not rows or placed_alone(rows) or distinctions(rows, seed=False):
+        return []
+    widths = {width: f"{width} bits" for width in sorted(row["bits"] for row in rows if row.get("bits"))}
+    cells: dict[tuple[str, object], set[float]] = {}
+    for row in rows:
+        cells.setdefault((by_method(row), row.get("bits")), set()).add(number(row, "bits_per_weight"))
+    if all(len(bits) == 1 for bits in cells.values()):
+        panels = _split(rows, by_method, lambda row: "") if len(widths) > FEWEST else []
+    elif len(widths) > 1:
+        panels = _split(rows, by_method, lambda row: widths.get(row.get("bits"), ""))
+        panels.sort(key=lambda panel: [*widths.values(), ""].index(panel[0]))
+    else:
+        panels = _split(rows, by_grid, lambda row: parts_of(row).stages + parts_of(row).placed)
+        panels = [(title, [_part(line, _doubly, dq) for line in lines for dq in (False, True)]) for title, lines in panels]
+        panels = [(title, [line for line in lines if line.rows]) for title, lines in panels]
+    lines = [line for _, part in panels for line in part]
+    points = sum(len({number(row, "bits_per_weight") for row in line.rows}) == 1 for line in lines)
+    return panels if 2 * points <= len(lines) and len({line.label for line in lines}) <= MOST_LINES else []
 
 
-def _grouping(row: Row) -> str:
-    """The panel of a row: the grouping of an integer format, or of a codebook without what is in its name already."""
-    return _name_and_grouping(row)[1] or str(row["format"]).partition("-")[2].partition("-")[0]
+def _split(rows: Sequence[Row], name: Callable[[Row], str], title: Callable[[Row], str]) -> list[tuple[str, list[Series]]]:
+    """The lines of all rows, cut at the borders of panels."""
+    lines = group_series(rows, name)
+    panels = ((each, [_part(line, title, each) for line in lines]) for each in dict.fromkeys(map(title, rows)))
+    return [(each, [line for line in part if line.rows]) for each, part in panels]
 
 
-def _by_size(grouping: str) -> tuple:
-    size, _, others = grouping.partition("-")
-    return (int(size[1:]), others) if size[1:].isdigit() else (math.inf, grouping)
+def _part(line: Series, key: Callable[[Row], object], value: object) -> Series:
+    return dataclasses.replace(line, rows=tuple(row for row in line.rows if key(row) == value))
 
 
 def increase(row: Row) -> float:
     """By how many percent perplexity is above the baseline's; nan where that is not known."""
-    delta = number(row, "nll_delta")
-    return 100 * math.expm1(delta) if delta < 700 else number(row, "perplexity_ratio")
+    return percent(number(row, "nll_delta"))
+
+
+def percent(delta: float) -> float:
+    """The increase of perplexity of a loss that is `delta` nats higher."""
+    return math.inf if delta >= 700 else 100 * math.expm1(delta)
 
 
 def has_widths(rows: Sequence[Row]) -> bool:
-    """Whether the rows are of several methods, widths and groupings, each once."""
+    """Whether the rows are of several methods, widths and groupings."""
     found = _cells(rows)
     formats = {parse_format(fmt) for fmt, _ in found}
     methods = {method for _, method in found}
     counts = (len(methods), len({fmt.bits for fmt in formats}), len({(fmt.granularity, fmt.group) for fmt in formats}))
-    return min(counts) >= FEWEST and not seeds_of(rows)
+    return min(counts) >= FEWEST
 
 
 def widths_table(rows: Sequence[Row]) -> Table:
@@ -140,7 +196,7 @@ def widths_table(rows: Sequence[Row]) -> Table:
     ]
     notes = (
         f"Change of perplexity from {baseline_name(rows[0])}, percent. "
-        f"±: standard error over {over_units(rows)} of the difference. {NOISE}",
+        f"±: standard error of the difference, over {over_units(list(found.values()))}. {NOISE}",
         "Bits per weight are those of the first method; AWQ's input scales add to them where they cannot be folded.",
     )
     return Table(f"Methods by width, {describe(rows[0])}", tuple(columns), tuple(lines), notes)
@@ -149,7 +205,7 @@ def widths_table(rows: Sequence[Row]) -> Table:
 def _cells(rows: Sequence[Row]) -> dict[tuple[str, str], Row]:
     """(format, method with options and order) -> row, of integer formats."""
     found = {}
-    for row in ordinary(rows):
+    for row in ordinary(merge_draws(rows)):
         fmt = str(row["format"])
         if fmt != UNQUANTIZED and parse_format(fmt).grid in INTEGERS:
             found[fmt, str(row["recipe"]).replace(f":{fmt}", "")] = row

@@ -1,15 +1,20 @@
 """The tables qjax prints and writes, as functions of rows (flat dicts, one per measured cell; `sweep/columns.py` says what
 they hold).
 
-Rows of different baselines, texts, conventions or devices are never put in one table: `split_tables` groups them.
+Rows of different baselines, texts, conventions or devices are never put in one table: `split_tables` groups them. A table has
+a line for every cell, whose draws of calibration data are together (`draws.py`).
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
 from qjax.errors import QjaxError
-from qjax.evaluate.statistics import FEWEST
+from qjax.evaluate.statistics import FEWEST, interval, is_noise
 from qjax.format_table import format_table
 from qjax.formats import UNQUANTIZED
+from qjax.report.draws import DRAWS, merge_draws
 from qjax.report.rendering import (
     MISSING,
     Row,
@@ -50,24 +55,46 @@ GROUP_KEYS = (  # rows of one table have these in common; the model is that whic
     *("compute_dtype", "device"),
 )
 OWN = "the unquantized model"  # the name of a baseline that is the row's own model, as it was loaded
-NOISE = "≈: the 95 % interval of the change holds zero."
+NOISE = "≈: the 95 % interval of the change holds zero, each change by itself."
 
 
 def within_noise(row: Row) -> bool:
-    """Whether the 95 % interval of the difference of a model's loss from the baseline's holds zero, and more than zero."""
-    low, high = number(row, "nll_delta_low"), number(row, "nll_delta_high")
-    return not is_baseline(row) and low <= 0 <= high and low < high
+    """Whether the difference of a model's loss from the baseline's is noise."""
+    return not is_baseline(row) and is_noise(number(row, "nll_delta_low"), number(row, "nll_delta_high"))
+
+
+def noise_note(rows: Sequence[Row]) -> str:
+    """What ≈ means, and how wide intervals are where draws are few."""
+    draws = min((int(row[DRAWS]) for row in rows if DRAWS in row), default=0)
+    wide = f" Of {draws} draws it reaches up to {interval(0.0, 1.0, draws - 1).high:.1f} standard errors." if draws else ""
+    return f"{NOISE}{wide}"
 
 
 def over_units(rows: Sequence[Row], of: str = "documents") -> str:
-    """What errors are over, for notes: documents, blocks of windows where a text has few, or windows where rows of earlier
-    versions do not know their documents.
+    """What errors are over, for notes: how many documents, or blocks of windows where a text has few, or windows where rows of
+    earlier versions do not know their documents; and how many draws of calibration data. of: where rows have no windows.
     """
-    documents = [row.get("window_documents") for row in rows if "window_nll" in row]
-    if None in documents:
+    texts = {str(row.get("window_documents")): row for row in rows if "window_nll" in row}
+    parts = list(dict.fromkeys(map(_units_of_text, texts.values()))) or [of]
+    draws = {int(row.get(DRAWS, 1)) for row in rows if DRAWS in row or row.get("order") is not None}
+    many = " to ".join(str(each) for each in sorted({min(draws), max(draws)})) if draws else ""
+    drawn = (
+        f" and {many} draws of calibration data"
+        if many not in ("", "1")
+        else " of one draw of calibration data"
+        if many
+        else ""
+    )
+    return " or ".join(parts) + drawn
+
+
+def _units_of_text(row: Row) -> str:
+    if row.get("window_documents") is None:
         return "windows taken as independent, which they are not (rows of an earlier version)"
-    few = any(len(set(each)) < FEWEST for each in documents)
-    return f"{of}, or blocks of windows where a text has fewer than {FEWEST}" if few else of
+    tokens = np.bincount(np.unique(row["window_documents"], return_inverse=True)[1], row.get("window_tokens"))
+    if len(tokens) < FEWEST:
+        return f"blocks of windows of {len(tokens)} document{'s' * (len(tokens) > 1)}"
+    return f"{len(tokens):,} documents (the largest has {100 * tokens.max() / tokens.sum():.0f} % of the tokens)"
 
 
 def cells_of(rows: Iterable[Row]) -> list[Row]:
@@ -94,6 +121,12 @@ def require_one_group(rows: Sequence[Row]) -> None:
     mixed = [f"{key} {', '.join(values)}" for key, values in mixed.items() if len(values) > 1]
     if mixed:
         raise QjaxError(f"rows that cannot be compared in one table: {'; '.join(mixed)}; group them with split_tables")
+
+
+def lines_of(rows: Sequence[Row]) -> list[Row]:
+    """The lines of a table: a row for every cell, in order. Raises QjaxError as `require_one_group`."""
+    require_one_group(rows)
+    return in_order(merge_draws(rows))
 
 
 def in_order(rows: Iterable[Row]) -> list[Row]:
@@ -131,15 +164,18 @@ DISTINCTIONS = (  # columns beside the recipe that are shown where they tell row
     TableColumn("calibration", "calibration\ntext", text=True),
     TableColumn("calibration_windows", "calibration\nwindows"),
     TableColumn("calibration_window_tokens", "tokens\na window"),
-    TableColumn("seed", "seed"),
+    TableColumn("seed", "seed"),  # of rows that are not merged
+    TableColumn(DRAWS, "draws", lambda row, key: str(row.get(key, MISSING if row.get("order") is None else 1))),
 )
 
 
 def distinctions(rows: Sequence[Row], *, seed: bool = True) -> list[TableColumn]:
-    """The columns beside the recipe that tell the rows apart. seed: whether the seed is one of them."""
+    """The columns beside the recipe that tell the rows apart. seed: whether seeds, and how many were drawn, are among them."""
     count = {column.key: len({row[column.key] for row in rows if row.get(column.key) is not None}) for column in DISTINCTIONS}
-    fewest = {"fingerprint": max(2, len({named_model(row) for row in rows}) + 1)}
-    return [each for each in DISTINCTIONS if count[each.key] >= fewest.get(each.key, 2) and (seed or each.key != "seed")]
+    count["seed"] = max(Counter(cell_columns(row, any_draw=True) for row in rows).values(), default=0)
+    fewest = {"fingerprint": max(2, len({named_model(row) for row in rows}) + 1), DRAWS: 1}
+    shown = [each for each in DISTINCTIONS if seed or each.key not in ("seed", DRAWS)]
+    return [each for each in shown if count[each.key] >= fewest.get(each.key, 2)]
 
 
 def describe(row: Row) -> str:
@@ -165,8 +201,7 @@ def perplexity_table(rows: Sequence[Row]) -> Table:
 
     Raises QjaxError when there are no rows or rows of more than one model, text or convention.
     """
-    require_one_group(rows)
-    rows = in_order(rows)
+    rows = lines_of(rows)
     unit, unit_bytes = byte_unit([number(row, "size_bytes") for row in rows])
     columns = [
         TableColumn("recipe", "recipe", text=True),
@@ -186,7 +221,7 @@ def perplexity_table(rows: Sequence[Row]) -> Table:
     baseline = baseline_name(first)
     notes = [f"±: standard error over {over_units(rows)}; of the change, of the difference from {baseline} window by window."]
     if any(within_noise(row) for row in rows):
-        notes.append(NOISE)
+        notes.append(noise_note(rows))
     devices = sorted({str(row["device"]) for row in rows if "device" in row})
     notes += [f"Measured on {' and '.join(devices)}."] if devices else []
     title = ", ".join([f"Perplexity of {describe(first)}", *counts])

@@ -86,6 +86,11 @@ class Cell(NamedTuple):
     before: Row | None = None  # the baseline's row; None in that row
     on_batch: Callable[[int, int], None] = lambda done, total: None
 
+    @property
+    def place(self) -> tuple:
+        """What its quantized model depends on, which cells of one place share."""
+        return self.fingerprint, self.treatment, self.sweep.seed
+
 
 class Measurement(NamedTuple):
     """A measurement. asks(cell) -> columns of what is asked; measure(cell) -> columns found.

@@ -29,7 +29,7 @@ class Quantizer:
         """The cell with its model, decoded once for all texts, the model as it is stored and its report. later: cells that
         will be asked for.
         """
-        place = _place(cell)
+        place = cell.place
         if self._last[0] != place:
             self._last = (None, {})  # no longer held while others are made
             if place not in self._made:
@@ -39,10 +39,8 @@ class Quantizer:
         return cell._replace(**self._last[1])
 
     def _make(self, cell: Cell, later: Sequence[Cell]) -> dict[tuple, tuple[Model, Report]]:
-        together = {_place(cell): cell}
-        if cell.order == PARALLEL:
-            others = {_place(other): other for other in later if other.order == PARALLEL}
-            together |= {place: other for place, other in others.items() if place not in self._made}
+        others = {other.place: other for other in (cell, *later) if _together(cell, other)}
+        together = {cell.place: cell} | {place: other for place, other in others.items() if place not in self._made}
         together = dict(list(together.items())[:MOST_TOGETHER])
         requests = [(each.treatment.recipe, each.treatment.rules) for each in together.values()]
         try:
@@ -58,17 +56,16 @@ def made_together(cells: Sequence[Cell], most: int) -> list[int]:
     """The cells that share work with the first: those of its model on other texts, and in the order `parallel` those of other
     models in it. most: how many models.
     """
-    first = {_place(cell): None for cell in cells[:1]}
-    if cells and cells[0].order == PARALLEL:
-        first = dict.fromkeys(_place(cell) for cell in cells if cell.order == PARALLEL)
+    first = dict.fromkeys(cell.place for cell in cells if _together(cells[0], cell))
     places = list(first)[: min(most, MOST_TOGETHER)]
-    return [at for at, cell in enumerate(cells) if _place(cell) in places]
+    return [at for at, cell in enumerate(cells) if cell.place in places]
 
 
 def part_of(cells: Sequence[Cell], workers: int) -> int:
     """How many models one of several workers makes together: no more than its part, so that each has some."""
-    return max(1, math.ceil(len({_place(cell) for cell in cells if cell.order == PARALLEL}) / workers))
+    return max(1, math.ceil(len({cell.place for cell in cells if cell.order == PARALLEL}) / workers))
 
 
-def _place(cell: Cell) -> tuple:
-    return cell.fingerprint, cell.treatment
+def _together(cell: Cell, other: Cell) -> bool:
+    """Whether two cells share a model, or what calibration gives: the order `parallel` and one draw."""
+    return cell.place == other.place or (cell.order == other.order == PARALLEL and cell.sweep.seed == other.sweep.seed)

@@ -52,9 +52,9 @@ def request_of(row: Row) -> dict[str, object]:
     return row | {"recipe": recipe_without_rules(row), "tasks": tasks} | placed
 
 
-def find_row(rows: Sequence[Row], wanted: str, where: str) -> Row:
+def find_row(rows: Sequence[Row], wanted: str, where: str, *, any_draw: bool = False) -> Row:
     """The row whose key begins with `wanted`, or whose recipe it is; of rows of one cell, measured again with other
-    code, the last. where: the rows' file, for messages.
+    code, the last. where: the rows' file, for messages. any_draw: of rows that differ in their seed alone any will do.
 
     Raises QjaxError where there is none, or where several cells have it.
     """
@@ -64,7 +64,7 @@ def find_row(rows: Sequence[Row], wanted: str, where: str) -> Row:
         found = [row for row in rows if row.get("recipe") in names]
     if not found:
         raise QjaxError(f"{where} has no row {wanted!r}; give the start of a row's key, or a recipe of {_few(rows, 'recipe')}")
-    cells = list({cell_columns(row) if "kind" not in row else row["key"]: row for row in found}.values())
+    cells = list({row["key"] if "kind" in row else cell_columns(row, any_draw=any_draw): row for row in found}.values())
     if len(cells) > 1:
         raise QjaxError(f"{len(cells)} rows of {where} are {wanted!r}; give more of one key: {_listed(map(_cell, cells))}")
     return cells[0]

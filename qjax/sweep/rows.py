@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from qjax.errors import QjaxError
 from qjax.formats import UNQUANTIZED
@@ -30,11 +30,14 @@ def is_baseline(row: Row) -> bool:
     return row["recipe"] == UNQUANTIZED and row.get(BASELINE, row.get("fingerprint")) == row.get("fingerprint")
 
 
-def cell_columns(row: Row, *, without: Iterable[str] = ()) -> str:
-    """What the row measured and on what device, as text; rows of equal text measured the same thing."""
-    left_out = {*without, *(("seed",) if row["recipe"] == UNQUANTIZED else ())}  # no seed changes a model as it is
-    names = (name for name in with_roles(*SAME_CELL) if name not in left_out)
-    return json.dumps({name: row[name] for name in names if name in row}, sort_keys=True)
+def cell_columns(row: Row, *, any_draw: bool = False) -> str:
+    """What the row measured and on what device, as text; rows of equal text measured the same thing. any_draw: whatever seed,
+    and whatever it drew from a text.
+    """
+    drawn = ("seed", "calibration_fingerprint") if row.get("calibration_source") else ("seed",)
+    left_out = drawn if any_draw else ("seed",) if row["recipe"] == UNQUANTIZED else ()  # no seed changes a model as it is
+    names = (name for name in with_roles(*SAME_CELL) if name in row and name not in left_out)
+    return json.dumps({name: row[name] for name in names}, sort_keys=True)
 
 
 def recipe_columns(recipe: str, rules: Sequence[str] = (), block: int | None = None) -> dict[str, object]:

@@ -7,6 +7,7 @@ the rows file is skipped, so running the same sweep again finishes what an inter
 import dataclasses
 import functools
 import hashlib
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from flax.traverse_util import flatten_dict
 from qjax.calibrate.tokens import Calibration, as_calibration
 from qjax.driver.layer import LayerRecord, problem_of
 from qjax.driver.placement import calibration_order, in_our_words, parse_rule, placement
-from qjax.errors import QjaxError
+from qjax.errors import QjaxError, QjaxWarning
 from qjax.evaluate.corpora import Corpus, load_corpus
 from qjax.evaluate.questions import Task
 from qjax.evaluate.windows import Convention, corpus_windows
@@ -38,7 +39,11 @@ from qjax.sweep.worker import Job, Worker
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """What is measured: recipes, each with the rules, x corpora, in one convention. The model as it is comes first."""
+    """What is measured: recipes, each with the rules, x corpora, in one convention. The model as it is comes first.
+
+    Several seeds are draws of calibration data: recipes that read data have a row for each, under the key that a sweep of that
+    seed alone would give it, others one.
+    """
 
     recipes: tuple[str, ...]
     corpora: tuple[Corpus | str, ...]  # names are loaded
@@ -49,12 +54,13 @@ class Sweep:
     tasks: tuple[Task, ...] = ()
     divergence: bool = False  # short for its name among measures, as is speed
     speed: bool = False
-    calibration: Calibration | None = None  # for recipes that read data
+    calibration: Calibration | Sequence[Calibration] | None = None  # for recipes that read data; with seeds, one for each
     order: str | None = None  # of calibration, for recipes that name none
     one_block: bool = False  # each recipe in one block at a time, the others as they are: a sensitivity table
     blocks: tuple[int, ...] = ()  # with one_block, these only; none: all
     measures: tuple[str, ...] = ()  # further measurements, by name (`columns.py`)
     baseline: Model | None = None  # that differences are from, of the same vocabulary and context; None: the model as it is
+    seeds: tuple[int, ...] = ()  # several, instead of seed; a number N: 0 to N - 1
 
     def __post_init__(self):
         for name in ("recipes", "corpora", "rules", "tasks", "measures"):
@@ -64,6 +70,10 @@ class Sweep:
         texts = tuple(load_corpus(each) if isinstance(each, str) else each for each in self.corpora)
         object.__setattr__(self, "corpora", texts)
         object.__setattr__(self, "measures", tuple(dict.fromkeys([*self.measures, *short])))
+        seeds = tuple(range(self.seeds)) if isinstance(self.seeds, int) else tuple(self.seeds)
+        if len(set(seeds)) < len(seeds):
+            raise QjaxError(f"Sweep: seeds {', '.join(map(str, seeds))}: expected each once")
+        object.__setattr__(self, "seeds", seeds)
 
 
 class Treatment(NamedTuple):
@@ -162,7 +172,7 @@ def _measured(cell: Cell, head: dict[str, object], asked: Sequence[Measurement],
     """
     row = dict(head)
     for each in (each for each in asked if each.measure):
-        place = (cell.fingerprint, cell.treatment, each.name)
+        place = (*cell.place, each.name)
         found = shared.get(place) or each.measure(cell._replace(row=row))
         if not isinstance(found, Mapping):
             raise QjaxError(f"measurement {each.name} gives {type(found).__name__}, expected a dict of its columns; return one")
@@ -179,32 +189,58 @@ def _measured(cell: Cell, head: dict[str, object], asked: Sequence[Measurement],
 
 def _cells(model: Model, sweep: Sweep) -> list[Cell]:
     """Every cell of a sweep, the baseline's first, not measured yet. Raises what can be wrong with the request."""
-    tokens = None if sweep.calibration is None else as_calibration(model, sweep.calibration)
-    sweep = dataclasses.replace(sweep, rules=_known_rules(model, sweep.rules), calibration=tokens)
+    sweep = dataclasses.replace(sweep, rules=_known_rules(model, sweep.rules))
+    first, *others = _by_seed(model, sweep)
     treatments = treatments_of(sweep, model.config.layers)
     orders = {treatment: calibration_order(model, treatment.recipe, treatment.rules) for treatment in treatments}
-    _check_calibration(model, sweep, [treatment for treatment in treatments if orders[treatment]])
+    drawing = [treatment for treatment in treatments if orders[treatment]]
+    for each in (first, *others):
+        _check_calibration(model, each, drawing)
     _check_recipes(model, treatments)
     convention = sweep.convention.clipped(model.config.context)
-    corpora = list({corpus.fingerprint: corpus for corpus in sweep.corpora}.values())  # the same text counts once
+    corpora = _each_text_once(sweep.corpora)
     windows = [corpus_windows(model, corpus, convention, sweep.max_windows) for corpus in corpora]
     fingerprint, baseline, theirs = model_fingerprint(model), model, None
     if sweep.baseline is not None:
         theirs = model_fingerprint(sweep.baseline)
         baseline = model if theirs == fingerprint else sweep.baseline
-    todo = [(model, fingerprint, treatment) for treatment in treatments]
+    asked = [(first, treatments), *((each, drawing) for each in others)]
+    todo = [(each, model, fingerprint, treatment) for each, treated in asked for treatment in treated]
     if baseline is not model:
         for corpus, cut in zip(corpora, windows, strict=True):
             _check_baseline(
                 model, baseline, cut.tokens, lambda c=corpus: corpus_windows(baseline, c, convention, sweep.max_windows)
             )
-        todo = [(baseline, theirs, AS_IT_IS), *todo]
+        todo = [(first, baseline, theirs, AS_IT_IS), *todo]
     own = theirs or fingerprint
     return [
-        Cell(sweep, subject, mark, treatment, orders[treatment], corpus, cut, convention, baseline, own)
-        for subject, mark, treatment in todo
+        Cell(each, subject, mark, treatment, orders[treatment], corpus, cut, convention, baseline, own)
+        for each, subject, mark, treatment in todo
         for corpus, cut in zip(corpora, windows, strict=True)
     ]
+
+
+def _by_seed(model: Model, sweep: Sweep) -> list[Sweep]:
+    """The sweep of every seed, with what that drew."""
+    seeds, drawn = sweep.seeds or (sweep.seed,), sweep.calibration
+    drawn = list(drawn) if sweep.seeds and isinstance(drawn, (list, tuple)) and not isinstance(drawn, Calibration) else [drawn]
+    if len(drawn) != len(seeds) and drawn != [None]:
+        raise QjaxError(
+            f"Sweep: {len(drawn)} calibration for {len(seeds)} seeds; give one that each drew: "
+            "tuple(load_calibration(model, text, seed=seed) for seed in seeds)"
+        )
+    tokens = [None if each is None else as_calibration(model, each) for each in drawn]
+    return [dataclasses.replace(sweep, seed=seed, calibration=tokens[at % len(tokens)]) for at, seed in enumerate(seeds)]
+
+
+def _each_text_once(corpora: Iterable[Corpus]) -> list[Corpus]:
+    """Warns (QjaxWarning) of texts that are there already, by another name or in other documents."""
+    found: dict[str, Corpus] = {}
+    for corpus in corpora:
+        if (first := found.setdefault(corpus.fingerprint, corpus)) is not corpus:
+            text = f"{corpus.name} is left out: it is the text of {first.name}, however that is divided, which is measured once"
+            warnings.warn(QjaxWarning(text), stacklevel=2)
+    return list(found.values())
 
 
 def _check_baseline(model: Model, baseline: Model, tokens: np.ndarray, cut) -> None:
