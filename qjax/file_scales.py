@@ -38,7 +38,7 @@ class TwoLevelsDivided(TwoLevels):
         """The float32 of the weight."""
         import jax.numpy as jnp
 
-        return LARGEST_E4M3 * bound / nonzero(jnp.max(jnp.abs(largest)))
+        return jnp.minimum(LARGEST_E4M3 * bound / nonzero(jnp.max(jnp.abs(largest))), jnp.finfo(jnp.float32).max)
 
     def times(self, stored, exponent):
         """The float32 of the weight takes the factor's inverse."""
