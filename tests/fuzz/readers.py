@@ -384,7 +384,7 @@ def _read_path(folder: Path) -> None:
         load_huggingface,
         lambda p: load_corpus(f"text:{p}"),
         lambda p: load_task(f"piqa:{p}"),
-        lambda p: read_rows(Path(p)),
+        lambda p: store.read_rows(Path(p)),
     )
     readers[len(path) % len(readers)](path)
 
