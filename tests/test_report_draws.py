@@ -117,6 +117,7 @@ def test_tables_have_one_line_a_recipe():
     rows = [NONE, *DRAWS, row("rtn:int3-g128", 0.3, order=None)]
     table = perplexity_table(rows)
     assert [line[:2] for line in table.cells()] == [["none", "-"], ["gptq:int3-g128", "3"], ["rtn:int3-g128", "-"]]
+    assert table.notes[1].endswith("Of 3 draws it reaches up to 4.3 standard errors.")  # Student's t of two degrees of freedom
     assert "8 documents (the largest has 12 % of the tokens) and 3 draws of calibration data" in " ".join(table.notes)
     (line,) = seeds_table(rows).cells()
     assert (line[0], line[1], line[-1]) == ("gptq:int3-g128", "3", "+10.5, +22.1, +35.0")

@@ -11,7 +11,7 @@ from qjax.errors import QjaxError
 from qjax.evaluate.statistics import is_noise
 from qjax.report.measured import heading, stderr_key
 from qjax.report.rendering import MISSING, Row, Table, TableColumn, columns_of, number, with_error
-from qjax.report.tables import DRAWS, NOISE, baseline_name, is_baseline, lines_of, model_of
+from qjax.report.tables import DRAWS, baseline_name, is_baseline, lines_of, model_of, noise_note
 
 PREFIX = "accuracy:"
 
@@ -55,7 +55,7 @@ def accuracy_table(rows: Sequence[Row]) -> Table:
         "Flips: answers that went from right to wrong or back. By length: log-likelihood divided by the choice's characters.",
     ]
     if any(_within_noise(row, task) for row in rows for task in tasks):
-        notes.append(NOISE)
+        notes.append(noise_note(rows))
     notes += [f"Longer than the model's context, cut at the left: {', '.join(cut)}."] if cut else []
     title = f"Accuracy of {model_of(rows[0])} ({counts} questions), perplexity on {rows[0]['corpus']} ({rows[0]['convention']})"
     return Table(title, columns_of(rows, columns), tuple(rows), tuple(notes))

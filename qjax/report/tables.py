@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from qjax.errors import QjaxError
-from qjax.evaluate.statistics import FEWEST, is_noise
+from qjax.evaluate.statistics import FEWEST, interval, is_noise
 from qjax.format_table import format_table
 from qjax.formats import UNQUANTIZED
 from qjax.report.draws import DRAWS, merge_draws
@@ -61,6 +61,13 @@ NOISE = "≈: the 95 % interval of the change holds zero, each change by itself.
 def within_noise(row: Row) -> bool:
     """Whether the difference of a model's loss from the baseline's is noise."""
     return not is_baseline(row) and is_noise(number(row, "nll_delta_low"), number(row, "nll_delta_high"))
+
+
+def noise_note(rows: Sequence[Row]) -> str:
+    """What ≈ means, and how wide intervals are where draws are few."""
+    draws = min((int(row[DRAWS]) for row in rows if DRAWS in row), default=0)
+    wide = f" Of {draws} draws it reaches up to {interval(0.0, 1.0, draws - 1).high:.1f} standard errors." if draws else ""
+    return f"{NOISE}{wide}"
 
 
 def over_units(rows: Sequence[Row], of: str = "documents") -> str:
@@ -214,7 +221,7 @@ def perplexity_table(rows: Sequence[Row]) -> Table:
     baseline = baseline_name(first)
     notes = [f"±: standard error over {over_units(rows)}; of the change, of the difference from {baseline} window by window."]
     if any(within_noise(row) for row in rows):
-        notes.append(NOISE)
+        notes.append(noise_note(rows))
     devices = sorted({str(row["device"]) for row in rows if "device" in row})
     notes += [f"Measured on {' and '.join(devices)}."] if devices else []
     title = ", ".join([f"Perplexity of {describe(first)}", *counts])
