@@ -27,7 +27,7 @@ def test_own_method_from_function_to_figure(tmp_path):
     done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     written = [tmp_path / line for line in done.stdout.split()]
-    assert {".md", ".tex", ".csv", ".pdf", ".png"} == {path.suffix for path in written}
+    assert {".md", ".tex", ".csv", ".pdf", ".png", ".txt"} == {path.suffix for path in written}
     (table,) = (tmp_path / "own-results").glob("*.md")
     for recipe in ("rtn:int3-g128", "cut:int3-g128", "cut(sigmas=2.5):int3-g128", "awq+cut:int3-g128", "cut:int4-g128"):
         assert f"| {recipe} " in table.read_text()

@@ -7,7 +7,6 @@ import pytest
 
 from qjax.errors import QjaxError
 from qjax.report.accuracy import accuracy_table
-from qjax.report.figures import perplexity_figure
 from qjax.report.measured import measured_table
 from qjax.report.rendering import to_markdown
 from qjax.report.seeds import seeds_table
@@ -53,14 +52,6 @@ def test_divergence_leaves_the_baseline_out():
     for table in (accuracy_table, DIVERGENCE, tradeoff_table, seeds_table):
         with pytest.raises(QjaxError, match="qjax sweep"):
             table([measured_row("none"), measured_row("rtn:int4-g128", 0.1)] if table is not seeds_table else ROWS)
-
-
-@pytest.mark.parametrize("value", ["accuracy", "divergence"])
-def test_figures_draw_both(value):
-    figure = perplexity_figure(ROWS, value=value)
-    axes = figure.axes[0]
-    assert ("accuracy on piqa (%)" if value == "accuracy" else "KL divergence (nats a token)") == axes.get_ylabel()
-    assert axes.get_yscale() == ("log" if value == "divergence" else "linear")
 
 
 def test_rows_of_other_questions_are_apart():
