@@ -62,6 +62,7 @@ _PUBLIC = {
     "load": "checkpoints.load",
     "save": "checkpoints.packed",
     "save_huggingface": "checkpoints.huggingface",
+    "export": "checkpoints.export",
     # evaluation
     "Corpus": "evaluate.corpora",
     "load_corpus": "evaluate.corpora",

@@ -2,11 +2,12 @@
 
     /int8-token                                  every token (a row of x) by its largest value, -127..127: dynamic W8A8
     /int4-token, /fp8_e4m3-token, /int8-g128     a weight format, one scale a token or a group of its inputs
+    /int8-token-sym                              by its largest value / 127.5, -128..127: compressed-tensors' W8A8
     /int8-tensor, /fp8_e4m3-tensor               one scale for all tokens, static: from calibration (`static_scale`)
 
 A token is to its inputs what an output channel is to a weight's: the arithmetic is the weight format's, on x transposed, with
-`channel` for `token`. Integers are symmetric with the bound `max`, scales are float32. Formats that store scales relative to
-all others (nvfp4) are refused: what becomes of a token would depend on which others are in the call.
+`channel` for `token`. Integers are symmetric with the bound `max`, or `edge` after sym; scales are float32. Formats that store
+scales relative to all others (nvfp4) are refused: what becomes of a token would depend on which others are in the call.
 
 A static format reads calibration data, so its recipe has an order of calibration as others that read data do, `@qep` where it
 names none: rtn:int8-channel-sym/int8-tensor rounds weights that are first corrected for the error of their inputs, @parallel
@@ -43,13 +44,17 @@ class Activation:
         return self.format.granularity == "tensor"
 
     def __str__(self) -> str:
-        return str(self.format).removesuffix(INTEGER_OPTIONS).replace("-channel", "-token")
+        name = str(self.format).removesuffix(INTEGER_OPTIONS)
+        return (name.removesuffix("-fp32") if self.format.bound == "edge" else name).replace("-channel", "-token")
 
 
 def parse_activation(text: str) -> Activation:
     """The activation format named `text`, for example "int8-token"; raises QjaxError that says what is allowed."""
     grid_name, *parts = text.strip().lower().split("-")
-    name = "-".join([grid_name, *parts]).replace("-token", "-channel") + INTEGER_OPTIONS * (grid_name in INTEGERS)
+    edge = grid_name in INTEGERS and parts[1:] == ["sym"]
+    parts = parts[:1] if edge else parts
+    options = "" if grid_name not in INTEGERS else "-sym-fp32" if edge else INTEGER_OPTIONS
+    name = "-".join([grid_name, *parts]).replace("-token", "-channel") + options
     try:
         refused = len(parts) > 1 or parts in (["channel"], ["dq"]) or (grid_name in INTEGERS and not parts)
         fmt = None if refused else parse_format(name)

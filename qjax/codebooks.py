@@ -14,6 +14,7 @@ NF4_VALUES = (
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
+IQ4_NL_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # llama.cpp's kvalues_iq4nl
 FP4_BNB_MAGNITUDES = (0.0, 0.0625 / 12, 2 / 12, 3 / 12, 4 / 12, 6 / 12, 8 / 12, 1.0)
 
 
@@ -33,6 +34,12 @@ def middle_codebook(values: tuple[float, ...]) -> Codebook:
     """Sorted `values` up to 1; thresholds are their middles, computed in float32 as bitsandbytes does."""
     array = np.array(values, np.float32)
     return Codebook(_floats(array), _floats((array[:-1] + array[1:]) / np.float32(2)), 1.0)
+
+
+def _integer_codebook(values: tuple[int, ...]) -> Codebook:
+    """Sorted integers that no weight exceeds: the smaller end of the two stands for the largest magnitude."""
+    array = np.array(values, np.float32)
+    return Codebook(_floats(array), _floats((array[:-1] + array[1:]) / 2), float(min(-array[0], array[-1])))
 
 
 def _even_code_codebook(magnitudes: np.ndarray) -> Codebook:
@@ -68,6 +75,27 @@ def codebooks() -> dict[str, Codebook]:
         "nf4": middle_codebook(NF4_VALUES),
         "fp4_e2m1": _even_code_codebook(_fp_magnitudes(2, 1, bias=1, largest=6.0)),
         "fp4_bnb": middle_codebook((*(-m for m in FP4_BNB_MAGNITUDES[:0:-1]), *FP4_BNB_MAGNITUDES)),
+        "iq4_nl": _integer_codebook(IQ4_NL_VALUES),
         "fp8_e4m3": _even_code_codebook(_fp_magnitudes(4, 3, bias=7, largest=448.0)),
         "fp8_e5m2": _even_code_codebook(_fp_magnitudes(5, 2, bias=15, largest=57344.0)),
     }
+
+
+@functools.cache
+def dynamic_map() -> np.ndarray:
+    """The 256 values in [-1, 1] that quantize scales when they are doubly quantized.
+
+    Seven decades, decade i with 2^i values per sign at the middles of equal parts of [0.1, 1], then 0 and 1
+    (dynamic tree quantization; Dettmers 2015, arXiv 1511.04561). float32 at each step, to be bitsandbytes' map bit for bit.
+    """
+    values = [0.0, 1.0]
+    for decade in range(7):
+        parts = 2**decade
+        index = np.arange(parts + 1)
+        low, high, step = np.float32(0.1), np.float32(1), np.float32(np.float32(0.9) / np.float32(parts))
+        # torch.linspace: from the nearer end, multiply and add rounded once.
+        edges = np.where(2 * index < parts, float(low) + float(step) * index, float(high) - float(step) * (parts - index))
+        edges = edges.astype(np.float32)
+        middles = (edges[:-1] + edges[1:]) / np.float32(2) * np.float32(10.0 ** (decade - 6))
+        values += [*middles, *-middles]
+    return np.sort(np.array(values, np.float32))

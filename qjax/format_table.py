@@ -35,7 +35,14 @@ EXAMPLES = (
     ("mxfp8_e4m3", "FP8 with 4 exponent bits, the same way; `mxfp8` for short"),
     ("mxfp8_e5m2", "FP8 with 5 exponent bits, the same way"),
     ("nvfp4", "FP4 in groups of 16, scales are FP8 times one float32"),
+    ("iq4_nl-g32-fp16", "16 values denser around 0, of llama.cpp's IQ4_NL"),
+    ("int4-g32-m16", "GGUF's Q4_1 (read only): 4-bit with float16 minima; Q5_1 is int5-g32-m16"),
+    ("int2-g16-k4m-k4", "GGUF's Q2_K (read only): 4-bit scales and minima times a float16 of 256 weights"),
+    ("int3-g16-sym-full-k6s", "GGUF's Q3_K: 6-bit scales times a float16 of 256 weights"),
+    ("int4-g32-k6m-k6", "GGUF's Q4_K (read only): 6-bit scales and minima; Q5_K is int5-g32-k6m-k6"),
+    ("int6-g16-sym-full-k8s", "GGUF's Q6_K: 8-bit scales times a float16 of 256 weights"),
     ("fp8_e4m3-channel", "FP8 with 4 exponent and 3 mantissa bits, largest 448"),
+    ("fp8_e4m3-g128-fp32x128", "FP8 in tiles of 128 x 128, one scale each (DeepSeek-V3)"),
     ("fp8_e5m2-channel", "FP8 with 5 exponent and 2 mantissa bits, largest 57344"),
 )
 

@@ -10,6 +10,8 @@ A format says which values a code can stand for and which weights share a scale:
     fp8_e4m3-channel one scale per output channel; `tensor` is one scale for all
     int2-g32-sym-full    symmetric with levels -2..1 times a scale that may be negative: the group's outermost weight is -2
     int3-g64-z16     affine with real zero points, stored as float16 (or z32)
+    int4-g32-m16     affine with minima instead of zero points: GGUF's Q4_1; its K-quants are int4-g32-k6m-k6 (Q4_K, the scales
+                     k6 and minima k6m in super-blocks), int6-g16-sym-full-k8s (Q6_K) and so on; iq4_nl-g32-fp16 is IQ4_NL
     int3-g128-bf16   scales stored as bfloat16 (or fp16, fp32)
     mxfp4            fp4_e2m1-g32-e8m0: scales are powers of two; mxfp4_ceil, mxfp4_even: by another rule (`scales.py`)
     nvfp4            fp4_e2m1-g16-e4m3: scales are 8-bit floats times one float32
@@ -36,8 +38,9 @@ from collections.abc import Callable, Collection, Sequence
 from qjax import words
 from qjax.codebooks import Codebook, codebooks, middle_codebook
 from qjax.errors import QjaxError
-from qjax.scales import SCALES, Floats
-from qjax.zeros import ZEROS, Zeros, packed_rows
+from qjax.file_scales import SCALES
+from qjax.scales import Floats, packed_rows
+from qjax.zeros import ZEROS, Zeros
 
 BOUNDS = ("max", "edge", "full")
 REAL_ZEROS = tuple(name for name, codec in ZEROS.items() if not codec.whole)
@@ -49,6 +52,7 @@ GRIDS = {  # name -> bits of a code
     "nf4": 4,
     "fp4_e2m1": 4,
     "fp4_bnb": 4,
+    "iq4_nl": 4,
     "fp8_e4m3": 8,
     "fp8_e5m2": 8,
     **FLOATS,
@@ -66,6 +70,7 @@ SHORT = {text: name for name, text in ALIASES.items() if "-" in text}  # and whi
 DEFAULT_GRANULARITY = {
     **dict.fromkeys(INTEGERS, "g128"),  # of GPTQ's and AWQ's checkpoints
     **dict.fromkeys(("nf4", "fp4_e2m1", "fp4_bnb"), "g64"),  # the block of QLoRA
+    "iq4_nl": "g32",
     **dict.fromkeys(("fp8_e4m3", "fp8_e5m2"), "channel"),
 }
 
@@ -108,6 +113,11 @@ class Format:
         return not self.is_affine or self.zero_codec.whole
 
     @property
+    def has_minima(self) -> bool:
+        """Whether values of code 0 are stored instead of zero points: formats of files, which are read, not rounded to."""
+        return self.is_affine and self.zero_codec.minima
+
+    @property
     def symmetric(self) -> bool:
         """True for integers without one."""
         return self.bound != ""
@@ -124,7 +134,7 @@ class Format:
     @property
     def scale_codec(self) -> Floats:
         """How scales are stored."""
-        return SCALES[self.scales]
+        return SCALES[self.scales].of_layout(self.is_flat)
 
     @property
     def zero_codec(self) -> Zeros | None:
@@ -165,7 +175,7 @@ class Format:
         shape = self.parameter_shape(in_features, out_features)
         if self.is_affine:
             size += self.zero_codec.nbytes(shape, self.bits, self.is_flat)
-        return size + self.scale_codec.nbytes(math.prod(shape))
+        return size + self.scale_codec.nbytes_of(shape)
 
     def bits_per_weight(self, in_features: int = 4096, out_features: int = 4096) -> float:
         """Exact bits per weight of an (in_features, out_features) weight."""
@@ -210,6 +220,12 @@ class Format:
     def searched(self) -> "Format":
         """The format that ranges are searched in: scales that cannot be moved alone are quantized after the search."""
         return self if self.scale_codec.movable else dataclasses.replace(self, scales=default_scales(self.grid))
+
+
+def not_rounded_to(fmt: Format) -> str:
+    """What to say where somebody would round to a format with minima."""
+    nearest = dataclasses.replace(fmt, zeros="z16", scales=default_scales(fmt.grid))
+    return f"{fmt} is a format of files: it can be read, not rounded to; the nearest with zero points is {nearest}"
 
 
 _ever_registered: dict[tuple[str, str], Codebook | Floats] = {}

@@ -5,7 +5,9 @@
     affine:               scale = (max(w, 0) - min(w, 0)) * shrink / (2^b - 1),  zero = round(-min(w, 0) * shrink / scale),
                           code = clip(round(w / scale) + zero, 0, 2^b - 1)
     real zeros:           zero = -min(w, 0) * shrink / scale,               code = clip(round(w / scale + zero), 0, 2^b - 1)
-    value = grid value(code) * scale, or (code - zero) * scale
+    value = grid value(code) * scale, or (code - zero) * scale, or code * scale + minimum
+
+Formats with minima come from files and are only decoded; a minimum stands where others have a zero point.
 
 How scales are stored, and found where it is not by this division, and how zeros are, is the codecs' (`scales.py`).
 
@@ -25,11 +27,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 
-from qjax.formats import Format
+from qjax.errors import QjaxError
+from qjax.file_scales import SuperBlocks
+from qjax.formats import Format, not_rounded_to
 from qjax.scales import QuantizedScales, ScaledFloats, nonzero
 
 FLOAT8 = {"fp8_e4m3": jnp.float8_e4m3fn, "fp8_e5m2": jnp.float8_e5m2}
-StoredScales = jax.Array | QuantizedScales | ScaledFloats
+StoredScales = jax.Array | QuantizedScales | ScaledFloats | SuperBlocks
 
 
 class Parameters(NamedTuple):
@@ -100,6 +104,8 @@ def range_parameters(
     shrink: float | Float[Array, "..."] = 1.0,
 ) -> Parameters:
     """The grid of every group whose weights span low <= 0 <= high, both times `shrink`."""
+    if fmt.has_minima:
+        raise QjaxError(not_rounded_to(fmt))
     codec, bound = fmt.scale_codec, fmt.largest_value
     common = codec.common(_largest(low, high, fmt), bound)  # of the whole ranges: a search shrinks one group, not all
     low, high = low * shrink, high * shrink
@@ -168,6 +174,8 @@ def decode(
     codes: UInt8[Array, "..."], scale: Float[Array, "..."], zero: Float[Array, "..."] | None, fmt: Format
 ) -> Float[Array, "..."]:
     """float32 values of codes, elementwise; scale and zero broadcast against codes."""
+    if fmt.has_minima:
+        return codes.astype(jnp.float32) * scale + zero
     if fmt.codebook is None:
         zero = 2 ** (fmt.bits - 1) if zero is None else zero
         return (codes.astype(jnp.float32) - zero) * scale

@@ -16,6 +16,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.lax import PrecisionLike
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
@@ -165,6 +166,13 @@ def dense(leaf: Leaf, dtype: DTypeLike = jnp.float32) -> Linear | Float[Array, "
     return dequantize(leaf, dtype)
 
 
+def columns(leaf: Linear | QTensor, index: np.ndarray) -> Linear | QTensor:
+    """The layer of some outputs, see `qtensor.columns`; of a Linear without outliers and adapter."""
+    if isinstance(leaf, Linear):
+        return dataclasses.replace(leaf, weight=columns(leaf.weight, index))
+    return qtensor.columns(leaf, index)
+
+
 def prepare(leaf: Linear | QTensor) -> Linear | KernelWeight:
     """The leaf with its weight laid out for kernels, see `kernels.layout.prepare`; it stands for the same layer."""
     if isinstance(leaf, Linear):
@@ -185,6 +193,15 @@ def dequantize_tree(tree: PyTree, dtype: DTypeLike | None = jnp.float32) -> PyTr
 def dense_tree(tree: PyTree, dtype: DTypeLike | None = jnp.float32) -> PyTree:
     """A tree to run: every quantized leaf `dense`, other leaves cast (dtype None leaves them as they are)."""
     return _convert(tree, dtype, dense)
+
+
+def without_activations(tree: PyTree) -> PyTree:
+    """The tree with layers that do not round their inputs."""
+
+    def convert(leaf):
+        return dataclasses.replace(leaf, activation=None, activation_scale=None) if isinstance(leaf, Linear) else leaf
+
+    return jax.tree.map(convert, tree, is_leaf=is_quantized)
 
 
 def cast_tree(tree: PyTree, dtype: DTypeLike) -> PyTree:

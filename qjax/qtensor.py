@@ -14,11 +14,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree, UInt8
 
 from qjax import grid, packing
+from qjax.errors import QjaxError
 from qjax.formats import Format
+from qjax.scales import laid
 
 FLOAT_DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16}
 
@@ -75,6 +78,33 @@ def unpack_parameters(q: QTensor) -> tuple[Float[Array, "groups channels"], Floa
     if not q.format.is_affine:
         return scale, None
     return scale, q.format.zero_codec.load(q.zeros, q.format.bits, shape, q.format.is_flat)
+
+
+def columns(q: QTensor, index: np.ndarray) -> QTensor:
+    """The weight of some output columns: the same codes, and the same scales where each belongs to one column; where what is
+    stored of scales spans several, the float32 numbers that they stand for.
+
+    Raises QjaxError where groups go over the ends of columns, and for minima, which are not stored by columns.
+    """
+    fmt, (rows, width) = q.format, q.shape
+    if fmt.is_float:
+        return dataclasses.replace(q, codes=q.codes[:, index])
+    if fmt.crosses_columns(rows):
+        raise QjaxError(f"blocks of {fmt.group} go over the ends of columns of {rows} weights, which cannot be taken apart")
+    if fmt.has_minima:
+        raise QjaxError(f"a weight in {fmt} cannot be taken apart: its minima are stored together")
+    shape = fmt.parameter_shape(rows, width)
+    if fmt.granularity == "tensor":
+        return dataclasses.replace(q, codes=q.codes[:, index])
+    scales = fmt.scale_codec.columns(q.scales, shape, index, fmt.is_flat)
+    if scales is None:
+        scales = laid(grid.load_scales(q.scales, fmt, shape)[:, index], fmt.is_flat)
+        fmt = dataclasses.replace(fmt, scales="fp32")
+    zeros = q.zeros
+    if fmt.is_affine:
+        zero = fmt.zero_codec.load(zeros, fmt.bits, shape, fmt.is_flat)[:, index]
+        zeros = fmt.zero_codec.store(zero, fmt.bits, fmt.is_flat)
+    return QTensor(q.codes[:, index], scales, zeros, fmt, rows)
 
 
 def times_power(q: QTensor, exponent: int | Int[Array, ""]) -> QTensor:

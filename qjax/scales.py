@@ -5,19 +5,20 @@
     e4m3                            8-bit floats times one float32 of the whole weight: NVFP4
     dq                              8-bit codes, in turn with scales and a mean: QLoRA's double quantization
 
-Nothing outside this file tests for one of them: it asks the codec. A codec stores float32 scales (groups, columns) and loads
-them; `flat` formats keep them as one axis, output channel after output channel. To add one, write it
-here and name it in SCALES.
+Nothing outside this file and `file_scales.py`, which has those of other libraries' files, tests for one of them: it asks the
+codec. A codec stores float32 scales (groups, columns) and loads them; `flat` formats keep them as one axis, output channel
+after output channel. To add one, write it here and name it in SCALES.
 
 JAX is imported where something is computed: sizes, names and tables do without it.
 """
 
 import dataclasses
-import functools
 import math
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
+
+from qjax.codebooks import dynamic_map
 
 if TYPE_CHECKING:
     from jax import Array
@@ -64,6 +65,15 @@ class Floats:
         """Exact bytes of `count` scales."""
         return count * (2 if self.dtype == "bfloat16" else np.dtype(self.dtype).itemsize)
 
+    def nbytes_of(self, shape: tuple[int, int]) -> int:
+        """Exact bytes of the scales of (groups, columns) groups."""
+        return self.nbytes(math.prod(shape))
+
+    def of_layout(self, flat: bool) -> "Floats":
+        """The codec of flat formats, or of the others, where their arithmetic differs."""
+        del flat
+        return self
+
     def codes_exactly(self, flat: bool) -> bool:
         """Whether codes are chosen for the scale as it is found instead of as it is stored."""
         del flat
@@ -96,6 +106,12 @@ class Floats:
     def times(self, stored: "Array | QuantizedScales | ScaledFloats", exponent: "int | Array") -> "Array":
         """Stored scales times 2^exponent, as far as the type holds them: exactly, where it has the range."""
         return self._narrow(times_power_of_two(self._widen(stored, None), exponent), None)
+
+    def columns(
+        self, stored: "Array | QuantizedScales | ScaledFloats", shape: tuple[int, int], index: np.ndarray, flat: bool
+    ) -> "Array | QuantizedScales | ScaledFloats | None":
+        """Stored scales of some columns, of `shape` (groups, columns); None where what is stored spans several of them."""
+        return laid(of_shape(stored, shape)[:, index], flat)
 
     def strained(self, stored: "Array", bits: int) -> tuple[np.ndarray, np.ndarray] | None:
         """(lost, coarse), bool and on the host: which stored scales are 0 or the type's largest number, and which are so small
@@ -204,6 +220,10 @@ class TwoLevels(Floats):
         """The float32 of the weight takes the factor."""
         return stored._replace(scale=times_power_of_two(stored.scale, exponent))
 
+    def columns(self, stored, shape, index, flat):
+        """The float32 of the weight stays."""
+        return stored._replace(codes=super().columns(stored.codes, shape, index, flat))
+
     def load(self, stored, shape):
         """The product of both levels."""
         return of_shape(self._widen(stored.codes, stored.scale), shape)
@@ -227,11 +247,13 @@ class Nested(Floats):
     """Codes of `dynamic_map` for the difference from the mean, relative to its largest in blocks of 256 scales (QLoRA).
 
     For flat blocks as bitsandbytes does it, which codes weights with the exact maximum and quantizes that afterwards, with a
-    table of 2^16 equal steps instead of the nearest code. The mean is a sum of many numbers: of weights rounded together under
-    vmap it can differ in the last bit from that of one alone, as XLA adds up in another order.
+    table of 2^16 equal steps instead of the nearest code, and decodes with a product and a sum that are rounded one by one
+    (`separate`). The mean is a sum of many numbers: of weights rounded together under vmap it can differ in the last bit from
+    that of one alone, as XLA adds up in another order.
     """
 
     dtype: str = "uint8"
+    separate: bool = False
     movable: ClassVar[bool] = False
     together: ClassVar[bool] = True
     label: ClassVar[str] = "DQ"
@@ -240,6 +262,10 @@ class Nested(Floats):
     def nbytes(self, count):
         """A byte each, a float32 for each block and one for the mean."""
         return count + 4 * math.ceil(count / DOUBLE_QUANT_BLOCK) + 4
+
+    def of_layout(self, flat):
+        """As bitsandbytes does."""
+        return dataclasses.replace(self, separate=flat)
 
     def codes_exactly(self, flat):
         """As bitsandbytes does."""
@@ -267,33 +293,25 @@ class Nested(Floats):
         scales, offset = (times_power_of_two(x, exponent) for x in (stored.scales, stored.offset))
         return QuantizedScales(stored.codes, scales, offset)
 
+    def columns(self, stored, shape, index, flat):
+        """Of a run of columns whose scales are whole blocks; else None."""
+        first, last = int(index[0]) * shape[0], (int(index[-1]) + 1) * shape[0]
+        ends = last % DOUBLE_QUANT_BLOCK == 0 or last == math.prod(shape)
+        if first % DOUBLE_QUANT_BLOCK or not ends or not np.array_equal(index, np.arange(index[0], index[-1] + 1)):
+            return None
+        blocks = slice(first // DOUBLE_QUANT_BLOCK, -(-last // DOUBLE_QUANT_BLOCK))
+        return QuantizedScales(stored.codes[first:last], stored.scales[blocks], stored.offset)
+
     def load(self, stored, shape):
         """The value of each code in its block."""
         import jax.numpy as jnp
 
         values = jnp.array(dynamic_map())[stored.codes]
         scales = jnp.repeat(stored.scales, DOUBLE_QUANT_BLOCK)[: values.size]
-        return of_shape((values * scales + stored.offset).astype(jnp.float32), shape)
-
-
-@functools.cache
-def dynamic_map() -> np.ndarray:
-    """The 256 values in [-1, 1] that quantize scales when they are doubly quantized.
-
-    Seven decades, decade i with 2^i values per sign at the middles of equal parts of [0.1, 1], then 0 and 1
-    (dynamic tree quantization; Dettmers 2015, arXiv 1511.04561). float32 at each step, to be bitsandbytes' map bit for bit.
-    """
-    values = [0.0, 1.0]
-    for decade in range(7):
-        parts = 2**decade
-        index = np.arange(parts + 1)
-        low, high, step = np.float32(0.1), np.float32(1), np.float32(np.float32(0.9) / np.float32(parts))
-        # torch.linspace: from the nearer end, multiply and add rounded once.
-        edges = np.where(2 * index < parts, float(low) + float(step) * index, float(high) - float(step) * (parts - index))
-        edges = edges.astype(np.float32)
-        middles = (edges[:-1] + edges[1:]) / np.float32(2) * np.float32(10.0 ** (decade - 6))
-        values += [*middles, *-middles]
-    return np.sort(np.array(values, np.float32))
+        products = values * scales
+        if self.separate:  # a select between them keeps XLA from making one instruction of product and sum
+            products = jnp.where(jnp.isnan(products), 0, products)
+        return of_shape((products + stored.offset).astype(jnp.float32), shape)
 
 
 def times_power_of_two(x: "Array", exponent: "int | Array") -> "Array":
@@ -308,6 +326,12 @@ def times_power_of_two(x: "Array", exponent: "int | Array") -> "Array":
     for power in powers:
         x = x * jax.lax.bitcast_convert_type(power, jnp.float32)
     return x
+
+
+def packed_rows(count: int, bits: int) -> int:
+    """Bytes that hold `count` codes of `bits` bits, in whole packing units (`packing.unit`)."""
+    unit = 8 // math.gcd(8, bits)
+    return math.ceil(count / unit) * unit * bits // 8
 
 
 def laid(stored: "Array", flat: bool) -> "Array":

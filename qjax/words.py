@@ -15,7 +15,7 @@ ELSEWHERE: tuple[tuple[str, str, str | Callable[[re.Match], str]], ...] = (
     (r"q([45])_1", GGUF, "int{0}-g32-z16"),
     (r"q([245])_k(_[a-z]+)?", GGUF, lambda m: f"int{m[1]}-g{16 if m[1] == '2' else 32}-dq"),
     (r"q([36])_k(_[a-z]+)?", GGUF, "int{0}-g16-sym-dq"),
-    (r"iq4_(nl|xs)", GGUF, lambda m: f"nf4-g32-{'fp16' if m[1] == 'nl' else 'dq'}"),
+    (r"iq4_xs", GGUF, "nf4-g32-dq"),
     (r"iq([123])_[a-z]+", GGUF, "int{0}-g128"),
     (r"w([1-8])(?:a16)?g(\d+)", "a name of bits and groups; here it is", "int{0}-g{1}"),
     (r"w4a16_asym", PRESET, "int4-g128"),

@@ -2,6 +2,8 @@
 
     codes       integers of the format's own bits, packed along the output axis
     z16, z32    real numbers in float16 or float32, as HQQ has them
+    m16         no zero points but minima, the values of code 0, in float16: GGUF's Q4_1, Q5_1
+    k4m, k6m    minima, none above 0, of 4 or 6 bits times a float16 of 256 weights: GGUF's Q2_K, Q4_K, Q5_K
 
 Nothing outside this file tests for one of them. JAX is imported where something is computed, as in `scales.py`.
 """
@@ -12,7 +14,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from qjax.scales import laid, of_shape
+from qjax.file_scales import SCALES, InSuperBlocks
+from qjax.scales import laid, of_shape, packed_rows
 
 if TYPE_CHECKING:
     from jax import Array
@@ -23,6 +26,7 @@ class Zeros:
     """Zero points that are codes: whole numbers 0..largest of the format's bits, packed along the output axis."""
 
     whole: ClassVar[bool] = True
+    minima: ClassVar[bool] = False  # a value is code * scale + what is stored, instead of (code - zero) * scale
 
     def nbytes(self, shape: tuple[int, int], bits: int, flat: bool) -> int:
         """Exact bytes of the zero points of (groups, columns) groups."""
@@ -84,10 +88,37 @@ class RealZeros(Zeros):
         return of_shape(stored.astype(jnp.float32), shape)
 
 
-def packed_rows(count: int, bits: int) -> int:
-    """Bytes that hold `count` codes of `bits` bits, in whole packing units (`packing.unit`)."""
-    unit = 8 // math.gcd(8, bits)
-    return math.ceil(count / unit) * unit * bits // 8
+@dataclasses.dataclass(frozen=True)
+class Minima(RealZeros):
+    """The value of code 0 in a floating-point type, in a zero point's place."""
+
+    minima: ClassVar[bool] = True
 
 
-ZEROS: dict[str, Zeros] = {"codes": Zeros(), "z16": RealZeros("float16"), "z32": RealZeros("float32")}
+@dataclasses.dataclass(frozen=True)
+class MinimaInSuperBlocks(Minima):
+    """Minima that are -1 times scales of that codec."""
+
+    codec: InSuperBlocks = SCALES["k6"]
+
+    def nbytes(self, shape, bits, flat):
+        """As the codec's."""
+        return self.codec.nbytes(math.prod(shape))
+
+    def store(self, zero, bits, flat):
+        """SuperBlocks."""
+        return self.codec.store(-zero, None, flat)
+
+    def load(self, stored, bits, shape, flat):
+        """In float32."""
+        return -self.codec.load(stored, shape)
+
+
+ZEROS: dict[str, Zeros] = {
+    "codes": Zeros(),
+    "z16": RealZeros("float16"),
+    "z32": RealZeros("float32"),
+    "m16": Minima("float16"),
+    "k4m": MinimaInSuperBlocks("float16", SCALES["k4"]),
+    "k6m": MinimaInSuperBlocks("float16", SCALES["k6"]),
+}

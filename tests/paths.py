@@ -1,6 +1,7 @@
 """Where tests find real models and texts, which are too large for the repository.
 
 The folder is $QJAX_TEST_DATA, or shared/data beside the repository where that exists; it holds models/, text/ and tokenizers/.
+Models of 10^8 parameters and more stand in $QJAX_TEST_MODELS; tests of them are marked `real`.
 """
 
 import os
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-VARIABLE = "QJAX_TEST_DATA"
+VARIABLE, MODELS = "QJAX_TEST_DATA", "QJAX_TEST_MODELS"
 REPOSITORY = Path(__file__).resolve().parents[1]
 BESIDE = REPOSITORY.parent / "shared" / "data"
 
@@ -22,3 +23,11 @@ def real_data(path: str) -> Path:
     if not (folder / path).exists():
         pytest.skip(f"no {path} in the real data; set {VARIABLE} to a folder that has it")
     return folder / path
+
+
+def real_model(name: str) -> Path:
+    """A file of the large models; where it is missing the test is skipped."""
+    folder = os.environ.get(MODELS)
+    if not folder or not (Path(folder) / name).exists():
+        pytest.skip(f"no {name}; set {MODELS} to a folder that has it")
+    return Path(folder) / name

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from qjax.models.config import DecoderConfig
+from qjax.models.config import DecoderConfig, LayerKind
 
 from .conftest import FAMILY_CHANGES, tiny_config
 
@@ -20,7 +20,7 @@ def test_models_measured_before_a_field_existed_keep_their_fingerprint():
 def test_different_configurations_differ_in_text():
     for changes in FAMILY_CHANGES.values():
         config = tiny_config(**changes)
-        assert eval(repr(config)) == config
+        assert eval(repr(config), {"DecoderConfig": DecoderConfig, "LayerKind": LayerKind}) == config
         plain = DecoderConfig(*dataclasses.astuple(config)[:9])
         for field in dataclasses.fields(config)[9:]:
             value = getattr(config, field.name)

@@ -35,6 +35,8 @@ FORMATS = [
     *("int4-g16", "int3-g32-sym-max-bf16", "nf4-g16-fp32", "int4-g16-dq"),
     *("mxfp4", "mxfp8_e5m2_ceil", "fp4_e2m1-b16-e8m0_even", "nvfp4", "nf4-b32-e4m3"),
     *("int2-g16-sym-full", "int4-channel-sym-full-dq", "int3-g16-z16", "int2-b32-z32-fp32"),
+    *("fp8_e4m3-g16-fp32x128", "int4-g16-sym-bf16x128", "fp4_e2m1-g16-e4m3_div"),
+    *("int6-g16-sym-full-k8s", "int3-g32-sym-full-k6s", "int4-g8-k6", "int5-b32-sym-k4"),
 ]
 
 
@@ -46,7 +48,8 @@ def layer():
 
 def test_the_table_has_every_codec():
     found = [parse_format(name) for name in FORMATS]
-    assert {fmt.scales for fmt in found} >= SCALES.keys() and {fmt.zeros for fmt in found} >= ZEROS.keys()
+    rounded_to = {name for name, codec in ZEROS.items() if not codec.minima}
+    assert {fmt.scales for fmt in found} >= SCALES.keys() and {fmt.zeros for fmt in found} >= rounded_to
     assert {fmt.bound for fmt in found} >= {"max", "full"}
 
 
@@ -68,7 +71,7 @@ def test_refinement_lowers_the_loss_and_holds_what_it_may_not_move(name, layer):
         np.testing.assert_array_equal(before[1], after[1])
     common = fmt.scale_codec.common_of
     np.testing.assert_array_equal(common(start.scales) or 0.0, common(refined.scales) or 0.0)
-    if not fmt.scale_codec.signed:
+    if fmt.scale_codec.label == "E8M0":
         scale = np.asarray(after[0])
         np.testing.assert_array_equal(scale, np.exp2(np.round(np.log2(scale))))
 
@@ -179,6 +182,32 @@ def test_hqq_is_its_formulas(name):
     )
 
 
+def test_formats_of_files_are_not_rounded_to():
+    for name, nearest in (("int4-g32-m16", "int4-g32-z16"), ("int2-g16-k4m-k4", "int2-g16-z16")):
+        said = f"{name} is a format of files: it can be read, not rounded to; the nearest with zero points is {nearest}"
+        with pytest.raises(QjaxError, match=said):
+            rtn(jnp.ones((32, 4)), name)
+        with pytest.raises(QjaxError, match=f"recipe 'gptq:{name}': {said}"):
+            qjax.parse_recipe(f"gptq:{name}")
+
+
+def test_multiples_of_a_scale_of_several_groups():
+    """Of 8 groups the largest scale asks for the largest multiple; others are the nearest, in groups that follow each other."""
+    scale = np.random.default_rng(0).uniform(0.01, 3, (9, 5)).astype(np.float32)
+    for name, codes, groups, lowest in (("k6", 63, 8, 0), ("k4", 15, 16, 0), ("k6s", 31, 16, -32), ("k8s", 127, 16, -128)):
+        signs = np.where(np.arange(9)[:, None] % 2, -1, 1) if lowest else 1
+        flat = np.pad((scale * signs).T.reshape(-1), (0, -45 % groups)).reshape(-1, groups)
+        shared = np.float16(np.abs(flat).max(axis=1, keepdims=True) / codes).astype(np.float32)
+        expected = (np.clip(np.round(flat / shared), lowest, codes) * shared).reshape(-1)[:45].reshape(5, 9).T
+        codec = SCALES[name]
+        for is_flat in (False, True):
+            stored = codec.store(jnp.asarray(scale * signs), None, is_flat)
+            np.testing.assert_array_equal(codec.load(stored, (9, 5)), expected)
+            assert qtensor.nbytes(stored) == codec.nbytes(45)
+        doubled = codec.load(codec.times(stored, 1), (9, 5))
+        np.testing.assert_array_equal(doubled, 2 * expected)
+
+
 def test_hqq_refuses_what_it_cannot_do():
     weight = jnp.ones((32, 4))
     for name in ("int4-g16", "nf4-g16", "int4-g16-sym", "bf16"):
@@ -205,9 +234,7 @@ def test_every_documented_format_says_how_it_is_stored():
         fmt = parse_format(name)
         assert fmt.scales in SCALES and (fmt.zeros in ZEROS) == fmt.is_affine
         assert fmt.searched == (
-            fmt
-            if fmt.scale_codec.movable
-            else dataclasses.replace(fmt, scales="fp16" if fmt.bits == 4 and "int" in name else "fp32")
+            fmt if fmt.scale_codec.movable else dataclasses.replace(fmt, scales="fp16" if "int" in name else "fp32")
         )
 
 

@@ -98,7 +98,7 @@ def test_a_format_parses_to_itself():
         ("int4-g", ["after 'int4'", "'g'"]),
         ("int4-foo", ["after 'int4'", "'foo'", "tensor, channel, gN", "bN"]),
         ("int4-g0", ["'g0'", "at least 1"]),
-        ("int4-g128-foo", ["unknown part 'foo'", "sym, sym-max, sym-edge, sym-full, z16, z32, fp32", "dq"]),
+        ("int4-g128-foo", ["unknown part 'foo'", "sym, sym-max, sym-edge, sym-full, z16, z32, m16, k4m, k6m, fp32", "dq"]),
         ("nf4-g64-sym", ["unknown part 'sym' for nf4", "gN or bN: fp32, fp16, bf16, e8m0", "e4m3, dq"]),
         ("nf4-64-foo", ["after 'nf4'", "'64'", "gN"]),
         ("int4-g128-max", ["'max'", "goes with sym"]),
@@ -154,6 +154,14 @@ def test_errors_name_the_part_and_list_what_is_allowed(text, parts):
         ("nvfp4", 4.5 + 32 / 4096**2),
         ("int2-g32-sym-full", 2.5),
         ("int4-g64-z16", 4.5),
+        ("int4-g32-m16", 5.0),
+        ("int2-g16-k4m-k4", 2.625),
+        ("int3-g16-sym-full-k6s", 3.4375),
+        ("int4-g32-k6m-k6", 4.5),
+        ("int5-g32-k6m-k6", 5.5),
+        ("int6-g16-sym-full-k8s", 6.5625),
+        ("iq4_nl", 5.0),
+        ("iq4_nl-g32-fp16", 4.5),
         ("int3-g64-z32-fp32", 4),
     ],
 )
@@ -174,6 +182,7 @@ def test_bits_per_weight(text, bits):
         ("nvfp4", (65, 3), 33 * 3 + 5 * 3 + 4),
         ("int4-g64-z16", (65, 3), 33 * 3 + 2 * 3 * (2 + 2)),
         ("int4-b64-z16", (65, 3), 33 * 3 + 4 * (2 + 2)),
+        ("int4-g32-k6m-k6", (65, 3), 33 * 3 + 2 * (9 + 2 * 2)),  # 9 codes of 6 bits in 3 units, of 2 super-blocks
         ("int1-g64-sym", (1, 1), 1 + 2),
         ("bf16", (3, 5), 30),
     ],
@@ -197,8 +206,11 @@ def test_codebooks_are_sorted_symmetric_or_documented(name):
     book = codebooks()[name]
     values = np.array(book.values)
     assert np.all(np.diff(values) > 0)
-    assert 0.0 in book.values
-    assert book.bound == values.max() == -values.min()
+    if name == "iq4_nl":  # no 0, and the positive end is nearer
+        assert (book.bound, values.max(), values.min()) == (113, 113, -127)
+    else:
+        assert 0.0 in book.values
+        assert book.bound == values.max() == -values.min()
     assert len(book.thresholds) == len(values) - 1
     assert all(low < cut < high for low, cut, high in zip(values[:-1], book.thresholds, values[1:], strict=True))
     # Every constant is a float32, so that comparing in float32 compares with the constant itself.

@@ -8,7 +8,7 @@ from tests.fuzz import seeds
 from tests.fuzz.attempt import attempt
 from tests.fuzz.readers import READERS, read_unchanged
 
-INPUTS = {"tokenizer": 12, "checkpoint": 12, "packed": 12}  # the slow ones; 40 of others
+INPUTS = {"tokenizer": 12, "checkpoint": 12, "packed": 12, "quantized": 24, "gguf": 20}  # the slow ones; 40 of others
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="makes pipes and links")
 
@@ -22,7 +22,7 @@ def test_inputs_that_are_nearly_right(reader, tmp_path, monkeypatch):
 
 def test_inputs_are_right_before_they_are_changed(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert read_unchanged(tmp_path) == 7 + 2 + len(seeds.tokenizers())
+    assert read_unchanged(tmp_path) == 7 + 2 + 2 + len(seeds.FOREIGN) + len(seeds.tokenizers())
 
 
 def test_faults_are_seen(tmp_path, monkeypatch):

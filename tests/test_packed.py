@@ -24,9 +24,9 @@ from qjax.files import write_atomically
 from qjax.formats import parse_format
 from qjax.linear import Linear, LowRank, Outliers, dequantize, is_quantized, prepare
 from qjax.maps import MAPS, Divide, Permute, Scale, register_map
-from qjax.models.config import LinearScaling, Llama3Scaling
 from qjax.models.model import apply
 from qjax.models.parameters import flatten, unflatten
+from qjax.models.scalings import LinearScaling, Llama3Scaling
 from qjax.qtensor import QTensor
 from qjax.rounding.nearest import rtn
 from qjax.untrusted import read_json
@@ -527,7 +527,7 @@ def test_read_only_folder(tmp_path, monkeypatch):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr(Path, "mkdir", fail)
-    with pytest.raises(QjaxError, match=r"cannot write into .*out: Read-only file system"):
+    with pytest.raises(QjaxError, match=r"cannot write .*out: Read-only file system"):
         save(tmp_path / "out", weights_model(tiny_config()))
 
 

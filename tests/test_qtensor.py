@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from qjax import qtensor
+from qjax.errors import QjaxError
 from qjax.format_table import EXAMPLES
 from qjax.formats import parse_format
 from qjax.qtensor import QTensor, dequantize, nbytes
@@ -171,3 +172,33 @@ def test_from_codes_and_back():
         np.testing.assert_array_equal(unpack_codes(q), codes)
         for got, want in zip(unpack_parameters(q), (scale, zero), strict=True):
             np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "kept"),
+    [
+        ("int3-g16", [5, 0, 3], "int3-g16"),
+        ("nf4-b16", [1, 2], "nf4-b16"),
+        ("int4-b16", [6, 2], "int4-b16"),
+        ("nvfp4", [0, 6], "nvfp4"),
+        ("fp8_e4m3-tensor", [4, 1], "fp8_e4m3-tensor"),
+        ("bf16", [2], "bf16"),
+        ("nf4-b1-dq", range(256, 512), "nf4-b1-dq"),
+        ("nf4-b1-dq", range(255, 512), "nf4-b1"),
+        ("nf4-b16-dq", [3, 1], "nf4-b16"),
+        ("int4-g16-fp32x128", range(128, 200), "int4-g16-fp32x128"),
+        ("int4-g16-fp32x128", range(64, 200), "int4-g16-fp32"),
+    ],
+)
+def test_columns_keep_their_codes(name, index, kept):
+    """And their scales' form, where it can be cut."""
+    q, _ = rtn(random_weight(32, 512 if "b1-" in name else 200 if "x128" in name else 7), name)
+    part = qtensor.columns(q, np.asarray(index))
+    assert str(part.format) == kept and part.nbytes == part.format.nbytes(*part.shape)
+    np.testing.assert_array_equal(part.codes, np.asarray(q.codes)[:, list(index)])
+    np.testing.assert_array_equal(dequantize(part), np.asarray(dequantize(q))[:, list(index)])
+
+
+def test_columns_that_share_groups_cannot_be_cut():
+    with pytest.raises(QjaxError, match="blocks of 24 go over the ends of columns of 40 weights"):
+        qtensor.columns(rtn(random_weight(40, 6), "nf4-b24")[0], np.arange(3))

@@ -42,7 +42,13 @@ def test_changes_within_noise_are_marked():
     lines = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ")}
     assert "≈ -0.5 ± 1.0" in lines["rtn:int8-g128"]
     assert "≈ " not in lines["rtn:int2-g128"].split("|")[5] and "-15.0 ± 1.0" in lines["rtn:int2-g128"]
-    assert "Longer than the model's context, cut at the left: 1 of piqa." in text
+    assert (
+        "Longer than the model's context, cut at the left: 1 of piqa." in text and "±: standard error over questions;" in text
+    )
+    made = [each | {"documents:piqa": [0, 0, 1, 1]} for each in ROWS]
+    assert (
+        "over questions, or over the texts they are made from (2 of piqa) where that is larger" in accuracy_table(made).notes[0]
+    )
     assert "-" in lines["none"]
 
 

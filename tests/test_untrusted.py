@@ -18,8 +18,10 @@ from qjax.errors import QjaxError, one_line
 from qjax.evaluate.corpora import load_corpus
 from qjax.evaluate.tasks import load_task
 from qjax.files import expand
-from qjax.models.config import RANGES, DecoderConfig, LinearScaling, Llama3Scaling
+from qjax.models.config import DecoderConfig, LayerKind
 from qjax.models.families import read_config
+from qjax.models.ranges import RANGES
+from qjax.models.scalings import SCALINGS
 from qjax.report.reports import tables
 from qjax.sweep.columns import column_of, misfits
 from qjax.sweep.store import read_rows
@@ -286,8 +288,8 @@ def test_layers_without_a_window_are_counted_not_made():
 
 
 def test_every_number_has_a_range():
-    numbers = {"int", "float", "int | None"}
-    for cls in (DecoderConfig, LinearScaling, Llama3Scaling):
+    numbers = {"int", "float", "int | None", "float | None"}
+    for cls in (DecoderConfig, LayerKind, *SCALINGS.values()):
         for name, field in cls.__dataclass_fields__.items():
             kind = getattr(field.type, "__name__", str(field.type))
             assert (name in RANGES) == (kind in numbers), name

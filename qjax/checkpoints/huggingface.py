@@ -1,22 +1,35 @@
 """Hugging Face checkpoint folders: config.json, model.safetensors (one file, or shards with an index), tokenizer.json.
 
-Weights keep the checkpoint's type; (out, in) matrices become (in, out). Everything that can be checked before reading the
-weights is checked then, and all offenders are named at once. Only safetensors is read: pickle files can run code.
+Weights keep the checkpoint's type; (out, in) matrices become (in, out); what other libraries quantized stays so
+(`quantized.py`). Everything that can be checked before reading the weights is checked then, and all offenders are named at
+once. Only safetensors is read: pickle files can run code.
 """
 
 import functools
 import json
+import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import PyTree
 
 from qjax.checkpoints.naming import canonical, quantizer_of
-from qjax.checkpoints.tensors import FLOATS, Header, dtype_of, read_finite, read_headers, read_tensor, write_tensors
+from qjax.checkpoints.quantized import (
+    LEGACY,
+    Quantized,
+    Quantizer,
+    claim,
+    find_quantizer,
+    lazy_module,
+    module_names,
+    read_module,
+)
+from qjax.checkpoints.shards import INDEX, SHARD_BYTES, WEIGHTS, write_shards
+from qjax.checkpoints.tensors import FLOATS, Header, dtype_of, read_finite, read_headers, read_tensor
 from qjax.errors import QjaxError, QjaxWarning
 from qjax.files import expand, listing, write_atomically
 from qjax.folders import new_folder, standing
@@ -30,16 +43,20 @@ from qjax.models.model import Model, require_model
 from qjax.models.parameters import check_parameters, flatten, parameter_shapes, unflatten
 from qjax.models.tokenizer import Tokenizer, load_tokenizer
 from qjax.models.walk import TABLE
-from qjax.untrusted import is_folder, read_json, status
+from qjax.untrusted import is_folder, read_bytes, read_json, status
 
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+CONFIG = "config.json"
 GENERATION = "generation_config.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 REPLACED = ("qjax.json", GENERATION, CONFIG, INDEX, "model*.safetensors", "tokenizer*.json", "layers.jsonl")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-NO_GGUF = "which cannot be read yet; give the Hugging Face folder that it was made from"
+NO_GGUF = "no Hugging Face folder; qjax.load reads it"
 OTHER_TOKENIZERS = ("tokenizer.model", "spiece.model", "vocab.json", "tokenizer.tiktoken")
-HUB_FILES = [CONFIG, GENERATION, WEIGHTS, INDEX, "model-*.safetensors", TOKENIZER]
+COMPANIONS = (
+    *(GENERATION, TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("vocab.json", "merges.txt", "tokenizer.model"),
+)
+HUB_FILES = [CONFIG, GENERATION, WEIGHTS, INDEX, "model-*.safetensors", "gptq_model*.safetensors", TOKENIZER, *LEGACY]
 
 
 def load_huggingface(folder: str | Path, *, lazy: bool = False) -> Model:
@@ -56,21 +73,36 @@ def load_huggingface(folder: str | Path, *, lazy: bool = False) -> Model:
     if not is_folder(folder):
         raise QjaxError(f"{folder} is a file; give its folder" if status(folder) else f"{folder}: no such folder")
     if not status(folder / CONFIG):
-        files = f", and its GGUF files are of a kind {NO_GGUF}" if any(folder.glob("*.gguf")) else ""
+        files = f"; its GGUF files are {NO_GGUF}" if any(folder.glob("*.gguf")) else ""
         raise QjaxError(f"{folder} has no {CONFIG}: it is not a Hugging Face checkpoint folder{files}")
     content = _with_ends(folder, read_json(folder / CONFIG))
     try:
         config = read_config(content)
     except QjaxError as error:
         raise QjaxError(f"{folder / CONFIG}: {error}") from error
-    family = FAMILIES[config.family]
+    family, quantizer = FAMILIES[config.family], find_quantizer(folder, content)
     tensors = stored_tensors(family, parameter_shapes(config), config.heads)
-    headers = canonical(family, tensors, read_headers(weight_files(folder)))
-    _check(folder, tensors, headers, repeated=head_name(family) if config.tied else "")
+    headers = read_headers(weight_files(folder, quantizer))
+    headers = canonical(family, tensors, headers, module_names(tensors) if quantizer else {})
+    quantized = claim(quantizer, tensors, headers) if quantizer else []
+    tensors = [tensor for tensor in tensors if all(tensor is not each.tensor for each in quantized)]
+    _check(folder, tensors, quantized, headers, config.tied and head_name(family), quantizer)
     head = headers.pop(head_name(family), None) if config.tied else None
     tokenizer = load_folder_tokenizer(folder, config)
-    read = _lazy_parameters if lazy else _read_parameters
-    return Model(config, read(folder, tensors, headers, head), tokenizer, asked.resolve().name)
+    if lazy:
+        read = functools.lru_cache(maxsize=1)(read_module)  # a leaf's arrays are asked for one after the other
+        leaves = _lazy_parameters(tensors, headers, head)
+        leaves |= {path: leaf for each in quantized for path, leaf in lazy_module(each, read).items()}
+    else:
+        leaves = _read_parameters(folder, tensors, headers, head)
+        leaves |= {path: leaf for each in quantized for path, leaf in read_module(each).items()}
+    return Model(config, unflatten(leaves), tokenizer, asked.resolve().name, _recipe(quantizer, leaves))
+
+
+def _recipe(quantizer: Quantizer | None, leaves: Mapping[str, object]) -> str:
+    """What is said of how a model was quantized: "gptq checkpoint: int4-g128"; "none" for one that is not."""
+    formats = dict.fromkeys(str(leaf.format) for leaf in leaves.values() if is_quantized(leaf))
+    return f"{quantizer.method} checkpoint: {listing(formats)}" if quantizer and formats else "none"
 
 
 def _with_ends(folder: Path, content: dict) -> dict:
@@ -82,10 +114,13 @@ def _with_ends(folder: Path, content: dict) -> dict:
     return {**content, "eos_token_id": [first, *others, *more]}
 
 
-def weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path, quantizer: Quantizer | None = None) -> list[Path]:
     """The safetensors files of a checkpoint. Raises QjaxError when there are none, or shards are missing."""
     if status(folder / WEIGHTS):
         return [folder / WEIGHTS]
+    stem = quantizer and quantizer.settings.get("model_file_base_name")
+    if isinstance(stem, str) and Path(stem).name == stem and status(folder / f"{stem}.safetensors"):
+        return [folder / f"{stem}.safetensors"]
     if status(folder / INDEX):
         shards = read_json(folder / INDEX).get("weight_map")
         shards = sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else []
@@ -102,32 +137,46 @@ def weight_files(folder: Path) -> list[Path]:
     raise QjaxError(f"{folder} has no weights: expected {WEIGHTS}, or {INDEX} and its shards")
 
 
-def _check(folder: Path, tensors: list[StoredTensor], headers: Mapping[str, Header], repeated: str) -> None:
+def _check(
+    folder: Path,
+    tensors: list[StoredTensor],
+    quantized: list[Quantized],
+    headers: Mapping[str, Header],
+    repeated: str | bool,
+    quantizer: Quantizer | None,
+) -> None:
     """Names, shapes and types of all tensors against the configuration. repeated: a tied head's, which some files have too."""
-    expected = {tensor.name: tensor.shape for tensor in tensors}
-    if whose := quantizer_of({name: header for name, header in headers.items() if name not in expected}):
+    expected = {tensor.name: (tensor.shape, FLOATS) for tensor in tensors}
+    expected |= {f"{each.module.name}.{suffix}": told for each in quantized for suffix, told in each.stored.expected.items()}
+    free = {f"{each.module.name}.{suffix}" for each in quantized for suffix in each.stored.optional}
+    if not quantizer and (whose := quantizer_of({name: header for name, header in headers.items() if name not in expected})):
         raise QjaxError(
             f"{folder}: the weights are not a model's own, though {CONFIG} does not say so ({whose}); give the checkpoint that "
             "was quantized, or the model that an adapter was merged into"
         )
     problems = [f"missing {name}" for name in expected if name not in headers]
     if repeated:
-        expected[repeated] = next(tensor.shape for tensor in tensors if tensor.parts[0][0] == TABLE)
-    problems += [f"unexpected {name}" for name in headers if name not in expected]
+        table = next(tensor.shape for tensor in tensors if tensor.parts[0][0] == TABLE)
+        expected[repeated] = (table, FLOATS)
+    problems += [f"unexpected {name}" for name in headers if name not in expected and name not in free]
     for name, header in headers.items():
-        if name in expected and header.shape != expected[name]:
-            problems.append(f"{name} has shape {header.shape}, expected {expected[name]}")
-        if name in expected and header.dtype not in FLOATS:
-            problems.append(f"{name} has type {header.dtype}, expected {', '.join(FLOATS)}")
+        shape, types = expected.get(name, (header.shape, (header.dtype,)))
+        if header.shape != shape:
+            problems.append(f"{name} has shape {header.shape}, expected {shape}")
+        if header.dtype not in types:
+            problems.append(f"{name} has type {header.dtype}, expected {', '.join(types)}")
     if problems:
         strange = [name for name in headers if name not in expected]
         found = f" (the file's names are as {strange[0]})" if strange and expected.keys() - headers.keys() else ""
+        said = quantizer.where.name if quantizer else CONFIG
         raise QjaxError(
-            f"{folder}: the weights do not fit {CONFIG}: {listing(problems)}{found}; get the files that belong together"
+            f"{folder}: the weights do not fit {said}: {listing(problems)}{found}; get the files that belong together"
         )
 
 
-def _read_parameters(folder: Path, tensors: list[StoredTensor], headers: Mapping[str, Header], head: Header | None) -> PyTree:
+def _read_parameters(
+    folder: Path, tensors: list[StoredTensor], headers: Mapping[str, Header], head: Header | None
+) -> dict[str, jax.Array]:
     leaves, broken = {}, []
     for tensor in tensors:
         array = read_tensor(headers[tensor.name])
@@ -137,22 +186,20 @@ def _read_parameters(folder: Path, tensors: list[StoredTensor], headers: Mapping
         leaves.update({path: jnp.asarray(piece) for path, piece in tensor.split(array).items()})
     if broken:
         raise QjaxError(f"{folder}: NaN or infinite weights in {listing(broken)}; get an intact checkpoint")
-    return unflatten(leaves)
+    return leaves
 
 
-def _lazy_parameters(folder: Path, tensors: list[StoredTensor], headers: Mapping[str, Header], head: Header | None) -> PyTree:
+def _lazy_parameters(tensors: list[StoredTensor], headers: Mapping[str, Header], head: Header | None) -> dict[str, Lazy]:
     def read(tensor, path):
         _check_tied(tensor, headers, head)
         array = read_finite(headers[tensor.name], "get an intact checkpoint")
         return jnp.asarray(tensor.split(array)[path])
 
-    return unflatten(
-        {
-            path: Lazy(shape, dtype_of(headers[tensor.name]), functools.partial(read, tensor, path), headers[tensor.name].file)
-            for tensor in tensors
-            for path, shape in tensor.parts
-        }
-    )
+    return {
+        path: Lazy(shape, dtype_of(headers[tensor.name]), functools.partial(read, tensor, path), headers[tensor.name].file)
+        for tensor in tensors
+        for path, shape in tensor.parts
+    }
 
 
 def _check_tied(tensor: StoredTensor, headers: Mapping[str, Header], head: Header | None) -> None:
@@ -213,12 +260,22 @@ def download(name: str) -> Path:
         ) from error
 
 
-def save_huggingface(folder: str | Path, model: Model, *, overwrite: bool = False) -> None:
+def save_huggingface(
+    folder: str | Path,
+    model: Model,
+    *,
+    overwrite: bool = False,
+    dtype: DTypeLike | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    beside: Path | None = None,
+) -> None:
     """Writes a folder that `load_huggingface` and the transformers library read, which appears when it is whole.
 
-    Quantized leaves are written as the values they stand for, in the checkpoint's type. Raises QjaxError for a folder that is
-    not empty (unless `overwrite`) or cannot be written, for a model that its family's files cannot express, and lists layers
-    with an activation format, which a plain folder has no word for.
+    Quantized leaves are written as the values they stand for, in the checkpoint's type; with `dtype` all weights are in that.
+    A lazy model is read tensor by tensor. shard_bytes: more are written as shards of that size, with an index. beside: a folder
+    whose tokenizer's and generation's files are copied as they are. Raises QjaxError for a folder that is not empty (unless
+    `overwrite`) or cannot be written, for a model that its family's files cannot express, and lists layers with an activation
+    format, which a plain folder has no word for.
     """
     require_model("save_huggingface", model)
     config = write_config(model.config)
@@ -230,21 +287,33 @@ def save_huggingface(folder: str | Path, model: Model, *, overwrite: bool = Fals
             f"a Hugging Face folder cannot say that layers round their inputs: {listing(rounding)}; keep it with qjax.save, or "
             "write the weights alone: model._replace(params=qjax.dequantize_tree(model.params, None))"
         )
-    dtype = checkpoint_dtype(leaves)
-    config["torch_dtype"] = np.dtype(dtype).name
+    own = checkpoint_dtype(leaves) if dtype is None else np.dtype(dtype)
+    config["torch_dtype"] = own.name
+    stored = {tensor.name: tensor for tensor in stored_tensors(FAMILIES[model.config.family], shapes, model.config.heads)}
+
+    def make(name: str) -> dict[str, np.ndarray]:
+        arrays = {path: _to_numpy(leaves[path], own) for path, _ in stored[name].parts}
+        cast = arrays if dtype is None else {path: array.astype(own) for path, array in arrays.items()}
+        return {name: stored[name].join(cast)}
+
+    sizes = {name: math.prod(tensor.shape) * own.itemsize for name, tensor in stored.items()}
     with new_folder(folder, overwrite=overwrite, replaces=REPLACED) as new:
-        tensors = {
-            tensor.name: tensor.join({path: _to_numpy(leaves[path], dtype) for path, _ in tensor.parts})
-            for tensor in stored_tensors(FAMILIES[model.config.family], shapes, model.config.heads)
-        }
-        write_tensors(new / WEIGHTS, tensors)
-        if model.tokenizer is not None:
-            write_atomically(new / TOKENIZER, model.tokenizer.to_json())
-            write_atomically(new / TOKENIZER_CONFIG, json.dumps(_tokenizer_config(model.tokenizer), indent=1) + "\n")
-        if model.config.other_eos_ids:
-            ends = [i for i in (model.config.eos_id, *model.config.other_eos_ids) if i is not None]
-            write_atomically(new / GENERATION, json.dumps({"eos_token_id": ends}, indent=1) + "\n")
+        write_shards(new, sizes, make, shard_bytes)
+        write_companions(new, model, beside)
         write_atomically(new / CONFIG, json.dumps(config, indent=1) + "\n")
+
+
+def write_companions(new: Path, model: Model, beside: Path | None) -> None:
+    """The tokenizer's and generation's files: of the folder `beside`, or what the model knows of them."""
+    if model.tokenizer is not None:
+        write_atomically(new / TOKENIZER, model.tokenizer.to_json())
+        write_atomically(new / TOKENIZER_CONFIG, json.dumps(_tokenizer_config(model.tokenizer), indent=1) + "\n")
+    if model.config.other_eos_ids:
+        ends = [i for i in (model.config.eos_id, *model.config.other_eos_ids) if i is not None]
+        write_atomically(new / GENERATION, json.dumps({"eos_token_id": ends}, indent=1) + "\n")
+    for name in COMPANIONS if beside else ():
+        if status(beside / name):
+            write_atomically(new / name, read_bytes(beside / name))
 
 
 def checkpoint_dtype(leaves: Mapping[str, object]) -> DTypeLike:

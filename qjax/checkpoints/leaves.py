@@ -91,21 +91,23 @@ def _described_qtensor(record: object, shape: tuple[int, int]) -> QTensor:
     fmt, in_features = parse_format(entry(record, "format", str)), entry(record, "in_features", int)
     if in_features != shape[0]:
         raise QjaxError(f"in_features is {in_features}, expected {shape[0]}")
-    return _qtensor(fmt, *shape)
+    return blank(fmt, *shape)
 
 
 @functools.lru_cache(maxsize=64)
-def _qtensor(fmt: Format, in_features: int, out_features: int) -> QTensor:
-    """Shapes and types of a QTensor's fields; nothing is computed."""
+def blank(fmt: Format, in_features: int, out_features: int) -> QTensor:
+    """A QTensor of this format with ShapeDtypeStructs for arrays; nothing is computed."""
     if fmt.is_float:
         codes = jax.ShapeDtypeStruct((in_features, out_features), FLOAT_DTYPES[fmt.grid])
         return QTensor(codes, None, None, fmt, in_features)
 
-    def quantize(weight):
-        parameters = grid.find_parameters(grid.to_groups(weight, fmt), fmt)
-        return from_codes(weight.astype(jnp.uint8), parameters, fmt)
+    def quantize(codes):
+        shape = fmt.parameter_shape(in_features, out_features)
+        scale, zero = jnp.ones(shape), jnp.zeros(shape) if fmt.is_affine else None
+        stored = grid.store_scales(scale, fmt, fmt.scale_codec.common(scale, fmt.largest_value))
+        return from_codes(codes, grid.Parameters(scale, scale, zero, stored), fmt)
 
-    return jax.eval_shape(quantize, jax.ShapeDtypeStruct((in_features, out_features), jnp.float32))
+    return jax.eval_shape(quantize, jax.ShapeDtypeStruct((in_features, out_features), jnp.uint8))
 
 
 def _layer(weight: QTensor | jax.ShapeDtypeStruct, record: dict) -> Linear:

@@ -3,6 +3,7 @@
 import importlib.resources
 from pathlib import Path
 
+from qjax.checkpoints.gguf.model import gguf_file, load_gguf
 from qjax.checkpoints.huggingface import download, load_huggingface
 from qjax.checkpoints.packed import DESCRIPTION, load_packed
 from qjax.errors import QjaxError
@@ -17,10 +18,10 @@ BUNDLED = "bundled"
 def load(name: str | Path, *, lazy: bool = False) -> Model:
     """The model called `name`.
 
-    name: "bundled" (the small model that comes with qjax), a folder that `save` wrote, a Hugging Face checkpoint folder, or
-    the name of a model on the Hugging Face hub. lazy: headers are checked, weights are read part by part whenever they are
-    needed, and never all held (the bundled model always is). Raises QjaxError, one line that says what to do, when it cannot
-    be loaded.
+    name: "bundled" (the small model that comes with qjax), a folder that `save` wrote, a Hugging Face checkpoint folder, a GGUF
+    file or a folder that holds one, or the name of a model on the Hugging Face hub. lazy: headers are checked, weights are read
+    part by part whenever they are needed, and never all held (the bundled model always is). Raises QjaxError, one line that
+    says what to do, when it cannot be loaded.
     """
     if str(name) == BUNDLED:
         with importlib.resources.as_file(importlib.resources.files("qjax.models") / BUNDLED) as folder:
@@ -35,9 +36,12 @@ def load(name: str | Path, *, lazy: bool = False) -> Model:
 
 def _load(name: str | Path, lazy: bool) -> Model:
     folder = standing(expand(name))
+    if is_folder(folder) and status(folder / DESCRIPTION):
+        return load_packed(folder, lazy=lazy)
+    if (file := gguf_file(folder)) is not None:
+        return load_gguf(file, lazy=lazy)
     if is_folder(folder):
-        read = load_packed if status(folder / DESCRIPTION) else load_huggingface
-        return read(folder, lazy=lazy)
+        return load_huggingface(folder, lazy=lazy)
     if status(folder) or looks_like_a_path(name):
         return load_huggingface(folder)  # says what is wrong with it
     return load_huggingface(download(str(name)), lazy=lazy)._replace(name=str(name))

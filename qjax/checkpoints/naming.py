@@ -16,15 +16,20 @@ QUANTIZERS = (  # what ends the names of a quantizer's tensors, whose they are
 )
 
 
-def canonical(family: Family, tensors: Iterable[StoredTensor], headers: Mapping[str, Header]) -> dict[str, Header]:
+def canonical(
+    family: Family, tensors: Iterable[StoredTensor], headers: Mapping[str, Header], modules: Mapping[str, object]
+) -> dict[str, Header]:
     """Headers under their full names, without constants: where a checkpoint leaves the family's prefix out, and where all names
-    begin with wrappers that, taken off, leave names of the family.
+    begin with wrappers that, taken off, leave names of the family. modules: those that may hold tensors of a quantizer.
     """
     known = {tensor.name for tensor in tensors}
 
+    def is_known(name: str) -> bool:
+        return name in known or owner_of(name, modules) is not None
+
     def full(name: str, among: Iterable[str]) -> str:
         long = family.prefix + name
-        return long if long in known and long not in among else name
+        return long if is_known(long) and long not in among else name
 
     def renamed(cut: int) -> dict[str, Header]:
         short = {name[cut:]: header for name, header in headers.items()}
@@ -33,7 +38,7 @@ def canonical(family: Family, tensors: Iterable[StoredTensor], headers: Mapping[
     found = renamed(0)
     cut = len(_shared_wrappers(headers))
     unwrapped = renamed(cut) if cut else {}
-    return max(found, unwrapped, key=lambda names: len(known & names.keys()))
+    return max(found, unwrapped, key=lambda names: sum(map(is_known, names)))
 
 
 def _shared_wrappers(names: Iterable[str]) -> str:
@@ -42,6 +47,15 @@ def _shared_wrappers(names: Iterable[str]) -> str:
     while found := next((each for each in WRAPPERS if names and all(n.startswith(shared + each) for n in names)), None):
         shared += found
     return shared
+
+
+def owner_of(name: str, modules: Mapping[str, object]) -> str | None:
+    """The module whose name a tensor's begins with."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        if name in modules:
+            return name
+    return None
 
 
 def quantizer_of(headers: Mapping[str, Header]) -> str:

@@ -14,7 +14,6 @@ of the files where all of them is read (not of a lazy model). Version 2 had no d
 input's scale: "input_scale": true beside a format, stored as .input_scale.
 """
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -34,7 +33,8 @@ from qjax.files import digest_of, expand, listing, write_atomically
 from qjax.folders import new_folder, standing
 from qjax.linear import Linear, is_quantized
 from qjax.maps import Permute
-from qjax.models.config import DecoderConfig, LinearScaling, Llama3Scaling
+from qjax.models.config import DecoderConfig
+from qjax.models.config_json import config_from_dict, config_to_dict
 from qjax.models.model import Model, require_model
 from qjax.models.parameters import check_parameters, flatten, parameter_shapes, unflatten
 from qjax.untrusted import quoted, read_json
@@ -45,7 +45,6 @@ REPLACED = (
     *("model*.safetensors", "tokenizer*.json", LAYERS),
 )
 VERSION = 3
-SCALINGS = {"llama3": Llama3Scaling, "linear": LinearScaling}
 
 
 def save(folder: str | Path, model: Model, *, overwrite: bool = False) -> None:
@@ -217,37 +216,3 @@ def _check(folder: Path, templates: Mapping[str, object], headers: Mapping[str, 
             problems.append(f"{key} is {header.dtype} {header.shape}, expected {' or '.join(types)} {tuple(array.shape)}")
     if problems:
         raise QjaxError(f"{folder}: the weights do not fit {DESCRIPTION}: {listing(problems)}; quantize the model again")
-
-
-def config_to_dict(config: DecoderConfig) -> dict:
-    """The configuration as JSON values; `rope_scaling` carries its kind."""
-    scaling = config.rope_scaling
-    kinds = {cls: kind for kind, cls in SCALINGS.items()}
-    tagged = None if scaling is None else {"kind": kinds[type(scaling)], **dataclasses.asdict(scaling)}
-    return {**dataclasses.asdict(config), "rope_scaling": tagged}
-
-
-def config_from_dict(values: dict) -> DecoderConfig:
-    """The inverse of `config_to_dict`. Raises QjaxError for unknown, missing or malformed entries."""
-    if (tagged := values.get("rope_scaling")) is not None:
-        if not isinstance(tagged, dict) or not isinstance(kind := tagged.get("kind"), str) or kind not in SCALINGS:
-            raise QjaxError(f"'rope_scaling' is {quoted(tagged)}; its kind must be one of {', '.join(SCALINGS)}")
-        scaling = {key: value for key, value in tagged.items() if key != "kind"}
-        values = {**values, "rope_scaling": _build(SCALINGS[kind], scaling)}
-    if isinstance(others := values.get("other_eos_ids"), list):
-        values = {**values, "other_eos_ids": tuple(others)}
-    return _build(DecoderConfig, values)
-
-
-def _build(cls: type, values: dict) -> object:
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    required = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
-    problems = [f"unknown entry {quoted(name)}" for name in values if name not in fields]
-    problems += [f"missing entry {name!r}" for name in required if name not in values]
-    for name in values.keys() & fields.keys():
-        kind = int | float if fields[name].type is float else fields[name].type
-        if not isinstance(values[name], kind):
-            problems.append(f"{name!r} is {quoted(values[name])}")
-    if problems:
-        raise QjaxError(f"{cls.__name__}: {listing(problems)}")
-    return cls(**values)

@@ -5,6 +5,7 @@ given back, and loading needs the model once plus one tensor. Types outside NumP
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,9 +22,14 @@ from safetensors.numpy import save_file
 from qjax.errors import QjaxError
 from qjax.files import listing, reason, write_atomically
 from qjax.lazy import Lazy
-from qjax.untrusted import open_regular
+from qjax.untrusted import json_object, open_regular
 
-DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "U8": np.uint8, "I32": np.int32}
+DTYPES = {
+    **{"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "U8": np.uint8, "I32": np.int32},
+    **{"I8": np.int8, "I64": np.int64},
+    **{"F8_E4M3": np.uint8, "F8_E8M0": np.uint8},  # their bits
+}
+BYTES = ("F8_E4M3", "F8_E8M0")  # types that the library has no NumPy array for
 FLOATS = ("F32", "F16", "BF16")
 HEADER_BYTES = 2**25  # of a file's header; 100 bytes a tensor
 
@@ -51,9 +57,26 @@ def read_headers(files: Iterable[Path]) -> dict[str, Header]:
 
 
 def read_tensor(header: Header) -> np.ndarray:
-    """The tensor, a copy in its own type. Raises QjaxError when the file changed or broke meanwhile."""
+    """The tensor, a copy in its own type; 8-bit floats as their bits. Raises QjaxError when the file changed meanwhile."""
+    if header.dtype in BYTES:
+        return _read_bytes(header)
     with _opened(header.file) as content:
         return content.get_tensor(header.name)
+
+
+def _read_bytes(header: Header) -> np.ndarray:
+    """The bytes of a tensor whose elements are bytes, from where the file's header says that they are."""
+    with open_regular(header.file) as content:
+        size = int.from_bytes(content.read(8), "little")
+        if size <= HEADER_BYTES:
+            entry = json_object(content.read(size), str(header.file), HEADER_BYTES).get(header.name)
+            offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+            count = math.prod(header.shape)
+            if isinstance(offsets, list) and len(offsets) == 2 and offsets[1] - offsets[0] == count:
+                content.seek(8 + size + offsets[0])
+                if len(found := content.read(count)) == count:
+                    return np.frombuffer(found, np.uint8).reshape(header.shape).copy()
+    raise QjaxError(f"{header.file} changed or broke while it was read; copy or download it again")
 
 
 def read_finite(header: Header, advice: str, below: int | None = None) -> np.ndarray:

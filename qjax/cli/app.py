@@ -21,6 +21,7 @@ from pathlib import Path
 import typer
 
 from qjax.cli.evaluate import evaluate, generate, info
+from qjax.cli.export import dequantize, export
 from qjax.cli.lists import columns, formats, recipes
 from qjax.cli.quantize import quantize
 from qjax.cli.results import compare, report, rerun
@@ -39,7 +40,22 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (sweep, quantize, sensitivity, evaluate, generate, info, report, rerun, compare, formats, recipes, columns):
+for command in (
+    sweep,
+    quantize,
+    dequantize,
+    export,
+    sensitivity,
+    evaluate,
+    generate,
+    info,
+    report,
+    rerun,
+    compare,
+    formats,
+    recipes,
+    columns,
+):
     app.command({"evaluate": "eval"}.get(command.__name__))(command)
 
 

@@ -39,7 +39,7 @@ def evaluate(
     packed: Packed = False,
 ) -> None:
     """Perplexity of one model, quantized or not; with --tasks or --lm-eval its accuracy instead."""
-    check_names(convention=convention, texts=data, models=(model,))
+    check_names(convention=convention, texts=data, tasks=tasks, models=(model,))
     from qjax.evaluate.corpora import load_corpora
     from qjax.evaluate.perplexity import perplexity
     from qjax.evaluate.tasks import load_tasks
@@ -125,5 +125,10 @@ def info(
         console().print(to_rich(parameters_table(parameters)))
         return
     from qjax.driver.decoder import kernel_shapes
+    from qjax.driver.report import stored_size
 
-    console().print(to_rich(memory_table(*kernel_shapes(load_model(model, lazy=True)), title=model)))
+    loaded = load_model(model, lazy=True)
+    console().print(to_rich(memory_table(*kernel_shapes(loaded), title=model)))
+    if loaded.recipe != "none":
+        bits, size = stored_size(loaded.params)
+        typer.echo(printable(f"as it is stored, {loaded.recipe}: {bits:.3f} bits per quantized weight, {size:,} bytes"))

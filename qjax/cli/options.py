@@ -8,7 +8,7 @@ import typer
 from qjax.errors import QjaxError
 from qjax.files import expand
 
-MODEL_HELP = "Hugging Face folder or hub name, folder qjax saved, or 'bundled'."
+MODEL_HELP = "Hugging Face folder or hub name, GGUF file, folder qjax saved, or 'bundled'."
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 RecipeName = Annotated[str, typer.Option("--recipe", help="For example gptq:int4-g128; see `qjax recipes`.")]
 Packed = Annotated[bool, typer.Option("--packed", help="Multiply with packed weights.")]

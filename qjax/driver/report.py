@@ -41,6 +41,14 @@ def make_report(params: PyTree, records: Sequence[LayerRecord], seconds: float) 
     return Report(tuple(records), bits, 8 * size / weights, size, seconds)
 
 
+def stored_size(params: PyTree) -> tuple[float, int]:
+    """Bits of a quantized weight, in the mean, and bytes of all parameters, as they are stored; may be lazy."""
+    leaves = jax.tree.leaves(params, is_leaf=is_quantized)
+    quantized = [leaf for leaf in leaves if is_quantized(leaf)]
+    weights = sum(math.prod(leaf.shape) for leaf in quantized)
+    return 8 * sum(leaf.nbytes for leaf in quantized) / max(weights, 1), sum(leaf.nbytes for leaf in leaves)
+
+
 def rows_of(records: Sequence[LayerRecord]) -> list[dict[str, object]]:
     """A row of JSON values for each quantized kernel."""
     return [as_json(record._asdict()) for record in records if record.recipe != UNQUANTIZED]

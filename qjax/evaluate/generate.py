@@ -23,7 +23,7 @@ from qjax.numbers import require_finite
 
 NEW_TOKENS = 100
 SMALLEST_TEMPERATURE = float(np.finfo(np.float32).tiny)
-layout_of = jax.jit(cache_layout, static_argnums=(1, 2, 3))
+layout_of = jax.jit(cache_layout, static_argnums=(1, 2))
 
 
 class Generation(NamedTuple):
@@ -112,11 +112,11 @@ def generate(
     tokens = np.zeros((len(prompts), time_in), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
-    caches, window = empty_caches(model, len(prompts), capacity), model.config.sliding_window
+    caches = empty_caches(model, len(prompts), capacity)
     key = jax.random.key(seed)
 
     started = time.perf_counter()
-    layout = layout_of(jnp.zeros(len(prompts), jnp.int32), time_in, capacity, window)
+    layout = layout_of(jnp.zeros(len(prompts), jnp.int32), time_in, capacity)
     x, caches = hidden_states_cached(model, jnp.asarray(tokens), layout, caches)
     last = x[jnp.arange(len(prompts)), jnp.asarray(lengths - 1)][:, None]
     chosen = _chosen(model, apply_head(model, last), temperature, jax.random.fold_in(key, 0))
@@ -124,7 +124,7 @@ def generate(
     steps, done = [chosen], _done([chosen], stop, finished)
     on_tokens(chosen)
     while len(steps) < max_new_tokens and not done.all():
-        layout = layout_of(jnp.asarray(lengths + len(steps) - 1, jnp.int32), 1, capacity, window)
+        layout = layout_of(jnp.asarray(lengths + len(steps) - 1, jnp.int32), 1, capacity)
         x, caches = hidden_states_cached(model, jnp.asarray(chosen[:, None]), layout, caches)
         chosen = _chosen(model, apply_head(model, x), temperature, jax.random.fold_in(key, len(steps)))
         steps.append(chosen)

@@ -30,7 +30,7 @@ from qjax.numbers import require_finite
 
 WORTH_SHARING = 8  # tokens saved by sharing a beginning, fewer than which rows of their own are cheaper
 PICKS = 256  # scored tokens that go through the head at a time
-tree = jax.jit(tree_layout, static_argnames="window")
+tree = jax.jit(tree_layout)
 
 
 class Pair(NamedTuple):
@@ -130,7 +130,7 @@ def likelihoods(
     rows.sort(key=lambda row: len(row.tokens))
     batch_tokens = batch_tokens or BATCH_TOKENS[jax.default_backend()]
     batches = list(_batches(rows, batch_tokens))
-    inputs = (_inputs(model, batch, length, max(1, batch_tokens // length)) for length, batch in batches)
+    inputs = (_inputs(batch, length, max(1, batch_tokens // length)) for length, batch in batches)
     pending, done = [], 0
     for (length, batch), (head, x) in zip(batches, hidden_batches(model, inputs), strict=True):
         pending += _score(head, x, batch, length)
@@ -193,14 +193,14 @@ def _batches(rows: Sequence[_Row], batch_tokens: int) -> Iterator[tuple[int, lis
             yield length, members[start : start + size]
 
 
-def _inputs(model: Model, rows: Sequence[_Row], length: int, size: int) -> tuple[jax.Array, Layout]:
+def _inputs(rows: Sequence[_Row], length: int, size: int) -> tuple[jax.Array, Layout]:
     """One batch padded to (size, length)."""
     tokens, positions, branches = (np.zeros((size, length), np.int32) for _ in range(3))
     for i, row in enumerate(rows):
         used = len(row.tokens)
         tokens[i, :used], positions[i, :used], branches[i, :used] = row.tokens, row.positions, row.branches
         branches[i, used:] = -1  # padding sees the beginning and itself, and nothing sees it
-    layout = tree(jnp.asarray(positions), jnp.asarray(branches), model.config.sliding_window)
+    layout = tree(jnp.asarray(positions), jnp.asarray(branches))
     return jnp.asarray(tokens), layout
 
 

@@ -19,7 +19,7 @@ from qjax.evaluate.generate import generate, layout_of
 from qjax.lazy import materialised
 from qjax.linear import cast_tree
 from qjax.models import walk
-from qjax.models.model import Model, compute_dtype, embedding_table, empty_caches, runnable, stages
+from qjax.models.model import Model, cached, compute_dtype, embedding_table, empty_caches, runnable, stages
 from qjax.qtensor import nbytes
 
 
@@ -69,12 +69,12 @@ def _working_bytes(model: Model, batch: int, prompt_tokens: int, new_tokens: int
     """Bytes of the cache and of the largest compiled stage's working memory in the prefill."""
     run, dtype = stages(model.config, compute_dtype()), compute_dtype()
     caches = empty_caches(model, batch, prompt_tokens + new_tokens)
-    layout = layout_of(jnp.zeros(batch, jnp.int32), prompt_tokens, prompt_tokens + new_tokens, model.config.sliding_window)
+    layout = layout_of(jnp.zeros(batch, jnp.int32), prompt_tokens, prompt_tokens + new_tokens)
     x = jax.ShapeDtypeStruct((batch, prompt_tokens, model.config.hidden_size), dtype)
     last = jax.ShapeDtypeStruct((batch, 1, model.config.hidden_size), dtype)
     *_, block, head = walk.parts(model.config)
     lowered = (
-        run.cached.lower(walk.params_of(block, model.params), x, layout, caches[0]),
+        cached(block.module).lower(walk.params_of(block, model.params), x, layout, caches[0]),
         run.head.lower(walk.params_of(head, model.params), last, embedding_table(model)),
     )
     plans = [each.compile().memory_analysis() for each in lowered]

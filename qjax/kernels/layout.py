@@ -73,7 +73,7 @@ def refusal(q: QTensor) -> str | None:
     if q.format.is_float:
         return f"{q.format} is a cast and holds no codes"
     if not q.format.has_whole_zeros:
-        return f"{q.format} has real zero points, kernels read whole ones"
+        return f"{q.format} has {'minima' if q.format.has_minima else 'real zero points'}, kernels read whole ones"
     return uneven(q, unit(q.format.bits)[0], "words")
 
 

@@ -30,6 +30,8 @@ def refusal(q: QTensor) -> str | None:
     fmt = q.format
     if fmt.is_float:
         return f"{fmt} is a cast and holds no codes"
+    if fmt.has_minima:
+        return f"{fmt} has minima instead of zero points"
     return uneven(q, packing.unit(fmt.bits)[0], "bytes")
 
 

@@ -7,71 +7,39 @@ A family (Llama, GPT-2, ...) is a mapping from its own configuration file to `De
 import dataclasses
 
 from qjax.errors import QjaxError
+from qjax.models.ranges import RANGES, check_ranges
+from qjax.models.scalings import LongScaling, Scaling
 
-SIZE = 2**31 - 1  # what int32 positions and tokens can count
-RANGES = {  # of every number of a configuration, both ends included: what any model might have, and a mistake has not
-    "vocabulary_size": (1, 2**24),
-    "hidden_size": (1, 2**20),
-    "mlp_size": (1, 2**22),
-    "layers": (1, 2**10),
-    "heads": (1, 2**14),
-    "kv_heads": (1, 2**14),
-    "head_dim": (1, 2**16),
-    "context": (2, 2**27),
-    "norm_epsilon": (1e-20, 0.1),
-    "rope_theta": (1.0, 1e15),
-    "sliding_window": (1, SIZE),
-    "bos_id": (0, SIZE),
-    "eos_id": (0, SIZE),
-    "rotary_fraction": (1e-3, 1.0),
-    "position_offset": (0, 2**16),
-    "factor": (1e-3, 1e6),
-    "low_frequency_factor": (1e-3, 1e6),
-    "high_frequency_factor": (1e-3, 1e6),
-    "original_context": (2, 2**27),
+POSITIONS = ("rope", "learned", "alibi", "alibi_scaled", "none")
+
+
+CHOICES = {
+    "norm": ("rms", "rms_offset", "layer", "layer_scale"),
+    "activation": ("silu", "gelu", "gelu_tanh", "relu"),
+    "positions": POSITIONS,
+    "norm_places": ("before", "both", "after"),
+    "qk_norm": ("none", "head", "each_head", "width"),
 }
 
 
-def check_ranges(values: object) -> None:
-    """Raises QjaxError that lists every number of a dataclass, by `RANGES`, that is out of its range or of another type."""
-    problems = []
-    for field in dataclasses.fields(values):
-        value = getattr(values, field.name)
-        if field.name not in RANGES or (value is None and field.default is None):
-            continue
-        low, high = RANGES[field.name]
-        if type(value) not in ((int,) if isinstance(low, int) else (int, float)) or not low <= value <= high:
-            problems.append(f"{field.name} is {value!r}, expected {low} to {high}")
-    if problems:
-        raise QjaxError(f"model configuration: {'; '.join(problems)}")
-
-
 @dataclasses.dataclass(frozen=True)
-class Llama3Scaling:
-    """Llama 3.1's stretching of rotary frequencies (Grattafiori et al. 2024, arXiv 2407.21783)."""
+class LayerKind:
+    """What one layer has of its own where the layers of a model differ: the fields of DecoderConfig with these names."""
 
-    factor: float
-    low_frequency_factor: float
-    high_frequency_factor: float
-    original_context: int
+    sliding_window: int | None = None
+    positions: str = "rope"
+    rope_theta: float = 10000.0
+    rope_scaling: Scaling | None = None
 
     def __post_init__(self):
         check_ranges(self)
-        if self.high_frequency_factor <= self.low_frequency_factor:
-            raise QjaxError(
-                f"model configuration: the high frequency factor is {self.high_frequency_factor}, expected one above the low, "
-                f"{self.low_frequency_factor}"
-            )
+        check_choice("positions", self.positions, POSITIONS)
 
 
-@dataclasses.dataclass(frozen=True)
-class LinearScaling:
-    """Position interpolation (Chen et al. 2023, arXiv 2306.15595): positions are divided by `factor`."""
-
-    factor: float
-
-    def __post_init__(self):
-        check_ranges(self)
+def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Raises QjaxError that lists what is allowed."""
+    if value not in allowed:
+        raise QjaxError(f"model configuration: {name} is {value!r}; allowed: {', '.join(allowed)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,13 +55,13 @@ class DecoderConfig:
     kv_heads: int
     head_dim: int
     context: int
-    norm: str = "rms"  # rms | rms_offset (the scale is 1 + offset) | layer
+    norm: str = "rms"  # rms | rms_offset (the scale is 1 + offset) | layer | layer_scale (without a bias)
     norm_epsilon: float = 1e-5
     activation: str = "silu"  # silu | gelu | gelu_tanh | relu
     gated: bool = True  # gate/up/down (SwiGLU) or up/down
-    positions: str = "rope"  # rope | learned
+    positions: str = "rope"  # rope | learned | alibi | alibi_scaled (as Falcon has it) | none
     rope_theta: float = 10000.0
-    rope_scaling: Llama3Scaling | LinearScaling | None = None
+    rope_scaling: Scaling | None = None
     qkv_bias: bool = False
     attention_output_bias: bool = False
     mlp_bias: bool = False
@@ -107,6 +75,28 @@ class DecoderConfig:
     scaled_embeddings: bool = False  # those of tokens are multiplied by sqrt(hidden_size); a tied head's table is not
     position_offset: int = 0  # rows of the learned positions' table before that of position 0
     other_eos_ids: tuple = ()  # tokens that end a text besides eos_id
+    kinds: tuple = ()  # a LayerKind for every layer, where layers differ; the fields that it names are then the first layer's
+    norm_places: str = "before"  # before | both | after: what is normalised, a branch's input, what it adds, or both
+    qk_norm: str = "none"  # of queries and keys: none | head | each_head (a scale for each) | width (all heads together)
+    attention_scale: float | None = None  # of scores; head_dim ** -0.5 where there is none
+    attention_softcap: float | None = None  # c: scores become c tanh(score / c)
+    logit_softcap: float | None = None
+    rope_interleaved: bool = False  # positions rotate pairs of neighbouring features, rather than (i, i + half)
+    shared_norm: bool = False  # parallel branches read the output of one norm
+    embedding_norm: bool = False
+    embedding_scale: float = 1.0  # of the tokens' embeddings
+    residual_scale: float = 1.0  # of what a branch adds
+    logit_scale: float = 1.0
+
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of every layer, whether they differ or not."""
+        fields = dataclasses.fields(LayerKind)
+        return self.kinds or (LayerKind(**{field.name: getattr(self, field.name) for field in fields}),) * self.layers
+
+    def of_layer(self, number: int) -> "DecoderConfig":
+        """The configuration of one layer's block: itself where all are equal; equal for layers of one kind."""
+        return dataclasses.replace(self, kinds=(), **vars(self.kinds[number])) if self.kinds else self
 
     @property
     def rotary_dim(self) -> int:
@@ -124,14 +114,14 @@ class DecoderConfig:
 
     def __post_init__(self):
         check_ranges(self)
-        choices = {
-            "norm": ("rms", "rms_offset", "layer"),
-            "activation": ("silu", "gelu", "gelu_tanh", "relu"),
-            "positions": ("rope", "learned"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise QjaxError(f"model configuration: {name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
+        for name, allowed in CHOICES.items():
+            check_choice(name, getattr(self, name), allowed)
+        if self.kinds and (len(self.kinds) != self.layers or not all(isinstance(kind, LayerKind) for kind in self.kinds)):
+            raise QjaxError(f"model configuration: kinds are {len(self.kinds)} of {self.layers} layers, each a LayerKind")
+        if self.shared_norm and not (self.parallel_residual and self.norm_places == "before"):
+            raise QjaxError("model configuration: shared_norm needs parallel_residual, and norms before the branches")
+        for each in (self, *self.kinds):
+            _check_long(each.rope_scaling, self.context, self.rotary_dim)
         low, high = RANGES["eos_id"]
         ends = self.other_eos_ids
         if not isinstance(ends, tuple) or not all(type(i) is int and low <= i <= high for i in ends):
@@ -143,3 +133,19 @@ class DecoderConfig:
                 "model configuration: rotary positions need an even number of features of each head, got "
                 f"{self.rotary_fraction} of {self.head_dim}"
             )
+
+
+def _check_long(scaling: Scaling | None, context: int, rotary_dim: int) -> None:
+    """Raises QjaxError where longrope has not a factor for each pair, or is asked for texts of which it has no short ones."""
+    if not isinstance(scaling, LongScaling):
+        return
+    if context > scaling.original_context:
+        raise QjaxError(
+            f"model configuration: a context of {context}; with longrope it is at most the original one, "
+            f"{scaling.original_context}: beyond it frequencies would depend on the length of the text"
+        )
+    if {len(scaling.short), len(scaling.long)} != {rotary_dim // 2}:
+        raise QjaxError(
+            f"model configuration: longrope has {len(scaling.short)} short and {len(scaling.long)} long factors, expected "
+            f"{rotary_dim // 2}, one for each pair of features"
+        )

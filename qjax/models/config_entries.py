@@ -1,11 +1,10 @@
 """Entries of a Hugging Face config.json, checked one by one: what several families share in reading and writing it.
 
-Both generations of rotary settings are read: `rope_theta` with `rope_scaling`, and `rope_parameters`. The older one, which
-every version of the transformers library understands, is written. Every function raises QjaxError that names the entry.
+Rotary settings have a file of their own (`rope_entries.py`). Every function raises QjaxError that names the entry.
 """
 
 from qjax.errors import QjaxError
-from qjax.models.config import RANGES, DecoderConfig, LinearScaling, Llama3Scaling
+from qjax.models.ranges import RANGES
 from qjax.untrusted import quoted
 
 ACTIVATIONS = {  # config.json -> DecoderConfig
@@ -75,44 +74,6 @@ def _is_token(value: object) -> bool:
     return type(value) is int and value >= 0
 
 
-def rope(config: dict) -> dict[str, object]:
-    """rope_theta and rope_scaling of DecoderConfig, for a family that rotates whole heads."""
-    found = partial_rope(config, share=1.0)
-    if (share := found.pop("rotary_fraction")) != 1:
-        raise QjaxError(f"'partial_rotary_factor' is {share}; the family rotates whole heads")
-    return found
-
-
-def partial_rope(config: dict, *, share: float, older: tuple[str, ...] = ()) -> dict[str, object]:
-    """rope_theta, rope_scaling and rotary_fraction of DecoderConfig, from either generation of names.
-
-    share: the fraction where config.json does not say it. older: the family's own names of theta and the fraction.
-    """
-    newer, former = (get(config, name, dict, None) or {} for name in ("rope_parameters", "rope_scaling"))
-    if newer and any(newer.get(key, value) != value for key, value in former.items()):
-        raise QjaxError("'rope_parameters' and 'rope_scaling' disagree; keep the one that the model was trained with")
-    parameters = newer or former
-    if nested := [key for key, value in parameters.items() if isinstance(value, dict)]:
-        raise QjaxError(f"rotary settings of their own for {nested} are not supported; supported: the same in all layers")
-    theta = agreed((parameters, config), ("rope_theta", *older[:1]), 10000.0)
-    share = agreed((parameters, config), ("partial_rotary_factor", *older[1:]), share)
-    match kind := parameters.get("rope_type", parameters.get("type", "default")):
-        case "default":
-            scaling = None
-        case "linear":
-            scaling = LinearScaling(float(get(parameters, "factor", float)))
-        case "llama3":
-            scaling = Llama3Scaling(
-                factor=float(get(parameters, "factor", float)),
-                low_frequency_factor=float(get(parameters, "low_freq_factor", float)),
-                high_frequency_factor=float(get(parameters, "high_freq_factor", float)),
-                original_context=get(parameters, "original_max_position_embeddings", int),
-            )
-        case _:
-            raise QjaxError(f"rotary scaling {quoted(kind)} is not supported; supported: default, linear, llama3")
-    return {"rope_theta": theta, "rope_scaling": scaling, "rotary_fraction": share}
-
-
 def agreed(sources: tuple[dict, ...], names: tuple[str, ...], default: float) -> float:
     """The one number that all of these names, wherever they stand, have."""
     values = [get(source, name, float, None) for source in sources for name in names]
@@ -122,47 +83,9 @@ def agreed(sources: tuple[dict, ...], names: tuple[str, ...], default: float) ->
     return values[0]
 
 
-def write_rope(config: DecoderConfig) -> dict:
-    """The inverse of `rope`."""
-    match config.rope_scaling:
-        case None:
-            scaling = None
-        case LinearScaling(factor):
-            scaling = {"rope_type": "linear", "factor": factor}
-        case Llama3Scaling(factor, low, high, original):
-            scaling = {
-                "rope_type": "llama3",
-                "factor": factor,
-                "low_freq_factor": low,
-                "high_freq_factor": high,
-                "original_max_position_embeddings": original,
-            }
-    return {"rope_theta": config.rope_theta, "rope_scaling": scaling}
-
-
 def window(config: dict, default: int | None) -> int | None:
     """The sliding window: how many tokens, itself included, a token sees."""
     size = get(config, "sliding_window", int, default)
     if size is not None and size < 1:
         raise QjaxError(f"'sliding_window' must be at least 1, got {size}")
     return size
-
-
-def window_of_all_layers(config: dict, window: int | None, *, first: int) -> int | None:
-    """The sliding window that all layers share, or None; `first` is the first layer with one where layer_types is silent."""
-    if window is None:
-        return None
-    layers = min(get(config, "num_hidden_layers", int), RANGES["layers"][1])  # DecoderConfig refuses more
-    first = min(max(first, 0), layers)
-    default = ["full_attention"] * first + ["sliding_attention"] * (layers - first)
-    kinds = list(map(str, get(config, "layer_types", list, default)))
-    if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
-        raise QjaxError(f"'layer_types' has {sorted(unknown)}; supported: full_attention, sliding_attention")
-    if "full_attention" not in kinds:
-        return window
-    if "sliding_attention" not in kinds or window >= get(config, "max_position_embeddings", int):
-        return None  # no layer has it, or no text is long enough to meet it
-    raise QjaxError(
-        f"a sliding window in {kinds.count('sliding_attention')} of {len(kinds)} layers is not supported; "
-        "supported: in all layers or in none"
-    )

@@ -6,7 +6,7 @@ Two uses, one idea (a position and a row of visible keys for every token):
             other behind it; each branch sees the beginning and itself, and its positions go on from the beginning's end
     cache   new tokens of sequences whose earlier keys and values are kept: they see every key at or before their position
 
-A window w hides keys w or more positions before a token (`sliding_window`).
+Layers differ in how far they see: a window w hides keys w or more positions before a token, which `Layout.seen` adds.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,12 @@ class Layout(NamedTuple):
     """Positions of tokens and the keys each sees; keys are the tokens of the row, or those of the cache."""
 
     positions: Int[Array, "batch time"]
+    keys: Int[Array, "batch keys"]  # positions of the keys
     visible: Bool[Array, "batch time keys"]
+
+    def seen(self, window: int | None) -> Bool[Array, "batch time keys"]:
+        """What is visible in a layer with this window, or without one."""
+        return self.visible if window is None else self.visible & (self.positions[:, :, None] - self.keys[:, None, :] < window)
 
 
 class Cache(NamedTuple):
@@ -29,22 +34,16 @@ class Cache(NamedTuple):
     values: Float[Array, "batch kv_heads capacity dim"]
 
 
-def tree_layout(positions: Int[Array, "batch time"], branches: Int[Array, "batch time"], window: int | None = None) -> Layout:
+def tree_layout(positions: Int[Array, "batch time"], branches: Int[Array, "batch time"]) -> Layout:
     """Rows of a common beginning (branch 0) and branches 1, 2, ...; tokens of a branch stand in order."""
     order = jnp.arange(positions.shape[1])
     seen = order[:, None] >= order[None, :]
     seen = seen & ((branches[:, None, :] == 0) | (branches[:, None, :] == branches[:, :, None]))
-    return Layout(positions, seen & _near(positions, positions, window))
+    return Layout(positions, positions, seen)
 
 
-def cache_layout(starts: Int[Array, " batch"], time: int, capacity: int, window: int | None = None) -> Layout:
+def cache_layout(starts: Int[Array, " batch"], time: int, capacity: int) -> Layout:
     """`time` new tokens of each sequence, from its own start on, before a cache of `capacity` positions."""
     positions = starts[:, None] + jnp.arange(time)
     keys = jnp.broadcast_to(jnp.arange(capacity), (len(starts), capacity))
-    return Layout(positions, (keys[:, None, :] <= positions[:, :, None]) & _near(positions, keys, window))
-
-
-def _near(queries: Int[Array, "batch time"], keys: Int[Array, "batch keys"], window: int | None) -> Bool[Array, "..."]:
-    if window is None:
-        return jnp.bool_(True)
-    return queries[:, :, None] - keys[:, None, :] < window
+    return Layout(positions, keys, keys[:, None, :] <= positions[:, :, None])

@@ -5,9 +5,10 @@ stages. Each stage (embed, block, head) is compiled once per configuration and k
 """
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -51,7 +52,6 @@ class Stages(NamedTuple):
     head: object  # (params, hidden, table or None) -> logits (batch, time, vocabulary) float32
     losses: object  # (params, hidden, table or None, targets (batch, time)) -> -ln p of the targets, float32
     scores: object  # (params, hidden, table or None, flat places, their targets) -> ln p of each, whether it is the likeliest
-    cached: object  # (params, hidden, layout, cache) -> (hidden, cache); the cache given is used up
 
 
 def named(model: Model) -> str:
@@ -103,14 +103,19 @@ def stages(config: DecoderConfig, dtype: DTypeLike) -> Stages:
         likelihood = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
         return likelihood, jnp.argmax(logits, axis=-1) == targets
 
-    block = walk.body(config, dtype)[-1].module
+    return Stages(head, losses, scores)
+
+
+@functools.lru_cache(maxsize=16)
+def cached(block: nn.Module) -> Callable[..., tuple[Array, Cache]]:
+    """(params, hidden, layout, cache) -> (hidden, cache) of a block; the cache given is used up."""
 
     @functools.partial(jax.jit, donate_argnums=3)
-    def cached(params, x, layout, cache):
+    def run(params, x, layout, cache):
         with quantized_kernels():
             return block.apply({"params": params}, x, layout, cache)
 
-    return Stages(head, losses, scores, cached)
+    return run
 
 
 def embedding_table(model: Model) -> Float[Array, "vocabulary hidden"] | None:
@@ -193,11 +198,11 @@ def hidden_states_cached(
 
     layout: `layout.cache_layout` of the tokens, whose positions must be below the model's context and the caches' capacity.
     """
-    run, kept = stages(model.config, compute_dtype()), []
+    kept = []
     embed, *blocks = walk.body(model.config, compute_dtype())
     x = walk.run(embed, model.params, tokens, layout)
     for block, cache in zip(blocks, caches, strict=True):
-        x, cache = run.cached(walk.subtree(block, model.params), x, layout, cache)  # noqa: PLW2901
+        x, cache = cached(block.module)(walk.subtree(block, model.params), x, layout, cache)  # noqa: PLW2901
         kept.append(cache)
     return x, kept
 

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from qjax.interception.linen import quantized_kernels
 from qjax.lazy import materialised
 from qjax.models.config import DecoderConfig
-from qjax.models.decoder import HALVES, Block, Embed, Head
+from qjax.models.decoder import Block, Embed, Head, branches
 
 TABLE = "embed/tokens/embedding"  # path of what a tied head multiplies with
 
@@ -48,19 +48,23 @@ class Part(NamedTuple):
 
 @functools.lru_cache(maxsize=32)
 def parts(config: DecoderConfig, dtype: DTypeLike = jnp.float32, *, halves: bool = False) -> tuple[Part, ...]:
-    """The parts of a decoder that computes in `dtype`, in order: embed, blocks, head.
+    """The parts of a decoder that computes in `dtype`, in order: embed, blocks, head. Blocks of one kind have equal modules.
 
     halves: two parts a block, attention and MLP, where one reads what the other makes (not where they are parallel).
     """
     positions = ("positions",) if config.positions == "learned" else ()
+    norm = ("norm",) if config.embedding_norm else ()
     output = () if config.tied else ("output",)
-    if halves and not config.parallel_residual:
-        blocks = [(Block(config, dtype, half), children) for half, children in HALVES.items()]
-    else:
-        blocks = [(Block(config, dtype), tuple(itertools.chain(*HALVES.values())))]
+    names = branches(config)
+    pieces = names.items() if halves and not config.parallel_residual else [(None, tuple(itertools.chain(*names.values())))]
+    blocks = [
+        Part(block_name(number), "block", Block(config.of_layer(number), dtype, half), children)
+        for number in range(config.layers)
+        for half, children in pieces
+    ]
     return (
-        Part("embed", "embed", Embed(config, dtype), ("tokens", *positions)),
-        *(Part(block_name(i), "block", *block) for i in range(config.layers) for block in blocks),
+        Part("embed", "embed", Embed(config, dtype), ("tokens", *positions, *norm)),
+        *blocks,
         Part("head", "head", Head(config, dtype), ("norm", *output)),
     )
 
@@ -101,7 +105,7 @@ def loaded(part: Part, params: PyTree) -> PyTree:
     return tree
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=64)
 def compiled(module: nn.Module) -> Callable[..., object]:
     """(params, *args) -> what the module returns, for float and quantized kernels."""
 
@@ -153,7 +157,7 @@ class Decoder(nn.Module):
     def setup(self):
         c = self.config
         self.embed = Embed(c, self.dtype)
-        self.blocks = [Block(c, self.dtype, name=block_name(i)) for i in range(c.layers)]
+        self.blocks = [Block(c.of_layer(i), self.dtype, name=block_name(i)) for i in range(c.layers)]
         self.head = Head(c, self.dtype)
 
     def __call__(self, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time vocabulary"]:

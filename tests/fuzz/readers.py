@@ -12,21 +12,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from qjax.checkpoints.huggingface import load_huggingface, weight_files
+from qjax.checkpoints.load import load
 from qjax.checkpoints.packed import load_packed
 from qjax.checkpoints.tensors import DTYPES, read_headers, read_tensor
 from qjax.driver.placement import parse_rule, place
 from qjax.evaluate.corpora import load_corpus
 from qjax.evaluate.tasks import load_task
 from qjax.models.families import read_config
-from qjax.models.tokenizer import load_tokenizer
+from qjax.models.tokenizer import Tokenizer, load_tokenizer
 from qjax.recipe import parse_recipe
 from qjax.report.rendering import to_csv
 from qjax.report.reports import tables
-from qjax.sweep.store import layers_held, read_rows
+from qjax.sweep import store
 from qjax.untrusted import read_json
 from tests.conftest import FAMILY_CHANGES
 from tests.fuzz import mutations, seeds
+from tests.gguf_files import NUMBERS, file_bytes
 
 KERNELS = [f"block_{i}/{name}/kernel" for i in range(3) for name in ("attention/q", "attention/o", "mlp/up", "mlp/down")]
 RECIPES = (
@@ -131,6 +135,24 @@ def _checkpoint(rng: random.Random, folder: Path) -> None:
     _write(rng, folder, files)
 
 
+def _quantized(rng: random.Random, folder: Path) -> None:
+    """What a folder says of its quantizer is changed, or what it holds; now and then it is said in a file of its own."""
+    files = dict(seeds.foreign_folder(rng.choice(list(seeds.FOREIGN))))
+    config = json.loads(files["config.json"])
+    settings = config.pop("quantization_config")
+    if rng.random() < 0.5:
+        files["model.safetensors"] = _weights(rng, files["model.safetensors"])
+    else:
+        settings = mutations.json_value(rng, settings)
+    raw = json.dumps(settings).replace(f'"{mutations.RAW}', '"').encode("utf-8", "surrogatepass")
+    if rng.random() < 0.2:
+        files[rng.choice(("quantize_config.json", "quant_config.json", "hf_quant_config.json"))] = raw
+    else:
+        config["quantization_config"] = settings
+    files["config.json"] = json.dumps(config).encode()
+    _write(rng, folder, files)
+
+
 def _split(content: bytes) -> tuple[dict, bytes]:
     """Header and rest of a safetensors file."""
     end = 8 + int.from_bytes(content[:8], "little")
@@ -143,7 +165,9 @@ def _weights(rng: random.Random, content: bytes) -> bytes:
     header, rest = _split(content)
     for entry in header.values():
         if rng.random() < 0.1 and "dtype" in entry:
-            entry["dtype"] = rng.choice(("F64", "F8_E4M3", "F8_E5M2", "BOOL", "I64", "U16", "F32", "F16", "BF16", "F4", "C64"))
+            entry["dtype"] = rng.choice(
+                ("F64", "I8", "I32", "U8", "F8_E4M3", "F8_E5M2", "BOOL", "I64", "U16", "F32", "F16", "BF16", "F4", "C64")
+            )
     header = mutations.json_bytes(rng, header)
     length = len(header) if rng.random() < 0.9 else rng.choice(mutations.ODD_NUMBERS[:14]) & (2**64 - 1)
     return length.to_bytes(8, "little") + header + rest
@@ -168,6 +192,51 @@ def _packed(rng: random.Random, folder: Path) -> None:
     _write(rng, folder, files)
 
 
+def _gguf(rng: random.Random, folder: Path) -> None:
+    """A file whose values, tensors or bytes are changed, now and then the first of two."""
+    values, tensors = map(dict, seeds.gguf_parts(rng.random() < 0.5))
+    kind = rng.randrange(3)
+    if kind == 0:
+        key = rng.choice(list(values))
+        values[key] = _gguf_value(rng, values[key])
+        if rng.random() < 0.2:
+            values["split.count"] = rng.choice((0, 1, 2, 10**6))
+            values["split.no"] = rng.randrange(2)
+    elif kind == 1:
+        name = rng.choice(list(tensors))
+        stored, shape, content = tensors.pop(name)
+        sizes = (*mutations.ODD_NUMBERS[:15], *shape)
+        shape = tuple(rng.choice(sizes) % 2**63 for _ in shape) if rng.random() < 0.5 else shape
+        stored = rng.choice(list(NUMBERS)) if rng.random() < 0.5 else stored
+        name = rng.choice((name, name, "x" * 70, "output.weight", "rope_freqs.weight", "\x1b[2J"))
+        tensors[name] = (stored, shape, content[: rng.choice((0, len(content) // 2, len(content)))])
+    content = file_bytes(values, tensors, version=rng.choice((2, 3)))
+    if kind == 2:
+        head = rng.choice((600, 12_000, len(content)))  # most of what can go wrong is in the first bytes
+        content = mutations.binary(rng, content[:head]) + content[head:]
+    _write(rng, folder, {rng.choice(("tiny.gguf", "tiny-00001-of-00002.gguf")): content})
+
+
+def _gguf_value(rng: random.Random, value: object) -> object:
+    """Another of a kind that can be written."""
+    new = mutations.value(rng)
+    if isinstance(value, list) and rng.random() < 0.7:
+        return [mutations.text(rng, each)[:2_000] if rng.random() < 0.02 else each for each in value] * rng.choice((1, 1, 2))
+    if isinstance(new, str):
+        return new.encode("utf-8", "replace").decode()
+    if type(new) is int:
+        return new % 2**63
+    if isinstance(value, np.ndarray) and value.size:
+        return rng.choice((value[:-1], value[::-1].copy(), np.full_like(value, rng.choice((0, -1, 3, 2**31 - 1)))))
+    return float(np.clip(new, -1e38, 1e38)) if type(new) is float else rng.random() < 0.5
+
+
+def _read_gguf(folder: Path) -> None:
+    model = load(folder)
+    if model.tokenizer is not None:
+        _use(model.tokenizer)
+
+
 def _tokenizer(rng: random.Random, folder: Path) -> None:
     kinds = seeds.tokenizers()
     tree = rng.choice(kinds)
@@ -187,7 +256,10 @@ def _tokenizer(rng: random.Random, folder: Path) -> None:
 
 
 def _read_tokenizer(folder: Path) -> None:
-    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    _use(load_tokenizer(folder / "tokenizer.json"))
+
+
+def _use(tokenizer: Tokenizer) -> None:
     for text in ("a b  é😀 The end.", "<s>\n" * 9):
         ids, counts = tokenizer.encode_with_bytes(text)
         assert not len(ids) or counts.sum() == len(text.encode())
@@ -205,8 +277,8 @@ def _rows(rng: random.Random, folder: Path) -> None:
 
 
 def _read_rows(folder: Path) -> None:
-    layers_held(folder / "rows.jsonl")
-    rows = read_rows(folder / "rows.jsonl")
+    list(store.Reader(folder / "rows.jsonl").objects())
+    rows = store.read_rows(folder / "rows.jsonl")
     for _, table in tables(rows):
         to_csv(table)
 
@@ -312,7 +384,7 @@ def _read_path(folder: Path) -> None:
         load_huggingface,
         lambda p: load_corpus(f"text:{p}"),
         lambda p: load_task(f"piqa:{p}"),
-        lambda p: read_rows(Path(p)),
+        lambda p: store.read_rows(Path(p)),
     )
     readers[len(path) % len(readers)](path)
 
@@ -325,7 +397,7 @@ def read_unchanged(folder: Path) -> int:
         place.mkdir()
         for name, content in each.items():
             (place / name).write_bytes(content)
-        read = load_packed if "qjax.json" in each else load_huggingface if "config.json" in each else _read_tokenizer
+        read = _read_tokenizer if "tokenizer.json" in each and len(each) == 1 else load
         read(place)
     return len(files)
 
@@ -333,8 +405,10 @@ def read_unchanged(folder: Path) -> int:
 READERS = {
     "config": Reader(_config, lambda folder: read_config(read_json(folder / "config.json"))),
     "checkpoint": Reader(_checkpoint, load_huggingface),
+    "quantized": Reader(_quantized, load_huggingface),
     "tensors": Reader(_tensors, _read_tensors),
     "packed": Reader(_packed, load_packed),
+    "gguf": Reader(_gguf, _read_gguf),
     "tokenizer": Reader(_tokenizer, _read_tokenizer),
     "rows": Reader(_rows, _read_rows),
     "task": Reader(_task, _read_task),

@@ -16,11 +16,43 @@ from qjax.checkpoints.huggingface import save_huggingface
 from qjax.linear import Linear, LowRank, Outliers
 from qjax.maps import Permute, Scale
 from qjax.models.parameters import flatten, unflatten
+from tests import foreign, foreign_makers
 from tests.conftest import FAMILY_CHANGES, byte_tokenizer, tiny_config
+from tests.gguf_files import file_bytes, model_tensors, model_values, random_rows
 from tests.random_weights import weights_model
 from tests.report_rows import early_row, measured_row
 
 PRECOMPILED = base64.b64encode(struct.pack("<I", 1024) + bytes(1024) + b"ab\0").decode()  # a trie that knows no text
+GROUP = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": 16, "actorder": "group"}
+FLOAT8 = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
+GROUPS = {"a": {"targets": ["re:.*mlp.*", "Linear"], "weights": GROUP, "input_activations": None}}
+TILES = {"weights": {"num_bits": 8, "type": "float", "strategy": "channel"}, "targets": ["Linear"], "input_activations": FLOAT8}
+NVFP4 = {"weights": {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}, "targets": ["Linear"]}
+FOREIGN = {  # kind -> (settings, maker of `tests.foreign`)
+    "gptq": (
+        {"quant_method": "gptq", "bits": 3, "group_size": 16, "sym": True, "desc_act": True, "dynamic": {"-:.*gate": {}}},
+        functools.partial(foreign.gptq, bits=3, symmetric=True, ordered=True),
+    ),
+    "awq": ({"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm", "zero_point": True}, foreign_makers.awq),
+    "bitsandbytes": (
+        {"quant_method": "bitsandbytes", "load_in_4bit": True},
+        functools.partial(foreign_makers.bitsandbytes, nested=True),
+    ),
+    "compressed": (
+        {"quant_method": "compressed-tensors", "config_groups": GROUPS, "ignore": ["lm_head"], "kv_cache_scheme": None},
+        functools.partial(foreign_makers.integers, symmetric=False, ordered=True),
+    ),
+    "fp8": ({"quant_method": "compressed-tensors", "config_groups": {"a": TILES}}, foreign_makers.fp8),
+    "nvfp4": ({"quant_method": "compressed-tensors", "config_groups": {"a": NVFP4}}, foreign_makers.fp4),
+    "auto-round": (
+        {"quant_method": "auto-round", "bits": 4, "group_size": 16, "sym": False, "extra_config": {"lm_head": {"bits": 16}}},
+        foreign.gptq,
+    ),
+    "modelopt": (
+        {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16},
+        functools.partial(foreign_makers.fp4, whole="weight_scale_2", packed="weight"),
+    ),
+}
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "packed_v1"
 
 
@@ -54,9 +86,19 @@ def packed_folder(layered: bool) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
+@functools.cache
+def foreign_folder(kind: str) -> dict[str, bytes]:
+    """Files of a small folder as another library quantized it."""
+    settings, make = FOREIGN[kind]
+    with tempfile.TemporaryDirectory() as folder:
+        foreign.write(Path(folder) / "a", settings, make(), foreign.llama(vocabulary_size=64))
+        return {path.name: path.read_bytes() for path in (Path(folder) / "a").iterdir()}
+
+
 def models() -> list[dict[str, bytes]]:
     """All small folders."""
-    return [*map(checkpoint, FAMILY_CHANGES), packed_folder(False), packed_folder(True)]
+    ours = [packed_folder(False), packed_folder(True), gguf_file(False), gguf_file(True)]
+    return [*map(checkpoint, FAMILY_CHANGES), *ours, *map(foreign_folder, FOREIGN)]
 
 
 @functools.cache
@@ -90,6 +132,42 @@ def tokenizers() -> list[dict]:
             }
         },
     ]
+
+
+GGUF_KINDS = ("F32", "F16", "Q4_1", "Q8_0", "Q5_0", "MXFP4", "IQ4_NL")
+
+
+@functools.cache
+def gguf_parts(sentencepiece: bool) -> tuple[dict, dict]:
+    """Values and tensors of a small GGUF file, several of which are quantized, with a tokenizer of either kind."""
+    model = weights_model(tiny_config(vocabulary_size=300))
+    values, tensors = model_values(model), model_tensors(model)
+    for number, (name, (_, shape, _)) in enumerate(list(tensors.items())):
+        kind = GGUF_KINDS[number % len(GGUF_KINDS)]
+        if len(shape) == 2 and kind.startswith("F"):
+            tensors[name] = (kind, shape, bytes(shape[0] * shape[1] * int(kind[1:]) // 8))
+        elif shape[-1] == 32 and len(shape) == 2:
+            tensors[name] = (kind, shape, random_rows(kind, *shape).tobytes())
+    letters = list(json.loads(byte_tokenizer().to_json())["model"]["vocab"])
+    tokens = ["<unk>", "<s>", "</s>", *letters, "aa", "ab"]
+    types = np.array([2, 3, 3, *[1] * (len(tokens) - 3)], np.int32)
+    own = {"model": "gpt2", "pre": "smollm", "tokens": tokens, "token_type": types, "merges": ["a a", "a b"]}
+    if sentencepiece:
+        tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "▁a", "aa", "  "]
+        scores = -np.arange(len(tokens), dtype=np.float32)
+        own = {
+            "model": "llama",
+            "tokens": tokens,
+            "scores": scores,
+            "token_type": np.array([1] * (len(tokens) - 1) + [4], np.int32),
+        }
+    own |= {"bos_token_id": 1, "eos_token_id": 2, "add_bos_token": True, "unknown_token_id": 0}
+    return values | {f"tokenizer.ggml.{key}": value for key, value in own.items()}, tensors
+
+
+def gguf_file(sentencepiece: bool) -> dict[str, bytes]:
+    """The file of these parts, in a folder."""
+    return {"tiny.gguf": file_bytes(*gguf_parts(sentencepiece))}
 
 
 @functools.cache

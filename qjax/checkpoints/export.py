@@ -1,0 +1,137 @@
+"""A quantized model as a folder that another library reads: `targets.py` says how a layer is stored, here is the folder.
+
+Whatever a target cannot hold is refused before anything is written, with the nearest recipe that fits.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from qjax.checkpoints.huggingface import CONFIG, REPLACED, checkpoint_dtype, write_companions
+from qjax.checkpoints.quantized import module_names
+from qjax.checkpoints.shards import SHARD_BYTES, write_shards
+from qjax.checkpoints.targets import LEFT_OUT, TARGETS, Codes, Target
+from qjax.errors import QjaxError
+from qjax.files import listing, write_atomically
+from qjax.folders import new_folder
+from qjax.lazy import materialised
+from qjax.linear import Linear, is_quantized
+from qjax.maps import Permute
+from qjax.models.families import FAMILIES, write_config
+from qjax.models.family import StoredTensor, stored_tensors
+from qjax.models.model import Model, require_model
+from qjax.models.parameters import check_parameters, flatten, parameter_shapes
+from qjax.qtensor import QTensor, unpack_codes, unpack_parameters
+
+
+def export(
+    folder: str | Path,
+    model: Model,
+    to: str,
+    *,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    beside: Path | None = None,
+) -> None:
+    """Writes a folder with the model's codes as they are, in the files of another library, which appears when it is whole.
+
+    to: a name of `targets.TARGETS`. beside: a folder whose tokenizer's and generation's files are copied. Raises QjaxError for
+    a model that is not quantized, and lists layers that the target cannot hold, with the nearest recipe that fits.
+    """
+    require_model("export", model)
+    if to not in TARGETS:
+        raise QjaxError(f"export to {to!r}: expected {', '.join(TARGETS)}")
+    config, shapes, leaves = write_config(model.config), parameter_shapes(model.config), flatten(model.params)
+    check_parameters(leaves, shapes)
+    target = TARGETS[to]
+    stored = stored_tensors(FAMILIES[model.config.family], shapes, model.config.heads)
+    modules = {
+        name: tensor for name, tensor in module_names(stored).items() if any(is_quantized(leaves[p]) for p, _ in tensor.parts)
+    }
+    _require_fit(to, target, modules, leaves)
+    left = [name for name in module_names(stored) if name not in modules]
+    formats = {name: _described(leaves[tensor.parts[0][0]]) for name, tensor in modules.items()}
+    config["torch_dtype"] = np.dtype(checkpoint_dtype(leaves)).name
+    config["quantization_config"] = target.settings(formats, left)
+    units = {tensor.name: tensor for tensor in stored}
+
+    def make(unit: str) -> Mapping[str, np.ndarray]:
+        tensor, module = units[unit], unit.removesuffix(".weight")
+        held = {path: materialised(leaves[path]) for path, _ in tensor.parts}
+        if module in modules:
+            return {f"{module}.{suffix}": array for suffix, array in target.store(_codes(tensor, held)).items()}
+        return {unit: tensor.join({path: np.asarray(leaf) for path, leaf in held.items()})}
+
+    sizes = {name: sum(leaves[path].nbytes for path, _ in tensor.parts) for name, tensor in units.items()}
+    with new_folder(folder, overwrite=overwrite, replaces=REPLACED) as new:
+        write_shards(new, sizes, make, shard_bytes)
+        write_companions(new, model, beside)
+        write_atomically(new / CONFIG, json.dumps(config, indent=1) + "\n")
+
+
+def _require_fit(to: str, target: Target, modules: Mapping[str, StoredTensor], leaves: Mapping[str, object]) -> None:
+    """Raises QjaxError that lists what the target cannot hold."""
+    if not modules:
+        raise QjaxError(f"export to {to}: no layer is quantized; quantize the model first, or write it with save_huggingface")
+    problems, nearest = [], {}
+    for name, tensor in modules.items():
+        parts = [leaves[path] for path, _ in tensor.parts]
+        shape = (parts[0].shape[0], sum(part.shape[1] for part in parts))
+        if reason := _refusal(target, parts, shape):
+            problems.append(f"{name}: {reason}")
+            formats = [part.format for part in parts if is_quantized(part) and part.format is not None]
+            nearest |= dict.fromkeys(str(target.nearest(fmt, shape)) for fmt in formats)
+    if problems:
+        advice = (
+            f"; the nearest recipes that fit: {', '.join(f'rtn:{each}, gptq:{each}' for each in nearest)}" if nearest else ""
+        )
+        raise QjaxError(f"{to} cannot hold {listing(problems)}{advice}")
+
+
+def _refusal(target: Target, parts: list[object], shape: tuple[int, int]) -> str | None:
+    for part in parts:
+        weight = part.weight if isinstance(part, Linear) else part
+        if not isinstance(weight, QTensor) or weight.codes.ndim != 2:
+            return "a part of it is not quantized, or no matrix"
+        if isinstance(part, Linear):
+            more = [type(each).__name__ for each in part.inputs if not isinstance(each, Permute)]
+            more += [name for name in ("activation", "outliers", "adapter") if getattr(part, name) is not None]
+            if more or len(part.inputs) > 1:
+                return LEFT_OUT.format(", ".join(more) or "several orders")
+    if len({_described(part) for part in parts}) > 1:
+        return "parts that are stored side by side are of different formats"
+    if len(parts) > 1 and _described(parts[0])[1]:
+        orders = [np.asarray(materialised(part).inputs[0].index) for part in parts]
+        if any(not np.array_equal(orders[0], order) for order in orders):
+            return "parts that are stored side by side have inputs in different orders"
+    return target.refusal(_described(parts[0])[0], shape, _described(parts[0])[1])
+
+
+def _described(leaf: Linear | QTensor) -> tuple:
+    """(format, whether inputs are in another order)."""
+    return leaf.format, isinstance(leaf, Linear) and bool(leaf.inputs)
+
+
+def _codes(tensor: StoredTensor, held: Mapping[str, Linear | QTensor]) -> Codes:
+    """A module's codes, its parts side by side."""
+    first = next(iter(held.values()))
+    weights = {path: leaf.weight if isinstance(leaf, Linear) else leaf for path, leaf in held.items()}
+    fmt = first.format
+    codes = {path: np.asarray(unpack_codes(weight)) for path, weight in weights.items()}
+    scales = {path: np.asarray(weight.scales) for path, weight in weights.items()}
+    zeros = (
+        {path: np.asarray(unpack_parameters(weight)[1], np.uint8) for path, weight in weights.items()}
+        if fmt.is_affine
+        else None
+    )
+    order = np.asarray(first.inputs[0].index) if isinstance(first, Linear) and first.inputs else None
+    joined = [None if arrays is None else _joined(tensor, arrays) for arrays in (codes, scales, zeros)]
+    return Codes(*joined, fmt, order)
+
+
+def _joined(tensor: StoredTensor, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """(rows, outputs) arrays side by side, in the order of the file's outputs."""
+    parts = tuple((path, arrays[path].shape) for path, _ in tensor.parts)
+    return np.ascontiguousarray(tensor._replace(parts=parts, transposed=False).join(arrays))

@@ -1,0 +1,1 @@
+"""GGUF files, as llama.cpp writes them: container, types of blocks, names, configuration and tokenizers."""

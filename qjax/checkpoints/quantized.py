@@ -1,0 +1,153 @@
+"""Folders that other libraries quantized: whose codec reads them, and the modules of a model as it makes leaves of them.
+
+A codec (`modules.py`) is made from the entry quantization_config of config.json, or from the file that stood in its place
+earlier. A module that is stored beside others (query, key and value of GPT-NeoX) is cut into columns, its codes undecoded.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from qjax.checkpoints import autoround, awq, bitsandbytes, compressed_tensors, fp8, gptq, modelopt
+from qjax.checkpoints.modules import Codec, Module, Stored
+from qjax.checkpoints.naming import owner_of
+from qjax.checkpoints.tensors import FLOATS, Header, read_tensor
+from qjax.errors import QjaxError
+from qjax.lazy import Lazy
+from qjax.linear import Linear, columns
+from qjax.models.family import StoredTensor
+from qjax.qtensor import QTensor
+from qjax.untrusted import quoted, read_json, status
+
+CONFIG = "config.json"
+LEGACY = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}  # and whose
+METHODS: dict[str, Callable[[dict], Codec]] = {
+    "gptq": gptq.codec,
+    "awq": awq.codec,
+    "bitsandbytes": bitsandbytes.codec,
+    "compressed-tensors": compressed_tensors.codec,
+    "auto-round": autoround.codec,
+    "fp8": fp8.codec,
+    "modelopt": modelopt.codec,
+}
+
+
+class Quantizer(NamedTuple):
+    """A library's way to store weights, as a folder's configuration has it. where: which file says so."""
+
+    method: str
+    codec: Codec
+    where: Path
+    settings: dict
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Quantized:
+    """A module of the folder that holds codes: the tensor in whose place it stands, and how it is stored."""
+
+    tensor: StoredTensor
+    module: Module
+    stored: Stored
+
+
+def find_quantizer(folder: Path, config: dict) -> Quantizer | None:
+    """Whose codes a folder holds; None for a model's own weights. Raises QjaxError for a library or setting not known."""
+    where, settings = folder / CONFIG, config.get("quantization_config")
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    if not settings:
+        legacy = next((name for name in LEGACY if status(folder / name)), None)
+        if legacy is None:
+            return None
+        where, settings = folder / legacy, read_json(folder / legacy)
+        method = settings.get("quant_method", LEGACY[legacy])
+    if not isinstance(settings, dict) or not isinstance(method, str) or method.lower() not in METHODS:
+        raise QjaxError(
+            f"{where}: the weights are quantized by {quoted(method)}, which qjax does not read; supported: {', '.join(METHODS)}"
+        )
+    try:
+        return Quantizer(method.lower(), METHODS[method.lower()](settings), where, settings)
+    except QjaxError as error:
+        raise QjaxError(f"{where}: {error}") from error
+
+
+def module_names(tensors: Sequence[StoredTensor]) -> dict[str, StoredTensor]:
+    """The linear layers among a family's tensors, by their names in the file."""
+    return {
+        tensor.name.removesuffix(".weight"): tensor
+        for tensor in tensors
+        if all(path.endswith("/kernel") and len(shape) == 2 for path, shape in tensor.parts)
+    }
+
+
+def claim(quantizer: Quantizer, tensors: Sequence[StoredTensor], headers: Mapping[str, Header]) -> list[Quantized]:
+    """The modules that hold codes. Raises QjaxError for settings that do not fit what is there."""
+    modules = module_names(tensors)
+    plain = {tensor.name for tensor in tensors if tensor.name.removesuffix(".weight") not in modules}
+    held: dict[str, dict[str, Header]] = {name: {} for name in modules}
+    for name, header in headers.items():
+        owner = owner_of(name, held)
+        if owner is not None and name not in plain:
+            held[owner][name[len(owner) + 1 :]] = header
+    found = []
+    for name, tensor in modules.items():
+        rows = tensor.parts[0][1][0]
+        module = Module(name, (rows, sum(shape[1] for _, shape in tensor.parts)), held[name])
+        try:
+            stored = quantizer.codec(module) if module.headers else None
+        except QjaxError as error:
+            raise QjaxError(f"{quantizer.where}: {error}") from error
+        if stored is not None and _adds_nothing(module):
+            stored = stored._replace(optional=(*stored.optional, "bias"))
+        found += [] if stored is None else [Quantized(tensor, module, stored)]
+    return found
+
+
+def _adds_nothing(module: Module) -> bool:
+    """Whether a module without a bias has one of zeros, as AutoGPTQ's early files do."""
+    header = module.headers.get("bias")
+    fits = header is not None and header.shape == module.shape[1:] and header.dtype in FLOATS
+    return fits and not np.any(read_tensor(header))
+
+
+def read_module(quantized: Quantized) -> dict[str, Linear | QTensor]:
+    """A module's leaves by path. Raises QjaxError for values that are not finite, or impossible."""
+    module, stored = quantized.module, quantized.stored
+    arrays = {suffix: read_tensor(module.headers[suffix]) for suffix in stored.expected}
+    file = next(iter(module.headers.values())).file
+    for suffix, array in arrays.items():
+        if suffix not in stored.raw and not np.isfinite(array).all():
+            raise QjaxError(f"{file}: NaN or infinite values in {module.name}.{suffix}; get an intact checkpoint")
+    try:
+        return _cut(quantized.tensor, stored.make(arrays))
+    except QjaxError as error:
+        raise QjaxError(f"{file}: {module.name}: {error}") from error
+
+
+def lazy_module(quantized: Quantized, read: Callable[[Quantized], Mapping[str, object]]) -> dict[str, Linear | QTensor]:
+    """A module's leaves by path, with arrays that `read`, a `read_module`, makes when they are needed."""
+    template = jax.eval_shape(functools.partial(_cut, quantized.tensor), quantized.stored.leaf)
+    file = next(iter(quantized.module.headers.values())).file
+
+    def array(path: str, number: int) -> jax.Array:
+        return jax.tree.leaves(read(quantized)[path])[number]
+
+    found = {}
+    for path, leaf in template.items():
+        parts, tree = jax.tree.flatten(leaf)
+        lazy = [Lazy(x.shape, np.dtype(x.dtype), functools.partial(array, path, n), file) for n, x in enumerate(parts)]
+        found[path] = jax.tree.unflatten(tree, lazy)
+    return found
+
+
+def _cut(tensor: StoredTensor, leaf: Linear | QTensor) -> dict[str, Linear | QTensor]:
+    """The parts of a module's leaf by path."""
+    if len(tensor.parts) == 1:
+        return {tensor.parts[0][0]: leaf}
+    numbers = tensor._replace(parts=tuple((path, (1, shape[1])) for path, shape in tensor.parts), transposed=False)
+    places = numbers.split(np.arange(leaf.shape[1])[None])
+    return {path: columns(leaf, np.ravel(index)) for path, index in places.items()}

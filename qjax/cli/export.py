@@ -1,0 +1,81 @@
+"""The commands that write a quantized model for other tools."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qjax.cli.early import check_names
+from qjax.cli.loading import load_model
+from qjax.cli.options import ModelName, Out, Overwrite
+from qjax.errors import QjaxError
+from qjax.files import expand
+
+ShardSize = Annotated[float, typer.Option(min=1e-6, help="GB of a file at most; more are written with an index.")]
+TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def dequantize(
+    model: ModelName,
+    out: Out,
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
+    shard_size: ShardSize = 5.0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write any quantized model as a plain Hugging Face folder: the values that its codes stand for.
+
+    Files of the tokenizer and of generation are copied. What layers do to their inputs (an activation format) no such folder
+    can say: it is left out, with a word on it.
+    """
+    check_names(models=(model,))
+    if dtype not in TYPES:
+        raise QjaxError(f"--dtype {dtype!r}: expected {', '.join(TYPES)}")
+    from qjax.checkpoints.huggingface import save_huggingface
+    from qjax.files import listing
+    from qjax.folders import claim, refuse_inputs
+    from qjax.linear import without_activations
+    from qjax.models.parameters import flatten
+
+    refuse_inputs(out, [model])
+    out = claim(out, overwrite=overwrite)
+    loaded = load_model(model, lazy=True)
+    formats = dict.fromkeys(
+        str(each.activation) for each in flatten(loaded.params).values() if getattr(each, "activation", None)
+    )
+    if formats:
+        typer.echo(f"left out: layers round their inputs ({listing(formats)}), which a plain folder cannot say", err=True)
+        loaded = loaded._replace(params=without_activations(loaded.params))
+    limit = int(shard_size * 1e9)
+    save_huggingface(out, loaded, overwrite=overwrite, dtype=TYPES[dtype], shard_bytes=limit, beside=_folder(model))
+    typer.echo(f"{out}: {loaded.name} ({loaded.recipe}) in {dtype}")
+
+
+def export(
+    model: ModelName,
+    out: Out,
+    to: Annotated[str, typer.Option(metavar="FORMAT", help="gptq, gptq_v2 or compressed-tensors.")],
+    shard_size: ShardSize = 5.0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a quantized model, its codes as they are, as another library's folder.
+
+    What that library's files cannot hold is refused, with the nearest recipe that fits.
+    """
+    check_names(models=(model,))
+    from qjax.checkpoints.export import export as export_model
+    from qjax.folders import claim, refuse_inputs
+
+    refuse_inputs(out, [model])
+    out = claim(out, overwrite=overwrite)
+    loaded = load_model(model, lazy=True)
+    limit = int(shard_size * 1e9)
+    export_model(out, loaded, to, overwrite=overwrite, shard_bytes=limit, beside=_folder(model))
+    typer.echo(f"{out}: {loaded.name} ({loaded.recipe}) for {to}")
+
+
+def _folder(model: str) -> Path | None:
+    """The folder that a model is read from, where it is one here."""
+    from qjax.untrusted import is_folder
+
+    folder = expand(model)
+    return folder if is_folder(folder) else None

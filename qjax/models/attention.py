@@ -1,0 +1,118 @@
+"""Causal self-attention of a decoder in Flax Linen.
+
+Vaswani et al. 2017 (arXiv 1706.03762); grouped queries: Ainslie et al. 2023 (2305.13245); normalised queries and keys: Henry
+et al. 2020 (2010.04245); soft caps of scores: Gemma 2 (2408.00118).
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from qjax.models.config import DecoderConfig
+from qjax.models.layout import Cache, Layout
+from qjax.models.norms import make_head_norm, make_norm
+from qjax.models.rope import alibi, cos_sin, rotate, rotate_neighbours
+
+QUERY_PIECES = 4  # of a sequence: a piece leaves out the keys after it, five eighths of all scores are left
+SMALLEST_PIECE = 64  # queries
+
+
+def softcapped(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
+    """cap tanh(x / cap): nothing is beyond the cap; x itself without one."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def attend(
+    q: Float[Array, "batch kv_heads group time dim"],
+    k: Float[Array, "batch kv_heads keys dim"],
+    v: Float[Array, "batch kv_heads keys dim"],
+    visible: Bool[Array, "..."],
+    softcap: float | None = None,
+    bias: Float[Array, "..."] | None = None,
+) -> Float[Array, "batch kv_heads group time dim"]:
+    """Mixtures of v for scaled queries; visible and the bias, which is added to scores, broadcast against (batch, kv_heads,
+    group, time, keys). Softmax in float32.
+
+    Queries that share a key head stand in one matrix: XLA's CPU matmul is twice as fast on (group * time, dim).
+    """
+    batch, kv_heads, group, time, dim = q.shape
+    scores = jnp.einsum("bkqd,bksd->bkqs", q.reshape(batch, kv_heads, -1, dim), k, preferred_element_type=jnp.float32)
+    scores = softcapped(scores.reshape(batch, kv_heads, group, time, -1), softcap)
+    scores = jnp.where(visible, scores if bias is None else scores + bias, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(batch, kv_heads, group * time, -1)
+    return jnp.einsum("bkqs,bksd->bkqd", weights, v).reshape(q.shape)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped key/value heads.
+
+    layout: what stands where, if not one sequence a row. cache: keys and values of earlier positions, to which those of x are
+    added; the result is then (hidden states, cache).
+    """
+
+    config: DecoderConfig
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch time hidden"], layout: Layout | None = None, cache: Cache | None = None
+    ) -> Float[Array, "batch time hidden"] | tuple[Float[Array, "batch time hidden"], Cache]:
+        c = self.config
+        batch, time, _ = x.shape
+        q, k, v = self.project(x, c.heads, "q"), self.project(x, c.kv_heads, "k"), self.project(x, c.kv_heads, "v")
+        position = jnp.arange(time) if layout is None else layout.positions
+        if c.positions == "rope":
+            cos, sin = (each.astype(self.dtype) for each in cos_sin(c, position))
+            turn = rotate_neighbours if c.rope_interleaved else rotate
+            q, k = turn(q, cos, sin), turn(k, cos, sin)
+
+        if layout is None:
+            distance = position[:, None] - position[None, :]  # (query, key)
+            visible = distance >= 0
+            if c.sliding_window is not None:
+                visible &= distance < c.sliding_window
+        else:
+            visible = layout.seen(c.sliding_window)[:, None, None]  # (batch, 1, 1, query, key)
+        keys = position if layout is None else layout.keys
+        bias = alibi(c, position, keys) if c.positions in ("alibi", "alibi_scaled") else None
+        scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
+        q = (q * scale).reshape(batch, time, c.kv_heads, c.heads // c.kv_heads, c.head_dim).transpose(0, 2, 3, 1, 4)
+        k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # (batch, kv_heads, time, dim)
+        if cache is not None:
+            cache = Cache(_write(cache.keys, k, position[:, 0]), _write(cache.values, v, position[:, 0]))
+            k, v = cache.keys, cache.values
+        if layout is None:  # no key after the last query of a piece is visible in it
+            size = max(-(-time // QUERY_PIECES), SMALLEST_PIECE)
+            pieces = [(start, min(start + size, time)) for start in range(0, time, size)]
+            biases = [None if bias is None else bias[..., a:b, :b] for a, b in pieces]
+            parts = [
+                attend(q[..., a:b, :], k[:, :, :b], v[:, :, :b], visible[a:b, :b], c.attention_softcap, each)
+                for (a, b), each in zip(pieces, biases, strict=True)
+            ]
+            mixed = jnp.concatenate(parts, axis=3)
+        else:
+            mixed = attend(q, k, v, visible, c.attention_softcap, bias)
+        mixed = mixed.transpose(0, 3, 1, 2, 4).reshape(batch, time, -1)
+        mixed = nn.Dense(c.hidden_size, use_bias=c.attention_output_bias, dtype=self.dtype, name="o")(mixed)
+        return mixed if cache is None else (mixed, cache)
+
+    def project(self, x: Float[Array, "batch time hidden"], heads: int, name: str) -> Float[Array, "batch time heads dim"]:
+        """Queries, keys or values by head; queries and keys normalised where the family does so."""
+        c = self.config
+        y = nn.Dense(heads * c.head_dim, use_bias=c.qkv_bias, dtype=self.dtype, name=name)(x)
+        norm = "none" if name == "v" else c.qk_norm
+        if norm == "width":
+            y = make_norm(c, self.dtype, f"{name}_norm")(y)
+        y = y.reshape(*x.shape[:2], heads, c.head_dim)
+        if norm in ("head", "each_head"):
+            y = (make_norm if norm == "head" else make_head_norm)(c, self.dtype, f"{name}_norm")(y)
+        return y
+
+
+def _write(
+    cache: Float[Array, "batch heads capacity dim"], new: Float[Array, "batch heads time dim"], starts: Int[Array, " batch"]
+):
+    """The cache with new keys or values from each sequence's start on."""
+    return jax.vmap(lambda kept, added, start: jax.lax.dynamic_update_slice(kept, added, (0, start, 0)))(cache, new, starts)

@@ -1,0 +1,167 @@
+"""Every family against the transformers library, in float32, from the same folder of random weights: equal logits, also of what
+we write, and equal tokens of greedy generation with cached keys and values.
+
+Families that `test_transformers.py` has from before stand there; measure and tolerance are the same.
+"""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from qjax.checkpoints.huggingface import load_huggingface, save_huggingface  # noqa: E402
+from qjax.evaluate.generate import generate  # noqa: E402
+from qjax.models.model import apply  # noqa: E402
+
+pytestmark = pytest.mark.peer
+
+TOLERANCE = 1e-5
+TOKENS = np.random.default_rng(0).integers(0, 97, (2, 40))
+SHAPE = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 48**-0.5,  # logits of order one, as a trained model has them
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+UNKNOWN = {  # of SHAPE, to a family
+    "Bloom": ("intermediate_size", "num_key_value_heads", "max_position_embeddings"),
+    "Falcon": ("intermediate_size", "num_key_value_heads"),
+    "GPTNeo": ("num_key_value_heads", "num_hidden_layers", "num_attention_heads"),
+}
+GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 7}
+GEMMA3_ROPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e5, "factor": 8.0},
+}
+GRANITE = {
+    "embedding_multiplier": 12.0,
+    "attention_multiplier": 0.2,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 3.0,
+}
+NEO = {"num_layers": 3, "num_heads": 6, "window_size": 7, "attention_types": [[["global", "local"], 1], [["local"], 1]]}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.3, 2.0],
+    "long_factor": [1.0, 2.0, 4.0, 8.0],
+}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+FALCON_NEW = {"new_decoder_architecture": True, "num_kv_heads": 2}
+FAMILIES = {  # name -> (configuration class, its arguments beside SHAPE)
+    "gemma2": ("Gemma2", GEMMA | {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0}),
+    "gemma3": ("Gemma3Text", GEMMA | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    "gemma3-rope": ("Gemma3Text", GEMMA | {"sliding_window_pattern": 2, "rope_parameters": GEMMA3_ROPE}),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
+    "qwen3-window": (
+        "Qwen3",
+        {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2, "attention_bias": True},
+    ),
+    "olmo2": ("Olmo2", {}),
+    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0, 1]}),
+    "smollm3-window": ("SmolLM3", {"no_rope_layers": [0, 1, 1], "use_sliding_window": True, "sliding_window": 7}),
+    "granite": ("Granite", GRANITE),
+    "stablelm": ("StableLm", {"use_qkv_bias": True}),
+    "stablelm-parallel": ("StableLm", {"use_parallel_residual": True, "tie_word_embeddings": True}),
+    "phi3": ("Phi3", {"sliding_window": 7}),
+    "phi3-longrope": ("Phi3", {"original_max_position_embeddings": 44, "rope_parameters": LONG}),
+    "phi3-partial": ("Phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+    "glm": ("Glm", {"head_dim": 8}),
+    "glm4": ("Glm4", {"head_dim": 16}),
+    "cohere": ("Cohere", {}),
+    "cohere-qk-norm": ("Cohere", {"use_qk_norm": True, "logit_scale": 0.3, "attention_bias": True}),
+    "gpt_neo": ("GPTNeo", NEO),
+    "falcon": ("Falcon", {}),
+    "falcon-sequential": ("Falcon", {"parallel_attn": False, "multi_query": False, "bias": True}),
+    "falcon-new": ("Falcon", FALCON_NEW),
+    "falcon-new-one-norm": ("Falcon", FALCON_NEW | {"num_ln_in_parallel_attn": 1}),
+    "falcon-alibi": ("Falcon", {"alibi": True, "multi_query": False, "parallel_attn": False}),
+    "bloom": ("Bloom", {"n_layer": 3, "n_head": 6}),
+    "llama-yarn": ("Llama", {"rope_parameters": YARN}),
+    "llama-yarn-all": (
+        "Llama",
+        {"rope_parameters": YARN | {"beta_fast": 8.0, "mscale": 1.0, "mscale_all_dim": 0.5, "truncate": False}},
+    ),
+    "llama-dynamic": ("Llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}}),
+}
+
+
+def way(name):
+    """How transformers attends: its eager way adds Falcon's ALiBi twice, its other ones leave out soft caps."""
+    return "sdpa" if "alibi" in name else "eager"
+
+
+def build(name):
+    """A random model of the transformers library, biases and norms random too."""
+    family, options = FAMILIES[name]
+    known = {key: value for key, value in SHAPE.items() if key not in UNKNOWN.get(family, ())}
+    config = getattr(transformers, f"{family}Config")(**known | options)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=way(name)).float().eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "norm" in key or "ln_" in key or key.endswith("bias"):
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(torch.from_numpy(TOKENS)).logits.numpy()
+
+
+def difference(ours, reference):
+    return np.max(np.abs(np.asarray(ours) - reference)) / np.max(np.abs(reference))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_and_tokens(name, tmp_path):
+    peer = build(name)
+    reference = logits(peer)
+    peer.save_pretrained(tmp_path / "theirs")
+    model = load_huggingface(tmp_path / "theirs")
+    error = difference(apply(model, jnp.asarray(TOKENS)), reference)
+    print(f"{name}: {error:.2e}")
+    assert error < TOLERANCE
+
+    save_huggingface(tmp_path / "ours", model)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    back = load(tmp_path / "ours", attn_implementation=way(name), dtype=torch.float32)
+    before, after = peer.state_dict(), back.state_dict()
+    assert list(before) == list(after)
+    assert [key for key in before if not torch.equal(before[key], after[key])] == []
+    assert difference(logits(back.eval()), reference) < TOLERANCE / 10
+
+    prompts = [TOKENS[0, :12], TOKENS[1, :5]]
+    found = generate(model, [prompt.astype(np.int32) for prompt in prompts], 16).tokens  # one batch of unequal lengths
+    for prompt, tokens in zip(prompts, found, strict=True):
+        ids, ends = torch.tensor(prompt[None]), {"eos_token_id": None, "pad_token_id": 0}
+        expected = peer.generate(ids, max_new_tokens=16, do_sample=False, **ends)
+        assert tokens.tolist() == expected[0, len(prompt) :].tolist()
+
+
+def test_gemma_3_as_older_files_have_it(tmp_path):
+    peer = build("gemma3-rope")
+    peer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    scaling = config.pop("rope_parameters")
+    del config["layer_types"]
+    config |= {
+        "rope_theta": scaling["full_attention"].pop("rope_theta"),
+        "rope_local_base_freq": scaling["sliding_attention"]["rope_theta"],
+        "rope_scaling": scaling["full_attention"],
+        "sliding_window_pattern": 2,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert difference(apply(load_huggingface(tmp_path), jnp.asarray(TOKENS)), logits(peer)) < TOLERANCE

@@ -1,0 +1,180 @@
+"""checkpoints/{export,targets,shards}.py: what is written for another library is read back with the same codes."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from qjax.checkpoints.export import export
+from qjax.checkpoints.huggingface import save_huggingface
+from qjax.checkpoints.leaves import blank
+from qjax.checkpoints.load import load
+from qjax.checkpoints.modules import from_bits, leaf_of, pack
+from qjax.cli.app import main
+from qjax.errors import QjaxError
+from qjax.formats import parse_format
+from qjax.linear import Linear, dequantize, without_activations
+from qjax.maps import Scale
+from qjax.models.parameters import flatten, unflatten
+from tests import foreign, foreign_makers
+from tests.conftest import GPT_NEOX, byte_tokenizer, tiny_config
+from tests.random_weights import small_model
+
+
+def random_leaf(shape, fmt, generator, order=None):
+    """A layer of random codes; where its scales are no plain floats, of nothing but shapes."""
+    if fmt.scales not in ("fp16", "bf16", "fp32") or fmt.codebook or not fmt.has_whole_zeros:
+        return blank(fmt, *shape)
+    groups = fmt.parameter_shape(*shape)
+    codes = generator.integers(0, 2**fmt.bits, shape[::-1]).astype(np.uint8)
+    zeros = generator.integers(0, 2**fmt.bits, groups).astype(np.uint8) if fmt.is_affine else None
+    scales = generator.uniform(0.01, 0.02, groups).astype(
+        {"fp16": np.float16, "fp32": np.float32}.get(fmt.scales, jnp.bfloat16)
+    )
+    return leaf_of(from_bits(pack(codes, fmt.bits), fmt.bits, shape[0]), scales, zeros, fmt, shape[0], order)
+
+
+def quantized(config, recipe: dict, *, order=None):
+    """A small model whose layers have the formats that `recipe` tells by their names."""
+    model, generator = small_model(config, byte_tokenizer()), np.random.default_rng(0)
+    leaves = flatten(model.params)
+    for path, leaf in leaves.items():
+        fmt = next((fmt for word, fmt in recipe.items() if word in path), None) if path.endswith("kernel") else None
+        if fmt:
+            leaves[path] = random_leaf(leaf.shape, parse_format(fmt), generator, order and order(leaf.shape[0]))
+    return model._replace(params=unflatten(leaves), recipe="a test")
+
+
+def assert_equal(a, b) -> None:
+    """The same codes, scales, zero points and orders."""
+    a, b = flatten(a.params), flatten(b.params)
+    for path, leaf in a.items():
+        assert type(leaf) is type(b[path]), path
+        if isinstance(leaf, Linear):
+            np.testing.assert_array_equal(leaf.inputs[0].index, b[path].inputs[0].index, path)
+            leaf, b[path] = leaf.weight, b[path].weight  # noqa: PLW2901
+        for field in ("codes", "scales", "zeros"):
+            if getattr(leaf, field, None) is not None:
+                np.testing.assert_array_equal(getattr(leaf, field), getattr(b[path], field), path)
+        if not hasattr(leaf, "codes"):
+            np.testing.assert_array_equal(leaf, b[path], path)
+
+
+CASES = {
+    "gptq": ("gptq_v2", {"": "int4-g32"}),
+    "gptq v1, zero points of 0 among them": ("gptq", {"mlp": "int4-g16"}),
+    "gptq 3 bits sym": ("gptq", {"block": "int3-channel-sym"}),
+    "gptq of several bits": ("gptq_v2", {"mlp/down": "int8-g16", "mlp": "int2-g32", "attention": "int4-g32"}),
+    "ct": ("compressed-tensors", {"block": "int4-g32-sym-bf16"}),
+    "ct asym of several bits": ("compressed-tensors", {"mlp": "int3-g16", "attention/o": "int5-channel"}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_reading_back_gives_the_same_codes(case, tmp_path):
+    to, recipe = CASES[case]
+    model = quantized(foreign.llama(vocabulary_size=288), recipe)
+    export(tmp_path / "a", model, to)
+    back = load(tmp_path / "a")
+    assert_equal(model, back)
+    assert back.tokenizer is not None and back.recipe.startswith(f"{to.split('_')[0]} checkpoint: ")
+
+
+def test_inputs_in_another_order(tmp_path):
+    model = quantized(foreign.llama(), {"block": "int4-g16"}, order=np.random.default_rng(0).permutation)
+    with pytest.raises(QjaxError, match=r"compressed-tensors cannot hold .*groups of inputs in another order"):
+        export(tmp_path / "a", model, "compressed-tensors")
+    export(tmp_path / "a", model, "gptq_v2")
+    leaves, back = flatten(model.params), flatten(load(tmp_path / "a").params)
+    for path, leaf in leaves.items():  # the order within a group is not the file's
+        if isinstance(leaf, Linear):
+            np.testing.assert_array_equal(dequantize(leaf), dequantize(back[path]), path)
+            np.testing.assert_array_equal(leaf.weight.scales, back[path].weight.scales, path)
+
+
+def test_layers_stored_side_by_side(tmp_path):
+    model = quantized(tiny_config(**GPT_NEOX | {"layers": 1, "mlp_size": 64}), {"block": "int4-g16"})
+    for to in ("gptq_v2", "compressed-tensors"):
+        export(tmp_path / to, model, to)
+        assert_equal(model, load(tmp_path / to))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "to", "part"),
+    [
+        ({"": "int4-g48"}, "gptq", "groups of 48 of 64 inputs; a power of two .* the nearest recipes that fit: rtn:int4-g32"),
+        ({"": "nf4-g64"}, "gptq", "nf4-g64 is not of integers of 2, 3, 4, 8 bits .* fit: rtn:int4-g64, gptq:int4-g64"),
+        ({"": "int4-g32-z16"}, "gptq", "no place for"),
+        ({"": "int5-g32"}, "gptq", "is not of integers .* rtn:int4-g32"),
+        ({"": "int4-g32-fp32"}, "gptq_v2", "scales are float16 .* rtn:int4-g32"),
+        ({"": "int4-g32-dq"}, "compressed-tensors", "no place for"),
+        ({}, "gptq", "no layer is quantized"),
+        ({"": "int4-g32"}, "ggml", "expected gptq, gptq_v2, compressed-tensors"),
+    ],
+)
+def test_what_a_target_cannot_hold_is_refused(recipe, to, part, tmp_path):
+    model = quantized(foreign.llama(vocabulary_size=288), {f"mlp/down{word}": fmt for word, fmt in recipe.items()})
+    with pytest.raises(QjaxError, match=part):
+        export(tmp_path / "a", model, to)
+    assert not (tmp_path / "a").exists()
+
+
+def test_what_a_layer_does_besides_is_refused(tmp_path):
+    model = quantized(foreign.llama(), {"mlp/down": "int4-g32"})
+    leaves = flatten(model.params)
+    path = "block_0/mlp/down/kernel"
+    for parts, named in (
+        ({"inputs": (Scale(jnp.ones(64, jnp.float16)),)}, "Scale"),
+        ({"activation": "int8-token"}, "activation"),
+    ):
+        changed = model._replace(params=unflatten(leaves | {path: Linear(leaves[path], **parts)}))
+        with pytest.raises(QjaxError, match=f"the layer does more to its input: {named}"):
+            export(tmp_path / "a", changed, "gptq")
+
+
+def test_the_commands(tmp_path, capsys):
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False}
+    expected = foreign.write(tmp_path / "a", settings, foreign.gptq(group=32))
+    (tmp_path / "a/special_tokens_map.json").write_text("{}")
+    main(["export", str(tmp_path / "a"), "--to", "gptq_v2", "--out", str(tmp_path / "b")])
+    foreign.assert_stands_for(load(tmp_path / "b"), expected)
+    main(["dequantize", str(tmp_path / "b"), "--dtype", "fp32", "--out", str(tmp_path / "c"), "--shard-size", "0.00002"])
+    plain = load(tmp_path / "c")
+    foreign.assert_stands_for(plain, expected)
+    assert plain.recipe == "none" and "quantization_config" not in json.loads((tmp_path / "c/config.json").read_text())
+    shards = sorted(path.name for path in (tmp_path / "c").glob("*.safetensors"))
+    assert len(shards) > 2 and shards[0] == f"model-00001-of-{len(shards):05}.safetensors"
+    assert json.loads((tmp_path / "c/model.safetensors.index.json").read_text())["metadata"]["total_size"] > 20_000
+    assert (tmp_path / "b/special_tokens_map.json").exists()
+    with pytest.raises(SystemExit):
+        main(["dequantize", str(tmp_path / "a"), "--dtype", "int8", "--out", str(tmp_path / "d")])
+    assert "expected fp32, bf16, fp16" in capsys.readouterr().err
+
+
+def test_dequantized_weights_are_in_the_type_asked_for(tmp_path):
+    model = quantized(foreign.llama(), {"mlp": "int4-g32"})
+    save_huggingface(tmp_path / "a", model, dtype="bfloat16")
+    tensors = load_file(tmp_path / "a/model.safetensors")
+    assert {array.dtype for array in tensors.values()} == {np.dtype(jnp.bfloat16)}
+    here = dequantize(flatten(model.params)["block_0/mlp/up/kernel"], jnp.bfloat16)
+    np.testing.assert_array_equal(tensors["model.layers.0.mlp.up_proj.weight"], np.asarray(here).T)
+
+
+def test_a_command_leaves_out_what_layers_do_to_their_inputs(tmp_path, capsys):
+    settings = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    expected = foreign.write(tmp_path / "a", settings, foreign_makers.fp8(kind="block", name="weight_scale_inv"))
+    main(["dequantize", str(tmp_path / "a"), "--dtype", "fp32", "--out", str(tmp_path / "b")])
+    assert "left out: layers round their inputs (fp8_e4m3-g128)" in capsys.readouterr().err
+    tensors = load_file(tmp_path / "b/model.safetensors")
+    for name, value in expected.items():
+        np.testing.assert_array_equal(tensors[name], value)
+    assert flatten(without_activations(load(tmp_path / "a").params))["block_0/mlp/up/kernel"].activation is None
+
+
+def test_info_of_what_another_library_quantized(tmp_path, capsys):
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True}
+    foreign.write(tmp_path / "a", settings, foreign.gptq(group=32, symmetric=True))
+    main(["info", str(tmp_path / "a")])
+    assert "as it is stored, gptq checkpoint: int4-g32-sym: 4.500 bits per quantized weight" in capsys.readouterr().out
