@@ -1,8 +1,7 @@
 """What the README shows runs as it stands there."""
 
 import re
-import subprocess
-import sys
+import runpy
 
 import pytest
 
@@ -11,22 +10,27 @@ from qjax.errors import QjaxError
 from qjax.methods import added_methods
 from qjax.recipe import parse_recipe
 from qjax.sweep.measurements.provenance import provenance
+from tests.conftest import first_block
 from tests.paths import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text("utf-8")
 
 
-def test_own_method_from_function_to_figure(tmp_path):
-    """The example, with fewer windows, as a script of its own."""
+@pytest.mark.usefixtures("registries")
+def test_own_method_from_function_to_figure(tmp_path, monkeypatch, capsys):
+    """The example as a script, on the bundled model's first block and fewer windows."""
     (code,) = re.findall(r"<!-- own method -->\n```python\n(.*?)```", README, re.DOTALL)
     assert len(code.splitlines()) < 30
+    model = first_block(tmp_path / "bundled")
+    smaller = {"max_windows=64": "max_windows=4", "windows=32": "windows=4", '"bundled"': f'"{model}"'}
+    for each, other in smaller.items():
+        assert each in code
+        code = code.replace(each, other)
     script = tmp_path / "own.py"
-    script.write_text(code.replace("max_windows=64", "max_windows=4").replace("windows=32", "windows=4"))
-    paths = f"import sys; sys.path.insert(0, {str(REPOSITORY)!r})\n"
-    script.write_text(paths + script.read_text())
-    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    written = [tmp_path / line for line in done.stdout.split()]
+    script.write_text(code)
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(script), run_name="__main__")
+    written = [tmp_path / line for line in capsys.readouterr().out.split()]
     assert {".md", ".tex", ".csv", ".pdf", ".png"} == {path.suffix for path in written}
     (table,) = (tmp_path / "own-results").glob("*.md")
     for recipe in ("rtn:int3-g128", "cut:int3-g128", "cut(sigmas=2.5):int3-g128", "awq+cut:int3-g128", "cut:int4-g128"):
