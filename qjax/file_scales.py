@@ -2,15 +2,30 @@
 
 e4m3_div             8-bit floats divided by one float32 of the weight: NVFP4 as compressed-tensors stores it
 fp32x128, bf16x128   a float for the group of 128 neighbouring columns: tiles of 128 x 128 of FP8 models
+k4, k6, k6s, k8s     codes of 4, 6 or 8 bits (s: of either sign) times a float16 of 256 weights: GGUF's K-quants
 """
 
 import dataclasses
 import math
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
 
-from qjax.scales import LARGEST_E4M3, SCALES, Floats, TwoLevels, nonzero, times_power_of_two
+from qjax.scales import LARGEST_E4M3, SCALES, Floats, TwoLevels, nonzero, of_shape, packed_rows, times_power_of_two
+
+if TYPE_CHECKING:
+    from jax import Array
+
+
+class SuperBlocks(NamedTuple):
+    """Numbers of two levels, code * scale, the scale shared by a super-block of several groups that follow each other.
+
+    Flattened output channel after output channel. codes: (bytes,) uint8, packed (`packing.py`); scales: (super-blocks,)
+    float16.
+    """
+
+    codes: "Array"
+    scales: "Array"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +38,7 @@ class TwoLevelsDivided(TwoLevels):
         """The float32 of the weight."""
         import jax.numpy as jnp
 
-        return LARGEST_E4M3 * bound / nonzero(jnp.max(jnp.abs(largest)))
+        return jnp.minimum(LARGEST_E4M3 * bound / nonzero(jnp.max(jnp.abs(largest))), jnp.finfo(jnp.float32).max)
 
     def times(self, stored, exponent):
         """The float32 of the weight takes the factor's inverse."""
@@ -78,4 +93,77 @@ class Tiles(Floats):
         return stored[:, first // self.width : -(-last // self.width)]
 
 
-SCALES |= {"e4m3_div": TwoLevelsDivided(), "fp32x128": Tiles("float32"), "bf16x128": Tiles("bfloat16")}
+@dataclasses.dataclass(frozen=True)
+class InSuperBlocks(Floats):
+    """Whole multiples of a float16 that `groups` groups share, as in the K-quants of GGUF files: 256 weights in their groups.
+
+    code_bits: of a stored multiple, which is that code less `offset`. What is rounded here takes the scale that its largest
+    number asks for; llama.cpp searches it.
+    """
+
+    dtype: str = "float16"
+    code_bits: int = 6
+    groups: int = 8
+    offset: int = 0
+    movable: ClassVar[bool] = False
+    together: ClassVar[bool] = True
+    label: ClassVar[str] = "K"
+    note: ClassVar[str] = "K: the scales are integers times one float16 of 256 weights."
+
+    @property
+    def signed(self) -> bool:
+        """Whether multiples may be negative."""
+        return self.offset > 0
+
+    def nbytes(self, count):
+        """Codes, and a float16 for each super-block."""
+        return packed_rows(count, self.code_bits) + 2 * math.ceil(count / self.groups)
+
+    def store(self, scale, common, flat):
+        """SuperBlocks, flattened in any format."""
+        import jax.numpy as jnp
+
+        from qjax import packing
+
+        scale = scale.T.reshape(-1)
+        blocks = jnp.pad(scale, (0, -scale.size % self.groups)).reshape(-1, self.groups)
+        highest = 2**self.code_bits - 1 - self.offset
+        shared = super()._narrow(jnp.max(jnp.abs(blocks), axis=1) / highest, None)
+        codes = jnp.round(blocks / nonzero(shared.astype(jnp.float32))[:, None])
+        codes = (jnp.clip(codes, -self.offset, highest) + self.offset).astype(jnp.uint8).reshape(-1)[: scale.size]
+        return SuperBlocks(packing.pack(codes[:, None], self.code_bits)[:, 0], shared)
+
+    def columns(self, stored, shape, index, flat):
+        """None: super-blocks may go over the ends of columns."""
+        del stored, shape, index, flat
+
+    def times(self, stored, exponent):
+        """The float16 numbers take the factor."""
+        import jax.numpy as jnp
+
+        return stored._replace(scales=super()._narrow(times_power_of_two(stored.scales.astype(jnp.float32), exponent), None))
+
+    def strained(self, stored, bits):
+        """None: a scale of 0 may be the nearest multiple."""
+        del stored, bits
+
+    def load(self, stored, shape):
+        """Each code's multiple."""
+        import jax.numpy as jnp
+
+        from qjax import packing
+
+        codes = packing.unpack(stored.codes[:, None], self.code_bits, math.prod(shape))[:, 0].astype(jnp.float32)
+        scales = jnp.repeat(stored.scales.astype(jnp.float32), self.groups)[: codes.size]
+        return of_shape((codes - self.offset) * scales, shape)
+
+
+SCALES |= {
+    "e4m3_div": TwoLevelsDivided(),
+    "fp32x128": Tiles("float32"),
+    "bf16x128": Tiles("bfloat16"),
+    "k4": InSuperBlocks(code_bits=4, groups=16),
+    "k6": InSuperBlocks(code_bits=6, groups=8),
+    "k6s": InSuperBlocks(code_bits=6, groups=16, offset=32),
+    "k8s": InSuperBlocks(code_bits=8, groups=16, offset=128),
+}

@@ -1,18 +1,17 @@
-"""Writing files so that a reader sees a whole file or none, and a person sees one line when it fails.
+"""Writing files so that a reader sees a whole file or none, one writer at a time where that matters, and a person sees one line
+when it fails.
 
 Reading is in `untrusted.py`.
 """
 
+import contextlib
 import hashlib
 import os
-import platform
-import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from qjax.errors import QjaxError
-
-HOST = f"{zlib.crc32(platform.node().encode()):08x}"  # this machine, among those that share a file system
+from qjax.place import place_mark
 
 
 def expand(path: str | Path) -> Path:
@@ -32,6 +31,12 @@ def looks_like_a_path(name: str | Path) -> bool:
 def reason(error: OSError) -> str:
     """What went wrong, without the errno and the path that str(error) would add."""
     return error.strerror or str(error) or type(error).__name__
+
+
+def unwritable(path: str | Path, error: OSError | ValueError) -> QjaxError:
+    """The error of a file or folder that cannot be written."""
+    why = reason(error) if isinstance(error, OSError) else str(error)
+    return QjaxError(f"cannot write {path}: {why}; choose a writable folder with free space, and run again")
 
 
 def write_atomically(path: str | Path, content: bytes | str | Callable[[Path], None]) -> None:
@@ -55,13 +60,36 @@ def write_atomically(path: str | Path, content: bytes | str | Callable[[Path], N
             temporary.unlink(missing_ok=True)
         sync(path.parent)
     except OSError as error:
-        raise QjaxError(f"cannot write {path}: {reason(error)}; choose a writable folder with free space") from error
+        raise unwritable(path, error) from error
 
 
 def temporary_of(path: Path) -> Path:
     """Beside `path`: what this process calls it until it is whole (`folders.py` sweeps those of dead processes)."""
     name = path.name.encode()[:200].decode(errors="ignore")  # a name has room for 255 bytes
-    return path.with_name(f".{name}.{HOST}-{os.getpid()}.tmp")
+    return path.with_name(f".{name}.{place_mark()}-{os.getpid()}.tmp")
+
+
+@contextlib.contextmanager
+def locked(file: Path, *, on_wait: Callable[[], None], patience: float = 0.0) -> Iterator[None]:
+    """Holds a lock file, which stays: of all processes on all machines that see it, one at a time; not to be nested.
+
+    A process that dies gives it back. on_wait: called whenever another has had it for `patience` seconds; what it raises ends
+    the waiting. Raises QjaxError where the file system has no locks.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(file)
+    while not lock.is_locked:
+        try:
+            lock.acquire(timeout=patience)
+        except Timeout:
+            on_wait()
+        except OSError as error:
+            raise unwritable(file, error) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _umask() -> int:

@@ -1,6 +1,6 @@
 """Folders that are written: whole or not at all, and never over what is read.
 
-    .NAME.HOST-PID.tmp   a file or folder that a process is writing or taking away; of a dead one, the next run sweeps it
+    .NAME.PLACE-PID.tmp  a file or folder that a process is writing or taking away; of a dead one, the next run sweeps it
     .NAME.old            what had the name, between the two renamings of `take_name`
 
 Whoever finds NAME missing takes .NAME.old (`standing`): a kill at any moment leaves the old folder or the new one to be loaded.
@@ -15,7 +15,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from qjax.errors import QjaxError
-from qjax.files import HOST, expand, reason, sync, temporary_of
+from qjax.files import expand, sync, temporary_of, unwritable
+from qjax.place import is_gone, place_mark
 from qjax.untrusted import status
 
 DAY = 86400.0  # seconds after which what another machine was writing counts as left behind
@@ -36,7 +37,7 @@ def new_folder(path: str | Path, *, overwrite: bool = False, replaces: Iterable[
     replaces: glob patterns of files that the new ones stand for; others of an earlier folder are kept. Raises QjaxError for a
     folder that holds anything, unless `overwrite`, and where it cannot be written; nothing is left behind then.
     """
-    target = claim(path, overwrite=overwrite)
+    target = require_place(path, overwrite=overwrite)
     temporary = temporary_of(target)
     try:
         _remove(temporary)
@@ -46,12 +47,12 @@ def new_folder(path: str | Path, *, overwrite: bool = False, replaces: Iterable[
     except QjaxError as error:
         raise QjaxError(str(error).replace(str(temporary), str(target))) from error
     except OSError as error:
-        raise _unwritable(target, error) from error
+        raise unwritable(target, error) from error
     finally:
         _remove(temporary)
 
 
-def claim(path: str | Path, *, overwrite: bool = False) -> Path:
+def require_place(path: str | Path, *, overwrite: bool = False) -> Path:
     """The place of a model's folder, resolved, after proof that one may be made there; it is not made yet.
 
     Raises QjaxError for a folder that holds anything, unless `overwrite`, or a sweep's rows, for one that cannot be replaced,
@@ -61,7 +62,7 @@ def claim(path: str | Path, *, overwrite: bool = False) -> Path:
     try:
         target = path.resolve()
         if target.exists() and not target.is_dir():
-            raise QjaxError(f"cannot write into {path}: it is a file; name a folder")
+            raise QjaxError(f"cannot write {path}: it is a file; name a folder")
         target.parent.mkdir(parents=True, exist_ok=True)
         _probe(target.parent)
         sweep(target.parent)
@@ -74,7 +75,7 @@ def claim(path: str | Path, *, overwrite: bool = False) -> Path:
         if Path.cwd().is_relative_to(target):
             raise QjaxError(f"{path} is the folder you are in, which cannot be replaced; name a folder in it")
     except (OSError, ValueError) as error:
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
     return target
 
 
@@ -101,12 +102,12 @@ def prepare_output_folder(path: str | Path) -> Path:
     path = expand(path)
     try:
         if path.exists() and not path.is_dir():
-            raise QjaxError(f"cannot write into {path}: it is a file; name a folder")
+            raise QjaxError(f"cannot write {path}: it is a file; name a folder")
         path.mkdir(parents=True, exist_ok=True)
         _probe(path)
         sweep(path)
     except (OSError, ValueError) as error:
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
     return path
 
 
@@ -127,15 +128,11 @@ def sweep(folder: Path) -> None:
                     _remove(path)
 
 
-def _is_left(path: Path, host: str, process: int) -> bool:
-    """Whether a temporary's process is gone; one of another machine cannot be asked, only waited for."""
-    if host != HOST or os.name != "posix":
-        return time.time() - path.lstat().st_mtime > DAY
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return True
-    return False
+def _is_left(path: Path, place: str, process: int) -> bool:
+    """Whether a temporary's process is gone; one of another place cannot be asked, only waited for."""
+    if place == place_mark() and os.name == "posix":
+        return is_gone(process)
+    return time.time() - path.lstat().st_mtime > DAY
 
 
 def _old(target: Path) -> Path:
@@ -170,8 +167,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _unwritable(path: Path, error: OSError | ValueError) -> QjaxError:
-    why = reason(error) if isinstance(error, OSError) else str(error)
-    return QjaxError(f"cannot write into {path}: {why}; choose a writable folder with free space")

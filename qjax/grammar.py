@@ -1,12 +1,19 @@
 """The words of a recipe, and which of them are known: all that can be said of one without the methods themselves, or JAX.
 
-`recipe.py` makes a Recipe of them, `methods.py` says what a method is. Commands ask here first, so that a mistake in a name is
-answered at once.
+`recipe.py` makes a Recipe of them, `methods.py` says what a method is. Commands ask here first, so that a mistake in a name or
+an option is answered at once.
 """
 
+import ast
 import difflib
+import functools
+import importlib.util
+import inspect
+import math
 import re
-from collections.abc import Callable, Collection
+import types
+import typing
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 from qjax.errors import QjaxError
@@ -21,6 +28,7 @@ METHODS: dict[str, dict[str, str | Callable]] = {
     "block refiner": {},
     "order": {name: f"qjax.calibrate.order:{name}" for name in ("parallel", "block", "sequential", "qep")},
 }
+SPELLED = {kind.__name__: kind for kind in (bool, int, float, str)}  # types of options
 FIRST = {"transform": 0, "rounding": 1, "refiner": 2, "block refiner": 3}  # the order of kinds in a recipe
 
 
@@ -95,6 +103,103 @@ def split_stage(where: str, text: str, known: Collection[str], what: str) -> tup
     return name, options
 
 
+def read_stages(
+    where: str, written: Sequence[tuple[str, dict[str, str]]], options_of: Callable[[str], Mapping[str, inspect.Parameter]]
+) -> list[tuple[str, tuple[tuple[str, object], ...]]]:
+    """Names of stages with the options that differ from their defaults, sorted by name.
+
+    options_of: a method's options. Raises QjaxError for unknown ones and values of another type.
+    """
+    stages = []
+    for name, given in written:
+        options = dict(given)
+        if name == "gptq" and "block" in options:  # as it was once called
+            options["panel"] = options.pop("block")
+        sweeps = options.pop("refine", "0") if name == "gptq" else "0"
+        if not sweeps.isdecimal():
+            raise QjaxError(f"{where}: gptq(refine=...) expects a number of sweeps, 0 for none, got {sweeps!r}")
+        stages.append((name, _read_options(where, name, options, options_of(name))))
+        if int(sweeps):  # as gptq(refine=4) was once spelled
+            shared = {option: options[option] for option in ("damp", "panel") if option in options}
+            stages.append(("descend", _read_options(where, "descend", {"sweeps": sweeps, **shared}, options_of("descend"))))
+    return stages
+
+
+def _read_options(
+    where: str, name: str, given: Mapping[str, str], allowed: Mapping[str, inspect.Parameter]
+) -> tuple[tuple[str, object], ...]:
+    options = {}
+    for key, value in given.items():
+        if key not in allowed:
+            defaults = ", ".join(f"{option}={show(allowed[option].default)}" for option in allowed) or "none"
+            item = f"{key}={value}" if value else key
+            raise QjaxError(f"{where}: {name} has no option {item.strip()!r}; allowed, with defaults: {defaults}")
+        options[key] = _convert(where, name, allowed[key], value)
+    return tuple(sorted((key, value) for key, value in options.items() if value != allowed[key].default))
+
+
+def _convert(where: str, name: str, option: inspect.Parameter, text: str) -> object:
+    kind, optional = option.annotation, types.NoneType in typing.get_args(option.annotation)
+    if optional:
+        (kind,) = (part for part in typing.get_args(kind) if part is not types.NoneType)
+        if text.lower() == "none":
+            return None
+    choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
+    kind = type(choices[0]) if choices else kind
+    try:
+        value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+        if kind is float and not math.isfinite(value):
+            raise ValueError
+    except (ValueError, KeyError):
+        expected = f"{'a finite ' if kind is float else ''}{kind.__name__}{' or none' if optional else ''}"
+        raise QjaxError(f"{where}: {name}({option.name}=...) expects {expected}, got {text!r}") from None
+    if choices and value not in choices:
+        raise QjaxError(f"{where}: {name}({option.name}=...) is one of {', '.join(map(str, choices))}, got {text!r}")
+    return value
+
+
+def show(value: object) -> str:
+    """An option's value as a recipe spells it."""
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+@functools.cache
+def options_in_source(name: str) -> dict[str, inspect.Parameter]:
+    """A method's options as its source spells them, nothing of which is run: the keyword-only arguments of a type that a recipe
+    can spell; what has words for a default takes any word here.
+    """
+    module, function = METHODS[kind_of(name)][name].split(":")
+    body = ast.parse(importlib.util.find_spec(module).loader.get_source(module)).body
+    (found,) = (node.args for node in body if isinstance(node, ast.FunctionDef) and node.name == function)
+    options = {}
+    for argument, written in zip(found.kwonlyargs, found.kw_defaults, strict=True):
+        kind, default = ast.unparse(argument.annotation), written and ast.literal_eval(written)
+        of = SPELLED.get(kind.removesuffix(" | None")) or (str if isinstance(default, str) else None)
+        if of is not None:
+            kind = of | None if kind.endswith(" | None") else of
+            options[argument.arg] = inspect.Parameter(
+                argument.arg, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind
+            )
+    return options
+
+
+def _options(name: str) -> Mapping[str, inspect.Parameter]:
+    """Of a method from outside the package, those of the function."""
+    function = METHODS[kind_of(name)][name]
+    if isinstance(function, str):
+        return options_in_source(name)
+    parameters = inspect.signature(function, eval_str=True).parameters.values()
+    return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and is_readable(p.annotation)}
+
+
+def is_readable(annotation: object) -> bool:
+    """Whether a recipe can spell values of a type."""
+    parts = [part for part in typing.get_args(annotation) if part is not types.NoneType]
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return len(parts) == 1 and is_readable(parts[0])
+    return annotation in (bool, int, float, str) or typing.get_origin(annotation) is typing.Literal
+
+
 def split_rule(text: str) -> tuple[str, str]:
     """Pattern and recipe of a rule; raises QjaxError for a missing part and a bad pattern."""
     pattern, equals, recipe = text.partition("=")
@@ -121,4 +226,24 @@ def answered(text: str, parse: Callable[[str], T]) -> T:
 def require_words(recipe: str) -> None:
     """Raises QjaxError for a recipe of unknown words."""
     if recipe.strip().lower() != UNQUANTIZED:
-        answered(recipe.strip(), split_recipe)
+        answered(recipe.strip(), _check_recipe)
+
+
+def _check_recipe(text: str) -> None:
+    where, words = f"recipe {text!r}", split_recipe(text)
+    read_stages(where, words.stages, _options)
+    if words.order is not None:
+        require_order(where, words.order)
+
+
+def require_method(text: str) -> None:
+    """Raises QjaxError for a recipe without its format that has unknown words."""
+    where, (stages, at, order) = f"method {text!r}", text.partition("@")
+    read_stages(where, split_stages(where, stages), _options)
+    if at:
+        require_order(where, order)
+
+
+def require_order(where: str, text: str) -> None:
+    """Raises QjaxError, which begins with `where`, for an order of unknown words."""
+    read_stages(where, [split_stage(where, text, names("order"), "order of calibration")], _options)

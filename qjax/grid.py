@@ -28,8 +28,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 
 from qjax.errors import QjaxError
+from qjax.file_scales import SuperBlocks
 from qjax.formats import Format, not_rounded_to
-from qjax.scales import QuantizedScales, ScaledFloats, SuperBlocks, nonzero
+from qjax.scales import QuantizedScales, ScaledFloats, nonzero
 
 FLOAT8 = {"fp8_e4m3": jnp.float8_e4m3fn, "fp8_e5m2": jnp.float8_e5m2}
 StoredScales = jax.Array | QuantizedScales | ScaledFloats | SuperBlocks

@@ -21,8 +21,6 @@ import functools
 import importlib
 import inspect
 import re
-import types
-import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -32,7 +30,7 @@ from qjax.calibrate.statistics import STATISTICS, Statistic
 from qjax.codebooks import Codebook, codebooks
 from qjax.errors import QjaxError
 from qjax.formats import ALIASES, GRIDS, UNQUANTIZED, Format, from_outside, parse_format
-from qjax.grammar import METHODS, kind_of, names
+from qjax.grammar import METHODS, is_readable, kind_of, names, show
 from qjax.maps import MAPS, InputMap
 from qjax.registry import forget, forgotten_in_scope, forgotten_on_change
 from qjax.rounding.parts.feedback import factorize
@@ -133,11 +131,6 @@ class Stage:
         return method(self.name)(*arguments, **taken, **dict(self.options))
 
 
-def show(value: object) -> str:
-    """An option's value as a recipe spells it."""
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
-
-
 @forgotten_on_change
 @functools.cache
 def method(name: str) -> Callable:
@@ -201,7 +194,7 @@ def _check_signature(name: str, kind: str, function: Callable) -> None:
         parameters = inspect.signature(function).parameters.values()
     positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
     options = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in GIVENS]
-    wrong = [p.name for p in options if p.default is p.empty or not _is_readable(p.annotation)]
+    wrong = [p.name for p in options if p.default is p.empty or not is_readable(p.annotation)]
     if len(positional) != 2 or wrong or set(positional) & set(GIVENS):
         first = {"refiner": "weight, start", "block refiner": "block, start", "transform": "weights, fmt"}.get(
             kind, "weight, fmt"
@@ -213,14 +206,6 @@ def _check_signature(name: str, kind: str, function: Callable) -> None:
         )
     if unfit := [p.name for p in parameters if p.name in GIVENS and kind not in GIVENS[p.name].kinds]:
         raise QjaxError(f"register: {name}: {', '.join(unfit)} cannot be given to a {kind}, only to a transform")
-
-
-def _is_readable(annotation: object) -> bool:
-    """Whether a recipe can spell values of a type."""
-    parts = [part for part in typing.get_args(annotation) if part is not types.NoneType]
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return len(parts) == 1 and _is_readable(parts[0])
-    return annotation in (bool, int, float, str) or typing.get_origin(annotation) is typing.Literal
 
 
 def register_statistic(name: str, statistic: Statistic) -> Statistic:

@@ -17,17 +17,13 @@
 
 import dataclasses
 import functools
-import inspect
-import math
-import types
-import typing
 from collections.abc import Sequence
 
 from qjax.activations import Activation, parse_activation, static_scale
 from qjax.calibrate.statistics import read_by
 from qjax.errors import QjaxError
 from qjax.formats import Format, not_rounded_to
-from qjax.grammar import FIRST, answered, split_recipe, split_stage, split_stages
+from qjax.grammar import FIRST, answered, read_stages, split_recipe, split_stage, split_stages
 from qjax.methods import (
     FOLLOWED_BY,
     UNQUANTIZED,
@@ -36,7 +32,6 @@ from qjax.methods import (
     kind_of,
     names,
     options_of,
-    show,
     sources,
 )
 from qjax.registry import forgotten_on_change
@@ -126,8 +121,7 @@ def parse_order(text: str) -> Stage:
 
 
 def _parse_order(where: str, text: str) -> Stage:
-    name, options = split_stage(where, text, names("order"), "order of calibration")
-    stage = _stage(where, name, options)
+    (stage,) = _stages(where, [split_stage(where, text, names("order"), "order of calibration")])
     stage()  # raises for options out of range
     return stage
 
@@ -178,53 +172,8 @@ def _by_kind(where: str, stages: Sequence[Stage]) -> dict[str, object]:
     return {"transforms": transforms, "rounding": rounding, "refiners": refiners, "block_refiners": block_refiners}
 
 
-def _stages(where: str, given: Sequence[tuple[str, dict[str, str]]]) -> list[Stage]:
-    stages = []
-    for name, written in given:
-        options = dict(written)
-        if name == "gptq" and "block" in options:  # as it was once called
-            options["panel"] = options.pop("block")
-        sweeps = options.pop("refine", "0") if name == "gptq" else "0"
-        if not sweeps.isdecimal():
-            raise QjaxError(f"{where}: gptq(refine=...) expects a number of sweeps, 0 for none, got {sweeps!r}")
-        stages.append(_stage(where, name, options))
-        if int(sweeps):  # as gptq(refine=4) was once spelled
-            shared = {option: options[option] for option in ("damp", "panel") if option in options}
-            stages.append(_stage(where, "descend", {"sweeps": sweeps, **shared}))
-    return stages
-
-
-def _stage(where: str, name: str, given: dict[str, str]) -> Stage:
-    """A stage of options as they are written; raises QjaxError for unknown ones and values of another type."""
-    allowed, options = options_of(name), {}
-    for key, value in given.items():
-        if key not in allowed:
-            defaults = ", ".join(f"{option}={show(allowed[option].default)}" for option in allowed) or "none"
-            item = f"{key}={value}" if value else key
-            raise QjaxError(f"{where}: {name} has no option {item.strip()!r}; allowed, with defaults: {defaults}")
-        options[key] = _convert(where, name, allowed[key], value)
-    changed = {key: value for key, value in options.items() if value != allowed[key].default}
-    return Stage(name, tuple(sorted(changed.items())))
-
-
-def _convert(where: str, name: str, option: inspect.Parameter, text: str) -> object:
-    kind, optional = option.annotation, types.NoneType in typing.get_args(option.annotation)
-    if optional:
-        (kind,) = (part for part in typing.get_args(kind) if part is not types.NoneType)
-        if text.lower() == "none":
-            return None
-    choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
-    kind = type(choices[0]) if choices else kind
-    try:
-        value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
-        if kind is float and not math.isfinite(value):
-            raise ValueError
-    except (ValueError, KeyError):
-        expected = f"{'a finite ' if kind is float else ''}{kind.__name__}{' or none' if optional else ''}"
-        raise QjaxError(f"{where}: {name}({option.name}=...) expects {expected}, got {text!r}") from None
-    if choices and value not in choices:
-        raise QjaxError(f"{where}: {name}({option.name}=...) is one of {', '.join(map(str, choices))}, got {text!r}")
-    return value
+def _stages(where: str, written: Sequence[tuple[str, dict[str, str]]]) -> list[Stage]:
+    return [Stage(*each) for each in read_stages(where, written, options_of)]
 
 
 def method_name(recipe: Recipe | None) -> str:

@@ -4,7 +4,6 @@
     e8m0, e8m0_ceil, e8m0_even      powers of two in a byte, of the Microscaling formats
     e4m3                            8-bit floats times one float32 of the whole weight: NVFP4
     dq                              8-bit codes, in turn with scales and a mean: QLoRA's double quantization
-    k4, k6, k6s, k8s                codes of 4, 6 or 8 bits (s: of either sign) times a float16 of 256 weights: GGUF's K-quants
 
 Nothing outside this file and `file_scales.py`, which has those of other libraries' files, tests for one of them: it asks the
 codec. A codec stores float32 scales (groups, columns) and loads them; `flat` formats keep them as one axis, output channel
@@ -38,17 +37,6 @@ class QuantizedScales(NamedTuple):
     codes: "Array"
     scales: "Array"
     offset: "Array"
-
-
-class SuperBlocks(NamedTuple):
-    """Numbers of two levels, code * scale, the scale shared by a super-block of several groups that follow each other.
-
-    Flattened output channel after output channel. codes: (bytes,) uint8, packed (`packing.py`); scales: (super-blocks,)
-    float16.
-    """
-
-    codes: "Array"
-    scales: "Array"
 
 
 class ScaledFloats(NamedTuple):
@@ -326,71 +314,6 @@ class Nested(Floats):
         return of_shape((products + stored.offset).astype(jnp.float32), shape)
 
 
-@dataclasses.dataclass(frozen=True)
-class InSuperBlocks(Floats):
-    """Whole multiples of a float16 that `groups` groups share, as in the K-quants of GGUF files: 256 weights in their groups.
-
-    code_bits: of a stored multiple, which is that code less `offset`. What is rounded here takes the scale that its largest
-    number asks for; llama.cpp searches it.
-    """
-
-    dtype: str = "float16"
-    code_bits: int = 6
-    groups: int = 8
-    offset: int = 0
-    movable: ClassVar[bool] = False
-    together: ClassVar[bool] = True
-    label: ClassVar[str] = "K"
-    note: ClassVar[str] = "K: the scales are integers times one float16 of 256 weights."
-
-    @property
-    def signed(self) -> bool:
-        """Whether multiples may be negative."""
-        return self.offset > 0
-
-    def nbytes(self, count):
-        """Codes, and a float16 for each super-block."""
-        return packed_rows(count, self.code_bits) + 2 * math.ceil(count / self.groups)
-
-    def store(self, scale, common, flat):
-        """SuperBlocks, flattened in any format."""
-        import jax.numpy as jnp
-
-        from qjax import packing
-
-        scale = scale.T.reshape(-1)
-        blocks = jnp.pad(scale, (0, -scale.size % self.groups)).reshape(-1, self.groups)
-        highest = 2**self.code_bits - 1 - self.offset
-        shared = super()._narrow(jnp.max(jnp.abs(blocks), axis=1) / highest, None)
-        codes = jnp.round(blocks / nonzero(shared.astype(jnp.float32))[:, None])
-        codes = (jnp.clip(codes, -self.offset, highest) + self.offset).astype(jnp.uint8).reshape(-1)[: scale.size]
-        return SuperBlocks(packing.pack(codes[:, None], self.code_bits)[:, 0], shared)
-
-    def columns(self, stored, shape, index, flat):
-        """None: super-blocks may go over the ends of columns."""
-        del stored, shape, index, flat
-
-    def times(self, stored, exponent):
-        """The float16 numbers take the factor."""
-        import jax.numpy as jnp
-
-        return stored._replace(scales=super()._narrow(times_power_of_two(stored.scales.astype(jnp.float32), exponent), None))
-
-    def strained(self, stored, bits):
-        """None: a scale of 0 may be the nearest multiple."""
-        del stored, bits
-
-    def load(self, stored, shape):
-        """Each code's multiple."""
-        import jax.numpy as jnp
-
-        from qjax import packing
-
-        codes = packing.unpack(stored.codes[:, None], self.code_bits, math.prod(shape))[:, 0].astype(jnp.float32)
-        scales = jnp.repeat(stored.scales.astype(jnp.float32), self.groups)[: codes.size]
-        return of_shape((codes - self.offset) * scales, shape)
-
-
 def times_power_of_two(x: "Array", exponent: "int | Array") -> "Array":
     """float32 x * 2^exponent, |exponent| up to 250: exact where the result is a normal number. x itself for a Python 0."""
     import jax
@@ -450,8 +373,4 @@ SCALES: dict[str, Floats] = {
     "e8m0_even": PowersOfTwo(rule="even"),
     "e4m3": TwoLevels(),
     "dq": Nested(),
-    "k4": InSuperBlocks(code_bits=4, groups=16),
-    "k6": InSuperBlocks(code_bits=6, groups=8),
-    "k6s": InSuperBlocks(code_bits=6, groups=16, offset=32),
-    "k8s": InSuperBlocks(code_bits=8, groups=16, offset=128),
 }

@@ -127,13 +127,15 @@ def read_archive(path: str | Path, wanted: Callable[[str], bool], limit: int = T
     return contents
 
 
-def lines(path: str | Path, limit: int = JSON_BYTES) -> Iterator[tuple[int, bytes]]:
-    """Number and bytes, its end included, of every line, one after the other in memory.
+def lines(path: str | Path, limit: int = JSON_BYTES, *, first: int = 1, start: int = 0) -> Iterator[tuple[int, bytes]]:
+    """Number and bytes, its end included, of every line, one after the other in memory; from byte `start`, where line number
+    `first` begins.
 
     Raises QjaxError where the file is unreadable and for a line of more than `limit` bytes.
     """
     with open_regular(path) as file:
-        for number in itertools.count(1):
+        file.seek(start)
+        for number in itertools.count(first):
             line = file.readline(limit + 1)
             if not line:
                 return

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from qjax.scales import SCALES, InSuperBlocks, laid, of_shape, packed_rows
+from qjax.file_scales import SCALES, InSuperBlocks
+from qjax.scales import laid, of_shape, packed_rows
 
 if TYPE_CHECKING:
     from jax import Array

@@ -85,6 +85,42 @@ GEMMA3 = GEMMA | {
     "attention_scale": 0.25,
     "logit_softcap": 5.0,
 }
+OLMO2 = {"family": "olmo2", "norm_places": "after", "qk_norm": "width"}
+COHERE = {
+    "family": "cohere",
+    "norm": "layer_scale",
+    "parallel_residual": True,
+    "shared_norm": True,
+    "rope_interleaved": True,
+    "qk_norm": "each_head",
+    "logit_scale": 0.5,
+    "tied": True,
+}
+BLOOM = GPT2 | {"family": "bloom", "positions": "alibi", "embedding_norm": True}
+FALCON = GPT2 | {
+    "family": "falcon",
+    "kv_heads": 1,
+    "activation": "gelu",
+    "positions": "alibi_scaled",
+    "qkv_bias": False,
+    "attention_output_bias": False,
+    "mlp_bias": False,
+    "parallel_residual": True,
+    "shared_norm": True,
+}
+SMOLLM3 = {
+    "family": "smollm3",
+    "kinds": (LayerKind(rope_theta=2e6), LayerKind(sliding_window=5, positions="none", rope_theta=2e6)),
+    "rope_theta": 2e6,
+    "tied": True,
+}
+FURTHER_CHANGES = {  # of families that differ from those below in what few tests are about
+    "olmo2": OLMO2,
+    "cohere": COHERE,
+    "bloom": BLOOM,
+    "falcon": FALCON,
+    "smollm3": SMOLLM3,
+}
 FAMILY_CHANGES = {  # family -> what makes `tiny_config` one of it
     "llama": {},
     "mistral": {"family": "mistral", "sliding_window": 5},

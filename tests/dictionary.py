@@ -1,5 +1,5 @@
 """The columns that are described, for tests that find undescribed ones: of cells where the measurements declare them, of other
-rows in results/README.md.
+rows in results/columns.md.
 """
 
 import re
@@ -8,13 +8,13 @@ from collections.abc import Iterable, Mapping
 from qjax.sweep.columns import column_of
 from tests.paths import REPOSITORY
 
-README = REPOSITORY / "results" / "README.md"
+COLUMNS = REPOSITORY / "results" / "columns.md"
 CELLS, LAYERS, OTHERS = "Columns of `rows.jsonl`", "Columns of `layers.jsonl`", "Columns of other rows"
 
 
 def section(heading: str) -> str:
-    """What stands under a heading of results/README.md."""
-    return README.read_text().partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    """What stands under a heading of results/columns.md."""
+    return COLUMNS.read_text().partition(f"## {heading}\n")[2].partition("\n## ")[0]
 
 
 def described(heading: str) -> set[str]:

@@ -66,7 +66,7 @@ def random_rows(name: str, rows: int, inputs: int, seed: int = 0) -> np.ndarray:
 
 
 def model_values(model: Model, architecture: str = "llama") -> dict[str, object]:
-    """The keys of a Llama-like model."""
+    """The keys of a Llama-like model, or of GPT-2."""
     c = model.config
     own = {
         "context_length": c.context,
@@ -81,6 +81,9 @@ def model_values(model: Model, architecture: str = "llama") -> dict[str, object]
         "rope.freq_base": c.rope_theta,
         "rope.dimension_count": c.head_dim,
     }
+    if architecture == "gpt2":
+        known = ("context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count")
+        own = {key: own[key] for key in known} | {"attention.layer_norm_epsilon": c.norm_epsilon}
     return {"general.architecture": architecture} | {f"{architecture}.{key}": value for key, value in own.items()}
 
 

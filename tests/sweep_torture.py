@@ -35,6 +35,7 @@ SHARING = ("gptq:int4-channel@parallel", "gptq:int2-channel@parallel")
 SEEDS = (0, 1)
 CELLS = 2 * (1 + len(RECIPES) + len(SEEDS) * len(SHARING))
 STALE_SECONDS = 2.0
+PATIENCE = 3600.0  # seconds after which a worker hangs, on a machine that is busy with other things too
 
 
 def sweep() -> Sweep:
@@ -103,12 +104,12 @@ def rounds(count: int, seed: int, folder: Path) -> dict[str, int]:
     draw = random.Random(seed)
     counts = dict.fromkeys(("killed before the end", "killed after", "frozen before the end", "frozen past its claims"), 0)
     processes = [Process() for _ in range(4)]
-    lasts = processes[0].said(600)
+    lasts = processes[0].said(PATIENCE)
     processes[0].pipe.send(str(folder / "once"))
-    assert processes[0].said(600) == CELLS
+    assert processes[0].said(PATIENCE) == CELLS
     expected = figures(folder / "once")
     for process in processes[1:]:
-        process.said(600)
+        process.said(PATIENCE)
     for number in range(count):
         processes = one_round(folder / str(number), expected, processes, draw, lasts, counts)
         print(f"round {number + 1}: every cell once, bit-equal; {counts}", flush=True)
@@ -138,12 +139,12 @@ def one_round(
         counts["frozen before the end"] += what == signal.SIGSTOP and unfinished
         counts["frozen past its claims"] += what == signal.SIGSTOP and unfinished and asleep > STALE_SECONDS
     survivors = [process for process in processes if process not in killed]
-    assert [process.said(300) for process in survivors] == [CELLS, CELLS]
+    assert [process.said(PATIENCE) for process in survivors] == [CELLS, CELLS]
     assert figures(folder) == expected
     assert not (folder / CLAIMS).exists(), "claims were left"
     fresh = [Process() for _ in killed]
     for process in fresh:
-        process.said(600)
+        process.said(PATIENCE)
     return [*survivors, *fresh]
 
 

@@ -12,8 +12,10 @@ import pytest
 
 from qjax.calibrate.tokens import Calibration
 from qjax.errors import QjaxWarning
+from qjax.numbers import NotFiniteError
+from qjax.place import this_place
 from qjax.sweep import claims, runner, store, worker
-from qjax.sweep.claims import CLAIMS, Claims, holders, this_place
+from qjax.sweep.claims import CLAIMS, Claims, holders
 from qjax.sweep.quantizer import made_together, part_of
 from qjax.sweep.runner import Watcher, cell_states, run_sweep
 from qjax.sweep.store import LAYERS, LOCK, ROWS, append_row, locked, read_rows
@@ -144,6 +146,75 @@ def test_workers_at_once_measure_every_cell_once(tiny_model, tmp_path, monkeypat
     layers = [json.loads(line) for line in (tmp_path / "many" / LAYERS).read_text().splitlines()]
     assert len({(row["key"], row["path"]) for row in layers}) == len(layers) == 2 * 14 * 2
     assert not (tmp_path / "many" / CLAIMS).exists()
+
+
+def test_a_cell_without_figures_is_tried_once_a_run(tiny_model, tmp_path, monkeypatch):
+    """By whichever of those at work; all of them say why. The next run tries again."""
+    monkeypatch.setattr(worker, "FIRST_PAUSE", 0.01)
+    asked, tried, told = dataclasses.replace(ASKED, corpora=CORPORA[:1]), [], []
+    honest, together = runner._measured, threading.Barrier(2)
+
+    def measure(cell, head, **options):
+        if head["recipe"] == "rtn:int4-channel":
+            tried.append(head["key"])
+            raise NotFiniteError("losses: not finite")
+        return honest(cell, head, **options)
+
+    class Both(Watcher):
+        def cell(self, number, total, recipe, corpus):
+            if recipe == "none":
+                together.wait(60)  # both have begun
+
+        def waiting(self, cells):
+            if together.n_waiting:
+                together.wait(60)
+
+    def run():
+        with pytest.raises(
+            NotFiniteError, match=r"^rtn:int4-channel on dickens has no row: losses: not finite; every"
+        ) as error:
+            run_sweep(tiny_model, asked, tmp_path, Both(), workers=2)
+        told.append(str(error.value))
+
+    monkeypatch.setattr(runner, "_measured", measure)
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(tried) == 1 and len(told) == 2 and told[0] == told[1]
+    assert [row["recipe"] for row in read_rows(tmp_path / ROWS)] == ["none", "rtn:nf4-g64"]
+    assert not (tmp_path / CLAIMS).exists()
+    with pytest.raises(NotFiniteError):
+        run_sweep(tiny_model, asked, tmp_path)
+    assert len(tried) == 2
+
+
+def test_a_baseline_without_figures_stops_all(tiny_model, tmp_path, monkeypatch):
+    """Those who wait for it do not try it again."""
+    other = Claims(tmp_path)
+    other.join()
+    keys = [row["key"] for row in cell_states(tiny_model, ASKED, tmp_path)]
+    other.tell_broken(keys[0], "none on dickens has no row: losses: not finite")
+    monkeypatch.setattr(runner, "_measured", lambda *args, **options: pytest.fail("tried"))
+    with pytest.raises(NotFiniteError, match=r"^none on dickens has no row"):
+        run_sweep(tiny_model, dataclasses.replace(ASKED, corpora=CORPORA[:1]), tmp_path)
+    other.release()
+    assert not (tmp_path / CLAIMS).exists()
+
+
+def test_what_a_killed_run_found_broken_is_forgotten(tmp_path):
+    killed = claim_of_another(tmp_path, "b", place=this_place(), process=dead_process())
+    one, other = Claims(tmp_path), Claims(tmp_path)
+    one.tell_broken("a", "of before")
+    one.join()
+    assert one.broken() == {} and not killed.exists()
+    one.tell_broken("a", "why")
+    other.join()
+    one.release()
+    assert other.broken() == {"a": "why"}
+    other.release()
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]
 
 
 class Frozen(Watcher):

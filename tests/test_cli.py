@@ -168,6 +168,14 @@ def test_mistakes_in_names_are_found_without_jax(tmp_path):
         ["sweep", "--rule", "nonsense"],
         ["sweep", "--rule", "mlp=nonsense"],
         ["sweep", "--rule", "(=none"],
+        ["sweep", "--recipes", "gptq(dam=1):int4"],
+        ["sweep", "--methods", "gptq(damp=x)"],
+        ["sweep", "--rule", "mlp=rtn(clop=mse):int4"],
+        ["quantize", "bundled", "--recipe", "gptq:int4@qep(alph=1)", "--out", str(tmp_path / "out")],
+        ["sweep", "--tasks", "cloze,nonsense"],
+        ["sweep", "--tasks", "piqa:no/such/file"],
+        ["eval", "bundled", "--tasks", "cloze,cloze"],
+        ["sweep", "--measure", "speed,nonsense"],
         ["sweep", "--order", "nonsense"],
         ["sweep", "--launcher", "nonsense"],
         ["sweep", "--convention", "nonsense"],
@@ -320,5 +328,6 @@ def test_seeds_of_calibration_are_one_line(checkpoint, tmp_path, capsys):
     assert [(row["recipe"], row["seed"]) for row in again] == [("none", 7), ("rtn:int3-g16", 7)]
     printed = succeeds(capsys, *sweep_arguments(checkpoint, out, *recipes, *options, "--seeds", "0,7", "--dry-run"))
     assert "4 cells: 4 done" in printed
-    for wrong in (("--seeds", "0", "--seed", "7"), ("--seeds", "0,0,1"), ("--seeds", "a")):
-        assert fails(capsys, *sweep_arguments(checkpoint, out, *recipes, *options, *wrong)) == ""
+    wrong = {("0", "--seed", "7"): "by one of the two", ("0,0,1",): "expected each once", ("a",): "expected whole numbers"}
+    for given, message in wrong.items():
+        assert message in fails(capsys, *sweep_arguments(checkpoint, out, *recipes, *options, "--seeds", *given))

@@ -130,6 +130,22 @@ def test_an_mlp_is_its_formula(name, gated):
     np.testing.assert_allclose(module.apply({"params": params}, x), expected, atol=2e-5)
 
 
+SLOPES = [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3]  # of six heads: those of four, then every other one of eight
+
+
+def normed(y, config, norm):
+    """(batch, time, heads, dim), normalised if there is a norm."""
+    if norm is None:
+        return y.reshape(*y.shape[:2], -1, config.head_dim)
+    if config.qk_norm != "width":
+        y = y.reshape(*y.shape[:2], -1, config.head_dim)
+    if config.norm == "layer_scale":
+        y = y - y.mean(axis=-1, keepdims=True)
+    y = y / np.sqrt((y**2).mean(axis=-1, keepdims=True) + config.norm_epsilon)
+    y = y * (norm["scale"] if "scale" in norm else 1 + norm["offset"])
+    return y.reshape(*y.shape[:2], -1, config.head_dim)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -137,6 +153,11 @@ def test_an_mlp_is_its_formula(name, gated):
         {"heads": 6, "kv_heads": 2, "head_dim": 4, "sliding_window": 3},
         {"kv_heads": 1, "rotary_fraction": 0.5, "qkv_bias": True, "attention_output_bias": True},
         {"kv_heads": 4, "positions": "learned"},
+        {"attention_softcap": 0.5, "attention_scale": 0.3, "rope_interleaved": True, "rotary_fraction": 0.5},
+        {"positions": "alibi", "heads": 6, "kv_heads": 3},
+        {"positions": "none", "qk_norm": "head", "norm": "rms_offset"},
+        {"qk_norm": "width"},
+        {"qk_norm": "each_head", "norm": "layer_scale"},
     ],
 )
 def test_attention_is_its_formula(changes):
@@ -145,10 +166,13 @@ def test_attention_is_its_formula(changes):
     module, time = Attention(config), 7
     x = np.random.default_rng(1).standard_normal((2, time, 32)).astype(np.float32)
     params, p = float64_parameters(module, x)
-    q, k, v = ((x @ p[name]["kernel"] + p[name].get("bias", 0)).reshape(2, time, -1, config.head_dim) for name in "qkv")
+    q, k, v = (normed(x @ p[name]["kernel"] + p[name].get("bias", 0), config, p.get(f"{name}_norm")) for name in "qkv")
     half = config.rotary_dim // 2 if config.positions == "rope" else 0
 
     def turned(head, angles):  # (time, dim): pairs (i, i + half) as complex numbers
+        if config.rope_interleaved:
+            pair = (head[:, : 2 * half : 2] + 1j * head[:, 1 : 2 * half : 2]) * np.exp(1j * angles)
+            return np.concatenate([np.stack([pair.real, pair.imag], axis=2).reshape(time, -1), head[:, 2 * half :]], axis=1)
         pair = (head[:, :half] + 1j * head[:, half : 2 * half]) * np.exp(1j * angles)
         return np.concatenate([pair.real, pair.imag, head[:, 2 * half :]], axis=1)
 
@@ -160,7 +184,12 @@ def test_attention_is_its_formula(changes):
         for head in range(config.heads):
             of_keys = head // (config.heads // config.kv_heads)
             ours, theirs = turned(q[batch, :, head], angles), turned(k[batch, :, of_keys], angles)
-            scores = np.where(seen, np.exp(ours @ theirs.T / np.sqrt(config.head_dim)), 0)
+            scores = ours @ theirs.T * (config.attention_scale or config.head_dim**-0.5)
+            if cap := config.attention_softcap:
+                scores = cap * np.tanh(scores / cap)
+            if config.positions == "alibi":
+                scores -= SLOPES[head] * distance
+            scores = np.where(seen, np.exp(scores), 0)
             mixed[batch, :, head] = scores / scores.sum(axis=1, keepdims=True) @ v[batch, :, of_keys]
     expected = mixed.reshape(2, time, -1) @ p["o"]["kernel"] + p["o"].get("bias", 0)
     np.testing.assert_allclose(module.apply({"params": params}, x), expected, atol=2e-5)

@@ -9,27 +9,41 @@ from safetensors.numpy import load_file
 
 from qjax.checkpoints.export import export
 from qjax.checkpoints.huggingface import save_huggingface
+from qjax.checkpoints.leaves import blank
 from qjax.checkpoints.load import load
+from qjax.checkpoints.modules import from_bits, leaf_of, pack
 from qjax.cli.app import main
 from qjax.errors import QjaxError
+from qjax.formats import parse_format
 from qjax.linear import Linear, dequantize, without_activations
-from qjax.maps import Scale, permute
+from qjax.maps import Scale
 from qjax.models.parameters import flatten, unflatten
-from qjax.rounding.nearest import rtn
 from tests import foreign, foreign_makers
 from tests.conftest import GPT_NEOX, byte_tokenizer, tiny_config
 from tests.random_weights import small_model
 
 
+def random_leaf(shape, fmt, generator, order=None):
+    """A layer of random codes; where its scales are no plain floats, of nothing but shapes."""
+    if fmt.scales not in ("fp16", "bf16", "fp32") or fmt.codebook or not fmt.has_whole_zeros:
+        return blank(fmt, *shape)
+    groups = fmt.parameter_shape(*shape)
+    codes = generator.integers(0, 2**fmt.bits, shape[::-1]).astype(np.uint8)
+    zeros = generator.integers(0, 2**fmt.bits, groups).astype(np.uint8) if fmt.is_affine else None
+    scales = generator.uniform(0.01, 0.02, groups).astype(
+        {"fp16": np.float16, "fp32": np.float32}.get(fmt.scales, jnp.bfloat16)
+    )
+    return leaf_of(from_bits(pack(codes, fmt.bits), fmt.bits, shape[0]), scales, zeros, fmt, shape[0], order)
+
+
 def quantized(config, recipe: dict, *, order=None):
     """A small model whose layers have the formats that `recipe` tells by their names."""
-    model = small_model(config, byte_tokenizer())
+    model, generator = small_model(config, byte_tokenizer()), np.random.default_rng(0)
     leaves = flatten(model.params)
     for path, leaf in leaves.items():
         fmt = next((fmt for word, fmt in recipe.items() if word in path), None) if path.endswith("kernel") else None
         if fmt:
-            q = rtn(leaf, fmt)[0]
-            leaves[path] = q if order is None else Linear(q, (permute(order(leaf.shape[0])),))
+            leaves[path] = random_leaf(leaf.shape, parse_format(fmt), generator, order and order(leaf.shape[0]))
     return model._replace(params=unflatten(leaves), recipe="a test")
 
 
@@ -50,6 +64,7 @@ def assert_equal(a, b) -> None:
 
 CASES = {
     "gptq": ("gptq_v2", {"": "int4-g32"}),
+    "gptq v1, zero points of 0 among them": ("gptq", {"mlp": "int4-g16"}),
     "gptq 3 bits sym": ("gptq", {"block": "int3-channel-sym"}),
     "gptq of several bits": ("gptq_v2", {"mlp/down": "int8-g16", "mlp": "int2-g32", "attention": "int4-g32"}),
     "ct": ("compressed-tensors", {"block": "int4-g32-sym-bf16"}),
@@ -90,7 +105,7 @@ def test_layers_stored_side_by_side(tmp_path):
     ("recipe", "to", "part"),
     [
         ({"": "int4-g48"}, "gptq", "groups of 48 of 64 inputs; a power of two .* the nearest recipes that fit: rtn:int4-g32"),
-        ({"": "nf4-g64"}, "gptq", "nf4-g64 is not of integers of 2, 3, 4, 8 bits .* fit: rtn:int4-g32, gptq:int4-g32"),
+        ({"": "nf4-g64"}, "gptq", "nf4-g64 is not of integers of 2, 3, 4, 8 bits .* fit: rtn:int4-g64, gptq:int4-g64"),
         ({"": "int4-g32-z16"}, "gptq", "no place for"),
         ({"": "int5-g32"}, "gptq", "is not of integers .* rtn:int4-g32"),
         ({"": "int4-g32-fp32"}, "gptq_v2", "scales are float16 .* rtn:int4-g32"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from qjax.errors import QjaxError
@@ -9,59 +10,31 @@ from qjax.models.config import DecoderConfig, LayerKind
 from qjax.models.families import FAMILIES, find_family, read_config, write_config
 from qjax.models.family import stored_tensors
 from qjax.models.parameters import parameter_shapes
-from qjax.models.scalings import LinearScaling, Llama3Scaling
+from qjax.models.scalings import DynamicScaling, LinearScaling, Llama3Scaling, LongScaling, YarnScaling
+from tests.family_files import (
+    COHERE,
+    EVERY,
+    FALCON,
+    FALCON2,
+    GEMMA,
+    GEMMA2,
+    GEMMA3,
+    GLM,
+    GPT2,
+    GPT_NEO,
+    GPT_NEOX,
+    GRANITE,
+    LLAMA,
+    MISTRAL,
+    OLMO2,
+    OPT,
+    PHI3,
+    QWEN2,
+    QWEN3,
+    SMOLLM3,
+    STABLELM,
+)
 
-LLAMA = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 100,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-}
-MISTRAL = LLAMA | {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
-QWEN2 = LLAMA | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
-GPT2 = {
-    "model_type": "gpt2",
-    "architectures": ["GPT2LMHeadModel"],
-    "vocab_size": 100,
-    "n_embd": 32,
-    "n_layer": 3,
-    "n_head": 4,
-    "n_positions": 64,
-}
-GPT_NEOX = {
-    "model_type": "gpt_neox",
-    "architectures": ["GPTNeoXForCausalLM"],
-    "vocab_size": 100,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "use_parallel_residual": True,
-    "rotary_pct": 0.25,
-}
-OPT = {
-    "model_type": "opt",
-    "architectures": ["OPTForCausalLM"],
-    "vocab_size": 100,
-    "hidden_size": 32,
-    "word_embed_proj_dim": 32,
-    "ffn_dim": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "do_layer_norm_before": True,
-}
-GEMMA = LLAMA | {"model_type": "gemma", "architectures": ["GemmaForCausalLM"], "head_dim": 16}
-GEMMA2 = GEMMA | {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}
-GEMMA3 = GEMMA | {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
-EVERY = (LLAMA, MISTRAL, QWEN2, GPT2, GPT_NEOX, OPT, GEMMA, GEMMA2, GEMMA3)
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -69,6 +42,10 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+
+
+LONG = {"rope_type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 3.0, 4.0]}
+MIXTRAL = LLAMA | {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
 
 
 def test_llama():
@@ -270,6 +247,9 @@ def test_both_names_of_gemmas_activation(entries, activation):
         ({"rope_type": "default"}, None),
         ({"rope_type": "linear", "factor": 4}, LinearScaling(4.0)),
         (LLAMA3, Llama3Scaling(8.0, 1.0, 4.0, 16)),
+        ({"rope_type": "dynamic", "factor": 4}, DynamicScaling(4.0)),
+        ({"rope_type": "yarn", "factor": 4, "beta_fast": 16}, YarnScaling(4.0, 64, fast_turns=16.0)),
+        (LONG, LongScaling((1.0, 1.1, 1.2, 1.3), (1.0, 2.0, 3.0, 4.0), 64, 64)),
     ],
 )
 def test_both_generations_of_rotary_settings(entry, scaling, newer):
@@ -282,6 +262,56 @@ def test_the_oldest_name_of_the_rotary_type():
     config = read_config(LLAMA | {"rope_scaling": {"type": "linear", "factor": 2.0}})
     assert config.rope_scaling == LinearScaling(2.0)
     assert config.rope_theta == 10000.0
+
+
+def test_longrope_runs_up_to_its_original_context():
+    older = {"type": "su"} | {key: value for key, value in LONG.items() if key != "rope_type"}
+    entries = {"rope_scaling": older, "original_max_position_embeddings": 16}
+    config = read_config(PHI3 | entries)
+    assert (config.context, config.rope_scaling.original_context, config.rope_scaling.context) == (16, 16, 64)
+    assert write_config(config)["max_position_embeddings"] == 64
+    with pytest.raises(QjaxError, match="a context of 64; with longrope it is at most the original one, 16"):
+        dataclasses.replace(config, context=64)
+
+
+def test_layers_without_rotation():
+    config = read_config({key: value for key, value in SMOLLM3.items() if key != "no_rope_layers"} | {"num_hidden_layers": 5})
+    assert [kind.positions for kind in config.kinds] == ["rope", "rope", "rope", "none", "rope"]
+    assert {kind.rope_theta for kind in config.kinds} == {2e6}
+
+
+def test_where_norms_stand():
+    places = {name: read_config(config).norm_places for name, config in EVERY.items()}
+    assert {name for name, place in places.items() if place == "both"} == {"gemma2", "gemma3_text", "glm4"}
+    assert {name for name, place in places.items() if place == "after"} == {"olmo2"}
+    shared = {name for name, config in EVERY.items() if read_config(config).shared_norm}
+    assert shared == {"cohere", "falcon"}
+    assert read_config(STABLELM | {"use_parallel_residual": True}).shared_norm
+    olmo = named_tensors(OLMO2)
+    assert "model.layers.0.input_layernorm.weight" not in olmo
+    assert olmo["model.layers.0.self_attn.q_norm.weight"].shape == (32,)
+    assert olmo["model.layers.0.self_attn.k_norm.weight"].shape == (16,)
+
+
+@pytest.mark.parametrize(
+    ("entries", "heads", "blocks"),
+    [
+        ({}, 1, 1),
+        ({"multi_query": False}, 4, 4),
+        ({"new_decoder_architecture": True, "num_kv_heads": 2}, 2, 2),
+    ],
+)
+def test_how_falcon_fuses_queries_keys_and_values(entries, heads, blocks):
+    config = read_config(FALCON | entries)
+    fused = named_tensors(FALCON | entries)["transformer.h.0.self_attention.query_key_value.weight"]
+    assert (config.kv_heads, fused.blocks, fused.shape) == (heads, blocks, ((4 + 2 * heads) * 8, 32))
+    stored = np.arange(fused.shape[0] * 32, dtype=np.float32).reshape(fused.shape)
+    rows = {path[-8]: split[0] // 32 for path, split in fused.split(stored).items()}  # whose rows each column was
+    group = np.arange(fused.shape[0]).reshape(blocks, -1, 8)
+    expected = {"q": group[:, :-2], "k": group[:, -2], "v": group[:, -1]}
+    for name, order in expected.items():
+        assert rows[name].tolist() == order.reshape(-1).tolist()
+    np.testing.assert_array_equal(fused.join(fused.split(stored)), stored)
 
 
 @pytest.mark.parametrize(
@@ -302,8 +332,18 @@ def test_the_oldest_name_of_the_rotary_type():
         (LLAMA | {"rms_norm_eps": "small"}, "'rms_norm_eps' must be a number"),
         (LLAMA | {"tie_word_embeddings": 1}, "'tie_word_embeddings' must be bool"),
         (LLAMA | {"hidden_act": "mish"}, "'hidden_act' is 'mish'; supported: silu"),
-        (LLAMA | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rotary scaling 'yarn' is not supported"),
-        (LLAMA | {"rope_parameters": {"rope_type": "dynamic"}}, "rotary scaling 'dynamic' is not supported"),
+        (LLAMA | {"rope_scaling": {"rope_type": "proportional"}}, "rotary scaling 'proportional' .*default, linear, dynamic"),
+        (LLAMA | {"rope_scaling": {"rope_type": ["yarn"]}}, "rotary scaling .*yarn.* is not supported"),
+        (LLAMA | {"rope_scaling": {"rope_type": "yarn"}}, "'factor' must be a number, got nothing"),
+        (LLAMA | {"rope_scaling": LONG | {"short_factor": [1.0]}}, "has 1 short and 4 long factors, expected 4"),
+        (LLAMA | {"rope_scaling": LONG | {"long_factor": [1.0, 0.0, 1.0, 1.0]}}, "the long factors of longrope"),
+        (MIXTRAL, "unknown architecture: model_type 'mixtral'.*supported: llama"),
+        (SMOLLM3 | {"no_rope_layers": [1, 2, 1]}, "'no_rope_layers' must be a 1 or a 0"),
+        (STABLELM | {"qk_layernorm": True}, "'qk_layernorm' is True; the decoder can only do False"),
+        (GRANITE | {"residual_multiplier": 0}, "'residual_multiplier' is 0.0, expected a positive number"),
+        (GPT_NEO | {"attention_types": [[["global"], 2]]}, "'attention_types' names 2 layers; the model has 3"),
+        (GPT_NEO | {"attention_types": [["global", 3]]}, "'attention_types' has .*global"),
+        (FALCON | {"num_ln_in_parallel_attn": 2}, "'num_ln_in_parallel_attn' is 2"),
         (LLAMA | {"rope_scaling": {"rope_type": "linear"}}, "'factor' must be a number, got nothing"),
         (LLAMA | {"rope_scaling": LLAMA3 | {"low_freq_factor": None}}, "'low_freq_factor'"),
         (LLAMA | {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "full_attention"),
@@ -348,8 +388,9 @@ def test_what_cannot_be_done_is_refused(config, message):
 
 
 def test_either_name_of_the_architecture_is_enough():
-    assert [config["model_type"] for config in EVERY] == list(FAMILIES)
-    for config in EVERY:
+    assert list(EVERY) == list(FAMILIES)
+    assert [read_config(config).family for config in EVERY.values()] == list(EVERY)
+    for config in EVERY.values():
         name, architectures = config["model_type"], config["architectures"]
         assert find_family({"model_type": name}).name == name
         assert find_family({"architectures": architectures}).name == name
@@ -378,6 +419,18 @@ def test_either_name_of_the_architecture_is_enough():
         GEMMA2 | {"final_logit_softcapping": None, "query_pre_attn_scalar": 144, "layer_types": ["full_attention"] * 3},
         GEMMA3,
         GEMMA3 | {"rope_parameters": GEMMA3_ROPE, "query_pre_attn_scalar": 168, "sliding_window_pattern": 2},
+        *EVERY.values(),
+        LLAMA | {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
+        LLAMA | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.2, "truncate": False}},
+        QWEN3 | {"attention_bias": True, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2},
+        SMOLLM3 | {"use_sliding_window": True, "sliding_window": 9},
+        GRANITE | {"logits_scaling": 13.0, "embedding_multiplier": 12, "residual_multiplier": 0.22, "mlp_bias": True},
+        STABLELM | {"use_parallel_residual": True, "use_qkv_bias": True, "partial_rotary_factor": 0.5},
+        PHI3 | {"rope_scaling": LONG, "original_max_position_embeddings": 16, "sliding_window": 9},
+        GLM | {"partial_rotary_factor": 1.0, "attention_bias": False},
+        COHERE | {"use_qk_norm": True, "logit_scale": 0.3, "attention_bias": True},
+        FALCON | {"alibi": True, "parallel_attn": False, "multi_query": False, "bias": True},
+        FALCON2 | {"num_ln_in_parallel_attn": 1},
         GEMMA3 | {"layer_types": ["sliding_attention"] * 3, "rope_local_base_freq": 5e3, "final_logit_softcapping": 9.0},
     ],
 )
@@ -405,7 +458,7 @@ def test_an_unknown_family_is_not_written():
         write_config(dataclasses.replace(read_config(LLAMA), family="other"))
 
 
-@pytest.mark.parametrize("config", [*EVERY, LLAMA | {"attention_bias": True, "mlp_bias": True}])
+@pytest.mark.parametrize("config", [*EVERY.values(), LLAMA | {"attention_bias": True, "mlp_bias": True}])
 def test_every_parameter_has_one_place_in_the_checkpoint(config):
     config = read_config(config)
     shapes = parameter_shapes(config)

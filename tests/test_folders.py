@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qjax import folders
+from qjax import folders, place
 from qjax.checkpoints.huggingface import save_huggingface
 from qjax.checkpoints.load import load
 from qjax.checkpoints.packed import save
@@ -17,9 +17,10 @@ from qjax.checkpoints.parts import PartWriter
 from qjax.cli.early import check_names
 from qjax.errors import QjaxError
 from qjax.files import temporary_of, write_atomically
-from qjax.folders import claim, new_folder, prepare_output_folder, refuse_inputs, standing
+from qjax.folders import new_folder, prepare_output_folder, refuse_inputs, require_place, standing
 from qjax.models import walk
 from qjax.models.parameters import flatten
+from qjax.place import this_place
 from tests.conftest import tiny_config
 from tests.random_weights import weights_model
 
@@ -80,13 +81,12 @@ def killed_before(monkeypatch, number, process, run):
 
 
 def write_parts(folder, model):
-    writer = PartWriter(folder, CONFIG, {"model": model.name}, overwrite=True)
-    for part in walk.parts(CONFIG):
-        if part.name not in writer.complete:
-            writer.write(
-                part.name, {path: leaf for path, leaf in flatten(model.params).items() if path.startswith(part.prefix)}
-            )
-    writer.finish(model, '{"path": "new"}\n')
+    leaves = flatten(model.params)
+    with PartWriter(folder, CONFIG, {"model": model.name}, overwrite=True) as writer:
+        for part in walk.parts(CONFIG):
+            if part.name not in writer.complete:
+                writer.write(part.name, {path: leaf for path, leaf in leaves.items() if path.startswith(part.prefix)})
+        writer.finish(model, '{"path": "new"}\n')
 
 
 def which(folder):
@@ -161,6 +161,20 @@ def test_what_is_swept(tmp_path, dead, monkeypatch):
     assert left == sorted([*kept, f".a.00000000-{dead}.tmp", f".vim.{dead}.tmp"])
 
 
+def test_a_process_of_this_number_elsewhere_is_not_this_one(tmp_path, dead, monkeypatch):
+    """In another container, or before this machine was started again, a number means another process."""
+    monkeypatch.setattr(os, "getpid", lambda: dead)
+    here = temporary_of(tmp_path / "a")
+    with monkeypatch.context() as patched:
+        patched.setattr(place, "this_place", lambda: f"{this_place()} of another container")
+        there = temporary_of(tmp_path / "a")
+    assert here != there
+    for path in (here, there):
+        path.write_text("")
+    prepare_output_folder(tmp_path)
+    assert list(tmp_path.iterdir()) == [there]
+
+
 def test_a_failure_leaves_nothing(tmp_path):
     with pytest.raises(QjaxError, match=r"cannot write .*/out/a/b: No such"), new_folder(tmp_path / "out") as new:
         write_atomically(new / "a" / "b", "")
@@ -183,9 +197,9 @@ def test_what_cannot_be_replaced(tmp_path, monkeypatch):
         with monkeypatch.context() as patched:
             patched.chdir(tmp_path / "empty")
             with pytest.raises(QjaxError, match=message):
-                claim(tmp_path / name, overwrite=True)
+                require_place(tmp_path / name, overwrite=True)
     with pytest.raises(QjaxError, match="null byte"):
-        claim("a\0b")
+        require_place("a\0b")
 
 
 def test_an_output_that_is_an_input(tmp_path):

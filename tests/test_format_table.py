@@ -36,7 +36,7 @@ FORMATS = [
     *("mxfp4", "mxfp8_e5m2_ceil", "fp4_e2m1-b16-e8m0_even", "nvfp4", "nf4-b32-e4m3"),
     *("int2-g16-sym-full", "int4-channel-sym-full-dq", "int3-g16-z16", "int2-b32-z32-fp32"),
     *("fp8_e4m3-g16-fp32x128", "int4-g16-sym-bf16x128", "fp4_e2m1-g16-e4m3_div"),
-    *("int6-g16-sym-full-k8s", "int3-g16-sym-full-k6s", "int4-g8-k6", "int5-b16-sym-k4"),
+    *("int6-g16-sym-full-k8s", "int3-g32-sym-full-k6s", "int4-g8-k6", "int5-b32-sym-k4"),
 ]
 
 

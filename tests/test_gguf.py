@@ -18,6 +18,7 @@ from qjax.errors import QjaxError
 from qjax.kernels import xla
 from qjax.lazy import is_lazy, materialised
 from qjax.linear import is_quantized
+from qjax.models.config import LayerKind
 from qjax.models.parameters import flatten
 from tests.conftest import FAMILY_CHANGES, tiny_config
 from tests.gguf_files import NUMBERS, file_bytes, model_tensors, model_values, random_rows, rotated
@@ -76,25 +77,29 @@ def test_products_with_file_formats(name):
     np.testing.assert_array_equal(qtensor.dequantize(stacked)[1], qtensor.dequantize(q))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma", "gpt2"])
-def test_a_model_comes_back(family, tmp_path):
-    """Rows of Llama's q and k are moved back, biases with them; a tied head is not stored; Gemma's norms are less 1."""
-    original = weights_model(tiny_config(**FAMILY_CHANGES[family] | {"vocabulary_size": 64}))
-    c = original.config
-    values = model_values(original, family)
-    if family == "gpt2":
-        own = {"context_length": c.context, "embedding_length": c.hidden_size, "block_count": c.layers}
-        own |= {
-            "feed_forward_length": c.mlp_size,
-            "attention.head_count": c.heads,
-            "attention.layer_norm_epsilon": c.norm_epsilon,
-        }
-        values = {"general.architecture": family} | {f"gpt2.{key}": value for key, value in own.items()}
-    found = load_gguf(written(tmp_path / "tiny.gguf", values, model_tensors(original, family)))
+GEMMA3_LAYERS = (*[LayerKind(sliding_window=5)] * 5, LayerKind(rope_theta=1e6))
+GEMMA3 = FAMILY_CHANGES["gemma3_text"] | {
+    "layers": 6,
+    "kinds": GEMMA3_LAYERS,
+    "logit_softcap": None,
+    "attention_scale": 12**-0.5,
+}
+CHANGES = {**{name: FAMILY_CHANGES[name] for name in ("llama", "qwen2", "gemma", "gpt2")}, "gemma3": GEMMA3}
+KEYS = {"gemma3": {"gemma3.attention.sliding_window": 5, "gemma3.rope.freq_base": 1e6}}
+
+
+@pytest.mark.parametrize("architecture", CHANGES)
+def test_a_model_comes_back(architecture, tmp_path):
+    """Rows of Llama's q and k are moved back, biases with them; a tied head is not stored; Gemma's norms are less 1, and every
+    sixth layer of Gemma 3 sees everything.
+    """
+    original = weights_model(tiny_config(**CHANGES[architecture] | {"vocabulary_size": 64}))
+    values = model_values(original, architecture) | KEYS.get(architecture, {})
+    found = load_gguf(written(tmp_path / "tiny.gguf", values, model_tensors(original, architecture)))
     assert found.name == "tiny" and found.recipe == "none" and found.tokenizer is None
-    epsilon = np.float32(c.norm_epsilon).item()  # as files hold it
-    assert found.config == dataclasses.replace(c, norm_epsilon=epsilon)
-    if family != "gemma":
+    epsilon = np.float32(original.config.norm_epsilon).item()  # as files hold it
+    assert found.config == dataclasses.replace(original.config, norm_epsilon=epsilon)
+    if not architecture.startswith("gemma"):
         return assert_equal(found, original)
     for path, leaf in flatten(original.params).items():
         np.testing.assert_allclose(flatten(found.params)[path], leaf, rtol=0, atol=2e-7 if path.endswith("offset") else 0)

@@ -553,7 +553,7 @@ def test_overwriting_leaves_nothing_of_the_old_model(folder):
 def test_output_folder_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(QjaxError, match=r"cannot write into .*file"):
+        with pytest.raises(QjaxError, match=r"cannot write .*file"):
             save_huggingface(folder, weights_model(tiny_config()))
 
 

@@ -309,6 +309,13 @@ def test_what_cannot_be_done_is_refused_by_name(case, packed_folder):
         ),
         (BNB, makers.bitsandbytes(), "weight.absmax", np.zeros(3, np.float32), "weight.absmax has shape (3,), expected (64,)"),
         (BNB, makers.bitsandbytes(), "weight.quant_state.bitsandbytes__nf4", np.zeros(3, np.uint8), "is not a JSON object"),
+        (
+            ct(group(type="float", strategy="tensor_group")),
+            makers.fp4(),
+            "weight_global_scale",
+            np.zeros(1, np.float32),
+            "weight_global_scale is 0.0, expected a number above 0",
+        ),
         (ct(group()), makers.integers(), "weight_shape", np.array([64, 32]), "weight_shape is [64, 32], expected [64, 64]"),
         (
             ct(group(**FLOAT8, strategy="channel")),

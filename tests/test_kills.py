@@ -1,14 +1,17 @@
 """kill -9 at random moments over whatever writes: the old or the new is there, whole, and the next run leaves nothing behind.
 
 The writers run in forked children and on NumPy arrays, so that a moment costs milliseconds. `test_folders.py` goes through the
-calls one by one; here the kernel decides. QJAX_KILLS: moments of each writer.
+calls one by one; here the kernel decides. Whole commands: `command_kills.py`. QJAX_KILLS: moments of each writer.
 """
 
 import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -36,11 +39,12 @@ def numpy_model(seed):
 
 
 def write_parts(folder, model):
-    writer, leaves = PartWriter(folder, CONFIG, {"model": model.name}, overwrite=True), flatten(model.params)
-    for part in walk.parts(CONFIG):
-        if part.name not in writer.complete:
-            writer.write(part.name, {path: leaf for path, leaf in leaves.items() if path.startswith(part.prefix)})
-    writer.finish(model, '{"path": "a"}\n')
+    leaves = flatten(model.params)
+    with PartWriter(folder, CONFIG, {"model": model.name}, overwrite=True) as writer:
+        for part in walk.parts(CONFIG):
+            if part.name not in writer.complete:
+                writer.write(part.name, {path: leaf for path, leaf in leaves.items() if path.startswith(part.prefix)})
+        writer.finish(model, '{"path": "a"}\n')
 
 
 WRITERS = {
@@ -149,3 +153,12 @@ def test_rows(tmp_path):
         assert keys == [str(i) for i in range(len(keys))] and len(keys) >= before
     print("rows", {"killed": killed, "rows": len(keys)})
     assert killed > KILLS / 4
+
+
+@pytest.mark.slow
+def test_commands():
+    """In a process of their own, which has begun nothing that a fork would lack."""
+    words = [sys.executable, "-m", "tests.command_kills", str(KILLS // 5)]
+    done = subprocess.run(words, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)

@@ -12,7 +12,7 @@ from qjax.cli import app as cli
 from qjax.errors import QjaxError
 from qjax.sweep import launch, runner
 from qjax.sweep.claims import CLAIMS
-from qjax.sweep.launch import LOGS, WorkerError, parse_launcher, run_workers
+from qjax.sweep.launch import LOGS, Launched, WorkerError, parse_launcher, run_workers
 from qjax.sweep.store import LAYERS, ROWS
 
 from .test_cli import checkpoint, succeeds, sweep_arguments  # noqa: F401 - a fixture
@@ -64,6 +64,36 @@ def test_workers_are_ended_with_the_one_who_launched_them(tmp_path):
     for path in tmp_path.iterdir():
         with pytest.raises(ProcessLookupError):
             os.kill(int(path.name), 0)
+
+
+def test_workers_are_ended_together(monkeypatch):
+    """All are told first; then those that go on get what is left of the time, not all of it each."""
+    said, now = [], [0.0]
+
+    def end(name, seconds):
+        said.append((name, seconds))
+        now[0] += 20  # some of the time goes by
+
+    monkeypatch.setattr(launch.time, "monotonic", lambda: now[0])
+    workers = [Launched(lambda: None, lambda n=n: said.append(n), lambda s, n=n: end(n, s)) for n in "abc"]
+    launch._stop([*workers, Launched(lambda: None, lambda: said.append("a job"))])
+    assert said == ["a", "b", "c", "a job", ("a", 30.0), ("b", 10.0), ("c", 0.0)]
+
+
+def test_a_worker_that_does_not_stop_is_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "GRACE", 0.2)
+    text = "import os, pathlib, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    text += f"pathlib.Path({str(tmp_path)!r}, str(os.getpid())).touch(); time.sleep(600)"
+
+    def stop():
+        if list(tmp_path.iterdir()):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_workers(saying(text), 1, tmp_path, on_wait=stop)
+    (path,) = tmp_path.iterdir()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(path.name), 0)
 
 
 def test_jobs_of_slurm(tmp_path):

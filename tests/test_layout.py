@@ -7,12 +7,14 @@ import pytest
 from qjax.models.layout import cache_layout, tree_layout
 from qjax.models.model import apply, empty_caches, hidden_states, hidden_states_cached
 
-from .conftest import FAMILY_CHANGES, random_model, tiny_config
+from .conftest import FAMILY_CHANGES, FURTHER_CHANGES, random_model, tiny_config
+
+CHANGES = FAMILY_CHANGES | {name: FURTHER_CHANGES[name] for name in ("bloom", "falcon", "smollm3")}
 
 
-@pytest.fixture(scope="module", params=FAMILY_CHANGES)
+@pytest.fixture(scope="module", params=CHANGES)
 def model(request):
-    return random_model(tiny_config(**FAMILY_CHANGES[request.param]))
+    return random_model(tiny_config(**CHANGES[request.param]))
 
 
 def test_branches_see_the_beginning_and_themselves(model):

@@ -527,7 +527,7 @@ def test_read_only_folder(tmp_path, monkeypatch):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr(Path, "mkdir", fail)
-    with pytest.raises(QjaxError, match=r"cannot write into .*out: Read-only file system"):
+    with pytest.raises(QjaxError, match=r"cannot write .*out: Read-only file system"):
         save(tmp_path / "out", weights_model(tiny_config()))
 
 

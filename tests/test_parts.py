@@ -1,16 +1,14 @@
 """checkpoints/parts.py: folders written part by part, and gone on with after a kill at any moment."""
 
-import fcntl
 import json
-import os
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from filelock import FileLock
 
-from qjax.checkpoints import parts
 from qjax.checkpoints.load import load
 from qjax.checkpoints.parts import PartWriter
 from qjax.errors import QjaxError
@@ -45,12 +43,19 @@ def leaves_of(model, name):
 
 def write_all(model, folder, **options):
     """Whatever is missing, and the end; names of what was missing."""
-    writer = PartWriter(folder, CONFIG, IDENTITY, **options)
-    missing = [part.name for part in walk.parts(CONFIG) if part.name not in writer.complete]
-    for name in missing:
-        writer.write(name, leaves_of(model, name), {"number": NAMES.index(name), "loss": 0.1})
-    assert writer.finish(model) == folder.resolve()
+    with PartWriter(folder, CONFIG, IDENTITY, **options) as writer:
+        missing = [part.name for part in walk.parts(CONFIG) if part.name not in writer.complete]
+        for name in missing:
+            writer.write(name, leaves_of(model, name), {"number": NAMES.index(name), "loss": 0.1})
+        assert writer.finish(model) == folder.resolve()
     return missing
+
+
+def begin(model, folder, *names):
+    """Writes these parts."""
+    with PartWriter(folder, CONFIG, IDENTITY) as writer:
+        for name in names:
+            writer.write(name, leaves_of(model, name))
 
 
 def assert_equal(a, b):
@@ -77,9 +82,9 @@ def test_written_part_by_part(model, tmp_path):
 
 
 def test_records_and_leaves_are_there_after_a_kill(model, tmp_path):
-    writer = PartWriter(tmp_path / "out", CONFIG, IDENTITY)
-    writer.write("embed", leaves_of(model, "embed"), [1, None, 0.1])
-    writer.write("block_0", leaves_of(model, "block_0"))
+    with PartWriter(tmp_path / "out", CONFIG, IDENTITY) as writer:
+        writer.write("embed", leaves_of(model, "embed"), [1, None, 0.1])
+        writer.write("block_0", leaves_of(model, "block_0"))
     again = PartWriter(tmp_path / "out", CONFIG, IDENTITY)
     assert again.complete == {"embed": [1, None, 0.1], "block_0": None}
     back = again.read("block_0")
@@ -114,9 +119,7 @@ def test_a_kill_between_any_two_steps(model, tmp_path, monkeypatch, renamed):
 
 @pytest.mark.parametrize("kept", [0, 100, -1])
 def test_a_truncated_part_is_made_again(model, tmp_path, kept):
-    writer = PartWriter(tmp_path / "out", CONFIG, IDENTITY)
-    for name in NAMES[:3]:
-        writer.write(name, leaves_of(model, name))
+    begin(model, tmp_path / "out", *NAMES[:3])
     file = tmp_path / ".out.partial" / "model-block_0.safetensors"
     file.write_bytes(file.read_bytes()[:kept])
     assert write_all(model, tmp_path / "out") == ["block_0", "block_2", "head"]
@@ -124,13 +127,13 @@ def test_a_truncated_part_is_made_again(model, tmp_path, kept):
 
 
 def test_a_missing_part_is_made_again(model, tmp_path):
-    PartWriter(tmp_path / "out", CONFIG, IDENTITY).write("embed", leaves_of(model, "embed"))
+    begin(model, tmp_path / "out", "embed")
     (tmp_path / ".out.partial" / "model-embed.safetensors").unlink()
     assert PartWriter(tmp_path / "out", CONFIG, IDENTITY).complete == {}
 
 
 def test_something_else_is_not_gone_on_with(model, tmp_path):
-    PartWriter(tmp_path / "out", CONFIG, IDENTITY).write("embed", leaves_of(model, "embed"))
+    begin(model, tmp_path / "out", "embed")
     with pytest.raises(QjaxError, match=r"\.out\.partial holds the beginning of something else \(seed: 1, now 2\)"):
         PartWriter(tmp_path / "out", CONFIG, IDENTITY | {"seed": 2})
     assert list(PartWriter(tmp_path / "out", CONFIG, IDENTITY).complete) == ["embed"]
@@ -181,31 +184,32 @@ def test_a_malformed_list_of_files(model, tmp_path, files):
         load(tmp_path / "out")
 
 
-def test_one_process_at_a_time(model, tmp_path):
-    """Another process is one that opened the lock for itself."""
-
-    def elsewhere():
-        descriptor = os.open(tmp_path / ".out.partial" / "qjax.lock", os.O_RDWR | os.O_CREAT)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(descriptor)
-            raise
-        return descriptor
-
-    PartWriter(tmp_path / "out", CONFIG, IDENTITY).write("embed", leaves_of(model, "embed"))
-    with pytest.raises(BlockingIOError):
-        elsewhere()
-    PartWriter(tmp_path / "out", CONFIG, IDENTITY | {"seed": 2}, overwrite=True)  # also where it is begun anew
-    with pytest.raises(BlockingIOError):
-        elsewhere()
-    assert write_all(model, tmp_path / "out", overwrite=True) == NAMES
+def test_one_writer_at_a_time(model, tmp_path):
+    """Until it is closed, by an error too: another process is as good as another writer of this one."""
+    folder = tmp_path / ".out.partial"
+    with PartWriter(tmp_path / "out", CONFIG, IDENTITY) as writer:
+        writer.write("embed", leaves_of(model, "embed"))
+        with pytest.raises(QjaxError, match=r"\.out\.partial is in use by another process"):
+            PartWriter(tmp_path / "out", CONFIG, IDENTITY, overwrite=True)
+        assert list(writer.complete) == ["embed"] and len(list(folder.iterdir())) == 3
+    with pytest.raises(QjaxError, match="unexpected"), PartWriter(tmp_path / "out", CONFIG, IDENTITY) as kept:
+        kept.write("head", {"head/x": jnp.ones(3)})
+    with pytest.raises(QjaxError, match="something else"):
+        PartWriter(tmp_path / "out", CONFIG, IDENTITY | {"seed": 2})
+    assert write_all(model, tmp_path / "out") == NAMES[1:]
     assert_whole(tmp_path / "out", model)
-    assert not (tmp_path / "out" / "qjax.lock").exists() and (tmp_path / ".out.partial").resolve() not in parts._locks
+    assert not (tmp_path / "out" / "qjax.lock").exists()
 
-    (tmp_path / ".out.partial").mkdir()
-    descriptor = elsewhere()
-    with pytest.raises(QjaxError, match=r"\.out\.partial is in use by another process"):
-        PartWriter(tmp_path / "out", CONFIG, IDENTITY, overwrite=True)
-    os.close(descriptor)
-    assert PartWriter(tmp_path / "out", CONFIG, IDENTITY, overwrite=True).complete == {}
+
+def test_a_writer_that_waited_for_one_that_finished(model, tmp_path, monkeypatch):
+    """It has the lock of a folder that has another name by then."""
+    acquire = FileLock.acquire
+
+    def late(self, *args, **options):
+        found = acquire(self, *args, **options)
+        (tmp_path / ".out.partial").rename(tmp_path / "out")
+        return found
+
+    monkeypatch.setattr(FileLock, "acquire", late)
+    with pytest.raises(QjaxError, match="in use by another process"):
+        PartWriter(tmp_path / "out", CONFIG, IDENTITY)

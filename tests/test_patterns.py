@@ -6,21 +6,22 @@ import pytest
 import qjax
 from qjax.driver.patterns import meant
 from qjax.driver.placement import in_our_words, parse_rule, placement
-from qjax.models.families import module_names
+from qjax.models.config import DecoderConfig
+from qjax.models.families import FAMILIES, module_names, read_config
 from qjax.models.model import Model
 from qjax.models.parameters import parameter_shapes, unflatten
 from qjax.models.walk import block_of
 from qjax.sweep.runner import AS_IT_IS, Sweep, Treatment, _cells
 from tests.conftest import FAMILY_CHANGES, byte_tokenizer, tiny_config
+from tests.family_files import EVERY
 
 KINDS = ("attention/q", "attention/k", "attention/v", "attention/o", "mlp/gate", "mlp/up", "mlp/down")
 KERNELS = [f"block_{i}/{kind}/kernel" for i in range(12) for kind in KINDS] + ["head/output/kernel"]
 LLAMA = module_names("llama", KERNELS)
 
 
-def zeros(**changes) -> Model:
+def zeros(config: DecoderConfig) -> Model:
     """A model that is cheap to make."""
-    config = tiny_config(**changes)
     leaves = {path: np.zeros(shape, np.float32) for path, shape in parameter_shapes(config).items()}
     return Model(config, unflatten(leaves), byte_tokenizer(), "zeros")
 
@@ -58,9 +59,9 @@ def test_without_names_case_alone_is_ignored_where_nothing_is_found_as_it_is():
     assert meant("conv", ["conv_in/kernel", "Conv_0/kernel"]) == "conv"
 
 
-@pytest.mark.parametrize("family", FAMILY_CHANGES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_kernel_has_a_name_in_every_family(family):
-    model = zeros(**FAMILY_CHANGES[family])
+    model = zeros(read_config(EVERY[family]))
     kernels = list(placement(model, None))
     names = module_names(family, kernels)
     assert list(names) == kernels
@@ -72,7 +73,7 @@ def test_every_kernel_has_a_name_in_every_family(family):
 
 
 def test_fused_names_stand_for_all_that_is_stored_there():
-    model = zeros(**FAMILY_CHANGES["gpt2"])
+    model = zeros(tiny_config(**FAMILY_CHANGES["gpt2"]))
     quantized, _ = qjax.quantize(model, "none", rules=["c_attn=none", "h.0.mlp.c_proj=bf16"])
     assert quantized.recipe == "none; attention/k|attention/q|attention/v=none; block_0/mlp/down=bf16"
     types = [str(quantized.params[block]["mlp"]["down"]["kernel"].dtype) for block in ("block_0", "block_1")]
@@ -84,7 +85,7 @@ def test_equal_rules_are_equal_cells():
     cells = []
     for rule in ("mlp/down=rtn:int8-g16", "down_proj=rtn:int8-g16"):
         sweep = Sweep(("rtn:int4-g16",), (corpus,), qjax.parse_convention("windows-32"), 1, (rule,))
-        cells.append([cell.treatment for cell in _cells(zeros(), sweep)])
+        cells.append([cell.treatment for cell in _cells(zeros(tiny_config()), sweep)])
     assert cells[0] == cells[1] == [AS_IT_IS, Treatment("rtn:int4-g16", ("mlp/down=rtn:int8-g16",))]
 
 
@@ -99,4 +100,4 @@ def test_equal_rules_are_equal_cells():
 )
 def test_what_matches_nothing_is_told_why(changes, rule, said):
     with pytest.raises(qjax.QjaxError, match=f"rule '{rule}' matches no kernel.*{said}"):
-        placement(zeros(**changes), "rtn:int4-g16", [rule])
+        placement(zeros(tiny_config(**changes)), "rtn:int4-g16", [rule])

@@ -1,40 +1,73 @@
-"""What the README shows runs as it stands there."""
+"""What the README and the guides show runs as it stands there."""
 
 import re
-import runpy
+import shlex
+from pathlib import Path
 
 import pytest
+import typer
 
 import qjax
+from qjax.cli.app import app
 from qjax.errors import QjaxError
 from qjax.methods import added_methods
 from qjax.recipe import parse_recipe
 from qjax.sweep.measurements.provenance import provenance
-from tests.conftest import first_block
 from tests.paths import REPOSITORY
 
-README = (REPOSITORY / "README.md").read_text("utf-8")
+DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "qjax" / "guide").glob("*.md"))]
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    """The fenced blocks of a document in a language; of "": commands and plain text."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", path.read_text("utf-8"), re.DOTALL | re.MULTILINE)
+
+
+PYTHON = [(path.name, number, block) for path in DOCUMENTS for number, block in enumerate(blocks(path, "python"))]
+COMMANDS = sorted(
+    {line for path in DOCUMENTS for block in blocks(path, "") for line in block.splitlines() if line.startswith("qjax ")}
+)
 
 
 @pytest.mark.usefixtures("registries")
-def test_own_method_from_function_to_figure(tmp_path, monkeypatch, capsys):
-    """The example as a script, on the bundled model's first block and fewer windows."""
-    (code,) = re.findall(r"<!-- own method -->\n```python\n(.*?)```", README, re.DOTALL)
-    assert len(code.splitlines()) < 30
-    model = first_block(tmp_path / "bundled")
-    smaller = {"max_windows=64": "max_windows=4", "windows=32": "windows=4", '"bundled"': f'"{model}"'}
-    for each, other in smaller.items():
-        assert each in code
-        code = code.replace(each, other)
-    script = tmp_path / "own.py"
-    script.write_text(code)
+@pytest.mark.parametrize(("name", "number", "block"), PYTHON, ids=[f"{name}-{number}" for name, number, _ in PYTHON])
+def test_python_runs_on_paste(name, number, block, tmp_path, monkeypatch, capsys):
+    """Each block by itself, in an empty folder, without a warning; it prints or makes something."""
     monkeypatch.chdir(tmp_path)
-    runpy.run_path(str(script), run_name="__main__")
-    written = [tmp_path / line for line in capsys.readouterr().out.split()]
-    assert {".md", ".tex", ".csv", ".pdf", ".png"} == {path.suffix for path in written}
-    (table,) = (tmp_path / "own-results").glob("*.md")
-    for recipe in ("rtn:int3-g128", "cut:int3-g128", "cut(sigmas=2.5):int3-g128", "awq+cut:int3-g128", "cut:int4-g128"):
-        assert f"| {recipe} " in table.read_text()
+    source = tmp_path / f"{name}_{number}.py"  # where the source of a registered function is read from
+    source.write_text(block)
+    exec(compile(block, str(source), "exec"), {"__name__": "pasted"})
+    if (name, number) == ("README.md", 1):  # from function to figure
+        written = [tmp_path / line for line in capsys.readouterr().out.splitlines() if line.startswith("own-results")]
+        assert {".md", ".tex", ".csv", ".pdf", ".png"} == {path.suffix for path in written}
+        (table,) = (tmp_path / "own-results").glob("*.md")
+        for recipe in ("rtn:int3-g128", "cut:int3-g128", "cut(sigmas=2.5):int3-g128", "cut:int4-g128"):
+            assert f"| {recipe} " in table.read_text()
+
+
+def test_there_are_commands_and_blocks():
+    assert len(PYTHON) >= 6 and len(COMMANDS) >= 15
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_are_understood(line):
+    """Every option of every command that is shown is one of that command's."""
+    _, name, *words = shlex.split(line, comments=True)
+    typer.main.get_command(app).commands[name].make_context(name, words)
+
+
+def test_the_readme_is_short():
+    assert len(DOCUMENTS[0].read_text("utf-8").splitlines()) <= 145
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*DOCUMENTS, *sorted((REPOSITORY / "results").rglob("README.md"))],
+    ids=lambda path: str(path.relative_to(REPOSITORY)),
+)
+def test_links_lead_somewhere(path):
+    links = re.findall(r"\]\(([^)#]+)\)", path.read_text("utf-8"))
+    assert [link for link in links if "://" not in link and not (path.parent / link).exists()] == []
 
 
 @pytest.mark.usefixtures("registries")

@@ -7,7 +7,6 @@ import pytest
 
 from qjax.errors import QjaxError
 from qjax.report.accuracy import accuracy_table
-from qjax.report.figures import perplexity_figure
 from qjax.report.measured import measured_table
 from qjax.report.rendering import to_markdown
 from qjax.report.seeds import seeds_table
@@ -43,7 +42,13 @@ def test_changes_within_noise_are_marked():
     lines = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ")}
     assert "≈ -0.5 ± 1.0" in lines["rtn:int8-g128"]
     assert "≈ " not in lines["rtn:int2-g128"].split("|")[5] and "-15.0 ± 1.0" in lines["rtn:int2-g128"]
-    assert "Longer than the model's context, cut at the left: 1 of piqa." in text
+    assert (
+        "Longer than the model's context, cut at the left: 1 of piqa." in text and "±: standard error over questions;" in text
+    )
+    made = [each | {"documents:piqa": [0, 0, 1, 1]} for each in ROWS]
+    assert (
+        "over questions, or over the texts they are made from (2 of piqa) where that is larger" in accuracy_table(made).notes[0]
+    )
     assert "-" in lines["none"]
 
 
@@ -53,14 +58,6 @@ def test_divergence_leaves_the_baseline_out():
     for table in (accuracy_table, DIVERGENCE, tradeoff_table, seeds_table):
         with pytest.raises(QjaxError, match="qjax sweep"):
             table([measured_row("none"), measured_row("rtn:int4-g128", 0.1)] if table is not seeds_table else ROWS)
-
-
-@pytest.mark.parametrize("value", ["accuracy", "divergence"])
-def test_figures_draw_both(value):
-    figure = perplexity_figure(ROWS, value=value)
-    axes = figure.axes[0]
-    assert ("accuracy on piqa (%)" if value == "accuracy" else "KL divergence (nats a token)") == axes.get_ylabel()
-    assert axes.get_yscale() == ("log" if value == "divergence" else "linear")
 
 
 def test_rows_of_other_questions_are_apart():

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from qjax.errors import QjaxError
-from qjax.evaluate.statistics import accuracy_difference, estimate
+from qjax.evaluate.statistics import accuracy_difference, estimate, with_draws
 from qjax.report.accuracy import accuracy_table
 from qjax.report.comparison import baseline_table, comparison_tables
-from qjax.report.draws import draws_of, in_step, merge_draws
+from qjax.report.draws import accuracy_change, draws_of, in_step, merge_draws
 from qjax.report.estimates import cell_estimates
 from qjax.report.rendering import to_markdown
 from qjax.report.reports import tables
@@ -68,11 +68,11 @@ def test_draws_are_one_row_of_the_same_columns():
 
 
 def test_what_draws_disagree_on_is_counted_once():
-    """Draws that differ in the windows they lose, not in what they lose in all: documents say all that is known."""
+    """Draws that differ in the windows they lose, not in what they lose in all: what they have in common is left."""
     found = merge_draws([NONE, row("gptq:int3-g128", 0.1 + NOISE, seed=0), row("gptq:int3-g128", 0.1 - NOISE, seed=1)])[1]
     assert found["nll_delta_between"] == pytest.approx(0, abs=1e-9) and found["nll_delta_stderr"] == pytest.approx(0, abs=1e-9)
     one_way = [row("gptq:int3-g128", 0.1 + (seed + 1) * NOISE, seed=seed) for seed in (0, 1)]
-    assert merge_draws([NONE, *one_way])[1]["nll_delta_stderr"] == pytest.approx(estimate(1.5 * NOISE).stderr)
+    assert merge_draws([NONE, *one_way])[1]["nll_delta_stderr"] == pytest.approx(math.sqrt(1 * 2) * estimate(NOISE).stderr)
 
 
 def test_accuracies_are_of_each_questions_mean():
@@ -90,6 +90,18 @@ def test_accuracies_are_of_each_questions_mean():
     assert line[1] == "3" and line[3].startswith("≈ +22.1 ± ") and line[-1] == "25.0"
 
 
+@pytest.mark.parametrize("spread", [0.0, 0.02, 0.05])
+def test_errors_of_accuracies_cover_the_change_over_all_questions_and_draws(spread):
+    """A draw loses each right answer with a probability of its own, on average 0.2: the change is -0.2 x 0.6."""
+    generator, hits, trials = np.random.default_rng(7), 0, 600
+    for _ in range(trials):
+        right = generator.random(300) < 0.6
+        lost = generator.random((3, 300)) < np.clip(0.2 + spread * generator.standard_normal((3, 1)), 0, 1)
+        found = with_draws(*accuracy_change((right & ~lost).astype(float), right[None].astype(float), None)).change
+        hits += found.low <= -0.12 <= found.high
+    assert 0.93 <= hits / trials <= 0.99
+
+
 def test_what_no_seed_changed_is_no_draw():
     same = [row("rtn:int3-g128", 0.1, seed=seed) for seed in (0, 1)]
     assert merge_draws([NONE, *same]) == [NONE, same[0]]
@@ -105,6 +117,7 @@ def test_tables_have_one_line_a_recipe():
     rows = [NONE, *DRAWS, row("rtn:int3-g128", 0.3, order=None)]
     table = perplexity_table(rows)
     assert [line[:2] for line in table.cells()] == [["none", "-"], ["gptq:int3-g128", "3"], ["rtn:int3-g128", "-"]]
+    assert table.notes[1].endswith("Of 3 draws it reaches up to 4.3 standard errors.")  # Student's t of two degrees of freedom
     assert "8 documents (the largest has 12 % of the tokens) and 3 draws of calibration data" in " ".join(table.notes)
     (line,) = seeds_table(rows).cells()
     assert (line[0], line[1], line[-1]) == ("gptq:int3-g128", "3", "+10.5, +22.1, +35.0")

@@ -126,6 +126,13 @@ def test_notes_say_what_errors_are_over():
     assert over_units([uneven, {"draws": 2}, {"draws": 5}]).startswith(
         "5 documents (the largest has 60 % of the tokens) and 2 to 5"
     )
+    one = over_units([many, {"order": "qep"}])
+    assert (
+        one == "6 documents (the largest has 17 % of the tokens) of one draw of calibration data"
+    )  # what others change is not in ±
+    assert over_units([many, {"order": "qep"}, {"order": "qep", "draws": 3}, {"order": None}]).endswith(
+        " and 1 to 3 draws of calibration data"
+    )
     assert "independent" in over_units([many, {"window_nll": [1.0]}])
 
 

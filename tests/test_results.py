@@ -10,25 +10,27 @@ from qjax.report.reports import figures, tables
 from qjax.report.tables import columns_table
 from qjax.sweep.columns import measurements
 from qjax.sweep.store import LAYERS, ROWS, read_rows
-from tests.dictionary import CELLS, OTHERS, README, described, section, undescribed
+from tests.dictionary import CELLS, COLUMNS, OTHERS, described, section, undescribed
 from tests.dictionary import LAYERS as OF_LAYERS
 
-RESULTS = README.parent
+RESULTS = COLUMNS.parent
+README = RESULTS / "README.md"
 FOLDERS = sorted(path.parent for path in RESULTS.glob(f"*/{ROWS}"))
+LONGEST_CELL = 100  # letters, to be read at a glance
 RENDERED = {"md": to_markdown, "tex": to_latex, "csv": to_csv}
 every_folder = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 
 
 @every_folder
 def test_tables_are_those_of_the_rows(folder: Path):
-    made = {
-        f"{name}.{suffix}": render(table)
-        for name, table in tables(read_rows(folder / ROWS))
-        for suffix, render in RENDERED.items()
-    }
-    committed = {path.name: path.read_text() for suffix in RENDERED for path in folder.glob(f"*.{suffix}")}
+    found = tables(read_rows(folder / ROWS))
+    made = {f"{name}.{suffix}": render(table) for name, table in found for suffix, render in RENDERED.items()}
+    paths = [path for suffix in RENDERED for path in folder.glob(f"*.{suffix}") if path.name != "README.md"]
+    committed = {path.name: path.read_text() for path in paths}
     assert sorted(made) == sorted(committed)
     assert [name for name, text in made.items() if committed[name] != text] == []
+    cells = {cell.strip() for _, table in found for line in table.cells() for cell in line}
+    assert [cell for cell in cells if len(cell) > LONGEST_CELL or cell in ("None", "nan")] == []
 
 
 @every_folder
@@ -44,17 +46,17 @@ def test_every_column_is_described(folder: Path):
     assert undescribed(map(json.loads, layers), OF_LAYERS) == []
 
 
-def test_every_folder_is_described():
-    assert FOLDERS
-    lines = README.read_text().splitlines()
-    assert [
-        folder.name for folder in FOLDERS if not any(line.startswith(f"| `{folder.name}/` | `python ") for line in lines)
-    ] == []
+@every_folder
+def test_every_folder_is_described(folder: Path):
+    """In a line of the list, and in a README of its own that names the command."""
+    assert f"| [`{folder.name}/`]({folder.name}/) | " in README.read_text()
+    script = {"kernels": "kernel_benchmark"}.get(folder.name, folder.name)
+    assert f"`python experiments/{script}.py`" in (folder / "README.md").read_text()
 
 
 def test_every_table_is_whole():
     """No line of a table stands after a blank one, where it would be shown as text."""
-    lines = README.read_text().splitlines()
+    lines = [line for path in (README, COLUMNS) for line in ["", *path.read_text().splitlines()]]
     assert [
         line
         for before, line, after in zip(["", *lines], lines, [*lines[1:], ""], strict=False)
@@ -64,7 +66,7 @@ def test_every_table_is_whole():
 
 def test_the_data_dictionary_is_that_of_the_measurements():
     table = to_markdown(columns_table()).partition("\n\n")[2]
-    assert table in section(CELLS), f"results/README.md, {CELLS}: expected\n{table}"
+    assert table in section(CELLS), f"results/columns.md, {CELLS}: expected\n{table}"
     declared = [column.name for each in measurements().values() for column in each.columns]
     assert [row["column"] for row in columns_table().rows] == declared and len(declared) == len(set(declared)) > 90
     assert all(row["type"] and row["meaning"] for row in columns_table().rows)

@@ -17,7 +17,7 @@ import pytest
 import qjax
 from qjax.calibrate.tokens import Calibration, as_calibration
 from qjax.driver.layer import problem_of
-from qjax.errors import QjaxError
+from qjax.errors import QjaxError, QjaxWarning
 from qjax.evaluate.corpora import Corpus
 from qjax.evaluate.windows import parse_convention
 from qjax.models import walk
@@ -182,9 +182,11 @@ def test_calibrating_on_the_text_that_is_measured_is_refused(tiny_model, tmp_pat
 
 
 def test_texts_of_one_name_are_told_apart(tiny_model, tmp_path):
-    """Two files may share a name; the same text twice is measured once."""
+    """Two files may share a name; the same text twice is measured once, which is said."""
     one, other = (Corpus("text:val.txt", corpus.documents, corpus.fingerprint) for corpus in CORPORA)
-    rows = run_sweep(tiny_model, plan("nf4", corpora=(one, other, one)), tmp_path)
+    again = one._replace(name="text:copy.txt")
+    with pytest.warns(QjaxWarning, match=r"^text:copy\.txt is left out: it is the text of text:val.txt"):
+        rows = run_sweep(tiny_model, plan("nf4", corpora=(one, other, again)), tmp_path)
     assert [row["corpus_fingerprint"] for row in rows] == ["f1", "f2"] * 2
     expected = run_sweep(tiny_model, plan("nf4"), tmp_path / "expected")
     assert [row["nll"] for row in rows] == [row["nll"] for row in expected] and len({row["nll"] for row in rows}) == 4

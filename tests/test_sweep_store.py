@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from qjax import untrusted
 from qjax.errors import QjaxError
 from qjax.sweep.rows import complete
-from qjax.sweep.store import append_row, read_rows
+from qjax.sweep.store import Reader, append_row, append_rows, read_rows
 
 
 def row(key, **changes):
@@ -75,3 +76,27 @@ def test_a_disk_that_is_full_is_named(tmp_path):
     (tmp_path / "rows.jsonl").symlink_to("/dev/full")
     with pytest.raises(QjaxError, match=r"cannot write .*rows\.jsonl"):
         append_row(tmp_path / "rows.jsonl", row("a"))
+
+
+def test_what_is_read_again_is_what_was_added(tmp_path, monkeypatch):
+    """By each reader its own; half a line once it is whole, one without its newline twice, a new file from its beginning."""
+    path = tmp_path / "rows.jsonl"
+    reader = Reader(path)
+    assert list(reader.rows()) == []
+    append_rows(path, [row("a"), row("b")])
+    assert [each["key"] for each in reader.rows()] == ["a", "b"]
+    with monkeypatch.context() as patched:
+        patched.setattr(untrusted, "lines", None)
+        assert list(reader.rows()) == []  # without opening it
+    whole = json.dumps(row("c")).encode()
+    for content, found in {whole[:50]: [], whole: ["c"], whole + b"\n": ["c"], whole + b"\n" + whole[:9]: []}.items():
+        path.write_bytes(b"".join(json.dumps(row(key)).encode() + b"\n" for key in "ab") + content)
+        assert [each["key"] for each in reader.rows()] == found
+    append_row(path, row("d"))  # cuts half a line off
+    assert [each["key"] for each in reader.rows()] == ["d"]
+    path.write_text(path.read_text() + "no row\n")
+    with pytest.raises(QjaxError, match="line 5 is not a JSON object"):
+        list(reader.rows())
+    path.unlink()
+    append_row(path, row("e"))
+    assert [each["key"] for each in reader.rows()] == ["e"] and [each["key"] for each in Reader(path).rows()] == ["e"]

@@ -24,11 +24,12 @@ from qjax.linear import Linear, is_quantized
 from qjax.maps import Scale
 from qjax.models import model as module
 from qjax.models import walk
+from qjax.models.config import LayerKind
 from qjax.models.fingerprint import model_fingerprint
 from qjax.models.model import apply, hidden_batches, runnable
 from qjax.models.parameters import check_parameters, flatten, parameter_shapes, unflatten
 from qjax.qtensor import nbytes
-from tests.conftest import FAMILY_CHANGES, byte_tokenizer, tiny_config
+from tests.conftest import FAMILY_CHANGES, FURTHER_CHANGES, byte_tokenizer, tiny_config
 from tests.random_weights import small_model
 
 TOKENS = np.random.default_rng(0).integers(0, 256, (5, 12)).astype(np.int32)
@@ -79,9 +80,9 @@ def test_parts_in_order():
     assert walk.parts(parallel, halves=True) == walk.parts(parallel)
 
 
-@pytest.mark.parametrize("family", FAMILY_CHANGES)
+@pytest.mark.parametrize("family", FAMILY_CHANGES | FURTHER_CHANGES)
 def test_parts_read_every_parameter_once(family):
-    config = tiny_config(**FAMILY_CHANGES[family])
+    config = tiny_config(**(FAMILY_CHANGES | FURTHER_CHANGES)[family])
     params = small_model(config).params
     for halves in (False, True):
         found = [
@@ -90,9 +91,17 @@ def test_parts_read_every_parameter_once(family):
         assert sorted(found) == sorted(parameter_shapes(config))
 
 
-def test_halves_one_after_the_other_are_the_model():
-    """With the table of a tied head."""
-    config = tiny_config(**FAMILY_CHANGES["gpt2"])
+def test_layers_of_one_kind_have_equal_modules():
+    kinds = (LayerKind(sliding_window=4), LayerKind(), LayerKind(sliding_window=4))
+    blocks = [part.module for part in walk.parts(tiny_config(layers=3, kinds=kinds))[1:-1]]
+    assert blocks[0] == blocks[2] != blocks[1]
+    assert walk.compiled(blocks[0]) is walk.compiled(blocks[2])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma3_text"])
+def test_halves_one_after_the_other_are_the_model(family):
+    """With the table of a tied head, and layers of two kinds."""
+    config = tiny_config(**FAMILY_CHANGES[family])
     model, x = small_model(config), jnp.asarray(TOKENS)
     for part in walk.parts(config, halves=True):
         x = walk.run(part, model.params, x, *walk.further_arguments(part, model.params))

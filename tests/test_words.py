@@ -1,11 +1,15 @@
 """Names as people type them: what is taken, and what is answered with the recipe that means it."""
 
 import re
+import typing
 
 import pytest
 
+import qjax
 from qjax.errors import QjaxError
 from qjax.formats import parse_format
+from qjax.grammar import METHODS, names, options_in_source, require_method, require_words
+from qjax.methods import options_of
 from qjax.recipe import parse_recipe
 from qjax.sweep.cells import expand
 
@@ -93,3 +97,52 @@ def test_groups_as_configurations_say_them():
     for wrong in ("", "0", "-2", "all"):
         with pytest.raises(QjaxError, match=r"expected a number of weights, channel \(or -1\) or tensor"):
             expand(["rtn"], [4], wrong)
+
+
+@pytest.mark.parametrize("name", names(*METHODS))
+def test_options_in_a_methods_source_are_those_of_the_method(name):
+    """So that a mistake in one is found without importing it; words that an option may be are known to the method alone."""
+    written, options = options_in_source(name), options_of(name)
+    assert {each: option.default for each, option in written.items()} == {each: o.default for each, o in options.items()}
+    for each, option in options.items():
+        kind = option.annotation
+        assert written[each].annotation == (str if typing.get_origin(kind) is typing.Literal else kind)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("gptq(dam=1):int4", r"gptq has no option 'dam=1'; allowed, with defaults: damp=0.01, panel=64, act_order=true"),
+        ("gptq(hessian=1):int4", "gptq has no option 'hessian=1'"),
+        ("rtn+descend(sweeps=1.5):int4", "descend.sweeps=....* expects int, got '1.5'"),
+        ("gptq:int4@qep(alph=1)", "qep has no option 'alph=1'; allowed, with defaults: alpha=0.5, damp=0.01"),
+        ("gptq:int4@block(a=1)", "block has no option 'a=1'; allowed, with defaults: none"),
+    ],
+)
+def test_a_wrong_option_is_told_alike_before_and_after_a_method_is_imported(recipe, message):
+    told = []
+    for check in (require_words, parse_recipe):
+        with pytest.raises(QjaxError, match=message) as error:
+            check(recipe)
+        told.append(str(error.value))
+    assert told[0] == told[1]
+
+
+def test_options_that_are_right_as_far_as_words_go():
+    for recipe in ("gptq(refine=4,block=8):int4", "GPTQ(damp=1):INT4@QEP(alpha=1)", "none", "rtn(clip=nonsense):int4", "nf4"):
+        require_words(recipe)
+    require_method("awq(guard=false)+gptq(act_order=false)@qep(damp=0.1)")
+    with pytest.raises(QjaxError, match=r"^method 'gptq@qpe': unknown order"):
+        require_method("gptq@qpe")
+
+
+@pytest.mark.usefixtures("registries")
+def test_options_of_a_method_from_outside():
+    def mine(weight, fmt, *, hessian, sigmas: float = 3.0):
+        return weight
+
+    qjax.register(mine)
+    require_words("mine(sigmas=2):int4")
+    for wrong in ("mine(hessian=1):int4", "mine(sigma=1):int4"):
+        with pytest.raises(QjaxError, match=r"allowed, with defaults: sigmas=3\.0"):
+            require_words(wrong)

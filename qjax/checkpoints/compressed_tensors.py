@@ -304,8 +304,12 @@ def _fp4(module: Module, scheme: Scheme) -> Stored:
         expected["weight_global_scale"] = ((1,), ("F32",))
 
     def parts(arrays: Arrays):
-        stored = arrays["weight_scale"]
-        scales = e8m0(stored) if not nested else ScaledFloats(e4m3(stored), arrays["weight_global_scale"].reshape(()))
-        return fp4_codes(arrays["weight_packed"], rows), scales, None
+        codes, stored = fp4_codes(arrays["weight_packed"], rows), arrays["weight_scale"]
+        if not nested:
+            return codes, e8m0(stored), None
+        divisor = arrays["weight_global_scale"].reshape(())
+        if not divisor > 0:
+            raise QjaxError(f"weight_global_scale is {divisor}, expected a number above 0; get an intact checkpoint")
+        return codes, ScaledFloats(e4m3(stored), divisor), None
 
     return _finished(module, scheme, expected, fmt, parts)

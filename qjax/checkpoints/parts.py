@@ -4,16 +4,16 @@
         model-block_3.safetensors   a part's leaves: whole, or not there
         qjax-progress.json          what is being made, and of every complete part the digest of its file, what its quantized
                                     leaves are, and a record for its maker; rewritten after the file is on disk
-        qjax.lock                   locked by the process that is at work here, until `finish` or its end
+        qjax.lock                   locked by the writer that is at work here, until it is closed or its process ends
 
 `finish` adds the description (`packed.py`) and gives the folder its name: whoever sees the name sees a whole model.
 """
 
+import contextlib
 import json
-import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -22,19 +22,18 @@ from qjax import __version__
 from qjax.checkpoints import packed
 from qjax.checkpoints.tensors import read_arrays, read_headers, write_tensors
 from qjax.errors import QjaxError
-from qjax.files import digest_of, expand, listing, reason, write_atomically
-from qjax.folders import claim, prepare_output_folder, take_name
+from qjax.files import digest_of, expand, listing, locked, unwritable, write_atomically
+from qjax.folders import prepare_output_folder, require_place, take_name
 from qjax.models.config import DecoderConfig
 from qjax.models.model import Model
 from qjax.models.parameters import check_parameters, parameter_shapes
 from qjax.untrusted import read_json
 
 PROGRESS, LOCK = "qjax-progress.json", "qjax.lock"
-_locks: dict[Path, int] = {}  # descriptors of the locks that this process holds, by folder
 
 
 class PartWriter:
-    """Writes a packed model into `folder`, a part at a time."""
+    """Writes a packed model into `folder`, a part at a time; a context, which keeps other writers out of it."""
 
     def __init__(
         self, folder: str | Path, config: DecoderConfig, identity: Mapping[str, object], *, overwrite: bool = False
@@ -43,12 +42,24 @@ class PartWriter:
 
         identity: JSON values that say all that the leaves depend on: model, recipe, calibration data and so on. Raises
         QjaxError where the folder holds anything, unless `overwrite`, where what was begun is something else (with
-        `overwrite` that is begun anew), and where another process is at work on it.
+        `overwrite` that is begun anew), and where another writer is at work on it.
         """
         _tidy(expand(folder))
-        self._target, self._config = claim(folder, overwrite=overwrite), config
+        self._target, self._config = require_place(folder, overwrite=overwrite), config
         self._folder = self._target.with_name(f".{self._target.name}.partial")
-        _lock(prepare_output_folder(self._folder))
+        with contextlib.ExitStack() as held:
+            held.enter_context(_alone(prepare_output_folder(self._folder)))
+            self._progress = self._begin(identity, overwrite)
+            self._held = held.pop_all()
+
+    def __enter__(self) -> "PartWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held.close()
+
+    def _begin(self, identity: Mapping[str, object], overwrite: bool) -> dict[str, dict]:
+        """What was begun, less what is not whole; all else is taken away."""
         identity = json.loads(json.dumps({"qjax": __version__, "version": packed.VERSION, **identity}))
         begun = (
             read_json(self._folder / PROGRESS) if (self._folder / PROGRESS).exists() else {"identity": identity, "parts": {}}
@@ -63,11 +74,11 @@ class PartWriter:
                 )
             begun["parts"] = {}
         whole = {name: entry for name, entry in begun["parts"].items() if _is_whole(self._file(name), entry)}
-        self._progress = {"identity": identity, "parts": whole}
         known = {PROGRESS, LOCK, *(self._file(name).name for name in whole)}
         for other in self._folder.iterdir():  # half a part, what libraries wrote it through, something else's
             if other.name not in known:
                 shutil.rmtree(other) if other.is_dir() and not other.is_symlink() else other.unlink()
+        return {"identity": identity, "parts": whole}
 
     @property
     def complete(self) -> dict[str, object]:
@@ -109,8 +120,7 @@ class PartWriter:
             take_name(self._folder, self._target, (*packed.REPLACED, PROGRESS, LOCK))
             _tidy(self._target)
         except OSError as error:
-            raise QjaxError(f"cannot write {self._target}: {reason(error)}; choose a writable folder") from error
-        _unlock(self._folder)
+            raise unwritable(self._target, error) from error
         return self._target
 
     def _file(self, name: str) -> Path:
@@ -130,40 +140,17 @@ def _is_progress(begun: Mapping[str, object]) -> bool:
     )
 
 
-def _lock(folder: Path) -> None:
-    """Keeps other processes out of a folder until `_unlock` or the end of this one, which may begin in it anew.
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keeps other writers out of a folder. Raises QjaxError where one is at work in it."""
 
-    Raises QjaxError where another process is at work in it.
-    """
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        return
-    if folder in _locks and _is_named(_locks[folder], folder / LOCK):
-        return
-    _unlock(folder)
-    try:
-        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-        _locks[folder] = descriptor
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not _is_named(descriptor, folder / LOCK):  # who had it has finished meanwhile
-            raise BlockingIOError
-    except BlockingIOError:
-        _unlock(folder)
-        raise QjaxError(f"{folder} is in use by another process; wait until it ends, or name another folder") from None
-    except OSError as error:
-        _unlock(folder)
-        raise QjaxError(f"cannot lock {folder / LOCK}: {reason(error)}; choose a writable folder") from error
+    def refuse() -> None:
+        raise QjaxError(f"{folder} is in use by another process; wait until it ends, or name another folder")
 
-
-def _unlock(folder: Path) -> None:
-    if folder in _locks:
-        os.close(_locks.pop(folder))
-
-
-def _is_named(descriptor: int, file: Path) -> bool:
-    """Whether an open file still has its name."""
-    return file.exists() and os.path.samestat(os.fstat(descriptor), file.stat())
+    with locked(folder / LOCK, on_wait=refuse):
+        if not (folder / LOCK).exists():  # who had it has finished meanwhile
+            refuse()
+        yield
 
 
 def _is_whole(file: Path, entry: Mapping[str, object]) -> bool:

@@ -3,6 +3,9 @@
     gptq, gptq_v2        affine or symmetric integers of 2, 3, 4 or 8 bits, float16 scales, inputs in any order (g_idx)
     compressed-tensors   pack-quantized: integers of 2 to 8 bits, scales in any type of floats
 
+Version 1 of GPTQ's files has no word for a zero point of 0 but to borrow from the next one, which GPTQModel undoes and some
+kernels do not: gptq_v2 is the one for affine codes.
+
 A target is a pure function of codes: reading what it wrote gives the same codes, scales and zero points.
 """
 
@@ -65,13 +68,13 @@ def _integers_refusal(fmt: Format, shape: tuple[int, int], bits: tuple[int, ...]
         return f"{fmt} is not of integers of {', '.join(map(str, bits))} bits in groups or channels"
     if not fmt.has_whole_zeros or fmt.scales not in ("fp16", "bf16", "fp32"):
         return f"{fmt} stores scales or zero points that the files have no place for"
-    if fmt.granularity == "group" and fmt.group < shape[0] and (fmt.group not in GROUPS or shape[0] % fmt.group):
+    if fmt.granularity == "group" and (fmt.group not in GROUPS or shape[0] % fmt.group):
         return f"groups of {fmt.group} of {shape[0]} inputs; a power of two from 16 to 1024 that divides them is expected"
     return None
 
 
 def _nearest_integers(fmt: Format, shape: tuple[int, int], bits: tuple[int, ...], scales: tuple[str, ...]) -> Format:
-    fits = [group for group in GROUPS if shape[0] % group == 0]
+    fits = [group for group in GROUPS if shape[0] % group == 0 and fmt.granularity != "channel"]
     size = min(fits, key=lambda group: abs(group - (fmt.group or 128)), default=0)
     chosen = min(bits, key=lambda each: (abs(each - fmt.bits), -each))
     integer = fmt.grid in INTEGERS and fmt.bits > 1

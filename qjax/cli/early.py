@@ -1,6 +1,6 @@
-"""Mistakes in names, found before JAX is imported and a model is loaded. Only the commands import it.
+"""Mistakes in words, found before JAX is imported and a model is loaded. Only the commands import it.
 
-What passes here may still be wrong (options, what a layer can have); the commands check all of it later.
+What passes here may still be wrong (what a layer can have, what is in files); the commands check all of it later.
 """
 
 from collections.abc import Iterable
@@ -19,37 +19,45 @@ def check_names(
     order: str | None = None,
     rules: Iterable[str] | None = None,
     convention: str | None = None,
+    tasks: str | None = None,
+    measure: str | None = None,
     texts: Iterable[str | None] = (),
     models: Iterable[str | None] = (),
 ) -> None:
-    """Raises QjaxError for an unknown method, format, order, convention or text, for a rule whose pattern is none, and for a
-    model's path that does not exist.
+    """Raises QjaxError for an unknown method, option, format, order, convention, task, measurement or text, for a rule whose
+    pattern is none, and for a model's path that does not exist.
 
-    None: not said. recipes, methods: names between commas.
+    None: not said. recipes, methods, tasks, measure: names between commas.
     """
     from qjax.formats import ALIASES, GRIDS, UNQUANTIZED
-    from qjax.grammar import names, require_words, split_rule, split_stage, split_stages
+    from qjax.grammar import require_method, require_order, require_words, split_rule
 
     for recipe in split_names(recipes) if recipes is not None else ():
         require_words(recipe)
     for method in split_names(methods) if methods is not None else ():
         if method.lower().partition("-")[0] not in (*GRIDS, *ALIASES, UNQUANTIZED):
-            split_stages(f"method {method!r}", method.partition("@")[0])
+            require_method(method)
     if order is not None:
-        split_stage(f"order {order!r}", order, names("order"), "order of calibration")
+        require_order(f"order {order!r}", order)
     for rule in rules or ():
         require_words(split_rule(rule)[1])
-    _check_evaluation(convention, [text for text in texts if text is not None])
+    _check_evaluation(convention, [text for text in texts if text is not None], tasks, measure)
     for model in models:
         if model is not None and looks_like_a_path(model) and not status(standing(expand(model))):
             raise QjaxError(f"{expand(model)}: no such folder")
 
 
-def _check_evaluation(convention: str | None, specs: Iterable[str]) -> None:
+def _check_evaluation(convention: str | None, specs: Iterable[str], tasks: str | None, measure: str | None) -> None:
     from qjax.evaluate.corpora import require_spec
+    from qjax.evaluate.tasks import require_tasks
     from qjax.evaluate.windows import parse_convention
+    from qjax.sweep.columns import require_measurements
 
     if convention is not None:
         parse_convention(convention)
     for spec in specs:
         require_spec(spec)
+    if tasks:
+        require_tasks(split_names(tasks))
+    if measure:
+        require_measurements(split_names(measure))

@@ -39,7 +39,7 @@ def evaluate(
     packed: Packed = False,
 ) -> None:
     """Perplexity of one model, quantized or not; with --tasks or --lm-eval its accuracy instead."""
-    check_names(convention=convention, texts=data, models=(model,))
+    check_names(convention=convention, texts=data, tasks=tasks, models=(model,))
     from qjax.evaluate.corpora import load_corpora
     from qjax.evaluate.perplexity import perplexity
     from qjax.evaluate.tasks import load_tasks

@@ -42,7 +42,7 @@ def quantize(
     check_names(recipes=recipe, order=order, rules=rule, texts=(calibration,), models=(model,))
     from qjax.driver.decoder import quantize_to
     from qjax.driver.placement import placement
-    from qjax.folders import claim, refuse_inputs
+    from qjax.folders import refuse_inputs, require_place
     from qjax.report.rendering import to_rich
     from qjax.report.tables import layers_table
     from qjax.sweep.cells import canonical
@@ -50,7 +50,7 @@ def quantize(
 
     (recipe,), rules = canonical([recipe], order), rules_in_order(rule or (), order)
     refuse_inputs(out, [model])
-    out = claim(out, overwrite=overwrite)
+    out = require_place(out, overwrite=overwrite)
     loaded = load_model(model, lazy=True)
     total = len(placement(loaded, recipe, rules))
     asked_of = ([recipe], rules)

@@ -96,6 +96,7 @@ def sweep(
 
     engine, _ = parse_launcher(launcher)
     asked_names = {"recipes": recipes, "methods": methods, "order": order, "rules": rule, "convention": convention}
+    asked_names |= {"tasks": tasks, "measure": measure}
     check_names(**asked_names, texts=(*data, calibration), models=(model, baseline))
     from qjax.evaluate.corpora import load_corpora
     from qjax.evaluate.tasks import load_tasks

@@ -128,24 +128,24 @@ def quantize_to(
         "methods": {name: source for each in set(work.plans[0].values()) if each for name, source in each.sources().items()},
         "compute": np.dtype(compute_dtype()).name,
     }
-    writer = PartWriter(folder, model.config, identity, overwrite=overwrite)
+    with PartWriter(folder, model.config, identity, overwrite=overwrite) as writer:
 
-    def held(part: walk.Part) -> tuple[dict[str, object], list[LayerRecord]] | None:
-        if (name := _file_of(part)) not in writer.complete:
-            return None
-        leaves = {path.removeprefix(part.prefix): leaf for path, leaf in writer.read(name).items()}
-        return materialised(leaves), [LayerRecord(**record) for record in writer.complete[name]]
+        def held(part: walk.Part) -> tuple[dict[str, object], list[LayerRecord]] | None:
+            if (name := _file_of(part)) not in writer.complete:
+                return None
+            leaves = {path.removeprefix(part.prefix): leaf for path, leaf in writer.read(name).items()}
+            return materialised(leaves), [LayerRecord(**record) for record in writer.complete[name]]
 
-    made = []
-    for part, (found,) in _parts(model, work, held):
-        leaves = {part.prefix + path: leaf for path, leaf in found.leaves.items()}
-        leaves |= cast_others(leaves, request[0], work.plans[0])
-        if _file_of(part) not in writer.complete:
-            writer.write(_file_of(part), leaves, [record._asdict() for record in found.records])
-        made.append(found._replace(leaves={}))
-    records = _records(work.plans[0], made)
-    layers = "".join(json.dumps(row) + "\n" for row in rows_of(records))
-    writer.finish(model._replace(recipe=_name(model, *request)), layers)
+        made = []
+        for part, (found,) in _parts(model, work, held):
+            leaves = {part.prefix + path: leaf for path, leaf in found.leaves.items()}
+            leaves |= cast_others(leaves, request[0], work.plans[0])
+            if _file_of(part) not in writer.complete:
+                writer.write(_file_of(part), leaves, [record._asdict() for record in found.records])
+            made.append(found._replace(leaves={}))
+        records = _records(work.plans[0], made)
+        layers = "".join(json.dumps(row) + "\n" for row in rows_of(records))
+        writer.finish(model._replace(recipe=_name(model, *request)), layers)
     result = load_packed(folder, lazy=True)
     warn_of_few_tokens(records, 2)
     return result, make_report(result.params, records, time.perf_counter() - started)

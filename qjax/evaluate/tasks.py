@@ -20,6 +20,8 @@ from qjax.evaluate.cloze import cloze_questions
 from qjax.evaluate.corpora import fetch
 from qjax.evaluate.questions import Question, Task, last_word, make_task, multiple_choice, multiple_context
 from qjax.evaluate.task_files import read_task_file
+from qjax.files import expand
+from qjax.untrusted import status
 
 CLOZE = "cloze"
 Row = Mapping[str, object]
@@ -105,11 +107,8 @@ def load_task(spec: str, max_questions: int | None = None) -> Task:
 
     Raises QjaxError for an unknown name (with the nearest), a missing or malformed file, and data that cannot be fetched.
     """
+    require_tasks([spec])
     name, colon, path = spec.partition(":")
-    if (name not in TASKS and name != CLOZE) or (name == CLOZE and colon):
-        raise QjaxError(_unknown(spec))
-    if colon and not path:
-        raise QjaxError(f"task {spec!r} names no file; expected {name}:PATH")
     if max_questions is not None and max_questions < 1:
         raise QjaxError(f"max_questions {max_questions}: expected at least 1, or None for all")
     if name == CLOZE:
@@ -118,17 +117,38 @@ def load_task(spec: str, max_questions: int | None = None) -> Task:
         questions = read_task_file(path, TASKS[name].suffix)
     else:
         questions = _fetch(name)
-    return make_task(f"{name}:{Path(path).name}" if name == "choices" else name, questions[:max_questions])
+    return make_task(_name(spec), questions[:max_questions])
+
+
+def require_tasks(specs: Iterable[str]) -> None:
+    """Raises QjaxError for what names no task, a file that does not exist, and two tasks of one name; nothing is read."""
+    names = []
+    for spec in specs:
+        name, colon, path = spec.partition(":")
+        if (name not in TASKS and name != CLOZE) or (name == CLOZE and colon):
+            raise QjaxError(_unknown(spec))
+        if colon and not path:
+            raise QjaxError(f"task {spec!r} names no file; expected {name}:PATH")
+        if colon and not status(expand(path)):
+            raise QjaxError(f"task {spec!r}: {path} does not exist; expected a task file, or a folder of them")
+        if not colon and name != CLOZE and TASKS[name].convert is None:
+            raise QjaxError(f"task {name!r} is read from a file: give {name}:PATH")
+        names.append(_name(spec))
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise QjaxError(f"tasks {', '.join(twice)} given more than once; a row has one column a task")
+
+
+def _name(spec: str) -> str:
+    """A task's name in rows."""
+    name, _, path = spec.partition(":")
+    return f"{name}:{Path(path).name}" if name == "choices" else name
 
 
 def load_tasks(specs: Iterable[str], max_questions: int | None = None) -> tuple[Task, ...]:
     """Every task named; raises what `load_task` raises, and QjaxError for two tasks of one name."""
-    tasks = tuple(load_task(spec, max_questions) for spec in specs)
-    names = [task.name for task in tasks]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise QjaxError(f"tasks {', '.join(twice)} given more than once; a row has one column a task")
-    return tasks
+    specs = list(specs)
+    require_tasks(specs)
+    return tuple(load_task(spec, max_questions) for spec in specs)
 
 
 def task_names() -> tuple[str, ...]:
@@ -146,7 +166,5 @@ def _unknown(spec: str) -> str:
 
 def _fetch(name: str) -> list[Question]:
     asked = TASKS[name]
-    if asked.convert is None:
-        raise QjaxError(f"task {name!r} is read from a file: give {name}:PATH")
     read = lambda rows: [asked.convert(row) for row in rows]  # noqa: E731
     return fetch(f"task {name!r}", f"give {name}:PATH", read, *asked.hub, split=asked.split)

@@ -12,8 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from qjax.models.config import DecoderConfig
 from qjax.models.layout import Cache, Layout
-from qjax.models.norms import make_norm
-from qjax.models.rope import rope_frequencies, rotate
+from qjax.models.norms import make_head_norm, make_norm
+from qjax.models.rope import alibi, cos_sin, rotate, rotate_neighbours
 
 QUERY_PIECES = 4  # of a sequence: a piece leaves out the keys after it, five eighths of all scores are left
 SMALLEST_PIECE = 64  # queries
@@ -30,14 +30,17 @@ def attend(
     v: Float[Array, "batch kv_heads keys dim"],
     visible: Bool[Array, "..."],
     softcap: float | None = None,
+    bias: Float[Array, "..."] | None = None,
 ) -> Float[Array, "batch kv_heads group time dim"]:
-    """Mixtures of v for scaled queries; visible broadcasts against (batch, kv_heads, group, time, keys). Softmax in float32.
+    """Mixtures of v for scaled queries; visible and the bias, which is added to scores, broadcast against (batch, kv_heads,
+    group, time, keys). Softmax in float32.
 
     Queries that share a key head stand in one matrix: XLA's CPU matmul is twice as fast on (group * time, dim).
     """
     batch, kv_heads, group, time, dim = q.shape
     scores = jnp.einsum("bkqd,bksd->bkqs", q.reshape(batch, kv_heads, -1, dim), k, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible, softcapped(scores.reshape(batch, kv_heads, group, time, -1), softcap), -jnp.inf)
+    scores = softcapped(scores.reshape(batch, kv_heads, group, time, -1), softcap)
+    scores = jnp.where(visible, scores if bias is None else scores + bias, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(batch, kv_heads, group * time, -1)
     return jnp.einsum("bkqs,bksd->bkqd", weights, v).reshape(q.shape)
 
@@ -61,9 +64,9 @@ class Attention(nn.Module):
         q, k, v = self.project(x, c.heads, "q"), self.project(x, c.kv_heads, "k"), self.project(x, c.kv_heads, "v")
         position = jnp.arange(time) if layout is None else layout.positions
         if c.positions == "rope":
-            angles = position[..., None] * rope_frequencies(c)  # (time, half) or (batch, time, half)
-            cos, sin = jnp.cos(angles).astype(self.dtype), jnp.sin(angles).astype(self.dtype)
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            cos, sin = (each.astype(self.dtype) for each in cos_sin(c, position))
+            turn = rotate_neighbours if c.rope_interleaved else rotate
+            q, k = turn(q, cos, sin), turn(k, cos, sin)
 
         if layout is None:
             distance = position[:, None] - position[None, :]  # (query, key)
@@ -72,6 +75,8 @@ class Attention(nn.Module):
                 visible &= distance < c.sliding_window
         else:
             visible = layout.seen(c.sliding_window)[:, None, None]  # (batch, 1, 1, query, key)
+        keys = position if layout is None else layout.keys
+        bias = alibi(c, position, keys) if c.positions in ("alibi", "alibi_scaled") else None
         scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
         q = (q * scale).reshape(batch, time, c.kv_heads, c.heads // c.kv_heads, c.head_dim).transpose(0, 2, 3, 1, 4)
         k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # (batch, kv_heads, time, dim)
@@ -81,10 +86,14 @@ class Attention(nn.Module):
         if layout is None:  # no key after the last query of a piece is visible in it
             size = max(-(-time // QUERY_PIECES), SMALLEST_PIECE)
             pieces = [(start, min(start + size, time)) for start in range(0, time, size)]
-            parts = [attend(q[..., a:b, :], k[:, :, :b], v[:, :, :b], visible[a:b, :b], c.attention_softcap) for a, b in pieces]
+            biases = [None if bias is None else bias[..., a:b, :b] for a, b in pieces]
+            parts = [
+                attend(q[..., a:b, :], k[:, :, :b], v[:, :, :b], visible[a:b, :b], c.attention_softcap, each)
+                for (a, b), each in zip(pieces, biases, strict=True)
+            ]
             mixed = jnp.concatenate(parts, axis=3)
         else:
-            mixed = attend(q, k, v, visible, c.attention_softcap)
+            mixed = attend(q, k, v, visible, c.attention_softcap, bias)
         mixed = mixed.transpose(0, 3, 1, 2, 4).reshape(batch, time, -1)
         mixed = nn.Dense(c.hidden_size, use_bias=c.attention_output_bias, dtype=self.dtype, name="o")(mixed)
         return mixed if cache is None else (mixed, cache)
@@ -93,9 +102,12 @@ class Attention(nn.Module):
         """Queries, keys or values by head; queries and keys normalised where the family does so."""
         c = self.config
         y = nn.Dense(heads * c.head_dim, use_bias=c.qkv_bias, dtype=self.dtype, name=name)(x)
-        y = y.reshape(*x.shape[:2], heads, c.head_dim)
-        if c.qk_norm == "head" and name != "v":
+        norm = "none" if name == "v" else c.qk_norm
+        if norm == "width":
             y = make_norm(c, self.dtype, f"{name}_norm")(y)
+        y = y.reshape(*x.shape[:2], heads, c.head_dim)
+        if norm in ("head", "each_head"):
+            y = (make_norm if norm == "head" else make_head_norm)(c, self.dtype, f"{name}_norm")(y)
         return y
 
 

@@ -8,17 +8,17 @@ import dataclasses
 
 from qjax.errors import QjaxError
 from qjax.models.ranges import RANGES, check_ranges
-from qjax.models.scalings import Scaling
+from qjax.models.scalings import LongScaling, Scaling
 
-POSITIONS = ("rope", "learned")
+POSITIONS = ("rope", "learned", "alibi", "alibi_scaled", "none")
 
 
 CHOICES = {
-    "norm": ("rms", "rms_offset", "layer"),
+    "norm": ("rms", "rms_offset", "layer", "layer_scale"),
     "activation": ("silu", "gelu", "gelu_tanh", "relu"),
     "positions": POSITIONS,
-    "norm_places": ("before", "both"),
-    "qk_norm": ("none", "head"),
+    "norm_places": ("before", "both", "after"),
+    "qk_norm": ("none", "head", "each_head", "width"),
 }
 
 
@@ -55,11 +55,11 @@ class DecoderConfig:
     kv_heads: int
     head_dim: int
     context: int
-    norm: str = "rms"  # rms | rms_offset (the scale is 1 + offset) | layer
+    norm: str = "rms"  # rms | rms_offset (the scale is 1 + offset) | layer | layer_scale (without a bias)
     norm_epsilon: float = 1e-5
     activation: str = "silu"  # silu | gelu | gelu_tanh | relu
     gated: bool = True  # gate/up/down (SwiGLU) or up/down
-    positions: str = "rope"  # rope | learned
+    positions: str = "rope"  # rope | learned | alibi | alibi_scaled (as Falcon has it) | none
     rope_theta: float = 10000.0
     rope_scaling: Scaling | None = None
     qkv_bias: bool = False
@@ -76,11 +76,17 @@ class DecoderConfig:
     position_offset: int = 0  # rows of the learned positions' table before that of position 0
     other_eos_ids: tuple = ()  # tokens that end a text besides eos_id
     kinds: tuple = ()  # a LayerKind for every layer, where layers differ; the fields that it names are then the first layer's
-    norm_places: str = "before"  # before | both: a branch's input is normalised, or what it adds as well
-    qk_norm: str = "none"  # none | head: queries and keys are normalised, each head by itself
+    norm_places: str = "before"  # before | both | after: what is normalised, a branch's input, what it adds, or both
+    qk_norm: str = "none"  # of queries and keys: none | head | each_head (a scale for each) | width (all heads together)
     attention_scale: float | None = None  # of scores; head_dim ** -0.5 where there is none
     attention_softcap: float | None = None  # c: scores become c tanh(score / c)
     logit_softcap: float | None = None
+    rope_interleaved: bool = False  # positions rotate pairs of neighbouring features, rather than (i, i + half)
+    shared_norm: bool = False  # parallel branches read the output of one norm
+    embedding_norm: bool = False
+    embedding_scale: float = 1.0  # of the tokens' embeddings
+    residual_scale: float = 1.0  # of what a branch adds
+    logit_scale: float = 1.0
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
@@ -112,6 +118,10 @@ class DecoderConfig:
             check_choice(name, getattr(self, name), allowed)
         if self.kinds and (len(self.kinds) != self.layers or not all(isinstance(kind, LayerKind) for kind in self.kinds)):
             raise QjaxError(f"model configuration: kinds are {len(self.kinds)} of {self.layers} layers, each a LayerKind")
+        if self.shared_norm and not (self.parallel_residual and self.norm_places == "before"):
+            raise QjaxError("model configuration: shared_norm needs parallel_residual, and norms before the branches")
+        for each in (self, *self.kinds):
+            _check_long(each.rope_scaling, self.context, self.rotary_dim)
         low, high = RANGES["eos_id"]
         ends = self.other_eos_ids
         if not isinstance(ends, tuple) or not all(type(i) is int and low <= i <= high for i in ends):
@@ -123,3 +133,19 @@ class DecoderConfig:
                 "model configuration: rotary positions need an even number of features of each head, got "
                 f"{self.rotary_fraction} of {self.head_dim}"
             )
+
+
+def _check_long(scaling: Scaling | None, context: int, rotary_dim: int) -> None:
+    """Raises QjaxError where longrope has not a factor for each pair, or is asked for texts of which it has no short ones."""
+    if not isinstance(scaling, LongScaling):
+        return
+    if context > scaling.original_context:
+        raise QjaxError(
+            f"model configuration: a context of {context}; with longrope it is at most the original one, "
+            f"{scaling.original_context}: beyond it frequencies would depend on the length of the text"
+        )
+    if {len(scaling.short), len(scaling.long)} != {rotary_dim // 2}:
+        raise QjaxError(
+            f"model configuration: longrope has {len(scaling.short)} short and {len(scaling.long)} long factors, expected "
+            f"{rotary_dim // 2}, one for each pair of features"
+        )

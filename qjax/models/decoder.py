@@ -5,11 +5,12 @@ so a model of any depth costs a block's compilation for each kind, and quantizat
 
     block:  x <- x + o(attention(q(n), k(n), v(n))),  n = norm(x)
             x <- x + down(activation(gate(m)) * up(m)),  m = norm(x)        (gated; else down(activation(up(m))))
-    or, with a parallel residual, both at once: m = norm(x) of the x before attention. Where norms stand on both sides of a
-    branch, what it adds is normalised too.
+    or, with a parallel residual, both at once: m = norm(x) of the x before attention, or m = n. A norm may also stand behind
+    a branch, with the one before it or instead of it.
 
 Vaswani et al. 2017 (arXiv 1706.03762); Llama: Touvron et al. 2023 (2302.13971); parallel residual and partly rotated heads:
-GPT-NeoX, Black et al. 2022 (2204.06745); norms on both sides, soft caps: Gemma 2 (2408.00118).
+GPT-NeoX, Black et al. 2022 (2204.06745); norms on both sides, soft caps: Gemma 2 (2408.00118); norms behind: OLMo 2
+(2501.00656).
 Every linear layer is an `nn.Dense` whose kernel is (in, out), so `interception/` serves it as it does any user's model.
 """
 
@@ -45,11 +46,13 @@ class Embed(nn.Module):
         x = nn.Embed(c.vocabulary_size, c.hidden_size, dtype=self.dtype, name="tokens")(tokens)
         if c.scaled_embeddings:
             x = x * jnp.asarray(math.sqrt(c.hidden_size), self.dtype)
+        if c.embedding_scale != 1:
+            x = x * c.embedding_scale
         if c.positions == "learned":
             positions = jnp.arange(tokens.shape[1]) if layout is None else layout.positions
             rows = c.context + c.position_offset
             x = x + nn.Embed(rows, c.hidden_size, dtype=self.dtype, name="positions")(positions + c.position_offset)
-        return x
+        return make_norm(c, self.dtype, "norm")(x) if c.embedding_norm else x
 
 
 class MLP(nn.Module):
@@ -72,8 +75,12 @@ class MLP(nn.Module):
 
 def branches(config: DecoderConfig) -> dict[str, tuple[str, ...]]:
     """The residual branches of a block, its halves, and the modules of each."""
-    after = config.norm_places != "before"
-    return {name: (f"{name}_norm", name, *((f"{name}_post_norm",) if after else ())) for name in ("attention", "mlp")}
+    before = {"attention": ("attention_norm",), "mlp": () if config.shared_norm else ("mlp_norm",)}
+    places = config.norm_places
+    return {
+        name: (*(before[name] if places != "after" else ()), name, *((f"{name}_post_norm",) if places != "before" else ()))
+        for name in before
+    }
 
 
 class Block(nn.Module):
@@ -94,19 +101,26 @@ class Block(nn.Module):
         c = self.config
         before = x
         if self.half != "mlp":
-            mixed = Attention(c, self.dtype, name="attention")(make_norm(c, self.dtype, "attention_norm")(x), layout, cache)
+            read = self.normed(x, "attention_norm")
+            mixed = Attention(c, self.dtype, name="attention")(read, layout, cache)
             mixed, cache = mixed if cache is not None else (mixed, None)
             x = x + self.added(mixed, "attention")
         if self.half != "attention":
-            inner = before if c.parallel_residual else x
-            x = x + self.added(MLP(c, self.dtype, name="mlp")(make_norm(c, self.dtype, "mlp_norm")(inner)), "mlp")
+            if not c.shared_norm:
+                read = self.normed(before if c.parallel_residual else x, "mlp_norm")
+            x = x + self.added(MLP(c, self.dtype, name="mlp")(read), "mlp")
         return x if cache is None else (x, cache)
+
+    def normed(self, x: Float[Array, "batch time hidden"], name: str) -> Float[Array, "batch time hidden"]:
+        """What a branch reads."""
+        return x if self.config.norm_places == "after" else make_norm(self.config, self.dtype, name)(x)
 
     def added(self, branch: Float[Array, "batch time hidden"], name: str) -> Float[Array, "batch time hidden"]:
         """What the block adds to its input, of a branch's output."""
-        return (
-            branch if self.config.norm_places == "before" else make_norm(self.config, self.dtype, f"{name}_post_norm")(branch)
-        )
+        c = self.config
+        if c.norm_places != "before":
+            branch = make_norm(c, self.dtype, f"{name}_post_norm")(branch)
+        return branch if c.residual_scale == 1 else branch * c.residual_scale
 
 
 class Head(nn.Module):
@@ -126,4 +140,4 @@ class Head(nn.Module):
         else:
             output = nn.Dense(c.vocabulary_size, use_bias=False, dtype=self.dtype, name="output")
             logits = output(x).astype(jnp.float32)
-        return softcapped(logits, c.logit_softcap)
+        return softcapped(logits if c.logit_scale == 1 else logits * c.logit_scale, c.logit_softcap)

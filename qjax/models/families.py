@@ -11,22 +11,31 @@ from collections.abc import Iterable
 from qjax.errors import QjaxError
 from qjax.models.config import DecoderConfig
 from qjax.models.family import Family
+from qjax.models.family_alibi import BLOOM, FALCON, FALCON2
 from qjax.models.family_gemma import GEMMA, GEMMA2, GEMMA3
-from qjax.models.family_gpt import GPT2, GPT_NEOX, OPT
+from qjax.models.family_gpt import GPT2, GPT_NEO, GPT_NEOX, OPT
 from qjax.models.family_llama import LLAMA, MISTRAL, QWEN2
+from qjax.models.family_relatives import COHERE, GLM, GLM4, GRANITE, OLMO2, PHI3, QWEN3, SMOLLM3, STABLELM
 from qjax.models.walk import block_of
 from qjax.untrusted import quoted
 
-FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, GPT2, GPT_NEOX, OPT, GEMMA, GEMMA2, GEMMA3)}
+FAMILIES = {
+    family.name: family
+    for family in (
+        *(LLAMA, MISTRAL, QWEN2, GPT2, GPT_NEOX, OPT, GEMMA, GEMMA2, GEMMA3),
+        *(QWEN3, OLMO2, SMOLLM3, GRANITE, STABLELM, PHI3, GLM, GLM4, COHERE, GPT_NEO, FALCON, BLOOM, FALCON2),
+    )
+}
+READ = {name: family for name, family in FAMILIES.items() if not family.model_type}  # by model_type
 
 
 def find_family(config: dict) -> Family:
     """The family that a config.json describes. Raises QjaxError that lists what is supported."""
     name, architectures = config.get("model_type"), config.get("architectures") or []
     architectures = architectures if isinstance(architectures, list) else [architectures]
-    by_class = {each.lower(): family for family in FAMILIES.values() for each in family.architectures}
+    by_class = {each.lower(): family for family in READ.values() for each in family.architectures}
     found = {by_class.get(str(each).lower()) for each in architectures}
-    family = FAMILIES.get(name) if isinstance(name, str) else None
+    family = READ.get(name) if isinstance(name, str) else None
     if name is None and len(found) == 1:
         family = found.pop()
     elif architectures and family not in found:
@@ -34,7 +43,7 @@ def find_family(config: dict) -> Family:
     if family is None:
         raise QjaxError(
             f"unknown architecture: model_type {quoted(name)}, architectures {quoted(architectures)}; "
-            f"supported: {', '.join(f'{each.name} ({each.architectures[0]})' for each in FAMILIES.values())}"
+            f"supported: {', '.join(f'{each.name} ({each.architectures[0]})' for each in READ.values())}"
         )
     return family
 
@@ -66,7 +75,8 @@ def write_config(config: DecoderConfig) -> dict:
     if config.family not in FAMILIES:
         raise QjaxError(f"unknown family {config.family!r}; supported: {', '.join(FAMILIES)}")
     family = FAMILIES[config.family]
-    written = {"architectures": [family.architectures[0]], "model_type": family.name, **family.write(config)}
+    name = family.model_type or family.name
+    written = {"architectures": [family.architectures[0]], "model_type": name, **family.write(config)}
     back = dataclasses.asdict(family.read(written))
     lost = {key: value for key, value in dataclasses.asdict(config).items() if back[key] != value}
     if lost:

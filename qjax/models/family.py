@@ -15,7 +15,7 @@ LEAF_NAMES = {"kernel": "weight", "scale": "weight", "offset": "weight", "embedd
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Family:
-    """One architecture. `name` is config.json's model_type.
+    """One architecture. `name` is config.json's model_type, unless that is given: of a variant that other names have it for.
 
     architectures: config.json's class names, the first is the one we write.
     read: config.json -> DecoderConfig; write: its inverse.
@@ -23,7 +23,8 @@ class Family:
         side along the output axis in the table's order.
     prefix: starts all names but the head's; some checkpoints leave it out.
     kernels_in_out: the blocks' kernels are stored (in, out), as ours, rather than (out, in).
-    fused_by_head: modules stored as one tensor are so head by head: (head, module, dim) along the output axis.
+    fused_by_head: modules stored as one tensor are so by heads of keys: (head, module, dim) along the output axis, where a
+        module has as many rows of dim for a head as queries share it.
     ignored: regular expression of stored tensors that are constants, not weights.
     """
 
@@ -36,6 +37,7 @@ class Family:
     kernels_in_out: bool = False
     fused_by_head: bool = False
     ignored: str = r"$^"
+    model_type: str = ""
 
 
 class StoredTensor(NamedTuple):
@@ -80,10 +82,12 @@ def stored_tensors(family: Family, shapes: Mapping[str, tuple[int, ...]], heads:
             if path in shapes:
                 parts[name].append((path, shapes[path]))
                 transposed[name] = leaf == "kernel" and not (family.kernels_in_out and layer is not None)
-    return [
-        StoredTensor(name, tuple(held), transposed[name], heads if family.fused_by_head and len(held) > 1 else 1)
-        for name, held in parts.items()
-    ]
+
+    def blocks(held: list[tuple[str, tuple[int, ...]]]) -> int:
+        queries, values = held[0][1][-1], held[-1][1][-1]
+        return heads * values // queries if family.fused_by_head and len(held) > 1 else 1
+
+    return [StoredTensor(name, tuple(held), transposed[name], blocks(held)) for name, held in parts.items()]
 
 
 def _modules(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[int | None, str, str]]:

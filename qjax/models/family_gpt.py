@@ -1,9 +1,15 @@
-"""GPT-2, GPT-NeoX (Pythia) and OPT: layer norms, biases, no gate."""
+"""GPT-2, GPT-Neo, GPT-NeoX (Pythia) and OPT: layer norms, biases, no gate."""
 
+import itertools
+
+from qjax.errors import QjaxError
 from qjax.models import config_entries as entries
 from qjax.models import rope_entries
-from qjax.models.config import DecoderConfig
+from qjax.models.config import DecoderConfig, LayerKind
 from qjax.models.family import Family
+from qjax.models.layer_entries import by_layer, window_of
+from qjax.models.ranges import RANGES
+from qjax.untrusted import quoted
 
 GPT2_MODULES = {
     "embed/tokens": "transformer.wte",
@@ -18,6 +24,12 @@ GPT2_MODULES = {
     "block_{i}/mlp/down": "transformer.h.{i}.mlp.c_proj",
     "head/norm": "transformer.ln_f",
     "head/output": "lm_head",
+}
+GPT_NEO_MODULES = GPT2_MODULES | {
+    "block_{i}/attention/q": "transformer.h.{i}.attn.attention.q_proj",
+    "block_{i}/attention/k": "transformer.h.{i}.attn.attention.k_proj",
+    "block_{i}/attention/v": "transformer.h.{i}.attn.attention.v_proj",
+    "block_{i}/attention/o": "transformer.h.{i}.attn.attention.out_proj",
 }
 GPT_NEOX_MODULES = {
     "embed/tokens": "gpt_neox.embed_in",
@@ -105,9 +117,80 @@ GPT2 = Family(
 )
 
 
+def _read_gpt_neo(config: dict) -> DecoderConfig:
+    hidden, heads = entries.get(config, "hidden_size", int), entries.get(config, "num_heads", int)
+    window = entries.get(config, "window_size", int, 256)
+    local = _local_layers(entries.get(config, "attention_types", list, [[["global", "local"], 12]]))
+    layers = entries.get(config, "num_layers", int)
+    if len(local) != layers:
+        raise QjaxError(f"'attention_types' names {len(local)} layers; the model has {layers}")
+    return DecoderConfig(
+        family="gpt_neo",
+        vocabulary_size=entries.get(config, "vocab_size", int),
+        hidden_size=hidden,
+        mlp_size=entries.get(config, "intermediate_size", int, 4 * hidden),
+        layers=layers,
+        heads=heads,
+        kv_heads=heads,
+        head_dim=entries.head_dim(hidden, heads),
+        context=entries.get(config, "max_position_embeddings", int),
+        norm="layer",
+        norm_epsilon=float(entries.get(config, "layer_norm_epsilon", float, 1e-5)),
+        activation=entries.activation(config, "activation_function", "gelu_new"),
+        gated=False,
+        attention_scale=1.0,
+        attention_output_bias=True,
+        mlp_bias=True,
+        tied=entries.get(config, "tie_word_embeddings", bool, True),
+        **by_layer([LayerKind(sliding_window=window if each else None, positions="learned") for each in local]),
+        **entries.token_ids(config),
+    )
+
+
+def _local_layers(types: list) -> list[bool]:
+    """Which layers see a window alone, of [[["global", "local"], times], ...]; one more than may be, of too many."""
+    for each in types:
+        names, times = each if isinstance(each, list) and len(each) == 2 else (None, None)
+        if not isinstance(names, list) or not names or set(map(str, names)) - {"global", "local"} or type(times) is not int:
+            raise QjaxError(f"'attention_types' has {quoted(each)}; expected as [['global', 'local'], 12]")
+    kinds = (name == "local" for names, times in types for _ in range(times) for name in names)
+    return list(itertools.islice(kinds, RANGES["layers"][1] + 1))
+
+
+def _write_gpt_neo(config: DecoderConfig) -> dict:
+    local = [kind.sliding_window is not None for kind in config.layer_kinds]
+    return {
+        "vocab_size": config.vocabulary_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.mlp_size,
+        "num_layers": config.layers,
+        "num_heads": config.heads,
+        "attention_types": [[["local" if each else "global"], 1] for each in local],
+        "window_size": window_of(config) or 256,
+        "max_position_embeddings": config.context,
+        "layer_norm_epsilon": config.norm_epsilon,
+        "activation_function": entries.ACTIVATION_NAMES[config.activation],
+        "tie_word_embeddings": config.tied,
+        "bos_token_id": config.bos_id,
+        "eos_token_id": config.eos_id,
+    }
+
+
+GPT_NEO = Family(
+    "gpt_neo",
+    ("GPTNeoForCausalLM", "GPTNeoModel"),
+    _read_gpt_neo,
+    _write_gpt_neo,
+    GPT_NEO_MODULES,
+    "transformer.",
+    ignored=r"h\.\d+\.attn\.attention\.(masked_)?bias$",
+)
+
+
 def _read_gpt_neox(config: dict) -> DecoderConfig:
     hidden, heads = entries.get(config, "hidden_size", int), entries.get(config, "num_attention_heads", int)
     bias = entries.get(config, "attention_bias", bool, True)
+    rope = rope_entries.partial_rope(config, share=0.25, older=("rotary_emb_base", "rotary_pct"))
     return DecoderConfig(
         family="gpt_neox",
         vocabulary_size=entries.get(config, "vocab_size", int),
@@ -117,7 +200,7 @@ def _read_gpt_neox(config: dict) -> DecoderConfig:
         heads=heads,
         kv_heads=heads,
         head_dim=entries.head_dim(hidden, heads),
-        context=entries.get(config, "max_position_embeddings", int),
+        context=rope_entries.context_of(config, rope["rope_scaling"]),
         norm="layer",
         norm_epsilon=float(entries.get(config, "layer_norm_eps", float, 1e-5)),
         activation=entries.activation(config, "hidden_act", "gelu"),
@@ -127,7 +210,7 @@ def _read_gpt_neox(config: dict) -> DecoderConfig:
         mlp_bias=True,
         tied=entries.get(config, "tie_word_embeddings", bool, False),
         parallel_residual=entries.get(config, "use_parallel_residual", bool, True),
-        **rope_entries.partial_rope(config, share=0.25, older=("rotary_emb_base", "rotary_pct")),
+        **rope,
         **entries.token_ids(config),
     )
 
@@ -140,7 +223,7 @@ def _write_gpt_neox(config: DecoderConfig) -> dict:
         "intermediate_size": config.mlp_size,
         "num_hidden_layers": config.layers,
         "num_attention_heads": config.heads,
-        "max_position_embeddings": config.context,
+        "max_position_embeddings": rope_entries.written_context(config),
         "layer_norm_eps": config.norm_epsilon,
         "hidden_act": entries.ACTIVATION_NAMES[config.activation],
         "attention_bias": config.qkv_bias,

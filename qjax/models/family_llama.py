@@ -30,6 +30,7 @@ def read_llama_like(config: dict, **fields) -> DecoderConfig:
     """The configuration as Llama's files say it, with fields of DecoderConfig that the family has another way."""
     hidden, heads = entries.get(config, "hidden_size", int), entries.get(config, "num_attention_heads", int)
     head_dim = entries.get(config, "head_dim", int, None)
+    rope = {} if "rope_theta" in fields else rope_entries.rope(config)
     shared = dict(
         vocabulary_size=entries.get(config, "vocab_size", int),
         hidden_size=hidden,
@@ -38,14 +39,13 @@ def read_llama_like(config: dict, **fields) -> DecoderConfig:
         heads=heads,
         kv_heads=entries.get(config, "num_key_value_heads", int, heads),
         head_dim=entries.head_dim(hidden, heads) if head_dim is None else head_dim,
-        context=entries.get(config, "max_position_embeddings", int),
+        context=rope_entries.context_of(config, (rope | fields)["rope_scaling"]),
         norm_epsilon=float(entries.get(config, "rms_norm_eps", float, 1e-6)),
         activation=entries.activation(config, "hidden_act", "silu"),
         tied=entries.get(config, "tie_word_embeddings", bool, False),
-        **({} if "rope_theta" in fields else rope_entries.rope(config)),
         **entries.token_ids(config),
     )
-    return DecoderConfig(**shared | fields)
+    return DecoderConfig(**shared | rope | fields)
 
 
 def write_llama_like(config: DecoderConfig, **further) -> dict:
@@ -58,7 +58,7 @@ def write_llama_like(config: DecoderConfig, **further) -> dict:
         "num_attention_heads": config.heads,
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_dim,
-        "max_position_embeddings": config.context,
+        "max_position_embeddings": rope_entries.written_context(config),
         "rms_norm_eps": config.norm_epsilon,
         "hidden_act": entries.ACTIVATION_NAMES[config.activation],
         "tie_word_embeddings": config.tied,
@@ -96,21 +96,25 @@ def _write_mistral(config: DecoderConfig) -> dict:
 
 
 def _read_qwen2(config: dict) -> DecoderConfig:
+    return read_llama_like(config, family="qwen2", qkv_bias=True, **read_windows(config))
+
+
+def read_windows(config: dict) -> dict[str, object]:
+    """The fields of DecoderConfig for Qwen's windows, which layers from max_window_layers on may have."""
     window = entries.window(config, 4096) if entries.get(config, "use_sliding_window", bool, False) else None
     first = entries.get(config, "max_window_layers", int, 28)
-    kinds = layers.with_windows(config, window, lambda number: number >= first)
-    return read_llama_like(config, family="qwen2", qkv_bias=True, **kinds)
+    return layers.with_windows(config, window, lambda number: number >= first)
 
 
-def _write_qwen2(config: DecoderConfig) -> dict:
+def write_windows(config: DecoderConfig) -> dict:
+    """The inverse of `read_windows`."""
     window = layers.window_of(config)
-    return write_llama_like(
-        config,
-        use_sliding_window=window is not None,
-        sliding_window=window,
-        max_window_layers=config.layers if window is None else 0,
+    return {
+        "use_sliding_window": window is not None,
+        "sliding_window": window,
+        "max_window_layers": config.layers if window is None else 0,
         **({"layer_types": layers.layer_types(config)} if config.kinds else {}),
-    )
+    }
 
 
 def llama_like(name: str, title: str, read: Callable, write: Callable, modules: Mapping[str, str] = LLAMA_MODULES) -> Family:
@@ -120,4 +124,4 @@ def llama_like(name: str, title: str, read: Callable, write: Callable, modules: 
 
 LLAMA = llama_like("llama", "Llama", _read_llama, _write_llama)
 MISTRAL = llama_like("mistral", "Mistral", _read_mistral, _write_mistral)
-QWEN2 = llama_like("qwen2", "Qwen2", _read_qwen2, _write_qwen2)
+QWEN2 = llama_like("qwen2", "Qwen2", _read_qwen2, lambda config: write_llama_like(config, **write_windows(config)))

@@ -5,7 +5,7 @@ makes its output by a product with its scale (and a sum with its bias); a linear
 linear maps, or products and maps that keep a positive factor, lie between it and the layers that read it (a norm behind a
 branch stands after the layers, and norms of queries and keys behind theirs: neither is in the way):
 
-    norm -> q, k, v;   norm -> gate, up            always
+    norm -> q, k, v;   norm -> gate, up            a norm of their own before them: not one that parallel branches share
     v -> o             each value head feeds its own inputs of o: not where heads share values
     up -> down         gated: activation(gate) * up;  not gated: relu(c x) = c relu(x), but no such thing holds for gelu or silu
 """
@@ -29,11 +29,16 @@ class Fold(NamedTuple):
     holds: Callable[[DecoderConfig], bool] = lambda config: True
 
 
+def _own_norms(config: DecoderConfig) -> bool:
+    """Whether attention and MLP each read a norm, which nothing else does."""
+    return config.norm_places != "after" and not config.shared_norm
+
+
 FOLDS = (
-    Fold(("attention/q", "attention/k", "attention/v"), "attention_norm"),
+    Fold(("attention/q", "attention/k", "attention/v"), "attention_norm", _own_norms),
     Fold(("attention/o",), "attention/v", lambda c: c.heads == c.kv_heads),
-    Fold(("mlp/up",), "mlp_norm", lambda c: not c.gated),
-    Fold(("mlp/gate", "mlp/up"), "mlp_norm", lambda c: c.gated),
+    Fold(("mlp/up",), "mlp_norm", lambda c: not c.gated and _own_norms(c)),
+    Fold(("mlp/gate", "mlp/up"), "mlp_norm", lambda c: c.gated and _own_norms(c)),
     Fold(("mlp/down",), "mlp/up", lambda c: c.gated or c.activation == "relu"),
 )
 

@@ -31,4 +31,18 @@ def make_norm(config: DecoderConfig, dtype: DTypeLike, name: str) -> nn.Module:
         return nn.RMSNorm(epsilon=config.norm_epsilon, dtype=dtype, name=name)
     if config.norm == "rms_offset":
         return OffsetRMSNorm(epsilon=config.norm_epsilon, dtype=dtype, name=name)
-    return nn.LayerNorm(epsilon=config.norm_epsilon, use_fast_variance=False, dtype=dtype, name=name)
+    bias = config.norm == "layer"
+    return nn.LayerNorm(epsilon=config.norm_epsilon, use_bias=bias, use_fast_variance=False, dtype=dtype, name=name)
+
+
+def make_head_norm(config: DecoderConfig, dtype: DTypeLike, name: str) -> nn.Module:
+    """The same of each head (..., heads, dim), with a scale for each of them; of layer norms alone."""
+    return nn.LayerNorm(
+        epsilon=config.norm_epsilon,
+        use_bias=False,
+        feature_axes=(-2, -1),
+        reduction_axes=-1,
+        use_fast_variance=False,
+        dtype=dtype,
+        name=name,
+    )

@@ -28,6 +28,14 @@ RANGES = {  # of every number of a configuration, both ends included: what any m
     "attention_scale": (1e-6, 1e3),
     "attention_softcap": (1e-3, 1e9),
     "logit_softcap": (1e-3, 1e9),
+    "embedding_scale": (1e-9, 1e9),
+    "residual_scale": (1e-9, 1e9),
+    "logit_scale": (1e-9, 1e9),
+    "fast_turns": (1e-3, 1e6),
+    "slow_turns": (1e-3, 1e6),
+    "amplitude": (1e-3, 1e3),
+    "mscale": (0.0, 1e3),
+    "mscale_all_dim": (0.0, 1e3),
 }
 
 

@@ -53,6 +53,7 @@ def parts(config: DecoderConfig, dtype: DTypeLike = jnp.float32, *, halves: bool
     halves: two parts a block, attention and MLP, where one reads what the other makes (not where they are parallel).
     """
     positions = ("positions",) if config.positions == "learned" else ()
+    norm = ("norm",) if config.embedding_norm else ()
     output = () if config.tied else ("output",)
     names = branches(config)
     pieces = names.items() if halves and not config.parallel_residual else [(None, tuple(itertools.chain(*names.values())))]
@@ -62,7 +63,7 @@ def parts(config: DecoderConfig, dtype: DTypeLike = jnp.float32, *, halves: bool
         for half, children in pieces
     ]
     return (
-        Part("embed", "embed", Embed(config, dtype), ("tokens", *positions)),
+        Part("embed", "embed", Embed(config, dtype), ("tokens", *positions, *norm)),
         *blocks,
         Part("head", "head", Head(config, dtype), ("norm", *output)),
     )

@@ -8,9 +8,10 @@ import math
 from collections.abc import Sequence
 
 from qjax.errors import QjaxError
+from qjax.evaluate.statistics import is_noise
 from qjax.report.measured import heading, stderr_key
 from qjax.report.rendering import MISSING, Row, Table, TableColumn, columns_of, number, with_error
-from qjax.report.tables import DRAWS, NOISE, baseline_name, is_baseline, lines_of, model_of
+from qjax.report.tables import DRAWS, baseline_name, is_baseline, lines_of, model_of, noise_note
 
 PREFIX = "accuracy:"
 
@@ -47,17 +48,24 @@ def accuracy_table(rows: Sequence[Row]) -> Table:
         )
     counts = ", ".join(f"{int(number(rows[0], f'questions:{task}')):,} of {task}" for task in tasks)
     cut = [f"{int(number(rows[0], f'truncated:{task}')):,} of {task}" for task in tasks if number(rows[0], f"truncated:{task}")]
-    baseline = baseline_name(rows[0])
+    baseline, drawn = baseline_name(rows[0]), " and draws" if any(DRAWS in row for row in rows) else ""
     notes = [
-        f"±: standard error over questions{' and draws' if any(DRAWS in row for row in rows) else ''}; of the change, of the "
-        f"difference from {baseline} question by question.",
+        f"±: standard error over questions{drawn}{_texts(rows[0], tasks)}; of the change, of the difference from {baseline} "
+        "question by question.",
         "Flips: answers that went from right to wrong or back. By length: log-likelihood divided by the choice's characters.",
     ]
     if any(_within_noise(row, task) for row in rows for task in tasks):
-        notes.append(NOISE)
+        notes.append(noise_note(rows))
     notes += [f"Longer than the model's context, cut at the left: {', '.join(cut)}."] if cut else []
     title = f"Accuracy of {model_of(rows[0])} ({counts} questions), perplexity on {rows[0]['corpus']} ({rows[0]['convention']})"
     return Table(title, columns_of(rows, columns), tuple(rows), tuple(notes))
+
+
+def _texts(row: Row, tasks: Sequence[str]) -> str:
+    """How many texts questions are made from, where they share some."""
+    counts = {task: len(set(row.get(f"documents:{task}") or ())) for task in tasks}
+    told = ", ".join(f"{count:,} of {task}" for task, count in counts.items() if count)
+    return f", or over the texts they are made from ({told}) where that is larger" if told else ""
 
 
 def _percent(row: Row, key: str) -> str:
@@ -65,7 +73,7 @@ def _percent(row: Row, key: str) -> str:
 
 
 def _within_noise(row: Row, task: str) -> bool:
-    return not is_baseline(row) and number(row, f"accuracy_delta_low:{task}") <= 0 <= number(row, f"accuracy_delta_high:{task}")
+    return not is_baseline(row) and is_noise(*(number(row, f"accuracy_delta_{end}:{task}") for end in ("low", "high")))
 
 
 def _change(row: Row, key: str) -> str:
@@ -80,7 +88,7 @@ def mean_change(row: Row, key: str) -> str:
     if is_baseline(row):
         return MISSING
     change, error, reach = number(row, key), number(row, stderr_key(key)), mean_reach(row)
-    return ("≈ " if abs(change) <= reach else "") + with_error(100 * change, 100 * error, sign="+")
+    return ("≈ " if is_noise(change - reach, change + reach) else "") + with_error(100 * change, 100 * error, sign="+")
 
 
 def mean_reach(row: Row) -> float:

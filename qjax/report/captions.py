@@ -57,7 +57,8 @@ def kernels_caption(rows: Sequence[Row]) -> str:
     row = next(row for row in rows if row.get("kind") == "kernels")
     return (
         f"Time of the product of M rows with a packed weight (inputs x outputs) over that of the dense product in "
-        f"{row['dtype']}, medians of turns of one run, on {row['device']}; below 1 the packed one is faster. Grey: other libraries.\n"
+        f"{row['dtype']}, medians of turns of one run, on {row['device']}; below 1 the packed one is faster. "
+        "Grey: other libraries.\n"
     )
 
 

@@ -133,7 +133,7 @@ def _is_metric(key: str, value: object) -> bool:
 def _pairs_table(title: str, lines: Sequence[Sequence[Pair]], shown: Mapping[str, str], metric: str, family: bool) -> Table:
     """lines: the pairs of every line, draw by draw. shown: which of "old" and "new" has a column, with its name."""
     found = [_difference_of(*zip(*pairs, strict=True), metric) for pairs in lines]
-    marked = holm([each.p for each in found]) if family else [not each.is_noise for each in found]
+    marked = holm([each.p for each in found]) if family else [each.p < 1 - LEVEL for each in found]
     rows = []
     for pairs, each, mark in zip(lines, found, marked, strict=True):
         old, new = (_value(side, metric) for side in zip(*pairs, strict=True))

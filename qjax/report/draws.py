@@ -4,7 +4,7 @@ Every table and figure shows such rows, so that there is one line a recipe and o
 
     nll_delta   mean over draws of the loss above the baseline's, nats a token; perplexity_ratio = exp of it: the geometric mean
     its error   of documents and draws together: the loss of every window is averaged over draws, documents are left out one by
-                one, and what draws differ by is added (`evaluate/statistics.py`, `with_draws`: formulas and simulation)
+                one, and what draws differ by is added (`evaluate/statistics.py`: formulas and simulation)
     nll, perplexity, accuracy, accuracy_delta    in the same way, questions in the place of windows
     kl and other columns with a standard error   mean over draws, the error of one draw taken as that over documents, which is
                 too large rather than too small: rows do not keep what each window adds
@@ -16,7 +16,8 @@ seeds it was measured with, and its error. Added columns:
     draws                 how many
     nll_delta_draws       of each draw, by seed; draw_seeds: the seeds
     nll_delta_between     their standard deviation
-    nll_delta_documents   the part of the standard error that documents are
+    nll_delta_documents   the part of the standard error that is the documents', the same in every draw: its square and that of
+                          nll_delta_between over draws are that of nll_delta_stderr
 """
 
 import math
@@ -126,7 +127,6 @@ def _losses(group: Sequence[Row], baseline: Row) -> dict[str, object]:
     ours = np.array([losses(row) for row in group])
     with np.errstate(invalid="ignore"):  # of draws that diverged
         own, change = (aggregate_draws(each, counts, documents) for each in (ours, ours - losses(baseline)))
-        documents_alone = estimate((ours - losses(baseline)).mean(axis=0), counts, documents).stderr
     nll, delta = (float(np.mean([number(row, name) for row in group])) for name in ("nll", "nll_delta"))  # not rounded
     perplexity, ratio = (math.exp(each) if each < LARGEST_EXPONENT else math.inf for each in (nll, delta))
     shift = delta - change.change.value if math.isfinite(delta) else 0.0
@@ -142,7 +142,7 @@ def _losses(group: Sequence[Row], baseline: Row) -> dict[str, object]:
         "nll_delta_high": change.change.high + shift,
         "perplexity_ratio": ratio,
         "perplexity_ratio_stderr": ratio * change.change.stderr,
-        "nll_delta_documents": documents_alone,
+        "nll_delta_documents": change.units,
         "nll_delta_between": change.between,
         "nll_delta_draws": [number(row, "nll_delta") for row in group],
     }

@@ -1,6 +1,6 @@
 """A page of panels with lines: where each is, on which axes, and how its lines are named.
 
-Up to DIRECT lines that all end at the right of the last panel of one row are named beside their ends; others have a legend above
+Up to DIRECT lines that all end at the right of the last panel of one row are named beside their ends; others have a legend over
 the panels or in the place of a missing one.
 """
 

@@ -31,7 +31,7 @@ def seeds_table(rows: Sequence[Row]) -> Table:
         TableColumn("nll_delta_draws", "of each draw (%)", _each),
     ]
     notes = (
-        f"±: standard error of the mean over {over_units(found)}. ± of documents: its part without draws. "
+        f"±: standard error of the mean over {over_units(found)}. ± of documents: its part that is the same in every draw. "
         "Between draws: standard deviation. Of each draw: by seed.",
     )
     return Table(f"Draws of calibration data one by one, {describe(found[0])}", columns_of(found, columns), tuple(found), notes)

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from qjax.errors import QjaxError
 from qjax.report.rendering import Row, Table, TableColumn, columns_of, digits, number
 from qjax.report.tables import (
-    NOISE,
     baseline_name,
     change_of_perplexity,
     describe,
     distinctions,
     is_baseline,
     lines_of,
+    noise_note,
     over_units,
     perplexity_text,
     within_noise,
@@ -62,5 +62,5 @@ def sensitivity_table(rows: Sequence[Row]) -> Table:
         f"One place is quantized at a time. ±: standard error of the difference from {baseline}, over {over_units(found)}."
     ]
     if any(within_noise(row) for row in found):
-        notes.append(NOISE)
+        notes.append(noise_note(found))
     return Table(f"Sensitivity of {describe(found[0])}", columns_of(found, columns), tuple(found), tuple(notes))

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from qjax.errors import QjaxError
-from qjax.evaluate.statistics import FEWEST
+from qjax.evaluate.statistics import FEWEST, interval, is_noise
 from qjax.format_table import format_table
 from qjax.formats import UNQUANTIZED
 from qjax.report.draws import DRAWS, merge_draws
@@ -59,9 +59,15 @@ NOISE = "≈: the 95 % interval of the change holds zero, each change by itself.
 
 
 def within_noise(row: Row) -> bool:
-    """Whether the 95 % interval of the difference of a model's loss from the baseline's holds zero, and more than zero."""
-    low, high = number(row, "nll_delta_low"), number(row, "nll_delta_high")
-    return not is_baseline(row) and low <= 0 <= high and low < high
+    """Whether the difference of a model's loss from the baseline's is noise."""
+    return not is_baseline(row) and is_noise(number(row, "nll_delta_low"), number(row, "nll_delta_high"))
+
+
+def noise_note(rows: Sequence[Row]) -> str:
+    """What ≈ means, and how wide intervals are where draws are few."""
+    draws = min((int(row[DRAWS]) for row in rows if DRAWS in row), default=0)
+    wide = f" Of {draws} draws it reaches up to {interval(0.0, 1.0, draws - 1).high:.1f} standard errors." if draws else ""
+    return f"{NOISE}{wide}"
 
 
 def over_units(rows: Sequence[Row], of: str = "documents") -> str:
@@ -70,9 +76,16 @@ def over_units(rows: Sequence[Row], of: str = "documents") -> str:
     """
     texts = {str(row.get("window_documents")): row for row in rows if "window_nll" in row}
     parts = list(dict.fromkeys(map(_units_of_text, texts.values()))) or [of]
-    draws = sorted({int(number(row, DRAWS)) for row in rows if DRAWS in row})
-    many = " to ".join(dict.fromkeys(str(each) for each in (draws[0], draws[-1]))) if draws else ""
-    return " or ".join(parts) + (f" and {many} draws of calibration data" if draws else "")
+    draws = {int(row.get(DRAWS, 1)) for row in rows if DRAWS in row or row.get("order") is not None}
+    many = " to ".join(str(each) for each in sorted({min(draws), max(draws)})) if draws else ""
+    drawn = (
+        f" and {many} draws of calibration data"
+        if many not in ("", "1")
+        else " of one draw of calibration data"
+        if many
+        else ""
+    )
+    return " or ".join(parts) + drawn
 
 
 def _units_of_text(row: Row) -> str:
@@ -208,7 +221,7 @@ def perplexity_table(rows: Sequence[Row]) -> Table:
     baseline = baseline_name(first)
     notes = [f"±: standard error over {over_units(rows)}; of the change, of the difference from {baseline} window by window."]
     if any(within_noise(row) for row in rows):
-        notes.append(NOISE)
+        notes.append(noise_note(rows))
     devices = sorted({str(row["device"]) for row in rows if "device" in row})
     notes += [f"Measured on {' and '.join(devices)}."] if devices else []
     title = ", ".join([f"Perplexity of {describe(first)}", *counts])

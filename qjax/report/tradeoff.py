@@ -9,10 +9,11 @@ from qjax.report.tables import (
     baseline_name,
     change_of_perplexity,
     distinctions,
-    in_order,
     is_baseline,
+    lines_of,
     model_of,
-    require_one_group,
+    noise_note,
+    over_units,
 )
 
 HELD = ("dense", "packed")  # how the weights are held while running
@@ -28,10 +29,9 @@ def tradeoff_table(rows: Sequence[Row]) -> Table:
 
     Raises QjaxError for rows without speeds, and for rows of more than one model, text or convention.
     """
-    require_one_group(rows)
+    rows = lines_of(rows)
     if not has_speed(rows):
         raise QjaxError("these rows hold no speeds; `qjax sweep --speed` measures them")
-    rows = in_order(rows)
     unquantized = next((number(row, "size_bytes") for row in rows if is_baseline(row)), None)
     if unquantized is not None:
         rows = [{**row, "times_smaller": unquantized / number(row, "size_bytes")} for row in rows]
@@ -57,12 +57,14 @@ def tradeoff_table(rows: Sequence[Row]) -> Table:
             TableColumn(f"decode_tokens_per_second:{held}", f"decode {held}\n(tokens/s)", decimals(0)),
             TableColumn(f"first_token_seconds:{held}", f"first token\n{held} (ms)", _milliseconds, rank=rank + 8),
         ]
-    first = rows[0]
+    first, baseline = rows[0], baseline_name(rows[0])
     timed = next(row for row in rows if "speed_prompt_tokens" in row)
     notes = [
         "Dense: kernels decoded to the compute type before running; packed: decoded at each use. "
         "Peak: weights, cache and working memory as planned by XLA.",
-        f"Times smaller: than {baseline_name(first)} as it is stored.",
+        f"Times smaller: than {baseline} as it is stored.",
+        f"±: standard error of the difference from {baseline}, over {over_units(rows)}, of accuracy over questions.",
+        noise_note(rows),
         f"Timed on {timed.get('device')}, batch 1, prompt of {timed['speed_prompt_tokens']} tokens.",
     ]
     title = f"Trade-off of {model_of(first)}, perplexity on {first['corpus']} ({first['convention']})"

@@ -9,11 +9,12 @@ not moved for `stale_seconds`. The clock of the one who looks tells how long tha
 earlier values alone, so no two machines need clocks that agree. Whoever finds a void claim removes its file. Its worker, frozen
 and awake again, finds that out under the lock before it writes: it has no cells any more.
 
+FOLDER/.claims/broken.jsonl tells of cells that turned out to have no figures, so that none of those at work tries them again.
+
 The last worker removes the folder; what a killed one leaves, the next removes.
 """
 
 import contextlib
-import functools
 import json
 import os
 import platform
@@ -25,11 +26,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qjax.errors import QjaxError
-from qjax.files import reason
-from qjax.sweep.store import locked
+from qjax.files import unwritable
+from qjax.place import is_gone, this_place
+from qjax.sweep.store import Reader, locked, write_rows
 from qjax.untrusted import JSON_BYTES, json_object, open_regular
 
-CLAIMS = ".claims"
+CLAIMS, BROKEN = ".claims", "broken.jsonl"
 STALE_SECONDS = 60.0
 BEATS = 10  # heartbeats in the time after which a claim is void
 
@@ -50,15 +52,7 @@ class Holder(NamedTuple):
     @property
     def is_gone(self) -> bool:
         """Whether it was a process of this machine and is none any more, or died while it wrote its claims."""
-        if self.place != this_place():
-            return not self.place
-        try:
-            os.kill(self.process, 0)
-        except ProcessLookupError:
-            return True
-        except OSError:  # of another user
-            return False
-        return False
+        return is_gone(self.process) if self.place == this_place() else not self.place
 
 
 def holders(folder: Path) -> Iterator[Holder]:
@@ -78,38 +72,47 @@ def _told(content: bytes) -> tuple[str, str, int, dict[str, str]]:
     return "", "", 0, {}
 
 
-@functools.cache
-def this_place() -> str:
-    """This machine since it was started, and the space of process numbers (containers have their own)."""
-    parts = [platform.node()]
-    with contextlib.suppress(OSError):
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
-    with contextlib.suppress(OSError):
-        parts.append(str(Path("/proc/self/ns/pid").readlink()))
-    return " ".join(parts)
-
-
 class Claims:
     """A worker's own claims in a folder, and its eye on those of others. All but `release` under the folder's lock."""
 
     def __init__(self, folder: Path, *, stale_seconds: float = STALE_SECONDS):
         self._folder, self._stale = folder, stale_seconds
         self._path = folder / CLAIMS / f"{secrets.token_hex(8)}.json"
+        self._broken = folder / CLAIMS / BROKEN
         self._cells: dict[str, str] = {}
         self._seen: dict[Path, tuple[int, float]] = {}  # of others: the last beat, and when it was first seen by our clock
         self._thread, self._stop = threading.Thread(target=self._beat, daemon=True), threading.Event()
 
+    def join(self) -> None:
+        """Is seen from now on. The first of those at work forgets what was broken before."""
+        if not self._living():
+            self._broken.unlink(missing_ok=True)
+        self.hold({})
+
     def others(self) -> dict[str, Holder]:
         """The cells that others are at, by key; void claims are removed."""
-        found = {}
+        return {key: holder for holder in self._living() for key in holder.cells}
+
+    def _living(self) -> list[Holder]:
+        """The others at work."""
+        found = []
         for holder in holders(self._folder):
             if holder.path == self._path:
                 continue
             if self._is_void(holder):
                 holder.path.unlink(missing_ok=True)
             else:
-                found |= dict.fromkeys(holder.cells, holder)
+                found.append(holder)
         return found
+
+    def tell_broken(self, key: str, why: str) -> None:
+        """Lets nobody else try a cell that has no figures."""
+        self._broken.parent.mkdir(exist_ok=True)
+        write_rows(self._broken, [{"key": key, "why": why}])
+
+    def broken(self) -> dict[str, str]:
+        """Why cells have no figures, by key, as far as one of those at work found out."""
+        return {str(each.get("key")): str(each.get("why")) for _, each in Reader(self._broken).objects()}
 
     def _is_void(self, holder: Holder) -> bool:
         now = time.monotonic()
@@ -130,7 +133,7 @@ class Claims:
             self._path.parent.mkdir(exist_ok=True)
             self._path.write_text(json.dumps(told))
         except OSError as error:
-            raise QjaxError(f"cannot write {self._path}: {reason(error)}; free space, and run again") from error
+            raise unwritable(self._path, error) from error
         self._cells = dict(cells)
         if not self._thread.is_alive():
             self._thread.start()
@@ -142,9 +145,10 @@ class Claims:
             return
         with locked(self._folder):
             self._path.unlink(missing_ok=True)
-            self.others()
-            with contextlib.suppress(OSError):  # others are at work
-                self._path.parent.rmdir()
+            if not self._living():
+                self._broken.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # what a file server keeps there
+                    self._path.parent.rmdir()
 
     def _beat(self) -> None:
         while not self._stop.wait(self._stale / BEATS):

@@ -30,10 +30,13 @@ class Ended(NamedTuple):
 
 
 class Launched(NamedTuple):
-    """A worker that was started. poll() -> its end, None while it runs."""
+    """A worker that was started. poll() -> its end, None while it runs. stop() tells it to end, at once; end(seconds) waits so
+    long for that, then ends it.
+    """
 
     poll: Callable[[], Ended | None]
     stop: Callable[[], None]
+    end: Callable[[float], None] = lambda seconds: None
 
 
 class WorkerError(QjaxError):
@@ -81,9 +84,7 @@ def run_workers(
             on_wait()
             time.sleep(0.2)
     finally:
-        for at, worker in enumerate(launched):
-            if at not in ended:
-                worker.stop()
+        _stop([worker for at, worker in enumerate(launched) if at not in ended])
     failed = [(at, end) for at, end in ended.items() if end.code]
     if failed:
         at, end = failed[0]
@@ -93,6 +94,15 @@ def run_workers(
         raise WorkerError(what, end.code if end.code > 0 else 128 - end.code)  # as a shell tells it
     if (folder / LOGS).exists():
         shutil.rmtree(folder / LOGS)
+
+
+def _stop(workers: Sequence[Launched]) -> None:
+    """Ends workers, all together."""
+    for worker in workers:
+        worker.stop()
+    until = time.monotonic() + GRACE
+    for worker in workers:
+        worker.end(max(0.0, until - time.monotonic()))
 
 
 def _how(code: int) -> str:
@@ -112,15 +122,14 @@ def _local(command: Sequence[str], workers: int, folder: Path) -> list[Launched]
             with said:
                 return Ended(process.returncode, _end(said))
 
-        def stop() -> None:
-            process.terminate()
+        def end(seconds: float) -> None:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE)
+                process.wait(seconds)
             process.kill()
             process.wait()
             said.close()
 
-        return Launched(poll, stop)
+        return Launched(poll, process.terminate, end)
 
     return [start() for _ in range(workers)]
 

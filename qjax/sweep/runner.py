@@ -7,6 +7,7 @@ the rows file is skipped, so running the same sweep again finishes what an inter
 import dataclasses
 import functools
 import hashlib
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from flax.traverse_util import flatten_dict
 from qjax.calibrate.tokens import Calibration, as_calibration
 from qjax.driver.layer import LayerRecord, problem_of
 from qjax.driver.placement import calibration_order, in_our_words, parse_rule, placement
-from qjax.errors import QjaxError
+from qjax.errors import QjaxError, QjaxWarning
 from qjax.evaluate.corpora import Corpus, load_corpus
 from qjax.evaluate.questions import Task
 from qjax.evaluate.windows import Convention, corpus_windows
@@ -197,7 +198,7 @@ def _cells(model: Model, sweep: Sweep) -> list[Cell]:
         _check_calibration(model, each, drawing)
     _check_recipes(model, treatments)
     convention = sweep.convention.clipped(model.config.context)
-    corpora = list({corpus.fingerprint: corpus for corpus in sweep.corpora}.values())  # the same text counts once
+    corpora = _each_text_once(sweep.corpora)
     windows = [corpus_windows(model, corpus, convention, sweep.max_windows) for corpus in corpora]
     fingerprint, baseline, theirs = model_fingerprint(model), model, None
     if sweep.baseline is not None:
@@ -230,6 +231,16 @@ def _by_seed(model: Model, sweep: Sweep) -> list[Sweep]:
         )
     tokens = [None if each is None else as_calibration(model, each) for each in drawn]
     return [dataclasses.replace(sweep, seed=seed, calibration=tokens[at % len(tokens)]) for at, seed in enumerate(seeds)]
+
+
+def _each_text_once(corpora: Iterable[Corpus]) -> list[Corpus]:
+    """Warns (QjaxWarning) of texts that are there already, by another name or in other documents."""
+    found: dict[str, Corpus] = {}
+    for corpus in corpora:
+        if (first := found.setdefault(corpus.fingerprint, corpus)) is not corpus:
+            text = f"{corpus.name} is left out: it is the text of {first.name}, however that is divided, which is measured once"
+            warnings.warn(QjaxWarning(text), stacklevel=2)
+    return list(found.values())
 
 
 def _check_baseline(model: Model, baseline: Model, tokens: np.ndarray, cut) -> None:

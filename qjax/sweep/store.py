@@ -14,9 +14,9 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from qjax import untrusted
+from qjax import files, untrusted
 from qjax.errors import QjaxError, QjaxWarning
-from qjax.files import reason
+from qjax.files import unwritable
 from qjax.sweep.columns import misfits
 from qjax.sweep.rows import complete
 
@@ -27,35 +27,46 @@ LOCK_SECONDS = 60.0  # after which a worker that waits for the lock says so
 OTHER_COLUMNS = {"key": str, "kind": str}  # of rows that are no cells of a sweep
 
 
+class Reader:
+    """Reads a file of lines that grows: each time what was added since."""
+
+    def __init__(self, path: Path):
+        self._path, self._end, self._lines = path, 0, 0  # of the lines that were read whole
+
+    def objects(self) -> Iterator[tuple[int, dict[str, object]]]:
+        """Number and object of every further finished line; one that lacks its newline comes again."""
+        found = untrusted.status(self._path)
+        size = found.st_size if found else 0
+        if size < self._end:  # another file, or somebody mended it
+            self._end = self._lines = 0
+        if size == self._end:
+            return
+        for number, line in untrusted.lines(self._path, first=self._lines + 1, start=self._end):
+            try:
+                row = untrusted.json_object(line, f"{self._path}: line {number}")
+            except QjaxError as error:
+                if not line.endswith(b"\n"):  # unfinished
+                    return
+                raise QjaxError(f"{error}; mend or remove that line") from error
+            if line.endswith(b"\n"):
+                self._end, self._lines = self._end + len(line), number
+            yield number, row
+
+    def rows(self) -> Iterator[dict[str, object]]:
+        """Every further row of a sweep; those of earlier versions with the columns made since."""
+        for number, row in self.objects():
+            cell = "kind" not in row
+            wrong = misfits(row) if cell else [name for name, of in OTHER_COLUMNS.items() if not isinstance(row.get(name), of)]
+            if wrong:
+                raise QjaxError(
+                    f"{self._path}: line {number} is no row of a sweep: {', '.join(wrong)} missing or of another type"
+                )
+            yield complete(row) if cell else row
+
+
 def read_rows(path: Path) -> list[dict[str, object]]:
-    """All finished rows of a file, none where there is no file; those of earlier versions with the columns made since."""
-    rows = []
-    for number, row in _objects(path):
-        cell = "kind" not in row
-        wrong = misfits(row) if cell else [name for name, kind in OTHER_COLUMNS.items() if not isinstance(row.get(name), kind)]
-        if wrong:
-            raise QjaxError(f"{path}: line {number} is no row of a sweep: {', '.join(wrong)} missing or of another type")
-        rows.append(complete(row) if cell else row)
-    return rows
-
-
-def _objects(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
-    """The number and the object of every finished line."""
-    if not untrusted.status(path):
-        return
-    for number, line in untrusted.lines(path):
-        try:
-            row = untrusted.json_object(line, f"{path}: line {number}")
-        except QjaxError as error:
-            if not line.endswith(b"\n"):  # unfinished
-                return
-            raise QjaxError(f"{error}; mend or remove that line") from error
-        yield number, row
-
-
-def layers_held(path: Path) -> set[tuple[str, str]]:
-    """(key, path) of the kernels in a layers file: a run that is killed before it writes a cell's row has left the cell's."""
-    return {(str(row.get("key")), str(row.get("path"))) for _, row in _objects(path)}
+    """All finished rows of a file, none where there is no file."""
+    return list(Reader(path).rows())
 
 
 def append_row(path: Path, row: Mapping[str, object]) -> None:
@@ -68,7 +79,7 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
     with locked(path.parent):
         write_rows(path, rows)
 
@@ -97,7 +108,7 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
 
 
 @contextlib.contextmanager
@@ -107,22 +118,10 @@ def locked(folder: Path) -> Iterator[None]:
     A process that dies gives it back; one that is frozen in the milliseconds when it holds it holds up the others, who say so
     after a minute. Raises QjaxError where the file system has no locks.
     """
-    from filelock import FileLock, Timeout
 
-    lock = FileLock(folder / LOCK)
-    while not lock.is_locked:
-        try:
-            lock.acquire(timeout=LOCK_SECONDS)
-        except Timeout:
-            text = f"{folder / LOCK} is held by another process, which may be frozen; end it, or wait"
-            warnings.warn(QjaxWarning(text), stacklevel=2)
-        except OSError as error:
-            raise _unwritable(folder / LOCK, error) from error
-    try:
+    def say() -> None:
+        text = f"{folder / LOCK} is held by another process, which may be frozen; end it, or wait"
+        warnings.warn(QjaxWarning(text), stacklevel=2)
+
+    with files.locked(folder / LOCK, on_wait=say, patience=LOCK_SECONDS):
         yield
-    finally:
-        lock.release()
-
-
-def _unwritable(path: Path, error: OSError) -> QjaxError:
-    return QjaxError(f"cannot write {path}: {reason(error)}; free space or choose another folder, and run again")

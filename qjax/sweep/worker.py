@@ -4,7 +4,8 @@ What is claimed at once is what shares work: the texts of one recipe, which shar
 `parallel` several, which share what calibration gives, as many as are made together but no more than one worker's part of them.
 The baseline's rows, which all others need, are measured by one worker; the others quantize meanwhile and wait for them.
 
-A row is kept under the store's lock, where the claim is still the worker's own and no other row has its key.
+A row is kept under the store's lock, where the claim is still the worker's own and no other row has its key. A cell that has no
+figures is told to the others, so that it is tried once.
 """
 
 import time
@@ -12,13 +13,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from qjax.driver.report import rows_of
 from qjax.files import listing
 from qjax.numbers import NotFiniteError
 from qjax.sweep.claims import Claims, Holder
 from qjax.sweep.columns import Cell, Row
 from qjax.sweep.quantizer import Quantizer, made_together, part_of
-from qjax.sweep.record import layer_rows
-from qjax.sweep.store import LAYERS, ROWS, layers_held, locked, read_rows, write_rows
+from qjax.sweep.store import LAYERS, ROWS, Reader, locked, write_rows
 
 if TYPE_CHECKING:
     from qjax.sweep.runner import Watcher
@@ -66,16 +67,18 @@ class Worker:
             self._baselines.setdefault(job.cell.corpus.fingerprint, job)
         self._rows: dict[str, dict[str, object]] = {}  # of this sweep, as they are on disk
         self._untold: list[str] = []  # keys of those that others wrote
-        self._state = (0, 0)  # of the rows' file when it was read last
+        self._rows_read, self._layers_read = Reader(folder / ROWS), Reader(folder / LAYERS)
+        self._layers: set[tuple[str, str]] = set()  # (key, path) of those on disk
         self._others: dict[str, Holder] = {}  # who is at which cell
         self._pause = FIRST_PAUSE
         self._broken: dict[str, str] = {}  # cells that have no figures, and why
-        self._stopped = False  # the baseline is one of them
 
     def run(self) -> list[dict[str, object]]:
         """The rows of all cells, in their order. Raises NotFiniteError, in the end, for cells whose figures are not finite."""
         if self._missing():
-            layers_held(self._folder / LAYERS)  # a damaged file is an error before anything is computed
+            self._look_at_layers()  # a damaged file is an error before anything is computed
+            with locked(self._folder):
+                self._claims.join()
         while not self._stopped and (missing := self._missing()):
             if taken := self._take(missing):
                 self._measure(taken)
@@ -84,6 +87,11 @@ class Worker:
         if self._broken:
             raise NotFiniteError(f"{listing(self._broken.values())}; every other row is in {self._folder / ROWS}")
         return [self._rows[job.key] for job in self._jobs]
+
+    @property
+    def _stopped(self) -> bool:
+        """Whether a baseline has no figures, without which nothing goes on."""
+        return any(baseline.key in self._broken for baseline in self._baselines.values())
 
     def _missing(self) -> list[Job]:
         """The cells without a row that may have one."""
@@ -97,24 +105,23 @@ class Worker:
 
     def _look(self) -> None:
         """Takes notice of rows on disk."""
-        state = self._status()
-        if state != self._state:
-            self._state, found = state, {str(row["key"]): row for row in read_rows(self._folder / ROWS)}
-            new = [job.key for job in self._jobs if job.key in found and job.key not in self._rows]
-            self._rows |= {key: found[key] for key in new}
-            self._untold += new
+        found = {str(row["key"]): row for row in self._rows_read.rows()}
+        new = [job.key for job in self._jobs if job.key in found and job.key not in self._rows]
+        self._rows |= {key: found[key] for key in new}
+        self._untold += new
 
-    def _status(self) -> tuple[int, int]:
-        """Size and time of change of the rows' file, which tell that nobody wrote."""
-        path = self._folder / ROWS
-        return (path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else (0, 0)
+    def _look_at_layers(self) -> None:
+        """Takes notice of layers on disk: one who is killed before it writes a cell's row has left the cell's."""
+        self._layers |= {(str(row.get("key")), str(row.get("path"))) for _, row in self._layers_read.objects()}
 
     def _take(self, jobs: Sequence[Job]) -> list[Job]:
         """Claims what is measured next of these cells; nothing where others are at all of them."""
         with locked(self._folder):
             self._look()
             self._others, own = self._claims.others(), self._claims.cells()
-            free = [job for job in jobs if job.key not in self._rows and job.key not in self._others]
+            told = self._claims.broken()
+            self._broken |= {job.key: told[job.key] for job in self._jobs if job.key in told}
+            free = [job for job in jobs if not any(job.key in each for each in (self._rows, self._others, self._broken))]
             taken = [free[at] for at in made_together([job.cell for job in free], self._part)]
             if taken:
                 kept = {key: label for key, label in own.items() if key not in self._rows}
@@ -133,9 +140,10 @@ class Worker:
                 if self._stopped:
                     return
                 self._broken[jobs[at].key] = f"{jobs[at]} has no row: {error}"
-                self._stopped = self._baselines[cell.corpus.fingerprint] is jobs[at]
+                with locked(self._folder):
+                    self._claims.tell_broken(jobs[at].key, self._broken[jobs[at].key])
                 continue
-            if not self._keep(jobs[at].key, row, layer_rows(jobs[at].key, made.report)):
+            if not self._keep(jobs[at].key, row, [{"key": jobs[at].key} | layer for layer in rows_of(made.report.layers)]):
                 return
 
     def _before(self, job: Job) -> Row | None:
@@ -146,9 +154,9 @@ class Worker:
         while baseline.key not in self._rows:
             if taken := self._take([baseline]):
                 self._measure(taken)
-                if self._stopped:
-                    raise NotFiniteError(f"{baseline} has no row")
-            else:
+            if baseline.key in self._broken:
+                raise NotFiniteError(f"{baseline} has no row")
+            if not taken:
                 self._wait([baseline])
             self._look()
         return self._rows[baseline.key]
@@ -161,10 +169,10 @@ class Worker:
                 return False
             if key in self._rows:
                 return True
-            held = layers_held(self._folder / LAYERS) if layers else set()
-            write_rows(self._folder / LAYERS, [layer for layer in layers if (key, layer["path"]) not in held])
+            self._look_at_layers()
+            write_rows(self._folder / LAYERS, [layer for layer in layers if (key, layer["path"]) not in self._layers])
             write_rows(self._folder / ROWS, [row])
-            self._rows[key], self._state, self._pause = row, self._status(), FIRST_PAUSE
+            self._rows[key], self._pause = row, FIRST_PAUSE
         self._watcher.row(row, is_new=True)
         return True
 

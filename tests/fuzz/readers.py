@@ -26,7 +26,7 @@ from qjax.models.tokenizer import Tokenizer, load_tokenizer
 from qjax.recipe import parse_recipe
 from qjax.report.rendering import to_csv
 from qjax.report.reports import tables
-from qjax.sweep.store import layers_held, read_rows
+from qjax.sweep import store
 from qjax.untrusted import read_json
 from tests.conftest import FAMILY_CHANGES
 from tests.fuzz import mutations, seeds
@@ -277,8 +277,8 @@ def _rows(rng: random.Random, folder: Path) -> None:
 
 
 def _read_rows(folder: Path) -> None:
-    layers_held(folder / "rows.jsonl")
-    rows = read_rows(folder / "rows.jsonl")
+    list(store.Reader(folder / "rows.jsonl").objects())
+    rows = store.read_rows(folder / "rows.jsonl")
     for _, table in tables(rows):
         to_csv(table)
 
@@ -384,7 +384,7 @@ def _read_path(folder: Path) -> None:
         load_huggingface,
         lambda p: load_corpus(f"text:{p}"),
         lambda p: load_task(f"piqa:{p}"),
-        lambda p: read_rows(Path(p)),
+        lambda p: store.read_rows(Path(p)),
     )
     readers[len(path) % len(readers)](path)
 

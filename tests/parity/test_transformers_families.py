@@ -34,26 +34,81 @@ SHAPE = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+UNKNOWN = {  # of SHAPE, to a family
+    "Bloom": ("intermediate_size", "num_key_value_heads", "max_position_embeddings"),
+    "Falcon": ("intermediate_size", "num_key_value_heads"),
+    "GPTNeo": ("num_key_value_heads", "num_hidden_layers", "num_attention_heads"),
+}
 GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 7}
 GEMMA3_ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
     "full_attention": {"rope_type": "linear", "rope_theta": 1e5, "factor": 8.0},
 }
+GRANITE = {
+    "embedding_multiplier": 12.0,
+    "attention_multiplier": 0.2,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 3.0,
+}
+NEO = {"num_layers": 3, "num_heads": 6, "window_size": 7, "attention_types": [[["global", "local"], 1], [["local"], 1]]}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.3, 2.0],
+    "long_factor": [1.0, 2.0, 4.0, 8.0],
+}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+FALCON_NEW = {"new_decoder_architecture": True, "num_kv_heads": 2}
 FAMILIES = {  # name -> (configuration class, its arguments beside SHAPE)
     "gemma2": ("Gemma2", GEMMA | {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0}),
-    "gemma2-no-caps": ("Gemma2", GEMMA | {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
     "gemma3": ("Gemma3Text", GEMMA | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
     "gemma3-rope": ("Gemma3Text", GEMMA | {"sliding_window_pattern": 2, "rope_parameters": GEMMA3_ROPE}),
-    "gemma3-bias": ("Gemma3Text", GEMMA | {"attention_bias": True, "final_logit_softcapping": 3.0}),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
+    "qwen3-window": (
+        "Qwen3",
+        {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2, "attention_bias": True},
+    ),
+    "olmo2": ("Olmo2", {}),
+    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0, 1]}),
+    "smollm3-window": ("SmolLM3", {"no_rope_layers": [0, 1, 1], "use_sliding_window": True, "sliding_window": 7}),
+    "granite": ("Granite", GRANITE),
+    "stablelm": ("StableLm", {"use_qkv_bias": True}),
+    "stablelm-parallel": ("StableLm", {"use_parallel_residual": True, "tie_word_embeddings": True}),
+    "phi3": ("Phi3", {"sliding_window": 7}),
+    "phi3-longrope": ("Phi3", {"original_max_position_embeddings": 44, "rope_parameters": LONG}),
+    "phi3-partial": ("Phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+    "glm": ("Glm", {"head_dim": 8}),
+    "glm4": ("Glm4", {"head_dim": 16}),
+    "cohere": ("Cohere", {}),
+    "cohere-qk-norm": ("Cohere", {"use_qk_norm": True, "logit_scale": 0.3, "attention_bias": True}),
+    "gpt_neo": ("GPTNeo", NEO),
+    "falcon": ("Falcon", {}),
+    "falcon-sequential": ("Falcon", {"parallel_attn": False, "multi_query": False, "bias": True}),
+    "falcon-new": ("Falcon", FALCON_NEW),
+    "falcon-new-one-norm": ("Falcon", FALCON_NEW | {"num_ln_in_parallel_attn": 1}),
+    "falcon-alibi": ("Falcon", {"alibi": True, "multi_query": False, "parallel_attn": False}),
+    "bloom": ("Bloom", {"n_layer": 3, "n_head": 6}),
+    "llama-yarn": ("Llama", {"rope_parameters": YARN}),
+    "llama-yarn-all": (
+        "Llama",
+        {"rope_parameters": YARN | {"beta_fast": 8.0, "mscale": 1.0, "mscale_all_dim": 0.5, "truncate": False}},
+    ),
+    "llama-dynamic": ("Llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}}),
 }
+
+
+def way(name):
+    """How transformers attends: its eager way adds Falcon's ALiBi twice, its other ones leave out soft caps."""
+    return "sdpa" if "alibi" in name else "eager"
 
 
 def build(name):
     """A random model of the transformers library, biases and norms random too."""
     family, options = FAMILIES[name]
-    config = getattr(transformers, f"{family}Config")(**SHAPE | options)
+    known = {key: value for key, value in SHAPE.items() if key not in UNKNOWN.get(family, ())}
+    config = getattr(transformers, f"{family}Config")(**known | options)
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=way(name)).float().eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if "norm" in key or "ln_" in key or key.endswith("bias"):
@@ -82,7 +137,7 @@ def test_logits_and_tokens(name, tmp_path):
 
     save_huggingface(tmp_path / "ours", model)
     load = transformers.AutoModelForCausalLM.from_pretrained
-    back = load(tmp_path / "ours", attn_implementation="eager", dtype=torch.float32)
+    back = load(tmp_path / "ours", attn_implementation=way(name), dtype=torch.float32)
     before, after = peer.state_dict(), back.state_dict()
     assert list(before) == list(after)
     assert [key for key in before if not torch.equal(before[key], after[key])] == []

@@ -30,9 +30,9 @@ import numpy as np
 from qjax import packing
 from qjax.checkpoints.gguf.container import TensorInfo
 from qjax.errors import QjaxError
+from qjax.file_scales import SCALES, SuperBlocks
 from qjax.formats import parse_format
 from qjax.qtensor import QTensor
-from qjax.scales import SCALES, SuperBlocks
 
 FLOATS = {0: ("F32", np.dtype(np.float32)), 1: ("F16", np.dtype(np.float16)), 30: ("BF16", np.dtype(ml_dtypes.bfloat16))}
 OTHERS = {  # which are not read

@@ -135,7 +135,7 @@ def _rotary(name: str, own: Mapping[str, object], config: Mapping[str, object], 
 
 def llama3_scaling(factors: np.ndarray, config: Mapping[str, object]) -> dict:
     """Llama 3's scaling whose factors these are. Raises QjaxError where there is none with its usual settings."""
-    theta, half = float(config.get("rope_theta", 10000.0)), factors.size
+    theta, half = max(float(config.get("rope_theta", 10000.0)), 1.0), factors.size
     turns = 8192 * theta ** (-np.arange(half) / half) / (2 * np.pi)
     keep = np.clip((turns - 1.0) / 3.0, 0.0, 1.0)
     factor = float(factors.max(initial=0.0))

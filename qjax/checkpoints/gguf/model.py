@@ -34,6 +34,7 @@ from qjax.qtensor import QTensor, dequantize
 from qjax.untrusted import is_folder, status
 
 SUFFIX = ".gguf"
+DECODED = 2**23  # weights of a table at a time
 
 
 def gguf_file(place: Path) -> Path | None:
@@ -144,31 +145,41 @@ def _rows(info: TensorInfo) -> np.ndarray:
 
 
 def _leaf(info: TensorInfo, part: Piece, stored: np.ndarray) -> QTensor | jax.Array:
-    if info.kind in blocks.FLOATS:
-        array = stored.view(blocks.FLOATS[info.kind][1]).reshape(info.shape)
-        array = array if part.rows is None else array[part.rows]
-        if not np.isfinite(array).all():
-            raise _NotFiniteError(f"{info.file}: NaN or infinite weights in {info.name}; get an intact file")
-    else:
-        try:
-            quantized = blocks.quantized(blocks.KINDS[info.kind], stored if part.rows is None else stored[part.rows])
-        except QjaxError as error:
-            raise _NotFiniteError(f"{info.file}: {error} in {info.name}; get an intact file") from error
-        if _is_kernel(part.path):
-            return quantized
-        return dequantize(quantized).T.reshape(part.shape)
+    kernel = _is_kernel(part.path)
+    try:
+        if info.kind in blocks.FLOATS:
+            array = _finite(stored.view(blocks.FLOATS[info.kind][1]).reshape(info.shape))
+        elif kernel:
+            return blocks.quantized(blocks.KINDS[info.kind], stored if part.rows is None else stored[part.rows])
+        else:
+            array = _decoded(blocks.KINDS[info.kind], stored, info.shape)
+    except QjaxError as error:
+        raise _NotFiniteError(f"{info.file}: {error} in {info.name}; get an intact file") from error
+    array = array if part.rows is None else array[part.rows]
     if part.path.endswith("/offset"):  # of a norm that multiplies with 1 + offset: files hold the sum
         array = array - np.ones((), array.dtype)
-    return jnp.asarray(array.T if _is_kernel(part.path) else array)
+    return jnp.asarray(array.T if kernel else array)
+
+
+def _finite(array: np.ndarray) -> np.ndarray:
+    if not np.isfinite(array).all():
+        raise QjaxError("NaN or infinite weights")
+    return array
+
+
+def _decoded(kind: blocks.Kind, rows: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The float32 values of rows, some at a time."""
+    values = np.empty((len(rows), rows.shape[1] // kind.nbytes * kind.weights), np.float32)
+    step = max(1, DECODED // values.shape[1])
+    for start in range(0, len(rows), step):
+        values[start : start + step] = np.asarray(dequantize(blocks.quantized(kind, rows[start : start + step]))).T
+    return values.reshape(shape)
 
 
 def _floats(info: TensorInfo) -> np.ndarray:
     if info.kind not in blocks.FLOATS or info.start + _bytes(info) > info.end:
         raise QjaxError(f"{info.name} is no tensor of floats within the file")
-    array = _rows(info).view(blocks.FLOATS[info.kind][1]).astype(np.float32)
-    if not np.isfinite(array).all():
-        raise QjaxError(f"NaN or infinite numbers in {info.name}; get an intact file")
-    return array
+    return _finite(_rows(info).view(blocks.FLOATS[info.kind][1]).astype(np.float32))
 
 
 def _lazy_leaf(info: TensorInfo, part: Piece) -> QTensor | Lazy:

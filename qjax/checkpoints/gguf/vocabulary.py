@@ -91,7 +91,7 @@ def _sentencepiece(values: Mapping[str, object], tokens: list[str]) -> dict:
     stripped = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
     special = {tokens[i] for i, kind in enumerate(_types(values, tokens)) if kind == CONTROL}
     model = _bpe(tokens, _merges(tokens, scores, special)) | {"byte_fallback": True, "fuse_unk": True}
-    if type(unknown) is int and unknown < len(tokens):
+    if type(unknown) is int and 0 <= unknown < len(tokens):
         model["unk_token"] = tokens[unknown]
     return {
         "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}] * prefix + spaces},
