@@ -27,7 +27,7 @@ NAMES = {
 
 
 def rows_of(name):
-    made = (("none", 0), ("nf4", 0.1))
+    made = (("none", 0), ("nf4", 0.1), ("rtn:int4-g128", 0.2))
     return [measured_row(recipe, delta, model=name, baseline=name, corpus=name) for recipe, delta in made]
 
 
@@ -36,7 +36,7 @@ def rows_of(name):
 def test_every_report_is_written(name, tmp_path):
     """The first is what killed matplotlib, after all was measured."""
     paths = write_reports(tmp_path, rows_of(name))
-    assert {path.suffix for path in paths} == {".md", ".tex", ".csv", ".png", ".pdf"}
+    assert {path.suffix for path in paths} == {".md", ".tex", ".csv", ".png", ".pdf", ".txt"}
     assert all(path.parent == tmp_path and not path.name.startswith(("-", ".")) for path in paths)
 
 

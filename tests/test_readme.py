@@ -39,7 +39,7 @@ def test_python_runs_on_paste(name, number, block, tmp_path, monkeypatch, capsys
     exec(compile(block, str(source), "exec"), {"__name__": "pasted"})
     if (name, number) == ("README.md", 1):  # from function to figure
         written = [tmp_path / line for line in capsys.readouterr().out.splitlines() if line.startswith("own-results")]
-        assert {".md", ".tex", ".csv", ".pdf", ".png"} == {path.suffix for path in written}
+        assert {".md", ".tex", ".csv", ".pdf", ".png", ".txt"} == {path.suffix for path in written}
         (table,) = (tmp_path / "own-results").glob("*.md")
         for recipe in ("rtn:int3-g128", "cut:int3-g128", "cut(sigmas=2.5):int3-g128", "cut:int4-g128"):
             assert f"| {recipe} " in table.read_text()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from qjax.report.rendering import to_csv, to_latex, to_markdown
-from qjax.report.reports import figures, tables
+from qjax.report.reports import captions, figures, tables
 from qjax.report.tables import columns_table
 from qjax.sweep.columns import measurements
 from qjax.sweep.store import LAYERS, ROWS, read_rows
@@ -35,8 +35,11 @@ def test_tables_are_those_of_the_rows(folder: Path):
 
 @every_folder
 def test_figures_are_those_of_the_rows(folder: Path):
-    drawn = {f"{name}.{suffix}" for name, _ in figures(read_rows(folder / ROWS)) for suffix in ("png", "pdf")}
+    rows = read_rows(folder / ROWS)
+    drawn = {f"{name}.{suffix}" for name, _ in figures(rows) for suffix in ("png", "pdf")}
     assert drawn == {path.name for suffix in ("png", "pdf") for path in folder.glob(f"*.{suffix}")}
+    written = {path.name: path.read_text() for path in folder.glob("*.caption.txt")}
+    assert {f"{name}.caption.txt": text for name, text in captions(rows)} == written
 
 
 @every_folder

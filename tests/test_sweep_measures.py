@@ -104,8 +104,7 @@ def test_reports_are_made_from_rows_alone(rows, tmp_path):
     stem = "random-dickens-windows-32"
     for kind in ("", "-accuracy", "-divergence", "-tradeoff", "-seeds"):
         assert {f"{stem}{kind}.{suffix}" for suffix in ("md", "tex", "csv")} <= names
-    for kind in ("", "-accuracy", "-divergence"):
-        assert {f"{stem}{kind}.{suffix}" for suffix in ("png", "pdf")} <= names
+    assert {f"{stem}-tradeoff.{suffix}" for suffix in ("png", "pdf", "caption.txt")} <= names
     for name in names:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     text = (tmp_path / "one" / f"{stem}-accuracy.md").read_text()

@@ -5,6 +5,7 @@ Figures have no titles; NAME.caption.txt beside NAME.pdf holds these sentences.
 
 from collections.abc import Sequence
 
+from qjax.printable import printable
 from qjax.report.accuracy import tasks_of
 from qjax.report.draws import merge_draws
 from qjax.report.figures import further_values, with_share
@@ -56,7 +57,7 @@ def kernels_caption(rows: Sequence[Row]) -> str:
     """Of `kernels_figure`."""
     row = next(row for row in rows if row.get("kind") == "kernels")
     return (
-        f"Time of the product of M rows with a packed weight (inputs x outputs) over that of the dense product in "
+        "Time of the product of M rows with a packed weight (inputs x outputs) over that of the dense product in "
         f"{row['dtype']}, medians of turns of one run, on {row['device']}; below 1 the packed one is faster. "
         "Grey: other libraries.\n"
     )
@@ -65,10 +66,9 @@ def kernels_caption(rows: Sequence[Row]) -> str:
 def _caption(rows: Sequence[Row], what: str) -> str:
     """rows: draws merged."""
     first = rows[0]
-    counts = ", ".join(f"{int(number(first, key)):,} {key}" for key in ("documents", "windows", "tokens") if key in first)
-    draws = sorted({int(number(row, "draws")) for row in rows if "draws" in row})
-    drawn = f" and draws of calibration windows together (recipes that read data are means of {draws[-1]})" if draws else ""
-    return (
-        f"{what}. {describe(first)}: {counts}. Bars: 95 % intervals of the difference from {baseline_name(first)}, paired "
-        f"window by window, over {over_units(rows)}{drawn}. {MARKS}.\n"
+    counts = ", ".join(f"{int(number(first, key)):,} {key}" for key in ("windows", "tokens") if key in first)
+    text = (
+        f"{what}. {describe(first)}, {counts}. Bars: 95 % intervals of the difference from {baseline_name(first)}, paired "
+        f"window by window, over {over_units(rows)}. {MARKS}."
     )
+    return f"{printable(text)}\n"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qjax.errors import QjaxError
-from qjax.formats import INTEGERS
+from qjax.formats import INTEGERS, UNQUANTIZED
 from qjax.report.drawing import (
     BARS,
     POINT,
@@ -25,7 +25,7 @@ from qjax.report.drawing import (
     text_size,
     wrap,
 )
-from qjax.report.draws import merge_draws
+from qjax.report.draws import DRAWS, merge_draws
 from qjax.report.figures import VALUES, interval_of
 from qjax.report.rendering import Row, number
 from qjax.report.sensitivity import placed_alone
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FEWEST = 2  # lines
 CROWDED = 6  # lines over bits in one panel; where there are more, dots are shown too
 WIDEST_NAMES = 0.4  # of the page
 MOST_FACETS = {"single": 2, "double": 5}  # side by side
@@ -53,7 +52,7 @@ def has_dots(rows: Sequence[Row]) -> bool:
     rows = merge_draws(rows)
     lines, shown = line_panels(rows), _shown(rows)
     crowded = not lines or (len(lines) == 1 and len(lines[0][1]) > CROWDED)
-    return crowded and len(shown) >= FEWEST and any(increase(row) > 0 for row in shown)
+    return crowded and bool(shown)
 
 
 def _shown(rows: Sequence[Row]) -> list[Row]:
@@ -119,7 +118,7 @@ def _axes(figure: "Figure", titles: Sequence[str], lines: Sequence[Sequence[str]
 
 def facets_of(shown: Sequence[Row]) -> Facets:
     """The facets by ascending bits; those of places and calibrations as they come."""
-    keys = {column.key for column in distinctions(shown)}
+    keys = {column.key for column in distinctions(shown)} - {DRAWS}
     placed, calibrated = "place" in shown[0], bool(keys) and keys <= CALIBRATED
     groupings = {
         (parts_of(row).grouping, parts_of(row).others) for row in shown if not placed and parts_of(row).grid in INTEGERS
@@ -143,7 +142,11 @@ def facets_of(shown: Sequence[Row]) -> Facets:
 def _told(row: Row, keys: set[str]) -> list[str]:
     """What tells the row from others beside its recipe: of calibration text and amount, of anything else the value."""
     told = [f"seed {row['seed']}"] if "seed" in keys and "seed" in row else []
-    told += [str(row[key]) for key in ("calibration", *sorted(keys - CALIBRATED - {"seed"})) if key in keys and row.get(key)]
+    told += [
+        str(row[key])
+        for key in ("calibration", *sorted(keys - CALIBRATED - {"seed"}))
+        if key in keys and row.get(key) not in (None, UNQUANTIZED)
+    ]
     if keys & {"calibration_windows", "calibration_window_tokens"} and row.get("calibration_windows"):
         told.append(f"{row['calibration_windows']} x {row['calibration_window_tokens']} tokens")
     return told

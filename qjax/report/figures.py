@@ -63,6 +63,11 @@ def further_values(rows: Sequence[Row]) -> list[str]:
     return measured or ["share"] * (sum("share_of" in row for row in rows) > 1)
 
 
+def has_tradeoff(rows: Sequence[Row]) -> bool:
+    """Whether recipes were timed with packed weights."""
+    return any("decode_tokens_per_second:packed" in row and not is_baseline(row) for row in rows)
+
+
 def tradeoff_figure(rows: Sequence[Row], width: str = "single") -> "Figure":
     """The increase of perplexity against the bytes of the stored model, and against the speed of decoding with packed weights;
     a dashed line is the speed of the model as it is. Raises as `lines_figure` does.
@@ -79,7 +84,7 @@ def tradeoff_figure(rows: Sequence[Row], width: str = "single") -> "Figure":
         Panel(lines_of(group_series(rows), "increase", column, scale), name, VALUES["increase"])
         for name, (column, scale) in axes.items()
     ]
-    panels[-1] = panels[-1]._replace(upright=own[0] if own else math.nan)
+    panels[-1] = panels[-1]._replace(upright=own[0] if own else math.nan, joined=False)
     return panels_figure(panels, width, shared=True)
 
 

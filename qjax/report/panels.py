@@ -1,7 +1,7 @@
 """A page of panels with lines: where each is, on which axes, and how its lines are named.
 
-Up to DIRECT lines that all end at the right of the last panel of one row are named beside their ends; others have a legend over
-the panels or in the place of a missing one.
+Up to DIRECT lines that all end at the right of the last panel of one row are named beside their ends; others have a legend
+above the panels or in the place of a missing one.
 """
 
 import math
@@ -20,8 +20,10 @@ from qjax.report.drawing import (
     EDGE,
     GREY,
     HANDLE,
+    LABEL_SIZE,
     PANELS,
     POINT,
+    TITLE_SIZE,
     WIDEST_NAMES,
     WIDTHS,
     Look,
@@ -40,6 +42,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+BELOW = 34  # points of a panel's height that are not its axes'
+
+
 class Line(NamedTuple):
     """A name, its look, and points by ascending x; y: value, and the ends of its 95 % interval (nan: not known)."""
 
@@ -51,7 +56,7 @@ class Line(NamedTuple):
 
 class Panel(NamedTuple):
     """Lines, the names of both axes, what the panel is of; values that have a dashed line, across or upright; ticks of x, if
-    not those that are found.
+    not those that are found; whether points are joined.
     """
 
     lines: Sequence[Line]
@@ -61,6 +66,7 @@ class Panel(NamedTuple):
     across: float = math.nan
     upright: float = math.nan
     ticks: Sequence[float] = ()
+    joined: bool = True
 
 
 def panels_figure(panels: Sequence[Panel], width: str, *, shared: bool = False) -> "Figure":
@@ -92,7 +98,7 @@ def panels_figure(panels: Sequence[Panel], width: str, *, shared: bool = False) 
             _legend(figure, looks, grid[len(panels) :])
         lay_out(figure)
         for axes, panel in zip(grid, panels, strict=False):
-            ends = [_draw(axes, line) for line in panel.lines]
+            ends = [_draw(axes, line, panel.joined) for line in panel.lines]
             look = {"color": GREY, "linestyle": (0, (4, 3)), "linewidth": 0.8, "zorder": 1}
             for value, draw in ((panel.across, axes.axhline), (panel.upright, axes.axvline)):
                 if not math.isnan(value):
@@ -108,9 +114,9 @@ def _name_axes(figure: "Figure", grid: Sequence["Axes"], panels: Sequence[Panel]
     wide, tall = figure.get_figwidth() / columns * POINT, figure.get_figheight() * columns / len(grid) * POINT
     for place, (axes, panel) in enumerate(zip(grid, panels, strict=False)):
         if place % columns == 0 or panel.y != panels[0].y:
-            axes.set_ylabel(plain("\n".join(wrap(figure, panel.y, 0.75 * tall))))
+            axes.set_ylabel(plain("\n".join(wrap(figure, panel.y, (tall - BELOW) * LABEL_SIZE / TITLE_SIZE))))
         if panel.x != panels[0].x or panel.x != panels[-1].x:
-            axes.set_xlabel(plain("\n".join(wrap(figure, panel.x, 0.8 * wide))))
+            axes.set_xlabel(plain("\n".join(wrap(figure, panel.x, 0.7 * wide))))
     if all(panel.x == panels[0].x for panel in panels):
         figure.supxlabel(plain(panels[0].x))
     for axes in grid[len(panels) :]:
@@ -136,7 +142,7 @@ def _legend(figure: "Figure", looks: dict[str, Look], empty: Sequence["Axes"]) -
     figure.legend(handles=handles, loc="outside upper left", ncols=math.ceil(len(wide) / rows))
 
 
-def _draw(axes: "Axes", line: Line) -> tuple[float, float]:
+def _draw(axes: "Axes", line: Line, joined: bool) -> tuple[float, float]:
     """Draws a line; returns its last point, one beyond the axis at its end."""
     colour, marker, face = line.look
     (bottom, top), x, (y, low, high) = axes.get_ylim(), line.x, line.y.T
@@ -145,7 +151,8 @@ def _draw(axes: "Axes", line: Line) -> tuple[float, float]:
     else:
         below = np.zeros(len(y), bool)
     shown = np.isfinite(y) & ~below
-    axes.plot(x[shown], y[shown], color=colour, zorder=3)
+    if joined:
+        axes.plot(x[shown], y[shown], color=colour, zorder=3)
     bars = np.nan_to_num(np.maximum(0, [y - low, high - y]))[:, shown]
     axes.errorbar(
         x[shown], y[shown], bars, fmt=marker, color=colour, markerfacecolor=face, markeredgewidth=0.8, zorder=4, **BARS

@@ -22,7 +22,7 @@ from qjax.report.captions import dots_caption, kernels_caption, lines_caption, t
 from qjax.report.dots import dots_figure, has_dots
 from qjax.report.drawing import PNG_DPI, RC
 from qjax.report.estimates import shown_rows
-from qjax.report.figures import lines_figure, tradeoff_figure
+from qjax.report.figures import has_tradeoff, lines_figure, tradeoff_figure
 from qjax.report.kernels import by_device, has_kernels, kernels_figure, kernels_table
 from qjax.report.measured import has_measured, measured_table, shown_measurements
 from qjax.report.memory import memory_rows_table
@@ -69,9 +69,9 @@ TABLES = (
     Exhibit("sensitivity", placed_alone, sensitivity_table),
 )
 FIGURES = (
-    Exhibit("", lambda rows: not has_speed(rows) and line_panels(rows), lines_figure, caption=lines_caption),
-    Exhibit("recipes", has_dots, dots_figure, caption=dots_caption),
-    Exhibit("tradeoff", has_speed, tradeoff_figure, caption=tradeoff_caption),
+    Exhibit("", lambda rows: not has_tradeoff(rows) and line_panels(rows), lines_figure, caption=lines_caption),
+    Exhibit("recipes", lambda rows: not has_tradeoff(rows) and has_dots(rows), dots_figure, caption=dots_caption),
+    Exhibit("tradeoff", has_tradeoff, tradeoff_figure, caption=tradeoff_caption),
 )
 FOLDER_TABLES = (
     Exhibit("memory", of_kind("memory"), memory_rows_table),
