@@ -1,16 +1,25 @@
 """Models and tokenizers small enough to make in a test. Programs are compiled once for all processes and all runs."""
 
+import dataclasses
+import functools
+import os
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import pytest
 
+import qjax
 from qjax import registry
 from qjax.cache import enable_compilation_cache
+from qjax.checkpoints.huggingface import save_huggingface
 from qjax.models.config import DecoderConfig, LayerKind
 from qjax.models.model import Model
 from qjax.models.walk import Decoder
 
 enable_compilation_cache()  # as the command line does: most of a test's time is the compilation of what another compiled too
+jax.config.update("jax_traceback_in_locations_limit", 0)  # a seventh of tracing and lowering; no test asks where a line is from
+MOST = 1.5e9  # bytes of a process that has run a file
 
 
 def byte_tokenizer(bos: bool = False):
@@ -142,17 +151,47 @@ def tiny_config(**changes) -> DecoderConfig:
 
 def random_model(config: DecoderConfig, tokenizer=None, seed: int = 0, dtype=jnp.float32) -> Model:
     """A model with random weights of the size that gives logits of order one; biases and norms are not trivial."""
+    params = jax.tree.map(lambda leaf: leaf, _random_parameters(config, seed, dtype))  # dicts of its own
+    return Model(config, params, tokenizer, "random")
+
+
+@functools.lru_cache(maxsize=8)
+def _random_parameters(config: DecoderConfig, seed: int, dtype):
     params = Decoder(config).init(jax.random.key(seed), jnp.zeros((1, 4), jnp.int32))["params"]
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
     leaves = [(leaf + 0.1 * jax.random.normal(key, leaf.shape)).astype(dtype) for key, leaf in zip(keys, leaves, strict=True)]
-    return Model(config, jax.tree.unflatten(tree, leaves), tokenizer, "random")
+    return jax.tree.unflatten(tree, leaves)
+
+
+def first_block(folder: Path) -> Path:
+    """The bundled model with its first block alone, saved: what is compiled for it is what the whole runs, but runs faster."""
+    whole = qjax.load("bundled")
+    params = {name: leaves for name, leaves in whole.params.items() if not name.startswith("block_")}
+    config = dataclasses.replace(whole.config, layers=1)
+    model = whole._replace(config=config, params=params | {"block_0": whole.params["block_0"]})
+    save_huggingface(folder, model)
+    return folder
 
 
 @pytest.fixture(scope="session")
 def tiny_model() -> Model:
     """A random Llama with an untied head and a byte-level tokenizer."""
     return random_model(tiny_config(), byte_tokenizer())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def memory():
+    """A process of many files gives back what it compiled when that is much: the next file finds it on the disk."""
+    yield
+    if resident_bytes() > MOST:
+        jax.clear_caches()
+
+
+def resident_bytes() -> int:
+    """Of this process; 0 where the system does not say."""
+    path = Path("/proc/self/statm")
+    return int(path.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if path.exists() else 0
 
 
 @pytest.fixture

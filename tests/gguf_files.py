@@ -30,7 +30,7 @@ def file_bytes(
 
 
 def _text(text: str) -> bytes:
-    content = text.encode()
+    content = text.encode("utf-8", "surrogatepass")
     return struct.pack("<Q", len(content)) + content
 
 

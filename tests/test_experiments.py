@@ -1,8 +1,10 @@
 """The experiments: tiny twins run and write what they say, full ones ask for what exists.
 
-Twins run in this process, where they share compiled programs; one runs from a shell, as a user would.
+Twins run in this process, where they share compiled programs, on the bundled model's first block; one runs from a shell on the
+whole model, as a user would.
 """
 
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -19,6 +21,7 @@ import qjax
 from qjax.driver.placement import place
 from qjax.sweep.cells import canonical
 from qjax.sweep.store import ROWS, read_rows
+from tests.conftest import first_block
 from tests.dictionary import undescribed
 from tests.paths import REPOSITORY, real_data
 
@@ -44,6 +47,18 @@ def load(monkeypatch):
     return importlib.import_module
 
 
+@pytest.fixture(scope="module")
+def block(tmp_path_factory) -> str:
+    """A model of one block of the bundled model's sizes, by its folder's name."""
+    return str(first_block(tmp_path_factory.mktemp("models") / "block"))
+
+
+def twin(script, out: Path, model: str) -> list[dict[str, object]]:
+    """Runs a script's tiny twin on a model instead of the bundled one; its rows."""
+    (bundled,) = script.common.BUNDLED
+    return script.run(out, tiny=True, subjects=(dataclasses.replace(bundled, model=model),))
+
+
 def run(script: str, *options: str | Path) -> str:
     """Runs experiments/<script> with the qjax under test; its output. Fails with its stderr."""
     environment = os.environ | {"PYTHONPATH": str(Path(qjax.__file__).parents[1])}
@@ -61,22 +76,23 @@ def test_from_a_shell(tmp_path):
 
 
 @pytest.mark.parametrize("name", [name for name in SUFFIXES if name not in ("formats_at_4_bits", "order")])
-def test_tiny_twin(load, name, tmp_path):
-    rows = load(name).run(tmp_path, tiny=True)
+def test_tiny_twin(load, block, name, tmp_path):
+    model = "bundled" if name == "sensitivity" else block  # the block alone is no worse for 3 bits: there is no cost to draw
+    rows = twin(load(name), tmp_path, model)
     assert len(rows) >= 2 and rows == read_rows(tmp_path / ROWS)
     assert {re.sub(r"^.*-windows-\d+-?", "", path.stem) for path in tmp_path.glob("*.md")} >= SUFFIXES[name]
     assert list(tmp_path.glob("*.png"))
 
 
-def test_order_draws_a_calibration_for_every_seed(load, tmp_path):
-    rows = load("order").run(tmp_path, tiny=True)
+def test_order_draws_a_calibration_for_every_seed(load, block, tmp_path):
+    rows = twin(load("order"), tmp_path, block)
     drawn = [row for row in rows if row["order"]]
     assert [(row["seed"], row["order"]) for row in drawn] == [(0, "parallel"), (1, "parallel")]
     assert len({row["calibration_fingerprint"] for row in drawn}) == 2
     assert [row["seed"] for row in rows if row["recipe"].startswith("rtn")] == [0]  # it draws nothing
     (table,) = tmp_path.glob("*-seeds.md")
     assert "gptq(clip=mse):int3-g128@parallel" in table.read_text()
-    assert load("order").run(tmp_path, tiny=True) == rows  # nothing is measured twice
+    assert twin(load("order"), tmp_path, block) == rows  # nothing is measured twice
 
 
 @functools.cache
@@ -181,8 +197,9 @@ def test_paper_shapes_on_a_real_model(load, tmp_path):
     assert {row["model"] for row in rows if "kind" not in row} == {"stories260K-hf"}
 
 
-def test_kernel_benchmark(tmp_path):
-    run("kernel_benchmark.py", "--tiny", "--out", tmp_path)
+def test_kernel_benchmark(load, tmp_path):
+    script = load("kernel_benchmark")
+    script.run(script.TINY, tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     measured = {(row["format"], row["implementation"], row["rows"]) for row in rows}
     assert {("dense", "dense", 1), ("int4-g128", "reference", 16), ("nf4-g64", "xla", 1)} <= measured

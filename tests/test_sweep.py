@@ -37,6 +37,7 @@ from .conftest import FAMILY_CHANGES, byte_tokenizer, random_model, tiny_config
 
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 8
 CORPORA = (Corpus("dickens", (TEXT,), "f1"), Corpus("reversed", (TEXT[::-1],), "f2"))
+FIVE = ("rtn:int8-channel", "rtn:int4-channel", "rtn:int3-channel", "nf4")  # with the baseline, on two texts
 REQUIRED = {
     *("recipe", "model", "corpus", "convention", "bits_per_weight", "model_bits_per_weight", "size_bytes", "perplexity"),
     *("perplexity_stderr", "perplexity_ratio", "nll", "tokens", "bits_per_byte", "seconds_quantize", "seconds_evaluate"),
@@ -313,24 +314,23 @@ def test_method_names():
     assert digest("a", 1) != digest("a", 2)
 
 
-def test_kill_loses_at_most_the_cell_in_progress(tmp_path):
-    """A real process killed with SIGKILL in the middle; the next run finishes and equals an undisturbed one."""
+def test_kill_loses_at_most_the_cell_in_progress(tiny_model, tmp_path):
+    """A real process killed with SIGKILL in the middle; the next run, here, finishes and equals an undisturbed one."""
     script = textwrap.dedent(
         """
         import sys, pathlib
         from tests.conftest import byte_tokenizer, random_model, tiny_config
-        from tests.test_sweep import plan
+        from tests.test_sweep import FIVE, plan
         from qjax.sweep.runner import run_sweep
         model = random_model(tiny_config(), byte_tokenizer())
-        run_sweep(model, plan("rtn:int8-channel", "rtn:int4-channel", "rtn:int3-channel", "nf4"), pathlib.Path(sys.argv[1]))
+        run_sweep(model, plan(*FIVE), pathlib.Path(sys.argv[1]))
         """
     )
     root = Path(__file__).parents[1]
-    command = [sys.executable, "-c", script]
-    environment = os.environ | {"PYTHONPATH": str(root)}
     killed = tmp_path / "killed"
-    process = subprocess.Popen([*command, str(killed)], env=environment, cwd=root)
-    deadline = time.time() + 120
+    command = [sys.executable, "-c", script, str(killed)]
+    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(root)}, cwd=root)
+    deadline = time.time() + 300
     while len(read_rows(killed / ROWS)) < 3 and time.time() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
@@ -338,7 +338,7 @@ def test_kill_loses_at_most_the_cell_in_progress(tmp_path):
     survivors = read_rows(killed / ROWS)
     assert 3 <= len(survivors) < 10  # killed before it was done
     for folder in (killed, tmp_path / "whole"):
-        subprocess.run([*command, str(folder)], env=environment, cwd=root, check=True)
+        run_sweep(tiny_model, plan(*FIVE), folder)
     rows, expected = read_rows(killed / ROWS), read_rows(tmp_path / "whole" / ROWS)
     assert rows[: len(survivors)] == survivors
     assert measured(rows) == measured(expected)

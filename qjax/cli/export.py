@@ -32,12 +32,12 @@ def dequantize(
         raise QjaxError(f"--dtype {dtype!r}: expected {', '.join(TYPES)}")
     from qjax.checkpoints.huggingface import save_huggingface
     from qjax.files import listing
-    from qjax.folders import claim, refuse_inputs
+    from qjax.folders import refuse_inputs, require_place
     from qjax.linear import without_activations
     from qjax.models.parameters import flatten
 
     refuse_inputs(out, [model])
-    out = claim(out, overwrite=overwrite)
+    out = require_place(out, overwrite=overwrite)
     loaded = load_model(model, lazy=True)
     formats = dict.fromkeys(
         str(each.activation) for each in flatten(loaded.params).values() if getattr(each, "activation", None)
@@ -63,10 +63,10 @@ def export(
     """
     check_names(models=(model,))
     from qjax.checkpoints.export import export as export_model
-    from qjax.folders import claim, refuse_inputs
+    from qjax.folders import refuse_inputs, require_place
 
     refuse_inputs(out, [model])
-    out = claim(out, overwrite=overwrite)
+    out = require_place(out, overwrite=overwrite)
     loaded = load_model(model, lazy=True)
     limit = int(shard_size * 1e9)
     export_model(out, loaded, to, overwrite=overwrite, shard_bytes=limit, beside=_folder(model))
