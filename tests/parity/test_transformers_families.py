@@ -150,7 +150,8 @@ def test_logits_and_tokens(name, tmp_path):
     found = generate(model, [prompt.astype(np.int32) for prompt in prompts], 16).tokens  # one batch of unequal lengths
     for prompt, tokens in zip(prompts, found, strict=True):
         ids, ends = torch.tensor(prompt[None]), {"eos_token_id": None, "pad_token_id": 0}
-        expected = peer.generate(ids, max_new_tokens=16, do_sample=False, **ends)
+        seen = torch.ones_like(ids)  # else a token that stands for padding is taken for it
+        expected = peer.generate(ids, attention_mask=seen, max_new_tokens=16, do_sample=False, **ends)
         assert tokens.tolist() == expected[0, len(prompt) :].tolist()
 
 
