@@ -32,7 +32,7 @@ class Experiment:
 TINY = Experiment(
     recipes=("gptq(clip=mse):int3-g128",),
     sources=(),
-    sizes=((4, 256),),
+    sizes=((4, 256), (2, 256)),
     settings=dataclasses.replace(common.TINY, seeds=(0, 1)),
 )
 

@@ -93,7 +93,7 @@ def model_tensors(model: Model, architecture: str = "llama") -> dict[str, tuple[
     for name, pieces in stored_pieces(model.config, parameter_shapes(model.config), architecture).items():
         arrays = [np.asarray(leaves[piece.path], np.float32) for piece in pieces]
         arrays = [array.T if pieces[0].path.endswith("kernel") else array for array in arrays]
-        if architecture == "llama" and (".attn_q." in name or ".attn_k." in name):
+        if architecture in ("llama", "smollm3", "granite") and (".attn_q." in name or ".attn_k." in name):
             arrays = [rotated(array, model.config.head_dim) for array in arrays]
         array = np.concatenate(arrays)
         array = array + 1 if pieces[0].path.endswith("/offset") else array

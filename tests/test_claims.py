@@ -163,11 +163,11 @@ def test_a_cell_without_figures_is_tried_once_a_run(tiny_model, tmp_path, monkey
     class Both(Watcher):
         def cell(self, number, total, recipe, corpus):
             if recipe == "none":
-                together.wait(60)  # both have begun
+                together.wait(600)  # both have begun
 
         def waiting(self, cells):
             if together.n_waiting:
-                together.wait(60)
+                together.wait(600)
 
     def run():
         with pytest.raises(

@@ -20,7 +20,7 @@ from qjax.lazy import is_lazy, materialised
 from qjax.linear import is_quantized
 from qjax.models.config import LayerKind
 from qjax.models.parameters import flatten
-from tests.conftest import FAMILY_CHANGES, tiny_config
+from tests.conftest import FAMILY_CHANGES, FURTHER_CHANGES, tiny_config
 from tests.gguf_files import NUMBERS, file_bytes, model_tensors, model_values, random_rows, rotated
 from tests.oracles import gguf as oracle
 from tests.paths import real_data
@@ -84,8 +84,25 @@ GEMMA3 = FAMILY_CHANGES["gemma3_text"] | {
     "logit_softcap": None,
     "attention_scale": 12**-0.5,
 }
-CHANGES = {**{name: FAMILY_CHANGES[name] for name in ("llama", "qwen2", "gemma", "gpt2")}, "gemma3": GEMMA3}
-KEYS = {"gemma3": {"gemma3.attention.sliding_window": 5, "gemma3.rope.freq_base": 1e6}}
+SMOLLM3 = {"layers": 4, "kinds": (*[LayerKind(rope_theta=1e4)] * 3, LayerKind(positions="none", rope_theta=1e4))}
+SCALES = {"embedding_scale": 2.0, "residual_scale": 0.5, "attention_scale": 0.25, "logit_scale": 0.125}
+CHANGES = {
+    **{name: FAMILY_CHANGES[name] for name in ("llama", "qwen2", "gemma", "gpt2")},
+    "gemma3": GEMMA3,
+    "qwen3": {"family": "qwen3", "qk_norm": "head"},
+    "olmo2": FURTHER_CHANGES["olmo2"],
+    "smollm3": {"family": "smollm3", "tied": True} | SMOLLM3,
+    "granite": {"family": "granite", "mlp_bias": False} | SCALES,
+}
+KEYS = {
+    "gemma3": {"gemma3.attention.sliding_window": 5, "gemma3.rope.freq_base": 1e6},
+    "granite": {
+        "granite.embedding_scale": 2.0,
+        "granite.residual_scale": 0.5,
+        "granite.attention.scale": 0.25,
+        "granite.logit_scale": 8.0,
+    },
+}
 
 
 @pytest.mark.parametrize("architecture", CHANGES)
@@ -186,6 +203,7 @@ def test_what_a_file_asks_for_is_done_or_refused(model):
     assert read(**{"llama.attention.head_count_kv": np.array([2, 2], np.int32)})["num_key_value_heads"] == 2
     for changes, said in (
         ({"general.architecture": "mamba"}, "'mamba' is not read; read are llama, qwen2"),
+        ({"llama.attention.sliding_window": 512}, "not understood: llama.attention.sliding_window = 512"),
         ({"llama.expert_count": 8}, "not understood: llama.expert_count = 8"),
         ({"llama.rope.scaling.type": "yarn"}, "'yarn'; supported: none, linear"),
         ({"llama.attention.value_length": 8}, "different lengths"),

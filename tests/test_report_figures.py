@@ -190,7 +190,7 @@ def test_shares_are_of_nearest_rounding_to_the_same_format():
     rows = swept(("rtn", "gptq"))
     assert [row.get("share_of") for row in with_share(rows)][1:3] == pytest.approx([None, 100 * math.expm1(0.02)])
     increase, share = lines_figure(rows).axes[:2]
-    assert (increase.get_ylabel(), share.get_ylabel().replace("\n", " ")) == (VALUES["increase"], VALUES["share"])
+    assert [axes.get_ylabel().replace("\n", " ") for axes in (increase, share)] == [VALUES["increase"], VALUES["share"]]
     gptq = bars_of(share)["s", look("gptq").colour]  # not at 8 bits, where nearest rounding's cost is not resolved
     assert [y for _, y, _, _ in gptq] == pytest.approx([math.expm1(0.45 * d) / math.expm1(d) for d in (1.4, 0.12, 0.02)])
 

@@ -17,7 +17,10 @@ from qjax.checkpoints.huggingface import load_huggingface, save_huggingface  # n
 from qjax.evaluate.generate import generate  # noqa: E402
 from qjax.models.model import apply  # noqa: E402
 
-pytestmark = pytest.mark.peer
+pytestmark = [
+    pytest.mark.peer,
+    *(pytest.mark.filterwarnings(f"ignore::{kind}Warning") for kind in ("Deprecation", "Future", "User")),
+]
 
 TOLERANCE = 1e-5
 TOKENS = np.random.default_rng(0).integers(0, 97, (2, 40))

@@ -23,12 +23,7 @@ NAMES = {  # key of the architecture -> entry of config.json
     "attention.head_count_kv": "num_key_value_heads",
     "attention.key_length": "head_dim",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "attention.sliding_window": "sliding_window",
     "rope.freq_base": "rope_theta",
-    "rope.local.freq_base": "rope_local_base_freq",
-    "rope.freq_base_swa": "rope_local_base_freq",
-    "attn_logit_softcapping": "attn_logit_softcapping",
-    "final_logit_softcapping": "final_logit_softcapping",
 }
 GPT2_NAMES = {
     "context_length": "n_positions",
@@ -38,20 +33,30 @@ GPT2_NAMES = {
     "attention.head_count": "n_head",
     "attention.layer_norm_epsilon": "layer_norm_epsilon",
 }
-GEMMA = {"hidden_activation": "gelu_pytorch_tanh"}
-FAMILIES = {  # architecture -> its model_type, and what every file of it means without saying so
-    "llama": ("llama", {}),
-    "qwen2": ("qwen2", {}),
-    "qwen3": ("qwen3", {}),
-    "gemma": ("gemma", GEMMA),
-    "gemma2": ("gemma2", GEMMA),
-    "gemma3": ("gemma3_text", GEMMA),
-    "gpt2": ("gpt2", {}),
+WINDOW = {"attention.sliding_window": "sliding_window"}
+CAPS = {key: key for key in ("attn_logit_softcapping", "final_logit_softcapping")}
+LOCAL = dict.fromkeys(("rope.local.freq_base", "rope.freq_base_swa"), "rope_local_base_freq")
+SCALES = {
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "attention.scale": "attention_multiplier",
+    "logit_scale": "logits_scaling",
 }
-LARGEST = {
-    "gemma2": 46,
-    "gemma3": 62,
-}  # layers of the models of 27 billions: scores go by hidden / heads, of others by head_dim
+GEMMA = {"hidden_activation": "gelu_pytorch_tanh"}
+FAMILIES = {  # architecture -> its model_type, what every file of it means without saying so, and its keys
+    "llama": ("llama", {}, NAMES),
+    "qwen2": ("qwen2", {}, NAMES),
+    "qwen3": ("qwen3", {}, NAMES),
+    "olmo2": ("olmo2", {}, NAMES),
+    "smollm3": ("smollm3", {}, NAMES),
+    "granite": ("granite", {}, NAMES | SCALES),
+    "gemma": ("gemma", GEMMA, NAMES),
+    "gemma2": ("gemma2", GEMMA, NAMES | WINDOW | CAPS),
+    "gemma3": ("gemma3_text", GEMMA, NAMES | WINDOW | CAPS | LOCAL),
+    "gpt2": ("gpt2", {}, GPT2_NAMES),
+}
+# Layers of the models of 27 billions, whose scores are scaled by hidden / heads; those of others by the size of a head.
+LARGEST = {"gemma2": 46, "gemma3": 62}
 READ_HERE = ("attention.value_length", "rope.dimension_count", "vocab_size", "rope.scaling.type", "rope.scaling.factor")
 HARMLESS = ("rope.scaling.original_context_length", "rope.scaling.finetuned", "tensor_data_layout", "rope.scaling.attn_factor")
 FREQUENCIES = "rope_freqs.weight"  # a tensor of factors: Llama 3's scaling, as numbers
@@ -66,8 +71,7 @@ def config_of(values: Mapping[str, object], tensors: Mapping[str, TensorInfo], f
     if not isinstance(name, str) or name not in FAMILIES:
         raise QjaxError(f"the architecture {quoted(name)} is not read; read are {', '.join(FAMILIES)}")
     own = {key.removeprefix(f"{name}."): value for key, value in values.items() if key.startswith(f"{name}.")}
-    family, implied = FAMILIES[name]
-    names = GPT2_NAMES if family == "gpt2" else NAMES
+    family, implied, names = FAMILIES[name]
     unknown = [f"{name}.{key} = {quoted(own[key])}" for key in own.keys() - {*names, *READ_HERE, *HARMLESS} if _says(own[key])]
     if unknown:
         raise QjaxError(f"keys that are not understood: {listing(sorted(unknown))}; convert the model anew, without them")

@@ -35,7 +35,7 @@ MODULES = {  # their module -> ours, of one tensor side by side along the output
     "output": ("head/output",),
 }
 FUSED = ("gpt2",)  # families whose files hold q, k and v as one tensor
-PERMUTED = ("llama",)  # architectures
+PERMUTED = ("llama", "smollm3", "granite")  # architectures
 
 
 class Piece(NamedTuple):
