@@ -74,6 +74,6 @@ def test_gptqmodel_runs_what_is_exported_to_gptq(fmt, to, source, tmp_path, monk
     model = quantized(source, fmt)
     export(tmp_path / "a", model, to, beside=source)
     there = gptqmodel.GPTQModel.load(
-        str(tmp_path / "a"), device="cpu", backend=gptqmodel.BACKEND.GPTQ_TORCH, dtype=torch.float32
+        str(tmp_path / "a"), device="cpu", backend=gptqmodel.BACKEND.GPTQ_TORCH, dtype=torch.float16
     )
-    assert_close(apply(model, TOKENS), logits(there.model.eval()), 1e-3)
+    assert_close(apply(model, TOKENS), logits(there.model.eval()), 1e-2)  # it computes in float16
