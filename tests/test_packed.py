@@ -364,7 +364,7 @@ def test_broken_description(folder, content):
         (lambda d: d["config"].update(layers=0), "layers is 0, expected 1 to 1024"),
         (lambda d: d["config"].update(activation="mish"), "activation is 'mish'"),
         (lambda d: d["config"].update(norm="batch"), "norm is 'batch'"),
-        (lambda d: d["config"].update(rope_scaling={"kind": "yarn"}), "'rope_scaling' is {'kind': 'yarn'}"),
+        (lambda d: d["config"].update(rope_scaling={"kind": "ntk"}), "'rope_scaling' is {'kind': 'ntk'}"),
         (lambda d: d["config"].update(rope_scaling={"kind": "linear"}), "LinearScaling: missing entry 'factor'"),
         (lambda d: d["quantized"]["block_0/mlp/up/kernel"].update(format="int9-g16"), "kernel: format 'int9-g16'"),
         (lambda d: d["quantized"]["block_0/mlp/up/kernel"].pop("format"), "block_0/mlp/up/kernel: 'format' must be str"),

@@ -48,7 +48,7 @@ def rtn(weight: np.ndarray, fmt: Format, shrink: float | np.ndarray = 1.0) -> Ro
     level = np.abs(largest(low, high, fmt)).max() / bound(fmt) / 448  # of all scales, for e4m3
     low, high = low * shrink, high * shrink
     exact = find(largest(low, high, fmt), fmt)
-    stored = store(exact, fmt, level)
+    stored = store(exact, fmt, level, weight.shape[1])
     used = exact if fmt.scales == "dq" and fmt.granularity == "flat" else stored
     values, margin = np.zeros_like(weight), np.zeros_like(weight)
     for g in range(count):
@@ -108,15 +108,37 @@ def grid_levels(fmt: Format, low: float, scale: float) -> np.ndarray:
     return codes - zero
 
 
-def store(scales: np.ndarray, fmt: Format, level: float) -> np.ndarray:
-    """Scales after the rounding that storing them brings; scales are numbered like `group_index`. level: the unit of e4m3."""
+SUPER_BLOCKS = {"k4": (4, 16, 0), "k6": (6, 8, 0), "k6s": (6, 16, 32), "k8s": (8, 16, 128)}  # bits, groups, offset
+
+
+def in_super_blocks(scales: np.ndarray, bits: int, groups: int, offset: int) -> np.ndarray:
+    """Whole multiples of a float16 that so many groups share."""
+    stored, highest = np.zeros_like(scales), 2**bits - 1 - offset
+    for start in range(0, len(scales), groups):
+        block = scales[start : start + groups]
+        shared = float(np.float16(np.float32(np.abs(block).max() / highest)))
+        stored[start : start + groups] = np.clip(np.round(block / (shared or 1)), -offset, highest) * shared
+    return stored
+
+
+def store(scales: np.ndarray, fmt: Format, level: float, columns: int) -> np.ndarray:
+    """Scales after the rounding that storing them brings; scales are numbered like `group_index`. level: the unit of e4m3.
+
+    columns: of the weight, at most 128, which tiles are wide.
+    """
     if fmt.scales.startswith("e8m0"):
         return scales
     if fmt.scales == "e4m3":
         level = np.float64(np.float32(level))
         return (scales / level).astype(ml_dtypes.float8_e4m3fn).astype(np.float64) * level
+    if fmt.scales in SUPER_BLOCKS:
+        return in_super_blocks(scales, *SUPER_BLOCKS[fmt.scales])
+    if fmt.scales.endswith("x128"):
+        tiles = scales.reshape(columns, -1)
+        largest = np.take_along_axis(tiles, np.abs(tiles).argmax(axis=0)[None], axis=0)
+        scales = np.broadcast_to(largest, tiles.shape).reshape(-1)
     if fmt.scales != "dq":
-        dtype = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}[fmt.scales]
+        dtype = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}[fmt.scales.removesuffix("x128")]
         return scales.astype(np.float32).astype(dtype).astype(np.float64)
     table, offset = dynamic_map().astype(np.float64), scales.mean()
     stored = np.zeros_like(scales)
