@@ -31,7 +31,7 @@ class Experiment:
     settings: common.Settings = SETTINGS
 
 
-TINY = Experiment(methods=("rtn", "gptq(clip=mse)"), bits=(4, 3), of_8_bits=(), settings=common.TINY)
+TINY = Experiment(methods=("rtn", "gptq(clip=mse)"), bits=(4, 3), of_8_bits=("rtn",), settings=common.TINY)
 
 
 def run(out: Path, *, tiny: bool = False, subjects: tuple[common.Subject, ...] = common.BUNDLED) -> list[dict[str, object]]:

@@ -59,7 +59,7 @@ def reference(name: str, method: str):
     return methods_of(name)[method](jnp.asarray(layer()[0]))
 
 
-WIDE = [name for name in FORMATS if parse_format(name).scales != "fp16"]
+WIDE = [name for name in FORMATS if getattr(parse_format(name).scale_codec, "dtype", None) != "float16"]
 CASES = [*((name, "rtn") for name in WIDE), ("int4-g16-dq", "gptq"), ("nvfp4", "descend"), ("int2-b32-z32-fp32", "hqq")]
 CASES.append(("nf4-g16-fp32", "awq"))
 

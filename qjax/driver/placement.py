@@ -113,7 +113,8 @@ def placement(model: Model, recipe: str | Recipe | None, rules: Iterable[str | R
     again = [path for path, chosen in placed.items() if chosen is not None and is_quantized(flat[path])]
     if again:
         raise QjaxError(
-            f"{model.name} is quantized already ({model.recipe}): {abridge(again)}; start from the unquantized model, or leave "
+            f"{model.name} is quantized already ({model.recipe}): {abridge(again)}; start from the unquantized model "
+            "(`qjax dequantize` writes one of the values that this stands for), or leave "
             "these kernels as they are with a rule 'PATTERN=none'"
         )
     return placed
