@@ -160,7 +160,7 @@ def test_all_names_unknown_experiments(load, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["all.py", "ordr"])
     with pytest.raises(SystemExit) as stopped:
         load("all").main()
-    assert stopped.value.code == 2 and "unknown experiments ordr; there are quickstart" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "unknown experiments ordr; there are kernel_benchmark" in capsys.readouterr().err
 
 
 def test_a_row_of_another_kind_is_added_once(load, tmp_path):
