@@ -1,6 +1,6 @@
 """How fast products with packed weights are on the device at hand, against the dense product and other libraries.
 
-    python experiments/kernel_benchmark.py                 writes results/kernels/, four minutes on 2 cores
+    python experiments/kernel_benchmark.py                 writes results/kernels/, four to thirteen minutes on 2 cores
     python experiments/kernel_benchmark.py --tiny --out X  one small weight, for tests
 
 Every implementation that serves the device, at M = 1 to 512 rows of x, on the shapes of 7- and 8-billion-parameter models; on
