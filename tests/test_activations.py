@@ -78,7 +78,7 @@ def test_names():
         "int8-token-sym": "int8-token-sym",
     }.items():
         assert str(parse_activation(text)) == name and parse_activation(name) == parse_activation(text)
-    for wrong in ("int8", "int8-channel", "int8-token-sym-max", "int9-token", "bf16", "nf4-b64", "nf4-dq", "token", "", "int8-g0"):
+    for wrong in ("int8", "int8-channel", "int8-token-max", "int9-token", "bf16", "nf4-b64", "nf4-dq", "token", "", "int8-g0"):
         with pytest.raises(QjaxError, match="expected GRID-token, GRID-gN or GRID-tensor"):
             parse_activation(wrong)
 
