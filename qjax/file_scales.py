@@ -144,8 +144,8 @@ class InSuperBlocks(Floats):
         return stored._replace(scales=super()._narrow(times_power_of_two(stored.scales.astype(jnp.float32), exponent), None))
 
     def strained(self, stored, bits):
-        """None: a scale of 0 may be the nearest multiple."""
-        del stored, bits
+        """Of each super-block's float16, said of all its groups; a code of 0 may be the nearest."""
+        return tuple(np.repeat(part, self.groups) for part in super().strained(stored.scales, bits))
 
     def load(self, stored, shape):
         """Each code's multiple."""

@@ -134,12 +134,12 @@ def test_a_model_with_a_layer_in_another_unit():
         assert record.proxy_loss == pytest.approx(reference.proxy_loss * 4.0 ** (exponent + 14), rel=1e-3)
 
 
-def test_scales_out_of_the_range_of_their_type_are_an_error():
+@pytest.mark.parametrize(("fmt", "wider"), [("int4-g16", "int4-g16-bf16"), ("int6-g16-sym-full-k8s", "int6-g16-sym-full-bf16")])
+def test_scales_out_of_the_range_of_their_type_are_an_error(fmt, wider):
     for exponent in (-60, 40):
-        with pytest.raises(
-            QjaxError, match=r"mlp/down/kernel: int4-g16 stores scales as fp16, which loses 100%.*int4-g16-bf16 or"
-        ):
-            qjax.quantize(scaled(exponent), "rtn:int4-g16", rules=RULES)
+        with pytest.raises(QjaxError, match=rf"mlp/down/kernel: {fmt} stores scales as \w+, which loses 100%.*{wider} or"):
+            qjax.quantize(scaled(exponent), f"rtn:{fmt}", rules=RULES)
+    qjax.quantize(scaled(0), f"rtn:{fmt}", rules=RULES)
 
 
 def test_coarse_scales_are_a_warning():

@@ -40,6 +40,6 @@ def check_scales(path: str, weight: Float[Array, "in out"], q: QTensor) -> None:
 
 
 def _share(groups: np.ndarray, energy: np.ndarray) -> float:
-    """Of the energy (groups, columns), in the groups named: (groups, channels) or flat."""
-    shaped = groups if groups.ndim == 2 else groups.reshape(energy.shape[::-1]).T
+    """Of the energy (groups, columns), in the groups named: (groups, channels), or flat with any filling at the end."""
+    shaped = groups if groups.ndim == 2 else groups[: energy.size].reshape(energy.shape[::-1]).T
     return float(energy[np.broadcast_to(shaped, energy.shape)].sum() / (energy.sum() or 1.0))
