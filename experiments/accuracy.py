@@ -3,8 +3,8 @@
     python experiments/accuracy.py                 writes results/accuracy/, ten to twenty minutes on 2 cores
     python experiments/accuracy.py --tiny --out X  a few windows, questions and formats, for tests
 
-Claim: accuracy follows perplexity but is far noisier, so that differences at 8 bits are within noise; KL divergence and flips
-resolve them.
+Claim: accuracy follows perplexity but is far noisier, so that differences at 8 bits are within noise; KL divergence
+resolves them, flips from 4 bits on.
 """
 
 import dataclasses

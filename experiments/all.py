@@ -3,8 +3,9 @@
     python experiments/all.py                  under three hours on 2 cores
     python experiments/all.py order calibration    these alone
 
-Each runs in a process of its own, so that its times and its memory are its own. What is measured already is not measured again:
-to start afresh, give another folder with --out, or remove results/NAME/rows.jsonl.
+Each runs in a process of its own, so that its times and its memory are its own. What the same code, versions and kind of
+machine have measured is not measured again; rows of others stay: to start afresh, give another folder with --out, or remove
+results/NAME/rows.jsonl.
 """
 
 import argparse

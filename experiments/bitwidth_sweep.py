@@ -1,4 +1,4 @@
-"""What every method costs at every width: 8, 4, 3 and 2 bits, groups of 32 and 128 and whole channels, on three models.
+"""What every method costs at every width: 8, 4, 3 and 2 bits, groups of 32 and 128 (or 64) and whole channels, on three models.
 
     python experiments/bitwidth_sweep.py                 writes results/bitwidth_sweep/, half an hour on 2 cores
     python experiments/bitwidth_sweep.py --tiny --out X  a few windows and formats, for tests

@@ -7,8 +7,9 @@ Every implementation that serves the device, at M = 1 to 512 rows of x, on the s
 GPUs also bitsandbytes' NF4 and torchao's int4, on CPUs bitsandbytes' NF4, where they are installed. All programs of a shape and
 M take turns in one run, so that ratios are of the same machine in the same state.
 
-Claim: with few rows a product takes the time of reading its weight, so packed ones are faster than dense ones by up to the
-ratio of their bytes; with many rows arithmetic takes the time, and decoding is what a packed product adds.
+Expected of accelerators, not measured yet: with few rows a product takes the time of reading its weight, so packed ones are
+faster than dense ones by up to the ratio of their bytes; with many rows arithmetic takes the time, and decoding is what a
+packed product adds. On CPUs decoding counts at one row too.
 """
 
 import argparse

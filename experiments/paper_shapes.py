@@ -3,9 +3,9 @@
     python experiments/paper_shapes.py                 writes results/paper_shapes/, about fifteen minutes on 2 cores
     python experiments/paper_shapes.py --tiny --out X  a few windows and formats, for tests
 
-Every recipe that a finding needs, with the papers' own settings, not ours: GPTQ's without act-order sees the quantized blocks
-before, LLaMA's GPTQ has act-order and sees the quantized layers before, AWQ's sees the unquantized model. Three draws of
-calibration windows.
+Every recipe that a finding needs, with the papers' act-order, inputs and formats, but our text and amount of calibration:
+GPTQ's without act-order sees the quantized blocks before, LLaMA's GPTQ has act-order and sees the quantized layers before,
+AWQ's sees the unquantized model. Three draws of calibration windows.
 """
 
 import dataclasses

@@ -5,6 +5,8 @@ Changes are in percent of the unquantized model's perplexity, accuracies and fli
 
 import functools
 
+import numpy as np
+
 from qjax.report.estimates import Estimate, cell_estimates
 from qjax.report.rendering import decimals, with_error
 from qjax.report.tables import change_of_perplexity, perplexity_text
@@ -40,6 +42,18 @@ def error(folder: str, recipe: str, **where: str) -> float:
 def bits(folder: str, recipe: str, **where: str) -> float:
     """Exact bits per weight."""
     return cell(folder, recipe, **where).bits_per_weight
+
+
+def calibration_tokens(folder: str, recipe: str) -> int:
+    """Tokens of calibration text of a draw."""
+    row = cell(folder, recipe).row
+    return row["calibration_windows"] * row["calibration_window_tokens"]
+
+
+def drawn(folder: str, recipe: str, **where: str) -> float:
+    """The part of a change's standard error that draws of calibration text are."""
+    row = cell(folder, recipe, **where).row
+    return 100 * row["perplexity_ratio"] * row["nll_delta_between"] / np.sqrt(row["draws"])
 
 
 def is_noise(found: Estimate) -> bool:
