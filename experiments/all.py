@@ -26,7 +26,7 @@ def main() -> int:
     """The number of experiments that failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(EXPERIMENTS))
-    parser.add_argument("--out", type=Path, default=Path("results"))
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--data-folder", type=Path)
     parser.add_argument("--tiny", action="store_true", help="every experiment's tiny twin")
     options = parser.parse_args()
@@ -39,7 +39,7 @@ def main() -> int:
     for name in options.names or EXPERIMENTS:
         begun = time.monotonic()
         script = Path(__file__).with_name(f"{name}.py")
-        folder = options.out / FOLDERS.get(name, name)
+        folder = (options.out or Path("runs/tiny" if options.tiny else "results")) / FOLDERS.get(name, name)
         done = subprocess.run([sys.executable, script, "--out", folder, *flags], env=environment, check=False)
         failed += done.returncode != 0
         print(f"{name}: {'failed after ' * bool(done.returncode)}{time.monotonic() - begun:.0f} s", flush=True)

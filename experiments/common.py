@@ -2,7 +2,8 @@
 
 A script holds a frozen `Experiment`, its tiny twin, and `run(out, *, tiny, subjects)`; `main` gives it these options:
 
-    --out X          where rows, tables and figures go; results/<name> by default. Running again finishes what is missing
+    --out X          where rows, tables and figures go; results/<name>, or runs/tiny/<name>, by default. Running again finishes
+                     what is missing
     --tiny           a few windows and cells, on the bundled model, for tests
     --model NAME     of `SUBJECTS` or anything `qjax.load` takes (once or more); by default the script's own choice
     --data-folder F  real models and texts (models/, text/); by default $QJAX_TEST_DATA, or ../shared/data. What is not there
@@ -221,15 +222,16 @@ def _place(spec: str, data: Path, *, first: bool) -> str:
 def main(doc: str, name: str, run: Callable[..., object], models: tuple[str, ...] | None = None) -> None:
     """Runs a script. models: names its subjects are of by default; None: the bundled model on its own text."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("results") / name)
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--model", action="append", metavar="NAME", help=f"{', '.join(SUBJECTS)}, a folder or a hub name")
     parser.add_argument("--data-folder", type=Path, default=DATA)
     parser.add_argument("--task", action="append", default=[], metavar="SPEC", help="a further task, NAME:PATH")
     options = parser.parse_args()
     try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        run(options.out, tiny=options.tiny, subjects=_subjects(options, models))
+        out = options.out or Path("runs/tiny" if options.tiny else "results") / name
+        out.mkdir(parents=True, exist_ok=True)
+        run(out, tiny=options.tiny, subjects=_subjects(options, models))
     except (QjaxError, OSError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)

@@ -180,8 +180,9 @@ def torchao_layer(values):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("results/kernels"))
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    run(TINY if options.tiny else Experiment(), options.out)
+    out = options.out or Path("runs/tiny" if options.tiny else "results") / "kernels"
+    out.mkdir(parents=True, exist_ok=True)
+    run(TINY if options.tiny else Experiment(), out)

@@ -128,6 +128,10 @@ def test_commands(task_file, tmp_path, capsys):
 
     code, out, _ = run("eval", "bundled", "--tasks", f"arc_easy:{task_file}", "--max-questions", 10)
     assert code == 0 and "on arc_easy: accuracy" in out and "[10 questions" in out
+    assert "perplexity" not in out
+    text = ("--data", "python-docs", "--max-windows", 1)
+    _, out, _ = run("eval", "bundled", "--tasks", f"arc_easy:{task_file}", "--max-questions", 2, *text)
+    assert "accuracy" in out and "perplexity" in out
     code, out, _ = run(
         "sweep",
         "--recipes",

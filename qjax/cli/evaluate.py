@@ -27,7 +27,7 @@ from qjax.printable import printable
 
 def evaluate(
     model: ModelName,
-    data: Data = ["python-docs"],  # noqa: B006
+    data: Data = [],  # noqa: B006
     convention: ConventionName = "windows-2048",
     max_windows: MaxWindows = None,
     tasks: Tasks = None,
@@ -38,7 +38,9 @@ def evaluate(
     max_questions: MaxQuestions = None,
     packed: Packed = False,
 ) -> None:
-    """Perplexity of one model, quantized or not; with --tasks or --lm-eval its accuracy instead."""
+    """Perplexity of one model, quantized or not, on python-docs or --data; with --tasks or --lm-eval its accuracy, and
+    perplexity where --data is given too.
+    """
     check_names(convention=convention, texts=data, tasks=tasks, models=(model,))
     from qjax.evaluate.corpora import load_corpora
     from qjax.evaluate.perplexity import perplexity
@@ -47,7 +49,7 @@ def evaluate(
 
     measured = parse_convention(convention)
     asked = load_tasks(split_names(tasks) if tasks else (), max_questions or None)
-    corpora = () if asked or lm_eval else load_corpora(data)
+    corpora = load_corpora(data or ([] if asked or lm_eval else ["python-docs"]))
     loaded = load_model(model)
     if lm_eval:
         from qjax.evaluate.lm_eval import evaluate as evaluate_harness
