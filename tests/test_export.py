@@ -184,3 +184,15 @@ def test_info_of_what_another_library_quantized(tmp_path, capsys):
     foreign.write(tmp_path / "a", settings, foreign.gptq(group=32, symmetric=True))
     run(["info", str(tmp_path / "a")])
     assert "as it is stored, gptq checkpoint: int4-g32-sym: 4.500 bits per quantized weight" in capsys.readouterr().out
+
+
+def test_values_that_a_type_does_not_hold_are_refused(tmp_path):
+    """Nothing is written; bfloat16 holds them."""
+    model = small_model(tiny_config())
+    leaves = flatten(model.params)
+    leaves["block_0/mlp/up/kernel"] = leaves["block_0/mlp/up/kernel"].astype(jnp.float32).at[0, 0].set(1e6)
+    large = model._replace(params=unflatten(leaves))
+    with pytest.raises(QjaxError, match=r"block_0/mlp/up/kernel has values that float16 does not hold; write it in bfloat16"):
+        save_huggingface(tmp_path / "a", large, dtype="float16")
+    assert not any(tmp_path.iterdir())
+    save_huggingface(tmp_path / "a", large, dtype="bfloat16")

@@ -22,10 +22,10 @@ from qjax.checkpoints.quantized import (
     LEGACY,
     Quantized,
     Quantizer,
-    claim,
     find_quantizer,
     lazy_module,
     module_names,
+    modules_with_codes,
     read_module,
 )
 from qjax.checkpoints.shards import INDEX, SHARD_BYTES, WEIGHTS, write_shards
@@ -84,7 +84,7 @@ def load_huggingface(folder: str | Path, *, lazy: bool = False) -> Model:
     tensors = stored_tensors(family, parameter_shapes(config), config.heads)
     headers = read_headers(weight_files(folder, quantizer))
     headers = canonical(family, tensors, headers, module_names(tensors) if quantizer else {})
-    quantized = claim(quantizer, tensors, headers) if quantizer else []
+    quantized = modules_with_codes(quantizer, tensors, headers) if quantizer else []
     tensors = [tensor for tensor in tensors if all(tensor is not each.tensor for each in quantized)]
     _check(folder, tensors, quantized, headers, config.tied and head_name(family), quantizer)
     head = headers.pop(head_name(family), None) if config.tied else None
@@ -293,7 +293,7 @@ def save_huggingface(
 
     def make(name: str) -> dict[str, np.ndarray]:
         arrays = {path: _to_numpy(leaves[path], own) for path, _ in stored[name].parts}
-        cast = arrays if dtype is None else {path: array.astype(own) for path, array in arrays.items()}
+        cast = arrays if dtype is None else {path: _cast(path, array, own) for path, array in arrays.items()}
         return {name: stored[name].join(cast)}
 
     sizes = {name: math.prod(tensor.shape) * own.itemsize for name, tensor in stored.items()}
@@ -321,6 +321,15 @@ def checkpoint_dtype(leaves: Mapping[str, object]) -> DTypeLike:
     plain = {path: leaf for path, leaf in leaves.items() if not is_quantized(leaf)}
     first = plain.get(TABLE, next(iter(plain.values()), None))
     return np.dtype(np.float32) if first is None else np.dtype(first.dtype)
+
+
+def _cast(path: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Raises QjaxError where the type holds some values as infinity."""
+    with np.errstate(over="ignore"):
+        cast = array.astype(dtype)
+    if not np.isfinite(cast).all():
+        raise QjaxError(f"{path} has values that {dtype.name} does not hold; write it in bfloat16 or float32")
+    return cast
 
 
 def _to_numpy(leaf: object, dtype: DTypeLike) -> np.ndarray:

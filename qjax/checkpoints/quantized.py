@@ -84,7 +84,7 @@ def module_names(tensors: Sequence[StoredTensor]) -> dict[str, StoredTensor]:
     }
 
 
-def claim(quantizer: Quantizer, tensors: Sequence[StoredTensor], headers: Mapping[str, Header]) -> list[Quantized]:
+def modules_with_codes(quantizer: Quantizer, tensors: Sequence[StoredTensor], headers: Mapping[str, Header]) -> list[Quantized]:
     """The modules that hold codes. Raises QjaxError for settings that do not fit what is there."""
     modules = module_names(tensors)
     plain = {tensor.name for tensor in tensors if tensor.name.removesuffix(".weight") not in modules}
