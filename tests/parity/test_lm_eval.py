@@ -14,8 +14,8 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 lm_eval = pytest.importorskip("lm_eval")
+HFLM = pytest.importorskip("lm_eval.models.huggingface").HFLM  # whatever libraries warn of as they are imported is ignored here
 
-from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 from qjax.checkpoints.load import load  # noqa: E402
