@@ -53,7 +53,7 @@ def dequantize(
 def export(
     model: ModelName,
     out: Out,
-    to: Annotated[str, typer.Option(metavar="FORMAT", help="gptq, gptq_v2 or compressed-tensors.")],
+    to: Annotated[str, typer.Option(metavar="FORMAT", help="gptq, gptq_v2, compressed-tensors, awq or bitsandbytes.")],
     shard_size: ShardSize = 5.0,
     overwrite: Overwrite = False,
 ) -> None:
