@@ -150,7 +150,7 @@ def test_layers_stored_side_by_side(tmp_path):
         ({"mlp/down": "nf4-g48"}, "bitsandbytes", "nf4-g48 of 64 inputs; blocks of 32, .* fit: rtn:nf4-g32"),
         ({"mlp/down": "int8-g32"}, "bitsandbytes", "int8 is symmetric, .* fit: rtn:int8-channel-sym-max"),
         ({"mlp/down": "int8-channel-sym", "mlp/up": "nf4-g64"}, "bitsandbytes", "layers of several kinds in one model"),
-        ({"mlp/down": "int4-g32"}, "ggml", "expected gptq, gptq_v2, compressed-tensors, awq, bitsandbytes"),
+        ({"mlp/down": "int4-g32"}, "ggml", "expected gptq, gptq_v2, compressed-tensors, awq, bitsandbytes, gguf"),
     ],
 )
 def test_what_a_target_cannot_hold_is_refused(recipe, to, part, tmp_path):

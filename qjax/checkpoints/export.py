@@ -1,4 +1,5 @@
-"""A quantized model as a folder that another library reads: `targets.py` says how a layer is stored, here is the folder.
+"""A quantized model as a folder that another library reads: `targets.py` says how a layer is stored, here is the folder. A GGUF
+file is one of its own (`gguf/export.py`).
 
 Whatever a target cannot hold is refused before anything is written, with the nearest recipe that fits.
 """
@@ -10,7 +11,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from qjax.checkpoints.huggingface import CONFIG, REPLACED, checkpoint_dtype, write_companions
+from qjax.checkpoints.gguf.export import export_gguf
+from qjax.checkpoints.huggingface import CONFIG, REPLACED, TOKENIZER_CONFIG, checkpoint_dtype, write_companions
 from qjax.checkpoints.quantized import module_names
 from qjax.checkpoints.shards import SHARD_BYTES, write_shards
 from qjax.checkpoints.target import LEFT_OUT, Codes, Target
@@ -28,6 +30,10 @@ from qjax.models.model import Model, require_model
 from qjax.models.parameters import check_parameters, flatten, parameter_shapes
 from qjax.qtensor import QTensor, unpack_codes, unpack_parameters
 from qjax.scales import QuantizedScales, laid, of_shape
+from qjax.untrusted import read_bytes, read_json, status
+
+GGUF = "gguf"
+CHAT = "chat_template.jinja"
 
 
 def export(
@@ -39,14 +45,18 @@ def export(
     shard_bytes: int = SHARD_BYTES,
     beside: Path | None = None,
 ) -> None:
-    """Writes a folder with the model's codes as they are, in the files of another library, which appears when it is whole.
+    """Writes a folder with the model's codes as they are, in the files of another library, which appears when it is whole; to
+    "gguf" a file.
 
-    to: a name of `targets.TARGETS`. beside: a folder whose tokenizer's and generation's files are copied. Raises QjaxError for
-    a model that is not quantized, and lists layers that the target cannot hold, with the nearest recipe that fits.
+    to: "gguf" or a name of `targets.TARGETS`. beside: a folder whose tokenizer's and generation's files are copied. Raises
+    QjaxError for a model that is not quantized, but to "gguf", and lists layers that the target cannot hold, with the nearest
+    recipe that fits.
     """
     require_model("export", model)
-    if to not in TARGETS:
-        raise QjaxError(f"export to {to!r}: expected {', '.join(TARGETS)}")
+    require_target(to)
+    if to == GGUF:
+        export_gguf(folder, model, overwrite=overwrite, chat_template=_chat_template(beside))
+        return
     config, shapes, leaves = write_config(model.config), parameter_shapes(model.config), flatten(model.params)
     check_parameters(leaves, shapes)
     target = TARGETS[to]
@@ -75,6 +85,21 @@ def export(
         write_shards(new, sizes, make, shard_bytes)
         write_companions(new, model, beside)
         write_atomically(new / CONFIG, json.dumps(config, indent=1) + "\n")
+
+
+def require_target(to: str) -> None:
+    """Raises QjaxError for a name of no target."""
+    if to not in (*TARGETS, GGUF):
+        raise QjaxError(f"export to {to!r}: expected {', '.join((*TARGETS, GGUF))}")
+
+
+def _chat_template(beside: Path | None) -> str | None:
+    if beside and status(beside / CHAT):
+        return read_bytes(beside / CHAT).decode("utf-8", "replace")
+    if beside and status(beside / TOKENIZER_CONFIG):
+        found = read_json(beside / TOKENIZER_CONFIG).get("chat_template")
+        return found if isinstance(found, str) else None
+    return None
 
 
 def _require_fit(to: str, target: Target, modules: Mapping[str, StoredTensor], leaves: Mapping[str, object]) -> None:

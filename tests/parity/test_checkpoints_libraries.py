@@ -14,6 +14,7 @@ from qjax.linear import dequantize
 from qjax.models.model import apply
 from qjax.models.parameters import flatten, unflatten
 from qjax.rounding.nearest import rtn
+from tests.gguf_files import rotated
 from tests.parity.peers import IGNORED, save_random_llama
 
 pytestmark = [pytest.mark.peer, *IGNORED]
@@ -126,3 +127,24 @@ def test_a_tied_head_stays_as_it_is(fmt, to, source, tmp_path):
     there = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.float32).eval()
     assert type(there.lm_head) is torch.nn.Linear
     assert_close(apply(model, TOKENS), logits(there), 1e-3)
+
+
+@pytest.mark.parametrize("fmt", ["int4-g32-sym", "int8-channel-sym-max"])
+def test_the_gguf_librarys_reader_and_transformers_read_what_is_exported_to_gguf(fmt, source, tmp_path):
+    gguf, quants = pytest.importorskip("gguf"), pytest.importorskip("gguf.quants")
+    model = quantized(source, fmt)
+    export(tmp_path / "a/m.gguf", model, "gguf", beside=source)
+    reader = gguf.GGUFReader(tmp_path / "a/m.gguf")
+    tensors, leaves = {each.name: each for each in reader.tensors}, flatten(model.params)
+    assert reader.get_field("general.architecture").contents() == "llama"
+    assert reader.get_field("llama.attention.head_count").contents() == model.config.heads
+    for name, path, move in (("attn_q", "attention/q", True), ("ffn_down", "mlp/down", False)):
+        tensor, ours = tensors[f"blk.0.{name}.weight"], np.asarray(dequantize(leaves[f"block_0/{path}/kernel"])).T
+        assert tensor.tensor_type.name == ("Q4_0" if "4" in fmt else "Q8_0")
+        found = quants.dequantize(tensor.data, tensor.tensor_type)
+        np.testing.assert_array_equal(found, rotated(ours, model.config.head_dim) if move else ours)
+    options = {"gguf_file": "m.gguf", "dtype": torch.float32}
+    there = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a", **options).eval()
+    assert_close(apply(model, TOKENS), logits(there), 1e-3)
+    tokens = reader.get_field("tokenizer.ggml.tokens").contents()
+    assert tokens[256] == "</s>" and len(tokens) == model.config.vocabulary_size
