@@ -21,6 +21,8 @@ from qjax.checkpoints.gguf.model import SUFFIX
 from qjax.checkpoints.gguf.names import Piece, stored_pieces
 from qjax.checkpoints.gguf.tokens import tokenizer_values
 from qjax.checkpoints.gguf.writing import Entry, write_container
+from qjax.checkpoints.narrowing import in_float16
+from qjax.checkpoints.target import RefusedError
 from qjax.errors import QjaxError
 from qjax.files import expand, listing, unwritable, write_atomically
 from qjax.lazy import materialised
@@ -63,7 +65,8 @@ def export_gguf(path: str | Path, model: Model, *, overwrite: bool = False, chat
     type of blocks holds, with the nearest recipe that fits.
     """
     path, architecture = require_file(path, overwrite=overwrite), architecture_of(model.config)
-    shapes, leaves = parameter_shapes(model.config), flatten(model.params)
+    shapes = parameter_shapes(model.config)
+    leaves = {path: in_float16(leaf) for path, leaf in flatten(model.params).items()}
     check_parameters(leaves, shapes)
     pieces = stored_pieces(model.config, shapes, architecture)
     kinds = _kinds(pieces, leaves)
@@ -101,7 +104,7 @@ def _kinds(pieces: Mapping[str, tuple[Piece, ...]], leaves: Mapping[str, object]
     if problems:
         advice = ", ".join(f"rtn:{fmt}, gptq:{fmt}" for fmt in nearest)
         advice = f"; the nearest recipes that fit: {advice}" if nearest else ""
-        raise QjaxError(f"gguf cannot hold {listing(problems)}{advice}")
+        raise RefusedError(f"gguf cannot hold {listing(problems)}{advice}")
     return found
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from qjax.checkpoints.gguf.config import ENDS, FAMILIES, LLAMA3, config_of, llama3_factors
 from qjax.checkpoints.gguf.container import TensorInfo
-from qjax.errors import QjaxError
+from qjax.checkpoints.target import RefusedError
 from qjax.models.config import DecoderConfig
 from qjax.models.families import read_config, write_config
 
@@ -21,9 +21,9 @@ FLOATS = r"(epsilon|freq_base|freq_base_swa|scale|softcapping|factor)$"  # of nu
 
 
 def architecture_of(config: DecoderConfig) -> str:
-    """llama.cpp's name. Raises QjaxError for a family without one here."""
+    """llama.cpp's name. Raises RefusedError for a family without one here."""
     if config.family not in ARCHITECTURES:
-        raise QjaxError(
+        raise RefusedError(
             f"no GGUF files of the family {config.family} are written; families with such files: {', '.join(ARCHITECTURES)}"
         )
     return ARCHITECTURES[config.family]
@@ -54,12 +54,12 @@ def model_keys(config: DecoderConfig) -> tuple[dict[str, object], np.ndarray | N
 def require_same(
     config: DecoderConfig, values: Mapping[str, object], tensors: Mapping[str, TensorInfo], factors: np.ndarray | None
 ) -> None:
-    """Raises QjaxError where a file with these keys describes another model, as far as float32 tells."""
+    """Raises RefusedError where a file with these keys describes another model, as far as float32 tells."""
     back = dataclasses.asdict(read_config(config_of(values, tensors, factors)))
     lost = {key: value for key, value in dataclasses.asdict(config).items() if key != "family" and not _same(value, back[key])}
     if lost:
         said = ", ".join(f"{key} {value}" for key, value in lost.items())
-        raise QjaxError(f"a GGUF file of the architecture {values['general.architecture']} cannot say {said}")
+        raise RefusedError(f"a GGUF file of the architecture {values['general.architecture']} cannot say {said}")
 
 
 def _same(a: object, b: object) -> bool:
