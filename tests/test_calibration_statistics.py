@@ -41,6 +41,9 @@ def expected(name, x, exact, weights):
             return np.sum(np.abs(x) * counts, axis=0) / np.sum(counts)
         case "abs_max":
             return np.max(np.abs(x[weights > 0]), axis=0)
+        case "magnitudes":
+            places = np.floor(np.log2(np.abs(x), dtype=np.float32) * 32).astype(int) + 40 * 32
+            return np.bincount(places.reshape(-1), np.repeat(weights, SIZE), 80 * 32)
         case "tokens":
             return np.sum(weights > 0)
 

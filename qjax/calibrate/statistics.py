@@ -11,25 +11,27 @@ line in `STATISTICS`; `methods.register_statistic` adds one from outside.
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from qjax.errors import QjaxError
 from qjax.maps import InputMap
+from qjax.ranges import BINS, count_magnitudes
 
 
 class Statistic(NamedTuple):
     """init, update, finalize, and how many of a value's axes, the first ones, are inputs: what a map of the inputs needs to
-    know.
+    know; None where the value is of all inputs together, which no map of them determines.
     """
 
     init: Callable[[int], object]
     update: Callable[[object, Array, Array, Array], object]
     finalize: Callable[[object], Array]
-    axes: int
+    axes: int | None
 
 
 class Mean(NamedTuple):
@@ -91,12 +93,20 @@ tokens = Statistic(
     axes=0,
 )
 
+magnitudes = Statistic(
+    init=lambda size: _zeros(BINS),
+    update=lambda s, x, exact, w: s + count_magnitudes(_counted(x, w), w),
+    finalize=lambda s: s,
+    axes=None,
+)
+
 COUNT = "tokens"  # the statistic that every capture takes
 STATISTICS: dict[str, Statistic] = {
     "hessian": hessian,  # (in, in): mean of x x^T
     "drift": drift,  # (in, in): mean of x (exact - x)^T
     "abs_mean": abs_mean,  # (in,): mean |x|
     "abs_max": abs_max,  # (in,): largest |x|
+    "magnitudes": magnitudes,  # (bins,): how often |x| was of which size (`ranges.py`)
     COUNT: tokens,  # (): tokens of weight above 0
 }
 
@@ -119,4 +129,17 @@ def _arguments(function: Callable) -> tuple[str, ...]:
 
 def mapped(values: Mapping[str, Array], by: InputMap) -> dict[str, Array]:
     """The statistics of mapped inputs from those of the inputs."""
-    return {name: by.on_statistic(value, STATISTICS[name].axes) for name, value in values.items()}
+    return {name: mapped_value(name, value, (by,)) for name, value in values.items()}
+
+
+def mapped_value(name: str, value: Array, inputs: Sequence[InputMap]) -> Array:
+    """A statistic of inputs through maps. Raises QjaxError for one that they do not determine."""
+    axes = STATISTICS[name].axes
+    if inputs and axes is None:
+        raise QjaxError(
+            f"{name} of a mapped input cannot be made from those of the input; take a static scale by the largest value "
+            "(/int8-tensor), or an order that captures inputs behind a folded transform (@sequential, @qep)"
+        )
+    for each in inputs:
+        value = each.on_statistic(value, axes)
+    return value
