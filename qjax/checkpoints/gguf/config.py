@@ -60,6 +60,7 @@ LARGEST = {"gemma2": 46, "gemma3": 62}
 READ_HERE = ("attention.value_length", "rope.dimension_count", "vocab_size", "rope.scaling.type", "rope.scaling.factor")
 HARMLESS = ("rope.scaling.original_context_length", "rope.scaling.finetuned", "tensor_data_layout", "rope.scaling.attn_factor")
 FREQUENCIES = "rope_freqs.weight"  # a tensor of factors: Llama 3's scaling, as numbers
+LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 ENDS = ("eos", "eot", "eom")
 
 
@@ -139,11 +140,15 @@ def _rotary(name: str, own: Mapping[str, object], config: Mapping[str, object], 
 
 def llama3_scaling(factors: np.ndarray, config: Mapping[str, object]) -> dict:
     """Llama 3's scaling whose factors these are. Raises QjaxError where there is none with its usual settings."""
-    theta, half = max(float(config.get("rope_theta", 10000.0)), 1.0), factors.size
-    turns = 8192 * theta ** (-np.arange(half) / half) / (2 * np.pi)
-    keep = np.clip((turns - 1.0) / 3.0, 0.0, 1.0)
     factor = float(factors.max(initial=0.0))
-    if not factor >= 1 or not np.allclose(factors, 1 / (keep + (1 - keep) / factor), rtol=1e-4):
+    theta = float(config.get("rope_theta", 10000.0))
+    if not factor >= 1 or not np.allclose(factors, llama3_factors(theta, factors.size, factor), rtol=1e-4):
         raise QjaxError(f"{FREQUENCIES} is not Llama 3's scaling of 8192 positions, the one that is read")
-    settings = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-    return {"rope_type": "llama3", "factor": factor, **settings}
+    return {**LLAMA3, "factor": factor}
+
+
+def llama3_factors(theta: float, half: int, factor: float) -> np.ndarray:
+    """What the wavelengths of `half` pairs of features are divided by."""
+    turns = 8192 * max(theta, 1.0) ** (-np.arange(half) / half) / (2 * np.pi)
+    keep = np.clip((turns - 1.0) / 3.0, 0.0, 1.0)
+    return 1 / (keep + (1 - keep) / factor)
