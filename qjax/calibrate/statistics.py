@@ -100,6 +100,28 @@ magnitudes = Statistic(
     axes=None,
 )
 
+
+class Powers(NamedTuple):
+    """Weighted sums of x^2 and x^4, and of the weights of all values."""
+
+    squares: jax.Array
+    fourths: jax.Array
+    weight: jax.Array
+
+
+def _add_powers(s: Powers, x: Array, weights: Array) -> Powers:
+    square = jnp.square(_counted(x, weights))
+    sums = (jnp.sum(each * weights[:, None]) for each in (square, jnp.square(square)))
+    return Powers(*map(jnp.add, s, (*sums, jnp.sum(weights) * x.shape[1])))
+
+
+kurtosis = Statistic(
+    init=lambda size: Powers(_zeros(), _zeros(), _zeros()),
+    update=lambda s, x, exact, w: _add_powers(s, x, w),
+    finalize=lambda s: s.fourths * s.weight / jnp.where(s.squares == 0, 1, jnp.square(s.squares)),
+    axes=None,
+)
+
 COUNT = "tokens"  # the statistic that every capture takes
 STATISTICS: dict[str, Statistic] = {
     "hessian": hessian,  # (in, in): mean of x x^T
@@ -107,6 +129,7 @@ STATISTICS: dict[str, Statistic] = {
     "abs_mean": abs_mean,  # (in,): mean |x|
     "abs_max": abs_max,  # (in,): largest |x|
     "magnitudes": magnitudes,  # (bins,): how often |x| was of which size (`ranges.py`)
+    "kurtosis": kurtosis,  # (): mean x^4 / (mean x^2)^2
     COUNT: tokens,  # (): tokens of weight above 0
 }
 
