@@ -14,7 +14,6 @@ import numpy as np
 
 from qjax.checkpoints.gguf import joining
 from qjax.checkpoints.gguf.blocks import FLOATS, KINDS
-from qjax.checkpoints.gguf.config import FREQUENCIES
 from qjax.checkpoints.gguf.container import TensorInfo
 from qjax.checkpoints.gguf.keys import architecture_of, model_keys, require_same
 from qjax.checkpoints.gguf.model import SUFFIX
@@ -70,12 +69,11 @@ def export_gguf(path: str | Path, model: Model, *, overwrite: bool = False, chat
     check_parameters(leaves, shapes)
     pieces = stored_pieces(model.config, shapes, architecture)
     kinds = _kinds(pieces, leaves)
-    values, factors = model_keys(model.config)
+    values, constants = model_keys(model.config)
     entries = [_entry(name, parts, kinds[name], leaves) for name, parts in pieces.items()]
     infos = {each.name: TensorInfo(path, each.name, each.shape, each.kind, 0, 0) for each in entries}
-    require_same(model.config, values, infos, factors)
-    if factors is not None:
-        entries.append(Entry(FREQUENCIES, factors.shape, FLOAT32, factors.nbytes, lambda: factors))
+    require_same(model.config, values, infos, constants)
+    entries += [Entry(name, each.shape, FLOAT32, each.nbytes, lambda each=each: each) for name, each in constants.items()]
     mostly = Counter()
     for each in entries:
         mostly[NAMES[each.kind]] += math.prod(each.shape) * each.name.startswith("blk.")
