@@ -41,8 +41,12 @@ SUFFIXES = {  # experiment -> tables that it is about; "": of perplexity
     "paper_shapes": {"paper_shapes", "accuracy"},
     "bitwidth_sweep": {"widths"},
     "real_models": {"accuracy", "divergence"},
+    "activations": {"", "inputs"},
 }
-FEWEST = {"real_models": 8}  # windows, of 512 tokens
+ELSEWHERE = ("formats_at_4_bits", "order")  # have tests of their own
+DEAR = ("bitwidth_sweep", "calibration", "composition")  # many cells of what the others do too
+TWINS = [pytest.param(name, marks=[pytest.mark.slow] if name in DEAR else []) for name in SUFFIXES if name not in ELSEWHERE]
+FEWEST = {"real_models": 8, "activations": 32}  # windows, of 512 tokens, and of two models each
 
 
 @pytest.fixture
@@ -80,7 +84,7 @@ def test_from_a_shell(tmp_path):
     assert "formats_at_4_bits: " in said and ", 0 failed" in said
 
 
-@pytest.mark.parametrize("name", [name for name in SUFFIXES if name not in ("formats_at_4_bits", "order")])
+@pytest.mark.parametrize("name", TWINS)
 def test_tiny_twin(load, block, name, tmp_path):
     model = "bundled" if name == "sensitivity" else block  # the block alone is no worse for 3 bits: there is no cost to draw
     rows = twin(load(name), tmp_path, model)
@@ -122,6 +126,8 @@ def test_full_experiment_asks_for_what_exists(load, name, tmp_path, monkeypatch)
     monkeypatch.setattr(common, "texts", lambda specs, data: [spec.format(data=data) for spec in specs])
     monkeypatch.setattr(common, "measure", measure)
     monkeypatch.setattr(common, "report", lambda out: [])
+    monkeypatch.setattr(common, "with_outliers", lambda subject, *how: subject)
+    monkeypatch.setattr(common, "look_at_inputs", lambda *given: None)
     script.run(tmp_path, subjects=(common.SUBJECTS["bundled"],))
     assert len(asked) >= 8
     assert f"results/{name}/" in inspect.getdoc(script)
