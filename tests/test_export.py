@@ -247,6 +247,23 @@ def test_scales_that_float16_holds_become_float16(scales, tmp_path):
     assert_equal(model, load(tmp_path / "a"))
 
 
+@pytest.mark.slow
+def test_a_sweep_from_one_librarys_files_to_anothers(tmp_path, capsys):
+    """A folder of bitsandbytes' measured as it is, differences from a GGUF file that stands for other weights."""
+    config = foreign.llama(vocabulary_size=288, context=32)
+    export(tmp_path / "nf4", quantized(config, {"mlp": "nf4-g64"}), "bitsandbytes")
+    export(tmp_path / "q8.gguf", quantized(config, {"mlp": "int8-g32-sym-max"}), "gguf")
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 4)
+    words = ["--recipes", "none", "--baseline", str(tmp_path / "q8.gguf"), "--data", f"text:{tmp_path / 'text.txt'}"]
+    run(["sweep", str(tmp_path / "nf4"), *words, "--convention", "windows-32", "--out", str(tmp_path / "out")])
+    rows = [json.loads(line) for line in (tmp_path / "out/rows.jsonl").read_text().splitlines()]
+    assert {row["model"]: row["model_recipe"] for row in rows} == {
+        "q8": "gguf file: int8-g32-sym-max",
+        "nf4": "bitsandbytes checkpoint: nf4-b64",
+    }
+    assert all(row["baseline"] == "q8" for row in rows) and rows[0]["nll"] != rows[1]["nll"]
+
+
 def test_dequantized_weights_are_in_the_type_asked_for(tmp_path):
     model = quantized(foreign.llama(), {"mlp": "int4-g32"})
     save_huggingface(tmp_path / "a", model, dtype="bfloat16")

@@ -16,7 +16,7 @@ from qjax.checkpoints.huggingface import CONFIG, REPLACED, TOKENIZER_CONFIG, che
 from qjax.checkpoints.narrowing import in_float16
 from qjax.checkpoints.quantized import module_names
 from qjax.checkpoints.shards import SHARD_BYTES, write_shards
-from qjax.checkpoints.target import LEFT_OUT, Codes, RefusedError, Target
+from qjax.checkpoints.target import LEFT_OUT, Codes, RefusedError, Target, besides
 from qjax.checkpoints.targets import FLOAT16, TARGETS
 from qjax.errors import QjaxError
 from qjax.files import listing, write_atomically
@@ -24,7 +24,6 @@ from qjax.folders import new_folder
 from qjax.formats import Format
 from qjax.lazy import materialised
 from qjax.linear import Linear, is_quantized
-from qjax.maps import Permute
 from qjax.models.families import FAMILIES, write_config
 from qjax.models.family import StoredTensor, head_name, stored_tensors
 from qjax.models.model import Model, require_model
@@ -130,11 +129,8 @@ def _refusal(target: Target, parts: list[object], shape: tuple[int, int]) -> str
         weight = part.weight if isinstance(part, Linear) else part
         if not isinstance(weight, QTensor) or weight.codes.ndim != 2:
             return "a part of it is not quantized, or no matrix"
-        if isinstance(part, Linear):
-            more = [type(each).__name__ for each in part.inputs if not isinstance(each, Permute)]
-            more += [name for name in ("activation", "outliers", "adapter") if getattr(part, name) is not None]
-            if more or len(part.inputs) > 1:
-                return LEFT_OUT.format(", ".join(more) or "several orders")
+        if isinstance(part, Linear) and ((more := besides(part, order=True)) or len(part.inputs) > 1):
+            return LEFT_OUT.format(", ".join(more) or "several orders")
     if len({_described(part) for part in parts}) > 1:
         return "parts that are stored side by side are of different formats"
     if len(parts) > 1 and _described(parts[0])[1]:
