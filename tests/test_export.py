@@ -22,7 +22,7 @@ from qjax.maps import Scale
 from qjax.models.parameters import flatten, unflatten
 from qjax.scales import QuantizedScales, laid
 from tests import foreign, foreign_makers
-from tests.conftest import GPT_NEOX, byte_tokenizer, tiny_config
+from tests.conftest import FAMILY_CHANGES, GPT_NEOX, byte_tokenizer, tiny_config
 from tests.random_weights import small_model
 
 
@@ -127,8 +127,13 @@ def test_layers_stored_side_by_side(tmp_path):
     export(tmp_path / "b", blocks, "bitsandbytes")
     assert_equal(blocks, load(tmp_path / "b"))
     nested = quantized(tiny_config(**GPT_NEOX | {"layers": 1}), {"block": "nf4-g32-dq"})
-    with pytest.raises(QjaxError, match="query_key_value: parts that are stored side by side have scales that columns share"):
+    with pytest.raises(QjaxError, match=r"query_key_value: parts .* have scales that columns share .* fit: rtn:nf4-g32,"):
         export(tmp_path / "c", nested, "bitsandbytes")
+    settings = json.loads((tmp_path / "b/config.json").read_text())["quantization_config"]
+    assert settings["llm_int8_skip_modules"] == ["embed_out", "lm_head"]  # as transformers calls it
+    gpt2 = quantized(tiny_config(**FAMILY_CHANGES["gpt2"]), {"block": "int4-g32"})
+    with pytest.raises(QjaxError, match="awq cannot hold layers of gpt2, which transformers keeps as Conv1D"):
+        export(tmp_path / "c", gpt2, "awq")
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,9 @@ file is one of its own (`gguf/export.py`).
 Whatever a target cannot hold is refused before anything is written, with the nearest recipe that fits.
 """
 
+import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import jax
@@ -17,15 +18,15 @@ from qjax.checkpoints.narrowing import in_float16
 from qjax.checkpoints.quantized import module_names
 from qjax.checkpoints.shards import SHARD_BYTES, write_shards
 from qjax.checkpoints.target import LEFT_OUT, Codes, RefusedError, Target, besides
-from qjax.checkpoints.targets import FLOAT16, TARGETS
+from qjax.checkpoints.targets import FLOAT16, LINEAR_ONLY, TARGETS
 from qjax.errors import QjaxError
 from qjax.files import listing, write_atomically
 from qjax.folders import new_folder
-from qjax.formats import Format
+from qjax.formats import Format, default_scales
 from qjax.lazy import materialised
 from qjax.linear import Linear, is_quantized
 from qjax.models.families import FAMILIES, write_config
-from qjax.models.family import StoredTensor, head_name, stored_tensors
+from qjax.models.family import Family, StoredTensor, head_name, stored_tensors
 from qjax.models.model import Model, require_model
 from qjax.models.parameters import check_parameters, flatten, parameter_shapes
 from qjax.qtensor import QTensor, unpack_codes, unpack_parameters
@@ -34,6 +35,7 @@ from qjax.untrusted import read_bytes, read_json, status
 
 GGUF = "gguf"
 CHAT = "chat_template.jinja"
+LM_HEAD = "lm_head"
 
 
 def export(
@@ -66,9 +68,13 @@ def export(
     modules = {
         name: tensor for name, tensor in module_names(stored).items() if any(is_quantized(leaves[p]) for p, _ in tensor.parts)
     }
+    if family.kernels_in_out and to in LINEAR_ONLY:
+        raise RefusedError(
+            f"{to} cannot hold layers of {family.name}, which transformers keeps as Conv1D and the library leaves alone; "
+            "bitsandbytes and gguf can"
+        )
     _require_fit(to, target, modules, leaves)
-    left = [name for name in module_names(stored) if name not in modules]
-    left += [head_name(family).removesuffix(".weight")] if model.config.tied else []
+    left = _left(family, module_names(stored), modules)
     formats = {name: _described(leaves[tensor.parts[0][0]]) for name, tensor in modules.items()}
     config["torch_dtype"] = dtype
     config["quantization_config"] = target.settings(formats, left, dtype)
@@ -114,10 +120,23 @@ def _require_fit(to: str, target: Target, modules: Mapping[str, StoredTensor], l
         if reason := _refusal(target, parts, shape):
             problems.append(f"{name}: {reason}")
             formats = [part.format for part in parts if is_quantized(part) and part.format is not None]
-            nearest |= {str(fmt): fmt for fmt in (target.nearest(each, shape) for each in formats)}
+            fits = (target.nearest(each, shape) for each in formats)
+            nearest |= {str(fmt): fmt for fmt in (_by_columns(each) if len(parts) > 1 else each for each in fits)}
     if problems:
         advice = f"; the nearest recipes that fit: {', '.join(map(_recipes, nearest.values()))}" if nearest else ""
         raise RefusedError(f"{to} cannot hold {listing(problems)}{advice}")
+
+
+def _left(family: Family, names: Iterable[str], modules: Collection[str]) -> list[str]:
+    """The modules that stay as they are, a tied head with them. transformers calls every head lm_head, whatever files do."""
+    head = head_name(family).removesuffix(".weight")
+    left = [name for name in names if name not in modules]
+    return [*left, *dict.fromkeys(name for name in (head, LM_HEAD) if head not in modules and name not in left)]
+
+
+def _by_columns(fmt: Format) -> Format:
+    """With scales of columns each, where the format's span several."""
+    return dataclasses.replace(fmt, scales=default_scales(fmt.grid)) if fmt.scale_codec.together else fmt
 
 
 def _recipes(fmt: Format) -> str:
