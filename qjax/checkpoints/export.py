@@ -70,7 +70,7 @@ def export(
     }
     if family.kernels_in_out and to in LINEAR_ONLY:
         raise RefusedError(
-            f"{to} cannot hold layers of {family.name}, which transformers keeps as Conv1D and the library leaves alone; "
+            f"{to} cannot hold layers of {family.name}, which transformers keeps as Conv1D and the library leaves alone; gptq, "
             "bitsandbytes and gguf can"
         )
     _require_fit(to, target, modules, leaves)
