@@ -22,14 +22,15 @@ from qjax.formats import UNQUANTIZED, Format, parse_format, suggestion
 T = TypeVar("T")
 
 METHODS: dict[str, dict[str, str | Callable]] = {
-    "transform": {"awq": "qjax.transforms.awq:awq_scale"},
+    "transform": {"awq": "qjax.transforms.awq:awq_scale", "smoothquant": "qjax.transforms.smoothquant:smoothquant"},
     "rounding": {"rtn": "qjax.rounding.nearest:rtn", "gptq": "qjax.rounding.gptq:gptq", "hqq": "qjax.rounding.hqq:hqq"},
     "refiner": {"descend": "qjax.refining.descend:descend"},
     "block refiner": {},
+    "activation": {"llm_int8": "qjax.activations:llm_int8"},
     "order": {name: f"qjax.calibrate.order:{name}" for name in ("parallel", "block", "sequential", "qep")},
 }
 SPELLED = {kind.__name__: kind for kind in (bool, int, float, str)}  # types of options
-FIRST = {"transform": 0, "rounding": 1, "refiner": 2, "block refiner": 3}  # the order of kinds in a recipe
+FIRST = {"transform": 0, "rounding": 1, "refiner": 2, "block refiner": 3, "activation": 4}  # the order of kinds in a recipe
 
 
 class Words(NamedTuple):

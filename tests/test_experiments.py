@@ -42,6 +42,9 @@ SUFFIXES = {  # experiment -> tables that it is about; "": of perplexity
     "bitwidth_sweep": {"widths"},
     "real_models": {"accuracy", "divergence"},
 }
+ELSEWHERE = ("formats_at_4_bits", "order")  # have tests of their own
+DEAR = ("bitwidth_sweep", "calibration", "composition")  # many cells of what the others do too
+TWINS = [pytest.param(name, marks=[pytest.mark.slow] if name in DEAR else []) for name in SUFFIXES if name not in ELSEWHERE]
 FEWEST = {"real_models": 8}  # windows, of 512 tokens
 
 
@@ -80,7 +83,7 @@ def test_from_a_shell(tmp_path):
     assert "formats_at_4_bits: " in said and ", 0 failed" in said
 
 
-@pytest.mark.parametrize("name", [name for name in SUFFIXES if name not in ("formats_at_4_bits", "order")])
+@pytest.mark.parametrize("name", TWINS)
 def test_tiny_twin(load, block, name, tmp_path):
     model = "bundled" if name == "sensitivity" else block  # the block alone is no worse for 3 bits: there is no cost to draw
     rows = twin(load(name), tmp_path, model)

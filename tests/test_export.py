@@ -1,5 +1,6 @@
 """checkpoints/{export,targets,shards}.py: what is written for another library is read back with the same codes."""
 
+import dataclasses
 import json
 
 import jax
@@ -145,6 +146,8 @@ def test_layers_stored_side_by_side(tmp_path):
         ({"mlp/down": "int4-g32-dq"}, "compressed-tensors", "no place for"),
         ({}, "gptq", "no layer is quantized"),
         ({"mlp/down": "int4-g32-fp32"}, "awq", "scales are float16; .* fit: rtn:int4-g32, gptq:int4-g32"),
+        ({"mlp/down": "int4-g32", "mlp/up": "int4-g16"}, "awq", "cannot hold groups of 16 and 32 in one model"),
+        ({"head": "int4-g32"}, "awq", r"a quantized head \(lm_head\); leave the head as it is"),
         ({"mlp/down": "int8-g32"}, "awq", "is not of integers of 4 bits .* fit: rtn:int4-g32"),
         ({"mlp/down": "int4-g48"}, "bitsandbytes", "none of nf4, fp4_bnb or int8; the nearest recipes that fit: rtn:nf4-g32"),
         ({"mlp/down": "nf4-g48"}, "bitsandbytes", "nf4-g48 of 64 inputs; blocks of 32, .* fit: rtn:nf4-g32"),
@@ -196,6 +199,52 @@ def test_the_commands(tmp_path, capsys):
     assert (tmp_path / "b/special_tokens_map.json").exists()
     run(["dequantize", str(tmp_path / "a"), "--dtype", "int8", "--out", str(tmp_path / "d")], code=2)
     assert "expected fp32, bf16, fp16" in capsys.readouterr().err
+
+
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm"}
+GPTQ = {"quant_method": "gptq", "bits": 8, "group_size": 32, "sym": True}
+
+
+@pytest.mark.filterwarnings("ignore:the checkpoint's weights are read")
+@pytest.mark.parametrize(
+    ("settings", "maker", "to"),
+    [
+        (AWQ, foreign_makers.awq(), "gptq_v2"),
+        (GPTQ, foreign.gptq(bits=8, group=32, symmetric=True), "gguf"),
+        (GPTQ, foreign.gptq(bits=8, group=-1, symmetric=True), "bitsandbytes"),
+    ],
+)
+def test_from_one_librarys_files_to_anothers(settings, maker, to, tmp_path):
+    group = {"group_size": -1} if to == "bitsandbytes" else {}
+    expected = foreign.write(tmp_path / "a", settings | group, maker)
+    out = tmp_path / ("b.gguf" if to == "gguf" else "b")
+    run(["convert", str(tmp_path / "a"), "--to", to, "--out", str(out)])
+    assert_equal(load(tmp_path / "a"), load(out))
+    if to == "gptq_v2":
+        foreign.assert_stands_for(load(out), expected)
+
+
+def test_what_would_have_to_be_rounded_anew_is_refused(tmp_path, capsys):
+    export(tmp_path / "a", quantized(foreign.llama(vocabulary_size=288), {"mlp": "nf4-g64"}), "bitsandbytes")
+    run(["convert", str(tmp_path / "a"), "--to", "gptq", "--out", str(tmp_path / "b")], code=2)
+    said = capsys.readouterr().err
+    assert f"to round it anew: qjax dequantize {tmp_path / 'a'} --out PLAIN, then qjax quantize PLAIN" in said
+    assert "gptq cannot hold model.layers.0.mlp.gate_proj: nf4-b64 is not of integers" in said
+
+
+@pytest.mark.parametrize("scales", ["bf16", "fp32"])
+def test_scales_that_float16_holds_become_float16(scales, tmp_path):
+    model = quantized(foreign.llama(vocabulary_size=288), {"mlp": f"int4-g32-sym-{scales}"})
+    leaves = flatten(model.params)
+    if scales == "fp32":  # where they are not random, and one is beyond float16
+        with pytest.raises(QjaxError, match="scales are float16"):
+            export(tmp_path / "a", model, "awq")
+        for path, leaf in leaves.items():
+            if hasattr(leaf, "codes"):
+                leaves[path] = dataclasses.replace(leaf, scales=jnp.asarray(leaf.scales, jnp.float16).astype(jnp.float32))
+        model = model._replace(params=unflatten(leaves))
+    export(tmp_path / "a", model, "awq")
+    assert_equal(model, load(tmp_path / "a"))
 
 
 def test_dequantized_weights_are_in_the_type_asked_for(tmp_path):

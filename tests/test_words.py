@@ -54,7 +54,7 @@ def test_what_has_one_meaning_is_taken(typed, canonical):
         ("IQ4_XS", "GGUF", "rtn:nf4-g32-dq"),
         ("IQ2_XXS", "GGUF", "rtn:int2-g128"),
         ("bnb-4bit", "bitsandbytes", "rtn:nf4-b64"),
-        ("LLM.int8()", "bitsandbytes", "rtn:int8-channel-sym-max"),
+        ("LLM.int8()", "bitsandbytes", "llm_int8:int8-channel-sym-max"),
         ("int4wo", "another library", "rtn:int4-g128"),
         ("fp8-e4m3", "spelled", "rtn:fp8_e4m3-channel"),
         ("gptq-4bit-128g", "did you mean", "gptq:int4-g128"),

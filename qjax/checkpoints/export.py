@@ -13,10 +13,11 @@ import numpy as np
 
 from qjax.checkpoints.gguf.export import export_gguf
 from qjax.checkpoints.huggingface import CONFIG, REPLACED, TOKENIZER_CONFIG, checkpoint_dtype, write_companions
+from qjax.checkpoints.narrowing import in_float16
 from qjax.checkpoints.quantized import module_names
 from qjax.checkpoints.shards import SHARD_BYTES, write_shards
-from qjax.checkpoints.target import LEFT_OUT, Codes, Target
-from qjax.checkpoints.targets import TARGETS
+from qjax.checkpoints.target import LEFT_OUT, Codes, RefusedError, Target
+from qjax.checkpoints.targets import FLOAT16, TARGETS
 from qjax.errors import QjaxError
 from qjax.files import listing, write_atomically
 from qjax.folders import new_folder
@@ -61,6 +62,7 @@ def export(
     config, shapes, leaves = write_config(model.config), parameter_shapes(model.config), flatten(model.params)
     check_parameters(leaves, shapes)
     target = TARGETS[to]
+    leaves = {path: in_float16(leaf) if to in FLOAT16 else leaf for path, leaf in leaves.items()}
     family, dtype = FAMILIES[model.config.family], np.dtype(checkpoint_dtype(leaves)).name
     leaves = apart(leaves, stacks_in(family, shapes))
     stored = stored_tensors(family, shapes, model.config.heads)
@@ -118,7 +120,7 @@ def _require_fit(to: str, target: Target, modules: Mapping[str, StoredTensor], l
             nearest |= {str(fmt): fmt for fmt in (target.nearest(each, shape) for each in formats)}
     if problems:
         advice = f"; the nearest recipes that fit: {', '.join(map(_recipes, nearest.values()))}" if nearest else ""
-        raise QjaxError(f"{to} cannot hold {listing(problems)}{advice}")
+        raise RefusedError(f"{to} cannot hold {listing(problems)}{advice}")
 
 
 def _recipes(fmt: Format) -> str:

@@ -10,12 +10,17 @@ from typing import NamedTuple
 import numpy as np
 
 from qjax.checkpoints.modules import pack
+from qjax.errors import QjaxError
 from qjax.formats import INTEGERS, Format
 from qjax.scales import QuantizedScales
 
 GROUPS = (16, 32, 64, 128, 256, 512, 1024)  # that kernels know
 LEFT_OUT = "the layer does more to its input: {}"
 Formats = Mapping[str, tuple[Format, bool]]  # by module: the format, and whether inputs are in another order
+
+
+class RefusedError(QjaxError):
+    """What a model has and a target's files cannot hold."""
 
 
 class Codes(NamedTuple):
@@ -35,8 +40,8 @@ class Target(NamedTuple):
     """refusal: (format, (in, out), whether inputs are in another order) -> why not, or None; nearest: a format that fits.
 
     store: a layer's tensors by what follows its name. settings: quantization_config, of the formats (and orders) by module, the
-    names of modules that are left as they are, and the type of the model's plain weights; raises QjaxError for what it cannot
-    say of several layers.
+    names of modules that are left as they are, and the type of the model's plain weights; raises RefusedError for what it
+    cannot say of several layers.
     """
 
     refusal: Callable[[Format, tuple[int, int], bool], str | None]

@@ -7,8 +7,7 @@ which stands for the same weights. A configuration knows one size of groups, and
 import numpy as np
 
 from qjax.checkpoints.awq import BITS, PER_WORD, PLACES
-from qjax.checkpoints.target import Codes, Formats, Target, group_of, integers_refusal, nearest_integers, words
-from qjax.errors import QjaxError
+from qjax.checkpoints.target import Codes, Formats, RefusedError, Target, group_of, integers_refusal, nearest_integers, words
 from qjax.files import listing
 from qjax.formats import Format
 
@@ -41,9 +40,11 @@ def _words(codes: np.ndarray) -> np.ndarray:
 def _settings(formats: Formats, left: list[str], _: str) -> dict:
     groups = sorted({group_of(fmt) for fmt, _ in formats.values()})
     if len(groups) > 1:
-        raise QjaxError(f"awq cannot hold groups of several sizes ({', '.join(map(str, groups))}); quantize all layers alike")
+        raise RefusedError(
+            f"awq cannot hold groups of {' and '.join(map(str, groups))} in one model; quantize all layers alike"
+        )
     if heads := [name for name in formats if "." not in name]:
-        raise QjaxError(f"awq cannot hold a quantized head ({listing(heads)}); leave the head as it is")
+        raise RefusedError(f"awq cannot hold a quantized head ({listing(heads)}); leave the head as it is")
     return {
         "quant_method": "awq",
         "bits": BITS,

@@ -10,9 +10,8 @@ import json
 import numpy as np
 
 from qjax.checkpoints.bitsandbytes import GRIDS, INVERSE_127, STATE
-from qjax.checkpoints.target import Codes, Formats, Target
+from qjax.checkpoints.target import Codes, Formats, RefusedError, Target
 from qjax.codebooks import codebooks, dynamic_map
-from qjax.errors import QjaxError
 from qjax.formats import Format, parse_format
 from qjax.scales import DOUBLE_QUANT_BLOCK, QuantizedScales, laid
 
@@ -93,7 +92,7 @@ def _settings(formats: Formats, left: list[str], dtype: str) -> dict:
     kinds = sorted({(fmt.grid, fmt.scales == "dq") for fmt, _ in formats.values()})
     if len(kinds) > 1:
         said = ", ".join(f"{grid}{' with nested scales' * nested}" for grid, nested in kinds)
-        raise QjaxError(f"bitsandbytes cannot hold layers of several kinds in one model ({said}); quantize all layers alike")
+        raise RefusedError(f"bitsandbytes cannot hold layers of several kinds in one model ({said}); quantize all layers alike")
     ((grid, nested),) = kinds
     four = grid != "int8"
     return {

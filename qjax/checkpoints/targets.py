@@ -148,6 +148,7 @@ def _ct_weights(fmt: Format) -> tuple:
     return tuple(said.items())
 
 
+FLOAT16 = ("gptq", "gptq_v2", "awq")  # targets whose scales are of that type
 TARGETS: dict[str, Target] = {
     "gptq": _gptq("gptq", 1),
     "gptq_v2": _gptq("gptq_v2", 2),

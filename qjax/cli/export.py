@@ -58,6 +58,26 @@ def export(model: ModelName, out: Out, to: Target, shard_size: ShardSize = 5.0, 
 
     What that library's files cannot hold is refused, with the nearest recipe that fits.
     """
+    _write(model, out, to, shard_size, overwrite)
+
+
+def convert(model: ModelName, out: Out, to: Target, shard_size: ShardSize = 5.0, overwrite: Overwrite = False) -> None:
+    """Write what another library quantized (a folder, a GGUF file) in the files of a third one, its codes as they are.
+
+    What the target cannot hold is refused: nothing is rounded a second time without a word. `qjax dequantize` and
+    `qjax quantize` do that.
+    """
+    from qjax.checkpoints.target import RefusedError
+
+    try:
+        _write(model, out, to, shard_size, overwrite)
+    except RefusedError as error:
+        raise QjaxError(
+            f"{error}; to round it anew: qjax dequantize {model} --out PLAIN, then qjax quantize PLAIN with a recipe that fits"
+        ) from error
+
+
+def _write(model: str, out: Path, to: str, shard_size: float, overwrite: bool) -> None:
     check_names(models=(model,))
     from qjax.checkpoints.export import GGUF, require_target
     from qjax.checkpoints.export import export as export_model

@@ -29,6 +29,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from qjax.errors import QjaxError
 from qjax.files import write_atomically
 from qjax.numbers import NotFiniteError
+from qjax.qtensor import nbytes
 from qjax.untrusted import read_json, status
 
 Loss = Callable[[PyTree, PyTree, Int[Array, "batch time_plus_1"]], Float[Array, ""]]
@@ -268,6 +269,22 @@ def claim(folder: Path, identity: Mapping[str, object]) -> None:
 def tokens_fingerprint(tokens: Int[np.ndarray, " length"]) -> str:
     """First 16 hex digits of the SHA-256 of a text's tokens."""
     return hashlib.sha256(np.asarray(tokens, np.int32).tobytes()).hexdigest()[:16]
+
+
+class Bytes(NamedTuple):
+    """What a run holds between steps, and the gradient that a step adds; activations come on top."""
+
+    frozen: int
+    trained: int
+    gradient: int
+    optimizer: int
+
+
+def bytes_of(trained: PyTree, frozen: PyTree, config: TrainConfig) -> Bytes:
+    """Exact bytes of a run's arrays; of AdamW the optimizer's are twice the trained ones, and two counts."""
+    optimizer = jax.eval_shape(make_optimizer(config).init, trained)
+    size = nbytes(trained)
+    return Bytes(nbytes(frozen), size, size, nbytes(optimizer))
 
 
 # --- the run -------------------------------------------------------------------------------------------------------------

@@ -14,13 +14,14 @@ import numpy as np
 
 from qjax.checkpoints.gguf import joining
 from qjax.checkpoints.gguf.blocks import FLOATS, KINDS
-from qjax.checkpoints.gguf.config import FREQUENCIES
 from qjax.checkpoints.gguf.container import TensorInfo
 from qjax.checkpoints.gguf.keys import architecture_of, model_keys, require_same
 from qjax.checkpoints.gguf.model import SUFFIX
 from qjax.checkpoints.gguf.names import Piece, stored_pieces
 from qjax.checkpoints.gguf.tokens import tokenizer_values
 from qjax.checkpoints.gguf.writing import Entry, write_container
+from qjax.checkpoints.narrowing import in_float16
+from qjax.checkpoints.target import RefusedError
 from qjax.errors import QjaxError
 from qjax.files import expand, listing, unwritable, write_atomically
 from qjax.lazy import materialised
@@ -63,16 +64,16 @@ def export_gguf(path: str | Path, model: Model, *, overwrite: bool = False, chat
     type of blocks holds, with the nearest recipe that fits.
     """
     path, architecture = require_file(path, overwrite=overwrite), architecture_of(model.config)
-    shapes, leaves = parameter_shapes(model.config), flatten(model.params)
+    shapes = parameter_shapes(model.config)
+    leaves = {path: in_float16(leaf) for path, leaf in flatten(model.params).items()}
     check_parameters(leaves, shapes)
     pieces = stored_pieces(model.config, shapes, architecture)
     kinds = _kinds(pieces, leaves)
-    values, factors = model_keys(model.config)
+    values, constants = model_keys(model.config)
     entries = [_entry(name, parts, kinds[name], leaves) for name, parts in pieces.items()]
     infos = {each.name: TensorInfo(path, each.name, each.shape, each.kind, 0, 0) for each in entries}
-    require_same(model.config, values, infos, factors)
-    if factors is not None:
-        entries.append(Entry(FREQUENCIES, factors.shape, FLOAT32, factors.nbytes, lambda: factors))
+    require_same(model.config, values, infos, constants)
+    entries += [Entry(name, each.shape, FLOAT32, each.nbytes, lambda each=each: each) for name, each in constants.items()]
     mostly = Counter()
     for each in entries:
         mostly[NAMES[each.kind]] += math.prod(each.shape) * each.name.startswith("blk.")
@@ -101,7 +102,7 @@ def _kinds(pieces: Mapping[str, tuple[Piece, ...]], leaves: Mapping[str, object]
     if problems:
         advice = ", ".join(f"rtn:{fmt}, gptq:{fmt}" for fmt in nearest)
         advice = f"; the nearest recipes that fit: {advice}" if nearest else ""
-        raise QjaxError(f"gguf cannot hold {listing(problems)}{advice}")
+        raise RefusedError(f"gguf cannot hold {listing(problems)}{advice}")
     return found
 
 
