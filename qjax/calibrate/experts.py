@@ -27,7 +27,7 @@ class Inputs(NamedTuple):
 
     x: Float[Array, "... in"]
     exact: Float[Array, "... in"]
-    routed: Bool[Array, "count *tokens"]
+    routed: Bool[Array, "count ..."]
 
 
 def stacked(state: object, count: int) -> object:

@@ -22,7 +22,7 @@ class StackedDense(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "... in"], routed: Bool[Array, "count *tokens"]) -> Float[Array, "count *tokens out"]:
+    def __call__(self, x: Float[Array, "... in"], routed: Bool[Array, "count ..."]) -> Float[Array, "count ... out"]:
         if self.has_variable("params", "kernel"):  # which may be of other shapes than the weight
             kernel = self.get_variable("params", "kernel")
         else:
@@ -32,6 +32,6 @@ class StackedDense(nn.Module):
         return jax.vmap(apply_linear, in_axes=(axes, 0))(x.astype(self.dtype), kernel)
 
 
-def is_own(x: Float[Array, "... in"], routed: Bool[Array, "count *tokens"]) -> bool:
+def is_own(x: Float[Array, "... in"], routed: Bool[Array, "count ..."]) -> bool:
     """Whether x is (count, *tokens, in), each layer's own, rather than (*tokens, in), one for all."""
     return x.ndim > routed.ndim

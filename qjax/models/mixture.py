@@ -28,9 +28,7 @@ class Router(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "*tokens hidden"]
-    ) -> tuple[Bool[Array, "experts *tokens"], Float[Array, "experts *tokens"]]:
+    def __call__(self, x: Float[Array, "*tokens hidden"]) -> tuple[Bool[Array, "experts ..."], Float[Array, "experts ..."]]:
         c = self.config
         matrix = self.param("matrix", nn.initializers.lecun_normal(), (c.hidden_size, c.experts))
         logits = jnp.matmul(x, matrix.astype(self.dtype), preferred_element_type=jnp.float32)
