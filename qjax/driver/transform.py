@@ -153,6 +153,10 @@ def _trial(piece, paths, flat, weights, found, recipe, statistics, batches) -> C
         return module_outputs(piece.module, piece.params, batches, parent)
 
     def error(by):
+        if piece.kernel_of(paths[0]) != paths[0]:
+            raise QjaxError(
+                f"{piece.prefix + paths[0]}: no map is tried on one expert of a mixture; leave search out for these layers"
+            )
         needed = recipe.activation.statistics if recipe.activation else ()
         known = mapped({name: statistics[name] for name in needed}, by)
         leaves = {}
