@@ -59,6 +59,7 @@ _PUBLIC = {
     "Model": "models.model",
     "DecoderConfig": "models.config",
     "apply": "models.model",
+    "rotate": "models.rotation",
     "load": "checkpoints.load",
     "save": "checkpoints.packed",
     "save_huggingface": "checkpoints.huggingface",

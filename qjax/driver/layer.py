@@ -19,6 +19,7 @@ from qjax import maps
 from qjax.activations import static_scale
 from qjax.calibrate.order import Order, correct
 from qjax.calibrate.statistics import COUNT, STATISTICS, given_to, read_by
+from qjax.calibrate.statistics import mapped as mapped_statistics
 from qjax.driver.scale_range import check_scales
 from qjax.errors import QjaxError
 from qjax.formats import Format
@@ -202,8 +203,12 @@ def problem_of(recipe: Recipe, shape: tuple[int, int]) -> str | None:
     def run(weight):
         known = {name: STATISTICS[name].finalize(STATISTICS[name].init(shape[0])) for name in recipe.statistics}
         site = Site((weight,), known, Memo(), lambda weights: jnp.sum(weights[0]), lambda by=None: [weight])
-        for stage in recipe.transforms:
-            stage([weight], recipe.format, site=site)
+        static = read_by(static_scale) if recipe.activation and recipe.activation.is_static else ()
+        for number, stage in enumerate(recipe.transforms, start=1):
+            later = (*captures_of((*recipe.transforms[number:], recipe.rounding, *recipe.refiners)), *static)
+            by = stage([weight], recipe.format, site=site)
+            if by is not None and not isinstance(by, type) and hasattr(by, "on_statistic"):
+                mapped_statistics({name: known[name] for name in later}, by)
         return round_weight(weight, recipe, known)[0].codes
 
     try:

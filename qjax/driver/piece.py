@@ -18,7 +18,7 @@ class Piece:
 
     prefix: of its kernels' paths in the whole model. shared: for every linear layer, in the order of the calls, the first with
     the same input (`calibrate.capture.sharing`); may be empty where nothing is calibrated. folds: which layers' input scale
-    goes where.
+    goes where. stream: paths of kernels that read the residual stream of a model that is rotated.
     """
 
     module: nn.Module
@@ -27,6 +27,7 @@ class Piece:
     views: Mapping[str, KernelView]
     shared: Mapping[str, str]
     folds: tuple[Fold, ...] = ()
+    stream: frozenset[str] = frozenset()
 
     def matrix(self, path: str, kernel: Array, memo: Memo | None = None) -> Float[Array, "in out"]:
         """A kernel as a float32 matrix; memo: once for the same kernel."""
