@@ -207,7 +207,7 @@ def test_folders_keep_rotations(spiky, tmp_path):
     save(tmp_path / "again", again)
     assert load_packed(tmp_path / "again").config == plain.config
     exact = np.asarray(apply(spiky, TOKENS))
-    np.testing.assert_allclose(apply(runnable(again), TOKENS), exact, atol=0.1 * np.abs(exact).max())
+    assert np.linalg.norm(np.asarray(apply(runnable(again), TOKENS)) - exact) < 0.1 * np.linalg.norm(exact)
 
 
 @pytest.mark.parametrize("recipe", ["hadamard(block=16)+rtn:mxfp4/mxfp4", "hadamard(online=true)+rtn:int8-channel/int8-token"])

@@ -21,7 +21,7 @@ from pathlib import Path
 import typer
 
 from qjax.cli.evaluate import evaluate, generate, info
-from qjax.cli.export import dequantize, export
+from qjax.cli.export import convert, dequantize, export
 from qjax.cli.lists import columns, formats, recipes
 from qjax.cli.quantize import quantize
 from qjax.cli.results import compare, report, rerun
@@ -45,6 +45,7 @@ for command in (
     quantize,
     dequantize,
     export,
+    convert,
     sensitivity,
     evaluate,
     generate,

@@ -35,6 +35,7 @@ READS = {  # layers of a block that read the stream, and the norm before them
 }
 WRITES = ("attention/o", "mlp/down")
 NORMS = ("attention_norm", "mlp_norm", "norm")
+OTHERS = ("tokens", "positions", "output", "attention/q_norm", "attention/k_norm")
 STREAM = frozenset(f"{layer}/kernel" for layer in (*READS, "output"))  # kernels that read it, by path within their part
 
 
@@ -49,8 +50,10 @@ def rotate(model: Model, *, seed: int = 0) -> Model:
     if quantized := [path for path, leaf in leaves.items() if is_quantized(leaf)]:
         raise QjaxError(f"rotate: {model.name} is quantized already ({quantized[0]}); start from the unquantized model")
     shapes = parameter_shapes(config)
-    if strange := [path for path in leaves if path not in parameter_shapes(model.config)]:
-        raise QjaxError(f"rotate: {strange[0]} is no parameter that is known here")
+    if strange := [path for path in leaves if not _is_known(path)]:
+        raise QjaxError(
+            f"rotate: {model.name} has {strange[0]}, through which no rotation is known; take hadamard(online=true)"
+        )
     made = _Rotation(model.config, leaves, np.random.default_rng(seed).choice([-1.0, 1.0], config.hidden_size))
 
     def leaf(path: str) -> object:
@@ -59,6 +62,11 @@ def rotate(model: Model, *, seed: int = 0) -> Model:
         return Lazy(shapes[path], np.dtype(dtype), make) if is_lazy(model.params) else make()
 
     return model._replace(config=config, params=unflatten({path: leaf(path) for path in shapes}))
+
+
+def _is_known(path: str) -> bool:
+    layer = path.split("/", 1)[1].rpartition("/")[0]
+    return layer in (*READS, *WRITES, *NORMS, *OTHERS)
 
 
 def rotated_config(config: DecoderConfig) -> DecoderConfig:
