@@ -19,6 +19,8 @@ from qjax.models.fingerprint import model_fingerprint
 from qjax.models.model import apply, empty_caches
 from qjax.qtensor import nbytes
 from qjax.recipe import parse_recipe
+from qjax.sweep.cells import canonical
+from qjax.sweep.rows import recipe_columns
 from tests.conftest import FAMILY_CHANGES, FURTHER_CHANGES, byte_tokenizer, random_model, tiny_config
 from tests.oracles.kivi import rounded_group, seen_by
 
@@ -221,3 +223,15 @@ def test_refusals(model):
         quantize(with_cache(model, "int8-token"), "kv:int4-token")
     with pytest.raises(QjaxError, match="cache format 'int99'"):
         with_cache(model, "int99")
+
+
+def test_rows():
+    """What a row says of a recipe with a cache; an order stands before the cache; rows without one say nothing of it."""
+    found = recipe_columns("awq+gptq:int4-g16 kv:int4-g32")
+    assert found["cache"] == "int4-g32" and found["recipe_alone"] == "awq+gptq:int4-g16 kv:int4-g32"
+    assert (found["method"], found["format"], found["bits"]) == ("awq+gptq kv:int4-g32", "int4-g16", 4)
+    alone = recipe_columns("kv:int8-token")
+    assert (alone["method"], alone["format"], alone["bits"], alone["rounding"]) == ("kv:int8-token", "none", None, "")
+    assert "cache" not in recipe_columns("rtn:int4-g16") and "cache" not in recipe_columns("none")
+    names = canonical(["gptq:int4-g16 KV:int8-token", "gptq:int4-g16@qep kv:int8-token", "none kv:int8-token"], "parallel")
+    assert names == ["gptq:int4-g16@parallel kv:int8-token", "gptq:int4-g16@qep kv:int8-token", "kv:int8-token"]
