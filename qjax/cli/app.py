@@ -26,6 +26,7 @@ from qjax.cli.lists import columns, formats, recipes
 from qjax.cli.quantize import quantize
 from qjax.cli.results import compare, report, rerun
 from qjax.cli.sweep import sensitivity, sweep
+from qjax.cli.tune import tune
 from qjax.errors import QjaxError, one_line
 from qjax.printable import printable
 
@@ -47,6 +48,7 @@ for command in (
     export,
     convert,
     sensitivity,
+    tune,
     evaluate,
     generate,
     info,

@@ -73,7 +73,9 @@ def rotated_config(config: DecoderConfig) -> DecoderConfig:
     """The configuration of the rotated model. Raises QjaxError with the reason why there is none."""
     layer_norm = config.norm in ("layer", "layer_scale")
     refusal = None
-    if config.norm_places != "before":
+    if config.experts:
+        refusal = "its MLPs are mixtures of experts"
+    elif config.norm_places != "before":
         refusal = "norms stand behind its branches, with gains that do not commute with a rotation of what is added"
     elif layer_norm and config.qk_norm in ("head", "width"):
         refusal = "its queries and keys have layer norms too, which would change with those of the stream"
