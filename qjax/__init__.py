@@ -60,6 +60,7 @@ _PUBLIC = {
     "DecoderConfig": "models.config",
     "apply": "models.model",
     "inject_outliers": "models.injection",
+    "rotate": "models.rotation",
     "load": "checkpoints.load",
     "save": "checkpoints.packed",
     "save_huggingface": "checkpoints.huggingface",
