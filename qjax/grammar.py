@@ -25,7 +25,7 @@ METHODS: dict[str, dict[str, str | Callable]] = {
     "transform": {"awq": "qjax.transforms.awq:awq_scale"},
     "rounding": {"rtn": "qjax.rounding.nearest:rtn", "gptq": "qjax.rounding.gptq:gptq", "hqq": "qjax.rounding.hqq:hqq"},
     "refiner": {"descend": "qjax.refining.descend:descend"},
-    "block refiner": {},
+    "block refiner": {"block_ap": "qjax.refining.block_ap:block_ap"},
     "order": {name: f"qjax.calibrate.order:{name}" for name in ("parallel", "block", "sequential", "qep")},
 }
 SPELLED = {kind.__name__: kind for kind in (bool, int, float, str)}  # types of options
