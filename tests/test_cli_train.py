@@ -122,7 +122,7 @@ def test_merging_into_the_float_model(adapter, folder, capsys):
     found = flatten(load(out).params)["block_0/mlp/up/kernel"]
     product = expected.adapter.scaling * np.asarray(expected.adapter.a, np.float64) @ np.asarray(expected.adapter.b, np.float64)
     assert found.dtype == jnp.bfloat16
-    np.testing.assert_allclose(found.astype(np.float64), np.asarray(expected.weight, np.float64) + product, rtol=2**-8)
+    np.testing.assert_allclose(np.asarray(found, np.float64), np.asarray(expected.weight, np.float64) + product, rtol=2**-8)
 
 
 def test_requantizing_is_asked_for_and_told(adapter, folder, capsys):
@@ -135,7 +135,18 @@ def test_quantization_aware_training(folder, capsys):
     """From a folder that is quantized, by divergence from the model it was; the result runs as any other."""
     model = load(folder / "tiny")
     save(folder / "int3", quantize(model, "rtn:int3-g16")[0])
-    more = ("--float", folder / "tiny", "--loss", "kl", "--learn", "weights,scales", "--learning-rate", "0.001", "--out", folder / "qat")
+    more = (
+        "--float",
+        folder / "tiny",
+        "--loss",
+        "kl",
+        "--learn",
+        "weights,scales",
+        "--learning-rate",
+        "0.001",
+        "--out",
+        folder / "qat",
+    )
     printed = succeeds(capsys, "train", "qat", folder / "int3", *data(folder), *SMALL, *more)
     assert "rtn:int3-g16, trained" in printed
     rows = [json.loads(line) for line in (folder / "qat" / "training.jsonl").read_text().splitlines()]

@@ -21,7 +21,7 @@ from pathlib import Path
 import typer
 
 from qjax.cli.evaluate import evaluate, generate, info
-from qjax.cli.export import dequantize, export
+from qjax.cli.export import convert, dequantize, export
 from qjax.cli.lists import columns, formats, recipes
 from qjax.cli.merge import merge
 from qjax.cli.quantize import quantize
@@ -47,6 +47,7 @@ for command in (
     quantize,
     dequantize,
     export,
+    convert,
     merge,
     sensitivity,
     evaluate,

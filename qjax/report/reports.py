@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+NOTHING = "None"  # in a file's name, of a value that a row has not
 LONGEST = 60  # letters of a name in a file's name, which the system allows 255
 
 
@@ -180,11 +181,11 @@ def _exhibits(rows: Sequence[Row], exhibits: Sequence[Exhibit]) -> Iterator[tupl
 def report_names(groups: Sequence[Sequence[Row]]) -> list[str]:
     """File names, without suffix, by model, text and convention; what tells two of the same name apart is appended."""
     names = [_slug("baseline", "corpus", "convention", row=group[0]) for group in groups]
-    for keys in (("baseline_fingerprint", "corpus_fingerprint", "windows", "tasks"), ("device",), ("compute_dtype",)):
+    for keys in (("tasks",), ("baseline_fingerprint", "corpus_fingerprint", "windows"), ("device",), ("compute_dtype",)):
         details = [_slug(*keys, row=group[0]) for group in groups]
         pairs = list(zip(names, details, strict=True))
         telling = {name for name, _ in pairs if len({more for other, more in pairs if other == name}) > 1}
-        names = [f"{name}-{more}" if name in telling else name for name, more in pairs]
+        names = [f"{name}-{more}" if name in telling and more != NOTHING else name for name, more in pairs]
     return names
 
 
