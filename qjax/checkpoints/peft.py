@@ -158,10 +158,9 @@ def _of_module(file: Path, settings: Mapping[str, object], key: str, module: str
     regular expressions of strangers are not run.
     """
     patterns = settings.get(key) or {}
-    if not isinstance(patterns, dict) or (wrong := [each for each in patterns if not PLAIN.fullmatch(each)]):
-        raise QjaxError(
-            f"{file}: {key} has {listing(map(quoted, wrong or [patterns]))}; expected names of modules or their ends"
-        )
+    wrong = [each for each in patterns if not PLAIN.fullmatch(each)] if isinstance(patterns, dict) else [patterns]
+    if wrong:
+        raise QjaxError(f"{file}: {key} has {listing(map(quoted, wrong))}; expected names of modules or their ends")
     for pattern, value in patterns.items():
         name = pattern.strip("^$")
         if module == name or (not pattern.startswith("^") and module.endswith(f".{name}")):
