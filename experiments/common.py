@@ -32,7 +32,9 @@ from qjax.errors import QjaxError
 from qjax.evaluate.corpora import Corpus, load_corpus
 from qjax.evaluate.questions import Task
 from qjax.evaluate.tasks import load_tasks
+from qjax.models.fingerprint import model_fingerprint
 from qjax.recipe import parse_recipe
+from qjax.report.inputs import input_rows
 from qjax.report.reports import write_reports
 from qjax.sweep.store import ROWS, append_row, read_rows
 
@@ -159,6 +161,24 @@ def add_row(out: Path, row: dict[str, object]) -> None:
 def kernels(subject: Subject) -> list[str]:
     """The paths of the subject's linear kernels."""
     return list(placement(_model(subject.model), None))
+
+
+def look_at_inputs(out: Path, subject: Subject, windows: int) -> None:
+    """Adds a row for every input of the model's layers, over so many windows of what it is calibrated on."""
+    model = _model(subject.model)
+    found = qjax.input_outliers(model, _calibration(subject.model, subject.calibration, windows, subject.window, 0))
+    for row in input_rows(model.name, model_fingerprint(model), found):
+        add_row(out, row)
+
+
+def with_outliers(subject: Subject, factor: float, channels: int, folder: Path) -> Subject:
+    """The subject with injected outliers, its model in a folder of `folder`, written once."""
+    model = _model(subject.model)
+    path = folder / f"{model.name}-outliers"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        save_huggingface(path, qjax.inject_outliers(model, factor, channels), dtype="float32")
+    return dataclasses.replace(subject, model=str(path))
 
 
 def _reads_data(recipe: str, rules: tuple[str, ...]) -> bool:

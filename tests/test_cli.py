@@ -286,7 +286,20 @@ def test_help_is_fast_and_imports_no_jax():
         text=True,
         check=True,
     ).stdout
-    order = ("sweep", "quantize", "sensitivity", "eval", "generate", "info", "report", "rerun", "compare", "formats", "recipes")
+    order = (
+        "sweep",
+        "quantize",
+        "sensitivity",
+        "tune",
+        "eval",
+        "generate",
+        "info",
+        "report",
+        "rerun",
+        "compare",
+        "formats",
+        "recipes",
+    )
     places = [shown.index(f" {command} ") for command in (*order, "columns")]
     assert places == sorted(places)
 

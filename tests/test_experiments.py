@@ -41,11 +41,12 @@ SUFFIXES = {  # experiment -> tables that it is about; "": of perplexity
     "paper_shapes": {"paper_shapes", "accuracy"},
     "bitwidth_sweep": {"widths"},
     "real_models": {"accuracy", "divergence"},
+    "activations": {"", "inputs"},
 }
 ELSEWHERE = ("formats_at_4_bits", "order")  # have tests of their own
 DEAR = ("bitwidth_sweep", "calibration", "composition")  # many cells of what the others do too
 TWINS = [pytest.param(name, marks=[pytest.mark.slow] if name in DEAR else []) for name in SUFFIXES if name not in ELSEWHERE]
-FEWEST = {"real_models": 8}  # windows, of 512 tokens
+FEWEST = {"real_models": 8, "activations": 32}  # windows, of 512 tokens, and of two models each
 
 
 @pytest.fixture
@@ -141,6 +142,8 @@ def test_full_experiment_asks_for_what_exists(load, name, tmp_path, monkeypatch)
     monkeypatch.setattr(common, "texts", lambda specs, data: [spec.format(data=data) for spec in specs])
     monkeypatch.setattr(common, "measure", measure)
     monkeypatch.setattr(common, "report", lambda out: [])
+    monkeypatch.setattr(common, "with_outliers", lambda subject, *how: subject)
+    monkeypatch.setattr(common, "look_at_inputs", lambda *given: None)
     script.run(tmp_path, subjects=(common.SUBJECTS["bundled"],))
     assert len(asked) >= 8
     assert f"results/{name}/" in inspect.getdoc(script)

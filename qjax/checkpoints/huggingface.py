@@ -38,9 +38,10 @@ from qjax.linear import dequantize, is_quantized
 from qjax.models.config import DecoderConfig
 from qjax.models.config_entries import ids_of
 from qjax.models.families import FAMILIES, read_config, write_config
-from qjax.models.family import StoredTensor, head_name, stored_tensors
+from qjax.models.family import StoredTensor, head_name, stacks_in, stored_tensors
 from qjax.models.model import Model, require_model
 from qjax.models.parameters import check_parameters, flatten, parameter_shapes, unflatten
+from qjax.models.stacks import apart, together
 from qjax.models.tokenizer import Tokenizer, load_tokenizer
 from qjax.models.walk import TABLE
 from qjax.untrusted import is_folder, read_bytes, read_json, status
@@ -96,7 +97,9 @@ def load_huggingface(folder: str | Path, *, lazy: bool = False) -> Model:
     else:
         leaves = _read_parameters(folder, tensors, headers, head)
         leaves |= {path: leaf for each in quantized for path, leaf in read_module(each).items()}
-    return Model(config, unflatten(leaves), tokenizer, asked.resolve().name, _recipe(quantizer, leaves))
+    recipe = _recipe(quantizer, leaves)
+    leaves = together(leaves, stacks_in(family, parameter_shapes(config)), used_up=True)
+    return Model(config, unflatten(leaves), tokenizer, asked.resolve().name, recipe)
 
 
 def _recipe(quantizer: Quantizer | None, leaves: Mapping[str, object]) -> str:
@@ -289,7 +292,9 @@ def save_huggingface(
         )
     own = checkpoint_dtype(leaves) if dtype is None else np.dtype(dtype)
     config["torch_dtype"] = own.name
-    stored = {tensor.name: tensor for tensor in stored_tensors(FAMILIES[model.config.family], shapes, model.config.heads)}
+    family = FAMILIES[model.config.family]
+    stored = {tensor.name: tensor for tensor in stored_tensors(family, shapes, model.config.heads)}
+    leaves = apart(leaves, stacks_in(family, shapes))
 
     def make(name: str) -> dict[str, np.ndarray]:
         arrays = {path: _to_numpy(leaves[path], own) for path, _ in stored[name].parts}

@@ -28,6 +28,7 @@ from qjax.cli.quantize import quantize
 from qjax.cli.results import compare, report, rerun
 from qjax.cli.sweep import sensitivity, sweep
 from qjax.cli.train import train
+from qjax.cli.tune import tune
 from qjax.errors import QjaxError, one_line
 from qjax.printable import printable
 
@@ -50,6 +51,7 @@ for command in (
     convert,
     merge,
     sensitivity,
+    tune,
     evaluate,
     generate,
     info,

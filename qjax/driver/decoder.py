@@ -40,8 +40,9 @@ from qjax.linear import dense, is_quantized
 from qjax.methods import UNQUANTIZED, Stage
 from qjax.models import walk
 from qjax.models.fingerprint import model_fingerprint
-from qjax.models.folding import folds
+from qjax.models.folding import fold_members, folds
 from qjax.models.model import Model, compute_dtype
+from qjax.models.stacks import member, spread, stack_of
 from qjax.recipe import Recipe
 
 BATCH_TOKENS = {"cpu": 2048, "gpu": 16384, "tpu": 16384}  # calibration tokens run at a time
@@ -170,10 +171,11 @@ def _name(model: Model, recipe: Recipe | None, rules: Sequence[Rule]) -> str:
 
 
 def _records(plan: Plan, made: Iterable[Quantized]) -> list[LayerRecord]:
-    """Every kernel's record, in the plan's order."""
-    by_path = {record.path: record for found in made for record in found.records}
-    records = [by_path[path] for path in plan]
-    return records
+    """Every layer's record, in the plan's order of kernels."""
+    by_kernel: dict[str, list[LayerRecord]] = {}
+    for record in (record for found in made for record in found.records):
+        by_kernel.setdefault(record.path if record.path in plan else stack_of(record.path), []).append(record)
+    return [record for path in plan for record in by_kernel[path]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,7 +236,8 @@ def _parts(
             if batches and any(plans) and part.module not in shared:  # equal blocks are traced once
                 shared[part.module] = sharing(part.module, params, batches[0].args)
             piece = _piece(part, params, plans, shared.get(part.module, {}))
-            found = quantize_piece(piece, plans, order, batches, references, work.on_layer, keep_outputs=later)
+            layers = [spread(plan, piece.stacks) for plan in plans]
+            found = quantize_piece(piece, layers, order, batches, references, work.on_layer, keep_outputs=later)
         yield part, [each._replace(floating={}, outputs=[]) for each in found]
         del batches, references  # what holds hidden states, so that each makes room for the next
         if later:
@@ -254,10 +257,14 @@ def _within(part: walk.Part, plan: Plan) -> Plan:
 
 def _piece(part: walk.Part, params, plans: Sequence[Plan], shared) -> Piece:
     flat = flatten_dict(params, sep="/")
-    views = {path: KernelView(flat[path].shape, (0,), (1,)) for path in plans[0]}
+    stacks = {path: flat[path].shape[0] for path in plans[0] if len(flat[path].shape) > 2}
+    views = spread({path: KernelView(flat[path].shape[-2:], (0,), (1,)) for path in plans[0]}, stacks)
+    leaders = spread(shared, stacks)
+    alike = {member(path, n): member(shared[path], n) for path in stacks if path in shared for n in range(stacks[path])}
     allowed = folds(part.module.config) if part.kind == "block" else ()
-    allowed = tuple(fold for fold in allowed if fold.source.split("/")[0] in params)
-    return Piece(part.module, part.prefix, params, views, shared, allowed)
+    allowed = [fold for fold in allowed if fold.source.split("/")[0] in params]
+    allowed = tuple(each for fold in allowed for each in fold_members(fold, stacks))
+    return Piece(part.module, part.prefix, params, views, leaders | alike, allowed, stacks)
 
 
 def _as_done(leaves: dict[str, object], records: Sequence[LayerRecord], on_layer) -> Quantized:
@@ -286,5 +293,7 @@ def kernel_shapes(model: Model) -> tuple[list[tuple[int, int]], list[tuple[int, 
     """(in, out) of the kernels that are quantized, or would be by default, and (elements, bytes of one) of every other leaf."""
     flat = flatten_dict(model.params, sep="/")
     linear = {path for path, leaf in flat.items() if is_quantized(leaf) or (walk.in_blocks(path) and path.endswith("/kernel"))}
+    stacks = {path: flat[path].shape[0] for path in linear if len(flat[path].shape) > 2}
+    shapes = spread({path: leaf.shape[-2:] for path, leaf in flat.items() if path in linear}, stacks)
     others = [(leaf.size, leaf.dtype.itemsize) for path, leaf in flat.items() if path not in linear]
-    return [flat[path].shape for path in flat if path in linear], others
+    return list(shapes.values()), others

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import unflatten_dict
 from jaxtyping import Array
 
 from qjax import maps
@@ -137,7 +136,7 @@ def _module_error(piece, paths, flat, found, statistics, batches) -> Callable[[S
 
     def error(weights):
         new = {path: piece.views[path].to_kernel(maps.merged(found, w)) for path, w in zip(paths, weights, strict=True)}
-        got = module_outputs(piece.module, unflatten_dict({**flat, **new}, sep="/"), batches, parent)
+        got = module_outputs(piece.module, piece.tree({**flat, **new}), batches, parent)
         return sum(jnp.sum(jnp.square(a - b)) for a, b in zip(got, wanted(), strict=True))
 
     return error
@@ -163,7 +162,7 @@ def _trial(piece, paths, flat, weights, found, recipe, statistics, batches) -> C
                 leaves[path] = piece.views[path].to_kernel(maps.merged((*found, by), decoded))
             else:
                 leaves[path] = activated(decoded, (*found, by), recipe.activation, known, weight)
-        got = module_outputs(piece.module, unflatten_dict({**flat, **leaves}, sep="/"), batches, parent)
+        got = module_outputs(piece.module, piece.tree({**flat, **leaves}), batches, parent)
         return sum(jnp.sum(jnp.square(a - b)) for a, b in zip(got, wanted(), strict=True))
 
     return error

@@ -87,6 +87,9 @@ class DecoderConfig:
     embedding_scale: float = 1.0  # of the tokens' embeddings
     residual_scale: float = 1.0  # of what a branch adds
     logit_scale: float = 1.0
+    experts: int = 0  # of the mixture in the MLP's place, each with mlp_size (`mixture.py`); 0: an MLP
+    experts_per_token: int = 0
+    normalised_shares: bool = True  # a token's experts' shares add up to 1
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
@@ -120,6 +123,11 @@ class DecoderConfig:
             raise QjaxError(f"model configuration: kinds are {len(self.kinds)} of {self.layers} layers, each a LayerKind")
         if self.shared_norm and not (self.parallel_residual and self.norm_places == "before"):
             raise QjaxError("model configuration: shared_norm needs parallel_residual, and norms before the branches")
+        if self.experts and not (0 < self.experts_per_token <= self.experts and self.gated and not self.mlp_bias):
+            raise QjaxError(
+                f"model configuration: {self.experts} experts, {self.experts_per_token} for a token; expected 1 to all of "
+                "them, gated and without biases"
+            )
         for each in (self, *self.kinds):
             _check_long(each.rope_scaling, self.context, self.rotary_dim)
         low, high = RANGES["eos_id"]

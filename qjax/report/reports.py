@@ -23,6 +23,7 @@ from qjax.report.dots import dots_figure, has_dots
 from qjax.report.drawing import PNG_DPI, RC
 from qjax.report.estimates import shown_rows
 from qjax.report.figures import has_tradeoff, lines_figure, tradeoff_figure
+from qjax.report.inputs import INPUTS, has_inputs, inputs_caption, inputs_figure, inputs_table
 from qjax.report.kernels import by_device, has_kernels, kernels_figure, kernels_table
 from qjax.report.measured import has_measured, measured_table, shown_measurements
 from qjax.report.memory import memory_rows_table
@@ -77,11 +78,15 @@ FIGURES = (
 )
 FOLDER_TABLES = (
     Exhibit("memory", of_kind("memory"), memory_rows_table),
+    Exhibit(INPUTS, of_kind(INPUTS), inputs_table),
     Exhibit(KIND, of_kind(KIND), paper_shapes_table),
     Exhibit("kernels", of_kind("kernels"), kernels_table, by_device),
     Exhibit("training", of_kind("training"), training_table),
 )
-FOLDER_FIGURES = (Exhibit("kernels", has_kernels, kernels_figure, by_device, kernels_caption),)
+FOLDER_FIGURES = (
+    Exhibit("kernels", has_kernels, kernels_figure, by_device, kernels_caption),
+    Exhibit(INPUTS, has_inputs, inputs_figure, caption=inputs_caption),
+)
 
 
 def table_exhibits() -> list[Exhibit]:
