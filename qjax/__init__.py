@@ -55,6 +55,15 @@ _PUBLIC = {
     "apply_flax": "driver.function",
     "dequantize_flax": "driver.function",
     "quantized_kernels": "interception.linen",
+    # training
+    "TrainConfig": "train.loop",
+    "LoraConfig": "train.lora",
+    "train_adapters": "train.lora",
+    "QatConfig": "train.qat",
+    "train_quantized": "train.qat",
+    "attach": "models.adapters",
+    "load_adapter": "checkpoints.peft",
+    "save_adapter": "checkpoints.peft",
     # models
     "Model": "models.model",
     "DecoderConfig": "models.config",

@@ -30,7 +30,7 @@ METHODS: dict[str, dict[str, str | Callable]] = {
     },
     "rounding": {"rtn": "qjax.rounding.nearest:rtn", "gptq": "qjax.rounding.gptq:gptq", "hqq": "qjax.rounding.hqq:hqq"},
     "refiner": {"descend": "qjax.refining.descend:descend"},
-    "block refiner": {},
+    "block refiner": {"block_ap": "qjax.refining.block_ap:block_ap"},
     "activation": {"llm_int8": "qjax.activations:llm_int8"},
     "order": {name: f"qjax.calibrate.order:{name}" for name in ("parallel", "block", "sequential", "qep")},
 }
