@@ -212,7 +212,9 @@ def _source(module: str) -> list[ast.stmt]:
 
 
 def _choices(module: str, name: str) -> object:
-    """The Literal of a name that a module assigns to or imports; str for what is none."""
+    """The Literal that is written out, or has a name that a module assigns to or imports; str for what is none."""
+    if isinstance(written := ast.parse(name, mode="eval").body, ast.Subscript):
+        return typing.Literal[ast.literal_eval(written.slice)]
     for node in _source(module):
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name and isinstance(node.value, ast.Subscript):
             return typing.Literal[ast.literal_eval(node.value.slice)]
