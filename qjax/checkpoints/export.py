@@ -26,9 +26,10 @@ from qjax.formats import Format, default_scales
 from qjax.lazy import materialised
 from qjax.linear import Linear, is_quantized
 from qjax.models.families import FAMILIES, write_config
-from qjax.models.family import Family, StoredTensor, head_name, stored_tensors
+from qjax.models.family import Family, StoredTensor, head_name, stacks_in, stored_tensors
 from qjax.models.model import Model, require_model
 from qjax.models.parameters import check_parameters, flatten, parameter_shapes
+from qjax.models.stacks import apart
 from qjax.qtensor import QTensor, unpack_codes, unpack_parameters
 from qjax.scales import QuantizedScales, laid, of_shape
 from qjax.untrusted import read_bytes, read_json, status
@@ -64,6 +65,7 @@ def export(
     target = TARGETS[to]
     leaves = {path: in_float16(leaf) if to in FLOAT16 else leaf for path, leaf in leaves.items()}
     family, dtype = FAMILIES[model.config.family], np.dtype(checkpoint_dtype(leaves)).name
+    leaves = apart(leaves, stacks_in(family, shapes))
     stored = stored_tensors(family, shapes, model.config.heads)
     modules = {
         name: tensor for name, tensor in module_names(stored).items() if any(is_quantized(leaves[p]) for p, _ in tensor.parts)
