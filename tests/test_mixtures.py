@@ -10,6 +10,7 @@ import pytest
 import qjax
 from qjax.calibrate.capture import Batch, capture_statistics
 from qjax.calibrate.experts import FEWEST
+from qjax.checkpoints.export import export
 from qjax.checkpoints.huggingface import load_huggingface, save_huggingface
 from qjax.driver.decoder import kernel_shapes
 from qjax.driver.placement import in_our_words, parse_rule
@@ -210,3 +211,16 @@ def test_inputs_of_experts_are_rounded(model):
     exact, packed, decoded = (np.asarray(apply(each, TOKENS)) for each in (model, found, runnable(found)))
     np.testing.assert_allclose(packed, decoded, atol=1e-3 * np.abs(exact).max())
     assert 1e-4 < np.abs(packed - exact).max() / np.abs(exact).max() < 0.2
+
+
+def test_folders_of_other_libraries_keep_codes(tmp_path):
+    sizes = {"hidden_size": 64, "mlp_size": 32, "head_dim": 16, "kv_heads": 4}
+    found, _ = qjax.quantize(small_model(tiny_config(vocabulary_size=61, layers=1, **MIXTRAL | sizes)), "rtn:int4-g32")
+    export(tmp_path / "theirs", found, "gptq")
+    for lazy in (False, True):
+        back = flatten(load_huggingface(tmp_path / "theirs", lazy=lazy).params)
+        for path in STACKS:
+            leaf = flatten(found.params)[path]
+            assert (back[path].format, back[path].shape) == (leaf.format, leaf.shape)
+            for one, other in zip(jax.tree.leaves(back[path]), jax.tree.leaves(leaf), strict=True):
+                np.testing.assert_array_equal(materialised(one), other, err_msg=path)
