@@ -153,6 +153,11 @@ def _trial(piece, paths, flat, weights, found, recipe, statistics, batches) -> C
         return module_outputs(piece.module, piece.params, batches, parent)
 
     def error(by):
+        if recipe.activation and piece.kernel_of(paths[0]) in piece.stacks:
+            raise QjaxError(
+                f"{recipe}: no map can be tried with rounded inputs in one expert of a mixture ({piece.prefix}{paths[0]}); "
+                "give the transform's options, as smoothquant(alpha=0.5)"
+            )
         needed = recipe.activation.statistics if recipe.activation else ()
         known = mapped({name: statistics[name] for name in needed}, by)
         leaves = {}

@@ -139,7 +139,8 @@ def by_cost(model: Model, recipes: Sequence[str], rules: Sequence[str] = ()) -> 
         size = inputs = 0
         for path, placed in placement(model, recipe, rules).items():
             weights = math.prod(shapes[path])
-            size += 4 * weights if placed is None else placed.format.nbytes(*shapes[path])
+            stacked, kernel = math.prod(shapes[path][:-2]), shapes[path][-2:]
+            size += 4 * weights if placed is None else stacked * placed.format.nbytes(*kernel)
             inputs += weights * (placed.activation.format.bits if placed and placed.activation else 16)
         return size, inputs
 
