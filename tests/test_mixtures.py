@@ -199,3 +199,14 @@ def test_stacks_come_apart_and_together(model):
     q, _ = qjax.rtn(members["block_0/mlp/down/2/kernel"], "int4-g16")
     with pytest.raises(QjaxError, match="block_0/mlp/down/kernel: its 4 members are not of one format"):
         together(members | {"block_0/mlp/down/2/kernel": q}, STACKS)
+
+
+def test_inputs_of_experts_are_rounded(model):
+    """Each expert by a scale of its own, from its own tokens; packed and decoded alike."""
+    recipe = "rtn:int8-channel-sym-max/int8-tensor@parallel"
+    found, _ = qjax.quantize(model, recipe, calibration=np.tile(TOKENS, (3, 1)), rules=ALONE)
+    leaf = flatten(found.params)["block_0/mlp/down/kernel"]
+    assert leaf.activation_scale.shape == (EXPERTS,) and np.unique(leaf.activation_scale).size == EXPERTS
+    exact, packed, decoded = (np.asarray(apply(each, TOKENS)) for each in (model, found, runnable(found)))
+    np.testing.assert_allclose(packed, decoded, atol=1e-3 * np.abs(exact).max())
+    assert 1e-4 < np.abs(packed - exact).max() / np.abs(exact).max() < 0.2

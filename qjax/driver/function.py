@@ -48,6 +48,8 @@ def quantize_flax(
     """
     _require_linen("quantize_flax", module)
     recipe, rules = parsed(recipe, rules, order)
+    if recipe is not None and recipe.cache is not None:
+        raise QjaxError(f"quantize_flax: {recipe}: a module of your own has no cache that is known here; leave kv: out")
     batches = list(batches)
     boxed = flatten_dict(params, sep="/") if isinstance(params, Mapping) else {}
     params = unboxed(params)

@@ -21,7 +21,8 @@ class Piece:
     prefix: of its kernels' paths in the whole model. shared: for every linear layer, in the order of the calls, the first with
     the same input (`calibrate.capture.sharing`); may be empty where nothing is calibrated. folds: which layers' input scale
     goes where. stacks: kernels that hold several layers, and how many: each of them is a layer of its own here, with a path
-    (`models/stacks.py`), a view and a leaf.
+    (`models/stacks.py`), a view and a leaf. stream: paths of kernels that read the residual stream of a model that is
+    rotated.
     """
 
     module: nn.Module
@@ -31,6 +32,7 @@ class Piece:
     shared: Mapping[str, str]
     folds: tuple[Fold, ...] = ()
     stacks: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    stream: frozenset[str] = frozenset()
 
     def leaves(self) -> dict[str, Array]:
         """The parameters by path, layers of stacks one by one."""
