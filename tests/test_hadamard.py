@@ -104,6 +104,7 @@ CASES = {
     "cohere": COHERE,
     "falcon": FALCON,
     "bloom": BLOOM,
+    "mixtral": {"family": "mixtral", "experts": 4, "experts_per_token": 2},
     "granite": {"family": "granite", "embedding_scale": 3.0, "residual_scale": 0.4, "logit_scale": 0.5, "tied": True},
 }
 

@@ -74,7 +74,7 @@ def _find_maps(piece, paths, flat, recipe, statistics, batches, memo) -> tuple[I
             _module_error(piece, paths, flat, found, statistics, batches),
             _rounder(tuple(weights), recipe, statistics, memo),
             _trial(piece, paths, flat, tuple(weights), found, recipe, statistics, batches),
-            stream=paths[0] in piece.stream,
+            stream=piece.kernel_of(paths[0]) in piece.stream,
         )
         by = stage(weights, recipe.format, site=site)
         if by is None:

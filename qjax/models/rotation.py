@@ -1,7 +1,7 @@
 """A decoder whose residual stream is rotated: other parameters, the same logits (QuaRot's offline part).
 
     x <- x Q,  Q = diag(s) H / sqrt(n):   whoever writes into the stream has W Q (embeddings, o, down), whoever reads it Q^T W
-                                          (q, k, v, gate, up, the head)
+                                          (q, k, v, gate, up, a router, the head)
     norms: x / rms(x) does not see Q; gains g go into the readers, Q^T diag(g) W
     values: each head of v through a Hadamard matrix, which o undoes
 
@@ -31,7 +31,7 @@ from qjax.models.walk import TABLE
 
 READS = {  # layers of a block that read the stream, and the norm before them
     **dict.fromkeys(("attention/q", "attention/k", "attention/v"), "attention_norm"),
-    **dict.fromkeys(("mlp/gate", "mlp/up"), "mlp_norm"),
+    **dict.fromkeys(("mlp/gate", "mlp/up", "mlp/router"), "mlp_norm"),
 }
 WRITES = ("attention/o", "mlp/down")
 NORMS = ("attention_norm", "mlp_norm", "norm")
@@ -73,9 +73,7 @@ def rotated_config(config: DecoderConfig) -> DecoderConfig:
     """The configuration of the rotated model. Raises QjaxError with the reason why there is none."""
     layer_norm = config.norm in ("layer", "layer_scale")
     refusal = None
-    if config.experts:
-        refusal = "its MLPs are mixtures of experts"
-    elif config.norm_places != "before":
+    if config.norm_places != "before":
         refusal = "norms stand behind its branches, with gains that do not commute with a rotation of what is added"
     elif layer_norm and config.qk_norm in ("head", "width"):
         refusal = "its queries and keys have layer norms too, which would change with those of the stream"
@@ -116,7 +114,8 @@ class _Rotation:
             return self.reader(part, "norm", self.head(), kind, shape)
         if layer in READS:
             norm = "attention_norm" if self.config.shared_norm else READS[layer]
-            found = self.reader(part, norm, self.read(f"{part}/{layer}/kernel"), kind, shape, f"{part}/{layer}/bias")
+            weight = self.read(f"{part}/{layer}/{'kernel' if kind == 'bias' else kind}")
+            found = self.reader(part, norm, weight, kind, shape, f"{part}/{layer}/bias")
             return self.by_head(found) if layer == "attention/v" else found
         if layer in WRITES and kind == "kernel":
             weight = self.read(path)
@@ -139,11 +138,11 @@ class _Rotation:
         return self.turned(x - x.mean(axis=-1, keepdims=True) if self.config.norm.startswith("layer") else x)
 
     def reader(self, part, norm, weight, kind, shape, bias="") -> Float[np.ndarray, "..."]:
-        """Kernel or bias of a layer that reads the stream through a norm: Q^T diag(g) W, b + beta W."""
+        """Kernel, of experts each, or bias of a layer that reads the stream through a norm: Q^T diag(g) W, b + beta W."""
         if kind == "bias":
             beta = self.read(f"{part}/{norm}/bias", (len(weight),))
             return self.read(bias, shape) + beta @ weight
-        return self.turned((self.gain(part, norm)[:, None] * weight).T).T
+        return np.swapaxes(self.turned(np.swapaxes(self.gain(part, norm)[:, None] * weight, -1, -2)), -1, -2)
 
     def gain(self, part: str, norm: str) -> Float[np.ndarray, " hidden"]:
         """What a norm multiplies with."""
