@@ -96,7 +96,7 @@ def programs(module: nn.Module) -> Programs:
         for path in paths:
             try:
                 for x, y in zip(inputs.get(path, ()), exact.get(path, ()), strict=True):  # a batch need not reach every layer
-                    counts = _token_weights(path, weights, x.shape[:-1])
+                    counts = token_weights(path, weights, x.shape[:-1])
                     flat, other = (a.reshape(-1, a.shape[-1]).astype(jnp.float32) for a in (x, y))
                     new[path] = {name: each.update(new[path][name], flat, other, counts) for name, each in statistics}
             except jax.errors.UnexpectedTracerError:
@@ -169,14 +169,26 @@ def capture_statistics(
         try:
             states, output = run(statistics, paths, static, keep_outputs, states, (params, arrays), exact_run, batch.weights)
         except jax.errors.UnexpectedTracerError:
-            hidden = [path for path in paths if _is_hidden(module, params, batch, path)] or paths
+            hidden = [path for path in paths if is_hidden(module, params, batch, path)] or paths
             raise _hidden(prefix + path for path in hidden) from None
         outputs.append(output)
     values = {path: {name: each.finalize(state[name]) for name, each in statistics} for path, state in states.items()}
-    empty = [path for path in paths if not int(values[path][COUNT])]
+    again = lambda zero: capture_statistics(module, params, batches, zero, ["abs_max"], prefix=prefix).statistics  # noqa: E731
+    check_statistics(values, needed, again, prefix)
+    return Captured(values, outputs)
+
+
+def check_statistics(
+    values: Mapping[str, Mapping[str, Array]], needed: Mapping[str, int], again: Callable, prefix: str = ""
+) -> None:
+    """Raises QjaxError for layers that no token reached and those whose statistics are broken, by name.
+
+    again(needed): path -> {"abs_max": ...} of some of the layers, captured once more.
+    """
+    empty = [path for path in needed if not int(values[path][COUNT])]
     if empty:
         raise QjaxError(f"no calibration token of weight above 0 reached {', '.join(prefix + path for path in empty)}")
-    broken = [path for path in paths if not all(bool(jnp.all(jnp.isfinite(v))) for v in values[path].values())]
+    broken = [path for path in needed if not all(bool(jnp.all(jnp.isfinite(v))) for v in values[path].values())]
     if broken:
         raise NotFiniteError(
             f"calibration: the input of {', '.join(prefix + path for path in broken)} is not finite; the model's weights or "
@@ -185,30 +197,33 @@ def capture_statistics(
     sizes = {path: float(jnp.max(jnp.diagonal(v["hessian"]))) for path, v in values.items() if "hessian" in v}
     zero = {path: needed[path] for path, size in sizes.items() if size == 0}
     if zero:  # by inputs of 0, or by squares below float32
-        largest = capture_statistics(module, params, batches, zero, ["abs_max"], prefix=prefix).statistics
+        largest = again(zero)
         sizes |= {path: math.nan for path in zero if float(jnp.max(largest[path]["abs_max"])) > 0}
     if extreme := [path for path, size in sizes.items() if not (size == 0 or 1 / LARGEST_SQUARE < size < LARGEST_SQUARE)]:
         raise NotFiniteError(
             f"calibration: squares of the input of {', '.join(prefix + path for path in extreme)} are beyond "
             f"{1 / LARGEST_SQUARE:.0e} to {LARGEST_SQUARE:.0e}, where float32 loses what is made of them; scale its layer"
         )
-    return Captured(values, outputs)
 
 
-def _hidden(paths: Iterable[str]) -> QjaxError:
-    return QjaxError(
+class HiddenError(QjaxError):
+    """The inputs of some layers exist only inside a transformed function."""
+
+
+def _hidden(paths: Iterable[str]) -> HiddenError:
+    return HiddenError(
         f"the inputs of {', '.join(paths)} cannot be captured: the layers run inside nn.scan, nn.remat, nn.vmap or nn.jit; "
         "calibrate a module built without it, or leave the layers out with a rule 'PATTERN=none'"
     )
 
 
-def _is_hidden(module: nn.Module, params: PyTree, batch: Batch, path: str) -> bool:
-    """Whether a layer's input exists only inside a transformed function."""
+def is_hidden(module: nn.Module, params: PyTree, batch: Batch, path: str | None = None) -> bool:
+    """Whether a layer's input exists only inside a transformed function; any layer's, where no path is given."""
 
     def run(params):
         with recorded() as recording:
             module.apply({"params": params}, *batch.args)
-        return sum(jnp.sum(x) for x in recording.inputs[path])
+        return [jnp.sum(x) for name, inputs in recording.inputs.items() if path in (None, name) for x in inputs]
 
     try:
         jax.jit(run).lower(params)  # eval_shape does not notice
@@ -235,13 +250,13 @@ def module_outputs(module: nn.Module, params: PyTree, batches: Sequence[Batch], 
         for found in outputs_of(module, params, [batch], watched):
             output = found.astype(jnp.float32)
             if batch.weights is not None:
-                weights = _token_weights("/".join(watched), batch.weights, output.shape[:-1]).reshape(*output.shape[:-1], 1)
+                weights = token_weights("/".join(watched), batch.weights, output.shape[:-1]).reshape(*output.shape[:-1], 1)
                 output = jnp.where(weights > 0, output * jnp.sqrt(weights), 0)  # 0 times nan would be nan
             outputs.append(output)
     return outputs
 
 
-def _token_weights(path: str, weights: Float[Array, "..."] | None, shape: tuple[int, ...]) -> Float[Array, " tokens"]:
+def token_weights(path: str, weights: Float[Array, "..."] | None, shape: tuple[int, ...]) -> Float[Array, " tokens"]:
     """How much each of a layer's tokens counts."""
     if weights is None:
         return jnp.ones(int(np.prod(shape)), jnp.float32)

@@ -1,13 +1,15 @@
 """What is quantized at once: a module with its parameters, seen as linear layers."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from qjax.calibrate.capture import Batch, Captured, capture_statistics, outputs_of
 from qjax.interception.contraction import KernelView
+from qjax.interception.linen import quantized_kernels
 from qjax.methods import Memo
 from qjax.models.folding import Fold
 
@@ -32,6 +34,28 @@ class Piece:
         """A kernel as a float32 matrix; memo: once for the same kernel."""
         view = self.views[path]
         return _float_matrix(kernel, view=view) if memo is None else memo.get(_float_matrix, kernel, view=view)
+
+    def capture(
+        self,
+        params: PyTree,
+        batches: Sequence[Batch],
+        needed: Mapping[str, int],
+        names: Iterable[str],
+        exact: tuple[PyTree, Iterable[Batch]] | None = None,
+        *,
+        keep_outputs: bool = False,
+    ) -> Captured:
+        """`capture_statistics` of the piece with these parameters."""
+        return capture_statistics(self.module, params, batches, needed, names, exact, self.prefix, keep_outputs)
+
+    def apply(self, params: PyTree, *args: object) -> object:
+        """What the piece makes of the arguments with these parameters."""
+        with quantized_kernels():
+            return self.module.apply({"params": params}, *args)
+
+    def outputs(self, batches: Iterable[Batch]) -> list[Array]:
+        """The unquantized piece's outputs, the first array of each."""
+        return outputs_of(self.module, self.params, batches)
 
 
 def _float_matrix(kernel: Array, *, view: KernelView) -> Float[Array, "in out"]:
