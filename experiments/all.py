@@ -1,6 +1,6 @@
 """Makes the whole of results/ again, one experiment after another, and prints how long each took.
 
-    python experiments/all.py                  under three hours on 2 cores
+    python experiments/all.py                  under five hours on 2 cores
     python experiments/all.py order calibration    these alone
 
 Each runs in a process of its own, so that its times and its memory are its own. What the same code, versions and kind of
@@ -17,7 +17,7 @@ from pathlib import Path
 
 EXPERIMENTS = (
     *("kernel_benchmark", "tradeoff", "quickstart", "accuracy", "order", "paper_shapes", "formats_at_4_bits", "sensitivity"),
-    *("calibration", "composition", "bitwidth_sweep"),
+    *("calibration", "composition", "bitwidth_sweep", "real_models", "activations"),
 )
 FOLDERS = {"kernel_benchmark": "kernels"}  # those not named like their script
 

@@ -6,8 +6,9 @@ A script holds a frozen `Experiment`, its tiny twin, and `run(out, *, tiny, subj
                      what is missing
     --tiny           a few windows and cells, on the bundled model, for tests
     --model NAME     of `SUBJECTS` or anything `qjax.load` takes (once or more); by default the script's own choice
-    --data-folder F  real models and texts (models/, text/); by default $QJAX_TEST_DATA, or ../shared/data. What is not there
-                     is left out, and a line says so
+    --data-folder F  small models, texts and tasks (models/, text/, tasks/); by default $QJAX_TEST_DATA, or ../shared/data. What
+                     is not there is left out, and a line says so
+    --model-folder F the large models, GGUF files; by default $QJAX_TEST_MODELS, or ../models
     --task SPEC      a further task of every subject, NAME:PATH (once or more), where the experiment asks questions
 
 A mistake is one line and exit code 2, as is a run of which no subject is left.
@@ -17,42 +18,57 @@ import argparse
 import dataclasses
 import functools
 import os
+import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import qjax
 from qjax.cache import enable_compilation_cache
+from qjax.checkpoints.huggingface import save_huggingface
 from qjax.cli.terminal import live_sweep
 from qjax.driver.placement import placement
 from qjax.errors import QjaxError
 from qjax.evaluate.corpora import Corpus, load_corpus
 from qjax.evaluate.questions import Task
 from qjax.evaluate.tasks import load_tasks
+from qjax.models.fingerprint import model_fingerprint
 from qjax.recipe import parse_recipe
+from qjax.report.inputs import input_rows
 from qjax.report.reports import write_reports
 from qjax.sweep.store import ROWS, append_row, read_rows
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("QJAX_TEST_DATA") or REPOSITORY.parent / "shared" / "data")
+MODELS = Path(os.environ.get("QJAX_TEST_MODELS") or REPOSITORY.parent / "models")
 HALVES = REPOSITORY / "runs" / "texts"  # of texts that have no parts of their own; not committed
+PLAIN = REPOSITORY / "runs" / "models"  # what GGUF files stand for, as folders in float32; not committed
 HALF = "half:"  # a text of the data folder, measured on its first half and calibrated on its second
 
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A model, the texts it is measured on, the text it is calibrated on, and its tasks; "{data}" is the data folder."""
+    """A model, the texts it is measured on, the text it is calibrated on, and its tasks; "{data}" is the data folder, and
+    "{models}" that of large models.
+    """
 
     model: str
     corpora: tuple[str, ...] = ("wikitext2",)
     calibration: str = "c4"
     tasks: tuple[str, ...] = ()
-    groups: tuple[str, ...] = ("32", "128", "channel")  # of the bitwidth sweep
+    groups: tuple[str, ...] = ("32", "128", "channel")  # of the bitwidth sweep; the second is the usual one of real models
     window: int = 2048  # tokens, of texts and of calibration; cut to the model's context
+    bos: bool = False  # the beginning of text stands before each window that is measured
     data: Path = DATA
 
 
 WIKITEXT = "text:{data}/text/wikitext2/wiki.test.raw"
+C4 = "text:{data}/text/calib/c4.utf8.gz"
+TASKS = (
+    "arc_easy:{data}/tasks/arc_easy.jsonl",
+    "piqa:{data}/tasks/piqa.jsonl",
+    "hellaswag:{data}/tasks/hellaswag_val_full.txt.bz2",
+)
 STORIES = HALF + "{data}/text/tinystories_val.txt"
 SUBJECTS = {
     "bundled": Subject("bundled", ("python-docs",), "python-docs", ("cloze",)),
@@ -61,12 +77,18 @@ SUBJECTS = {
     ),
     # Its tokenizer knows the 105 characters of its stories and no others: WikiText-2 would be mostly unknown tokens.
     "babyllama": Subject("{data}/models/babyllama-hf", (STORIES,), STORIES),
+    # 576 wide: groups of 64 divide it, those of 128 would leave a half group at the end of every column.
+    "smollm2": Subject(
+        "{models}/SmolLM2-135M-Instruct.Q4_1.gguf", (WIKITEXT,), C4, TASKS, groups=("32", "64", "channel"), window=512
+    ),
+    "gemma3-270m": Subject("{models}/gemma-3-270m.Q4_K_M.gguf", (WIKITEXT,), C4, TASKS, window=512, bos=True),
     "gpt2": Subject("openai-community/gpt2"),
     "pythia-160m": Subject("EleutherAI/pythia-160m"),
     "llama-2-7b": Subject("meta-llama/Llama-2-7b-hf"),
     "mistral-7b-v0.2": Subject("mistral-community/Mistral-7B-v0.2"),
 }
 LOCAL = ("bundled", "stories260K", "babyllama")  # models that need no network
+REAL = ("smollm2", "gemma3-270m")  # of 10^8 parameters, in the folder of large models
 BUNDLED = (SUBJECTS["bundled"],)
 
 
@@ -108,7 +130,7 @@ def measure(
     sweep = qjax.Sweep(
         tuple(recipes),
         tuple(map(_corpus, subject.corpora)),
-        qjax.parse_convention(f"windows-{subject.window}"),
+        qjax.parse_convention(f"windows-{subject.window}{'-bos' if subject.bos else ''}"),
         settings.max_windows,
         rules=rules,
         seeds=settings.seeds,
@@ -141,6 +163,24 @@ def kernels(subject: Subject) -> list[str]:
     return list(placement(_model(subject.model), None))
 
 
+def look_at_inputs(out: Path, subject: Subject, windows: int) -> None:
+    """Adds a row for every input of the model's layers, over so many windows of what it is calibrated on."""
+    model = _model(subject.model)
+    found = qjax.input_outliers(model, _calibration(subject.model, subject.calibration, windows, subject.window, 0))
+    for row in input_rows(model.name, model_fingerprint(model), found):
+        add_row(out, row)
+
+
+def with_outliers(subject: Subject, factor: float, channels: int, folder: Path) -> Subject:
+    """The subject with injected outliers, its model in a folder of `folder`, written once."""
+    model = _model(subject.model)
+    path = folder / f"{model.name}-outliers"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        save_huggingface(path, qjax.inject_outliers(model, factor, channels), dtype="float32")
+    return dataclasses.replace(subject, model=str(path))
+
+
 def _reads_data(recipe: str, rules: tuple[str, ...]) -> bool:
     parsed = [parse_recipe(recipe), *(qjax.parse_rule(rule).recipe for rule in rules)]
     return any(each is not None and each.statistics for each in parsed)
@@ -148,7 +188,12 @@ def _reads_data(recipe: str, rules: tuple[str, ...]) -> bool:
 
 @functools.lru_cache(maxsize=1)
 def _model(name: str) -> qjax.Model:
-    return qjax.load(name)
+    if not name.endswith(".gguf"):
+        return qjax.load(name)
+    folder = PLAIN / Path(name).stem  # that of `qjax dequantize NAME --dtype fp32`
+    if not folder.exists():
+        save_huggingface(folder, qjax.load(name, lazy=True), dtype="float32")
+    return qjax.load(folder)
 
 
 @functools.cache
@@ -170,21 +215,21 @@ def _calibration(model: str, source: str, windows: int, window: int, seed: int) 
 # --- where models and texts are -------------------------------------------------------------------------------------------
 
 
-def locate(names: Iterable[str], data: Path) -> list[Subject]:
-    """The subjects called so, or made of a model that has no entry, with their files in `data`; those that lack the model or
-    every text are left out, as are texts that are missing, and a line says so.
+def locate(names: Iterable[str], data: Path, models: Path = MODELS) -> list[Subject]:
+    """The subjects called so, or made of a model that has no entry, with their files in `data` and `models`; those that lack
+    the model or every text are left out, as are texts that are missing, and a line says so.
     """
-    found = []
+    found, folders = [], {"data": data, "models": models}
     for name in names:
         subject = SUBJECTS.get(name, Subject(name))
         specs = (subject.model, subject.calibration, *subject.corpora, *subject.tasks)
-        missing = [spec for spec in specs if not _there(spec, data)]
+        missing = [spec for spec in specs if not _there(spec, folders)]
         for spec in missing[:1] if subject.model in missing else dict.fromkeys(missing):
-            print(f"{name}: left out {spec.format(data=data)}, which is not there; --data-folder names a folder that has it")
-        corpora = tuple(_place(spec, data, first=True) for spec in subject.corpora if spec not in missing)
+            print(f"{name}: {_left_out(spec, folders)}")
+        corpora = tuple(_place(spec, folders, first=True) for spec in subject.corpora if spec not in missing)
         if subject.model not in missing and subject.calibration not in missing and corpora:
-            model, calibration = subject.model.format(data=data), _place(subject.calibration, data, first=False)
-            tasks = tuple(spec.format(data=data) for spec in subject.tasks if spec not in missing)
+            model, calibration = subject.model.format(**folders), _place(subject.calibration, folders, first=False)
+            tasks = tuple(spec.format(**folders) for spec in subject.tasks if spec not in missing)
             found.append(
                 dataclasses.replace(subject, model=model, corpora=corpora, calibration=calibration, tasks=tasks, data=data)
             )
@@ -193,21 +238,28 @@ def locate(names: Iterable[str], data: Path) -> list[Subject]:
 
 def texts(specs: Iterable[str], data: Path) -> list[str]:
     """Those of the specs that are there; a line for the others."""
+    folders = {"data": data}
     for spec in specs:
-        if not _there(spec, data):
-            print(f"left out {spec.format(data=data)}, which is not there; --data-folder names a folder that has it")
-    return [spec.format(data=data) for spec in specs if _there(spec, data)]
+        if not _there(spec, folders):
+            print(_left_out(spec, folders))
+    return [spec.format(**folders) for spec in specs if _there(spec, folders)]
 
 
-def _there(spec: str, data: Path) -> bool:
-    return "{data}" not in spec or Path(spec[spec.index("{data}") :].format(data=data)).exists()
+def _there(spec: str, folders: Mapping[str, Path]) -> bool:
+    found = re.search(r"\{(data|models)\}.*", spec)
+    return found is None or Path(found[0].format(**folders)).exists()
 
 
-def _place(spec: str, data: Path, *, first: bool) -> str:
+def _left_out(spec: str, folders: Mapping[str, Path]) -> str:
+    option = "--model-folder" if "{models}" in spec else "--data-folder"
+    return f"left out {spec.format(**folders)}, which is not there; {option} names a folder that has it"
+
+
+def _place(spec: str, folders: Mapping[str, Path], *, first: bool) -> str:
     """The spec of a text in the data folder; halves are written as files, cut at the paragraph nearest the middle."""
     if not spec.startswith(HALF):
-        return spec.format(data=data)
-    source = Path(spec.removeprefix(HALF).format(data=data))
+        return spec.format(**folders)
+    source = Path(spec.removeprefix(HALF).format(**folders))
     path = HALVES / f"{source.stem}-{'first' if first else 'second'}-half{source.suffix}"
     text = source.read_text("utf-8")
     cut = text.index("\n\n", len(text) // 2)
@@ -226,6 +278,7 @@ def main(doc: str, name: str, run: Callable[..., object], models: tuple[str, ...
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--model", action="append", metavar="NAME", help=f"{', '.join(SUBJECTS)}, a folder or a hub name")
     parser.add_argument("--data-folder", type=Path, default=DATA)
+    parser.add_argument("--model-folder", type=Path, default=MODELS)
     parser.add_argument("--task", action="append", default=[], metavar="SPEC", help="a further task, NAME:PATH")
     options = parser.parse_args()
     try:
@@ -241,7 +294,8 @@ def _subjects(options: argparse.Namespace, models: tuple[str, ...] | None) -> tu
     """Those asked for, with further tasks; raises QjaxError when none is left."""
     found = BUNDLED
     if not options.tiny and (options.model or models):
-        found = locate(options.model or models, options.data_folder)
+        found = locate(options.model or models, options.data_folder, options.model_folder)
     if not found:
-        raise QjaxError("no model to measure is there; name one with --model, or a folder that has it with --data-folder")
+        folders = "--data-folder or --model-folder"
+        raise QjaxError(f"no model to measure is there; name one with --model, or a folder that has it with {folders}")
     return tuple(dataclasses.replace(each, tasks=(*each.tasks, *options.task), data=options.data_folder) for each in found)

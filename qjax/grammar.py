@@ -22,14 +22,15 @@ from qjax.formats import UNQUANTIZED, Format, parse_format, suggestion
 T = TypeVar("T")
 
 METHODS: dict[str, dict[str, str | Callable]] = {
-    "transform": {"awq": "qjax.transforms.awq:awq_scale"},
+    "transform": {"awq": "qjax.transforms.awq:awq_scale", "smoothquant": "qjax.transforms.smoothquant:smoothquant"},
     "rounding": {"rtn": "qjax.rounding.nearest:rtn", "gptq": "qjax.rounding.gptq:gptq", "hqq": "qjax.rounding.hqq:hqq"},
     "refiner": {"descend": "qjax.refining.descend:descend"},
     "block refiner": {},
+    "activation": {"llm_int8": "qjax.activations:llm_int8"},
     "order": {name: f"qjax.calibrate.order:{name}" for name in ("parallel", "block", "sequential", "qep")},
 }
 SPELLED = {kind.__name__: kind for kind in (bool, int, float, str)}  # types of options
-FIRST = {"transform": 0, "rounding": 1, "refiner": 2, "block refiner": 3}  # the order of kinds in a recipe
+FIRST = {"transform": 0, "rounding": 1, "refiner": 2, "block refiner": 3, "activation": 4}  # the order of kinds in a recipe
 
 
 class Words(NamedTuple):
@@ -166,21 +167,34 @@ def show(value: object) -> str:
 @functools.cache
 def options_in_source(name: str) -> dict[str, inspect.Parameter]:
     """A method's options as its source spells them, nothing of which is run: the keyword-only arguments of a type that a recipe
-    can spell; what has words for a default takes any word here.
+    can spell.
     """
     module, function = METHODS[kind_of(name)][name].split(":")
-    body = ast.parse(importlib.util.find_spec(module).loader.get_source(module)).body
-    (found,) = (node.args for node in body if isinstance(node, ast.FunctionDef) and node.name == function)
+    (found,) = (node.args for node in _source(module) if isinstance(node, ast.FunctionDef) and node.name == function)
     options = {}
     for argument, written in zip(found.kwonlyargs, found.kw_defaults, strict=True):
         kind, default = ast.unparse(argument.annotation), written and ast.literal_eval(written)
-        of = SPELLED.get(kind.removesuffix(" | None")) or (str if isinstance(default, str) else None)
+        of = SPELLED.get(kind.removesuffix(" | None")) or (_choices(module, kind) if isinstance(default, str) else None)
         if of is not None:
             kind = of | None if kind.endswith(" | None") else of
             options[argument.arg] = inspect.Parameter(
                 argument.arg, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind
             )
     return options
+
+
+def _source(module: str) -> list[ast.stmt]:
+    return ast.parse(importlib.util.find_spec(module).loader.get_source(module)).body
+
+
+def _choices(module: str, name: str) -> object:
+    """The Literal of a name that a module assigns to or imports; str for what is none."""
+    for node in _source(module):
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name and isinstance(node.value, ast.Subscript):
+            return typing.Literal[ast.literal_eval(node.value.slice)]
+        if isinstance(node, ast.ImportFrom) and name in (each.name for each in node.names):
+            return _choices(node.module, name)
+    return str
 
 
 def _options(name: str) -> Mapping[str, inspect.Parameter]:

@@ -91,10 +91,14 @@ def find_range(
 
 
 def find_parameters(
-    groups: Float[Array, "groups size columns"], fmt: Format, shrink: float | Float[Array, "..."] = 1.0
+    groups: Float[Array, "groups size columns"],
+    fmt: Format,
+    shrink: float | Float[Array, "..."] = 1.0,
+    *,
+    common: Float[Array, ""] | None = None,
 ) -> Parameters:
-    """The grid of every group that spans its range times `shrink`."""
-    return range_parameters(*find_range(groups, fmt), fmt, shrink)
+    """The grid of every group that spans its range times `shrink`. common: as in `range_parameters`."""
+    return range_parameters(*find_range(groups, fmt), fmt, shrink, common=common)
 
 
 def range_parameters(
@@ -102,12 +106,18 @@ def range_parameters(
     high: Float[Array, "groups channels"],
     fmt: Format,
     shrink: float | Float[Array, "..."] = 1.0,
+    *,
+    common: Float[Array, ""] | None = None,
 ) -> Parameters:
-    """The grid of every group whose weights span low <= 0 <= high, both times `shrink`."""
+    """The grid of every group whose weights span low <= 0 <= high, both times `shrink`.
+
+    common: what scales are stored relative to, where that does not come from these groups.
+    """
     if fmt.has_minima:
         raise QjaxError(not_rounded_to(fmt))
     codec, bound = fmt.scale_codec, fmt.largest_value
-    common = codec.common(_largest(low, high, fmt), bound)  # of the whole ranges: a search shrinks one group, not all
+    if common is None:  # of the whole ranges: a search shrinks one group, not all
+        common = codec.common(_largest(low, high, fmt), bound)
     low, high = low * shrink, high * shrink
     largest = _largest(low, high, fmt)
     exact = high / bound - low / bound if fmt.is_affine else largest / bound  # the difference itself could overflow

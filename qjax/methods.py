@@ -5,6 +5,7 @@
     rounding        (weight, fmt, *)                          (QTensor, Info)
     refiner         (weight, start, *), start a QTensor       (QTensor, Info): one layer, looked at again
     block refiner   (block, start, *), see `refining.block`   (QTensors by path, BlockInfo): all layers of a block at once
+    activation      (*)                                       what happens to the layer's input (`activations.py`)
     order           (*)                                       whose inputs statistics are of (`calibrate/order.py`)
 
 Keyword-only arguments are a method's options, of the annotated type: bool, int, float, str or a Literal of choices, or one of
@@ -59,7 +60,8 @@ class Site:
 
     weights: (in, out_k) float32, those of a transform together, else one. parent_error(weights): squared error of the output of
     the module they are in, with these in their place. rounded(map): what the weights become by the recipe's rounding, as they
-    are (None) or mapped by a map before it, which is undone.
+    are (None) or mapped by a map before it, which is undone. trial(map): squared error of the module's output with the weights
+    mapped and rounded to nearest, and the mapped input rounded as the recipe says.
     """
 
     weights: Sequence[Float[Array, "in out"]]
@@ -67,6 +69,7 @@ class Site:
     memo: Memo
     parent_error: Callable[[Sequence[Array]], Array] | None = None
     rounded: Callable[[InputMap | None], Sequence[Array]] | None = None
+    trial: Callable[[InputMap], Array] | None = None
 
 
 class Given(NamedTuple):
@@ -94,6 +97,7 @@ GIVENS: dict[str, Given] = {
     "factor": Given(("hessian",), _factor),  # of the damped Hessian (`rounding/parts/feedback.py`)
     "module": Given(("hessian",), lambda site, options: site.parent_error, ("transform",)),
     "rounded": Given((), lambda site, options: site.rounded, ("transform",)),
+    "trial": Given((), lambda site, options: site.trial, ("transform",)),
 }
 
 
@@ -174,7 +178,7 @@ def register(function: Callable, *, kind: str = "rounding", transform: bool = Fa
     names that no recipe can spell, an unknown kind, and options without the type that a recipe reads them as.
     """
     name, kind = getattr(function, "__name__", ""), "transform" if transform else kind
-    kinds = [known for known in METHODS if known != "order"]
+    kinds = [known for known in METHODS if known not in ("activation", "order")]
     if kind not in kinds:
         raise QjaxError(f"register: {name} as a {kind!r}; kinds are {', '.join(kinds)}")
     _check_name(name, [*names(*METHODS), *GRIDS, *ALIASES, UNQUANTIZED], added_methods())
@@ -276,7 +280,7 @@ def method_table() -> list[dict[str, str]]:
             "kind": kind,
             "options": ", ".join(f"{o.name}={show(o.default)}" for o in options_of(name).values()),
             "needs": "" if kind == "order" else ", ".join(captures_of([Stage(name)])) or "no data",
-            "what": _first_line(name, of_function=kind == "order" or callable(methods[name])),
+            "what": _first_line(name, of_function=kind in ("activation", "order") or callable(methods[name])),
         }
         for kind, methods in METHODS.items()
         for name in methods

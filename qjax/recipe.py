@@ -7,6 +7,7 @@
     gptq+descend(sweeps=4):int2-g64     rounding + refiners
     gptq:int3-g128@sequential           @ order of calibration: whose inputs statistics are from (`calibrate/order.py`)
     rtn:int8-channel-sym/int8-token     / format of the layer's input (`activations.py`)
+    llm_int8:int8-channel               int8-token, but inputs with outliers in 16 bits; rounding + refiners + llm_int8
     nf4, int4                           a format alone is rounded to nearest, a grid alone has the usual group (`formats.py`)
     bf16                                storage in another floating-point type, of the whole model
     none                                the model as it is
@@ -19,8 +20,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 
-from qjax.activations import Activation, parse_activation, static_scale
-from qjax.calibrate.statistics import read_by
+from qjax.activations import Activation, parse_activation
 from qjax.errors import QjaxError
 from qjax.formats import Format, not_rounded_to
 from qjax.grammar import FIRST, answered, read_stages, split_recipe, split_stage, split_stages
@@ -73,7 +73,7 @@ class Recipe:
     @property
     def statistics(self) -> tuple[str, ...]:
         """Names of the statistics of layer inputs that its methods and a static activation format are made from."""
-        scale = read_by(static_scale) if self.activation and self.activation.is_static else ()
+        scale = self.activation.statistics if self.activation else ()
         return tuple(dict.fromkeys([*captures_of(self.stages), *scale]))
 
     @property
@@ -100,9 +100,11 @@ class Recipe:
     def __str__(self) -> str:
         if self.is_cast:
             return str(self.format)
-        rounding = () if self.transforms and self.rounding == implied_rounding(self.transforms) else (self.rounding,)
-        stages = "+".join(map(str, (*self.transforms, *rounding, *self.refiners, *self.block_refiners)))
-        activation = f"/{self.activation}" if self.activation else ""
+        method = (self.activation,) if self.activation and self.activation.is_method else ()
+        hidden = (self.transforms or method) and self.rounding == implied_rounding(self.transforms)
+        rounding = () if hidden else (self.rounding,)
+        stages = "+".join(map(str, (*self.transforms, *rounding, *self.refiners, *self.block_refiners, *method)))
+        activation = f"/{self.activation}" if self.activation and not method else ""
         order = f"@{self.order}" if self.order and self.order != Stage(DEFAULT_ORDER) else ""
         return f"{stages}:{self.format}{activation}{order}"
 
@@ -144,9 +146,15 @@ def _parse_recipe(text: str) -> Recipe:
     words = split_recipe(text)
     stages = _stages(where, words.stages)
     try:
-        activation = None if words.activation is None else parse_activation(words.activation)
+        methods = [stage() for stage in stages if kind_of(stage.name) == "activation"]  # raises for options out of range
+        given = [] if words.activation is None else [parse_activation(words.activation)]
     except QjaxError as error:
         raise QjaxError(f"{where}: {error}") from None
+    if len([*methods, *given]) > 1 or any(each.is_method for each in given):
+        raise QjaxError(
+            f"{where}: several things are said of the layers' inputs; give one, FORMAT/int8-token or llm_int8:FORMAT"
+        )
+    activation = next(iter([*methods, *given]), None)
     recipe = Recipe(**_by_kind(where, stages), format=words.format, activation=activation)
     if recipe.format.has_minima:
         raise QjaxError(f"{where}: {not_rounded_to(recipe.format)}")
@@ -164,10 +172,10 @@ def _by_kind(where: str, stages: Sequence[Stage]) -> dict[str, object]:
         if place < before or place == before == FIRST["rounding"]:
             raise QjaxError(
                 f"{where}: {stage.name!r} is a {kind_of(stage.name)} and cannot follow a {list(FIRST)[before]}; a recipe is "
-                "transforms, one rounding, which must come last of these, and refiners: awq+gptq+descend"
+                "transforms, one rounding, which must come last of these, and refiners: awq+gptq+descend; llm_int8 ends it"
             )
     found = [tuple(stage for stage in stages if kind_of(stage.name) == kind) for kind in FIRST]
-    transforms, rounding, refiners, block_refiners = found
+    transforms, rounding, refiners, block_refiners, _ = found
     rounding = rounding[0] if rounding else implied_rounding(transforms)
     return {"transforms": transforms, "rounding": rounding, "refiners": refiners, "block_refiners": block_refiners}
 
@@ -183,6 +191,8 @@ def method_name(recipe: Recipe | None) -> str:
     if recipe.is_cast:
         return str(recipe.format)
     hidden = recipe.transforms and recipe.rounding.name == "rtn"
-    named = [stage.name for stage in recipe.stages if not (hidden and stage is recipe.rounding)]
+    method = [str(recipe.activation).partition("(")[0]] if recipe.activation and recipe.activation.is_method else []
+    hidden = hidden or (method and recipe.rounding.name == "rtn")
+    named = [stage.name for stage in recipe.stages if not (hidden and stage is recipe.rounding)] + method
     codebook = not recipe.format.grid.startswith("int")
     return recipe.format.grid_name if named == ["rtn"] and codebook else "+".join(named)

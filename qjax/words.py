@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 GGUF = "a type of GGUF files, which are not made here; the nearest is"
 PRESET = "a name of bits alone; the preset of that name in compressed-tensors is"
 LIBRARY = "another library's name; the nearest here is"
+BNB_INT8 = r"llm[._]?int8(\(\))?|load_in_8bit|bnb[_-]?(8|8bit|int8)"
 ELSEWHERE: tuple[tuple[str, str, str | Callable[[re.Match], str]], ...] = (
     (r"i?q([458])_0", GGUF, lambda m: f"int{m[1]}-g32-sym-{'max' if m[1] == '8' else 'full'}"),
     (r"q([45])_1", GGUF, "int{0}-g32-z16"),
@@ -26,7 +27,8 @@ ELSEWHERE: tuple[tuple[str, str, str | Callable[[re.Match], str]], ...] = (
     (r"(?:w8a8[_-])?fp8[_-]dynamic|w8a8[_-]fp8", PRESET, "fp8_e4m3-channel/fp8_e4m3-token"),
     (r"(?:(?:float8|fp8)[-_]?)?(e4m3|e5m2)(?:fn)?", "spelled", "fp8_{0}"),
     (r"(nv|mx)fp4a16", PRESET, "{0}fp4"),
-    (r"llm[._]?int8(\(\))?|load_in_8bit|bnb[_-]?(8|8bit|int8)", "bitsandbytes' name; the nearest is", "int8-channel-sym-max"),
+    (BNB_INT8, "bitsandbytes' name; here it is", "llm_int8:int8-channel-sym-max"),
+    (BNB_INT8, "bitsandbytes' name; of weights alone the nearest is", "int8-channel-sym-max"),
     (r"load_in_4bit|bnb[_-]?(4|4bit|nf4)", "bitsandbytes' name; with its type nf4 the same here is", "nf4-b64"),
     (r"int4(wo|[_-]weight[_-]only)", LIBRARY, "int4-g128"),
     (r"int8(wo|[_-]weight[_-]only)", LIBRARY, "int8-channel-sym-max"),

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -134,6 +135,12 @@ FAMILY_CHANGES = {  # family -> what makes `tiny_config` one of it
     "gemma": GEMMA,
     "gemma3_text": GEMMA3,
 }
+
+
+def some_slow(families: Iterable[str]) -> list[object]:
+    """Parameters of a test of whole commands: families that are built in another way each, the others marked slow."""
+    kept = ("gpt2", "gpt_neox", "gemma3_text")
+    return [family if family in kept else pytest.param(family, marks=pytest.mark.slow) for family in families]
 
 
 def tiny_config(**changes) -> DecoderConfig:

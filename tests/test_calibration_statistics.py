@@ -30,6 +30,14 @@ def batch():
     return x, exact, weights
 
 
+def of_all_inputs(name, x, counts):
+    if name == "kurtosis":
+        square, fourth = (np.average(x**power, weights=counts) for power in (2, 4))
+        return fourth / square**2
+    places = np.floor(np.log2(np.abs(x), dtype=np.float32) * 32).astype(int) + 40 * 32
+    return np.bincount(places.reshape(-1), counts.reshape(-1), 80 * 32)
+
+
 def expected(name, x, exact, weights):
     x, exact, counts = x.astype(np.float64), exact.astype(np.float64), weights.astype(np.float64)[:, None]
     match name:
@@ -41,6 +49,8 @@ def expected(name, x, exact, weights):
             return np.sum(np.abs(x) * counts, axis=0) / np.sum(counts)
         case "abs_max":
             return np.max(np.abs(x[weights > 0]), axis=0)
+        case "magnitudes" | "kurtosis":
+            return of_all_inputs(name, x, np.broadcast_to(counts, x.shape))
         case "tokens":
             return np.sum(weights > 0)
 

@@ -171,6 +171,12 @@ def test_mistakes_in_names_are_found_without_jax(tmp_path):
         ["sweep", "--recipes", "gptq(dam=1):int4"],
         ["sweep", "--methods", "gptq(damp=x)"],
         ["sweep", "--rule", "mlp=rtn(clop=mse):int4"],
+        ["sweep", "--rule", "mlp=rtn(clip=mean):int4"],
+        ["sweep", "--bits", "4,x"],
+        ["sweep", "--bits", "11"],
+        ["sweep", "--group", "many"],
+        ["sweep", "--seeds", "0"],
+        ["sweep", "--recipes", "int4", "--bits", "4"],
         ["quantize", "bundled", "--recipe", "gptq:int4@qep(alph=1)", "--out", str(tmp_path / "out")],
         ["sweep", "--tasks", "cloze,nonsense"],
         ["sweep", "--tasks", "piqa:no/such/file"],
@@ -280,7 +286,20 @@ def test_help_is_fast_and_imports_no_jax():
         text=True,
         check=True,
     ).stdout
-    order = ("sweep", "quantize", "sensitivity", "eval", "generate", "info", "report", "rerun", "compare", "formats", "recipes")
+    order = (
+        "sweep",
+        "quantize",
+        "sensitivity",
+        "tune",
+        "eval",
+        "generate",
+        "info",
+        "report",
+        "rerun",
+        "compare",
+        "formats",
+        "recipes",
+    )
     places = [shown.index(f" {command} ") for command in (*order, "columns")]
     assert places == sorted(places)
 

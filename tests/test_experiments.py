@@ -15,15 +15,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import qjax
 from qjax.driver.placement import place
 from qjax.sweep.cells import canonical
 from qjax.sweep.store import ROWS, read_rows
-from tests.conftest import first_block
+from tests.conftest import first_block, tiny_config
 from tests.dictionary import undescribed
+from tests.gguf_files import file_bytes, model_tensors, model_values, random_rows
 from tests.paths import REPOSITORY, real_data
+from tests.random_weights import weights_model
 
 SCRIPTS = REPOSITORY / "experiments"
 SUFFIXES = {  # experiment -> tables that it is about; "": of perplexity
@@ -37,7 +40,13 @@ SUFFIXES = {  # experiment -> tables that it is about; "": of perplexity
     "composition": {"seeds"},
     "paper_shapes": {"paper_shapes", "accuracy"},
     "bitwidth_sweep": {"widths"},
+    "real_models": {"accuracy", "divergence"},
+    "activations": {"", "inputs"},
 }
+ELSEWHERE = ("formats_at_4_bits", "order")  # have tests of their own
+DEAR = ("bitwidth_sweep", "calibration", "composition")  # many cells of what the others do too
+TWINS = [pytest.param(name, marks=[pytest.mark.slow] if name in DEAR else []) for name in SUFFIXES if name not in ELSEWHERE]
+FEWEST = {"real_models": 8, "activations": 32}  # windows, of 512 tokens, and of two models each
 
 
 @pytest.fixture
@@ -75,12 +84,12 @@ def test_from_a_shell(tmp_path):
     assert "formats_at_4_bits: " in said and ", 0 failed" in said
 
 
-@pytest.mark.parametrize("name", [name for name in SUFFIXES if name not in ("formats_at_4_bits", "order")])
+@pytest.mark.parametrize("name", TWINS)
 def test_tiny_twin(load, block, name, tmp_path):
     model = "bundled" if name == "sensitivity" else block  # the block alone is no worse for 3 bits: there is no cost to draw
     rows = twin(load(name), tmp_path, model)
     assert len(rows) >= 2 and rows == read_rows(tmp_path / ROWS)
-    assert {re.sub(r"^.*-windows-\d+-?", "", path.stem) for path in tmp_path.glob("*.md")} >= SUFFIXES[name]
+    assert {re.sub(r"^.*-windows-\d+-?(cloze-4-\w+-?)?", "", path.stem) for path in tmp_path.glob("*.md")} >= SUFFIXES[name]
     assert list(tmp_path.glob("*.png"))
 
 
@@ -110,13 +119,15 @@ def test_full_experiment_asks_for_what_exists(load, name, tmp_path, monkeypatch)
     def measure(out, subject, recipes, settings, *, calibration=None, rules=(), one_block=False):
         asked.extend(canonical(recipes))
         place(kernels, None, map(qjax.parse_rule, rules))
-        assert settings.calibration_windows > 1 and (settings.max_windows or 128) >= 128
+        assert settings.calibration_windows > 1 and (settings.max_windows or 128) >= FEWEST.get(name, 128)
         for text in subject.corpora:
             assert not texts_of(text, "test") & texts_of(calibration or subject.calibration, "calibration")
 
     monkeypatch.setattr(common, "texts", lambda specs, data: [spec.format(data=data) for spec in specs])
     monkeypatch.setattr(common, "measure", measure)
     monkeypatch.setattr(common, "report", lambda out: [])
+    monkeypatch.setattr(common, "with_outliers", lambda subject, *how: subject)
+    monkeypatch.setattr(common, "look_at_inputs", lambda *given: None)
     script.run(tmp_path, subjects=(common.SUBJECTS["bundled"],))
     assert len(asked) >= 8
     assert f"results/{name}/" in inspect.getdoc(script)
@@ -174,6 +185,38 @@ def test_missing_data_is_left_out_and_said(load, tmp_path, capsys):
     found = common.locate(common.LOCAL, tmp_path)
     assert [(each.model, each.corpora) for each in found] == [("bundled", ("python-docs",))]
     assert capsys.readouterr().out.count("left out") == 2  # two models
+    assert common.locate(common.REAL, tmp_path, tmp_path / "models") == []
+    said = capsys.readouterr().out
+    assert said.count("--model-folder names a folder that has it") == 2 and f"{tmp_path}/models/gemma-3" in said
+
+
+def test_real_models_take_groups_that_divide_their_layers(load):
+    """Of 64 at 2 bits; the beginning of text stands before the windows of a model that cannot do without."""
+    script, common = load("real_models"), load("common")
+    full, by_name = script.Experiment(), {name: common.SUBJECTS[name] for name in common.REAL}
+    for name, width in (("smollm2", 576), ("gemma3-270m", 640)):
+        formats = {qjax.parse_recipe(each).format for each in full.integers(by_name[name], full.methods, full.bits)}
+        assert all(width % fmt.group == 0 for fmt in formats)
+        assert {fmt.group for fmt in formats if fmt.bits == 2} == {64}
+        assert len(formats) == 4
+    assert [subject.bos for subject in by_name.values()] == [False, True]
+
+
+def test_a_gguf_file_is_measured_as_the_values_it_stands_for(load, tmp_path, monkeypatch):
+    """From a folder that is written once, in float32, and can be quantized."""
+    common = load("common")
+    monkeypatch.setattr(common, "PLAIN", tmp_path / "plain")
+    made = weights_model(tiny_config(vocabulary_size=64, hidden_size=64, mlp_size=96, heads=4, head_dim=16, layers=1))
+    tensors = model_tensors(made)
+    shape = tensors["blk.0.ffn_up.weight"][1]
+    tensors["blk.0.ffn_up.weight"] = ("Q8_0", shape, random_rows("Q8_0", *shape).tobytes())
+    file = tmp_path / "small.Q8_0.gguf"
+    file.write_bytes(file_bytes(model_values(made), tensors))
+    for _ in range(2):
+        model = common._model.__wrapped__(str(file))
+        assert (model.name, model.recipe) == ("small.Q8_0", "none")
+        held = model.params["block_0"]["mlp"]["up"]["kernel"]
+        np.testing.assert_array_equal(held, qjax.dequantize(qjax.load(file).params["block_0"]["mlp"]["up"]["kernel"]))
 
 
 def test_a_text_is_halved_into_what_is_measured_and_what_is_calibrated_on(load, tmp_path, monkeypatch):

@@ -1,7 +1,9 @@
 """checkpoints/{export,targets,shards}.py: what is written for another library is read back with the same codes."""
 
+import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,22 +20,31 @@ from qjax.formats import parse_format
 from qjax.linear import Linear, dequantize, without_activations
 from qjax.maps import Scale
 from qjax.models.parameters import flatten, unflatten
+from qjax.scales import QuantizedScales, laid
 from tests import foreign, foreign_makers
 from tests.conftest import GPT_NEOX, byte_tokenizer, tiny_config
 from tests.random_weights import small_model
 
 
 def random_leaf(shape, fmt, generator, order=None):
-    """A layer of random codes; where its scales are no plain floats, of nothing but shapes."""
-    if fmt.scales not in ("fp16", "bf16", "fp32") or fmt.codebook or not fmt.has_whole_zeros:
+    """A layer of random codes; where its scales are neither plain floats nor nested, of nothing but shapes."""
+    if fmt.scales not in ("fp16", "bf16", "fp32", "dq") or not fmt.has_whole_zeros:
         return blank(fmt, *shape)
     groups = fmt.parameter_shape(*shape)
-    codes = generator.integers(0, 2**fmt.bits, shape[::-1]).astype(np.uint8)
+    codes = generator.integers(0, fmt.largest_code + 1, shape[::-1]).astype(np.uint8)
     zeros = generator.integers(0, 2**fmt.bits, groups).astype(np.uint8) if fmt.is_affine else None
-    scales = generator.uniform(0.01, 0.02, groups).astype(
-        {"fp16": np.float16, "fp32": np.float32}.get(fmt.scales, jnp.bfloat16)
+    return leaf_of(
+        from_bits(pack(codes, fmt.bits), fmt.bits, shape[0]), random_scales(groups, fmt, generator), zeros, fmt, shape[0], order
     )
-    return leaf_of(from_bits(pack(codes, fmt.bits), fmt.bits, shape[0]), scales, zeros, fmt, shape[0], order)
+
+
+def random_scales(groups, fmt, generator):
+    count = int(np.prod(groups))
+    if fmt.scales == "dq":
+        blocks = generator.uniform(0.001, 0.002, -(-count // 256)).astype(np.float32)
+        return QuantizedScales(generator.integers(0, 256, count, np.uint8), blocks, np.float32(0.015))
+    dtype = {"fp16": np.float16, "fp32": np.float32}.get(fmt.scales, jnp.bfloat16)
+    return laid(generator.uniform(0.01, 0.02, groups).astype(dtype), fmt.is_flat)
 
 
 def quantized(config, recipe: dict, *, order=None):
@@ -48,18 +59,28 @@ def quantized(config, recipe: dict, *, order=None):
 
 
 def assert_equal(a, b) -> None:
-    """The same codes, scales, zero points and orders."""
+    """The same codes, zero points and orders, and the same scales, in whatever shape and type."""
     a, b = flatten(a.params), flatten(b.params)
     for path, leaf in a.items():
         assert type(leaf) is type(b[path]), path
         if isinstance(leaf, Linear):
             np.testing.assert_array_equal(leaf.inputs[0].index, b[path].inputs[0].index, path)
             leaf, b[path] = leaf.weight, b[path].weight  # noqa: PLW2901
-        for field in ("codes", "scales", "zeros"):
+        for field in ("codes", "zeros"):
             if getattr(leaf, field, None) is not None:
                 np.testing.assert_array_equal(getattr(leaf, field), getattr(b[path], field), path)
+        if hasattr(leaf, "scales"):
+            assert_same_scales(leaf.scales, b[path].scales, path)
         if not hasattr(leaf, "codes"):
             np.testing.assert_array_equal(leaf, b[path], path)
+
+
+def assert_same_scales(a, b, said="") -> None:
+    if isinstance(a, QuantizedScales):
+        jax.tree.map(np.testing.assert_array_equal, a, b)
+        return
+    a, b = (laid(np.asarray(each, np.float32), flat=a.ndim != b.ndim) for each in (a, b))
+    np.testing.assert_array_equal(a, b, said)
 
 
 CASES = {
@@ -69,6 +90,9 @@ CASES = {
     "gptq of several bits": ("gptq_v2", {"mlp/down": "int8-g16", "mlp": "int2-g32", "attention": "int4-g32"}),
     "ct": ("compressed-tensors", {"block": "int4-g32-sym-bf16"}),
     "ct asym of several bits": ("compressed-tensors", {"mlp": "int3-g16", "attention/o": "int5-channel"}),
+    "awq": ("awq", {"block": "int4-g32"}),
+    "nf4": ("bitsandbytes", {"mlp/down": "nf4-b32", "mlp": "nf4-g64"}),
+    "fp4": ("bitsandbytes", {"": "fp4_bnb-b64-dq"}),
 }
 
 
@@ -96,26 +120,44 @@ def test_inputs_in_another_order(tmp_path):
 
 def test_layers_stored_side_by_side(tmp_path):
     model = quantized(tiny_config(**GPT_NEOX | {"layers": 1, "mlp_size": 64}), {"block": "int4-g16"})
-    for to in ("gptq_v2", "compressed-tensors"):
+    for to in ("gptq_v2", "compressed-tensors", "awq"):
         export(tmp_path / to, model, to)
         assert_equal(model, load(tmp_path / to))
+    blocks = quantized(tiny_config(**GPT_NEOX | {"layers": 1}), {"block": "nf4-b32"})
+    export(tmp_path / "b", blocks, "bitsandbytes")
+    assert_equal(blocks, load(tmp_path / "b"))
+    nested = quantized(tiny_config(**GPT_NEOX | {"layers": 1}), {"block": "nf4-g32-dq"})
+    with pytest.raises(QjaxError, match="query_key_value: parts that are stored side by side have scales that columns share"):
+        export(tmp_path / "c", nested, "bitsandbytes")
 
 
 @pytest.mark.parametrize(
     ("recipe", "to", "part"),
     [
-        ({"": "int4-g48"}, "gptq", "groups of 48 of 64 inputs; a power of two .* the nearest recipes that fit: rtn:int4-g32"),
-        ({"": "nf4-g64"}, "gptq", "nf4-g64 is not of integers of 2, 3, 4, 8 bits .* fit: rtn:int4-g64, gptq:int4-g64"),
-        ({"": "int4-g32-z16"}, "gptq", "no place for"),
-        ({"": "int5-g32"}, "gptq", "is not of integers .* rtn:int4-g32"),
-        ({"": "int4-g32-fp32"}, "gptq_v2", "scales are float16; .* rtn:int4-g32"),
-        ({"": "int4-g32-dq"}, "compressed-tensors", "no place for"),
+        (
+            {"mlp/down": "int4-g48"},
+            "gptq",
+            "groups of 48 of 64 inputs; a power of two .* the nearest recipes that fit: rtn:int4-g32",
+        ),
+        ({"mlp/down": "nf4-g64"}, "gptq", "nf4-g64 is not of integers of 2, 3, 4, 8 bits .* fit: rtn:int4-g64, gptq:int4-g64"),
+        ({"mlp/down": "int4-g32-z16"}, "gptq", "no place for"),
+        ({"mlp/down": "int5-g32"}, "gptq", "is not of integers .* rtn:int4-g32"),
+        ({"mlp/down": "int4-g32-fp32"}, "gptq_v2", "scales are float16; .* rtn:int4-g32"),
+        ({"mlp/down": "int4-g32-dq"}, "compressed-tensors", "no place for"),
         ({}, "gptq", "no layer is quantized"),
-        ({"": "int4-g32"}, "ggml", "expected gptq, gptq_v2, compressed-tensors"),
+        ({"mlp/down": "int4-g32-fp32"}, "awq", "scales are float16; .* fit: rtn:int4-g32, gptq:int4-g32"),
+        ({"mlp/down": "int4-g32", "mlp/up": "int4-g16"}, "awq", "cannot hold groups of 16 and 32 in one model"),
+        ({"head": "int4-g32"}, "awq", r"a quantized head \(lm_head\); leave the head as it is"),
+        ({"mlp/down": "int8-g32"}, "awq", "is not of integers of 4 bits .* fit: rtn:int4-g32"),
+        ({"mlp/down": "int4-g48"}, "bitsandbytes", "none of nf4, fp4_bnb or int8; the nearest recipes that fit: rtn:nf4-g32"),
+        ({"mlp/down": "nf4-g48"}, "bitsandbytes", "nf4-g48 of 64 inputs; blocks of 32, .* fit: rtn:nf4-g32"),
+        ({"mlp/down": "int8-g32"}, "bitsandbytes", "int8 is symmetric, .* fit: rtn:int8-channel-sym-max"),
+        ({"mlp/down": "int8-channel-sym", "mlp/up": "nf4-g64"}, "bitsandbytes", "layers of several kinds in one model"),
+        ({"mlp/down": "int4-g32"}, "ggml", "expected gptq, gptq_v2, compressed-tensors, awq, bitsandbytes, gguf"),
     ],
 )
 def test_what_a_target_cannot_hold_is_refused(recipe, to, part, tmp_path):
-    model = quantized(foreign.llama(vocabulary_size=288), {f"mlp/down{word}": fmt for word, fmt in recipe.items()})
+    model = quantized(foreign.llama(vocabulary_size=288), recipe)
     with pytest.raises(QjaxError, match=part):
         export(tmp_path / "a", model, to)
     assert not (tmp_path / "a").exists()
@@ -157,6 +199,52 @@ def test_the_commands(tmp_path, capsys):
     assert (tmp_path / "b/special_tokens_map.json").exists()
     run(["dequantize", str(tmp_path / "a"), "--dtype", "int8", "--out", str(tmp_path / "d")], code=2)
     assert "expected fp32, bf16, fp16" in capsys.readouterr().err
+
+
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm"}
+GPTQ = {"quant_method": "gptq", "bits": 8, "group_size": 32, "sym": True}
+
+
+@pytest.mark.filterwarnings("ignore:the checkpoint's weights are read")
+@pytest.mark.parametrize(
+    ("settings", "maker", "to"),
+    [
+        (AWQ, foreign_makers.awq(), "gptq_v2"),
+        (GPTQ, foreign.gptq(bits=8, group=32, symmetric=True), "gguf"),
+        (GPTQ, foreign.gptq(bits=8, group=-1, symmetric=True), "bitsandbytes"),
+    ],
+)
+def test_from_one_librarys_files_to_anothers(settings, maker, to, tmp_path):
+    group = {"group_size": -1} if to == "bitsandbytes" else {}
+    expected = foreign.write(tmp_path / "a", settings | group, maker)
+    out = tmp_path / ("b.gguf" if to == "gguf" else "b")
+    run(["convert", str(tmp_path / "a"), "--to", to, "--out", str(out)])
+    assert_equal(load(tmp_path / "a"), load(out))
+    if to == "gptq_v2":
+        foreign.assert_stands_for(load(out), expected)
+
+
+def test_what_would_have_to_be_rounded_anew_is_refused(tmp_path, capsys):
+    export(tmp_path / "a", quantized(foreign.llama(vocabulary_size=288), {"mlp": "nf4-g64"}), "bitsandbytes")
+    run(["convert", str(tmp_path / "a"), "--to", "gptq", "--out", str(tmp_path / "b")], code=2)
+    said = capsys.readouterr().err
+    assert f"to round it anew: qjax dequantize {tmp_path / 'a'} --out PLAIN, then qjax quantize PLAIN" in said
+    assert "gptq cannot hold model.layers.0.mlp.gate_proj: nf4-b64 is not of integers" in said
+
+
+@pytest.mark.parametrize("scales", ["bf16", "fp32"])
+def test_scales_that_float16_holds_become_float16(scales, tmp_path):
+    model = quantized(foreign.llama(vocabulary_size=288), {"mlp": f"int4-g32-sym-{scales}"})
+    leaves = flatten(model.params)
+    if scales == "fp32":  # where they are not random, and one is beyond float16
+        with pytest.raises(QjaxError, match="scales are float16"):
+            export(tmp_path / "a", model, "awq")
+        for path, leaf in leaves.items():
+            if hasattr(leaf, "codes"):
+                leaves[path] = dataclasses.replace(leaf, scales=jnp.asarray(leaf.scales, jnp.float16).astype(jnp.float32))
+        model = model._replace(params=unflatten(leaves))
+    export(tmp_path / "a", model, "awq")
+    assert_equal(model, load(tmp_path / "a"))
 
 
 def test_dequantized_weights_are_in_the_type_asked_for(tmp_path):

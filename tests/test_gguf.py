@@ -192,7 +192,7 @@ def test_what_a_file_asks_for_is_done_or_refused(model):
 
     def read(**changes):
         infos = {"token_embd.weight": type("Info", (), {"shape": (64, 64)})}
-        return config_of(base | changes, infos, changes.pop("factors", None))
+        return config_of(base | changes, infos)
 
     assert read()["tie_word_embeddings"] is True and "attention_bias" not in read()
     assert read(**{"llama.expert_count": 0, "llama.vocab_size": 3})["vocab_size"] == 64
@@ -209,6 +209,7 @@ def test_what_a_file_asks_for_is_done_or_refused(model):
         ({"llama.attention.value_length": 8}, "different lengths"),
         ({"llama.attention.head_count_kv": np.array([2, 1], np.int32)}, "a number that all layers share"),
         ({"llama.block_count": "two"}, "'two', expected a number"),
+        ({"general.architecture": "gpt-oss"}, "the architecture 'gpt-oss' is not read"),
     ):
         with pytest.raises(QjaxError, match=said):
             read(**changes)
@@ -231,6 +232,22 @@ def test_llama_3s_factors_are_known_again(model):
     assert found["rope_type"] == "llama3" and found["factor"] == 32 and found["original_max_position_embeddings"] == 8192
     with pytest.raises(QjaxError, match="not Llama 3's scaling"):
         llama3_scaling(np.linspace(1, 8, half), {"rope_theta": theta})
+
+
+def test_longropes_factors_need_their_context():
+    values = {"general.architecture": "phi3", "phi3.context_length": 128, "phi3.embedding_length": 32}
+    values |= {"phi3.attention.head_count": 4, "phi3.rope.dimension_count": 6}
+    infos = {"token_embd.weight": type("Info", (), {"shape": (64, 32)})}
+    constants = {f"rope_factors_{name}.weight": np.float32([1, 2, 3]) for name in ("long", "short")}
+    original = {"phi3.rope.scaling.original_context_length": 32}
+    found = config_of(values | original, infos, constants)
+    assert found["rope_scaling"]["long_factor"] == [1.0, 2.0, 3.0] and found["partial_rotary_factor"] == 0.75
+    for changes, said in (
+        ({}, "belong together"),
+        (original | {"phi3.rope.scaling.attn_factor": 2.0}, "is 2.0, expected 1.18"),
+    ):
+        with pytest.raises(QjaxError, match=said):
+            config_of(values | changes, infos, constants)
 
 
 def changed(content: bytes, at: int, code: str, value: int) -> bytes:

@@ -33,7 +33,7 @@ from qjax.sweep.record import digest
 from qjax.sweep.runner import Sweep, Watcher, cell_states, run_sweep
 from qjax.sweep.store import LAYERS, ROWS, read_rows, write_rows
 
-from .conftest import FAMILY_CHANGES, byte_tokenizer, random_model, tiny_config
+from .conftest import FAMILY_CHANGES, byte_tokenizer, random_model, some_slow, tiny_config
 
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 8
 CORPORA = (Corpus("dickens", (TEXT,), "f1"), Corpus("reversed", (TEXT[::-1],), "f2"))
@@ -56,7 +56,7 @@ def measured(rows):
     return [{key: value for key, value in row.items() if key not in noisy} for row in rows]
 
 
-@pytest.mark.parametrize("family", FAMILY_CHANGES)
+@pytest.mark.parametrize("family", some_slow(FAMILY_CHANGES))
 def test_every_family(family, tmp_path):
     model = random_model(tiny_config(**FAMILY_CHANGES[family]), byte_tokenizer())
     calibration = as_calibration(model, np.random.default_rng(0).integers(0, 256, (4, 32)))

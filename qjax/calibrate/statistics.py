@@ -11,25 +11,27 @@ line in `STATISTICS`; `methods.register_statistic` adds one from outside.
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from qjax.errors import QjaxError
 from qjax.maps import InputMap
+from qjax.ranges import BINS, count_magnitudes
 
 
 class Statistic(NamedTuple):
     """init, update, finalize, and how many of a value's axes, the first ones, are inputs: what a map of the inputs needs to
-    know.
+    know; None where the value is of all inputs together, which no map of them determines.
     """
 
     init: Callable[[int], object]
     update: Callable[[object, Array, Array, Array], object]
     finalize: Callable[[object], Array]
-    axes: int
+    axes: int | None
 
 
 class Mean(NamedTuple):
@@ -91,12 +93,43 @@ tokens = Statistic(
     axes=0,
 )
 
+magnitudes = Statistic(
+    init=lambda size: _zeros(BINS),
+    update=lambda s, x, exact, w: s + count_magnitudes(_counted(x, w), w),
+    finalize=lambda s: s,
+    axes=None,
+)
+
+
+class Powers(NamedTuple):
+    """Weighted sums of x^2 and x^4, and of the weights of all values."""
+
+    squares: jax.Array
+    fourths: jax.Array
+    weight: jax.Array
+
+
+def _add_powers(s: Powers, x: Array, weights: Array) -> Powers:
+    square = jnp.square(_counted(x, weights))
+    sums = (jnp.sum(each * weights[:, None]) for each in (square, jnp.square(square)))
+    return Powers(*map(jnp.add, s, (*sums, jnp.sum(weights) * x.shape[1])))
+
+
+kurtosis = Statistic(
+    init=lambda size: Powers(_zeros(), _zeros(), _zeros()),
+    update=lambda s, x, exact, w: _add_powers(s, x, w),
+    finalize=lambda s: s.fourths * s.weight / jnp.where(s.squares == 0, 1, jnp.square(s.squares)),
+    axes=None,
+)
+
 COUNT = "tokens"  # the statistic that every capture takes
 STATISTICS: dict[str, Statistic] = {
     "hessian": hessian,  # (in, in): mean of x x^T
     "drift": drift,  # (in, in): mean of x (exact - x)^T
     "abs_mean": abs_mean,  # (in,): mean |x|
     "abs_max": abs_max,  # (in,): largest |x|
+    "magnitudes": magnitudes,  # (bins,): how often |x| was of which size (`ranges.py`)
+    "kurtosis": kurtosis,  # (): mean x^4 / (mean x^2)^2
     COUNT: tokens,  # (): tokens of weight above 0
 }
 
@@ -119,4 +152,17 @@ def _arguments(function: Callable) -> tuple[str, ...]:
 
 def mapped(values: Mapping[str, Array], by: InputMap) -> dict[str, Array]:
     """The statistics of mapped inputs from those of the inputs."""
-    return {name: by.on_statistic(value, STATISTICS[name].axes) for name, value in values.items()}
+    return {name: mapped_value(name, value, (by,)) for name, value in values.items()}
+
+
+def mapped_value(name: str, value: Array, inputs: Sequence[InputMap]) -> Array:
+    """A statistic of inputs through maps. Raises QjaxError for one that they do not determine."""
+    axes = STATISTICS[name].axes
+    if inputs and axes is None:
+        raise QjaxError(
+            f"{name} of a mapped input cannot be made from those of the input; take a static scale by the largest value "
+            "(/int8-tensor), or an order that captures inputs behind a folded transform (@sequential, @qep)"
+        )
+    for each in inputs:
+        value = each.on_statistic(value, axes)
+    return value

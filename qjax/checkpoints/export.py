@@ -1,4 +1,5 @@
-"""A quantized model as a folder that another library reads: `targets.py` says how a layer is stored, here is the folder.
+"""A quantized model as a folder that another library reads: `targets.py` says how a layer is stored, here is the folder. A GGUF
+file is one of its own (`gguf/export.py`).
 
 Whatever a target cannot hold is refused before anything is written, with the nearest recipe that fits.
 """
@@ -7,23 +8,33 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax
 import numpy as np
 
-from qjax.checkpoints.huggingface import CONFIG, REPLACED, checkpoint_dtype, write_companions
+from qjax.checkpoints.gguf.export import export_gguf
+from qjax.checkpoints.huggingface import CONFIG, REPLACED, TOKENIZER_CONFIG, checkpoint_dtype, write_companions
+from qjax.checkpoints.narrowing import in_float16
 from qjax.checkpoints.quantized import module_names
 from qjax.checkpoints.shards import SHARD_BYTES, write_shards
-from qjax.checkpoints.targets import LEFT_OUT, TARGETS, Codes, Target
+from qjax.checkpoints.target import LEFT_OUT, Codes, RefusedError, Target
+from qjax.checkpoints.targets import FLOAT16, TARGETS
 from qjax.errors import QjaxError
 from qjax.files import listing, write_atomically
 from qjax.folders import new_folder
+from qjax.formats import Format
 from qjax.lazy import materialised
 from qjax.linear import Linear, is_quantized
 from qjax.maps import Permute
 from qjax.models.families import FAMILIES, write_config
-from qjax.models.family import StoredTensor, stored_tensors
+from qjax.models.family import StoredTensor, head_name, stored_tensors
 from qjax.models.model import Model, require_model
 from qjax.models.parameters import check_parameters, flatten, parameter_shapes
 from qjax.qtensor import QTensor, unpack_codes, unpack_parameters
+from qjax.scales import QuantizedScales, laid, of_shape
+from qjax.untrusted import read_bytes, read_json, status
+
+GGUF = "gguf"
+CHAT = "chat_template.jinja"
 
 
 def export(
@@ -35,33 +46,40 @@ def export(
     shard_bytes: int = SHARD_BYTES,
     beside: Path | None = None,
 ) -> None:
-    """Writes a folder with the model's codes as they are, in the files of another library, which appears when it is whole.
+    """Writes a folder with the model's codes as they are, in the files of another library, which appears when it is whole; to
+    "gguf" a file.
 
-    to: a name of `targets.TARGETS`. beside: a folder whose tokenizer's and generation's files are copied. Raises QjaxError for
-    a model that is not quantized, and lists layers that the target cannot hold, with the nearest recipe that fits.
+    to: "gguf" or a name of `targets.TARGETS`. beside: a folder whose tokenizer's and generation's files are copied. Raises
+    QjaxError for a model that is not quantized, but to "gguf", and lists layers that the target cannot hold, with the nearest
+    recipe that fits.
     """
     require_model("export", model)
-    if to not in TARGETS:
-        raise QjaxError(f"export to {to!r}: expected {', '.join(TARGETS)}")
+    require_target(to)
+    if to == GGUF:
+        export_gguf(folder, model, overwrite=overwrite, chat_template=_chat_template(beside))
+        return
     config, shapes, leaves = write_config(model.config), parameter_shapes(model.config), flatten(model.params)
     check_parameters(leaves, shapes)
     target = TARGETS[to]
-    stored = stored_tensors(FAMILIES[model.config.family], shapes, model.config.heads)
+    leaves = {path: in_float16(leaf) if to in FLOAT16 else leaf for path, leaf in leaves.items()}
+    family, dtype = FAMILIES[model.config.family], np.dtype(checkpoint_dtype(leaves)).name
+    stored = stored_tensors(family, shapes, model.config.heads)
     modules = {
         name: tensor for name, tensor in module_names(stored).items() if any(is_quantized(leaves[p]) for p, _ in tensor.parts)
     }
     _require_fit(to, target, modules, leaves)
     left = [name for name in module_names(stored) if name not in modules]
+    left += [head_name(family).removesuffix(".weight")] if model.config.tied else []
     formats = {name: _described(leaves[tensor.parts[0][0]]) for name, tensor in modules.items()}
-    config["torch_dtype"] = np.dtype(checkpoint_dtype(leaves)).name
-    config["quantization_config"] = target.settings(formats, left)
+    config["torch_dtype"] = dtype
+    config["quantization_config"] = target.settings(formats, left, dtype)
     units = {tensor.name: tensor for tensor in stored}
 
     def make(unit: str) -> Mapping[str, np.ndarray]:
         tensor, module = units[unit], unit.removesuffix(".weight")
         held = {path: materialised(leaves[path]) for path, _ in tensor.parts}
         if module in modules:
-            return {f"{module}.{suffix}": array for suffix, array in target.store(_codes(tensor, held)).items()}
+            return {f"{module}.{suffix}": array for suffix, array in target.store(_codes(tensor, held, dtype)).items()}
         return {unit: tensor.join({path: np.asarray(leaf) for path, leaf in held.items()})}
 
     sizes = {name: sum(leaves[path].nbytes for path, _ in tensor.parts) for name, tensor in units.items()}
@@ -69,6 +87,21 @@ def export(
         write_shards(new, sizes, make, shard_bytes)
         write_companions(new, model, beside)
         write_atomically(new / CONFIG, json.dumps(config, indent=1) + "\n")
+
+
+def require_target(to: str) -> None:
+    """Raises QjaxError for a name of no target."""
+    if to not in (*TARGETS, GGUF):
+        raise QjaxError(f"export to {to!r}: expected {', '.join((*TARGETS, GGUF))}")
+
+
+def _chat_template(beside: Path | None) -> str | None:
+    if beside and status(beside / CHAT):
+        return read_bytes(beside / CHAT).decode("utf-8", "replace")
+    if beside and status(beside / TOKENIZER_CONFIG):
+        found = read_json(beside / TOKENIZER_CONFIG).get("chat_template")
+        return found if isinstance(found, str) else None
+    return None
 
 
 def _require_fit(to: str, target: Target, modules: Mapping[str, StoredTensor], leaves: Mapping[str, object]) -> None:
@@ -82,12 +115,14 @@ def _require_fit(to: str, target: Target, modules: Mapping[str, StoredTensor], l
         if reason := _refusal(target, parts, shape):
             problems.append(f"{name}: {reason}")
             formats = [part.format for part in parts if is_quantized(part) and part.format is not None]
-            nearest |= dict.fromkeys(str(target.nearest(fmt, shape)) for fmt in formats)
+            nearest |= {str(fmt): fmt for fmt in (target.nearest(each, shape) for each in formats)}
     if problems:
-        advice = (
-            f"; the nearest recipes that fit: {', '.join(f'rtn:{each}, gptq:{each}' for each in nearest)}" if nearest else ""
-        )
-        raise QjaxError(f"{to} cannot hold {listing(problems)}{advice}")
+        advice = f"; the nearest recipes that fit: {', '.join(map(_recipes, nearest.values()))}" if nearest else ""
+        raise RefusedError(f"{to} cannot hold {listing(problems)}{advice}")
+
+
+def _recipes(fmt: Format) -> str:
+    return f"rtn:{fmt}" if fmt.is_flat else f"rtn:{fmt}, gptq:{fmt}"
 
 
 def _refusal(target: Target, parts: list[object], shape: tuple[int, int]) -> str | None:
@@ -106,6 +141,9 @@ def _refusal(target: Target, parts: list[object], shape: tuple[int, int]) -> str
         orders = [np.asarray(materialised(part).inputs[0].index) for part in parts]
         if any(not np.array_equal(orders[0], order) for order in orders):
             return "parts that are stored side by side have inputs in different orders"
+    fmt = parts[0].format
+    if len(parts) > 1 and (fmt.scale_codec.together or fmt.crosses_columns(shape[0])):
+        return f"parts that are stored side by side have scales that columns share ({fmt})"
     return target.refusal(_described(parts[0])[0], shape, _described(parts[0])[1])
 
 
@@ -114,21 +152,26 @@ def _described(leaf: Linear | QTensor) -> tuple:
     return leaf.format, isinstance(leaf, Linear) and bool(leaf.inputs)
 
 
-def _codes(tensor: StoredTensor, held: Mapping[str, Linear | QTensor]) -> Codes:
+def _codes(tensor: StoredTensor, held: Mapping[str, Linear | QTensor], dtype: str) -> Codes:
     """A module's codes, its parts side by side."""
     first = next(iter(held.values()))
     weights = {path: leaf.weight if isinstance(leaf, Linear) else leaf for path, leaf in held.items()}
-    fmt = first.format
     codes = {path: np.asarray(unpack_codes(weight)) for path, weight in weights.items()}
-    scales = {path: np.asarray(weight.scales) for path, weight in weights.items()}
-    zeros = (
-        {path: np.asarray(unpack_parameters(weight)[1], np.uint8) for path, weight in weights.items()}
-        if fmt.is_affine
-        else None
-    )
+    zeros = None
+    if first.format.is_affine:
+        found = {path: np.asarray(unpack_parameters(weight)[1], np.uint8) for path, weight in weights.items()}
+        zeros = _joined(tensor, found)
     order = np.asarray(first.inputs[0].index) if isinstance(first, Linear) and first.inputs else None
-    joined = [None if arrays is None else _joined(tensor, arrays) for arrays in (codes, scales, zeros)]
-    return Codes(*joined, fmt, order)
+    return Codes(_joined(tensor, codes), _scales(tensor, weights), zeros, first.format, order, dtype)
+
+
+def _scales(tensor: StoredTensor, weights: Mapping[str, QTensor]) -> np.ndarray | QuantizedScales:
+    stored = {path: jax.tree.map(np.asarray, weight.scales) for path, weight in weights.items()}
+    if len(stored) == 1:
+        return next(iter(stored.values()))
+    fmt = next(iter(weights.values())).format
+    tables = {path: of_shape(stored[path], fmt.parameter_shape(*weight.shape)) for path, weight in weights.items()}
+    return laid(_joined(tensor, tables), fmt.is_flat)
 
 
 def _joined(tensor: StoredTensor, arrays: Mapping[str, np.ndarray]) -> np.ndarray:

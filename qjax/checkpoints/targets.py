@@ -1,93 +1,25 @@
-"""What other libraries' files can hold of a layer, and how: the inverse of `gptq.py` and `compressed_tensors.py`.
+"""What other libraries' files can hold of a layer, and how: the inverse of `gptq.py` and its neighbours.
 
     gptq, gptq_v2        affine or symmetric integers of 2, 3, 4 or 8 bits, float16 scales, inputs in any order (g_idx)
     compressed-tensors   pack-quantized: integers of 2 to 8 bits, scales in any type of floats
+    awq                  integers of 4 bits, float16 scales (`target_awq.py`)
+    bitsandbytes         NF4 and FP4 in blocks, nested or not, and symmetric int8 by rows (`target_bitsandbytes.py`)
 
 Version 1 of GPTQ's files has no word for a zero point of 0 but to borrow from the next one, which GPTQModel undoes and some
 kernels do not: gptq_v2 is the one for affine codes.
-
-A target is a pure function of codes: reading what it wrote gives the same codes, scales and zero points.
 """
 
-import dataclasses
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 import numpy as np
 
 from qjax import __version__
 from qjax.checkpoints.gptq import ONES
-from qjax.checkpoints.modules import pack
-from qjax.formats import INTEGERS, Format
-
-GROUPS = (16, 32, 64, 128, 256, 512, 1024)  # that kernels know
-LEFT_OUT = "the layer does more to its input: {}"
-
-
-class Codes(NamedTuple):
-    """A layer as a target stores it: codes (in, out), scales (groups, out) as stored, zero points (groups, out) uint8 or None,
-    the order of inputs in which groups are runs, or None.
-    """
-
-    codes: np.ndarray
-    scales: np.ndarray
-    zeros: np.ndarray | None
-    format: Format
-    order: np.ndarray | None
-
-
-class Target(NamedTuple):
-    """refusal: (format, (in, out), whether inputs are in another order) -> why not, or None; nearest: a format that fits.
-
-    store: a layer's tensors by what follows its name; raises QjaxError. settings: quantization_config, of the formats (and
-    orders) by module and the names of modules that are left as they are.
-    """
-
-    refusal: Callable[[Format, tuple[int, int], bool], str | None]
-    nearest: Callable[[Format, tuple[int, int]], Format]
-    store: Callable[[Codes], dict[str, np.ndarray]]
-    settings: Callable[[Mapping[str, tuple[Format, bool]], list[str]], dict]
-
-
-def words(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Codes along the last axis as int32 words of their bit stream."""
-    stream = pack(codes, bits)
-    stream = np.pad(stream, [(0, 0)] * (stream.ndim - 1) + [(0, -stream.shape[-1] % 4)])
-    return np.ascontiguousarray(stream).view("<i4")
-
-
-def _group(fmt: Format) -> int:
-    return fmt.group if fmt.granularity == "group" else -1
-
-
-def _integers_refusal(fmt: Format, shape: tuple[int, int], bits: tuple[int, ...]) -> str | None:
-    """What no library's integers hold."""
-    if fmt.grid not in INTEGERS or fmt.bits not in bits or fmt.granularity not in ("group", "channel"):
-        return f"{fmt} is not of integers of {', '.join(map(str, bits))} bits in groups or channels"
-    if not fmt.has_whole_zeros or fmt.scales not in ("fp16", "bf16", "fp32"):
-        return f"{fmt} stores scales or zero points that the files have no place for"
-    if fmt.granularity == "group" and (fmt.group not in GROUPS or shape[0] % fmt.group):
-        return f"groups of {fmt.group} of {shape[0]} inputs; a power of two from 16 to 1024 that divides them is expected"
-    return None
-
-
-def _nearest_integers(fmt: Format, shape: tuple[int, int], bits: tuple[int, ...], scales: tuple[str, ...]) -> Format:
-    fits = [group for group in GROUPS if shape[0] % group == 0 and fmt.granularity != "channel"]
-    size = min(fits, key=lambda group: abs(group - (fmt.group or 128)), default=0)
-    chosen = min(bits, key=lambda each: (abs(each - fmt.bits), -each))
-    integer = fmt.grid in INTEGERS and fmt.bits > 1
-    return dataclasses.replace(
-        fmt,
-        grid=f"int{chosen}",
-        granularity="group" if size else "channel",
-        group=size,
-        bound=fmt.bound if integer else "",
-        scales=fmt.scales if fmt.scales in scales else scales[0],
-        zeros="none" if integer and fmt.symmetric else "codes",
-    )
-
+from qjax.checkpoints.target import Codes, Formats, Target, group_of, integers_refusal, nearest_integers, words
+from qjax.checkpoints.target_awq import AWQ
+from qjax.checkpoints.target_bitsandbytes import BITSANDBYTES
+from qjax.formats import Format
 
 # --- GPTQ ----------------------------------------------------------------------------------------------------------------
 
@@ -95,7 +27,7 @@ GPTQ_BITS = (2, 3, 4, 8)
 
 
 def _gptq_refusal(fmt: Format, shape: tuple[int, int], ordered: bool) -> str | None:
-    if reason := _integers_refusal(fmt, shape, GPTQ_BITS):
+    if reason := integers_refusal(fmt, shape, GPTQ_BITS):
         return reason
     if fmt.scales != "fp16":
         return f"{fmt}: the files' scales are float16"
@@ -106,7 +38,7 @@ def _gptq_refusal(fmt: Format, shape: tuple[int, int], ordered: bool) -> str | N
 
 def _gptq_store(layer: Codes, version: int) -> dict[str, np.ndarray]:
     fmt, (rows, columns) = layer.format, layer.codes.shape
-    size = rows if _group(fmt) == -1 else min(fmt.group, rows)
+    size = rows if group_of(fmt) == -1 else min(fmt.group, rows)
     index, codes = np.arange(rows) // size, layer.codes
     if layer.order is not None:
         places = np.argsort(layer.order)
@@ -128,8 +60,8 @@ def _gptq_store(layer: Codes, version: int) -> dict[str, np.ndarray]:
     }
 
 
-def _gptq_settings(formats: Mapping[str, tuple[Format, bool]], left: list[str], kind: str) -> dict:
-    said = {name: {"bits": f.bits, "group_size": _group(f), "sym": not f.is_affine} for name, (f, _) in formats.items()}
+def _gptq_settings(formats: Formats, left: list[str], kind: str) -> dict:
+    said = {name: {"bits": f.bits, "group_size": group_of(f), "sym": not f.is_affine} for name, (f, _) in formats.items()}
     (common, _), *_ = Counter(tuple(each.items()) for each in said.values()).most_common(1)
     rules = {f"+:{re.escape(name)}$": each for name, each in said.items() if tuple(each.items()) != common}
     rules |= {f"-:{re.escape(name)}$": {} for name in left if "." in name}
@@ -151,9 +83,9 @@ def _gptq_settings(formats: Mapping[str, tuple[Format, bool]], left: list[str], 
 def _gptq(kind: str, version: int) -> Target:
     return Target(
         _gptq_refusal,
-        lambda fmt, shape: _nearest_integers(fmt, shape, GPTQ_BITS, ("fp16",)),
+        lambda fmt, shape: nearest_integers(fmt, shape, GPTQ_BITS, ("fp16",)),
         lambda layer: _gptq_store(layer, version),
-        lambda formats, left: _gptq_settings(formats, left, kind),
+        lambda formats, left, _: _gptq_settings(formats, left, kind),
     )
 
 
@@ -165,7 +97,7 @@ CT_BITS = (2, 3, 4, 5, 6, 7, 8)
 def _ct_refusal(fmt: Format, shape: tuple[int, int], ordered: bool) -> str | None:
     if ordered:
         return "groups of inputs in another order (desc_act), which the library no longer reads"
-    return _integers_refusal(fmt, shape, CT_BITS)
+    return integers_refusal(fmt, shape, CT_BITS)
 
 
 def _ct_store(layer: Codes) -> dict[str, np.ndarray]:
@@ -180,7 +112,7 @@ def _ct_store(layer: Codes) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _ct_settings(formats: Mapping[str, tuple[Format, bool]], left: list[str]) -> dict:
+def _ct_settings(formats: Formats, left: list[str], _: str) -> dict:
     kinds = {}
     for name, (fmt, _) in formats.items():
         kinds.setdefault(_ct_weights(fmt), []).append(name)
@@ -204,7 +136,7 @@ def _ct_settings(formats: Mapping[str, tuple[Format, bool]], left: list[str]) ->
 
 
 def _ct_weights(fmt: Format) -> tuple:
-    group = _group(fmt)
+    group = group_of(fmt)
     said = {
         "num_bits": fmt.bits,
         "type": "int",
@@ -216,13 +148,16 @@ def _ct_weights(fmt: Format) -> tuple:
     return tuple(said.items())
 
 
+FLOAT16 = ("gptq", "gptq_v2", "awq")  # targets whose scales are of that type
 TARGETS: dict[str, Target] = {
     "gptq": _gptq("gptq", 1),
     "gptq_v2": _gptq("gptq_v2", 2),
     "compressed-tensors": Target(
         _ct_refusal,
-        lambda fmt, shape: _nearest_integers(fmt, shape, CT_BITS, ("fp16", "bf16", "fp32")),
+        lambda fmt, shape: nearest_integers(fmt, shape, CT_BITS, ("fp16", "bf16", "fp32")),
         _ct_store,
         _ct_settings,
     ),
+    "awq": AWQ,
+    "bitsandbytes": BITSANDBYTES,
 }

@@ -21,11 +21,12 @@ from pathlib import Path
 import typer
 
 from qjax.cli.evaluate import evaluate, generate, info
-from qjax.cli.export import dequantize, export
+from qjax.cli.export import convert, dequantize, export
 from qjax.cli.lists import columns, formats, recipes
 from qjax.cli.quantize import quantize
 from qjax.cli.results import compare, report, rerun
 from qjax.cli.sweep import sensitivity, sweep
+from qjax.cli.tune import tune
 from qjax.errors import QjaxError, one_line
 from qjax.printable import printable
 
@@ -45,7 +46,9 @@ for command in (
     quantize,
     dequantize,
     export,
+    convert,
     sensitivity,
+    tune,
     evaluate,
     generate,
     info,

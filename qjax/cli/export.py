@@ -12,6 +12,9 @@ from qjax.errors import QjaxError
 from qjax.files import expand
 
 ShardSize = Annotated[float, typer.Option(min=1e-6, help="GB of a file at most; more are written with an index.")]
+Target = Annotated[
+    str, typer.Option(metavar="FORMAT", help="gptq, gptq_v2, compressed-tensors, awq, bitsandbytes, or gguf: a file.")
+]
 TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -50,23 +53,40 @@ def dequantize(
     typer.echo(f"{out}: {loaded.name} ({loaded.recipe}) in {dtype}")
 
 
-def export(
-    model: ModelName,
-    out: Out,
-    to: Annotated[str, typer.Option(metavar="FORMAT", help="gptq, gptq_v2 or compressed-tensors.")],
-    shard_size: ShardSize = 5.0,
-    overwrite: Overwrite = False,
-) -> None:
-    """Write a quantized model, its codes as they are, as another library's folder.
+def export(model: ModelName, out: Out, to: Target, shard_size: ShardSize = 5.0, overwrite: Overwrite = False) -> None:
+    """Write a quantized model, its codes as they are, as another library's folder, or as a GGUF file.
 
     What that library's files cannot hold is refused, with the nearest recipe that fits.
     """
+    _write(model, out, to, shard_size, overwrite)
+
+
+def convert(model: ModelName, out: Out, to: Target, shard_size: ShardSize = 5.0, overwrite: Overwrite = False) -> None:
+    """Write what another library quantized (a folder, a GGUF file) in the files of a third one, its codes as they are.
+
+    What the target cannot hold is refused: nothing is rounded a second time without a word. `qjax dequantize` and
+    `qjax quantize` do that.
+    """
+    from qjax.checkpoints.target import RefusedError
+
+    try:
+        _write(model, out, to, shard_size, overwrite)
+    except RefusedError as error:
+        raise QjaxError(
+            f"{error}; to round it anew: qjax dequantize {model} --out PLAIN, then qjax quantize PLAIN with a recipe that fits"
+        ) from error
+
+
+def _write(model: str, out: Path, to: str, shard_size: float, overwrite: bool) -> None:
     check_names(models=(model,))
+    from qjax.checkpoints.export import GGUF, require_target
     from qjax.checkpoints.export import export as export_model
+    from qjax.checkpoints.gguf.export import require_file
     from qjax.folders import refuse_inputs, require_place
 
+    require_target(to)
     refuse_inputs(out, [model])
-    out = require_place(out, overwrite=overwrite)
+    out = (require_file if to == GGUF else require_place)(out, overwrite=overwrite)
     loaded = load_model(model, lazy=True)
     limit = int(shard_size * 1e9)
     export_model(out, loaded, to, overwrite=overwrite, shard_bytes=limit, beside=_folder(model))

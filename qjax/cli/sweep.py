@@ -95,6 +95,7 @@ def sweep(
     from qjax.sweep.launch import parse_launcher
 
     engine, _ = parse_launcher(launcher)
+    asked, drawing = _recipes(recipes, methods, bits, group), split_seeds(seeds, seed)
     asked_names = {"recipes": recipes, "methods": methods, "order": order, "rules": rule, "convention": convention}
     asked_names |= {"tasks": tasks, "measure": measure}
     check_names(**asked_names, texts=(*data, calibration), models=(model, baseline))
@@ -102,12 +103,11 @@ def sweep(
     from qjax.evaluate.tasks import load_tasks
     from qjax.evaluate.windows import parse_convention
     from qjax.recipe import UNQUANTIZED
+    from qjax.sweep.cells import canonical
     from qjax.sweep.columns import require_measurements
     from qjax.sweep.runner import Sweep, cell_states, rules_in_order
 
-    names, drawing = _recipes(recipes, methods, bits, group, order), split_seeds(seeds, seed)
-    rules = rules_in_order(rule or (), order)
-    measured = parse_convention(convention)
+    names, rules, measured = canonical(asked, order), rules_in_order(rule or (), order), parse_convention(convention)
     measures = require_measurements(split_names(measure) if measure else ())
     if not dry_run:
         refuse_inputs(out, [model])
@@ -164,16 +164,15 @@ def _launch(context: typer.Context, workers: int, launcher: str, out: Path) -> N
         raise typer.Exit(error.code) from None
 
 
-def _recipes(recipes: str | None, methods: str | None, bits: str | None, group: str | None, order: str | None) -> list[str]:
-    """Canonical recipes as they are given, or of methods times bits."""
-    from qjax.sweep.cells import canonical, expand
+def _recipes(recipes: str | None, methods: str | None, bits: str | None, group: str | None) -> list[str]:
+    """Recipes as they are given, or of methods times bits."""
+    from qjax.sweep.crossed import crossed
 
     if recipes is not None and (methods, bits, group) != (None, None, None):
         raise QjaxError("--recipes says everything; give either it or --methods, --bits and --group")
     if recipes is not None:
-        return canonical(split_names(recipes), order)
-    wanted = split_names(METHODS if methods is None else methods), split_numbers(BITS if bits is None else bits)
-    return expand(*wanted, group, order)
+        return split_names(recipes)
+    return crossed(split_names(METHODS if methods is None else methods), split_numbers(BITS if bits is None else bits), group)
 
 
 def sensitivity(
@@ -191,13 +190,14 @@ def sensitivity(
     out: Out = Path("qjax-sensitivity"),
 ) -> None:
     """Measure what each block costs when it alone is quantized; rows and a table go to --out."""
+    drawing = split_seeds(seeds, seed)
     check_names(recipes=recipe, order=order, convention=convention, texts=(*data, calibration), models=(model,))
     from qjax.evaluate.corpora import load_corpora
     from qjax.evaluate.windows import parse_convention
     from qjax.sweep.cells import canonical
     from qjax.sweep.runner import Sweep
 
-    names, measured, drawing = canonical([recipe], order), parse_convention(convention), split_seeds(seeds, seed)
+    names, measured = canonical([recipe], order), parse_convention(convention)
     refuse_inputs(out, [model])
     prepare_output_folder(out)
     corpora = load_corpora(data)

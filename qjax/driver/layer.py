@@ -16,13 +16,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from qjax import maps
-from qjax.activations import static_scale
+from qjax.activations import ACTIVATIONS, Activation, calibrated, parse_activation
 from qjax.calibrate.order import Order, correct
-from qjax.calibrate.statistics import COUNT, STATISTICS, given_to, read_by
+from qjax.calibrate.statistics import COUNT, STATISTICS, given_to, mapped_value, read_by
 from qjax.driver.scale_range import check_scales
 from qjax.errors import QjaxError
 from qjax.formats import Format
-from qjax.linear import Linear, dequantize, is_quantized
+from qjax.linear import Linear, Outliers, dequantize, is_quantized
 from qjax.maps import InputMap
 from qjax.methods import UNQUANTIZED, Memo, Site, Stage, added_methods, captures_of
 from qjax.numbers import NotFiniteError
@@ -83,10 +83,24 @@ class Rounded(NamedTuple):
     def leaf_of(self, weight: QTensor | Array) -> Linear:
         """The layer with this weight: a QTensor, or an array in its place."""
         inputs = () if self.mapped is None or self.mapped.folded else self.mapped.inputs
-        activation = self.recipe.activation
-        static = activation is not None and activation.is_static
-        scale = static_scale(*given_to(static_scale, self.statistics), activation) if static else None
-        return Linear(weight, inputs, activation, scale)
+        return activated(weight, inputs, self.recipe.activation, self.statistics, self.weight)
+
+
+def activated(
+    weight: QTensor | Array,
+    inputs: tuple[InputMap, ...],
+    activation: Activation | None,
+    statistics: Mapping[str, Array],
+    exact: Float[Array, "in out"],
+) -> Linear:
+    """The layer of a weight, rounded, whose mapped input is rounded by an activation format. statistics: of that input. exact:
+    the weight before rounding, of which outliers that calibration finds keep their rows in float16.
+    """
+    if activation is None or not activation.fixed:
+        return Linear(weight, inputs, activation, calibrated(activation, statistics))
+    index = jnp.flatnonzero(statistics["abs_max"] >= activation.threshold).astype(jnp.int32)
+    kept = Outliers(index, exact[index].astype(jnp.float16)) if index.size else None
+    return Linear(weight, inputs, parse_activation(ACTIVATIONS), None, kept)
 
 
 def round_kernel(
@@ -107,7 +121,7 @@ def round_kernel(
         if not mapped.folded:
             weight = maps.on_weight(mapped.inputs, weight)
         if not mapped.folded or not order.inside:  # else the input was captured with the scale folded into it
-            known = {name: memo.get(_map_statistic, value, mapped.inputs, name=name) for name, value in known.items()}
+            known = {name: memo.get(_mapped, value, mapped.inputs, name=name) for name, value in known.items()}
     q, info = round_weight(weight, recipe, known, memo)
     corrected = drifted is not None or mapped is not None
     done = Rounded(q, info, original, weight, known, recipe, mapped, statistics.get(COUNT))
@@ -134,10 +148,8 @@ def placed(done: Rounded, q: QTensor, info: Info, memo: Memo, *, corrected: bool
     return done._replace(leaf=leaf, info=info, exponent=exponent)
 
 
-def _map_statistic(value: Array, inputs: tuple[InputMap, ...], *, name: str) -> Array:
-    for each in inputs:
-        value = each.on_statistic(value, STATISTICS[name].axes)
-    return value
+def _mapped(value: Array, inputs: tuple[InputMap, ...], *, name: str) -> Array:
+    return mapped_value(name, value, inputs)
 
 
 def round_weight(

@@ -218,10 +218,11 @@ def _stack(parts: Sequence[object], site: Site) -> object:
     """What a site's matrices hold, as one; raises QjaxError where they are not alike."""
     if not site.view.stack:
         return parts[0]
-    if len({jax.tree.structure(part) for part in parts}) > 1:
+    kinds = [(jax.tree.structure(part), *(leaf.shape for leaf in jax.tree.leaves(part))) for part in parts]
+    if any(kind != kinds[0] for kind in kinds):
         raise QjaxError(
-            f"{site.path}: its layers would be stored differently, and one stack is read by one program; activation formats "
-            "in a stack go with order='parallel'"
+            f"{site.path}: its matrices would be stored differently, and one stack is read by one program; activation formats "
+            "in a stack go with order='parallel', outliers that calibration finds do not go with a stack"
         )
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
     return jax.tree.map(lambda leaf: leaf.reshape(*site.view.stack_shape, *leaf.shape[1:]), stacked)

@@ -11,7 +11,7 @@ from jaxtyping import Array
 from qjax import maps
 from qjax.calibrate.capture import Batch, module_outputs
 from qjax.calibrate.statistics import given_to, mapped
-from qjax.driver.layer import Mapped, round_weight
+from qjax.driver.layer import Mapped, activated, round_weight
 from qjax.driver.piece import Piece
 from qjax.errors import QjaxError
 from qjax.linear import dequantize
@@ -19,6 +19,7 @@ from qjax.maps import InputMap
 from qjax.methods import Memo, Site, Stage, captures_of
 from qjax.models.folding import fold_map, is_linear
 from qjax.recipe import Recipe
+from qjax.rounding.nearest import rtn
 from qjax.rounding.parts.info import output_loss
 from qjax.rounding.parts.unit import exponent_of
 from qjax.scales import times_power_of_two
@@ -43,7 +44,8 @@ def transform(
         recipes = {todo.get(path) for path in paths}
         if None in recipes or len(recipes) > 1 or (is_linear(fold, flat) and f"{fold.source}/kernel" not in changed):
             continue  # they cannot share a map, or what would have to change is to be left as it is
-        inputs = _find_maps(piece, paths, flat, recipes.pop(), statistics.get(piece.shared.get(paths[0]), {}), batches, memo)
+        known = statistics.get(piece.shared.get(paths[0]), {})
+        inputs = _find_maps(piece, paths, flat, recipes.pop(), known, batches, memo)
         if [type(each) for each in inputs] == [maps.Divide]:
             base |= fold_map(base, fold, inputs[0])
             found |= dict.fromkeys(paths, Mapped(inputs, folded=True))
@@ -71,6 +73,7 @@ def _find_maps(piece, paths, flat, recipe, statistics, batches, memo) -> tuple[I
             memo,
             _module_error(piece, paths, flat, found, statistics, batches),
             _rounder(tuple(weights), recipe, statistics, memo),
+            _trial(piece, paths, flat, tuple(weights), found, recipe, statistics, batches),
         )
         by = stage(weights, recipe.format, site=site)
         _check_map(stage, by, weights[0])
@@ -81,7 +84,8 @@ def _find_maps(piece, paths, flat, recipe, statistics, batches, memo) -> tuple[I
             )
         found = maps.composed([*found, by])
         weights = [by.on_weight(weight) for weight in weights]
-        rest = captures_of((*recipe.transforms[number + 1 :], recipe.rounding, *recipe.refiners))
+        later = (*recipe.transforms[number + 1 :], recipe.rounding, *recipe.refiners)
+        rest = captures_of(later)
         statistics = mapped({name: value for name, value in statistics.items() if name in rest}, by)
     return found
 
@@ -134,6 +138,32 @@ def _module_error(piece, paths, flat, found, statistics, batches) -> Callable[[S
     def error(weights):
         new = {path: piece.views[path].to_kernel(maps.merged(found, w)) for path, w in zip(paths, weights, strict=True)}
         got = module_outputs(piece.module, unflatten_dict({**flat, **new}, sep="/"), batches, parent)
+        return sum(jnp.sum(jnp.square(a - b)) for a, b in zip(got, wanted(), strict=True))
+
+    return error
+
+
+def _trial(piece, paths, flat, weights, found, recipe, statistics, batches) -> Callable[[InputMap], Array]:
+    """The squared error of the parent module's output when `weights`, which are for inputs through the maps found so far, are
+    mapped once more and rounded to nearest, and their input is rounded by the recipe's activation format.
+    """
+    parent = tuple(paths[0].split("/")[:-2])
+
+    @functools.cache
+    def wanted() -> list[Array]:
+        return module_outputs(piece.module, piece.params, batches, parent)
+
+    def error(by):
+        needed = recipe.activation.statistics if recipe.activation else ()
+        known = mapped({name: statistics[name] for name in needed}, by)
+        leaves = {}
+        for path, weight in zip(paths, map(by.on_weight, weights), strict=True):
+            decoded = dequantize(rtn(weight, recipe.format)[0])
+            if recipe.activation is None:
+                leaves[path] = piece.views[path].to_kernel(maps.merged((*found, by), decoded))
+            else:
+                leaves[path] = activated(decoded, (*found, by), recipe.activation, known, weight)
+        got = module_outputs(piece.module, unflatten_dict({**flat, **leaves}, sep="/"), batches, parent)
         return sum(jnp.sum(jnp.square(a - b)) for a, b in zip(got, wanted(), strict=True))
 
     return error

@@ -85,12 +85,33 @@ def matmul(
     chosen = choose(implementation, x.dtype, q, activations=activations)
     if chosen == "reference":
         if activations:
-            return _reference_int8(x, q)
+            return _reference_int8(x, *tokens_int8(jax.lax.stop_gradient(x)), q)
         return jnp.matmul(x, _decoded(q, x.dtype), precision=precision)
     if chosen in KERNELS and isinstance(q, QTensor):
         q = layout.prepare(q)
     y = _multiply(x.reshape(-1, x.shape[-1]), q, _Choice(chosen, precision, activations))
     return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def matmul_codes(
+    x: Float[Array, "*batch in"],
+    codes: Int8[Array, "*batch in"],
+    scale: Float[Array, "*batch 1"],
+    q: QTensor | KernelWeight,
+    *,
+    implementation: str = "auto",
+) -> Float[Array, "*batch out"]:
+    """(codes * scale) W in x's type, in integers (int8 x int8, sums in int32), for an int8-channel-sym weight.
+
+    x is what the codes stand for: the derivative is that of x W. Raises QjaxError as `matmul` does.
+    """
+    chosen = choose(implementation, x.dtype, q, activations=ACTIVATIONS)
+    if chosen == "reference":
+        return _reference_int8(x, codes, scale, q)
+    if chosen in KERNELS and isinstance(q, QTensor):
+        q = layout.prepare(q)
+    rows = (x.reshape(-1, x.shape[-1]), codes.reshape(-1, x.shape[-1]), scale.reshape(-1, 1))
+    return _multiply_codes(*rows, q, chosen).reshape(*x.shape[:-1], q.shape[-1])
 
 
 def choose(implementation: str, dtype: DTypeLike, q: QTensor | KernelWeight, *, activations: str | None = None) -> str:
@@ -148,13 +169,12 @@ def tokens_int8(x: Float[Array, "*rows in"]) -> tuple[Int8[Array, "*rows in"], F
     return jnp.clip(jnp.round(x / scale), -127, 127).astype(jnp.int8), scale
 
 
-def _reference_int8(x: Float[Array, "*batch in"], q: QTensor | KernelWeight) -> Float[Array, "*batch out"]:
+def _reference_int8(x, rounded, scale, q: QTensor | KernelWeight) -> Float[Array, "*batch out"]:
     """W8A8 by XLA's product of integers, straight-through in x: the oracle."""
     if isinstance(q, KernelWeight):
         codes, scales = layout.dequantize(dataclasses.replace(q, scales=jnp.ones_like(q.scales))), q.scales
     else:
         codes, scales = unpack_codes(q).astype(jnp.int32) - 128, unpack_parameters(q)[0]
-    rounded, scale = tokens_int8(jax.lax.stop_gradient(x))
     total = jnp.matmul(rounded, codes.astype(jnp.int8), preferred_element_type=jnp.int32)
     exact = total * scale * scales.reshape(-1).astype(jnp.float32)
     through = jnp.matmul(x, _decoded(q, x.dtype))
@@ -186,6 +206,26 @@ def _backward(choice, saved, dy):
     decoded, to_weight = jax.vjp(_decoded, q)
     weight = jnp.matmul(x.astype(jnp.float32).T, dy.astype(jnp.float32), precision=choice.precision)
     return _summed_like(dx, x), *to_weight(_summed_like(weight, decoded))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _multiply_codes(x, codes, scale, q: QTensor | KernelWeight, implementation: str) -> Float[Array, "rows out"]:
+    if not len(x):
+        return jnp.zeros((0, q.shape[-1]), x.dtype)
+    module = _kernels(implementation) if implementation in KERNELS else xla
+    return module.multiply_int8(codes, scale, q).astype(x.dtype)
+
+
+def _forward_codes(x, codes, scale, q, implementation):
+    return _multiply_codes(x, codes, scale, q, implementation), (x, q)
+
+
+def _backward_codes(implementation, saved, dy):
+    dx, dq = _backward(_Choice(implementation, None, ACTIVATIONS), saved, dy)
+    return dx, None, None, dq
+
+
+_multiply_codes.defvjp(_forward_codes, _backward_codes)
 
 
 def _summed_like(cotangent: Array, primal: Array) -> Array:

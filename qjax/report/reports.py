@@ -23,6 +23,7 @@ from qjax.report.dots import dots_figure, has_dots
 from qjax.report.drawing import PNG_DPI, RC
 from qjax.report.estimates import shown_rows
 from qjax.report.figures import has_tradeoff, lines_figure, tradeoff_figure
+from qjax.report.inputs import INPUTS, has_inputs, inputs_caption, inputs_figure, inputs_table
 from qjax.report.kernels import by_device, has_kernels, kernels_figure, kernels_table
 from qjax.report.measured import has_measured, measured_table, shown_measurements
 from qjax.report.memory import memory_rows_table
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+NOTHING = "None"  # in a file's name, of a value that a row has not
 LONGEST = 60  # letters of a name in a file's name, which the system allows 255
 
 
@@ -75,10 +77,14 @@ FIGURES = (
 )
 FOLDER_TABLES = (
     Exhibit("memory", of_kind("memory"), memory_rows_table),
+    Exhibit(INPUTS, of_kind(INPUTS), inputs_table),
     Exhibit(KIND, of_kind(KIND), paper_shapes_table),
     Exhibit("kernels", of_kind("kernels"), kernels_table, by_device),
 )
-FOLDER_FIGURES = (Exhibit("kernels", has_kernels, kernels_figure, by_device, kernels_caption),)
+FOLDER_FIGURES = (
+    Exhibit("kernels", has_kernels, kernels_figure, by_device, kernels_caption),
+    Exhibit(INPUTS, has_inputs, inputs_figure, caption=inputs_caption),
+)
 
 
 def table_exhibits() -> list[Exhibit]:
@@ -178,11 +184,11 @@ def _exhibits(rows: Sequence[Row], exhibits: Sequence[Exhibit]) -> Iterator[tupl
 def report_names(groups: Sequence[Sequence[Row]]) -> list[str]:
     """File names, without suffix, by model, text and convention; what tells two of the same name apart is appended."""
     names = [_slug("baseline", "corpus", "convention", row=group[0]) for group in groups]
-    for keys in (("baseline_fingerprint", "corpus_fingerprint", "windows", "tasks"), ("device",), ("compute_dtype",)):
+    for keys in (("tasks",), ("baseline_fingerprint", "corpus_fingerprint", "windows"), ("device",), ("compute_dtype",)):
         details = [_slug(*keys, row=group[0]) for group in groups]
         pairs = list(zip(names, details, strict=True))
         telling = {name for name, _ in pairs if len({more for other, more in pairs if other == name}) > 1}
-        names = [f"{name}-{more}" if name in telling else name for name, more in pairs]
+        names = [f"{name}-{more}" if name in telling and more != NOTHING else name for name, more in pairs]
     return names
 
 

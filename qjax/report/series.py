@@ -63,6 +63,7 @@ def parts_of(row: Row) -> Parts:
         return Parts(f"{UNQUANTIZED} with {rules}" if rules else str(row["model"]), UNQUANTIZED)
     recipe, at, order = recipe_without_rules(row).partition("@")
     activation = f"/{row['activation']}" if row.get("activation") else ""
+    activation = activation if recipe.endswith(activation) else ""  # llm_int8 is among the stages
     stages = recipe.removesuffix(activation).removesuffix(str(row["format"])).removesuffix(":")
     fmt = parse_format(str(row["format"]))
     grouping, _, others = str(fmt).partition("-")[2].partition("-")

@@ -1,1 +1,1 @@
-"""Training with optax: the bundled model, and later quantization-aware training."""
+"""Training with optax: the bundled model, adapters on a frozen base, quantization-aware training."""

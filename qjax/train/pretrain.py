@@ -16,21 +16,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from qjax.errors import QjaxError
 from qjax.models.config import DecoderConfig
 from qjax.models.walk import Decoder, block_name
+from qjax.train.loop import TrainState, checkpoints, gradient_over, mesh_of, save
+from qjax.train.loop import restore_latest as restore_state
+
+__all__ = ["TrainState", "checkpoints", "save"]  # used with what is here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,14 +61,6 @@ class PretrainConfig:
     @property
     def tokens_per_step(self) -> int:
         return self.batch * self.model.context
-
-
-class TrainState(NamedTuple):
-    """What a checkpoint holds."""
-
-    step: Int[Array, ""]  # finished steps
-    params: Any
-    optimizer: optax.OptState
 
 
 def learning_rate(config: PretrainConfig, step: Int[Array, ""] | int) -> Float[Array, ""]:
@@ -121,35 +115,13 @@ def make_step(
 
     Raises QjaxError when `devices` do not exist or do not divide the batch into whole micro-batches.
     """
-    if devices > jax.device_count() or config.batch % (devices * config.micro_batch):
-        raise QjaxError(
-            f"training on {devices} devices: got {jax.device_count()} devices, batch {config.batch} and "
-            f"micro-batch {config.micro_batch}; expected a batch that devices * micro_batch divides"
-        )
-    mesh = jax.make_mesh((devices,), ("data",), devices=jax.devices()[:devices], axis_types=(AxisType.Auto,))
+    mesh = mesh_of(devices, config.batch, config.micro_batch)
     whole, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
     optimizer = make_optimizer(config)
-
-    def device_gradient(params: Any, tokens: Array) -> tuple[Array, Any]:
-        params = jax.lax.pcast(params, "data", to="varying")
-        micro = tokens.reshape(-1, config.micro_batch, tokens.shape[-1])
-
-        def accumulate(total: Any, part: Array) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss, argnums=1)(config.model, params, part)), None
-
-        zero = jax.lax.pcast(jnp.zeros(()), "data", to="varying"), jax.tree.map(jnp.zeros_like, params)
-        total, _ = jax.lax.scan(accumulate, zero, micro)
-        return jax.tree.map(lambda leaf: jax.lax.pmean(leaf / len(micro), "data"), total)
-
-    gradient = jax.shard_map(
-        device_gradient,
-        mesh=mesh,
-        in_specs=(PartitionSpec(), PartitionSpec("data")),
-        out_specs=(PartitionSpec(), PartitionSpec()),
-    )
+    gradient = gradient_over(mesh, lambda params, _, part: loss(config.model, params, part), config.micro_batch)
 
     def step(state: TrainState, tokens: Array) -> tuple[TrainState, Array]:
-        value, gradients = gradient(state.params, tokens)
+        value, gradients = gradient(state.params, None, tokens)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         return TrainState(state.step + 1, optax.apply_updates(state.params, updates), optimizer_state), value
 
@@ -165,30 +137,6 @@ def batch_at(tokens: Int[np.ndarray, " length"], config: PretrainConfig, step: i
     return tokens[starts[:, None] + np.arange(width)].astype(np.int32)
 
 
-@contextmanager
-def checkpoints(folder: Path, *, keep: int = 2) -> Iterator[Any]:
-    """An orbax manager that keeps the last `keep` checkpoints of `folder`; for `save` and `restore_latest`."""
-    import orbax.checkpoint as ocp
-
-    with ocp.CheckpointManager(folder.resolve(), options=ocp.CheckpointManagerOptions(max_to_keep=keep)) as manager:
-        yield manager
-
-
-def save(manager: Any, state: TrainState) -> None:
-    """Write the state under its step."""
-    import orbax.checkpoint as ocp
-
-    manager.save(int(state.step), args=ocp.args.StandardSave(state._asdict()))
-    manager.wait_until_finished()
-
-
 def restore_latest(manager: Any, config: PretrainConfig) -> TrainState:
     """The latest state, bit for bit, or a fresh one where there is no checkpoint."""
-    import orbax.checkpoint as ocp
-
-    fresh = init_state(config)
-    if manager.latest_step() is None:
-        return fresh
-    restored = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(fresh._asdict()))
-    # Restored arrays are committed to one device; by way of the host they go where the step wants them.
-    return TrainState(**jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), restored))
+    return restore_state(manager, init_state(config))

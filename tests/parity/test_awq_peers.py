@@ -31,6 +31,7 @@ pytest.importorskip("llmcompressor")
 pytestmark = [pytest.mark.peer, *peers.IGNORED]
 
 GROUP = 32
+BITS = [4, pytest.param(3, marks=pytest.mark.slow)]
 ROOM = 1.005  # a weight in a thousand that meets a tie moves an error by one or two in a thousand, either way
 STORED = 1.03  # and one in a hundred, where our scales are rounded to float16 after the search
 MODELS = {"outliers": [f"outliers {draw}" for draw in range(6)], "trained": ["trained"]}
@@ -204,7 +205,7 @@ def compare(theirs, ours, errors):
 
 
 @pytest.mark.parametrize("scaling", ["reference", "duo"])
-@pytest.mark.parametrize("bits", [4, 3])
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("models", MODELS)
 def test_equal_ratios(theirs, ours, compare, models, bits, scaling):
     """With our ratios llm-compressor finds our scales, and nearest rounding then our weights, but for ties."""
@@ -219,7 +220,7 @@ def test_equal_ratios(theirs, ours, compare, models, bits, scaling):
     assert {kind: ratio for kind, ratio in ratios.items() if not 1 / STORED <= ratio <= STORED} == {}
 
 
-@pytest.mark.parametrize("bits", [4, 3])
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("models", MODELS)
 def test_without_the_search_of_ranges(compare, models, bits):
     """Their default and our search of scales alone, by the error that both minimise."""
@@ -229,7 +230,7 @@ def test_without_the_search_of_ranges(compare, models, bits):
 
 @pytest.mark.parametrize("scaling", DUO)
 @pytest.mark.parametrize("loss", ["hessian", "module"])
-@pytest.mark.parametrize("bits", [4, 3])
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("models", MODELS)
 def test_error_of_defaults(compare, models, bits, loss, scaling):
     """Our recipe with the search of ranges against each of their scalings, by the error that ours minimises."""

@@ -1,5 +1,6 @@
 """Whole folders: those that libraries write run here as there, and those that are exported run there as here."""
 
+import dataclasses
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # or torch's threads spin and starve whatever else runs
@@ -9,9 +10,11 @@ import pytest
 
 from qjax.checkpoints.export import export
 from qjax.checkpoints.load import load
+from qjax.linear import dequantize
 from qjax.models.model import apply
 from qjax.models.parameters import flatten, unflatten
 from qjax.rounding.nearest import rtn
+from tests.gguf_files import rotated
 from tests.parity.peers import IGNORED, save_random_llama
 
 pytestmark = [pytest.mark.peer, *IGNORED]
@@ -77,3 +80,71 @@ def test_gptqmodel_runs_what_is_exported_to_gptq(fmt, to, source, tmp_path, monk
         str(tmp_path / "a"), device="cpu", backend=gptqmodel.BACKEND.GPTQ_TORCH, dtype=torch.float16
     )
     assert_close(apply(model, TOKENS), logits(there.model.eval()), 1e-2)  # it computes in float16
+
+
+@pytest.mark.parametrize("fmt", ["nf4-g64", "nf4-b64-dq", "fp4_bnb-b32"])
+def test_transformers_runs_what_is_exported_to_bitsandbytes(fmt, source, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    model = quantized(source, fmt)
+    export(tmp_path / "a", model, "bitsandbytes", beside=source)
+    there = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.float32).eval()
+    assert type(there.model.layers[0].mlp.up_proj).__name__ == "Linear4bit" and type(there.lm_head) is torch.nn.Linear
+    assert_close(apply(model, TOKENS), logits(there), 1e-3)
+
+
+def test_transformers_holds_the_int8_that_is_exported_to_bitsandbytes(source, tmp_path):
+    """Its layers round their inputs, too: logits agree as far as that goes, weights to the last bit."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    model = quantized(source, "int8-channel-sym-max")
+    export(tmp_path / "a", model, "bitsandbytes", beside=source)
+    there = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.float32).eval()
+    layer = there.model.layers[0].mlp.up_proj
+    found = functional.int8_vectorwise_dequant(layer.weight.data, layer.weight.SCB).numpy().T
+    leaf = flatten(model.params)["block_0/mlp/up/kernel"]
+    np.testing.assert_allclose(found, dequantize(leaf), rtol=2e-7)
+    assert_close(apply(model, TOKENS), logits(there), 3e-2)
+
+
+def test_gptqmodel_runs_what_is_exported_to_awq(source, tmp_path, monkeypatch):
+    gptqmodel = pytest.importorskip("gptqmodel")
+    monkeypatch.chdir(tmp_path)  # it writes logs/
+    model = quantized(source, "int4-g32")
+    export(tmp_path / "a", model, "awq", beside=source)
+    there = gptqmodel.GPTQModel.load(
+        str(tmp_path / "a"), device="cpu", backend=gptqmodel.BACKEND.TORCH_AWQ, dtype=torch.float16
+    )
+    assert_close(apply(model, TOKENS), logits(there.model.eval()), 1e-2)  # it computes in float16
+
+
+@pytest.mark.parametrize(("fmt", "to"), [("nf4-b64-dq", "bitsandbytes"), ("int4-g32-sym", "compressed-tensors")])
+def test_a_tied_head_stays_as_it_is(fmt, to, source, tmp_path):
+    pytest.importorskip(to.replace("-", "_"))
+    model = quantized(source, fmt)
+    params = {name: part for name, part in model.params.items() if name != "head"}
+    params["head"] = {"norm": model.params["head"]["norm"]}
+    model = model._replace(params=params, config=dataclasses.replace(model.config, tied=True))
+    export(tmp_path / "a", model, to)
+    there = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.float32).eval()
+    assert type(there.lm_head) is torch.nn.Linear
+    assert_close(apply(model, TOKENS), logits(there), 1e-3)
+
+
+@pytest.mark.parametrize("fmt", ["int4-g32-sym", "int8-channel-sym-max"])
+def test_the_gguf_librarys_reader_and_transformers_read_what_is_exported_to_gguf(fmt, source, tmp_path):
+    gguf, quants = pytest.importorskip("gguf"), pytest.importorskip("gguf.quants")
+    model = quantized(source, fmt)
+    export(tmp_path / "a/m.gguf", model, "gguf", beside=source)
+    reader = gguf.GGUFReader(tmp_path / "a/m.gguf")
+    tensors, leaves = {each.name: each for each in reader.tensors}, flatten(model.params)
+    assert reader.get_field("general.architecture").contents() == "llama"
+    assert reader.get_field("llama.attention.head_count").contents() == model.config.heads
+    for name, path, move in (("attn_q", "attention/q", True), ("ffn_down", "mlp/down", False)):
+        tensor, ours = tensors[f"blk.0.{name}.weight"], np.asarray(dequantize(leaves[f"block_0/{path}/kernel"])).T
+        assert tensor.tensor_type.name == ("Q4_0" if "4" in fmt else "Q8_0")
+        found = quants.dequantize(tensor.data, tensor.tensor_type)
+        np.testing.assert_array_equal(found, rotated(ours, model.config.head_dim) if move else ours)
+    options = {"gguf_file": "m.gguf", "dtype": torch.float32}
+    there = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a", **options).eval()
+    assert_close(apply(model, TOKENS), logits(there), 1e-3)
+    tokens = reader.get_field("tokenizer.ggml.tokens").contents()
+    assert tokens[256] == "</s>" and len(tokens) == model.config.vocabulary_size

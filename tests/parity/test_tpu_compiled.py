@@ -26,7 +26,7 @@ CASES = [
 FORMATS = ("int8-channel", "int4-g128", "int3-g128", "int2-g128-sym", "nf4-g64")
 
 
-@pytest.fixture(scope="module", params=["v5e:2x2", "v6e:2x2"])
+@pytest.fixture(scope="module", params=["v5e:2x2", pytest.param("v6e:2x2", marks=pytest.mark.slow)])
 def sharding(request):
     """Of one device of the topology; the library is told not to look for a TPU machine around it, nor to lock one."""
     with pytest.MonkeyPatch.context() as patch:

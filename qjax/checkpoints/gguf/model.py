@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.checkpoints.gguf import blocks
-from qjax.checkpoints.gguf.config import FREQUENCIES, config_of
+from qjax.checkpoints.gguf.config import CONSTANTS, config_of
 from qjax.checkpoints.gguf.container import Contents, TensorInfo, read_bytes_of, read_files
 from qjax.checkpoints.gguf.names import Piece, stored_pieces
 from qjax.checkpoints.gguf.vocabulary import tokenizer_json
@@ -69,9 +69,8 @@ def load_gguf(path: str | Path, *, lazy: bool = False) -> Model:
 
 def _load(path: Path, contents: Contents, lazy: bool) -> Model:
     tensors = dict(contents.tensors)
-    frequencies = tensors.pop(FREQUENCIES, None)
-    factors = None if frequencies is None else _floats(frequencies).reshape(-1)
-    content = config_of(contents.values, tensors, factors)
+    constants = {name: _floats(tensors.pop(name)).reshape(-1) for name in CONSTANTS if name in tensors}
+    content = config_of(contents.values, tensors, constants)
     config = read_config(content)
     shapes = parameter_shapes(config)
     pieces = stored_pieces(config, shapes, str(contents.values["general.architecture"]))

@@ -2,10 +2,11 @@
 
 llama.cpp rotates neighbouring features of a head where Hugging Face's files, and we, rotate i and i + half: for the
 architectures of PERMUTED its converter moved the rows of q and k, and they are moved back: whole rows of codes, none of which
-is decoded.
+is decoded. (Families that rotate neighbours themselves, GLM-4 and Cohere, have their rows as they are.) Where q, k and v are
+one tensor they follow each other, whatever order of heads Hugging Face's files have.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from qjax.models.walk import block_of
 
 MODULES = {  # their module -> ours, of one tensor side by side along the output axis; {i} the layer
     "token_embd": ("embed/tokens",),
+    "token_embd_norm": ("embed/norm",),
     "position_embd": ("embed/positions",),
     "blk.{i}.attn_norm": ("block_{i}/attention_norm",),
     "blk.{i}.attn_q": ("block_{i}/attention/q",),
@@ -34,8 +36,9 @@ MODULES = {  # their module -> ours, of one tensor side by side along the output
     "output_norm": ("head/norm",),
     "output": ("head/output",),
 }
-FUSED = ("gpt2",)  # families whose files hold q, k and v as one tensor
-PERMUTED = ("llama", "smollm3", "granite")  # architectures
+FUSED = ("gpt2", "gptneox", "falcon", "bloom", "phi3")  # architectures whose files hold q, k and v as one tensor
+FUSED_GATE = ("phi3", "glm4")  # and gate and up
+PERMUTED = ("llama", "smollm3", "granite")
 
 
 class Piece(NamedTuple):
@@ -51,21 +54,27 @@ def stored_pieces(
 ) -> dict[str, tuple[Piece, ...]]:
     """What a file of the architecture must hold: each tensor by name, and the parameters that it is made of."""
     found = {}
-    for theirs, ours in _modules(shapes, config.family in FUSED):
-        for leaf, stored in LEAF_NAMES.items():
-            paths = [path for path in (f"{module}/{leaf}" for module in ours) if path in shapes]
-            if len(paths) == len(ours):
-                found[f"{theirs}.{stored}"] = _pieces(paths, shapes, config, architecture)
+    layers = len({block_of(path) for path in shapes} - {None})
+    for theirs, ours in _table(architecture, shapes).items():
+        for layer in range(layers) if "{i}" in theirs else [0]:
+            mine = [module.replace("{i}", str(layer)) for module in ours]
+            for leaf, stored in LEAF_NAMES.items():
+                paths = [path for path in (f"{module}/{leaf}" for module in mine) if path in shapes]
+                if len(paths) == len(ours):
+                    found[f"{theirs.replace('{i}', str(layer))}.{stored}"] = _pieces(paths, shapes, config, architecture)
     return found
 
 
-def _modules(shapes: Mapping[str, tuple[int, ...]], fused: bool) -> Iterator[tuple[str, tuple[str, ...]]]:
-    layers = len({block_of(path) for path in shapes} - {None})
-    apart = {module for modules in MODULES.values() if len(modules) > 1 for module in modules}
-    for theirs, ours in MODULES.items():
-        if (len(ours) > 1) == fused or not apart & set(ours):
-            for layer in range(layers) if "{i}" in theirs else [0]:
-                yield theirs.replace("{i}", str(layer)), tuple(module.replace("{i}", str(layer)) for module in ours)
+def _table(architecture: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, ...]]:
+    """MODULES as an architecture has them."""
+    apart = [f"blk.{{i}}.attn_{name}" for name in "qkv"] if architecture in FUSED else ["blk.{i}.attn_qkv"]
+    table = {theirs: ours for theirs, ours in MODULES.items() if theirs not in apart}
+    if architecture in FUSED_GATE:
+        table["blk.{i}.ffn_up"] = table.pop("blk.{i}.ffn_gate") + table["blk.{i}.ffn_up"]
+    if architecture == "falcon" and "block_0/mlp_norm/scale" in shapes:  # parallel branches, each with a norm
+        table["blk.{i}.attn_norm_2"] = table["blk.{i}.attn_norm"]
+        table["blk.{i}.attn_norm"] = table.pop("blk.{i}.ffn_norm")
+    return table
 
 
 def _pieces(paths: list[str], shapes: Mapping, config: DecoderConfig, architecture: str) -> tuple[Piece, ...]:

@@ -1,0 +1,63 @@
+"""What bits cost on language models of 10^8 parameters: SmolLM2 135M and Gemma 3 270M, in perplexity, answers and divergence.
+
+    python experiments/real_models.py                 writes results/real_models/, under 90 minutes on 2 idle cores
+    python experiments/real_models.py --tiny --out X  a few windows, questions and formats on the bundled model, for tests
+
+The models are GGUF files of a folder outside the repository ($QJAX_TEST_MODELS or --model-folder), texts and tasks those of the
+data folder. What such a file stands for is written once, in float32, to runs/models/, where `qjax rerun` finds it, and
+quantized from there: its weights lie on the grid of the file's own format, to which a result at 4 bits in groups of 32 would
+be too good; in groups of 64 and 128 they behave as other models' do.
+
+Groups are of 128, and of 64 at 2 bits; of 64 throughout where 128 does not divide a layer's inputs (SmolLM2 is 576 wide): qjax
+rounds such a layer, with half a group at the end of every column, but exports and kernels of other tools refuse it.
+
+Calibration is in the order `parallel`, in which the recipes of a model share what they read. Questions take most of the time:
+they are asked of the cheapest method and the best one, at 4 and 3 bits.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import common
+
+from qjax.sweep.cells import expand
+
+SETTINGS = common.Settings(max_windows=8, questions=200, calibration_windows=8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What is measured. asked, asked_bits: whose models are asked questions; order: of calibration."""
+
+    methods: tuple[str, ...] = ("rtn", "gptq", "awq", "awq+gptq", "gptq(refine=4)")
+    asked: tuple[str, ...] = ("rtn", "gptq(refine=4)")
+    bits: tuple[int, ...] = (8, 4, 3, 2)
+    asked_bits: tuple[int, ...] = (4, 3)
+    codebook: str = "nf4-dq"
+    order: str = "parallel"
+    settings: common.Settings = SETTINGS
+
+    def integers(self, subject: common.Subject, methods: Sequence[str], bits: Sequence[int]) -> list[str]:
+        """Recipes in the subject's usual group, and in groups of 64 at 2 bits."""
+        groups = {width: "64" if width == 2 else subject.groups[1] for width in bits}
+        return [recipe for width in bits for recipe in expand(methods, (width,), groups[width], self.order)]
+
+
+TINY = Experiment(methods=("rtn", "gptq(refine=4)"), asked=("rtn",), bits=(3, 2), asked_bits=(3,), settings=common.TINY)
+
+
+def run(out: Path, *, tiny: bool = False, subjects: tuple[common.Subject, ...] = common.BUNDLED) -> list[dict[str, object]]:
+    """Measures what is missing in out/rows.jsonl and writes the tables and figures."""
+    experiment = TINY if tiny else Experiment()
+    settings = dataclasses.replace(experiment.settings, divergence=True)
+    asking = dataclasses.replace(experiment.settings, tasks=True)
+    for subject in subjects:
+        recipes = experiment.integers(subject, experiment.methods, experiment.bits)
+        common.measure(out, subject, [*recipes, experiment.codebook], settings)
+        common.measure(out, subject, experiment.integers(subject, experiment.asked, experiment.asked_bits), asking)
+    return common.report(out)
+
+
+if __name__ == "__main__":
+    common.main(__doc__, "real_models", run, common.REAL)

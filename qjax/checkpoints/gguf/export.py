@@ -1,0 +1,143 @@
+"""A model as a GGUF file: codes as they are (`joining.py`), names and rows as the architecture has them (`names.py`).
+
+Kernels whose codes no type of blocks holds are refused. Weights that are not quantized keep their type; what is no matrix
+(norms, biases) is float32, as llama.cpp wants it. Tensors are made one by one as the file is written.
+"""
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from qjax.checkpoints.gguf import joining
+from qjax.checkpoints.gguf.blocks import FLOATS, KINDS
+from qjax.checkpoints.gguf.container import TensorInfo
+from qjax.checkpoints.gguf.keys import architecture_of, model_keys, require_same
+from qjax.checkpoints.gguf.model import SUFFIX
+from qjax.checkpoints.gguf.names import Piece, stored_pieces
+from qjax.checkpoints.gguf.tokens import tokenizer_values
+from qjax.checkpoints.gguf.writing import Entry, write_container
+from qjax.checkpoints.narrowing import in_float16
+from qjax.checkpoints.target import RefusedError
+from qjax.errors import QjaxError
+from qjax.files import expand, listing, unwritable, write_atomically
+from qjax.lazy import materialised
+from qjax.linear import is_quantized
+from qjax.models.model import Model
+from qjax.models.parameters import check_parameters, flatten, parameter_shapes
+from qjax.qtensor import QTensor
+
+OWN = {dtype: number for number, (_, dtype) in FLOATS.items()}
+FLOAT32 = OWN[np.dtype(np.float32)]
+FILE_TYPES = {  # general.file_type of files that are mostly of a type
+    **{"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 12},
+    **{"Q4_K": 15, "Q5_K": 17, "Q6_K": 18, "IQ4_NL": 25, "BF16": 32, "MXFP4": 38},
+}
+NAMES = {number: name for number, (name, *_) in (FLOATS | KINDS).items()}
+
+
+def require_file(path: str | Path, *, overwrite: bool = False) -> Path:
+    """The path of a file that may be written. Raises QjaxError for one of another ending, a folder, and, unless `overwrite`, a
+    file that is there.
+    """
+    path = expand(path)
+    if path.suffix.lower() != SUFFIX:
+        raise QjaxError(f"{path}: a GGUF file is written; name a file that ends in {SUFFIX}")
+    try:
+        if path.is_dir():
+            raise QjaxError(f"cannot write {path}: it is a folder; name a file")
+        if path.exists() and not overwrite:
+            raise QjaxError(f"{path} is there; name a new file or ask to overwrite")
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise unwritable(path, error) from error
+    return path
+
+
+def export_gguf(path: str | Path, model: Model, *, overwrite: bool = False, chat_template: str | None = None) -> None:
+    """Writes a file that llama.cpp and `load_gguf` read, which appears when it is whole.
+
+    Raises QjaxError for a family that has no such files, for what its architecture has no keys for, and lists layers that no
+    type of blocks holds, with the nearest recipe that fits.
+    """
+    path, architecture = require_file(path, overwrite=overwrite), architecture_of(model.config)
+    shapes = parameter_shapes(model.config)
+    leaves = {path: in_float16(leaf) for path, leaf in flatten(model.params).items()}
+    check_parameters(leaves, shapes)
+    pieces = stored_pieces(model.config, shapes, architecture)
+    kinds = _kinds(pieces, leaves)
+    values, constants = model_keys(model.config)
+    entries = [_entry(name, parts, kinds[name], leaves) for name, parts in pieces.items()]
+    infos = {each.name: TensorInfo(path, each.name, each.shape, each.kind, 0, 0) for each in entries}
+    require_same(model.config, values, infos, constants)
+    entries += [Entry(name, each.shape, FLOAT32, each.nbytes, lambda each=each: each) for name, each in constants.items()]
+    mostly = Counter()
+    for each in entries:
+        mostly[NAMES[each.kind]] += math.prod(each.shape) * each.name.startswith("blk.")
+    own = {"general.name": model.name, "general.quantization_version": 2}
+    own["general.file_type"] = FILE_TYPES[mostly.most_common(1)[0][0]]
+    if model.tokenizer is not None:
+        own |= tokenizer_values(model.tokenizer, model.config.vocabulary_size)
+    if chat_template is not None:
+        own["tokenizer.chat_template"] = chat_template
+    write_atomically(path, functools.partial(write_container, values=values | own, entries=entries))
+
+
+def _kinds(pieces: Mapping[str, tuple[Piece, ...]], leaves: Mapping[str, object]) -> dict[str, int]:
+    """The number of every tensor's type. Raises QjaxError that lists what has none."""
+    found, problems, nearest = {}, [], {}
+    for name, parts in pieces.items():
+        held = [leaves[part.path] for part in parts]
+        kinds = dict.fromkeys(map(_kind, held))
+        if len(kinds) > 1:
+            problems.append(f"{name}: parts that are stored side by side are of different types")
+        found[name] = next(iter(kinds))
+        if isinstance(found[name], str):
+            problems.append(f"{name}: {found[name]}")
+            fits = [joining.nearest(each.format, each.shape[0]) for each in held if is_quantized(each) and each.format]
+            nearest |= {str(fmt): fmt for fmt in fits if fmt is not None}
+    if problems:
+        advice = ", ".join(f"rtn:{fmt}, gptq:{fmt}" for fmt in nearest)
+        advice = f"; the nearest recipes that fit: {advice}" if nearest else ""
+        raise RefusedError(f"gguf cannot hold {listing(problems)}{advice}")
+    return found
+
+
+def _kind(leaf: object) -> int | str:
+    if isinstance(leaf, QTensor) and leaf.codes.ndim == 2:
+        return joining.kind_of(leaf.format, leaf.in_features)
+    if is_quantized(leaf):
+        return "the layer does more to its input than multiply, or is no matrix"
+    return OWN.get(np.dtype(leaf.dtype), FLOAT32) if len(leaf.shape) > 1 else FLOAT32
+
+
+def _entry(name: str, parts: tuple[Piece, ...], kind: int, leaves: Mapping[str, object]) -> Entry:
+    first = parts[0]
+    kernel = first.path.endswith("/kernel")
+    outputs = sum(part.shape[-1] if kernel or len(part.shape) == 1 else part.shape[0] for part in parts)
+    shape = (outputs, *(first.shape[:1] if kernel else first.shape[1:]))
+    row = shape[-1] if len(shape) > 1 else 1
+    size = row // KINDS[kind].weights * KINDS[kind].nbytes if kind in KINDS else row * FLOATS[kind][1].itemsize
+
+    def make() -> np.ndarray:
+        stored = np.empty((outputs, size), np.uint8)
+        for part in parts:
+            rows = _rows(materialised(leaves[part.path]), part.path, kind)
+            stored[slice(None) if part.rows is None else part.rows] = rows
+        return stored
+
+    return Entry(name, shape, kind, outputs * size, make)
+
+
+def _rows(leaf: object, path: str, kind: int) -> np.ndarray:
+    """uint8 (rows, bytes) of a parameter, an output channel or a token each."""
+    if isinstance(leaf, QTensor):
+        return joining.rows_of(kind, leaf)
+    array = np.asarray(leaf).astype(FLOATS[kind][1])
+    if path.endswith("/offset"):  # of a norm that multiplies with 1 + offset: files hold the sum
+        array = array + np.ones((), array.dtype)
+    array = array.T if path.endswith("/kernel") else array
+    return np.ascontiguousarray(array).view(np.uint8).reshape(len(array), -1)

@@ -1,0 +1,157 @@
+"""The command that looks for the cheapest recipe within a bound."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qjax.cli.early import check_names
+from qjax.cli.loading import calibration_for, default_windows, load_model
+from qjax.cli.options import (
+    CalibrationName,
+    CalibrationWindow,
+    CalibrationWindows,
+    ConventionName,
+    MaxQuestions,
+    MaxWindows,
+    ModelName,
+    Out,
+    Rules,
+    Seed,
+    split_names,
+)
+from qjax.cli.terminal import console, live_sweep, progress_bars
+from qjax.errors import QjaxError
+from qjax.folders import prepare_output_folder, refuse_inputs
+
+if TYPE_CHECKING:
+    from qjax.sweep.tune import Tuned
+
+SAVED = "model"  # in the folder of --out
+NONE_HOLDS = 3  # exit code
+
+
+def tune(
+    model: ModelName,
+    within: Annotated[str, typer.Option(help="The largest loss: a share as 1%, or a number.")] = "1%",
+    of: Annotated[
+        str, typer.Option(help="perplexity, kl (in nats, against the model as it is), or a task, as `qjax sweep --tasks`.")
+    ] = "perplexity",
+    recipes: Annotated[str, typer.Option(help="Comma-separated recipes, or ready-made lists of them: int8, int4.")] = "int8",
+    data: Annotated[str, typer.Option(help="python-docs, wikitext2, ptb, c4, text:PATH or jsonl:PATH.")] = "python-docs",
+    convention: ConventionName = "windows-2048",
+    max_windows: MaxWindows = None,
+    max_questions: MaxQuestions = None,
+    rule: Rules = None,
+    calibration: CalibrationName = None,
+    calibration_windows: CalibrationWindows = 128,
+    calibration_window: CalibrationWindow = 2048,
+    seed: Seed = 0,
+    out: Out = Path("qjax-tune"),
+) -> None:
+    """Try recipes from the fewest bits on; stop at the first that loses no more than --within, and save the model.
+
+    The whole 95 % interval of the loss must be within it. Rows, a table of what was tried and the folder `model` go to --out;
+    the same command goes on where it was stopped. Exit code 3 where no recipe is within the bound: the nearest is named.
+    """
+    from qjax.sweep.tune import named_recipes, parse_bound
+
+    bound, names = parse_bound(within, of), named_recipes(split_names(recipes))
+    task = None if of in ("perplexity", "kl") else of
+    for recipe in names:
+        check_names(recipes=recipe)
+    check_names(rules=rule, convention=convention, tasks=task, texts=(data, calibration), models=(model,))
+    from qjax.evaluate.corpora import load_corpora
+    from qjax.evaluate.tasks import load_tasks
+    from qjax.evaluate.windows import parse_convention
+    from qjax.sweep.cells import canonical
+    from qjax.sweep.runner import Sweep, rules_in_order
+    from qjax.sweep.tune import by_cost
+    from qjax.sweep.tune import tune as tune_recipes
+
+    measured, rules = parse_convention(convention), rules_in_order(rule or (), None)
+    refuse_inputs(out, [model])
+    prepare_output_folder(out)
+    loaded = load_model(model)
+    ordered = by_cost(loaded, canonical(names), rules)
+    asked = calibration_for(loaded, (ordered, rules), calibration, [data], calibration_windows, calibration_window, seed)
+    max_windows = default_windows(model, [data], max_windows)
+    request = Sweep(
+        (),
+        load_corpora([data]),
+        measured,
+        max_windows or None,
+        rules,
+        seed,
+        tasks=load_tasks([task] if task else (), max_questions or None),
+        divergence=of == "kl",
+        calibration=asked,
+    )
+    rows: dict[str, dict] = {}
+    done = tune_recipes(ordered, _measure(loaded, request, out, of.partition(":")[0], bound, rows), bound)
+    _tell(done, rows, out, loaded.name, of, bound)
+    if done.accepted is None:
+        raise typer.Exit(NONE_HOLDS)
+    _save(out / SAVED, model, done.accepted, rules, asked)
+
+
+def _measure(model, request, out, of, bound, rows):
+    """recipe -> its loss, from rows in the folder where they are there; rows: filled with them."""
+    import dataclasses
+    import math
+
+    from qjax.numbers import NotFiniteError
+    from qjax.sweep.runner import run_sweep
+    from qjax.sweep.tune import Loss, loss_of
+
+    def measure(recipe: str) -> "Loss":
+        try:
+            with live_sweep() as watcher:
+                before, row = run_sweep(model, dataclasses.replace(request, recipes=(recipe,)), out, watcher)
+        except NotFiniteError:
+            return Loss(math.inf, math.inf, math.inf)
+        rows[recipe] = row
+        return loss_of(row, before, of, bound)
+
+    return measure
+
+
+def _tell(done: "Tuned", rows: dict[str, dict], out: Path, model: str, of: str, bound: object) -> None:
+    from qjax.report.rendering import to_rich
+    from qjax.report.reports import write_reports, write_table
+    from qjax.report.tuning import tuning_table
+    from qjax.sweep.store import ROWS, read_rows
+
+    told = [
+        {
+            "recipe": trial.recipe,
+            "bits_per_weight": rows.get(trial.recipe, {}).get("bits_per_weight", float("nan")),
+            "loss": trial.loss.value,
+            "low": trial.loss.low,
+            "high": trial.loss.high,
+            "accepted": trial.accepted,
+        }
+        for trial in done.trials
+    ]
+    table = tuning_table(told, model=model, of=of, bound=str(bound))
+    console().print(to_rich(table))
+    for path in [*write_table(out, "tune", table), *write_reports(out, read_rows(out / ROWS))]:
+        typer.echo(path)
+    if done.accepted is None:
+        typer.echo(f"no recipe is within {bound} of {of} with its whole interval; {done.nearest} comes nearest", err=True)
+
+
+def _save(folder: Path, model: str, recipe: str, rules, calibration) -> None:
+    from qjax.checkpoints.load import load
+    from qjax.driver.decoder import quantize_to
+
+    if folder.exists():
+        found = load(str(folder), lazy=True).recipe
+        if found != "; ".join([recipe, *rules]):
+            raise QjaxError(f"{folder}: holds {found}, not {recipe}; give another --out, or remove it")
+    else:
+        with progress_bars() as progress:
+            bar = progress.add_task("quantizing", total=None)
+            source = load(model, lazy=True)
+            quantize_to(folder, source, recipe, calibration=calibration, rules=rules, on_layer=lambda _: progress.advance(bar))
+    typer.echo(f"{folder}: {recipe}")

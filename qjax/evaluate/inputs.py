@@ -1,0 +1,61 @@
+"""What goes into the linear layers of a model: how large, how heavy-tailed, how many channels stand out.
+
+largest             max |x| over tokens and channels
+kurtosis            mean x^4 / (mean x^2)^2 over both: 3 for normal numbers
+outlier_channels    channels with a |x| as large as the threshold: what LLM.int8() would leave in 16 bits
+times_median        largest over the median of the channels' largest
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from qjax.calibrate.capture import Batch, capture_statistics, sharing
+from qjax.calibrate.tokens import as_calibration
+from qjax.models import walk
+from qjax.models.model import Model, compute_dtype, runnable
+
+TOKENS = 2048  # run at a time
+
+
+def input_outliers(model: Model, calibration: object, *, threshold: float = 6.0) -> list[dict[str, object]]:
+    """A row for every distinct input of linear layers in the blocks, in their order, over calibration tokens.
+
+    calibration: as `quantize` takes it. Layers with the same input are one row, `layers`, names between commas. Raises
+    QjaxError for tokens that are none, and inputs that are not finite.
+    """
+    tokens = as_calibration(model, calibration).tokens
+    model = runnable(model)
+    size = max(1, TOKENS // tokens.shape[1])
+    states = [jnp.asarray(tokens[start : start + size]) for start in range(0, len(tokens), size)]
+    rows = []
+    for part in walk.body(model.config, compute_dtype()):
+        params = walk.params_of(part, model.params)
+        if part.kind == "block":
+            rows += _rows_of(part, params, [Batch((x,)) for x in states], threshold)
+        walk.advance(part.module, params, states)
+    return rows
+
+
+def _rows_of(part: walk.Part, params, batches, threshold) -> list[dict[str, object]]:
+    shared = sharing(part.module, params, batches[0].args)
+    kernels = {path: leaf.shape[0] for path, leaf in flatten_dict(params, sep="/").items() if path in shared}
+    needed = {first: kernels[first] for first in dict.fromkeys(shared.values())}
+    found = capture_statistics(part.module, params, batches, needed, ["abs_max", "kurtosis"], prefix=part.prefix).statistics
+    rows = []
+    for first in needed:
+        values = found[first]
+        largest = np.asarray(values["abs_max"])
+        layers = [path.removesuffix("/kernel") for path, leader in shared.items() if leader == first]
+        rows.append(
+            {
+                "block": walk.block_of(part.prefix),
+                "layers": ",".join(layers),
+                "inputs": len(largest),
+                "largest": float(largest.max()),
+                "kurtosis": float(values["kurtosis"]),
+                "outlier_channels": int((largest >= threshold).sum()),
+                "times_median": float(largest.max() / (np.median(largest) or 1.0)),
+            }
+        )
+    return rows

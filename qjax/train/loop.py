@@ -1,0 +1,344 @@
+"""The training loop: windows of a text, one jitted step, checkpoints, and what is told of every step.
+
+    minimise over `trained`   mean over windows of loss(trained, frozen, window)
+
+AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), gradients clipped by their global norm. A batch is a function of
+(seed, step) alone, and the state holds everything else: a run that was killed goes on from its last checkpoint bit for bit.
+A step splits its batch over a mesh of devices and, within a device, over micro-batches whose gradients are added up.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int, PyTree
+
+from qjax.errors import QjaxError
+from qjax.files import write_atomically
+from qjax.numbers import NotFiniteError
+from qjax.qtensor import nbytes
+from qjax.untrusted import read_json, status
+
+Loss = Callable[[PyTree, PyTree, Int[Array, "batch time_plus_1"]], Float[Array, ""]]
+IDENTITY = "run.json"  # beside the checkpoints: what run they are of
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How a run goes, given its text and its model."""
+
+    steps: int
+    batch: int = 8  # windows a step
+    micro_batch: int = 1  # windows in memory at a time, per device
+    window: int = 512  # tokens of a window that are predicted
+    learning_rate: float = 2e-4  # after the warm-up
+    schedule: Literal["linear", "cosine", "constant"] = "linear"  # how it falls to zero
+    warmup: float = 0.03  # share of the steps
+    b1: float = 0.9
+    b2: float = 0.999
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        sizes = {name: getattr(self, name) for name in ("steps", "batch", "micro_batch", "window")}
+        rates = {name: getattr(self, name) for name in ("learning_rate", "clip_norm", "weight_decay", "warmup")}
+        schedules = ("linear", "cosine", "constant")
+        if (
+            min(sizes.values()) < 1
+            or self.batch % self.micro_batch
+            or not all(math.isfinite(rate) and rate >= 0 for rate in rates.values())
+            or not (self.learning_rate > 0 and self.clip_norm > 0 and self.warmup < 1)
+            or self.schedule not in schedules
+        ):
+            told = ", ".join(f"{name}={value}" for name, value in (sizes | rates | {"schedule": self.schedule}).items())
+            raise QjaxError(
+                f"training: got {told}; expected sizes of at least 1, a batch that micro_batch divides, rates above 0, a "
+                f"warmup below 1 and a schedule of {', '.join(schedules)}"
+            )
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch * self.window
+
+
+class TrainState(NamedTuple):
+    """What a checkpoint holds."""
+
+    step: Int[Array, ""]  # finished steps
+    params: Any  # what is trained
+    optimizer: optax.OptState
+
+
+class Told(NamedTuple):
+    """What is told of a finished step: its loss (nats) and gradient norm are of the parameters before it."""
+
+    step: int
+    loss: float
+    gradient_norm: float
+    learning_rate: float
+    tokens_per_second: float
+    seconds_left: float
+
+
+# --- tokens --------------------------------------------------------------------------------------------------------------
+
+
+def packed_tokens(tokenizer: Any, documents: Iterable[str], name: str = "the model") -> Int[np.ndarray, " length"]:
+    """The documents' tokens one after the other, each with the beginning and end of text that the tokenizer knows.
+
+    Raises QjaxError for a model without tokenizer.
+    """
+    if tokenizer is None:
+        raise QjaxError(f"{name} has no tokenizer.json, which training on text needs")
+    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    start = [tokenizer.bos_id] if tokenizer.adds_bos else []
+    rows = [[start, tokenizer.encode(document), end] for document in documents]
+    return np.concatenate([np.asarray(part, np.int32) for row in rows for part in row])
+
+
+def batch_at(tokens: Int[np.ndarray, " length"], config: TrainConfig, step: int) -> Int[np.ndarray, "batch time_plus_1"]:
+    """The windows of one step: those of the text side by side, in an order drawn anew for every pass over them.
+
+    A window's last token, which is only predicted, is the next one's first. Raises QjaxError for a text shorter than a window.
+    """
+    count = (len(tokens) - 1) // config.window
+    if count < 1:
+        raise QjaxError(
+            f"training text: got {len(tokens)} tokens, expected at least a window + 1 = {config.window + 1}; give more text "
+            "or a shorter window"
+        )
+    places = np.arange(step * config.batch, (step + 1) * config.batch)
+    passes = {number: np.random.default_rng([config.seed, number]).permutation(count) for number in set(places // count)}
+    chosen = np.array([passes[place // count][place % count] for place in places])
+    return tokens[chosen[:, None] * config.window + np.arange(config.window + 1)].astype(np.int32)
+
+
+# --- the step ------------------------------------------------------------------------------------------------------------
+
+
+def learning_rate(config: TrainConfig, step: Int[Array, ""] | int) -> Float[Array, ""]:
+    """Linear warm-up, then the schedule, which would reach zero one step after the last."""
+    warmup = round(config.warmup * config.steps)
+    rising = (step + 1) / max(1, warmup)
+    share = jnp.clip((step - warmup) / max(1, config.steps - warmup), 0.0, 1.0)
+    falling = {"linear": 1 - share, "cosine": (1 + jnp.cos(jnp.pi * share)) / 2, "constant": 1.0}[config.schedule]
+    return config.learning_rate * jnp.minimum(1.0, jnp.minimum(rising, falling) if warmup else falling)
+
+
+def make_optimizer(config: TrainConfig, rates: Mapping[str, float] | None = None) -> optax.GradientTransformation:
+    """Clipping, then AdamW. rates: of a trained dictionary, by the end of a key, what its learning rate is multiplied with."""
+
+    def rate_of(key: str) -> float:
+        return next((rate for end, rate in (rates or {}).items() if key.endswith(end)), 1.0)
+
+    scaled = optax.stateless(lambda updates, _: {key: update * rate_of(key) for key, update in updates.items()})
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(lambda count: learning_rate(config, count), b1=config.b1, b2=config.b2, weight_decay=config.weight_decay),
+        scaled if rates else optax.identity(),
+    )
+
+
+def mesh_of(devices: int, batch: int, micro_batch: int) -> Mesh:
+    """The first devices as a mesh with one axis, "data". Raises QjaxError when they do not exist or do not divide the batch
+    into whole micro-batches.
+    """
+    if devices > jax.device_count() or batch % (devices * micro_batch):
+        raise QjaxError(
+            f"training on {devices} devices: got {jax.device_count()} devices, batch {batch} and micro-batch {micro_batch}; "
+            "expected a batch that devices * micro_batch divides"
+        )
+    return jax.make_mesh((devices,), ("data",), devices=jax.devices()[:devices], axis_types=(AxisType.Auto,))
+
+
+def gradient_over(mesh: Mesh, loss: Loss, micro_batch: int) -> Callable[[PyTree, PyTree, Array], tuple[Array, PyTree]]:
+    """(trained, frozen, tokens) -> (mean loss, its gradient by `trained`), the batch split over the mesh and micro-batches."""
+
+    def device_gradient(trained: Any, frozen: Any, tokens: Array) -> tuple[Array, Any]:
+        trained = jax.lax.pcast(trained, "data", to="varying")
+        micro = tokens.reshape(-1, micro_batch, tokens.shape[-1])
+
+        def accumulate(total: Any, part: Array) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(trained, frozen, part)), None
+
+        zero = jax.lax.pcast(jnp.zeros(()), "data", to="varying"), jax.tree.map(jnp.zeros_like, trained)
+        total, _ = jax.lax.scan(accumulate, zero, micro)
+        return jax.tree.map(lambda leaf: jax.lax.pmean(leaf / len(micro), "data"), total)
+
+    specs = (PartitionSpec(), PartitionSpec(), PartitionSpec("data"))
+    return jax.shard_map(device_gradient, mesh=mesh, in_specs=specs, out_specs=(PartitionSpec(), PartitionSpec()))
+
+
+def init_state(trained: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    return TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained))
+
+
+def make_step(
+    loss: Loss, config: TrainConfig, optimizer: optax.GradientTransformation, devices: int = 1
+) -> Callable[[TrainState, PyTree, Array], tuple[TrainState, tuple[Array, Array]]]:
+    """The jitted step (state, frozen, tokens) -> (state, (loss, norm of the gradient)); the state's buffers are donated."""
+    mesh = mesh_of(devices, config.batch, config.micro_batch)
+    whole, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+    gradient = gradient_over(mesh, loss, config.micro_batch)
+
+    def step(state: TrainState, frozen: PyTree, tokens: Array) -> tuple[TrainState, tuple[Array, Array]]:
+        value, gradients = gradient(state.params, frozen, tokens)
+        updates, after = optimizer.update(gradients, state.optimizer, state.params)
+        trained = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, trained, after), (value, _norm(gradients))
+
+    return jax.jit(step, donate_argnums=0, in_shardings=(whole, whole, split), out_shardings=whole)
+
+
+def _norm(tree: PyTree) -> Array:
+    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)))
+
+
+# --- checkpoints ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def checkpoints(folder: Path, *, keep: int = 2) -> Iterator[Any]:
+    """An orbax manager that keeps the last `keep` checkpoints of `folder`; for `save` and `restore_latest`.
+
+    Raises QjaxError where orbax is not installed.
+    """
+    try:
+        import orbax.checkpoint as ocp
+    except ImportError as error:
+        raise QjaxError("checkpoints of a training need orbax-checkpoint; install qjax[train]") from error
+    with ocp.CheckpointManager(folder.resolve(), options=ocp.CheckpointManagerOptions(max_to_keep=keep)) as manager:
+        yield manager
+
+
+def save(manager: Any, state: TrainState) -> None:
+    """Write the state under its step."""
+    import orbax.checkpoint as ocp
+
+    manager.save(int(state.step), args=ocp.args.StandardSave(_numbered(state)))
+    manager.wait_until_finished()
+
+
+def restore_latest(manager: Any, fresh: TrainState) -> TrainState:
+    """The latest state, bit for bit, or the fresh one where there is no checkpoint."""
+    import orbax.checkpoint as ocp
+
+    if manager.latest_step() is None:
+        return fresh
+    restored = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(_numbered(fresh)))
+    # Restored arrays are committed to one device; by way of the host they go where the step wants them.
+    leaves = [jnp.asarray(np.asarray(restored[number])) for number in sorted(restored)]
+    return jax.tree.unflatten(jax.tree.structure(fresh), leaves)
+
+
+def _numbered(state: TrainState) -> dict[str, Array]:
+    """The state's arrays by number: files hold no classes of ours or of optax."""
+    return {f"{number:06}": leaf for number, leaf in enumerate(jax.tree.leaves(state))}
+
+
+def claim(folder: Path, identity: Mapping[str, object]) -> None:
+    """Writes what run a folder's checkpoints are of. Raises QjaxError, which names what differs, where they are of another."""
+    identity = json.loads(json.dumps(identity))
+    if status(folder / IDENTITY):
+        before = read_json(folder / IDENTITY)
+        differs = [name for name in {**before, **identity} if before.get(name) != identity.get(name)]
+        if differs:
+            raise QjaxError(
+                f"{folder} holds checkpoints of another run ({', '.join(differs)} differ); name another folder, or remove it"
+            )
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / IDENTITY, json.dumps(identity, indent=1) + "\n")
+
+
+def tokens_fingerprint(tokens: Int[np.ndarray, " length"]) -> str:
+    """First 16 hex digits of the SHA-256 of a text's tokens."""
+    return hashlib.sha256(np.asarray(tokens, np.int32).tobytes()).hexdigest()[:16]
+
+
+class Bytes(NamedTuple):
+    """What a run holds between steps, and the gradient that a step adds; activations come on top."""
+
+    frozen: int
+    trained: int
+    gradient: int
+    optimizer: int
+
+
+def bytes_of(trained: PyTree, frozen: PyTree, config: TrainConfig) -> Bytes:
+    """Exact bytes of a run's arrays; of AdamW the optimizer's are twice the trained ones, and two counts."""
+    optimizer = jax.eval_shape(make_optimizer(config).init, trained)
+    size = nbytes(trained)
+    return Bytes(nbytes(frozen), size, size, nbytes(optimizer))
+
+
+# --- the run -------------------------------------------------------------------------------------------------------------
+
+
+def train(
+    loss: Loss,
+    trained: PyTree,
+    frozen: PyTree,
+    tokens: Int[np.ndarray, " length"],
+    config: TrainConfig,
+    *,
+    rates: Mapping[str, float] | None = None,
+    devices: int = 1,
+    folder: Path | None = None,
+    save_every: int = 100,
+    identity: Mapping[str, object] | None = None,
+    on_step: Callable[[Told], None] = lambda told: None,
+) -> PyTree:
+    """What is trained after all steps.
+
+    folder: of checkpoints, from the last of which the same call goes on. identity: what else than the configuration and the
+    tokens makes the run what it is. Raises NotFiniteError, which names the step and the last good checkpoint, where the loss or
+    its gradient is not finite, and QjaxError for checkpoints of another run and a text shorter than a window.
+    """
+    batch_at(tokens, config, 0)
+    optimizer = make_optimizer(config, rates)
+    step_of = make_step(loss, config, optimizer, devices)
+    state = init_state(jax.tree.map(jnp.array, trained), optimizer)  # copies: the step uses up what it is given
+    if folder is not None:
+        told = {"config": dataclasses.asdict(config), "tokens": tokens_fingerprint(tokens), **(identity or {})}
+        claim(folder, told)
+    with nullcontext() if folder is None else checkpoints(folder / "steps") as manager:
+        state = state if manager is None else restore_latest(manager, state)
+        frozen = jax.device_put(frozen, NamedSharding(mesh_of(devices, config.batch, config.micro_batch), PartitionSpec()))
+        first, started = int(state.step), time.perf_counter()
+        for step in range(first, config.steps):
+            state, figures = step_of(state, frozen, batch_at(tokens, config, step))
+            value, norm = map(float, figures)
+            if not (math.isfinite(value) and math.isfinite(norm)):
+                raise _not_finite(step, value, norm, folder, manager)
+            seconds = (time.perf_counter() - started) / max(1, step - first)
+            started = time.perf_counter() if step == first else started  # the first step compiles
+            left, rate = seconds * (config.steps - step - 1), float(learning_rate(config, step))
+            on_step(Told(step + 1, value, norm, rate, config.tokens_per_step / seconds, left))
+            if manager is not None and ((step + 1) % save_every == 0 or step + 1 == config.steps):
+                save(manager, state)
+    return state.params
+
+
+def _not_finite(step: int, value: float, norm: float, folder: Path | None, manager: Any) -> NotFiniteError:
+    last = None if manager is None else manager.latest_step()
+    good = "there is no checkpoint" if last is None else f"the last good checkpoint is {folder / 'steps' / str(last)}"
+    return NotFiniteError(
+        f"training: at step {step + 1} the loss is {value}, the norm of its gradient {norm}; {good}; lower the learning rate, "
+        "or look for broken weights"
+    )

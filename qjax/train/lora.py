@@ -1,0 +1,175 @@
+"""Low-rank adapters trained on a frozen base: LoRA (Hu et al. 2021, arXiv 2106.09685), QLoRA where the base is quantized
+(Dettmers et al. 2023, 2305.14314).
+
+    y = x W + s (x A) B,   s = alpha / rank, or alpha / sqrt(rank) with rsLoRA (Kalajdzievski 2023, 2312.03732)
+
+Only A (in, rank) and B (rank, out) are trained, in float32. Starts, with R_t = U S V^T of W - W'_t cut to `rank`:
+
+    gaussian   A uniform in +-1/sqrt(in), B = 0: as PEFT's default
+    loftq      W'_t+1 = quantize(W - s A_t B_t), s A_t B_t = R_t (Li et al. 2023, 2310.08659)
+    pissa      A, B of W itself, W' = quantize(W - s A B) (Meng et al. 2024, 2404.02948)
+
+so that with the last two W' + s A B is nearer to W than W' alone. They change the base, which is returned with the adapters.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from qjax.driver import patterns
+from qjax.driver.decoder import quantize
+from qjax.driver.placement import abridge, kernels_of
+from qjax.errors import QjaxError
+from qjax.files import listing
+from qjax.linear import LowRank, dequantize, is_quantized
+from qjax.models.adapters import adapters_of, attach
+from qjax.models.families import module_names
+from qjax.models.model import Model
+from qjax.models.parameters import flatten, unflatten
+from qjax.models.walk import in_blocks
+from qjax.train import forward
+from qjax.train.loop import Loss, TrainConfig, train
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """What adapters there are. targets: patterns of kernels, as in rules ("mlp/down", "q_proj"); none: all of the blocks."""
+
+    rank: int = 16
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ()
+    rslora: bool = False
+    start: Literal["gaussian", "loftq", "pissa"] = "gaussian"
+    rounds: int = 1  # of loftq
+
+    def __post_init__(self):
+        starts = ("gaussian", "loftq", "pissa")
+        if self.rank < 1 or self.rounds < 1 or not (math.isfinite(self.alpha) and self.alpha > 0) or self.start not in starts:
+            raise QjaxError(
+                f"adapters: got rank={self.rank}, alpha={self.alpha}, start={self.start!r}, rounds={self.rounds}; expected a "
+                f"rank and rounds of at least 1, alpha above 0 and a start of {', '.join(starts)}"
+            )
+
+    @property
+    def scaling(self) -> float:
+        """s."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+def targets_of(model: Model, config: LoraConfig) -> list[str]:
+    """Paths of the kernels that get an adapter. Raises QjaxError for patterns that find none."""
+    kernels = kernels_of(model)
+    if not config.targets:
+        return list(filter(in_blocks, kernels))
+    theirs = module_names(model.config.family, kernels)
+    meant = {pattern: patterns.meant(pattern, kernels, theirs) for pattern in config.targets}
+    if idle := [given for given, pattern in meant.items() if not any(re.search(pattern, path) for path in kernels)]:
+        raise QjaxError(
+            f"adapters: {', '.join(map(repr, idle))} names no kernel{patterns.nothing_found(idle, kernels, theirs)}; the "
+            f"kernels are {abridge(kernels)}"
+        )
+    return [path for path in kernels if any(re.search(pattern, path) for pattern in meant.values())]
+
+
+def product(adapter: LowRank) -> Float[Array, "in out"]:
+    """s A B in float32."""
+    return adapter.scaling * jnp.matmul(adapter.a, adapter.b, precision=jax.lax.Precision.HIGHEST)
+
+
+def factors(weight: Float[Array, "in out"], config: LoraConfig) -> LowRank:
+    """The adapter whose s A B is the nearest to a float32 weight that its rank allows."""
+    u, values, v = jnp.linalg.svd(weight, full_matrices=False)
+    root = jnp.sqrt(values[: config.rank] / config.scaling)
+    return LowRank(u[:, : config.rank] * root, root[:, None] * v[: config.rank], config.scaling)
+
+
+def start(
+    model: Model, config: LoraConfig, key: jax.Array, *, recipe: str | None = None, **options: object
+) -> tuple[Model, dict[str, LowRank]]:
+    """The frozen base and the adapters before training. recipe: what the model, unquantized then, is quantized with; None: the
+    base is the model as it is. options: of `quantize`.
+
+    Raises QjaxError for starts that need the unquantized weights where there are none.
+    """
+    paths = targets_of(model, config)
+    shapes = {path: flatten(model.params)[path].shape for path in paths}
+    if small := [f"{path} {tuple(shape)}" for path, shape in shapes.items() if min(shape) < config.rank]:
+        raise QjaxError(f"adapters: a rank of {config.rank} is more than {listing(small)} have; take a lower one")
+    quantized = functools.partial(_quantized, recipe=recipe, options=options)
+    if config.start == "gaussian":
+        return quantized(model), _gaussian(model, paths, config, key)
+    if any(is_quantized(leaf) for leaf in flatten(model.params).values()):
+        raise QjaxError(
+            f"adapters: the start {config.start} needs weights that are not quantized; {model.name} is {model.recipe}"
+        )
+    leaves = flatten(model.params)
+    weights = {path: jnp.asarray(np.asarray(leaves[path]), jnp.float32) for path in paths}
+    if config.start == "pissa":
+        adapters = {path: factors(weight, config) for path, weight in weights.items()}
+        return quantized(_less(model, weights, adapters)), adapters
+    base, adapters = quantized(model), {}
+    for turn in range(config.rounds):
+        base = quantized(_less(model, weights, adapters)) if turn else base
+        held = flatten(base.params)
+        adapters = {path: factors(weight - _float(held[path]), config) for path, weight in weights.items()}
+    return base, adapters
+
+
+def _quantized(model: Model, recipe: str | None, options: Mapping[str, object]) -> Model:
+    return model if recipe is None else quantize(model, recipe, **options)[0]
+
+
+def _float(leaf: object) -> Array:
+    return dequantize(leaf) if is_quantized(leaf) else jnp.asarray(leaf, jnp.float32)
+
+
+def _gaussian(model: Model, paths: list[str], config: LoraConfig, key: jax.Array) -> dict[str, LowRank]:
+    leaves, found = flatten(model.params), {}
+    for path, each in zip(paths, jax.random.split(key, len(paths)), strict=True):
+        rows, columns = leaves[path].shape
+        a = jax.random.uniform(each, (rows, config.rank), minval=-1.0, maxval=1.0) / math.sqrt(rows)
+        found[path] = LowRank(a, jnp.zeros((config.rank, columns)), config.scaling)
+    return found
+
+
+def _less(model: Model, weights: Mapping[str, Array], adapters: Mapping[str, LowRank]) -> Model:
+    """The model with float32 kernels less their adapters."""
+    new = {path: weight - product(adapters[path]) for path, weight in weights.items() if path in adapters}
+    return model._replace(params=unflatten({**flatten(model.params), **new}))
+
+
+class Problem(NamedTuple):
+    """What the loop trains: loss(trained, frozen, tokens); finished(trained) is what comes of it."""
+
+    loss: Loss
+    trained: dict[str, Array]
+    frozen: dict[str, Array]
+    finished: Any
+
+
+def problem(base: Model, adapters: Mapping[str, LowRank]) -> Problem:
+    """Next-token training of adapters on a base, whose codes stay as they are. finished: adapters by path."""
+    stack = forward.stack(attach(base, adapters))
+    trained, frozen, joined = forward.split(stack.tree, lambda key: key.endswith(("/adapter/a", "/adapter/b")))
+    trained = {key: leaf.astype(jnp.float32) for key, leaf in trained.items()}
+
+    def loss(trained, frozen, tokens):
+        return forward.next_token_loss(stack, joined(trained, frozen), tokens)
+
+    return Problem(loss, trained, frozen, lambda trained: adapters_of(forward.unstack(stack.runs, joined(trained, frozen))))
+
+
+def train_adapters(
+    base: Model, adapters: Mapping[str, LowRank], tokens: Int[np.ndarray, " length"], config: TrainConfig, **options: object
+) -> dict[str, LowRank]:
+    """The adapters after training on a text's tokens (`loop.packed_tokens`). options: of `loop.train`."""
+    asked = problem(base, adapters)
+    return asked.finished(train(asked.loss, asked.trained, asked.frozen, tokens, config, **options))
