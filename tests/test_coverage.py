@@ -74,6 +74,21 @@ def test_a_parameter_is_followed_through_all_that_rearranges_it():
     assert bool(jnp.all(params["w"].weight.codes == alone["w"].weight.codes))
 
 
+def test_an_input_is_shared_where_its_axes_are_read_in_the_same_order():
+    def fn(p, x):
+        x = x.reshape(2, 8, 2, 4)
+        same = jnp.einsum("btnh,nhd->btd", x, p["a"]) + jnp.einsum("btnh,nhd->btd", x, p["b"])
+        return same + jnp.einsum("btnh,hnd->btd", x, p["swapped"])
+
+    params = {"a": normal(1, 2, 4, 8), "b": normal(2, 2, 4, 8), "swapped": normal(3, 4, 2, 8)}
+    shared = {each.path: each.same_input for each in qjax.coverage(fn, params, X).parameters}
+    assert shared == {"a": "a", "b": "a", "swapped": "swapped"}
+    found = qjax.capture_function(fn, params, batches=[(X,)])
+    order = rows(jnp.arange(8).reshape(1, 2, 4)).T.reshape(-1)
+    expected = found["a"]["hessian"][order][:, order]
+    assert bool(jnp.allclose(found["swapped"]["hessian"], expected, atol=1e-6))
+
+
 def test_layouts_are_those_of_the_array():
     """A reshape is followed where the axes fit, split where they are cut, and given up where they are mixed."""
     layout = whole((4, 6))

@@ -182,6 +182,8 @@ def test_misuse_is_named():
     params, _ = qjax.quantize_function(product, w, "nf4-g4", batches=[(X,)])
     with pytest.raises(qjax.QjaxError, match="w: a quantized parameter reaches sin"):
         qjax.apply_function(lambda p, x: jnp.sin(p["w"]), params, X)
+    with pytest.raises(qjax.QjaxError, match="w: a quantized parameter reaches a contraction other than"):
+        qjax.apply_function(lambda p, x: x @ p["w"].T, params, X)
     with pytest.raises(qjax.QjaxError, match="w: quantized, but not by"):
         qjax.apply_function(product, {"w": qjax.rtn(w["w"], "nf4-g4")[0]}, X)
     with pytest.raises(qjax.QjaxError, match="unknown statistic variance"):

@@ -16,12 +16,13 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from jaxtyping import Array, PyTree
 
 from qjax.tracing.kernel import Kernel, multiply, refused
-from qjax.tracing.layout import Layout, whole
+from qjax.tracing.layout import Layout, view_of, whole
 from qjax.tracing.product import Product, product_of
 
 Record = dict[object, PyTree]
@@ -78,7 +79,9 @@ def advance(mode: Mode, jaxpr: Jaxpr, known: list[dict], record: Record, equatio
 
 
 def _read(values: dict, v: object) -> object:
-    return v.val if isinstance(v, Literal) else values[v]
+    if not isinstance(v, Literal):
+        return values[v]
+    return v.val if hasattr(v.val, "dtype") else np.asarray(v.val, v.aval.dtype)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -207,7 +210,8 @@ def as_program(
     path_of = {i: path for path, i in number.items()}
     local = [_renamed(values, number) for values in lanes]
     try:
-        outputs, seen = _program(mode, closed, keep)(local, {i: record[path] for path, i in number.items() if path in record})
+        given = {i: record[path] for path, i in number.items() if path in record}
+        outputs, seen = _program(mode, closed.jaxpr, keep)(closed.consts, local, given)
     except LocalError as error:
         raise LocalError(path_of[error.path], error.message) from None
     return [_renamed(values, path_of) for values in outputs], record | {path_of[i]: states for i, states in seen.items()}
@@ -226,10 +230,10 @@ class LocalError(Exception):
 
 
 @functools.lru_cache(maxsize=256)
-def _program(mode: Mode, closed: ClosedJaxpr, keep: bool):
+def _program(mode: Mode, jaxpr: Jaxpr, keep: bool):
     @jax.jit
-    def program(lanes, record):
-        outputs, record = run(mode, closed.jaxpr, closed.consts, lanes, record)
+    def program(consts, lanes, record):
+        outputs, record = run(mode, jaxpr, consts, lanes, record)
         return outputs if keep else [[] for _ in lanes], record
 
     return program
@@ -286,6 +290,8 @@ def _scan(mode: Mode, eqn: JaxprEqn, lanes: Lanes, record: Record) -> tuple[list
     carries = [[plain(value, "scan") for value in values[first:second]] for values in lanes]
     stacks = [[_stack_of(value) for value in values[second:]] for values in lanes]
     indices = {v.path: v.indices for v in stacks[0] if isinstance(v, Tracked) and v.path in record}
+    if twice := [v for v in stacks[0] if isinstance(v, Tracked) and v.indices != indices.get(v.path, v.indices)]:
+        raise LocalError(twice[0].path, "PATH: one scan takes several of its slices, which cannot be captured")
     sliced = {path: at(record[path], index) for path, index in indices.items()}
     held = {path: states for path, states in record.items() if path not in sliced}
 
@@ -352,6 +358,9 @@ def applied(product: Product, values: Sequence[object], eqn: JaxprEqn) -> Array:
     weight = next(value for value in values if isinstance(value, Tracked))
     if not isinstance(weight.value, Kernel):
         return _bind(eqn, [plain(value, "") for value in values])[0]
+    view = weight.value.view
+    if view_of(view.shape, product.layout, product.batch, product.summed) != view:
+        raise refused(str(weight.path), "a contraction other than the one it was quantized for")
     x = input_of(values)
     kind = eqn.outvars[0].aval.dtype
     wide = jnp.promote_types(x.dtype, kind)  # sums that are asked for in a wider type are not rounded before

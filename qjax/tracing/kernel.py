@@ -75,8 +75,8 @@ def experts_of(sizes: Int[Array, " experts"], rows: int) -> Int[Array, " rows"]:
 
 
 def refused(path: str, primitive: str) -> QjaxError:
-    """The error for a quantized parameter that reaches what is no contraction."""
+    """The error for a quantized parameter that reaches what is not its contraction."""
     return QjaxError(
-        f"{path}: a quantized parameter reaches {primitive}, which is no contraction; quantize it for this function and these "
-        "arguments (qjax.coverage tells what they do with it), or leave it out with a rule 'PATTERN=none'"
+        f"{path}: a quantized parameter reaches {primitive}, not the contraction it was quantized for; quantize it for this "
+        "function and these arguments (qjax.coverage tells what they do with it), or leave it out with a rule 'PATTERN=none'"
     )

@@ -101,13 +101,20 @@ def _step(eqn: JaxprEqn, given: list[_Seen], log: Uses) -> list[_Seen]:
     if isinstance(product, Product):
         (weight,), x = weights, next(seen for seen in given if seen.path is None)
         view = view_of(weight.shape, product.layout, product.batch, product.summed)
-        summed = tuple(i for i, labels in enumerate(product.x) if any(label >= 0 for label in labels))
-        read = (x.key, summed, product.window, product.ragged and given[2].key)
+        read = (x.key, _axes_read(product), product.window, product.ragged and given[2].key)
         log.products.append(Use(weight.path, view, read, log.equation, weight.indices, product.ragged))
         return new
     for weight in weights:
         log.other(weight, product or NAMES.get(name, f"used by {name}"))
     return new
+
+
+def _axes_read(product: Product) -> tuple:
+    """What each axis of the input is to the contraction: inputs in the matrix' order, a batch, or rows."""
+    role = {fine: ("in", number) for number, fine in enumerate(product.summed)}
+    role |= {fine: ("batch", number) for number, fine in enumerate(product.batch)}
+    sizes = product.layout.shape
+    return tuple(tuple((*role[label], sizes[label]) for label in axis if label >= 0) for axis in product.x)
 
 
 NAMES = {
