@@ -63,3 +63,26 @@ def test_misuse_is_named():
     with pytest.raises(qjax.QjaxError, match="batches is empty"):
         qjax.quantize_nnx(Bonsai(nnx.Rngs(0)), "nf4", batches=[])
     assert "q/kernel   8 2 4  (8) -> (8)" in str(qjax.coverage_nnx(Bonsai(nnx.Rngs(0)), X))
+
+
+class Layers(nnx.Module):
+    """Layers made under nnx.vmap, run under nnx.scan and nnx.remat, which return all state."""
+
+    def __init__(self, rngs):
+        make = nnx.vmap(lambda rngs: nnx.Linear(8, 8, rngs=rngs), in_axes=0, out_axes=0)
+        self.layers = nnx.split_rngs(splits=3)(make)(rngs)
+
+    def __call__(self, x):
+        run = nnx.remat(lambda layer, x: jnp.tanh(layer(x)))
+        return nnx.scan(lambda x, layer: run(layer, x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.layers)
+
+
+def test_layers_under_scan_are_quantized_one_by_one():
+    model = Layers(nnx.Rngs(0))
+    quantized, report = qjax.quantize_nnx(model, "gptq:int4-g4@parallel", batches=[(X,)])
+    assert [record.path for record in report.layers] == [f"layers/kernel[{i}]" for i in range(3)]
+    kernel, x = quantized.layers.kernel.get_value().array(), X
+    for i in range(3):
+        x = jnp.tanh(x @ kernel[i] + model.layers.bias[...][i])
+    np.testing.assert_allclose(quantized(X), x, atol=1e-5)
+    assert float(jnp.max(jnp.abs(model(X) - x))) > 1e-3

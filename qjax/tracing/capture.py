@@ -28,6 +28,7 @@ from qjax.tracing.interpreter import (
     as_program,
     at,
     begun,
+    finish,
     input_of,
     put,
     tracked,
@@ -163,7 +164,8 @@ class Runs:
             ]
         advance(capturing, jaxpr, known, {}, range(begin, first))
         self.halted[number] = Halted(traced, first, [dict(values) for values in known], [each.arrays for each in both])
-        return advance(capturing, jaxpr, known, record, range(first, last + 1))
+        record = advance(capturing, jaxpr, known, record, range(first, last))
+        return finish(capturing, jaxpr, known, record, last)
 
 
 def _goes_on(halted: Halted, both: Sequence[Leaves]) -> bool:

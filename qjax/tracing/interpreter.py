@@ -22,7 +22,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from jaxtyping import Array, PyTree
 
 from qjax.tracing.kernel import Kernel, multiply, refused
-from qjax.tracing.layout import Layout, view_of, whole
+from qjax.tracing.layout import Layout, rearranged, view_of, whole
 from qjax.tracing.product import Product, product_of
 
 Record = dict[object, PyTree]
@@ -78,6 +78,15 @@ def advance(mode: Mode, jaxpr: Jaxpr, known: list[dict], record: Record, equatio
     return record
 
 
+def finish(mode: Mode, jaxpr: Jaxpr, known: list[dict], record: Record, number: int) -> Record:
+    """The record after one more equation, whose outputs nobody asks for."""
+    eqn = jaxpr.eqns[number]
+    given = [[_read(values, v) for v in eqn.invars] for values in known]
+    if NESTED.get(eqn.primitive.name) is _jit:
+        return as_program(mode, eqn.params["jaxpr"], given, record, keep=False)[1]
+    return step(mode, eqn, given, record)[1]
+
+
 def _read(values: dict, v: object) -> object:
     if not isinstance(v, Literal):
         return values[v]
@@ -121,42 +130,6 @@ def _moved(eqn: JaxprEqn, weight: Tracked, layout: Layout, index: int | None) ->
     elif index is not None:
         value = jax.tree.map(lambda leaf: leaf[index], value)
     return Tracked(value, weight.path, layout, weight.indices if index is None else (*weight.indices, index))
-
-
-def rearranged(name: str, params: Mapping, shape: tuple[int, ...], layout: Layout) -> tuple[Layout, int | None] | None:
-    """A parameter's layout after an equation that rearranges it, and the index where one slice of a stack is taken."""
-    match name:
-        case "transpose":
-            found = layout.transposed(params["permutation"])
-        case "reshape" if params["dimensions"] is None:
-            found = layout.reshaped(tuple(params["new_sizes"]))
-        case "squeeze":
-            gone = {axis % len(shape) for axis in params["dimensions"]}
-            found = layout._replace(axes=tuple(run for axis, run in enumerate(layout.axes) if axis not in gone))
-        case "broadcast_in_dim":
-            found = layout.widened(tuple(params["shape"]), tuple(params["broadcast_dimensions"]), shape)
-        case "convert_element_type":
-            found = layout if jnp.issubdtype(params["new_dtype"], jnp.floating) else None
-        case "copy" | "copy_p" | "sharding_constraint" | "name" | "reshard" | "optimization_barrier" | "pvary" | "pcast":
-            found = layout
-        case "slice":
-            return _sliced(params, shape, layout)
-        case _:
-            return None
-    return None if found is None else (found, None)
-
-
-def _sliced(params: Mapping, shape: tuple[int, ...], layout: Layout) -> tuple[Layout, int | None] | None:
-    """Of a slice that is one of a stack, kept as an axis of size 1."""
-    begin, end = params["start_indices"], params["limit_indices"]
-    cut = [axis for axis, size in enumerate(shape) if end[axis] - begin[axis] != size]
-    if len(cut) != 1 or end[cut[0]] - begin[cut[0]] != 1:
-        return None
-    found = layout.taken(cut[0])
-    if found is None:
-        return None
-    axes = (*found.axes[: cut[0]], (), *found.axes[cut[0] :])
-    return found._replace(axes=axes), int(begin[cut[0]])
 
 
 def plain(value: object, primitive: str) -> object:
@@ -285,7 +258,8 @@ def _while(mode: Mode, eqn: JaxprEqn, lanes: Lanes, record: Record) -> tuple[lis
 
 def _scan(mode: Mode, eqn: JaxprEqn, lanes: Lanes, record: Record) -> tuple[list[list], Record]:
     p = eqn.params
-    first, second = p["num_consts"], p["num_consts"] + p["num_carry"]
+    first, second, split = p["num_consts"], p["num_consts"] + p["num_carry"], p["num_carry"]
+    kept: dict[int, int] = {}  # outputs that are parameters' slices as they came, as Flax NNX returns all its state
     consts = [values[:first] for values in lanes]
     carries = [[plain(value, "scan") for value in values[first:second]] for values in lanes]
     stacks = [[_stack_of(value) for value in values[second:]] for values in lanes]
@@ -303,19 +277,31 @@ def _scan(mode: Mode, eqn: JaxprEqn, lanes: Lanes, record: Record) -> tuple[list
             for fixed, carry, stack, part in zip(consts, carries, stacks, parts, strict=True)
         ]
         outputs, new = run(mode, p["jaxpr"].jaxpr, p["jaxpr"].consts, inner, held | own)
-        outputs = [[plain(out, "scan") for out in values] for values in outputs]
-        carries, collected = ([values[part] for values in outputs] for part in _halves(p["num_carry"]))
+        kept.update(unchanged(eqn, outputs[0][split:], inner[0][second:]))
+        carries = [[plain(out, "scan") for out in values[:split]] for values in outputs]
+        collected = [[None if i in kept else plain(out, "scan") for i, out in enumerate(values[split:])] for values in outputs]
         return (carries, {path: new[path] for path in held}), (collected, {path: new[path] for path in own})
 
     parts = [[value.value if isinstance(value, Tracked) else value for value in values] for values in stacks]
     options = {"length": p["length"], "reverse": p["reverse"], "unroll": p["unroll"]}
     (carries, held), (collected, own) = lax.scan(body, (carries, held), (parts, sliced), **options)
     own = {path: put(record[path], index, own[path]) for path, index in indices.items()}
+    collected = [
+        [stack[kept[i]] if i in kept else y for i, y in enumerate(ys)] for stack, ys in zip(stacks, collected, strict=True)
+    ]
     return [[*carry, *ys] for carry, ys in zip(carries, collected, strict=True)], record | held | own
 
 
-def _halves(split: int) -> tuple[slice, slice]:
-    return slice(split), slice(split, None)
+def unchanged(eqn: JaxprEqn, outputs: Sequence[object], slices: Sequence[object]) -> dict[int, int]:
+    """Outputs of a scan's body, by number, that are a slice it was given, and which."""
+    types = [[v.aval.dtype for v in variables] for variables in (eqn.outvars[-len(outputs) :], eqn.invars[-len(slices) :])]
+    same = lambda out, part: (out.path, out.layout, out.indices) == (part.path, part.layout, part.indices)  # noqa: E731
+    return {
+        i: j
+        for i, out in enumerate(outputs)
+        for j, part in enumerate(slices)
+        if getattr(out, "layout", None) and getattr(part, "layout", None) and same(out, part) and types[0][i] == types[1][j]
+    }
 
 
 def _stack_of(value: object) -> object:

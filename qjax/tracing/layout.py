@@ -10,8 +10,10 @@ indices w[i].
 """
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 Axes = tuple[tuple[int, ...], ...]
@@ -139,3 +141,39 @@ def view_of(shape: tuple[int, ...], layout: Layout, batch: tuple[int, ...], summ
     stack = tuple(place[fine] for fine in (*layout.layers, *batch))
     in_axes, out_axes = (tuple(axis for axis, each in enumerate(roles) if each == name) for name in ("in", "out"))
     return View(tuple(shape), tuple(parts), stack, in_axes, out_axes)
+
+
+def rearranged(name: str, params: Mapping, shape: tuple[int, ...], layout: Layout) -> tuple[Layout, int | None] | None:
+    """A parameter's layout after an equation that rearranges it, and the index where one slice of a stack is taken."""
+    match name:
+        case "transpose":
+            found = layout.transposed(params["permutation"])
+        case "reshape" if params["dimensions"] is None:
+            found = layout.reshaped(tuple(params["new_sizes"]))
+        case "squeeze":
+            gone = {axis % len(shape) for axis in params["dimensions"]}
+            found = layout._replace(axes=tuple(run for axis, run in enumerate(layout.axes) if axis not in gone))
+        case "broadcast_in_dim":
+            found = layout.widened(tuple(params["shape"]), tuple(params["broadcast_dimensions"]), shape)
+        case "convert_element_type":
+            found = layout if jnp.issubdtype(params["new_dtype"], jnp.floating) else None
+        case "copy" | "copy_p" | "sharding_constraint" | "name" | "reshard" | "optimization_barrier" | "pvary" | "pcast":
+            found = layout
+        case "slice":
+            return _sliced(params, shape, layout)
+        case _:
+            return None
+    return None if found is None else (found, None)
+
+
+def _sliced(params: Mapping, shape: tuple[int, ...], layout: Layout) -> tuple[Layout, int | None] | None:
+    """Of a slice that is one of a stack, kept as an axis of size 1."""
+    begin, end = params["start_indices"], params["limit_indices"]
+    cut = [axis for axis, size in enumerate(shape) if end[axis] - begin[axis] != size]
+    if len(cut) != 1 or end[cut[0]] - begin[cut[0]] != 1:
+        return None
+    found = layout.taken(cut[0])
+    if found is None:
+        return None
+    axes = (*found.axes[: cut[0]], (), *found.axes[cut[0] :])
+    return found._replace(axes=axes), int(begin[cut[0]])

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
-from qjax.tracing.interpreter import rearranged
-from qjax.tracing.layout import Layout, View, view_of, whole
+from qjax.tracing.interpreter import unchanged
+from qjax.tracing.layout import Layout, View, rearranged, view_of, whole
 from qjax.tracing.product import Product, product_of
 from qjax.tracing.trace import Traced
 
@@ -158,8 +158,10 @@ def _nested(eqn: JaxprEqn, given: list[_Seen], log: Uses) -> list[_Seen]:
             log.other(seen, "scanned along an axis that is not one of its own")
         sliced.append(_Seen(object()) if layout is None else seen._replace(key=object(), layout=layout))
     inner = [*given[:first], *_carried(given[first:second], log), *sliced]
-    _kept(_walk(p["jaxpr"].jaxpr, inner, log), log, "returned by a scan")
-    return new
+    outputs = _walk(p["jaxpr"].jaxpr, inner, log)
+    back = unchanged(eqn, outputs[p["num_carry"] :], sliced)
+    _kept([out for i, out in enumerate(outputs) if i - p["num_carry"] not in back], log, "returned by a scan")
+    return [given[second + back[i - p["num_carry"]]] if i - p["num_carry"] in back else each for i, each in enumerate(new)]
 
 
 def _carried(seen: Sequence[_Seen], log: Uses) -> list[_Seen]:
