@@ -184,10 +184,12 @@ class TracedPiece(Piece):
             parts = [flat[name] for name in members(site)]
             if all(part is self.params[name] for part, name in zip(parts, members(site), strict=True)):
                 continue
-            before, _ = self.made.get(path, ((), None))
+            before, leaf = self.made.get(path, ((), None))
             if len(before) != len(parts) or any(part is not other for part, other in zip(parts, before, strict=True)):
-                self.made[path] = (parts, self._leaf(site, parts))
-            result[path] = self.made[path][1]
+                leaf = self._leaf(site, parts)
+                if not any(isinstance(part, jax.core.Tracer) for part in jax.tree.leaves(leaf)):
+                    self.made[path] = (parts, leaf)
+            result[path] = leaf
         return result
 
     def _leaf(self, site: Site, parts: Sequence[object]) -> object:
@@ -195,18 +197,18 @@ class TracedPiece(Piece):
         dtype = self.leaves.arrays[site.path].dtype
         return as_kernel(stacked, site.view, dtype) if is_quantized(stacked) else site.view.to_kernel(stacked)
 
-    def _tree(self, params: PyTree) -> PyTree:
-        return self.leaves.rebuilt(self.whole(flatten_dict(params, sep="/")).values())
+    def _leaves(self, params: PyTree) -> Leaves:
+        return self.leaves._replace(arrays=self.whole(flatten_dict(params, sep="/")))
 
     def capture(self, params, batches, needed, names, exact=None, *, keep_outputs=False) -> Captured:
         """`tracing.capture` of the function with these matrices."""
-        leaves = leaves_of(self._tree(params))
-        compared = None if exact is None else leaves_of(self._tree(exact[0]))
-        return Captured(self.runs.capture(leaves, batches, needed, names, compared), [])
+        compared = None if exact is None else self._leaves(exact[0])
+        return Captured(self.runs.capture(self._leaves(params), batches, needed, names, compared), [])
 
     def apply(self, params: PyTree, *args: object) -> object:
         """What the function makes of the arguments with these matrices."""
-        return apply_function(self.fn, self._tree(params), *args)
+        leaves = self._leaves(params)
+        return apply_function(self.fn, leaves.rebuilt(leaves.arrays.values()), *args)
 
     def outputs(self, batches: Iterable[Batch]) -> list[Array]:
         """The function's outputs, the first array of each."""
