@@ -112,6 +112,7 @@ FALCON = GPT2 | {
     "parallel_residual": True,
     "shared_norm": True,
 }
+MIXTRAL = {"family": "mixtral", "norm_epsilon": 1e-5, "rope_theta": 1e6, "experts": 4, "experts_per_token": 2}
 SMOLLM3 = {
     "family": "smollm3",
     "kinds": (LayerKind(rope_theta=2e6), LayerKind(sliding_window=5, positions="none", rope_theta=2e6)),

@@ -24,7 +24,7 @@ def small_model(config: DecoderConfig, tokenizer=None, seed: int = 0, dtype=jnp.
     leaves = {}
     for path, shape in parameter_shapes(config).items():
         values = generator.standard_normal(shape)
-        size = shape[0] ** -0.5 if path.endswith("kernel") else 1.0 if path.endswith("embedding") else 0.1
+        size = shape[-2] ** -0.5 if path.endswith("kernel") else 1.0 if path.endswith("embedding") else 0.1
         scales = np.exp(0.7 * values)
         found = scales if path.endswith("scale") else scales - 1 if path.endswith("offset") else values * size
         leaves[path] = jnp.asarray(found, dtype)

@@ -23,7 +23,7 @@ from qjax.driver.placement import place
 from qjax.sweep.cells import canonical
 from qjax.sweep.store import ROWS, read_rows
 from tests.conftest import first_block, tiny_config
-from tests.dictionary import undescribed
+from tests.dictionary import CELLS, undescribed
 from tests.gguf_files import file_bytes, model_tensors, model_values, random_rows
 from tests.paths import REPOSITORY, real_data
 from tests.random_weights import weights_model
@@ -102,6 +102,22 @@ def test_order_draws_a_calibration_for_every_seed(load, block, tmp_path):
     (table,) = tmp_path.glob("*-seeds.md")
     assert "gptq(clip=mse):int3-g128@parallel" in table.read_text()
     assert twin(load("order"), tmp_path, block) == rows  # nothing is measured twice
+
+
+@pytest.mark.slow
+def test_training_twin(load, block, tmp_path):
+    """Every treatment is measured, once; the text to fine-tune on is looked for in the data folder."""
+    pytest.importorskip("orbax.checkpoint")
+    script, data = load("training"), tmp_path / "data"
+    (data / "text").mkdir(parents=True)
+    (data / "text" / "tinyshakespeare.txt").write_text("To be, or not to be.\n\n" * 300)
+    (bundled,) = script.common.BUNDLED
+    subject = dataclasses.replace(bundled, model=block, data=data)
+    rows = script.run(tmp_path / "out", tiny=True, subjects=(subject,))
+    treatments = ["none", "rounded", "trained as quantized", "trained adapters", "none", "LoRA", "QLoRA"]
+    assert [row["treatment"] for row in rows] == treatments and undescribed(rows, CELLS) == []
+    assert (tmp_path / "out" / "training.md").exists()
+    assert script.run(tmp_path / "out", tiny=True, subjects=(subject,)) == rows
 
 
 @functools.cache

@@ -8,9 +8,10 @@ import pytest
 from qjax.errors import QjaxError
 from qjax.models.config import DecoderConfig, LayerKind
 from qjax.models.families import FAMILIES, find_family, read_config, write_config
-from qjax.models.family import stored_tensors
+from qjax.models.family import stacks_in, stored_tensors
 from qjax.models.parameters import parameter_shapes
 from qjax.models.scalings import DynamicScaling, LinearScaling, Llama3Scaling, LongScaling, YarnScaling
+from qjax.models.stacks import spread
 from tests.family_files import (
     COHERE,
     EVERY,
@@ -31,6 +32,7 @@ from tests.family_files import (
     PHI3,
     QWEN2,
     QWEN3,
+    QWEN3_MOE,
     SMOLLM3,
     STABLELM,
 )
@@ -45,7 +47,7 @@ LLAMA3 = {
 
 
 LONG = {"rope_type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 3.0, 4.0]}
-MIXTRAL = LLAMA | {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
+MAMBA = LLAMA | {"model_type": "mamba", "architectures": ["MambaForCausalLM"]}
 
 
 def test_llama():
@@ -337,9 +339,12 @@ def test_how_falcon_fuses_queries_keys_and_values(entries, heads, blocks):
         (LLAMA | {"rope_scaling": {"rope_type": "yarn"}}, "'factor' must be a number, got nothing"),
         (LLAMA | {"rope_scaling": LONG | {"short_factor": [1.0]}}, "has 1 short and 4 long factors, expected 4"),
         (LLAMA | {"rope_scaling": LONG | {"long_factor": [1.0, 0.0, 1.0, 1.0]}}, "the long factors of longrope"),
-        (MIXTRAL, "unknown architecture: model_type 'mixtral'.*supported: llama"),
+        (MAMBA, "unknown architecture: model_type 'mamba'.*supported: llama"),
+        (QWEN3_MOE | {"mlp_only_layers": [1]}, r"'mlp_only_layers' is \[1\]; the decoder can only do \[\]"),
+        (QWEN3_MOE | {"decoder_sparse_step": 2}, "'decoder_sparse_step' is 2"),
+        (QWEN3_MOE | {"num_experts": 0}, "'num_experts' is 0; a mixture has at least 1"),
+        (QWEN3_MOE | {"num_experts_per_tok": 5}, "4 experts, 5 for a token"),
         (SMOLLM3 | {"no_rope_layers": [1, 2, 1]}, "'no_rope_layers' must be a 1 or a 0"),
-        (STABLELM | {"qk_layernorm": True}, "'qk_layernorm' is True; the decoder can only do False"),
         (GRANITE | {"residual_multiplier": 0}, "'residual_multiplier' is 0.0, expected a positive number"),
         (GPT_NEO | {"attention_types": [[["global"], 2]]}, "'attention_types' names 2 layers; the model has 3"),
         (GPT_NEO | {"attention_types": [["global", 3]]}, "'attention_types' has .*global"),
@@ -464,8 +469,10 @@ def test_every_parameter_has_one_place_in_the_checkpoint(config):
     shapes = parameter_shapes(config)
     tensors = stored_tensors(FAMILIES[config.family], shapes, config.heads)
     parts = [part for tensor in tensors for part in tensor.parts]
-    assert dict(parts) == shapes
-    assert len(parts) == len(shapes)
+    stacks = stacks_in(FAMILIES[config.family], shapes)
+    expected = spread({path: shape[1:] if path in stacks else shape for path, shape in shapes.items()}, stacks)
+    assert dict(parts) == expected
+    assert len(parts) == len(expected)
     assert len({tensor.name for tensor in tensors}) == len(tensors)
 
 

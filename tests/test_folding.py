@@ -1,15 +1,18 @@
 """qjax.models.folding: what the decoder computes does not change when scales are folded, for every family and every fold."""
 
+import itertools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from qjax.maps import Divide
 from qjax.models.families import FAMILIES
-from qjax.models.folding import FOLDS, fold_map, folds
+from qjax.models.folding import FOLDS, fold_map, fold_members, folds
 from qjax.models.model import apply
 from qjax.models.parameters import flatten, unflatten
-from tests.conftest import BLOOM, COHERE, FALCON, GEMMA, GEMMA3, GPT2, GPT_NEOX, OLMO2, OPT, SMOLLM3, tiny_config
+from qjax.models.stacks import apart, stack_of, together
+from tests.conftest import BLOOM, COHERE, FALCON, GEMMA, GEMMA3, GPT2, GPT_NEOX, MIXTRAL, OLMO2, OPT, SMOLLM3, tiny_config
 from tests.random_weights import small_model
 
 GEMMA2 = GEMMA3 | {"family": "gemma2", "kv_heads": 4, "qk_norm": "none", "attention_softcap": 8.0}
@@ -48,9 +51,12 @@ CASES = {
     "bloom": (BLOOM, {"attention/q", "attention/o", "mlp/up"}),
     "falcon": (FALCON, set()),
     "smollm3": (SMOLLM3, {"attention/q", "mlp/gate", "mlp/down"}),
+    "mixtral": (MIXTRAL, {"attention/q", "mlp/down"}),
     "opt, gelu": (OPT | {"activation": "gelu"}, {"attention/q", "attention/o", "mlp/up"}),
 }
-LIKE_OTHERS = {"qwen3", "granite", "stablelm", "phi3", "glm", "glm4", "gpt_neo", "falcon2"}  # in all that folds ask for
+LIKE_OTHERS = {  # in all that folds ask for
+    *("qwen3", "qwen3_moe", "granite", "stablelm", "phi3", "glm", "glm4", "gpt_neo", "falcon2"),
+}
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 61, (2, 12)))
 
 
@@ -71,15 +77,17 @@ def test_logits_are_unchanged(name):
     for number in range(config.layers):
         prefix = f"block_{number}/"
         block = {path.removeprefix(prefix): leaf for path, leaf in leaves.items() if path.startswith(prefix)}
-        for fold in allowed:
+        stacks = {path: len(leaf) for path, leaf in block.items() if leaf.ndim == 3}
+        block = apart(block, stacks)
+        for fold in itertools.chain(*(fold_members(each, stacks) for each in allowed)):
             inputs = len(block[f"{fold.layers[0]}/kernel"])
             scale = jnp.asarray(10.0 ** generator.uniform(-1, 1, inputs), jnp.float32)
             changed = fold_map(block, fold, Divide(scale))
             assert all(changed[path].dtype == jnp.float32 for path in changed)
             assert {f"{layer}/kernel" for layer in fold.layers} < changed.keys() <= block.keys()
-            moved |= changed.keys()
+            moved |= set(map(stack_of, changed))
             block |= changed
-        leaves |= {prefix + path: leaf for path, leaf in block.items()}
+        leaves |= {prefix + path: leaf for path, leaf in together(block, stacks).items()}
     for path in moved:
         assert not np.allclose(leaves[f"block_0/{path}"], flatten(model.params)[f"block_0/{path}"]), path
     got = np.asarray(apply(model._replace(params=unflatten(leaves)), TOKENS))

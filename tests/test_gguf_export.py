@@ -153,6 +153,13 @@ def test_what_no_block_holds_is_refused(recipe, part, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_a_layer_does_to_its_input_is_refused(tmp_path):
+    order = np.random.default_rng(0).permutation
+    model = test_export.quantized(foreign.llama(vocabulary_size=288), {"mlp/up": "int4-g32-sym"}, order=order)
+    with pytest.raises(QjaxError, match=r"blk.0.ffn_up.weight: the layer does more to its input: Permute"):
+        export(tmp_path / "a.gguf", model, "gguf")
+
+
 def test_rows_that_are_no_whole_blocks_are_refused(tmp_path):
     fmt = parse_format("int8-g32-sym-max")
     assert kind_of(fmt, 48) == "rows of 48 weights, no whole blocks of Q8_0, of 32" and nearest(fmt, 48) is None

@@ -23,14 +23,15 @@ from qjax.checkpoints.load import load
 from qjax.checkpoints.packed import save
 from qjax.errors import QjaxError
 from qjax.formats import parse_format
+from qjax.lazy import Lazy
 from qjax.linear import Linear, dequantize, dequantize_tree
 from qjax.maps import Scale
-from qjax.models.model import apply
-from qjax.models.parameters import flatten, unflatten
+from qjax.models.model import Model, apply
+from qjax.models.parameters import flatten, parameter_shapes, unflatten
 from qjax.models.scalings import LinearScaling, Llama3Scaling
 from qjax.models.walk import Decoder
 from qjax.rounding.nearest import rtn
-from tests.conftest import GEMMA, GPT2, GPT_NEOX, OPT, byte_tokenizer, random_model, tiny_config
+from tests.conftest import GEMMA, GPT2, GPT_NEOX, MIXTRAL, OPT, byte_tokenizer, random_model, tiny_config
 from tests.paths import real_data
 from tests.random_weights import weights_model
 
@@ -582,14 +583,40 @@ print(kib("VmHWM:") - before)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_peak_memory_is_the_model_and_little_more(tmp_path):
-    config = tiny_config(hidden_size=512, mlp_size=1536, heads=8, kv_heads=8, head_dim=64, layers=8)
-    save_huggingface(tmp_path, weights_model(config))
-    size = (tmp_path / "model.safetensors").stat().st_size  # 109 MB, the largest tensor 3 MB
-    script = [sys.executable, "-c", PEAK, str(tmp_path)]
+def peak_bytes(folder):
+    """What loading the folder adds to a process's memory, at most."""
+    script = [sys.executable, "-c", PEAK, str(folder)]
     output = subprocess.run(script, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]).stdout
-    assert int(output) * 1024 < 1.4 * size
+    return int(output) * 1024
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("changes", [{}, MIXTRAL | {"mlp_size": 384, "vocabulary_size": 300}], ids=["llama", "mixtral"])
+def test_peak_memory_is_the_model_and_little_more(changes, tmp_path):
+    config = tiny_config(hidden_size=512, mlp_size=1536, heads=8, kv_heads=8, head_dim=64, layers=8)
+    save_huggingface(tmp_path, weights_model(dataclasses.replace(config, **changes)))
+    size = (tmp_path / "model.safetensors").stat().st_size  # 109 MB, the largest tensor 3 MB
+    assert peak_bytes(tmp_path) < 1.4 * size
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_memory_of_two_gigabytes_in_shards(tmp_path):
+    """In bfloat16, as most are; the largest tensor has 131 MB."""
+    config = tiny_config(
+        **{"vocabulary_size": 32_000, "hidden_size": 2048, "mlp_size": 5632, "layers": 19},
+        **{"heads": 32, "kv_heads": 32, "head_dim": 64},
+    )
+    random = np.random.default_rng(0).standard_normal(2**20, np.float32)
+    leaves = {
+        path: Lazy(shape, np.dtype(jnp.bfloat16), lambda shape=shape: jnp.asarray(np.resize(random, shape), jnp.bfloat16))
+        for path, shape in parameter_shapes(config).items()
+    }
+    save_huggingface(tmp_path, Model(config, unflatten(leaves), None, "random"), shard_bytes=500_000_000)
+    assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) >= 5
+    size = sum(leaf.nbytes for leaf in leaves.values())
+    assert size > 2 * 10**9
+    assert peak_bytes(tmp_path) < 1.3 * size
 
 
 @pytest.mark.parametrize("name", ["stories260K-hf", "babyllama-hf"])

@@ -129,6 +129,20 @@ def test_what_peft_may_write_otherwise(folder):
     assert all(each.a.dtype == jnp.float32 for each in found.values())
 
 
+def test_a_copy_of_the_bases_head_is_left_aside(tmp_path):
+    """PEFT writes one beside an adapter of the head; one of other sizes is of another base."""
+    shape = parameter_shapes(LLAMA)["head/output/kernel"]
+    given = {"head/output/kernel": LowRank(jnp.ones((shape[0], 2)), jnp.ones((2, shape[1])))}
+    save_adapter(tmp_path / "a", LLAMA, given)
+    arrays, name = load_file(tmp_path / "a" / WEIGHTS), "base_model.model.lm_head.base_layer.weight"
+    for size, fits in ((shape[1], True), (shape[1] + 8, False)):
+        save_file(arrays | {name: np.zeros((size, shape[0]), np.float32)}, tmp_path / "a" / WEIGHTS)
+        if fits:
+            assert_same(load_adapter(tmp_path / "a", LLAMA), given)
+    with pytest.raises(QjaxError, match=r"base_layer.weight is \(72, 32\), which no layer of it is"):
+        load_adapter(tmp_path / "a", LLAMA)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

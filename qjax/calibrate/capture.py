@@ -8,6 +8,7 @@ Linen module.
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -16,9 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from qjax.calibrate.statistics import COUNT, STATISTICS
+from qjax.calibrate import experts
+from qjax.calibrate.experts import ROUTED
+from qjax.calibrate.statistics import COUNT, STATISTICS, Statistic
 from qjax.errors import QjaxError
 from qjax.interception.linen import recorded
+from qjax.models.stacks import member, stack_of
 from qjax.numbers import NotFiniteError
 
 LARGEST_SQUARE = 2.0**70  # mean squares of inputs up to here, and down to its inverse, times squares of weights are float32
@@ -71,10 +75,18 @@ def distinct_calls(calls: Iterable[tuple]) -> Iterator[tuple]:
             yield args
 
 
+class Wanted(NamedTuple):
+    """Statistics by name, of the inputs of layers; everyone: tokens count for all experts, whichever they are routed to."""
+
+    statistics: tuple[tuple[str, Statistic], ...]
+    paths: tuple[str, ...]
+    everyone: bool = False
+
+
 class Programs(NamedTuple):
     """Compiled runs of a module; `static` holds the arguments that are no arrays."""
 
-    capture: Callable  # (statistics, paths, static, with output, states, run, exact run or None, weights) -> states, output
+    capture: Callable  # (wanted, static, with output, states, run, exact run or None, weights) -> states, output
     output: Callable  # (static, watched, params, arrays) -> what the module at path `watched` returns
 
 
@@ -87,15 +99,20 @@ def programs(module: nn.Module) -> Programs:
             output = module.apply({"params": params}, *merge_arguments(static, arrays))
         return recording, output
 
-    @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-    def capture(statistics, paths, static, with_output, states, run, exact_run, weights):  # a run: (params, arrays)
+    @functools.partial(jax.jit, static_argnums=(0, 1, 2))
+    def capture(wanted, static, with_output, states, run, exact_run, weights):  # a run: (params, arrays)
+        statistics, paths, everyone = wanted
         recording, output = record(run[0], static, run[1])
         inputs = recording.inputs
         exact = inputs if exact_run is None else record(exact_run[0], static, exact_run[1])[0].inputs
         new, hidden = dict(states), []
         for path in paths:
             try:
-                for x, y in zip(inputs.get(path, ()), exact.get(path, ()), strict=True):  # a batch need not reach every layer
+                calls = list(zip(inputs.get(path, ()), exact.get(path, ()), strict=True))  # a batch need not reach every layer
+                for number, routed in enumerate(recording.routed.get(path, ())):  # of a stack
+                    given, counts = experts.Inputs(*calls[number], routed), token_weights(path, weights, routed.shape[1:])
+                    new[path] = experts.update(statistics, new[path], given, counts, everyone=everyone)
+                for x, y in () if path in recording.routed else calls:
                     counts = token_weights(path, weights, x.shape[:-1])
                     flat, other = (a.reshape(-1, a.shape[-1]).astype(jnp.float32) for a in (x, y))
                     new[path] = {name: each.update(new[path][name], flat, other, counts) for name, each in statistics}
@@ -151,53 +168,86 @@ def capture_statistics(
     needed: Mapping[str, int],
     names: Iterable[str],
     exact: tuple[PyTree, Iterable[Batch]] | None = None,
+    *,
     prefix: str = "",
     keep_outputs: bool = False,
+    stacks: Mapping[str, int] = MappingProxyType({}),
 ) -> Captured:
     """Statistics `names` of the inputs of the layers at the paths in `needed` (path -> in_features), over all batches.
 
     exact: parameters and batches of the run without quantization, for statistics that compare with it. prefix: of paths in
-    messages. Raises QjaxError that names layers whose input is not finite, was not seen, or cannot be captured.
+    messages. stacks: those of the paths that hold several layers, and how many; the statistics are then of each, under its own
+    path (`models/stacks.py`), from the tokens that are routed to it, or from all (`experts.py`). Raises QjaxError that names
+    layers whose input is not finite, was not seen, or cannot be captured.
     """
+    wanted = Wanted(tuple((name, STATISTICS[name]) for name in dict.fromkeys([*names, COUNT])), tuple(needed))
+    given = (module, params, batches, needed, exact, prefix)
+    states, outputs = _states(wanted, *given, stacks=stacks, keep_outputs=keep_outputs)
+    values = _values(wanted.statistics, states, stacks)
+    hardly = {path: experts.hardly_reached(state) for path, state in states.items() if path in stacks}
+    if again := tuple(path for path, numbers in hardly.items() if len(numbers)):
+        states, _ = _states(wanted._replace(paths=again, everyone=True), *given, stacks=stacks)
+        for path in again:
+            for number in hardly[path]:
+                values[member(path, number)] |= experts.finish(wanted.statistics, states[path], number)
+    same = {"prefix": prefix, "stacks": stacks}
+    check_statistics(values, needed, prefix, lambda few: capture_statistics(module, params, batches, few, ["abs_max"], **same))
+    return Captured(values, outputs)
+
+
+def _states(
+    wanted: Wanted, module, params, batches, needed, exact, prefix, *, stacks, keep_outputs=False
+) -> tuple[dict[str, dict], list[object]]:
+    """States of the statistics after all batches, and the outputs."""
     run = programs_of(module).capture
-    statistics, paths = tuple((name, STATISTICS[name]) for name in dict.fromkeys([*names, COUNT])), tuple(needed)
-    states = {path: {name: each.init(size) for name, each in statistics} for path, size in needed.items()}
-    outputs = []
+    states, outputs = {}, []
+    for path in wanted.paths:
+        count = stacks.get(path)
+        initial = {name: each.init(needed[path]) for name, each in wanted.statistics}
+        states[path] = initial if count is None else experts.stacked(initial, count)
     for batch, other in zip(batches, batches if exact is None else exact[1], strict=True):
         static, arrays = split_arguments(batch.args)
         exact_run = None if exact is None else (exact[0], split_arguments(other.args)[1])
         try:
-            states, output = run(statistics, paths, static, keep_outputs, states, (params, arrays), exact_run, batch.weights)
+            states, output = run(wanted, static, keep_outputs, states, (params, arrays), exact_run, batch.weights)
         except jax.errors.UnexpectedTracerError:
-            hidden = [path for path in paths if is_hidden(module, params, batch, path)] or paths
+            hidden = [path for path in wanted.paths if is_hidden(module, params, batch, path)] or wanted.paths
             raise _hidden(prefix + path for path in hidden) from None
         outputs.append(output)
-    values = {path: {name: each.finalize(state[name]) for name, each in statistics} for path, state in states.items()}
-    again = lambda zero: capture_statistics(module, params, batches, zero, ["abs_max"], prefix=prefix).statistics  # noqa: E731
-    check_statistics(values, needed, again, prefix)
-    return Captured(values, outputs)
+    return states, outputs
 
 
-def check_statistics(
-    values: Mapping[str, Mapping[str, Array]], needed: Mapping[str, int], again: Callable, prefix: str = ""
-) -> None:
-    """Raises QjaxError for layers that no token reached and those whose statistics are broken, by name.
+def _values(statistics: tuple, states: Mapping[str, dict], stacks: Mapping[str, int]) -> dict[str, dict[str, Array]]:
+    """Values of every layer by its path; of one of a stack also how many tokens were routed to it."""
+    values = {}
+    for path, state in states.items():
+        if path not in stacks:
+            values[path] = {name: each.finalize(state[name]) for name, each in statistics}
+            continue
+        for number in range(stacks[path]):
+            found = experts.finish(statistics, state, number)
+            values[member(path, number)] = found | {ROUTED: found[COUNT]}
+    return values
 
-    again(needed): path -> {"abs_max": ...} of some of the layers, captured once more.
+
+def check_statistics(values: Mapping[str, dict], needed: Mapping[str, int], prefix: str, largest_of: Callable) -> None:
+    """Raises QjaxError for layers that no token reached, and values that are not finite or too large or small to go on with.
+
+    largest_of(in_features by path): abs_max of layers, captured.
     """
-    empty = [path for path in needed if not int(values[path][COUNT])]
+    empty = [path for path in values if not int(values[path][COUNT])]
     if empty:
         raise QjaxError(f"no calibration token of weight above 0 reached {', '.join(prefix + path for path in empty)}")
-    broken = [path for path in needed if not all(bool(jnp.all(jnp.isfinite(v))) for v in values[path].values())]
+    broken = [path for path in values if not all(bool(jnp.all(jnp.isfinite(v))) for v in values[path].values())]
     if broken:
         raise NotFiniteError(
             f"calibration: the input of {', '.join(prefix + path for path in broken)} is not finite; the model's weights or "
             "the calibration data are broken, or its activations overflow"
         )
     sizes = {path: float(jnp.max(jnp.diagonal(v["hessian"]))) for path, v in values.items() if "hessian" in v}
-    zero = {path: needed[path] for path, size in sizes.items() if size == 0}
-    if zero:  # by inputs of 0, or by squares below float32
-        largest = again(zero)
+    if zero := [path for path, size in sizes.items() if size == 0]:  # by inputs of 0, or by squares below float32
+        kernels = {path if path in needed else stack_of(path) for path in zero}
+        largest = largest_of({path: needed[path] for path in needed if path in kernels}).statistics
         sizes |= {path: math.nan for path in zero if float(jnp.max(largest[path]["abs_max"])) > 0}
     if extreme := [path for path, size in sizes.items() if not (size == 0 or 1 / LARGEST_SQUARE < size < LARGEST_SQUARE)]:
         raise NotFiniteError(

@@ -13,12 +13,13 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qjax import grid
 from qjax.activations import parse_activation
 from qjax.errors import QjaxError
 from qjax.formats import Format, parse_format
-from qjax.lazy import is_array
+from qjax.lazy import Lazy, is_array
 from qjax.linear import Linear, LowRank, Outliers, apply_linear
 from qjax.maps import MAPS
 from qjax.qtensor import FLOAT_DTYPES, QTensor, from_codes
@@ -28,7 +29,9 @@ TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8", 
 
 
 def describe(leaf: Linear | QTensor) -> dict:
-    """The record of a leaf. Raises QjaxError for what no folder can hold."""
+    """The record of a leaf, of a stack that of its members. Raises QjaxError for what no folder can hold."""
+    if len(leaf.shape) == 3:
+        return describe(jax.tree.map(lambda array: Lazy(array.shape[1:], np.dtype(array.dtype), None), leaf))
     if isinstance(leaf, Linear):
         weight = {"weight": _spell(leaf.weight)} if is_array(leaf.weight) else describe(leaf.weight)
         return {**weight, "linear": _describe_layer(leaf)}
@@ -63,11 +66,15 @@ def _describe_part(part: object) -> dict:
     return {"arrays": arrays, "static": static} if static else {"arrays": arrays}
 
 
-def template(record: object, shape: tuple[int, int]) -> Linear | QTensor:
-    """The leaf that a record of an (in, out) kernel describes, with ShapeDtypeStructs for arrays; nothing is computed.
+def template(record: object, shape: tuple[int, ...]) -> Linear | QTensor:
+    """The leaf that a record of an (in, out) kernel, or a stack of them, describes, with ShapeDtypeStructs for arrays; nothing
+    is computed.
 
     Raises QjaxError for a malformed record, and parts that do not fit each other.
     """
+    if len(shape) == 3:
+        stacked = lambda array: jax.ShapeDtypeStruct((shape[0], *array.shape), array.dtype)  # noqa: E731
+        return jax.tree.map(stacked, template(record, shape[1:]))
     if not isinstance(record, dict) or "weight" not in record:
         weight = _described_qtensor(record, shape)
     elif (weight := _array(record["weight"])).shape != shape:

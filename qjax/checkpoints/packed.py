@@ -161,7 +161,7 @@ def _indices(templates: Mapping[str, object]) -> dict[str, int]:
         if isinstance(leaf, Linear):
             keys = [f".inputs[{i}].index" for i, each in enumerate(leaf.inputs) if isinstance(each, Permute)]
             keys += [] if leaf.outliers is None else [".outliers.index"]
-            found |= {path + key: leaf.shape[0] for key in keys}
+            found |= {path + key: leaf.shape[-2] for key in keys}
     return found
 
 
@@ -186,8 +186,8 @@ def templates_of(config: DecoderConfig, records: dict) -> dict[str, object]:
     """Every leaf with ShapeDtypeStructs for arrays; the type of plain leaves is left open as float32."""
     templates = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in parameter_shapes(config).items()}
     for path, record in records.items():
-        if path not in templates or len(shape := templates[path].shape) != 2:
-            raise QjaxError(f"'quantized' names {quoted(path)}, which is no matrix of this model")
+        if path not in templates or len(shape := templates[path].shape) not in (2, 3):
+            raise QjaxError(f"'quantized' names {quoted(path)}, which is no matrix of this model, nor a stack of them")
         try:
             templates[path] = template(record, shape)
         except QjaxError as error:

@@ -38,6 +38,7 @@ from qjax.untrusted import is_folder, quoted, read_json, status
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 REPLACED = ("adapter_*.json", "adapter_*.safetensors")
 TENSOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(\.\w+)?\.weight")
+COPY = ".base_layer.weight"  # ends the name of the base's own head, which PEFT writes beside an adapter of it
 PLAIN = re.compile(r"\^?[A-Za-z_]\w*(\.\w+)*\$?")
 STARTS = ("gaussian", "eva", "orthogonal", "loftq")  # that leave the base as it is, or come with one
 UNREAD = {  # entries of adapter_config.json -> what they ask for
@@ -66,10 +67,15 @@ def load_adapter(folder: str | Path, config: DecoderConfig) -> dict[str, LowRank
     _refuse_unread(folder / CONFIG, settings)
     if not status(folder / WEIGHTS):
         raise QjaxError(f"{folder} has no {WEIGHTS}; adapters in pickles (.bin) are not read, PEFT's save_pretrained writes it")
-    pairs = _pairs(folder, read_headers([folder / WEIGHTS]))
+    headers = read_headers([folder / WEIGHTS])
+    pairs = _pairs(folder, {name: header for name, header in headers.items() if not name.endswith(COPY)})
     _require_targets(folder, settings, pairs)
     known, prefix = _modules(config), FAMILIES[config.family].prefix
     problems, found = [], {}
+    for name in (name for name in headers if name.endswith(COPY)):
+        layer = known.get(_unwrapped(name.removesuffix(COPY)))
+        if layer is None or layer.shape != headers[name].shape:
+            problems.append(f"{name} is {headers[name].shape}, which no layer of it is")
     for given, (a, b) in pairs.items():
         tensor = known.get(given) or known.get(prefix + given)
         if tensor is None:
@@ -108,10 +114,7 @@ def _pairs(folder: Path, headers: Mapping[str, Header]) -> dict[str, tuple[Heade
         if match is None or header.dtype not in FLOATS:
             strange.append(f"{name} ({header.dtype})")
             continue
-        module = match["module"]
-        while wrapper := next((each for each in WRAPPERS if module.startswith(each)), None):
-            module = module.removeprefix(wrapper)
-        sides[module][match["side"]] = header
+        sides[_unwrapped(match["module"])][match["side"]] = header
     if strange:
         raise QjaxError(f"{folder / WEIGHTS}: {listing(strange)} is no part of a LoRA of linear layers; merge it with PEFT")
     if halves := [f"{module} has lora_{next(iter(each))} alone" for module, each in sides.items() if len(each) != 2]:
@@ -119,6 +122,13 @@ def _pairs(folder: Path, headers: Mapping[str, Header]) -> dict[str, tuple[Heade
     if not sides:
         raise QjaxError(f"{folder / WEIGHTS} holds no adapter; get the whole file")
     return {module: (each["A"], each["B"]) for module, each in sides.items()}
+
+
+def _unwrapped(module: str) -> str:
+    """A module's name in the base's files."""
+    while wrapper := next((each for each in WRAPPERS if module.startswith(each)), None):
+        module = module.removeprefix(wrapper)
+    return module
 
 
 def _require_targets(folder: Path, settings: Mapping[str, object], pairs: Mapping[str, object]) -> None:
@@ -148,10 +158,9 @@ def _of_module(file: Path, settings: Mapping[str, object], key: str, module: str
     regular expressions of strangers are not run.
     """
     patterns = settings.get(key) or {}
-    if not isinstance(patterns, dict) or (wrong := [each for each in patterns if not PLAIN.fullmatch(each)]):
-        raise QjaxError(
-            f"{file}: {key} has {listing(map(quoted, wrong or [patterns]))}; expected names of modules or their ends"
-        )
+    wrong = [each for each in patterns if not PLAIN.fullmatch(each)] if isinstance(patterns, dict) else [patterns]
+    if wrong:
+        raise QjaxError(f"{file}: {key} has {listing(map(quoted, wrong))}; expected names of modules or their ends")
     for pattern, value in patterns.items():
         name = pattern.strip("^$")
         if module == name or (not pattern.startswith("^") and module.endswith(f".{name}")):

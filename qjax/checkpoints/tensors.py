@@ -81,7 +81,7 @@ def _read_bytes(header: Header) -> np.ndarray:
 
 def read_finite(header: Header, advice: str, below: int | None = None) -> np.ndarray:
     """`read_tensor`. Raises QjaxError, which ends with the advice, for values that are not finite or, with `below`, no distinct
-    numbers of [0, below).
+    numbers of [0, below) in a row.
     """
     array = read_tensor(header)
     if not _is_sound(array, below):
@@ -92,7 +92,9 @@ def read_finite(header: Header, advice: str, below: int | None = None) -> np.nda
 def _is_sound(array: np.ndarray, below: int | None) -> bool:
     if below is None or not array.size:
         return bool(np.isfinite(array).all())
-    return bool(array.min() >= 0 and array.max() < below and np.unique(array).size == array.size)
+    rows = array.reshape(-1, array.shape[-1]) if array.ndim else array[None, None]
+    distinct = all(np.unique(row).size == row.size for row in rows)
+    return bool(array.min() >= 0 and array.max() < below and distinct)
 
 
 def read_arrays(

@@ -23,9 +23,11 @@ import typer
 from qjax.cli.evaluate import evaluate, generate, info
 from qjax.cli.export import convert, dequantize, export
 from qjax.cli.lists import columns, formats, recipes
+from qjax.cli.merge import merge
 from qjax.cli.quantize import quantize
 from qjax.cli.results import compare, report, rerun
 from qjax.cli.sweep import sensitivity, sweep
+from qjax.cli.train import train
 from qjax.cli.tune import tune
 from qjax.errors import QjaxError, one_line
 from qjax.printable import printable
@@ -47,6 +49,7 @@ for command in (
     dequantize,
     export,
     convert,
+    merge,
     sensitivity,
     tune,
     evaluate,
@@ -60,6 +63,7 @@ for command in (
     columns,
 ):
     app.command({"evaluate": "eval"}.get(command.__name__))(command)
+app.add_typer(train)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -49,7 +49,7 @@ def dequantize(
         typer.echo(f"left out: layers round their inputs ({listing(formats)}), which a plain folder cannot say", err=True)
         loaded = loaded._replace(params=without_activations(loaded.params))
     limit = int(shard_size * 1e9)
-    save_huggingface(out, loaded, overwrite=overwrite, dtype=TYPES[dtype], shard_bytes=limit, beside=_folder(model))
+    save_huggingface(out, loaded, overwrite=overwrite, dtype=TYPES[dtype], shard_bytes=limit, beside=folder_of(model))
     typer.echo(f"{out}: {loaded.name} ({loaded.recipe}) in {dtype}")
 
 
@@ -89,11 +89,11 @@ def _write(model: str, out: Path, to: str, shard_size: float, overwrite: bool) -
     out = (require_file if to == GGUF else require_place)(out, overwrite=overwrite)
     loaded = load_model(model, lazy=True)
     limit = int(shard_size * 1e9)
-    export_model(out, loaded, to, overwrite=overwrite, shard_bytes=limit, beside=_folder(model))
+    export_model(out, loaded, to, overwrite=overwrite, shard_bytes=limit, beside=folder_of(model))
     typer.echo(f"{out}: {loaded.name} ({loaded.recipe}) for {to}")
 
 
-def _folder(model: str) -> Path | None:
+def folder_of(model: str) -> Path | None:
     """The folder that a model is read from, where it is one here."""
     from qjax.untrusted import is_folder
 

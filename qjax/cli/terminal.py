@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from qjax.evaluate.perplexity import PerplexityResult
     from qjax.models.model import Model
+    from qjax.train.loop import Told
 
 
 def console():
@@ -70,6 +71,20 @@ def live_sweep(*, of_others: bool = True) -> Iterator[object]:
                     _print_row(progress, row, "" if is_new else " (measured before)")
 
         yield Live()
+
+
+@contextlib.contextmanager
+def live_training(steps: int) -> Iterator[Callable[["Told"], None]]:
+    """A live display of a training: steps done, loss, tokens a second, time left; the function is told of each step."""
+    with progress_bars() as progress:
+        bar = progress.add_task("training", total=steps)
+
+        def show(told: "Told") -> None:
+            left = f"{told.seconds_left / 60:.1f} min left"
+            text = f"loss {told.loss:.4f}, {told.tokens_per_second:,.0f} tokens/s, {left}"
+            progress.update(bar, completed=told.step, description=text)
+
+        yield show
 
 
 def _waited_for(cells: Mapping[str, str]) -> str:

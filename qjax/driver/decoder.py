@@ -1,5 +1,8 @@
 """The driver: a model and a recipe -> the same model with quantized kernels, and a report of every layer.
 
+hadamard rotates the residual stream before anything else is done. A cache format (kv:) is noted in the configuration, for
+whoever runs the model: calibration sees keys and values as they are.
+
 By default the linear layers inside the blocks are quantized; embeddings, norms and the head stay as they are, unless a
 rule names an untied head. The casts fp32, bf16 and fp16 are storage types of the whole model: every floating-point leaf is
 cast.
@@ -30,7 +33,17 @@ from qjax.checkpoints.parts import PartWriter
 from qjax.driver.flow import Quantized, quantize_piece
 from qjax.driver.layer import LayerRecord
 from qjax.driver.piece import Piece
-from qjax.driver.placement import Plan, Rule, in_our_words, one_order, parsed, placement
+from qjax.driver.placement import (
+    Plan,
+    Rule,
+    in_our_words,
+    one_order,
+    parsed,
+    placement,
+    rotation_of,
+    with_cache,
+    without_cache,
+)
 from qjax.driver.report import Report, cast_others, make_report, rows_of, warn_of_few_tokens
 from qjax.errors import QjaxError
 from qjax.folders import refuse_inputs
@@ -40,8 +53,10 @@ from qjax.linear import dense, is_quantized
 from qjax.methods import UNQUANTIZED, Stage
 from qjax.models import walk
 from qjax.models.fingerprint import model_fingerprint
-from qjax.models.folding import folds
+from qjax.models.folding import fold_members, folds
 from qjax.models.model import Model, compute_dtype
+from qjax.models.rotation import STREAM, rotate
+from qjax.models.stacks import member, spread, stack_of
 from qjax.recipe import Recipe
 
 BATCH_TOKENS = {"cpu": 2048, "gpu": 16384, "tpu": 16384}  # calibration tokens run at a time
@@ -83,7 +98,20 @@ def quantize_together(
     """
     started = time.perf_counter()
     asked = [_parsed(model, recipe, rules, order) for recipe, rules in requests]
-    work = _work(model, asked, calibration, on_layer)
+    rotations = [rotation_of(*request) for request in asked]
+    found = {}
+    for seed in dict.fromkeys(rotations):  # each is a model of its own
+        members = [number for number, each in enumerate(rotations) if each == seed]
+        done = _together(model, seed, [asked[number] for number in members], calibration, on_layer)
+        found |= dict(zip(members, done, strict=True))
+    seconds = (time.perf_counter() - started) / len(requests)
+    return [(result, make_report(result.params, records, seconds)) for result, records in map(found.get, range(len(asked)))]
+
+
+def _together(model: Model, seed: int | None, asked, calibration, on_layer) -> list[tuple[Model, list[LayerRecord]]]:
+    """The models that requests ask for, of one rotation of the residual stream or none, with their records."""
+    model = _rotated(model, seed)
+    work = _work(model, asked, calibration, on_layer, rotated=seed is not None)
     made = list(_parts(model, work))
     results = []
     for number, request in enumerate(asked):
@@ -92,10 +120,14 @@ def quantize_together(
             leaves |= {part.prefix + path: leaf for path, leaf in found[number].leaves.items()}
         leaves |= cast_others(leaves, request[0], work.plans[number])
         records = _records(work.plans[number], [found[number] for _, found in made])
-        warn_of_few_tokens(records, 3)
-        results.append((model._replace(params=unflatten_dict(leaves, sep="/"), recipe=_name(model, *request)), records))
-    seconds = (time.perf_counter() - started) / len(requests)
-    return [(result, make_report(result.params, records, seconds)) for result, records in results]
+        warn_of_few_tokens(records, 4)
+        config, params = with_cache(model, request[0]), unflatten_dict(leaves, sep="/")
+        results.append((model._replace(config=config, params=params, recipe=_name(model, *request)), records))
+    return results
+
+
+def _rotated(model: Model, seed: int | None) -> Model:
+    return model if seed is None else rotate(model, seed=seed)
 
 
 def quantize_to(
@@ -119,16 +151,19 @@ def quantize_to(
     started = time.perf_counter()
     refuse_inputs(folder, {leaf.file.parent for leaf in jax.tree.leaves(model.params) if is_lazy(leaf) and leaf.file})
     request = _parsed(model, recipe, rules, order)
-    work = _work(model, [request], calibration, on_layer)
+    seed, before = rotation_of(*request), model
+    model = _rotated(model, seed)
+    work = _work(model, [request], calibration, on_layer, rotated=seed is not None)
     identity = {
-        "model": model_fingerprint(model),
+        "model": model_fingerprint(before),
         "name": _name(model, *request),
         "order": str(work.order),
         "calibration": work.calibration and work.calibration.fingerprint,
         "methods": {name: source for each in set(work.plans[0].values()) if each for name, source in each.sources().items()},
         "compute": np.dtype(compute_dtype()).name,
     }
-    with PartWriter(folder, model.config, identity, overwrite=overwrite) as writer:
+    config = with_cache(model, request[0])
+    with PartWriter(folder, config, identity, overwrite=overwrite) as writer:
 
         def held(part: walk.Part) -> tuple[dict[str, object], list[LayerRecord]] | None:
             if (name := _file_of(part)) not in writer.complete:
@@ -170,20 +205,24 @@ def _name(model: Model, recipe: Recipe | None, rules: Sequence[Rule]) -> str:
 
 
 def _records(plan: Plan, made: Iterable[Quantized]) -> list[LayerRecord]:
-    """Every kernel's record, in the plan's order."""
-    by_path = {record.path: record for found in made for record in found.records}
-    records = [by_path[path] for path in plan]
-    return records
+    """Every layer's record, in the plan's order of kernels."""
+    by_kernel: dict[str, list[LayerRecord]] = {}
+    for record in (record for found in made for record in found.records):
+        by_kernel.setdefault(record.path if record.path in plan else stack_of(record.path), []).append(record)
+    return [record for path in plan for record in by_kernel[path]]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Work:
-    """What is to be done to a decoder, checked. order: how it is calibrated; calibration: None where nothing reads any."""
+    """What is to be done to a decoder, checked. order: how it is calibrated; calibration: None where nothing reads any;
+    rotated: whether its residual stream is.
+    """
 
     plans: Sequence[Plan]
     order: Order
     calibration: Calibration | None
     on_layer: Callable[[LayerRecord], None]
+    rotated: bool = False
 
     @property
     def refines_blocks(self) -> bool:
@@ -191,7 +230,9 @@ class _Work:
         return any(recipe and recipe.block_refiners for plan in self.plans for recipe in plan.values())
 
 
-def _work(model: Model, asked: Sequence[tuple[Recipe | None, Sequence[Rule]]], calibration, on_layer) -> _Work:
+def _work(
+    model: Model, asked: Sequence[tuple[Recipe | None, Sequence[Rule]]], calibration, on_layer, *, rotated: bool
+) -> _Work:
     plans = [placement(model, *request) for request in asked]
     chosen = {one_order(plan) for plan in plans} - {None}
     if len(chosen) > 1 or (len(asked) > 1 and chosen - {Stage("parallel")}):
@@ -204,7 +245,7 @@ def _work(model: Model, asked: Sequence[tuple[Recipe | None, Sequence[Rule]]], c
         )
     tokens = as_calibration(model, calibration) if calibration is not None else None
     stage = chosen.pop() if chosen else Stage("parallel")
-    return _Work(plans, stage(), tokens if any(map(_reads_data, plans)) else None, on_layer)
+    return _Work(plans, stage(), tokens if any(map(_reads_data, plans)) else None, on_layer, rotated)
 
 
 def _parts(
@@ -213,7 +254,7 @@ def _parts(
     """The parts of a decoder, in order, and what each plan makes of them. held(part): leaves and records of a part that is done
     already. Blocks come in halves where layers see what becomes of those before them in their block, so that none runs twice.
     """
-    config, order = model.config, work.order
+    config, order = without_cache(model.config), work.order
     weighted = list(_batches(work.calibration)) if work.calibration else []
     weights = [weight for _, weight in weighted]
     current = [tokens for tokens, _ in weighted]
@@ -233,8 +274,9 @@ def _parts(
         else:
             if batches and any(plans) and part.module not in shared:  # equal blocks are traced once
                 shared[part.module] = sharing(part.module, params, batches[0].args)
-            piece = _piece(part, params, plans, shared.get(part.module, {}))
-            found = quantize_piece(piece, plans, order, batches, references, work.on_layer, keep_outputs=later)
+            piece = _piece(part, params, plans, shared.get(part.module, {}), STREAM if work.rotated else frozenset())
+            layers = [spread(plan, piece.stacks) for plan in plans]
+            found = quantize_piece(piece, layers, order, batches, references, work.on_layer, keep_outputs=later)
         yield part, [each._replace(floating={}, outputs=[]) for each in found]
         del batches, references  # what holds hidden states, so that each makes room for the next
         if later:
@@ -252,12 +294,16 @@ def _within(part: walk.Part, plan: Plan) -> Plan:
     return {path.removeprefix(part.prefix): recipe for path, recipe in plan.items() if path.startswith(own)}
 
 
-def _piece(part: walk.Part, params, plans: Sequence[Plan], shared) -> Piece:
+def _piece(part: walk.Part, params, plans: Sequence[Plan], shared, stream: frozenset[str]) -> Piece:
     flat = flatten_dict(params, sep="/")
-    views = {path: KernelView(flat[path].shape, (0,), (1,)) for path in plans[0]}
+    stacks = {path: flat[path].shape[0] for path in plans[0] if len(flat[path].shape) > 2}
+    views = spread({path: KernelView(flat[path].shape[-2:], (0,), (1,)) for path in plans[0]}, stacks)
+    leaders = spread(shared, stacks)
+    alike = {member(path, n): member(shared[path], n) for path in stacks if path in shared for n in range(stacks[path])}
     allowed = folds(part.module.config) if part.kind == "block" else ()
-    allowed = tuple(fold for fold in allowed if fold.source.split("/")[0] in params)
-    return Piece(part.module, part.prefix, params, views, shared, allowed)
+    allowed = [fold for fold in allowed if fold.source.split("/")[0] in params]
+    allowed = tuple(each for fold in allowed for each in fold_members(fold, stacks))
+    return Piece(part.module, part.prefix, params, views, leaders | alike, allowed, stacks, stream)
 
 
 def _as_done(leaves: dict[str, object], records: Sequence[LayerRecord], on_layer) -> Quantized:
@@ -286,5 +332,7 @@ def kernel_shapes(model: Model) -> tuple[list[tuple[int, int]], list[tuple[int, 
     """(in, out) of the kernels that are quantized, or would be by default, and (elements, bytes of one) of every other leaf."""
     flat = flatten_dict(model.params, sep="/")
     linear = {path for path, leaf in flat.items() if is_quantized(leaf) or (walk.in_blocks(path) and path.endswith("/kernel"))}
+    stacks = {path: flat[path].shape[0] for path in linear if len(flat[path].shape) > 2}
+    shapes = spread({path: leaf.shape[-2:] for path, leaf in flat.items() if path in linear}, stacks)
     others = [(leaf.size, leaf.dtype.itemsize) for path, leaf in flat.items() if path not in linear]
-    return [flat[path].shape for path in flat if path in linear], others
+    return list(shapes.values()), others

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, PyTree
 
 from qjax.calibrate.capture import Batch, Captured
@@ -24,6 +23,7 @@ from qjax.driver.placement import Plan
 from qjax.driver.transform import transform
 from qjax.linear import Linear, dense
 from qjax.methods import Memo, Site, Stage
+from qjax.models.stacks import together
 from qjax.qtensor import QTensor
 from qjax.refining.block import Block, BlockSite
 
@@ -57,7 +57,7 @@ class _Run:
         piece, compared = self.piece, () if reference is None else self.order.captures
         read = [(path, plan[path]) for plan in plans for path in paths if path in plan]
         statistics = {name for _, recipe in read for name in recipe.statistics} | set(compared)
-        needed = {piece.shared[path]: piece.views[path].matrix_shape[0] for path, _ in read}
+        needed = {piece.kernel_of(piece.shared[path]): piece.views[path].matrix_shape[0] for path, _ in read}
         if not needed:
             return Captured({}, [])
         exact = (reference, self.exact) if compared else None
@@ -92,7 +92,7 @@ def quantize_piece(
 
 def _by_plan(run: _Run, plan: Plan, reading: Plan, before: Captured, shared_memo: Memo) -> Quantized:
     piece, order = run.piece, run.order
-    flat = flatten_dict(piece.params, sep="/")
+    flat = piece.leaves()
     base, found = transform(piece, flat, plan, before.statistics, run.batches, shared_memo)
     current, rounded, records = dict(base), {}, {}
 
@@ -102,11 +102,11 @@ def _by_plan(run: _Run, plan: Plan, reading: Plan, before: Captured, shared_memo
         run.on_layer(records[path])
 
     refined = [path for path, recipe in reading.items() if recipe.block_refiners]
-    for group in _in_call_order(plan, piece.shared) if order.inside else [list(plan)]:
+    for group in _in_call_order(plan, piece) if order.inside else [list(plan)]:
         statistics = before.statistics
         memo = Memo() if order.inside else shared_memo  # inside, nothing is shared beyond a group
         if order.inside and any(path in reading for path in group):
-            floating, reference = (unflatten_dict(leaves, sep="/") for leaves in (current, base))
+            floating, reference = (piece.tree(leaves) for leaves in (current, base))
             statistics = run.capture([reading], group, floating, reference=reference).statistics
         started = time.perf_counter()
         for path in (path for path in group if plan[path] is not None):  # all are on their way before the first is waited for
@@ -128,7 +128,8 @@ def _by_plan(run: _Run, plan: Plan, reading: Plan, before: Captured, shared_memo
             current[path] = _evaluated(piece, path, rounded[path])
     leaves = {path: _leaf(piece, path, each) for path, each in rounded.items()}
     kept = before.outputs if not order.prefix else []
-    return Quantized(base | leaves, [records[path] for path in plan], unflatten_dict(current, sep="/"), kept)
+    stored = together(base | leaves, piece.stacks)
+    return Quantized(stored, [records[path] for path in plan], piece.tree(current), kept)
 
 
 def _leaf(piece: Piece, path: str, rounded: Rounded) -> object:
@@ -157,7 +158,7 @@ def _refine_by(run: _Run, stage: Stage, paths: Sequence[str], base: Mapping, rou
 
     def apply(weights: Mapping[str, QTensor | Array], *args: object) -> object:
         new = {path: rounded[path].leaf_of(weight) for path, weight in weights.items()}
-        output = piece.apply(unflatten_dict({**held, **new}, sep="/"), *args)
+        output = piece.apply(piece.tree({**held, **new}), *args)
         return jax.tree.leaves(output)[0]  # as the targets have it
 
     sites = {path: BlockSite(rounded[path].weight, rounded[path].recipe.format, rounded[path].statistics) for path in paths}
@@ -176,10 +177,12 @@ def _codes(leaf: QTensor | Linear) -> QTensor:
     return leaf.weight if isinstance(leaf, Linear) else leaf
 
 
-def _in_call_order(plan: Plan, shared: Mapping[str, str]) -> list[list[str]]:
-    """Kernels in the order in which the module calls them, those with the same input together; uncalled ones first."""
-    groups: dict[str | None, list[str]] = {None: [path for path in plan if path not in shared]}
-    for path, leader in shared.items():
+def _in_call_order(plan: Plan, piece: Piece) -> list[list[str]]:
+    """Kernels in the order in which the module calls them, those with the same input together, and those of a stack; uncalled
+    ones first.
+    """
+    groups: dict[str | None, list[str]] = {None: [path for path in plan if path not in piece.shared]}
+    for path, leader in piece.shared.items():
         if path in plan:
-            groups.setdefault(leader, []).append(path)
+            groups.setdefault(piece.kernel_of(leader), []).append(path)
     return [group for group in groups.values() if group]

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from qjax import maps
 from qjax.activations import ACTIVATIONS, Activation, calibrated, parse_activation
+from qjax.calibrate.experts import ROUTED
 from qjax.calibrate.order import Order, correct
 from qjax.calibrate.statistics import COUNT, STATISTICS, given_to, mapped_value, read_by
 from qjax.driver.scale_range import check_scales
@@ -37,8 +38,9 @@ from qjax.scales import times_power_of_two
 class LayerRecord(NamedTuple):
     """What happened to one kernel; see `Info` for the figures. `recipe` is "none" for a kernel that was left alone.
 
-    tokens: calibration tokens its statistics are from; None where it needed none. block_loss_before, block_loss_after: mean
-    squared error of its block's output, where a block refiner told.
+    tokens: calibration tokens its statistics are from; None where it needed none. routed: of an expert, those that were routed
+    to it; where they are too few its statistics are from all (`calibrate/experts.py`). block_loss_before, block_loss_after:
+    mean squared error of its block's output, where a block refiner told.
     """
 
     path: str
@@ -55,6 +57,7 @@ class LayerRecord(NamedTuple):
     seconds: float = 0.0
     block_loss_before: float | None = None
     block_loss_after: float | None = None
+    routed: int | None = None
 
 
 class Mapped(NamedTuple):
@@ -79,6 +82,7 @@ class Rounded(NamedTuple):
     tokens: Array | None = None
     block: BlockInfo = BlockInfo()
     exponent: int = 0
+    routed: Array | None = None
 
     def leaf_of(self, weight: QTensor | Array) -> Linear:
         """The layer with this weight: a QTensor, or an array in its place."""
@@ -124,7 +128,7 @@ def round_kernel(
             known = {name: memo.get(_mapped, value, mapped.inputs, name=name) for name, value in known.items()}
     q, info = round_weight(weight, recipe, known, memo)
     corrected = drifted is not None or mapped is not None
-    done = Rounded(q, info, original, weight, known, recipe, mapped, statistics.get(COUNT))
+    done = Rounded(q, info, original, weight, known, recipe, mapped, statistics.get(COUNT), routed=statistics.get(ROUTED))
     return placed(done, q, info, memo, corrected=corrected)
 
 
@@ -214,8 +218,13 @@ def problem_of(recipe: Recipe, shape: tuple[int, int]) -> str | None:
     def run(weight):
         known = {name: STATISTICS[name].finalize(STATISTICS[name].init(shape[0])) for name in recipe.statistics}
         site = Site((weight,), known, Memo(), lambda weights: jnp.sum(weights[0]), lambda by=None: [weight])
-        for stage in recipe.transforms:
-            stage([weight], recipe.format, site=site)
+        static = recipe.activation.statistics if recipe.activation else ()
+        for number, stage in enumerate(recipe.transforms, start=1):
+            later = (*captures_of((*recipe.transforms[number:], recipe.rounding, *recipe.refiners)), *static)
+            by = stage([weight], recipe.format, site=site)
+            if hasattr(by, "on_statistic") and not isinstance(by, type):
+                for name in later:
+                    by.on_statistic(known[name], STATISTICS[name].axes or 0)
         return round_weight(weight, recipe, known)[0].codes
 
     try:
@@ -245,7 +254,8 @@ def make_record(path: str, shape: tuple[int, int], kernel: object, rounded: Roun
     if figures["proxy_loss"]:
         figures["proxy_loss"] *= 4.0**rounded.exponent  # a Python number: float32 may not hold it
     check_scales(path, rounded.weight, rounded.leaf.weight if isinstance(rounded.leaf, Linear) else rounded.leaf)
-    tokens = None if rounded.tokens is None else int(rounded.tokens)
+    tokens, routed = (None if each is None else int(each) for each in (rounded.tokens, rounded.routed))
     seconds = time.perf_counter() - started
     bits = rounded.leaf.bits_per_weight
-    return LayerRecord(path, str(rounded.recipe), *shape, bits, **figures, tokens=tokens, seconds=seconds, **losses)
+    spent = {"tokens": tokens, "seconds": seconds, "routed": routed}
+    return LayerRecord(path, str(rounded.recipe), *shape, bits, **figures, **spent, **losses)

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import flax.linen as nn
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, PyTree
 
 from qjax.calibrate.capture import Batch, Captured, capture_statistics, outputs_of
@@ -12,6 +13,7 @@ from qjax.interception.contraction import KernelView
 from qjax.interception.linen import quantized_kernels
 from qjax.methods import Memo
 from qjax.models.folding import Fold
+from qjax.models.stacks import apart, stack_of, together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +22,9 @@ class Piece:
 
     prefix: of its kernels' paths in the whole model. shared: for every linear layer, in the order of the calls, the first with
     the same input (`calibrate.capture.sharing`); may be empty where nothing is calibrated. folds: which layers' input scale
-    goes where.
+    goes where. stacks: kernels that hold several layers, and how many: each of them is a layer of its own here, with a path
+    (`models/stacks.py`), a view and a leaf. stream: paths of kernels that read the residual stream of a model that is
+    rotated.
     """
 
     module: nn.Module
@@ -29,6 +33,21 @@ class Piece:
     views: Mapping[str, KernelView]
     shared: Mapping[str, str]
     folds: tuple[Fold, ...] = ()
+    stacks: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    stream: frozenset[str] = frozenset()
+
+    def leaves(self) -> dict[str, Array]:
+        """The parameters by path, layers of stacks one by one."""
+        return apart(flatten_dict(self.params, sep="/"), self.stacks)
+
+    def tree(self, leaves: Mapping[str, object]) -> PyTree:
+        """The module's parameters, of leaves by path."""
+        return unflatten_dict(together(leaves, self.stacks), sep="/")
+
+    def kernel_of(self, path: str) -> str:
+        """The path of the kernel that holds a layer."""
+        whole = stack_of(path)
+        return whole if whole in self.stacks else path
 
     def matrix(self, path: str, kernel: Array, memo: Memo | None = None) -> Float[Array, "in out"]:
         """A kernel as a float32 matrix; memo: once for the same kernel."""
@@ -46,7 +65,8 @@ class Piece:
         keep_outputs: bool = False,
     ) -> Captured:
         """`capture_statistics` of the piece with these parameters."""
-        return capture_statistics(self.module, params, batches, needed, names, exact, self.prefix, keep_outputs)
+        how = {"prefix": self.prefix, "keep_outputs": keep_outputs, "stacks": self.stacks}
+        return capture_statistics(self.module, params, batches, needed, names, exact, **how)
 
     def apply(self, params: PyTree, *args: object) -> object:
         """What the piece makes of the arguments with these parameters."""

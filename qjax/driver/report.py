@@ -14,6 +14,7 @@ from qjax.driver.layer import LayerRecord
 from qjax.errors import QjaxWarning
 from qjax.linear import is_quantized
 from qjax.methods import UNQUANTIZED
+from qjax.models.stacks import stack_of
 from qjax.numbers import as_json
 from qjax.qtensor import FLOAT_DTYPES
 from qjax.recipe import Recipe
@@ -35,10 +36,15 @@ def make_report(params: PyTree, records: Sequence[LayerRecord], seconds: float) 
     weights = sum(math.prod(leaf.shape) for leaf in leaves)
     size = sum(leaf.nbytes for leaf in leaves)
     flat = flatten_dict(params, sep="/")
-    chosen = [each for each in records if each.recipe != UNQUANTIZED or is_quantized(flat.get(each.path))] or records
+    chosen = [each for each in records if each.recipe != UNQUANTIZED or is_quantized(_kernel(flat, each.path))] or records
     counts = [record.in_features * record.out_features for record in chosen]
     bits = sum(record.bits_per_weight * count for record, count in zip(chosen, counts, strict=True)) / sum(counts)
     return Report(tuple(records), bits, 8 * size / weights, size, seconds)
+
+
+def _kernel(flat: Mapping[str, object], path: str) -> object:
+    """The leaf that a record's layer is in."""
+    return flat.get(path, flat.get(stack_of(path)))
 
 
 def stored_size(params: PyTree) -> tuple[float, int]:
@@ -55,7 +61,19 @@ def rows_of(records: Sequence[LayerRecord]) -> list[dict[str, object]]:
 
 
 def warn_of_few_tokens(records: Sequence[LayerRecord], callers: int) -> None:
-    """Warns (QjaxWarning) of layers with fewer calibration tokens than inputs, at the line that called so many callers up."""
+    """Warns (QjaxWarning) of experts that calibration hardly reached, and of layers with fewer calibration tokens than inputs,
+    at the line that called so many callers up.
+    """
+    hardly = [each for each in records if each.routed is not None and each.routed < each.tokens]
+    if hardly:
+        listed = ", ".join(f"{record.path} ({record.routed} of {record.tokens})" for record in hardly[:5])
+        more = f" and {len(hardly) - 5} more" if len(hardly) > 5 else ""
+        warnings.warn(
+            f"experts that hardly any calibration token was routed to are calibrated on all tokens: {listed}{more}; more "
+            "tokens would reach them",
+            QjaxWarning,
+            stacklevel=callers + 1,
+        )
     few = [record for record in records if record.tokens is not None and record.tokens < record.in_features]
     if few:
         listed = ", ".join(f"{record.path} ({record.tokens} tokens, {record.in_features} inputs)" for record in few[:5])

@@ -65,6 +65,8 @@ def quantize_traced(
 ) -> tuple[PyTree, Report]:
     """`quantize_function` without its warning. left: last names of parameters that need no rule to be left as they are."""
     recipe, rules = parsed(recipe, rules, order)
+    if recipe is not None and recipe.cache is not None:
+        raise QjaxError(f"quantize_function: {recipe}: a function has no cache that is known here; leave kv: out")
     batches = checked_batches("quantize_function", batches)
     leaves = leaves_of(params)
     if again := [path for path, leaf in leaves.arrays.items() if is_quantized(leaf)]:
@@ -159,7 +161,7 @@ class TracedPiece(Piece):
     """A traced function as what is quantized at once: its parameters are the matrices of all sites, by name."""
 
     fn: Callable | None = None
-    leaves: Leaves | None = None
+    source: Leaves | None = None
     sites: Mapping[str, Site] = dataclasses.field(default_factory=dict)
     runs: Runs | None = None
     made: dict[str, tuple] = dataclasses.field(default_factory=dict)  # path -> matrices, and the leaf that they are
@@ -175,11 +177,12 @@ class TracedPiece(Piece):
                 matrices[name] = stack[index] if index else stack
                 views[name] = KernelView(site.view.matrix_shape, (0,), (1,))
                 shared[name] = other
-        return cls(None, "", matrices, views, shared, (), fn, leaves, found.sites, Runs(fn, found.sites, known_uses))
+        own = {"fn": fn, "source": leaves, "sites": found.sites, "runs": Runs(fn, found.sites, known_uses)}
+        return cls(None, "", matrices, views, shared, **own)
 
     def whole(self, flat: Mapping[str, object]) -> dict[str, object]:
         """The function's parameters by path, with these matrices and Linears in the sites' places."""
-        result = dict(self.leaves.arrays)
+        result = dict(self.source.arrays)
         for path, site in self.sites.items():
             parts = [flat[name] for name in members(site)]
             if all(part is self.params[name] for part, name in zip(parts, members(site), strict=True)):
@@ -194,11 +197,11 @@ class TracedPiece(Piece):
 
     def _leaf(self, site: Site, parts: Sequence[object]) -> object:
         stacked = _stack(parts, site)
-        dtype = self.leaves.arrays[site.path].dtype
+        dtype = self.source.arrays[site.path].dtype
         return as_kernel(stacked, site.view, dtype) if is_quantized(stacked) else site.view.to_kernel(stacked)
 
     def _leaves(self, params: PyTree) -> Leaves:
-        return self.leaves._replace(arrays=self.whole(flatten_dict(params, sep="/")))
+        return self.source._replace(arrays=self.whole(flatten_dict(params, sep="/")))
 
     def capture(self, params, batches, needed, names, exact=None, *, keep_outputs=False) -> Captured:
         """`tracing.capture` of the function with these matrices."""
@@ -212,7 +215,7 @@ class TracedPiece(Piece):
 
     def outputs(self, batches: Iterable[Batch]) -> list[Array]:
         """The function's outputs, the first array of each."""
-        params = self.leaves.rebuilt(self.leaves.arrays.values())
+        params = self.source.rebuilt(self.source.arrays.values())
         return [jax.tree.leaves(self.fn(params, *batch.args))[0] for batch in batches]
 
 

@@ -20,6 +20,7 @@ from jaxtyping import PyTree
 
 from qjax.errors import QjaxError
 from qjax.interception.contraction import Contraction, KernelView, einsum_contraction, general_contraction
+from qjax.interception.stacked import StackedDense
 from qjax.linear import apply_linear, is_quantized
 
 SERVED = (nn.Dense, nn.DenseGeneral, nn.Einsum)
@@ -47,13 +48,15 @@ class Recording:
 
     inputs: (*kept, in) arrays, one a call, the input axes of the kernel flattened in its order, before any map of the leaf that
     stands in the kernel's place. sources: the arrays as the layer was given them, to see which layers share an input. outputs:
-    what the module at `watched` returned, one a call.
+    what the module at `watched` returned, one a call. routed: of a `StackedDense`, whose inputs are as it was given them, which
+    tokens each of its layers is for, one a call.
     """
 
     watched: tuple[str, ...] | None = None
     inputs: dict[str, list[jax.Array]] = dataclasses.field(default_factory=dict)
     sources: dict[str, list[tuple[jax.Array, tuple[int, ...]]]] = dataclasses.field(default_factory=dict)
     outputs: list[object] = dataclasses.field(default_factory=list)
+    routed: dict[str, list[jax.Array]] = dataclasses.field(default_factory=dict)
 
 
 @contextlib.contextmanager
@@ -70,6 +73,12 @@ def recorded(watched: tuple[str, ...] | None = None) -> Iterator[Recording]:
                 path = "/".join((*layer.path, "kernel"))
                 recording.inputs.setdefault(path, []).append(plan.to_matrix(x))
                 recording.sources.setdefault(path, []).append((x, plan.input_axes))
+        if context.method_name == "__call__" and type(layer) is StackedDense:
+            x, routed = args
+            path = "/".join((*layer.path, "kernel"))
+            recording.inputs.setdefault(path, []).append(x)
+            recording.sources.setdefault(path, []).append((x, ()))
+            recording.routed.setdefault(path, []).append(routed)
         result = _run_quantized(call, args, kwargs, context)
         if context.method_name == "__call__" and layer.scope is not None and tuple(layer.path) == watched:
             recording.outputs.append(result)
@@ -127,6 +136,8 @@ def _run_quantized(call, args, kwargs, context):
     kernel = layer.get_variable("params", "kernel")
     if not is_quantized(kernel):
         return call(*args, **kwargs)
+    if type(layer) is StackedDense:
+        return call(*args, **kwargs)  # which takes what stands in its kernel's place
     if context.method_name != "__call__" and type(layer) in SERVED:
         return call(*args, **kwargs)  # a function lifted over the layer, as by nn.scan: the layer's own call comes inside
     if type(layer) not in SERVED:

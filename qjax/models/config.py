@@ -6,6 +6,7 @@ A family (Llama, GPT-2, ...) is a mapping from its own configuration file to `De
 
 import dataclasses
 
+from qjax.cache_format import CacheFormat, parse_cache_format, require_fit
 from qjax.errors import QjaxError
 from qjax.models.ranges import RANGES, check_ranges
 from qjax.models.scalings import LongScaling, Scaling
@@ -87,6 +88,26 @@ class DecoderConfig:
     embedding_scale: float = 1.0  # of the tokens' embeddings
     residual_scale: float = 1.0  # of what a branch adds
     logit_scale: float = 1.0
+    experts: int = 0  # of the mixture in the MLP's place, each with mlp_size (`mixture.py`); 0: an MLP
+    experts_per_token: int = 0
+    normalised_shares: bool = True  # a token's experts' shares add up to 1
+    head_bias: bool = False  # of a head of its own
+    cache_format: str | None = None  # of keys and values that are kept (`cache_format.py`); in the compute type without one
+
+    @property
+    def cache(self) -> CacheFormat | None:
+        """The cache's format."""
+        return None if self.cache_format is None else parse_cache_format(self.cache_format)
+
+    @property
+    def cache_bytes(self) -> tuple[float, int]:
+        """Exact bytes of a token's keys and values in all layers, 16 bits each without a cache format, and of those that stay
+        in 16 bits besides, of a text.
+        """
+        if self.cache is None:
+            return 2.0 * 2 * self.layers * self.kv_heads * self.head_dim, 0
+        shape = self.kv_heads, self.head_dim
+        return self.layers * self.cache.bytes_per_token(*shape), self.layers * self.cache.window_bytes(*shape)
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
@@ -120,12 +141,19 @@ class DecoderConfig:
             raise QjaxError(f"model configuration: kinds are {len(self.kinds)} of {self.layers} layers, each a LayerKind")
         if self.shared_norm and not (self.parallel_residual and self.norm_places == "before"):
             raise QjaxError("model configuration: shared_norm needs parallel_residual, and norms before the branches")
+        if self.experts and not (0 < self.experts_per_token <= self.experts and self.gated and not self.mlp_bias):
+            raise QjaxError(
+                f"model configuration: {self.experts} experts, {self.experts_per_token} for a token; expected 1 to all of "
+                "them, gated and without biases"
+            )
         for each in (self, *self.kinds):
             _check_long(each.rope_scaling, self.context, self.rotary_dim)
         low, high = RANGES["eos_id"]
         ends = self.other_eos_ids
         if not isinstance(ends, tuple) or not all(type(i) is int and low <= i <= high for i in ends):
             raise QjaxError(f"model configuration: other_eos_ids must be token ids, got {ends!r}")
+        if self.cache_format is not None:
+            require_fit(parse_cache_format(self.cache_format), self.head_dim)
         if self.heads % self.kv_heads:
             raise QjaxError(f"model configuration: {self.heads} heads cannot share {self.kv_heads} key/value heads evenly")
         if self.positions == "rope" and (self.rotary_dim == 0 or self.rotary_dim % 2):

@@ -6,7 +6,7 @@ so a model of any depth costs a block's compilation for each kind, and quantizat
     block:  x <- x + o(attention(q(n), k(n), v(n))),  n = norm(x)
             x <- x + down(activation(gate(m)) * up(m)),  m = norm(x)        (gated; else down(activation(up(m))))
     or, with a parallel residual, both at once: m = norm(x) of the x before attention, or m = n. A norm may also stand behind
-    a branch, with the one before it or instead of it.
+    a branch, with the one before it or instead of it, and a mixture of experts in the MLP's place (`mixture.py`).
 
 Vaswani et al. 2017 (arXiv 1706.03762); Llama: Touvron et al. 2023 (2302.13971); parallel residual and partly rotated heads:
 GPT-NeoX, Black et al. 2022 (2204.06745); norms on both sides, soft caps: Gemma 2 (2408.00118); norms behind: OLMo 2
@@ -24,14 +24,9 @@ from jaxtyping import Array, Float, Int
 from qjax.models.attention import Attention, softcapped
 from qjax.models.config import DecoderConfig
 from qjax.models.layout import Cache, Layout
+from qjax.models.mixture import Mixture
+from qjax.models.mlp import MLP
 from qjax.models.norms import make_norm
-
-ACTIVATIONS = {
-    "silu": nn.silu,
-    "gelu": lambda x: nn.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
-    "relu": nn.relu,
-}
 
 
 class Embed(nn.Module):
@@ -53,24 +48,6 @@ class Embed(nn.Module):
             rows = c.context + c.position_offset
             x = x + nn.Embed(rows, c.hidden_size, dtype=self.dtype, name="positions")(positions + c.position_offset)
         return make_norm(c, self.dtype, "norm")(x) if c.embedding_norm else x
-
-
-class MLP(nn.Module):
-    """down(activation(gate(x)) * up(x)), or down(activation(up(x))) where the family has no gate."""
-
-    config: DecoderConfig
-    dtype: DTypeLike = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "batch time hidden"]) -> Float[Array, "batch time hidden"]:
-        c = self.config
-        activation = ACTIVATIONS[c.activation]
-        up = nn.Dense(c.mlp_size, use_bias=c.mlp_bias, dtype=self.dtype, name="up")(x)
-        if c.gated:
-            inner = activation(nn.Dense(c.mlp_size, use_bias=c.mlp_bias, dtype=self.dtype, name="gate")(x)) * up
-        else:
-            inner = activation(up)
-        return nn.Dense(c.hidden_size, use_bias=c.mlp_bias, dtype=self.dtype, name="down")(inner)
 
 
 def branches(config: DecoderConfig) -> dict[str, tuple[str, ...]]:
@@ -108,7 +85,7 @@ class Block(nn.Module):
         if self.half != "attention":
             if not c.shared_norm:
                 read = self.normed(before if c.parallel_residual else x, "mlp_norm")
-            x = x + self.added(MLP(c, self.dtype, name="mlp")(read), "mlp")
+            x = x + self.added((Mixture if c.experts else MLP)(c, self.dtype, name="mlp")(read), "mlp")
         return x if cache is None else (x, cache)
 
     def normed(self, x: Float[Array, "batch time hidden"], name: str) -> Float[Array, "batch time hidden"]:
@@ -138,6 +115,6 @@ class Head(nn.Module):
         if c.tied:
             logits = jnp.einsum("btd,vd->btv", x, table.astype(self.dtype), preferred_element_type=jnp.float32)
         else:
-            output = nn.Dense(c.vocabulary_size, use_bias=False, dtype=self.dtype, name="output")
+            output = nn.Dense(c.vocabulary_size, use_bias=c.head_bias, dtype=self.dtype, name="output")
             logits = output(x).astype(jnp.float32)
         return softcapped(logits if c.logit_scale == 1 else logits * c.logit_scale, c.logit_softcap)

@@ -10,11 +10,12 @@ from collections.abc import Iterable
 
 from qjax.errors import QjaxError
 from qjax.models.config import DecoderConfig
-from qjax.models.family import Family
+from qjax.models.family import MEMBER, Family
 from qjax.models.family_alibi import BLOOM, FALCON, FALCON2
 from qjax.models.family_gemma import GEMMA, GEMMA2, GEMMA3
 from qjax.models.family_gpt import GPT2, GPT_NEO, GPT_NEOX, OPT
 from qjax.models.family_llama import LLAMA, MISTRAL, QWEN2
+from qjax.models.family_mixtures import MIXTRAL, QWEN3_MOE
 from qjax.models.family_relatives import COHERE, GLM, GLM4, GRANITE, OLMO2, PHI3, QWEN3, SMOLLM3, STABLELM
 from qjax.models.walk import block_of
 from qjax.untrusted import quoted
@@ -24,6 +25,7 @@ FAMILIES = {
     for family in (
         *(LLAMA, MISTRAL, QWEN2, GPT2, GPT_NEOX, OPT, GEMMA, GEMMA2, GEMMA3),
         *(QWEN3, OLMO2, SMOLLM3, GRANITE, STABLELM, PHI3, GLM, GLM4, COHERE, GPT_NEO, FALCON, BLOOM, FALCON2),
+        *(MIXTRAL, QWEN3_MOE),
     )
 }
 READ = {name: family for name, family in FAMILIES.items() if not family.model_type}  # by model_type
@@ -49,16 +51,19 @@ def find_family(config: dict) -> Family:
 
 
 def module_names(family: str, paths: Iterable[str]) -> dict[str, str]:
-    """What the family's files call the module of each parameter path; paths without a name there are left out."""
+    """What the family's files call the module of each parameter path, or the list of modules that a stack holds; paths without
+    a name there are left out.
+    """
     if family not in FAMILIES:
         return {}
     tables = FAMILIES[family].modules
     names = {}
     for path in paths:
         module, layer = path.rpartition("/")[0], block_of(path)
-        theirs = tables.get(module if layer is None else module.replace(f"block_{layer}/", "block_{i}/", 1))
+        ours = module if layer is None else module.replace(f"block_{layer}/", "block_{i}/", 1)
+        theirs = tables.get(ours, tables.get(f"{ours}/{MEMBER}"))
         if theirs is not None:
-            names[path] = theirs.replace("{i}", str(layer))
+            names[path] = theirs.replace("{i}", str(layer)).replace(f".{MEMBER}", "")
     return names
 
 
@@ -71,6 +76,11 @@ def write_config(config: DecoderConfig) -> dict:
     """A config.json that reads back as `config`, less further ends of text, which stand in generation_config.json. Raises
     QjaxError when its family has no words for some field.
     """
+    if config.cache_format is not None:
+        raise QjaxError(
+            f"a config.json cannot say that the cache is kept in kv:{config.cache_format}; quantize without kv:, or save a "
+            "packed folder, which can"
+        )
     config = dataclasses.replace(config, other_eos_ids=())
     if config.family not in FAMILIES:
         raise QjaxError(f"unknown family {config.family!r}; supported: {', '.join(FAMILIES)}")

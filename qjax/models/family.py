@@ -8,9 +8,11 @@ from typing import NamedTuple
 import numpy as np
 
 from qjax.models.config import DecoderConfig
+from qjax.models.stacks import member
 from qjax.models.walk import block_of
 
-LEAF_NAMES = {"kernel": "weight", "scale": "weight", "offset": "weight", "embedding": "weight", "bias": "bias"}
+MEMBER = "{e}"
+LEAF_NAMES = {**dict.fromkeys(("kernel", "matrix", "scale", "offset", "embedding"), "weight"), "bias": "bias"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -19,8 +21,8 @@ class Family:
 
     architectures: config.json's class names, the first is the one we write.
     read: config.json -> DecoderConfig; write: its inverse.
-    modules: our module path -> theirs, {i} the layer. Modules with the same name there are stored as one tensor, side by
-        side along the output axis in the table's order.
+    modules: our module path -> theirs, {i} the layer, {e} one of those that we hold as a stack (`stacks.py`). Modules with the
+        same name there are stored as one tensor, side by side along the output axis in the table's order.
     prefix: starts all names but the head's; some checkpoints leave it out.
     kernels_in_out: the blocks' kernels are stored (in, out), as ours, rather than (out, in).
     fused_by_head: modules stored as one tensor are so by heads of keys: (head, module, dim) along the output axis, where a
@@ -78,16 +80,33 @@ def stored_tensors(family: Family, shapes: Mapping[str, tuple[int, ...]], heads:
     parts, transposed = collections.defaultdict(list), {}
     for layer, ours, theirs in _modules(family, shapes):
         for leaf, stored in LEAF_NAMES.items():
-            path, name = f"{ours}/{leaf}", f"{theirs}.{stored}"
-            if path in shapes:
-                parts[name].append((path, shapes[path]))
-                transposed[name] = leaf == "kernel" and not (family.kernels_in_out and layer is not None)
+            for path, name, shape in _held(f"{ours}/{leaf}", f"{theirs}.{stored}", shapes):
+                parts[name].append((path, shape))
+                transposed[name] = leaf in ("kernel", "matrix") and not (family.kernels_in_out and layer is not None)
 
     def blocks(held: list[tuple[str, tuple[int, ...]]]) -> int:
         queries, values = held[0][1][-1], held[-1][1][-1]
         return heads * values // queries if family.fused_by_head and len(held) > 1 else 1
 
     return [StoredTensor(name, tuple(held), transposed[name], blocks(held)) for name, held in parts.items()]
+
+
+def stacks_in(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """The parameters that a checkpoint of the family holds one by one and we in stacks, and how many each has."""
+    paths = (f"{ours}/{leaf}" for _, ours, _ in _modules(family, shapes) if MEMBER in ours for leaf in LEAF_NAMES)
+    whole = (path.replace(f"/{MEMBER}", "") for path in paths)
+    return {path: shapes[path][0] for path in whole if path in shapes}
+
+
+def _held(path: str, name: str, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """(our path, their name, shape) of a parameter, or of each member of a stack; nothing where there is none."""
+    whole = path.replace(f"/{MEMBER}", "")
+    if whole in shapes and whole == path:
+        yield path, name, shapes[path]
+    elif whole in shapes:
+        count, *shape = shapes[whole]
+        for number in range(count):
+            yield member(whole, number), name.replace(MEMBER, str(number)), tuple(shape)
 
 
 def _modules(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[int | None, str, str]]:

@@ -20,6 +20,9 @@ OLMO2_MODULES = (
         "block_{i}/mlp_post_norm": "model.layers.{i}.post_feedforward_layernorm",
     }
 )
+STABLELM_MODULES = LLAMA_MODULES | {  # a norm for each head, which we hold as a stack
+    f"block_{{i}}/attention/{name}_norm/{{e}}": f"{ATTENTION}.{name}_layernorm.norms.{{e}}" for name in "qk"
+}
 NO_PADDING = {"pad_token_id": None}  # where transformers thinks of a token that smaller vocabularies have not
 FUSED_QKV = {f"block_{{i}}/attention/{name}": f"{ATTENTION}.qkv_proj" for name in "qkv"}
 FUSED_GATE = {f"block_{{i}}/mlp/{name}": "model.layers.{i}.mlp.gate_up_proj" for name in ("gate", "up")}
@@ -33,7 +36,8 @@ GLM4_MODULES = (
 )
 
 
-def _attention_bias(config: dict, default: bool = False) -> dict[str, bool]:
+def attention_bias(config: dict, default: bool = False) -> dict[str, bool]:
+    """The biases of attention, which one entry is about."""
     bias = entries.get(config, "attention_bias", bool, default)
     return {"qkv_bias": bias, "attention_output_bias": bias}
 
@@ -44,7 +48,7 @@ def _read_qwen3(config: dict) -> DecoderConfig:
         family="qwen3",
         head_dim=entries.get(config, "head_dim", int, 128),
         qk_norm="head",
-        **_attention_bias(config),
+        **attention_bias(config),
         **read_windows(config),
     )
 
@@ -56,7 +60,7 @@ def _write_qwen3(config: DecoderConfig) -> dict:
 def _read_olmo2(config: dict) -> DecoderConfig:
     epsilon = float(entries.get(config, "rms_norm_eps", float, 1e-5))
     return read_llama_like(
-        config, family="olmo2", norm_places="after", qk_norm="width", norm_epsilon=epsilon, **_attention_bias(config)
+        config, family="olmo2", norm_places="after", qk_norm="width", norm_epsilon=epsilon, **attention_bias(config)
     )
 
 
@@ -85,7 +89,7 @@ def _read_smollm3(config: dict) -> DecoderConfig:
         kv_heads=entries.get(config, "num_key_value_heads", int, 4),
         mlp_bias=entries.get(config, "mlp_bias", bool, False),
         tied=entries.get(config, "tie_word_embeddings", bool, True),
-        **_attention_bias(config),
+        **attention_bias(config),
         **layers.by_layer(kinds),
     )
 
@@ -120,7 +124,7 @@ def _read_granite(config: dict) -> DecoderConfig:
         residual_scale=_number(config, "residual_multiplier"),
         logit_scale=1 / _number(config, "logits_scaling"),
         mlp_bias=entries.get(config, "mlp_bias", bool, False),
-        **_attention_bias(config),
+        **attention_bias(config),
     )
 
 
@@ -143,7 +147,6 @@ def _write_layer_normed(config: DecoderConfig, **further) -> dict:
 
 
 def _read_stablelm(config: dict) -> DecoderConfig:
-    entries.require(config, "qk_layernorm", False, False)
     parallel = entries.get(config, "use_parallel_residual", bool, False)
     return read_llama_like(
         config,
@@ -151,6 +154,7 @@ def _read_stablelm(config: dict) -> DecoderConfig:
         norm="layer",
         norm_epsilon=float(entries.get(config, "layer_norm_eps", float, 1e-5)),
         qkv_bias=entries.get(config, "use_qkv_bias", bool, False),
+        qk_norm="each_head" if entries.get(config, "qk_layernorm", bool, False) else "none",
         parallel_residual=parallel,
         shared_norm=parallel,
         **rope_entries.partial_rope(config, share=0.25),
@@ -161,6 +165,7 @@ def _write_stablelm(config: DecoderConfig) -> dict:
     return _write_layer_normed(
         config,
         use_qkv_bias=config.qkv_bias,
+        qk_layernorm=config.qk_norm != "none",
         use_parallel_residual=config.parallel_residual,
         partial_rotary_factor=config.rotary_fraction,
     )
@@ -212,7 +217,7 @@ def _read_cohere(config: dict) -> DecoderConfig:
         qk_norm="each_head" if entries.get(config, "use_qk_norm", bool, False) else "none",
         logit_scale=_number(config, "logit_scale", 0.0625),
         tied=entries.get(config, "tie_word_embeddings", bool, True),
-        **_attention_bias(config),
+        **attention_bias(config),
     )
 
 
@@ -229,7 +234,7 @@ QWEN3 = llama_like("qwen3", "Qwen3", _read_qwen3, _write_qwen3, LLAMA_MODULES | 
 OLMO2 = llama_like("olmo2", "Olmo2", _read_olmo2, _write_biased, OLMO2_MODULES)
 SMOLLM3 = llama_like("smollm3", "SmolLM3", _read_smollm3, _write_smollm3)
 GRANITE = llama_like("granite", "Granite", _read_granite, _write_granite)
-STABLELM = llama_like("stablelm", "StableLm", _read_stablelm, _write_stablelm)
+STABLELM = llama_like("stablelm", "StableLm", _read_stablelm, _write_stablelm, STABLELM_MODULES)
 PHI3 = llama_like("phi3", "Phi3", _read_phi3, _write_phi3, LLAMA_MODULES | FUSED_QKV | FUSED_GATE)
 GLM = llama_like("glm", "Glm", lambda config: _read_glm(config, "glm", "before"), _write_glm, LLAMA_MODULES | FUSED_GATE)
 GLM4 = llama_like("glm4", "Glm4", lambda config: _read_glm(config, "glm4", "both"), _write_glm, GLM4_MODULES)

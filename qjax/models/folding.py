@@ -5,7 +5,8 @@ makes its output by a product with its scale (and a sum with its bias); a linear
 linear maps, or products and maps that keep a positive factor, lie between it and the layers that read it (a norm behind a
 branch stands after the layers, and norms of queries and keys behind theirs: neither is in the way):
 
-    norm -> q, k, v;   norm -> gate, up            a norm of their own before them: not one that parallel branches share
+    norm -> q, k, v;   norm -> gate, up            a norm of their own before them: not one that parallel branches share, or
+                                                   that a router and many experts read
     v -> o             each value head feeds its own inputs of o: not where heads share values
     up -> down         gated: activation(gate) * up;  not gated: relu(c x) = c relu(x), but no such thing holds for gelu or silu
 """
@@ -34,11 +35,16 @@ def _own_norms(config: DecoderConfig) -> bool:
     return config.norm_places != "after" and not config.shared_norm
 
 
+def _mlp_norm(config: DecoderConfig) -> bool:
+    """Whether the MLP's first layers alone read a norm."""
+    return _own_norms(config) and not config.experts
+
+
 FOLDS = (
     Fold(("attention/q", "attention/k", "attention/v"), "attention_norm", _own_norms),
     Fold(("attention/o",), "attention/v", lambda c: c.heads == c.kv_heads),
-    Fold(("mlp/up",), "mlp_norm", lambda c: not c.gated and _own_norms(c)),
-    Fold(("mlp/gate", "mlp/up"), "mlp_norm", lambda c: c.gated and _own_norms(c)),
+    Fold(("mlp/up",), "mlp_norm", lambda c: not c.gated and _mlp_norm(c)),
+    Fold(("mlp/gate", "mlp/up"), "mlp_norm", lambda c: c.gated and _mlp_norm(c)),
     Fold(("mlp/down",), "mlp/up", lambda c: c.gated or c.activation == "relu"),
 )
 
@@ -46,6 +52,15 @@ FOLDS = (
 def folds(config: DecoderConfig) -> tuple[Fold, ...]:
     """The folds that a configuration's block allows."""
     return tuple(fold for fold in FOLDS if fold.holds(config))
+
+
+def fold_members(fold: Fold, stacks: Mapping[str, int]) -> list[Fold]:
+    """The fold, or that of each member of the stacks of kernels that it is about (`stacks.py`)."""
+    count = stacks.get(f"{fold.source}/kernel", 0)
+    return [
+        fold._replace(layers=tuple(f"{layer}/{number}" for layer in fold.layers), source=f"{fold.source}/{number}")
+        for number in range(count)
+    ] or [fold]
 
 
 def fold_map(leaves: Mapping[str, Array], fold: Fold, divide: Divide) -> dict[str, Array]:

@@ -13,6 +13,8 @@ RANGES = {  # of every number of a configuration, both ends included: what any m
     "heads": (1, 2**14),
     "kv_heads": (1, 2**14),
     "head_dim": (1, 2**16),
+    "experts": (0, 2**12),
+    "experts_per_token": (0, 2**12),
     "context": (2, 2**27),
     "norm_epsilon": (1e-20, 0.1),
     "rope_theta": (1.0, 1e15),

@@ -34,6 +34,7 @@ from qjax.report.sensitivity import ordinary, placed_alone, sensitivity_table
 from qjax.report.series import has_widths, line_panels, widths_table
 from qjax.report.tables import perplexity_table, split_tables
 from qjax.report.tradeoff import has_speed, tradeoff_table
+from qjax.report.training import training_table
 from qjax.sweep.rows import with_baseline
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ FOLDER_TABLES = (
     Exhibit(INPUTS, of_kind(INPUTS), inputs_table),
     Exhibit(KIND, of_kind(KIND), paper_shapes_table),
     Exhibit("kernels", of_kind("kernels"), kernels_table, by_device),
+    Exhibit("training", of_kind("training"), training_table),
 )
 FOLDER_FIGURES = (
     Exhibit("kernels", has_kernels, kernels_figure, by_device, kernels_caption),

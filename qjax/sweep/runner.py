@@ -295,6 +295,6 @@ def _check_recipes(model: Model, treatments: Sequence[Treatment]) -> None:
     kernels, find_problem = flatten_dict(model.params, sep="/"), functools.cache(problem_of)
     for treatment in treatments:
         for path, recipe in placement(model, treatment.recipe, treatment.rules).items():
-            problem = recipe and not recipe.is_cast and find_problem(recipe, kernels[path].shape)
+            problem = recipe and not recipe.is_cast and find_problem(recipe, kernels[path].shape[-2:])
             if problem:
                 raise QjaxError(f"{path}: {problem}")

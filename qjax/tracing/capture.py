@@ -14,7 +14,7 @@ import numpy as np
 from jax.extend.core import Literal
 from jaxtyping import Array, Float
 
-from qjax.calibrate.capture import Batch, check_statistics, token_weights
+from qjax.calibrate.capture import Batch, Captured, check_statistics, token_weights
 from qjax.calibrate.statistics import COUNT, STATISTICS, Statistic
 from qjax.errors import QjaxError
 from qjax.tracing.interpreter import (
@@ -144,7 +144,7 @@ class Runs:
                 if name in needed:
                     state = at(record[site.path], place)
                     values[name] = {each: statistic.finalize(state[each]) for each, statistic in capturing.statistics}
-        check_statistics(values, needed, lambda zero: self.capture(leaves, batches, zero, ["abs_max"]))
+        check_statistics(values, needed, "", lambda few: Captured(self.capture(leaves, batches, few, ["abs_max"]), []))
         return values
 
     def _run(self, number: int, batch: Batch, both: Sequence[Leaves], capturing, record: Record, chosen) -> Record:

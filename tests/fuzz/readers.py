@@ -17,6 +17,7 @@ import numpy as np
 from qjax.checkpoints.huggingface import load_huggingface, weight_files
 from qjax.checkpoints.load import load
 from qjax.checkpoints.packed import load_packed
+from qjax.checkpoints.peft import load_adapter
 from qjax.checkpoints.tensors import DTYPES, read_headers, read_tensor
 from qjax.driver.placement import parse_rule, place
 from qjax.evaluate.corpora import load_corpus
@@ -189,6 +190,15 @@ def _packed(rng: random.Random, folder: Path) -> None:
         files["qjax.json"] = mutations.json_bytes(rng, json.loads(files["qjax.json"]))
     else:
         files["model.safetensors"] = _weights(rng, files["model.safetensors"])
+    _write(rng, folder, files)
+
+
+def _adapter(rng: random.Random, folder: Path) -> None:
+    files = dict(seeds.adapter())
+    if rng.random() < 0.7:
+        files["adapter_config.json"] = mutations.json_bytes(rng, json.loads(files["adapter_config.json"]))
+    else:
+        files["adapter_model.safetensors"] = _weights(rng, files["adapter_model.safetensors"])
     _write(rng, folder, files)
 
 
@@ -408,6 +418,7 @@ READERS = {
     "quantized": Reader(_quantized, load_huggingface),
     "tensors": Reader(_tensors, _read_tensors),
     "packed": Reader(_packed, load_packed),
+    "adapter": Reader(_adapter, lambda folder: load_adapter(folder, seeds.ADAPTED)),
     "gguf": Reader(_gguf, _read_gguf),
     "tokenizer": Reader(_tokenizer, _read_tokenizer),
     "rows": Reader(_rows, _read_rows),

@@ -13,15 +13,17 @@ import numpy as np
 from qjax.activations import parse_activation
 from qjax.checkpoints import packed
 from qjax.checkpoints.huggingface import save_huggingface
+from qjax.checkpoints.peft import save_adapter
 from qjax.linear import Linear, LowRank, Outliers
 from qjax.maps import Permute, Scale
-from qjax.models.parameters import flatten, unflatten
+from qjax.models.parameters import flatten, parameter_shapes, unflatten
 from tests import foreign, foreign_makers
 from tests.conftest import FAMILY_CHANGES, byte_tokenizer, tiny_config
 from tests.gguf_files import file_bytes, model_tensors, model_values, random_rows
 from tests.random_weights import weights_model
 from tests.report_rows import early_row, measured_row
 
+ADAPTED = tiny_config(vocabulary_size=64)  # what a small adapter is for
 PRECOMPILED = base64.b64encode(struct.pack("<I", 1024) + bytes(1024) + b"ab\0").decode()  # a trie that knows no text
 GROUP = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": 16, "actorder": "group"}
 FLOAT8 = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
@@ -61,6 +63,22 @@ def checkpoint(family: str) -> dict[str, bytes]:
     """Files of a small Hugging Face folder of a family, by name."""
     with tempfile.TemporaryDirectory() as folder:
         save_huggingface(folder, weights_model(tiny_config(**FAMILY_CHANGES[family] | {"vocabulary_size": 64})))
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+@functools.cache
+def adapter() -> dict[str, bytes]:
+    """Files of a small adapter of PEFT's layout, with patterns, for a model of the configuration ADAPTED."""
+    found = {}
+    for path, (rank, scaling) in {
+        "block_0/mlp/up": (2, 1.0),
+        "block_1/mlp/up": (3, 1.0),
+        "block_0/attention/q": (2, 4.0),
+    }.items():
+        inputs, outputs = parameter_shapes(ADAPTED)[f"{path}/kernel"]
+        found[f"{path}/kernel"] = LowRank(jnp.ones((inputs, rank)), jnp.ones((rank, outputs)), scaling=scaling)
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(folder, ADAPTED, found)
         return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 

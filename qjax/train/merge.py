@@ -1,0 +1,84 @@
+"""An adapter merged into its base: W' + s A B in float32, cast, a plain model again.
+
+By default W' is what the codes of the base stand for, which the adapter was trained on; another base may be given, as the model
+before it was quantized. Nothing is quantized again unless a recipe is named.
+"""
+
+import json
+import warnings
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from qjax.calibrate.tokens import Calibration
+from qjax.checkpoints.huggingface import save_huggingface
+from qjax.checkpoints.load import load
+from qjax.checkpoints.packed import save
+from qjax.checkpoints.peft import load_adapter
+from qjax.checkpoints.shards import SHARD_BYTES
+from qjax.driver.decoder import quantize
+from qjax.errors import QjaxError, QjaxWarning
+from qjax.files import listing, write_atomically
+from qjax.lazy import materialised
+from qjax.linear import dequantize_tree, without_activations
+from qjax.models.adapters import attach
+from qjax.models.fingerprint import model_fingerprint
+from qjax.models.model import Model
+from qjax.models.parameters import flatten
+from qjax.untrusted import read_json, status
+
+TRAINED_ON = "adapter_base.json"  # beside an adapter that qjax trained: name, recipe and fingerprint of its base
+
+
+def write_base(folder: Path, base: Model) -> None:
+    """Writes beside an adapter what it was trained on."""
+    told = {"name": base.name, "recipe": base.recipe, "fingerprint": model_fingerprint(base)}
+    write_atomically(folder / TRAINED_ON, json.dumps(told, indent=1) + "\n")
+
+
+def load_merge(base: Model, adapter: Path, target: Model | None = None) -> tuple[Model, Model]:
+    """(the base with its adapter, what is to be written: that, or `target` with the adapter). Both may be lazy.
+
+    Raises QjaxError for an adapter of another base.
+    """
+    adapters = load_adapter(adapter, base.config)
+    if status(adapter / TRAINED_ON):
+        told = read_json(adapter / TRAINED_ON)
+        if told.get("fingerprint") != model_fingerprint(base):
+            raise QjaxError(
+                f"{adapter} was trained on {told.get('name')} ({told.get('recipe')}), not on {base.name} ({base.recipe}); give "
+                "that base, and another model to merge into with --base"
+            )
+    adapted = attach(base, adapters)
+    return adapted, adapted if target is None else attach(target, adapters)
+
+
+def save_merged(
+    folder: Path,
+    merged: Model,
+    *,
+    dtype: str = "bfloat16",
+    recipe: str | None = None,
+    calibration: Calibration | None = None,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    beside: Path | None = None,
+) -> Model:
+    """Writes a plain folder of a model with adapters, in which they are added to its weights; with a recipe a packed one of
+    that quantized anew. Returns the model in the folder.
+
+    Warns (QjaxWarning) of activation formats, which a plain folder cannot say. Raises what `save_huggingface` and `quantize`
+    raise.
+    """
+    activations = {str(leaf.activation) for leaf in flatten(merged.params).values() if getattr(leaf, "activation", None)}
+    if activations:
+        text = f"left out: layers round their inputs ({listing(sorted(activations))}), which a plain folder cannot say"
+        warnings.warn(text, QjaxWarning, stacklevel=2)
+        merged = merged._replace(params=without_activations(merged.params))
+    if recipe is None:
+        options = {"overwrite": overwrite, "shard_bytes": shard_bytes, "beside": beside}
+        save_huggingface(folder, merged, dtype=dtype, **options)
+        return load(folder, lazy=True)
+    plain = merged._replace(params=dequantize_tree(materialised(merged.params), jnp.dtype(dtype)), recipe="none")
+    save(folder, quantize(plain, recipe, calibration=calibration)[0], overwrite=overwrite)
+    return load(folder, lazy=True)

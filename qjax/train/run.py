@@ -1,0 +1,155 @@
+"""Whole trainings into folders: what the commands do. A folder appears when it is whole; until then checkpoints and rows are in
+.NAME.training beside it, from where the same call goes on bit for bit after a kill.
+
+    training.jsonl, loss.png   a row of every step, and their figure
+    qlora                      an adapter in PEFT's layout, what it was trained on, and in base/ the base that a recipe made
+    qat                        a packed folder
+"""
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from qjax.checkpoints import packed, peft
+from qjax.checkpoints.load import load
+from qjax.driver.decoder import quantize
+from qjax.errors import QjaxError
+from qjax.evaluate.corpora import Corpus
+from qjax.files import write_atomically
+from qjax.folders import new_folder, require_place
+from qjax.lazy import is_lazy, materialised
+from qjax.models.fingerprint import model_fingerprint
+from qjax.models.model import Model
+from qjax.report.reports import save_figure
+from qjax.report.training import loss_figure
+from qjax.train.log import ROWS, step_log, step_rows
+from qjax.train.loop import Told, TrainConfig, packed_tokens
+from qjax.train.lora import LoraConfig, start, train_adapters
+from qjax.train.merge import write_base
+from qjax.train.qat import QatConfig, train_quantized
+
+FIGURE = "loss"
+WRITTEN = (*peft.REPLACED, *packed.REPLACED, "base", ROWS, f"{FIGURE}.*")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A training into `folder`. devices: that share a batch. save_every: steps between checkpoints."""
+
+    folder: Path
+    config: TrainConfig
+    devices: int = 1
+    save_every: int = 100
+    overwrite: bool = False
+    on_step: Callable[[Told], None] = lambda told: None
+
+
+def training_tokens(model: Model, corpora: Sequence[Corpus]) -> Int[np.ndarray, " length"]:
+    """The tokens of the corpora's documents, packed. Raises QjaxError for a model without tokenizer."""
+    return packed_tokens(model.tokenizer, [text for corpus in corpora for text in corpus.documents], model.name)
+
+
+def in_context(config: TrainConfig, model: Model) -> TrainConfig:
+    """The configuration with windows that fit the model's context."""
+    return dataclasses.replace(config, window=min(config.window, model.config.context))
+
+
+def qlora(
+    run: Run,
+    model: Model,
+    tokens: Int[np.ndarray, " length"],
+    config: LoraConfig,
+    *,
+    recipe: str | None = None,
+    options: Mapping[str, object] | None = None,
+) -> Model:
+    """Trains adapters on the model, quantized with the recipe first where there is one, and writes them; returns the base.
+
+    options: of `quantize`. Raises what `start`, `train` and the writers raise.
+    """
+    place, loaded = _place(run), _loaded(model)
+    base, adapters = start(loaded, config, jax.random.key(run.config.seed), recipe=recipe, **(options or {}))
+    identity = {"base": model_fingerprint(base), "adapters": dataclasses.asdict(config)}
+    trained = train_adapters(base, adapters, tokens, in_context(run.config, base), **_told(run, place, identity))
+    with _whole(run, place) as new:
+        name = model.name if recipe is None else str(Path(run.folder) / "base")
+        peft.save_adapter(new, base.config, trained, base=name)
+        write_base(new, base)
+        if recipe is not None:
+            packed.save(new / "base", base)
+    return base
+
+
+def qat(
+    run: Run,
+    model: Model,
+    tokens: Int[np.ndarray, " length"],
+    config: QatConfig,
+    *,
+    recipe: str | None = None,
+    original: Model | None = None,
+    options: Mapping[str, object] | None = None,
+) -> Model:
+    """Trains the weights of the model, quantized with the recipe first where there is one, and writes it; returns that.
+
+    original: of a model that is quantized, the one before; options: of `quantize`. Raises what `train_quantized` and the
+    writers raise.
+    """
+    if (recipe is None) == (original is None and model.recipe == "none"):
+        raise QjaxError(
+            f"{model.name} is {model.recipe}: a model that is not quantized needs a recipe, another one has its own"
+        )
+    place, loaded = _place(run), _loaded(model)
+    if recipe is not None:
+        original, loaded = loaded, quantize(loaded, recipe, **(options or {}))[0]
+    identity = {"base": model_fingerprint(loaded), "learning": dataclasses.asdict(config)}
+    told = _told(run, place, identity)
+    trained = train_quantized(loaded, tokens, in_context(run.config, loaded), config, original=original, **told)
+    with _whole(run, place) as new:
+        packed.save(new, trained)
+    return load(run.folder, lazy=True)
+
+
+def _loaded(model: Model) -> Model:
+    return model._replace(params=materialised(model.params)) if is_lazy(model.params) else model
+
+
+def _place(run: Run) -> Path:
+    """Where checkpoints and rows are until the folder is whole."""
+    target = require_place(run.folder, overwrite=run.overwrite)
+    place = target.with_name(f".{target.name}.training")
+    place.mkdir(exist_ok=True)
+    return place
+
+
+def _told(run: Run, place: Path, identity: Mapping[str, object]) -> dict[str, object]:
+    log = step_log(place / ROWS)
+
+    def on_step(told: Told) -> None:
+        log(told)
+        run.on_step(told)
+
+    return {
+        "folder": place,
+        "identity": identity,
+        "devices": run.devices,
+        "save_every": run.save_every,
+        "on_step": on_step,
+    }
+
+
+@contextmanager
+def _whole(run: Run, place: Path):
+    """The folder to write into; with rows and figure it takes its name, and what stood beside it goes."""
+    with new_folder(run.folder, overwrite=run.overwrite, replaces=WRITTEN) as new:
+        yield new
+        rows = step_rows(place / ROWS)
+        write_atomically(new / ROWS, (place / ROWS).read_bytes())
+        save_figure(loss_figure(rows), new, FIGURE)
+    shutil.rmtree(place)

@@ -1,0 +1,182 @@
+"""`qjax train` and `qjax merge`: whole runs on a tiny model, what they write, and what they refuse."""
+
+import json
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from qjax.checkpoints.huggingface import save_huggingface
+from qjax.checkpoints.load import load
+from qjax.checkpoints.packed import save
+from qjax.checkpoints.peft import load_adapter
+from qjax.driver.decoder import quantize
+from qjax.errors import QjaxError
+from qjax.linear import is_quantized
+from qjax.models.adapters import attach
+from qjax.models.model import apply
+from qjax.models.parameters import flatten
+from qjax.train import loop, run
+from qjax.train.lora import LoraConfig
+from tests.conftest import byte_tokenizer, random_model, tiny_config
+from tests.test_cli import TEXT, fails, succeeds
+
+pytest.importorskip("orbax.checkpoint")
+
+TOKENS = np.random.default_rng(0).integers(0, 256, (2, 12)).astype(np.int32)
+SMALL = ("--steps", "4", "--window", "16", "--batch", "4", "--learning-rate", "0.01", "--save-every", "1")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tied tiny model, a text, and in `ad` what training adapters by the command gives."""
+    folder = tmp_path_factory.mktemp("train")
+    save_huggingface(folder / "tiny", random_model(tiny_config(tied=True, layers=1), byte_tokenizer()))
+    (folder / "text.txt").write_text(TEXT)
+    return folder
+
+
+def data(folder):
+    return ("--data", f"text:{folder / 'text.txt'}")
+
+
+@pytest.fixture(scope="module")
+def adapter(folder):
+    """Adapters and their base, trained in this process; killed once on the way."""
+    model, config = load(folder / "tiny"), LoraConfig(rank=3)
+    tokens = run.training_tokens(model, [run.Corpus("a", [TEXT])])
+    settings = loop.TrainConfig(steps=4, batch=4, window=16, learning_rate=0.01)
+
+    def kill(told):
+        if told.step == 3:
+            raise KeyboardInterrupt
+
+    asked = run.Run(folder / "ad", settings, save_every=1, on_step=kill)
+    with pytest.raises(KeyboardInterrupt):
+        run.qlora(asked, model, tokens, config, recipe="nf4-g16")
+    assert not (folder / "ad").exists()
+    run.qlora(run.Run(folder / "ad", settings, save_every=1), model, tokens, config, recipe="nf4-g16")
+    return folder / "ad"
+
+
+def test_a_killed_training_goes_on_from_the_command(adapter, folder, capsys):
+    """To the same bits as one that was not killed, which the command line runs."""
+    printed = succeeds(
+        capsys,
+        "train",
+        "qlora",
+        folder / "tiny",
+        *data(folder),
+        *SMALL,
+        "--rank",
+        "3",
+        "--recipe",
+        "nf4-g16",
+        "--out",
+        folder / "b",
+    )
+    assert "adapters of rank 3 for tiny (rtn:nf4-g16)" in printed
+    first, second = (load_file(each / "adapter_model.safetensors") for each in (adapter, folder / "b"))
+    assert first.keys() == second.keys() and len(first) == 14
+    for name, array in first.items():
+        np.testing.assert_array_equal(array, second[name])
+    rows = [json.loads(line) for line in (adapter / "training.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4] and rows[-1]["loss"] < rows[0]["loss"]
+    assert (adapter / "loss.png").stat().st_size > 1000 and not (folder / ".ad.training").exists()
+
+
+@pytest.fixture(scope="module")
+def adapted(adapter):
+    base = load(adapter / "base")
+    return attach(base, load_adapter(adapter, base.config))
+
+
+def test_the_merged_folder_is_base_and_adapter(adapter, adapted, folder, capsys):
+    out = folder / "merged"
+    printed = succeeds(capsys, "merge", adapter / "base", adapter, "--out", out, "--dtype", "fp32", *data(folder))
+    losses = [line.split(": ")[-1] for line in printed.splitlines() if "nats a token" in line]
+    assert len(losses) == 2 and losses[0] == losses[1]
+    merged, before = load(out), flatten(load(folder / "tiny").params)
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    assert "lm_head.weight" not in load_file(out / "model.safetensors")
+    expected = apply(adapted, TOKENS)
+    assert float(jnp.abs(apply(merged, TOKENS) - expected).max()) <= 1e-5 * float(jnp.abs(expected).max())
+    assert float(jnp.abs(apply(load(adapter / "base"), TOKENS) - expected).max()) > 1e-2
+    for path, leaf in flatten(merged.params).items():
+        assert leaf.dtype == np.float32 and np.array_equal(leaf, before[path]) != ("block" in path and "kernel" in path), path
+
+
+def test_merging_into_the_float_model(adapter, folder, capsys):
+    out = folder / "into_float"
+    printed = succeeds(capsys, "merge", adapter / "base", adapter, "--base", folder / "tiny", "--out", out, *data(folder))
+    told = [line for line in printed.splitlines() if "nats a token" in line]
+    assert [line.split(" on ")[0] for line in told] == [
+        "tiny (rtn:nf4-g16) with its adapter",
+        "tiny (none) with the adapter",
+        "merged",
+    ]
+    model = load(folder / "tiny")
+    expected = flatten(attach(model, load_adapter(adapter, model.config)).params)["block_0/mlp/up/kernel"]
+    found = flatten(load(out).params)["block_0/mlp/up/kernel"]
+    product = expected.adapter.scaling * np.asarray(expected.adapter.a, np.float64) @ np.asarray(expected.adapter.b, np.float64)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(found, np.float64), np.asarray(expected.weight, np.float64) + product, rtol=2**-8)
+
+
+def test_requantizing_is_asked_for_and_told(adapter, folder, capsys):
+    printed = succeeds(capsys, "merge", adapter / "base", adapter, "--requantize", "rtn:int8-g16", "--out", folder / "again")
+    assert "in rtn:int8-g16" in printed
+    assert sum(map(is_quantized, flatten(load(folder / "again").params).values())) == 7
+
+
+def test_quantization_aware_training(folder, capsys):
+    """From a folder that is quantized, by divergence from the model it was; the result runs as any other."""
+    model = load(folder / "tiny")
+    save(folder / "int3", quantize(model, "rtn:int3-g16")[0])
+    more = (
+        "--float",
+        folder / "tiny",
+        "--loss",
+        "kl",
+        "--learn",
+        "weights,scales",
+        "--learning-rate",
+        "0.001",
+        "--out",
+        folder / "qat",
+    )
+    printed = succeeds(capsys, "train", "qat", folder / "int3", *data(folder), *SMALL, *more)
+    assert "rtn:int3-g16, trained" in printed
+    rows = [json.loads(line) for line in (folder / "qat" / "training.jsonl").read_text().splitlines()]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    before, after = (flatten(load(folder / name).params)["block_0/mlp/up/kernel"] for name in ("int3", "qat"))
+    assert after.format == before.format and not np.array_equal(before.codes, after.codes)
+    np.testing.assert_array_equal(before.zeros, after.zeros)
+
+
+def test_what_is_refused(adapter, folder, tmp_path, capsys):
+    base, tiny = adapter / "base", folder / "tiny"
+    assert "was trained on tiny (rtn:nf4-g16), not on tiny (none)" in fails(
+        capsys, "merge", tiny, adapter, "--out", tmp_path / "a"
+    )
+    other = tmp_path / "other"
+    save_huggingface(other, random_model(tiny_config(mlp_size=56, layers=1), byte_tokenizer()))
+    into = ("--base", other, "--out", tmp_path / "a")
+    assert "the adapter does not fit other: block_0/mlp" in fails(capsys, "merge", base, adapter, *into)
+    assert "has no adapter_config.json" in fails(capsys, "merge", base, base, "--out", tmp_path / "a")
+    assert "--dtype 'int8'" in fails(capsys, "merge", base, adapter, "--dtype", "int8", "--out", tmp_path / "a")
+    train = ("train", "qlora", tiny, *data(folder), "--out", tmp_path / "a")
+    short = tmp_path / "short.txt"
+    short.write_text("short")
+    said = fails(capsys, "train", "qlora", tiny, "--data", f"text:{short}", "--out", tmp_path / "a")
+    assert "training text: got 5 tokens, expected at least a window + 1 = 33" in said
+    assert "'q_projection' names no kernel" in fails(capsys, *train, "--target", "q_projection")
+    assert "give a recipe" in fails(capsys, *train, "--rule", "mlp=int4-g16")
+    assert "needs a recipe" in fails(capsys, "train", "qat", tiny, *data(folder), "--out", tmp_path / "a")
+    assert "is what is read" in fails(capsys, "merge", base, adapter, "--out", adapter, "--overwrite")
+    assert not (tmp_path / "a").exists()
+    shutil.rmtree(tmp_path / ".a.training", ignore_errors=True)
+    with pytest.raises(QjaxError, match="has no tokenizer"):
+        run.training_tokens(random_model(tiny_config()), [run.Corpus("a", ["b"])])
