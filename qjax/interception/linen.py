@@ -122,8 +122,8 @@ def linear_layers(module: nn.Module, params: PyTree, *args: object, **kwargs: ob
     except ScopeCollectionNotFound as error:
         collection = re.search('collection "(.*?)"', str(error)).group(1)
         raise QjaxError(
-            f"{type(module).__name__} reads the collection {collection!r}; modules with further collections than params "
-            "cannot be captured yet: round its kernels with qjax.rtn or qjax.gptq and run it under qjax.quantized_kernels()"
+            f"{type(module).__name__} reads the collection {collection!r}, which interceptors do not see: "
+            f"give quantize_flax all variables, {{'params': ..., {collection!r}: ...}}"
         ) from None
     return Linears(views, refused)
 
