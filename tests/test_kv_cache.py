@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,8 @@ import pytest
 from qjax.cache_format import parse_cache_format
 from qjax.checkpoints.packed import load_packed, save
 from qjax.driver.decoder import quantize, quantize_to
+from qjax.driver.function import quantize_flax
+from qjax.driver.traced import quantize_function
 from qjax.errors import QjaxError
 from qjax.evaluate.generate import generate
 from qjax.evaluate.likelihood import likelihoods, make_pair
@@ -134,7 +137,9 @@ def greedily(model, prompt, count):
     return ids[len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("name", ["int2-g8(residual=8)", "int2-token(residual=5)", "int3-token"])
+@pytest.mark.parametrize(
+    "name", ["int2-g8(residual=8)", "int2-token(residual=5)", pytest.param("int3-token", marks=pytest.mark.slow)]
+)
 def test_packed_generation_is_the_simulated_one(model, name):
     """Token for token, also at 2 bits, whatever the batch; long enough that residuals fill and are emptied."""
     kept = with_cache(model, name)
@@ -142,14 +147,17 @@ def test_packed_generation_is_the_simulated_one(model, name):
     assert [tokens.tolist() for tokens in generate(kept, PROMPTS, 20).tokens] == expected
 
 
-@pytest.mark.parametrize("family", ["gemma3_text", "falcon", "smollm3"])
+@pytest.mark.parametrize(
+    "family", ["mistral", "falcon", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3_text", "smollm3"))]
+)
 def test_families(family):
     """Windows and heads that share keys, biases of scores, layers without positions; keys that are turned as they are read.
 
     Texts of more than 64 tokens attend in pieces.
     """
     changes = (FAMILY_CHANGES | FURTHER_CHANGES)[family]
-    kept = with_cache(random_model(tiny_config(context=80, **changes)), "int2-g4(residual=8,keys=before)")
+    config = tiny_config(context=80, layers=2 if "kinds" in changes else 1, **changes)
+    kept = with_cache(random_model(config), "int2-g4(residual=8,keys=before)")
     prompt = np.random.default_rng(0).integers(0, 257, 60).astype(np.int32)
     assert generate(kept, [prompt], 10).tokens[0].tolist() == greedily(kept, prompt, 10)
 
@@ -221,6 +229,14 @@ def test_refusals(model):
         quantize(model, "rtn:int4-g16", rules=["down=rtn:int8-g16 kv:int8-token"])
     with pytest.raises(QjaxError, match="kv:int8-token already"):
         quantize(with_cache(model, "int8-token"), "kv:int4-token")
+    dense, x = nn.Dense(4), jnp.ones((2, 8))
+    params = dense.init(jax.random.key(0), x)["params"]
+    for refused in (
+        lambda: quantize_flax(dense, params, "kv:int8-token", batches=[(x,)]),
+        lambda: quantize_function(lambda p, x: x @ p["kernel"], params, "rtn:int4-g8 kv:int8-token", batches=[(x,)]),
+    ):
+        with pytest.raises(QjaxError, match="no cache that is known here"):
+            refused()
     with pytest.raises(QjaxError, match="cache format 'int99'"):
         with_cache(model, "int99")
 

@@ -56,8 +56,6 @@ def quantize_flax(
     """
     _require_linen("quantize_flax", module)
     recipe, rules = parsed(recipe, rules, order)
-    if recipe is not None and recipe.cache is not None:
-        raise QjaxError(f"quantize_flax: {recipe}: a module of your own has no cache that is known here; leave kv: out")
     batches = list(batches)
     if _is_whole(params) and len(params) == 1:
         options = {"batches": batches, "weights": weights, "rules": rules, "on_layer": on_layer}

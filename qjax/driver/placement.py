@@ -55,8 +55,11 @@ def place(
 ) -> dict[str, Recipe | None]:
     """What each kernel path gets: the first matching rule's recipe, else `default` for paths in `scope` (None: all).
 
-    theirs: Hugging Face's name of each path's module. Raises QjaxError listing every rule that matches no kernel.
+    theirs: Hugging Face's name of each path's module. Raises QjaxError listing every rule that matches no kernel, and for a
+    cache format, which is no kernel's.
     """
+    if default is not None and default.cache is not None:
+        raise QjaxError(f"{default}: a module or function of your own has no cache that is known here; leave kv: out")
     rules = [rule._replace(pattern=patterns.meant(rule.pattern, kernels, theirs)) for rule in rules]
     idle = [rule for rule in rules if not any(re.search(rule.pattern, path) for path in kernels)]
     if idle:
