@@ -23,7 +23,7 @@ import common
 
 from qjax.sweep.cells import expand
 
-SETTINGS = common.Settings(max_windows=8, questions=200, calibration_windows=8)
+SETTINGS = common.Settings(max_windows=6, questions=200, calibration_windows=8)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,13 +16,18 @@ import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
+from qjax.cache_format import CacheFormat, parse_cache_format
 from qjax.errors import QjaxError
 from qjax.formats import UNQUANTIZED, Format, parse_format, suggestion
 
 T = TypeVar("T")
 
 METHODS: dict[str, dict[str, str | Callable]] = {
-    "transform": {"awq": "qjax.transforms.awq:awq_scale", "smoothquant": "qjax.transforms.smoothquant:smoothquant"},
+    "transform": {
+        "awq": "qjax.transforms.awq:awq_scale",
+        "smoothquant": "qjax.transforms.smoothquant:smoothquant",
+        "hadamard": "qjax.transforms.hadamard:hadamard",
+    },
     "rounding": {"rtn": "qjax.rounding.nearest:rtn", "gptq": "qjax.rounding.gptq:gptq", "hqq": "qjax.rounding.hqq:hqq"},
     "refiner": {"descend": "qjax.refining.descend:descend"},
     "block refiner": {"block_ap": "qjax.refining.block_ap:block_ap"},
@@ -34,18 +39,23 @@ FIRST = {"transform": 0, "rounding": 1, "refiner": 2, "block refiner": 3, "activ
 
 
 class Words(NamedTuple):
-    """A recipe taken apart. stages: names with options as they are written; activation, order: None where there is none."""
+    """A recipe taken apart. stages: names with options as they are written; format: None for weights as they are; activation,
+    order, cache: None where there is none.
+    """
 
     stages: list[tuple[str, dict[str, str]]]
-    format: Format
+    format: Format | None
     activation: str | None
     order: str | None
+    cache: CacheFormat | None = None
 
     def __str__(self) -> str:
-        if self.format.is_float:
-            return str(self.format)
+        cache = "" if self.cache is None else f"kv:{self.cache}"
+        if self.format is None:
+            return cache
         activation = "" if self.activation is None else f"/{self.activation}"
-        return f"{'+'.join(name for name, _ in self.stages)}:{self.format}{activation}"
+        stages = "" if self.format.is_float else f"{'+'.join(name for name, _ in self.stages)}:"
+        return f"{stages}{self.format}{activation} {cache}".strip()
 
 
 def kind_of(name: str) -> str | None:
@@ -62,6 +72,9 @@ def split_recipe(text: str) -> Words:
     """The words of a recipe but "none". Raises QjaxError for unknown ones and for a format that is none."""
     text = text.strip()
     where = f"recipe {text!r}"
+    text, cache = split_cache(text)
+    if cache is not None and text.lower() in ("", UNQUANTIZED):
+        return Words([("rtn", {})], None, None, None, cache)
     body, at, order = text.partition("@")
     *head, formats = re.split(r":(?![^(]*\))", body)
     if len(head) > 1:
@@ -74,7 +87,18 @@ def split_recipe(text: str) -> Words:
         fmt = parse_format(weights)
     except QjaxError as error:
         raise QjaxError(f"{where}: {error}") from None
-    return Words(stages, fmt, activation if slash else None, order if at else None)
+    return Words(stages, fmt, activation if slash else None, order if at else None, cache)
+
+
+def split_cache(text: str) -> tuple[str, CacheFormat | None]:
+    """A recipe without its last part, kv:FORMAT behind a blank or alone, and that format; None where there is none."""
+    found = re.search(r"(?:^|\s)\s*kv:(.*)$", text, re.IGNORECASE | re.DOTALL)
+    if found is None:
+        return text, None
+    try:
+        return text[: found.start()].strip(), parse_cache_format(found[1])
+    except QjaxError as error:
+        raise QjaxError(f"recipe {text!r}: {error}") from None
 
 
 def split_stages(where: str, text: str) -> list[tuple[str, dict[str, str]]]:
@@ -175,7 +199,7 @@ def options_in_source(name: str) -> dict[str, inspect.Parameter]:
     for argument, written in zip(found.kwonlyargs, found.kw_defaults, strict=True):
         kind, default = ast.unparse(argument.annotation), written and ast.literal_eval(written)
         of = SPELLED.get(kind.removesuffix(" | None")) or (_choices(module, kind) if isinstance(default, str) else None)
-        if of is not None:
+        if of is not None and written is not None:
             kind = of | None if kind.endswith(" | None") else of
             options[argument.arg] = inspect.Parameter(
                 argument.arg, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind
@@ -188,7 +212,9 @@ def _source(module: str) -> list[ast.stmt]:
 
 
 def _choices(module: str, name: str) -> object:
-    """The Literal of a name that a module assigns to or imports; str for what is none."""
+    """The Literal that is written out, or has a name that a module assigns to or imports; str for what is none."""
+    if isinstance(written := ast.parse(name, mode="eval").body, ast.Subscript):
+        return typing.Literal[ast.literal_eval(written.slice)]
     for node in _source(module):
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name and isinstance(node.value, ast.Subscript):
             return typing.Literal[ast.literal_eval(node.value.slice)]

@@ -3,6 +3,8 @@
     Divide    x / s,          diag(s) W     what AWQ and SmoothQuant find; folded into the layer before where it can be
     Scale     x * s,          diag(1/s) W   the same as a leaf stores it, s in float16
     Permute   x[..., index],  W[index]      inputs in another order (`g_idx` of GPTQ's files); `permute` checks the index
+    Hadamard  x diag(s) H,    H^T diag(s) W a rotation, s random signs, H orthogonal and of +-1/sqrt(n) (`hadamard.py`), whole
+                                            or the same in every block of inputs
 
 A map is a pytree with the methods of `InputMap`; one from outside the package is a class of one's own with `@register_map`.
 """
@@ -14,9 +16,10 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 from qjax.errors import QjaxError
+from qjax.hadamard import hadamard_transform
 
 LARGEST = 1e4  # a scale and its inverse stay normal numbers of float16
 MAPS: dict[str, type] = {}  # what folders may hold, by name
@@ -117,6 +120,43 @@ class Permute:
 
     def stored(self):
         return self
+
+
+@register_map
+class Hadamard:
+    """The inputs, the sign of each turned where its bit of `signs` (in / 8 bytes) is set, through a Hadamard matrix; in blocks
+    of `block` neighbours, or all together where it is 0.
+    """
+
+    signs: UInt8[Array, " bytes"]
+    block: int = dataclasses.field(default=0, metadata={"static": True})
+
+    def on_input(self, x):
+        size = x.shape[-1]
+        turned = jnp.unpackbits(self.signs)[:size].astype(bool)
+        exact = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        blocks = jnp.where(turned, -exact, exact).reshape(*x.shape[:-1], -1, self.block or size)
+        return hadamard_transform(blocks).reshape(x.shape).astype(x.dtype)
+
+    def on_weight(self, weight):
+        return self.on_input(weight.T).T
+
+    def on_statistic(self, value, axes):
+        if axes == 1:
+            raise QjaxError(
+                "hadamard mixes inputs: statistics of single inputs, which awq, smoothquant and static activation formats "
+                "read, are not known behind it; put it last of the transforms, and a dynamic format behind the slash"
+            )
+        return value if axes == 0 else self.on_input(self.on_input(value).T).T
+
+    def stored(self):
+        return self
+
+
+def random_hadamard(size: int, block: int = 0, seed: int = 0) -> Hadamard:
+    """The map of `size` inputs with signs that the seed draws."""
+    signs = np.random.default_rng([seed, size]).integers(0, 2, size, np.uint8)
+    return Hadamard(jnp.asarray(np.packbits(signs)), block)
 
 
 def permute(index: Sequence[int] | Int[Array, " in"]) -> Permute:

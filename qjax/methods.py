@@ -1,7 +1,7 @@
 """The registry of methods, and the one table of what a method may ask for.
 
     kind            a function of                             returns
-    transform       (weights that share an input, fmt, *)     an exact map of the input (`maps.InputMap`)
+    transform       (weights that share an input, fmt, *)     an exact map of the input (`maps.InputMap`), or None
     rounding        (weight, fmt, *)                          (QTensor, Info)
     refiner         (weight, start, *), start a QTensor       (QTensor, Info): one layer, looked at again
     block refiner   (block, start, *), see `refining.block`   (QTensors by path, BlockInfo): all layers of a block at once
@@ -61,7 +61,8 @@ class Site:
     weights: (in, out_k) float32, those of a transform together, else one. parent_error(weights): squared error of the output of
     the module they are in, with these in their place. rounded(map): what the weights become by the recipe's rounding, as they
     are (None) or mapped by a map before it, which is undone. trial(map): squared error of the module's output with the weights
-    mapped and rounded to nearest, and the mapped input rounded as the recipe says.
+    mapped and rounded to nearest, and the mapped input rounded as the recipe says. stream: their input
+    is the residual stream of a model that is rotated (`models/rotation.py`).
     """
 
     weights: Sequence[Float[Array, "in out"]]
@@ -70,6 +71,7 @@ class Site:
     parent_error: Callable[[Sequence[Array]], Array] | None = None
     rounded: Callable[[InputMap | None], Sequence[Array]] | None = None
     trial: Callable[[InputMap], Array] | None = None
+    stream: bool = False
 
 
 class Given(NamedTuple):
@@ -98,6 +100,7 @@ GIVENS: dict[str, Given] = {
     "module": Given(("hessian",), lambda site, options: site.parent_error, ("transform",)),
     "rounded": Given((), lambda site, options: site.rounded, ("transform",)),
     "trial": Given((), lambda site, options: site.trial, ("transform",)),
+    "stream": Given((), lambda site, options: site.stream, ("transform",)),
 }
 
 

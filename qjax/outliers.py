@@ -5,7 +5,8 @@
 An input (a channel of x) is left out for all tokens of a call where |x| reaches the threshold for one of them. As bitsandbytes
 has it: a token's scale s_t is its largest |x| below the threshold / 127, inputs that are left out included; W is the int8
 weight, decoded, for both sums (the paper keeps 16-bit rows of the original). Shapes do not depend on the outliers: they are
-masked, not gathered, so that one program serves every batch.
+masked, not gathered, so that one program serves every batch. In a mixture of experts the tokens of a call are all of them,
+whichever expert they are routed to.
 """
 
 import jax.numpy as jnp

@@ -8,6 +8,7 @@
     gptq:int3-g128@sequential           @ order of calibration: whose inputs statistics are from (`calibrate/order.py`)
     rtn:int8-channel-sym/int8-token     / format of the layer's input (`activations.py`)
     llm_int8:int8-channel               int8-token, but inputs with outliers in 16 bits; rounding + refiners + llm_int8
+    gptq:int4-g128 kv:int4-g32          kv: format of the cache of keys and values (`cache_format.py`); or alone, kv:int8-token
     nf4, int4                           a format alone is rounded to nearest, a grid alone has the usual group (`formats.py`)
     bf16                                storage in another floating-point type, of the whole model
     none                                the model as it is
@@ -21,6 +22,7 @@ import functools
 from collections.abc import Sequence
 
 from qjax.activations import Activation, parse_activation
+from qjax.cache_format import CacheFormat
 from qjax.errors import QjaxError
 from qjax.formats import Format, not_rounded_to
 from qjax.grammar import FIRST, answered, read_stages, split_recipe, split_stage, split_stages
@@ -41,8 +43,8 @@ DEFAULT_ORDER = "qep"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Recipe:
-    """Transforms, a rounding to a weight format, refiners, and what happens to the layer's input; build it with
-    `parse_recipe`.
+    """Transforms, a rounding to a weight format, refiners, and what happens to the layer's input and to keys and values; build
+    it with `parse_recipe`. format: None for weights that stay as they are.
 
     Equal are recipes that do the same: one without an order and the same in the default order, which `in_order` alone tells
     apart.
@@ -50,11 +52,12 @@ class Recipe:
 
     transforms: tuple[Stage, ...]
     rounding: Stage
-    format: Format
+    format: Format | None
     order: Stage | None = None
     refiners: tuple[Stage, ...] = ()
     block_refiners: tuple[Stage, ...] = ()
     activation: Activation | None = None
+    cache: CacheFormat | None = None
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Recipe) and self._done() == other._done()
@@ -95,9 +98,16 @@ class Recipe:
     @property
     def is_cast(self) -> bool:
         """True for fp32, bf16 and fp16: a change of storage type, not a quantization."""
-        return self.format.is_float
+        return self.format is not None and self.format.is_float
+
+    @property
+    def of_weights(self) -> "Recipe | None":
+        """The recipe without its cache, of which kernels know nothing; None where that is all."""
+        return None if self.format is None else dataclasses.replace(self, cache=None)
 
     def __str__(self) -> str:
+        if self.cache is not None:
+            return f"{self.of_weights or ''} kv:{self.cache}".strip()
         if self.is_cast:
             return str(self.format)
         method = (self.activation,) if self.activation and self.activation.is_method else ()
@@ -155,7 +165,9 @@ def _parse_recipe(text: str) -> Recipe:
             f"{where}: several things are said of the layers' inputs; give one, FORMAT/int8-token or llm_int8:FORMAT"
         )
     activation = next(iter([*methods, *given]), None)
-    recipe = Recipe(**_by_kind(where, stages), format=words.format, activation=activation)
+    recipe = Recipe(**_by_kind(where, stages), format=words.format, activation=activation, cache=words.cache)
+    if words.format is None:
+        return recipe
     if recipe.format.has_minima:
         raise QjaxError(f"{where}: {not_rounded_to(recipe.format)}")
     if recipe.is_cast and (recipe.stages != (Stage("rtn"),) or activation):
@@ -188,6 +200,9 @@ def method_name(recipe: Recipe | None) -> str:
     """The method a figure draws a line for: stages without options; the grid for nearest rounding to a codebook."""
     if recipe is None:
         return UNQUANTIZED
+    if recipe.cache is not None:
+        named = "" if recipe.format is None else method_name(recipe.of_weights)
+        return f"{named} kv:{recipe.cache}".strip()
     if recipe.is_cast:
         return str(recipe.format)
     hidden = recipe.transforms and recipe.rounding.name == "rtn"

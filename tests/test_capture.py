@@ -222,13 +222,15 @@ class Carried(nn.Module):
 
 
 @pytest.mark.parametrize("lift", [remat, jitted, mapped, scanned])
-def test_layers_inside_transformations_are_named_and_can_be_left_out(lift):
+def test_layers_inside_transformations_are_seen_in_the_trace(lift):
     module = hidden(lift)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 8, 6)), jnp.float32)
     params = shapes_of(module, x)
     (path,) = (p for p in linear_layers(module, params, x).views if "outside" not in p)
-    with pytest.raises(QjaxError, match=f"{path}.*PATTERN=none"):
-        qjax.quantize_flax(module, params, "gptq:int4-g2@parallel", batches=[(x,)])
+    seen, report = qjax.quantize_flax(module, params, "gptq:int4-g2@parallel", batches=[(x,)])
+    assert {record.path: record.tokens for record in report.layers} == {path: 24, "outside/kernel": 24}
+    decoded = qjax.dequantize_flax(module, seen)
+    np.testing.assert_allclose(qjax.apply_flax(module, seen, x), module.apply({"params": decoded}, x), atol=1e-5)
     left, report = qjax.quantize_flax(module, params, "gptq:int4-g2@parallel", batches=[(x,)], rules=["inside=none"])
     assert qjax.linear.is_quantized(left["outside"]["kernel"])
     assert {record.path: record.tokens for record in report.layers}["outside/kernel"] == 24

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -107,7 +108,8 @@ def test_home_is_known_behind_an_equals_sign(tmp_path, capsys, monkeypatch):
 
 def test_information(checkpoint, capsys):
     assert "6.74" in succeeds(capsys, "info", "--parameters", "6.738e9").replace("\n", " ")
-    assert "INT3" in succeeds(capsys, "info", checkpoint / "tiny")
+    shown = succeeds(capsys, "info", checkpoint / "tiny")
+    assert "INT3" in shown and re.search(r"keys and values: [\d,]+ bytes a token in 16 bits", shown)
     assert "int4-g128" in succeeds(capsys, "formats")
     assert "clip=none" in succeeds(capsys, "recipes").replace("\n", " ")
     assert "accuracy:TASK" in succeeds(capsys, "columns")

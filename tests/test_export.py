@@ -22,7 +22,7 @@ from qjax.maps import Scale
 from qjax.models.parameters import flatten, unflatten
 from qjax.scales import QuantizedScales, laid
 from tests import foreign, foreign_makers
-from tests.conftest import GPT_NEOX, byte_tokenizer, tiny_config
+from tests.conftest import FAMILY_CHANGES, GPT_NEOX, byte_tokenizer, tiny_config
 from tests.random_weights import small_model
 
 
@@ -127,8 +127,13 @@ def test_layers_stored_side_by_side(tmp_path):
     export(tmp_path / "b", blocks, "bitsandbytes")
     assert_equal(blocks, load(tmp_path / "b"))
     nested = quantized(tiny_config(**GPT_NEOX | {"layers": 1}), {"block": "nf4-g32-dq"})
-    with pytest.raises(QjaxError, match="query_key_value: parts that are stored side by side have scales that columns share"):
+    with pytest.raises(QjaxError, match=r"query_key_value: parts .* have scales that columns share .* fit: rtn:nf4-g32,"):
         export(tmp_path / "c", nested, "bitsandbytes")
+    settings = json.loads((tmp_path / "b/config.json").read_text())["quantization_config"]
+    assert settings["llm_int8_skip_modules"] == ["embed_out", "lm_head"]  # as transformers calls it
+    gpt2 = quantized(tiny_config(**FAMILY_CHANGES["gpt2"]), {"block": "int4-g32"})
+    with pytest.raises(QjaxError, match="awq cannot hold layers of gpt2, which transformers keeps as Conv1D"):
+        export(tmp_path / "c", gpt2, "awq")
 
 
 @pytest.mark.parametrize(
@@ -245,6 +250,23 @@ def test_scales_that_float16_holds_become_float16(scales, tmp_path):
         model = model._replace(params=unflatten(leaves))
     export(tmp_path / "a", model, "awq")
     assert_equal(model, load(tmp_path / "a"))
+
+
+@pytest.mark.slow
+def test_a_sweep_from_one_librarys_files_to_anothers(tmp_path, capsys):
+    """A folder of bitsandbytes' measured as it is, differences from a GGUF file that stands for other weights."""
+    config = foreign.llama(vocabulary_size=288, context=32)
+    export(tmp_path / "nf4", quantized(config, {"mlp": "nf4-g64"}), "bitsandbytes")
+    export(tmp_path / "q8.gguf", quantized(config, {"mlp": "int8-g32-sym-max"}), "gguf")
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 4)
+    words = ["--recipes", "none", "--baseline", str(tmp_path / "q8.gguf"), "--data", f"text:{tmp_path / 'text.txt'}"]
+    run(["sweep", str(tmp_path / "nf4"), *words, "--convention", "windows-32", "--out", str(tmp_path / "out")])
+    rows = [json.loads(line) for line in (tmp_path / "out/rows.jsonl").read_text().splitlines()]
+    assert {row["model"]: row["model_recipe"] for row in rows} == {
+        "q8": "gguf file: int8-g32-sym-max",
+        "nf4": "bitsandbytes checkpoint: nf4-b64",
+    }
+    assert all(row["baseline"] == "q8" for row in rows) and rows[0]["nll"] != rows[1]["nll"]
 
 
 def test_dequantized_weights_are_in_the_type_asked_for(tmp_path):

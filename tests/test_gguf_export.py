@@ -14,12 +14,13 @@ from qjax.checkpoints.gguf.blocks import KINDS, quantized
 from qjax.checkpoints.gguf.container import read_contents
 from qjax.checkpoints.gguf.joining import kind_of, nearest, rows_of
 from qjax.checkpoints.gguf.model import load_gguf
+from qjax.checkpoints.gguf.names import stored_pieces
 from qjax.checkpoints.gguf.tokens import tokenizer_values
 from qjax.checkpoints.gguf.vocabulary import tokenizer_json
 from qjax.checkpoints.modules import unpack
 from qjax.errors import QjaxError
 from qjax.formats import parse_format
-from qjax.models.parameters import flatten
+from qjax.models.parameters import flatten, parameter_shapes
 from qjax.models.scalings import LinearScaling, Llama3Scaling, LongScaling
 from qjax.models.tokenizer import load_tokenizer, wrap_tokenizer
 from qjax.models.tokenizer_trial import parse
@@ -106,6 +107,36 @@ def test_a_model_comes_back(case, tmp_path):
         np.testing.assert_allclose(np.asarray(flatten(found.params)[path]), np.asarray(leaf), rtol=0, atol=tolerance)
 
 
+APART, ENDS = {"attn_q", "attn_k", "attn_v"}, {"attn_norm", "attn_output", "ffn_down", "ffn_up"}
+BLOCKS = {  # of llama.cpp's files, as its gguf/constants.py lists them
+    "gptneox": ENDS | {"attn_qkv", "ffn_norm"},
+    "phi3": ENDS | {"attn_qkv", "ffn_norm"},
+    "stablelm": ENDS | APART | {"ffn_gate", "ffn_norm"},
+    "stablelm, parallel": ENDS | APART | {"ffn_gate"},
+    "command-r": ENDS | APART | {"ffn_gate", "attn_q_norm", "attn_k_norm"},
+    "glm4": ENDS | APART | {"post_attention_norm", "ffn_norm", "post_ffw_norm"},
+    "falcon": ENDS | {"attn_qkv"},
+    "falcon, two norms": ENDS | {"attn_qkv", "attn_norm_2"},
+    "bloom": ENDS | {"attn_qkv", "ffn_norm"},
+}
+
+
+@pytest.mark.parametrize("case", BLOCKS)
+def test_names_of_tensors(case):
+    """And what they are made of: q before k before v, gate before up, and which of two norms reads what."""
+    config = tiny_config(**FURTHER[case])
+    pieces = stored_pieces(config, parameter_shapes(config), case.partition(",")[0])
+    assert {name.split(".")[2] for name in pieces if name.startswith("blk.1.")} == BLOCKS[case]
+    made = {name: [part.path.removeprefix("block_0/") for part in parts] for name, parts in pieces.items()}
+    if "attn_qkv" in BLOCKS[case]:
+        assert made["blk.0.attn_qkv.weight"] == [f"attention/{name}/kernel" for name in "qkv"]
+    if case in ("phi3", "glm4"):
+        assert made["blk.0.ffn_up.weight"] == ["mlp/gate/kernel", "mlp/up/kernel"]
+    two = case == "falcon, two norms"
+    assert made["blk.0.attn_norm.weight"] == ["mlp_norm/scale" if two else "attention_norm/scale"]
+    assert ("token_embd_norm.weight" in made) == (case == "bloom")
+
+
 def test_codes_come_back(tmp_path):
     """Of several types in one model, rows of q and k moved; lazily too, tokenizer and template with them."""
     recipe = {"attention/q": "int4-g32-sym", "attention/k": "int8-g32-sym-max", "mlp": "int5-g64-sym-full"}
@@ -151,6 +182,13 @@ def test_what_no_block_holds_is_refused(recipe, part, tmp_path):
     with pytest.raises(QjaxError, match=part):
         export(tmp_path / "a.gguf", model, "gguf")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_layer_does_to_its_input_is_refused(tmp_path):
+    order = np.random.default_rng(0).permutation
+    model = test_export.quantized(foreign.llama(vocabulary_size=288), {"mlp/up": "int4-g32-sym"}, order=order)
+    with pytest.raises(QjaxError, match=r"blk.0.ffn_up.weight: the layer does more to its input: Permute"):
+        export(tmp_path / "a.gguf", model, "gguf")
 
 
 def test_rows_that_are_no_whole_blocks_are_refused(tmp_path):

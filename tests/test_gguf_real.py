@@ -3,6 +3,7 @@
 Marked `real`; the files are in QJAX_TEST_MODELS (`paths.py`).
 """
 
+import math
 import time
 
 import jax
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 
 import qjax
+from qjax.checkpoints.gguf.blocks import row_bytes
+from qjax.checkpoints.gguf.container import read_bytes_of, read_contents
 from qjax.evaluate.corpora import Corpus
 from tests.paths import real_data, real_model
 
@@ -51,3 +54,21 @@ def test_loading_takes_less_than_three_seconds():
     started = time.process_time()
     jax.block_until_ready(qjax.load(path).params)
     assert time.process_time() - started < 3
+
+
+def test_a_file_is_written_as_it_was_read(tmp_path):
+    """Every block, in its order of rows, and a tokenizer that makes the same ids."""
+    path, model = real_model(SMOLLM2), qjax.load(real_model(SMOLLM2), lazy=True)
+    qjax.export(tmp_path / "a.gguf", model, "gguf")
+    before, after = (read_contents(each) for each in (path, tmp_path / "a.gguf"))
+    assert before.tensors.keys() == after.tensors.keys()
+    for name, info in before.tensors.items():
+        if name != "token_embd.weight":  # a table is decoded
+            there = after.tensors[name]
+            assert (info.kind, info.shape) == (there.kind, there.shape)
+            count = math.prod(info.shape[:-1]) * row_bytes(info)
+            np.testing.assert_array_equal(read_bytes_of(info, count), read_bytes_of(there, count), err_msg=name)
+    for key in ("pre", "tokens", "merges", "token_type", "bos_token_id", "eos_token_id"):
+        np.testing.assert_array_equal(
+            before.values[f"tokenizer.ggml.{key}"], after.values[f"tokenizer.ggml.{key}"], err_msg=key
+        )

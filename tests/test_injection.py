@@ -5,7 +5,7 @@ import pytest
 
 import qjax
 from qjax.errors import QjaxError
-from tests.conftest import COHERE, GEMMA, GPT2, tiny_config
+from tests.conftest import COHERE, GEMMA, GPT2, MIXTRAL, tiny_config
 from tests.random_weights import small_model
 
 TOKENS = np.random.default_rng(0).integers(0, 61, (3, 12)).astype(np.int32)
@@ -39,6 +39,13 @@ def test_inputs_show_them():
             assert other["largest"] > 20 * one["largest"] and other["kurtosis"] > 2 * one["kurtosis"]
             assert other["times_median"] > 10 * one["times_median"]
             assert other["outlier_channels"] >= max(2, one["outlier_channels"])
+
+
+def test_every_expert_has_an_input_of_its_own():
+    rows = qjax.input_outliers(small_model(tiny_config(vocabulary_size=61, layers=1, **MIXTRAL)), TOKENS)
+    named = [row["layers"] for row in rows]
+    assert {"mlp/up/0,mlp/gate/0", "mlp/up/3,mlp/gate/3", "mlp/down/0", "mlp/down/3"} <= set(named)
+    assert len({row["largest"] for row in rows if row["layers"].startswith("mlp/down")}) > 1
 
 
 def test_what_cannot_be_injected():

@@ -10,6 +10,7 @@ import pytest
 import qjax
 from qjax.calibrate.capture import Batch, capture_statistics
 from qjax.calibrate.experts import FEWEST
+from qjax.checkpoints.export import export
 from qjax.checkpoints.huggingface import load_huggingface, save_huggingface
 from qjax.driver.decoder import kernel_shapes
 from qjax.driver.placement import in_our_words, parse_rule
@@ -199,3 +200,27 @@ def test_stacks_come_apart_and_together(model):
     q, _ = qjax.rtn(members["block_0/mlp/down/2/kernel"], "int4-g16")
     with pytest.raises(QjaxError, match="block_0/mlp/down/kernel: its 4 members are not of one format"):
         together(members | {"block_0/mlp/down/2/kernel": q}, STACKS)
+
+
+def test_inputs_of_experts_are_rounded(model):
+    """Each expert by a scale of its own, from its own tokens; packed and decoded alike."""
+    recipe = "rtn:int8-channel-sym-max/int8-tensor@parallel"
+    found, _ = qjax.quantize(model, recipe, calibration=np.tile(TOKENS, (3, 1)), rules=ALONE)
+    leaf = flatten(found.params)["block_0/mlp/down/kernel"]
+    assert leaf.activation_scale.shape == (EXPERTS,) and np.unique(leaf.activation_scale).size == EXPERTS
+    exact, packed, decoded = (np.asarray(apply(each, TOKENS)) for each in (model, found, runnable(found)))
+    np.testing.assert_allclose(packed, decoded, atol=1e-3 * np.abs(exact).max())
+    assert 1e-4 < np.abs(packed - exact).max() / np.abs(exact).max() < 0.2
+
+
+def test_folders_of_other_libraries_keep_codes(tmp_path):
+    sizes = {"hidden_size": 64, "mlp_size": 32, "head_dim": 16, "kv_heads": 4}
+    found, _ = qjax.quantize(small_model(tiny_config(vocabulary_size=61, layers=1, **MIXTRAL | sizes)), "rtn:int4-g32")
+    export(tmp_path / "theirs", found, "gptq")
+    for lazy in (False, True):
+        back = flatten(load_huggingface(tmp_path / "theirs", lazy=lazy).params)
+        for path in STACKS:
+            leaf = flatten(found.params)[path]
+            assert (back[path].format, back[path].shape) == (leaf.format, leaf.shape)
+            for one, other in zip(jax.tree.leaves(back[path]), jax.tree.leaves(leaf), strict=True):
+                np.testing.assert_array_equal(materialised(one), other, err_msg=path)

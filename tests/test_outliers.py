@@ -14,6 +14,7 @@ from tests.extension.common import tiny_model
 TOKENS, IN, OUT = 6, 20, 5
 rng = np.random.default_rng(0)
 X = jnp.asarray(rng.standard_normal((2, 3, IN)), jnp.float32).at[0, 1, 4].set(9.0).at[1, 2, 11].set(-6.0).at[1, 0].set(0)
+X = X.at[0, 0, 4].set(5.5)  # no outlier itself: left out with its channel, and the largest of its token all the same
 WEIGHT = jnp.asarray(rng.standard_normal((IN, OUT)), jnp.float32)
 
 
@@ -75,6 +76,7 @@ def test_outliers_of_calibration_keep_their_rows(tokens):
     with pytest.raises(QjaxError, match="needs calibration data"):
         qjax.quantize(float_model, recipe)
     model, report = qjax.quantize(float_model, recipe, calibration=tokens)
+    seen = {row["layers"]: row["outlier_channels"] for row in qjax.input_outliers(float_model, tokens, threshold=1.5)[:4]}
     found = 0
     for path in ("attention/q", "mlp/down"):
         part, name = path.split("/")
@@ -82,6 +84,7 @@ def test_outliers_of_calibration_keep_their_rows(tokens):
         assert str(leaf.activation) == "int8-token"
         if leaf.outliers is not None:
             index = np.asarray(leaf.outliers.index)
+            assert len(index) == next(count for layers, count in seen.items() if path in layers)
             exact = np.asarray(float_model.params["block_0"][part][name]["kernel"])[index]
             np.testing.assert_array_equal(leaf.outliers.weight, exact.astype(np.float16))
             found += len(index)

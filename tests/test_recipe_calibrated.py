@@ -120,7 +120,9 @@ def test_method_table_lists_transforms_and_orders():
         "gptq": "rounding",
         "hqq": "rounding",
         "awq": "transform",
+        "smoothquant": "transform",
         "descend": "refiner",
+        "llm_int8": "activation",
         "@parallel": "order",
         "@block": "order",
         "@sequential": "order",
@@ -129,4 +131,6 @@ def test_method_table_lists_transforms_and_orders():
     assert table["gptq"]["needs"] == "hessian"
     assert table["gptq"]["options"] == "damp=0.01, panel=64, act_order=true, static_groups=true, clip=none"
     assert table["awq"]["needs"] == "hessian, abs_mean"
+    assert table["smoothquant"]["needs"] == "abs_max" and table["smoothquant"]["options"] == "alpha=0.5, search=false"
+    assert table["llm_int8"]["options"] == "threshold=6.0, outliers=batch"
     assert all(record["what"].strip() for record in table.values())

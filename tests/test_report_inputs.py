@@ -29,5 +29,6 @@ def test_a_panel_for_every_model_of_several_blocks():
     axes = [each for each in figure.axes if each.has_data()]
     assert name == "inputs" and [each.get_title(loc="left") for each in axes] == ["tiny", "tiny-outliers"]
     assert next(line.get_ydata().tolist() for line in axes[0].lines if len(line.get_xdata()) == 2) == [1.0, 4.0]
+    assert axes[0].get_xlim()[0] < 0 and axes[0].get_xscale() == "linear"  # block 0 is on it
     assert "tiny, tiny-outliers" in dict(captions(rows))["inputs"]
     assert not list(figures(rows[:2]))  # one block is no line

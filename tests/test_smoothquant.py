@@ -8,7 +8,7 @@ import qjax
 from qjax.errors import QjaxError
 from qjax.maps import Divide, Scale
 from qjax.transforms.smoothquant import smoothquant
-from tests.conftest import FALCON, GPT2, tiny_config
+from tests.conftest import FALCON, GPT2, MIXTRAL, tiny_config
 from tests.extension.test_transform import outlying_model
 from tests.random_weights import small_model
 
@@ -55,6 +55,16 @@ def test_logits_are_unchanged(changes, folded):
         assert [type(each) for each in leaf.inputs] == [Scale]
     weight = np.asarray(qjax.dequantize(leaf), np.float64)
     assert np.allclose(weight, model.params["block_0"]["attention"]["q"]["kernel"], rtol=1e-3) != folded
+
+
+def test_experts_are_smoothed_one_by_one():
+    model = small_model(tiny_config(vocabulary_size=61, layers=1, **MIXTRAL))
+    enough = np.tile(TOKENS, (2, 1))
+    exact = np.asarray(qjax.apply(model, TOKENS))
+    smoothed, _ = qjax.quantize(model, f"smoothquant+rtn:{FINEST}@parallel", calibration=enough)
+    np.testing.assert_allclose(qjax.apply(smoothed, TOKENS), exact, atol=1e-5 * np.max(np.abs(exact)))
+    with pytest.raises(QjaxError, match="no map is tried on one expert of a mixture"):
+        qjax.quantize(model, "smoothquant(search=true)+rtn:int8-channel/int8-token@parallel", calibration=enough)
 
 
 def test_smoothing_keeps_what_outliers_would_cost():

@@ -111,7 +111,8 @@ def test_the_command(checkpoint, tmp_path, capsys):
         return run(capsys, "tune", checkpoint / "tiny", "--recipes", "rtn:int8-channel,rtn:int2-g16", *options, *more)
 
     code, _, said = tuned("1e-12")
-    assert code == 3 and "rtn:int8-channel comes nearest" in said and not (tmp_path / "model").exists()
+    assert code == 3, said
+    assert "rtn:int8-channel comes nearest" in said and not (tmp_path / "model").exists()
     before, coarse, fine = read_rows(tmp_path / ROWS)
     assert [row["recipe"] for row in (before, coarse, fine)] == ["none", "rtn:int2-g16", "rtn:int8-channel"]
     rows, between = (tmp_path / ROWS).read_bytes(), f"{(coarse['kl'] * fine['kl']) ** 0.5:.9f}"

@@ -110,10 +110,10 @@ def programs(module: nn.Module) -> Programs:
             try:
                 calls = list(zip(inputs.get(path, ()), exact.get(path, ()), strict=True))  # a batch need not reach every layer
                 for number, routed in enumerate(recording.routed.get(path, ())):  # of a stack
-                    given, counts = experts.Inputs(*calls[number], routed), _token_weights(path, weights, routed.shape[1:])
+                    given, counts = experts.Inputs(*calls[number], routed), token_weights(path, weights, routed.shape[1:])
                     new[path] = experts.update(statistics, new[path], given, counts, everyone=everyone)
                 for x, y in () if path in recording.routed else calls:
-                    counts = _token_weights(path, weights, x.shape[:-1])
+                    counts = token_weights(path, weights, x.shape[:-1])
                     flat, other = (a.reshape(-1, a.shape[-1]).astype(jnp.float32) for a in (x, y))
                     new[path] = {name: each.update(new[path][name], flat, other, counts) for name, each in statistics}
             except jax.errors.UnexpectedTracerError:
@@ -191,7 +191,7 @@ def capture_statistics(
             for number in hardly[path]:
                 values[member(path, number)] |= experts.finish(wanted.statistics, states[path], number)
     same = {"prefix": prefix, "stacks": stacks}
-    _check(values, needed, prefix, lambda few: capture_statistics(module, params, batches, few, ["abs_max"], **same))
+    check_statistics(values, needed, prefix, lambda few: capture_statistics(module, params, batches, few, ["abs_max"], **same))
     return Captured(values, outputs)
 
 
@@ -211,7 +211,7 @@ def _states(
         try:
             states, output = run(wanted, static, keep_outputs, states, (params, arrays), exact_run, batch.weights)
         except jax.errors.UnexpectedTracerError:
-            hidden = [path for path in wanted.paths if _is_hidden(module, params, batch, path)] or wanted.paths
+            hidden = [path for path in wanted.paths if is_hidden(module, params, batch, path)] or wanted.paths
             raise _hidden(prefix + path for path in hidden) from None
         outputs.append(output)
     return states, outputs
@@ -230,7 +230,7 @@ def _values(statistics: tuple, states: Mapping[str, dict], stacks: Mapping[str, 
     return values
 
 
-def _check(values: Mapping[str, dict], needed: Mapping[str, int], prefix: str, largest_of: Callable) -> None:
+def check_statistics(values: Mapping[str, dict], needed: Mapping[str, int], prefix: str, largest_of: Callable) -> None:
     """Raises QjaxError for layers that no token reached, and values that are not finite or too large or small to go on with.
 
     largest_of(in_features by path): abs_max of layers, captured.
@@ -256,20 +256,24 @@ def _check(values: Mapping[str, dict], needed: Mapping[str, int], prefix: str, l
         )
 
 
-def _hidden(paths: Iterable[str]) -> QjaxError:
-    return QjaxError(
+class HiddenError(QjaxError):
+    """The inputs of some layers exist only inside a transformed function."""
+
+
+def _hidden(paths: Iterable[str]) -> HiddenError:
+    return HiddenError(
         f"the inputs of {', '.join(paths)} cannot be captured: the layers run inside nn.scan, nn.remat, nn.vmap or nn.jit; "
         "calibrate a module built without it, or leave the layers out with a rule 'PATTERN=none'"
     )
 
 
-def _is_hidden(module: nn.Module, params: PyTree, batch: Batch, path: str) -> bool:
-    """Whether a layer's input exists only inside a transformed function."""
+def is_hidden(module: nn.Module, params: PyTree, batch: Batch, path: str | None = None) -> bool:
+    """Whether a layer's input exists only inside a transformed function; any layer's, where no path is given."""
 
     def run(params):
         with recorded() as recording:
             module.apply({"params": params}, *batch.args)
-        return sum(jnp.sum(x) for x in recording.inputs[path])
+        return [jnp.sum(x) for name, inputs in recording.inputs.items() if path in (None, name) for x in inputs]
 
     try:
         jax.jit(run).lower(params)  # eval_shape does not notice
@@ -296,13 +300,13 @@ def module_outputs(module: nn.Module, params: PyTree, batches: Sequence[Batch], 
         for found in outputs_of(module, params, [batch], watched):
             output = found.astype(jnp.float32)
             if batch.weights is not None:
-                weights = _token_weights("/".join(watched), batch.weights, output.shape[:-1]).reshape(*output.shape[:-1], 1)
+                weights = token_weights("/".join(watched), batch.weights, output.shape[:-1]).reshape(*output.shape[:-1], 1)
                 output = jnp.where(weights > 0, output * jnp.sqrt(weights), 0)  # 0 times nan would be nan
             outputs.append(output)
     return outputs
 
 
-def _token_weights(path: str, weights: Float[Array, "..."] | None, shape: tuple[int, ...]) -> Float[Array, " tokens"]:
+def token_weights(path: str, weights: Float[Array, "..."] | None, shape: tuple[int, ...]) -> Float[Array, " tokens"]:
     """How much each of a layer's tokens counts."""
     if weights is None:
         return jnp.ones(int(np.prod(shape)), jnp.float32)

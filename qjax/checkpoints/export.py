@@ -4,8 +4,9 @@ file is one of its own (`gguf/export.py`).
 Whatever a target cannot hold is refused before anything is written, with the nearest recipe that fits.
 """
 
+import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import jax
@@ -16,17 +17,16 @@ from qjax.checkpoints.huggingface import CONFIG, REPLACED, TOKENIZER_CONFIG, che
 from qjax.checkpoints.narrowing import in_float16
 from qjax.checkpoints.quantized import module_names
 from qjax.checkpoints.shards import SHARD_BYTES, write_shards
-from qjax.checkpoints.target import LEFT_OUT, Codes, RefusedError, Target
-from qjax.checkpoints.targets import FLOAT16, TARGETS
+from qjax.checkpoints.target import LEFT_OUT, Codes, RefusedError, Target, besides
+from qjax.checkpoints.targets import FLOAT16, LINEAR_ONLY, TARGETS
 from qjax.errors import QjaxError
 from qjax.files import listing, write_atomically
 from qjax.folders import new_folder
-from qjax.formats import Format
+from qjax.formats import Format, default_scales
 from qjax.lazy import materialised
 from qjax.linear import Linear, is_quantized
-from qjax.maps import Permute
 from qjax.models.families import FAMILIES, write_config
-from qjax.models.family import StoredTensor, head_name, stacks_in, stored_tensors
+from qjax.models.family import Family, StoredTensor, head_name, stacks_in, stored_tensors
 from qjax.models.model import Model, require_model
 from qjax.models.parameters import check_parameters, flatten, parameter_shapes
 from qjax.models.stacks import apart
@@ -36,6 +36,7 @@ from qjax.untrusted import read_bytes, read_json, status
 
 GGUF = "gguf"
 CHAT = "chat_template.jinja"
+LM_HEAD = "lm_head"
 
 
 def export(
@@ -69,9 +70,13 @@ def export(
     modules = {
         name: tensor for name, tensor in module_names(stored).items() if any(is_quantized(leaves[p]) for p, _ in tensor.parts)
     }
+    if family.kernels_in_out and to in LINEAR_ONLY:
+        raise RefusedError(
+            f"{to} cannot hold layers of {family.name}, which transformers keeps as Conv1D and the library leaves alone; gptq, "
+            "bitsandbytes and gguf can"
+        )
     _require_fit(to, target, modules, leaves)
-    left = [name for name in module_names(stored) if name not in modules]
-    left += [head_name(family).removesuffix(".weight")] if model.config.tied else []
+    left = _left(family, module_names(stored), modules)
     formats = {name: _described(leaves[tensor.parts[0][0]]) for name, tensor in modules.items()}
     config["torch_dtype"] = dtype
     config["quantization_config"] = target.settings(formats, left, dtype)
@@ -117,10 +122,23 @@ def _require_fit(to: str, target: Target, modules: Mapping[str, StoredTensor], l
         if reason := _refusal(target, parts, shape):
             problems.append(f"{name}: {reason}")
             formats = [part.format for part in parts if is_quantized(part) and part.format is not None]
-            nearest |= {str(fmt): fmt for fmt in (target.nearest(each, shape) for each in formats)}
+            fits = (target.nearest(each, shape) for each in formats)
+            nearest |= {str(fmt): fmt for fmt in (_by_columns(each) if len(parts) > 1 else each for each in fits)}
     if problems:
         advice = f"; the nearest recipes that fit: {', '.join(map(_recipes, nearest.values()))}" if nearest else ""
         raise RefusedError(f"{to} cannot hold {listing(problems)}{advice}")
+
+
+def _left(family: Family, names: Iterable[str], modules: Collection[str]) -> list[str]:
+    """The modules that stay as they are, a tied head with them. transformers calls every head lm_head, whatever files do."""
+    head = head_name(family).removesuffix(".weight")
+    left = [name for name in names if name not in modules]
+    return [*left, *dict.fromkeys(name for name in (head, LM_HEAD) if head not in modules and name not in left)]
+
+
+def _by_columns(fmt: Format) -> Format:
+    """With scales of columns each, where the format's span several."""
+    return dataclasses.replace(fmt, scales=default_scales(fmt.grid)) if fmt.scale_codec.together else fmt
 
 
 def _recipes(fmt: Format) -> str:
@@ -132,11 +150,8 @@ def _refusal(target: Target, parts: list[object], shape: tuple[int, int]) -> str
         weight = part.weight if isinstance(part, Linear) else part
         if not isinstance(weight, QTensor) or weight.codes.ndim != 2:
             return "a part of it is not quantized, or no matrix"
-        if isinstance(part, Linear):
-            more = [type(each).__name__ for each in part.inputs if not isinstance(each, Permute)]
-            more += [name for name in ("activation", "outliers", "adapter") if getattr(part, name) is not None]
-            if more or len(part.inputs) > 1:
-                return LEFT_OUT.format(", ".join(more) or "several orders")
+        if isinstance(part, Linear) and ((more := besides(part, order=True)) or len(part.inputs) > 1):
+            return LEFT_OUT.format(", ".join(more) or "several orders")
     if len({_described(part) for part in parts}) > 1:
         return "parts that are stored side by side are of different formats"
     if len(parts) > 1 and _described(parts[0])[1]:

@@ -41,7 +41,7 @@ from qjax.models.families import FAMILIES, read_config, write_config
 from qjax.models.family import StoredTensor, head_name, stacks_in, stored_tensors
 from qjax.models.model import Model, require_model
 from qjax.models.parameters import check_parameters, flatten, parameter_shapes, unflatten
-from qjax.models.stacks import apart, together
+from qjax.models.stacks import apart, member, together
 from qjax.models.tokenizer import Tokenizer, load_tokenizer
 from qjax.models.walk import TABLE
 from qjax.untrusted import is_folder, read_bytes, read_json, status
@@ -82,7 +82,8 @@ def load_huggingface(folder: str | Path, *, lazy: bool = False) -> Model:
     except QjaxError as error:
         raise QjaxError(f"{folder / CONFIG}: {error}") from error
     family, quantizer = FAMILIES[config.family], find_quantizer(folder, content)
-    tensors = stored_tensors(family, parameter_shapes(config), config.heads)
+    shapes = parameter_shapes(config)
+    tensors, stacks = stored_tensors(family, shapes, config.heads), stacks_in(family, shapes)
     headers = read_headers(weight_files(folder, quantizer))
     headers = canonical(family, tensors, headers, module_names(tensors) if quantizer else {})
     quantized = modules_with_codes(quantizer, tensors, headers) if quantizer else []
@@ -95,10 +96,10 @@ def load_huggingface(folder: str | Path, *, lazy: bool = False) -> Model:
         leaves = _lazy_parameters(tensors, headers, head)
         leaves |= {path: leaf for each in quantized for path, leaf in lazy_module(each, read).items()}
     else:
-        leaves = _read_parameters(folder, tensors, headers, head)
+        leaves = _read_parameters(folder, tensors, headers, head, stacks)
         leaves |= {path: leaf for each in quantized for path, leaf in read_module(each).items()}
     recipe = _recipe(quantizer, leaves)
-    leaves = together(leaves, stacks_in(family, parameter_shapes(config)), used_up=True)
+    leaves = together(leaves, stacks)
     return Model(config, unflatten(leaves), tokenizer, asked.resolve().name, recipe)
 
 
@@ -178,15 +179,31 @@ def _check(
 
 
 def _read_parameters(
-    folder: Path, tensors: list[StoredTensor], headers: Mapping[str, Header], head: Header | None
+    folder: Path,
+    tensors: list[StoredTensor],
+    headers: Mapping[str, Header],
+    head: Header | None,
+    stacks: Mapping[str, int],
 ) -> dict[str, jax.Array]:
-    leaves, broken = {}, []
+    """The parameters; those of stacks that are all among the tensors together, so that no more than one is held twice."""
+    leaves, broken, waiting = {}, [], {path: {} for path in stacks}
+    there = {path for tensor in tensors for path, _ in tensor.parts}
+    members_of = {path: [member(path, number) for number in range(stacks[path])] for path in stacks}
+    whole = {each: path for path, members in members_of.items() if there.issuperset(members) for each in members}
     for tensor in tensors:
         array = read_tensor(headers[tensor.name])
         if not np.isfinite(array).all():
             broken.append(headers[tensor.name].name)
         _check_tied(tensor, headers, head)
-        leaves.update({path: jnp.asarray(piece) for path, piece in tensor.split(array).items()})
+        for path, piece in tensor.split(array).items():
+            if path not in whole:
+                leaves[path] = jnp.asarray(piece)
+                continue
+            members = waiting[whole[path]]
+            members[path] = piece
+            if len(members) == stacks[whole[path]]:
+                leaves[whole[path]] = jnp.asarray(np.stack(list(members.values())))
+                members.clear()
     if broken:
         raise QjaxError(f"{folder}: NaN or infinite weights in {listing(broken)}; get an intact checkpoint")
     return leaves

@@ -12,6 +12,8 @@ import numpy as np
 from qjax.checkpoints.modules import pack
 from qjax.errors import QjaxError
 from qjax.formats import INTEGERS, Format
+from qjax.linear import Linear
+from qjax.maps import Permute
 from qjax.scales import QuantizedScales
 
 GROUPS = (16, 32, 64, 128, 256, 512, 1024)  # that kernels know
@@ -48,6 +50,12 @@ class Target(NamedTuple):
     nearest: Callable[[Format, tuple[int, int]], Format]
     store: Callable[[Codes], dict[str, np.ndarray]]
     settings: Callable[[Formats, list[str], str], dict]
+
+
+def besides(layer: Linear, *, order: bool) -> list[str]:
+    """What a layer does besides multiplying, by name. order: whether an order of its inputs is let pass."""
+    more = [type(each).__name__ for each in layer.inputs if not (order and isinstance(each, Permute))]
+    return more + [name for name in ("activation", "outliers", "adapter") if getattr(layer, name) is not None]
 
 
 def words(codes: np.ndarray, bits: int) -> np.ndarray:

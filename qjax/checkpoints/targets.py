@@ -149,6 +149,7 @@ def _ct_weights(fmt: Format) -> tuple:
 
 
 FLOAT16 = ("gptq", "gptq_v2", "awq")  # targets whose scales are of that type
+LINEAR_ONLY = ("compressed-tensors", "awq")  # whose libraries quantize torch.nn.Linear and no Conv1D
 TARGETS: dict[str, Target] = {
     "gptq": _gptq("gptq", 1),
     "gptq_v2": _gptq("gptq_v2", 2),

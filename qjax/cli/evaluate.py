@@ -116,7 +116,7 @@ def info(
     model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="A model, as for sweep.")] = None,
     parameters: Annotated[float | None, typer.Option(help="Instead of a model: its number of parameters, as 7e9.")] = None,
 ) -> None:
-    """The memory table: exact bytes of a model in every precision."""
+    """The memory table: exact bytes of a model in every precision, and of its cache of keys and values."""
     check_names(models=(model,))
     from qjax.report.memory import memory_table, parameters_table
     from qjax.report.rendering import to_rich
@@ -131,6 +131,9 @@ def info(
 
     loaded = load_model(model, lazy=True)
     console().print(to_rich(memory_table(*kernel_shapes(loaded), title=model)))
+    cache, (each, window) = loaded.config.cache, loaded.config.cache_bytes
+    kept = "16 bits" if cache is None else f"kv:{cache}, and {window:,} of a text in 16 bits"
+    typer.echo(printable(f"cache of keys and values: {each:,.10g} bytes a token in {kept}"))
     if loaded.recipe != "none":
         bits, size = stored_size(loaded.params)
         typer.echo(printable(f"as it is stored, {loaded.recipe}: {bits:.3f} bits per quantized weight, {size:,} bytes"))

@@ -101,13 +101,19 @@ def _measure(model, request, out, of, bound, rows):
     import math
 
     from qjax.numbers import NotFiniteError
+    from qjax.recipe import UNQUANTIZED
     from qjax.sweep.runner import run_sweep
     from qjax.sweep.tune import Loss, loss_of
 
+    def row_of(recipe: str) -> dict:
+        with live_sweep(of_others=False) as watcher:
+            return run_sweep(model, dataclasses.replace(request, recipes=(recipe,)), out, watcher)[-1]
+
+    before = row_of(UNQUANTIZED)  # without its figures there is nothing to compare with
+
     def measure(recipe: str) -> "Loss":
         try:
-            with live_sweep() as watcher:
-                before, row = run_sweep(model, dataclasses.replace(request, recipes=(recipe,)), out, watcher)
+            row = row_of(recipe)
         except NotFiniteError:
             return Loss(math.inf, math.inf, math.inf)
         rows[recipe] = row

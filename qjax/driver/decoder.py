@@ -1,5 +1,8 @@
 """The driver: a model and a recipe -> the same model with quantized kernels, and a report of every layer.
 
+hadamard rotates the residual stream before anything else is done. A cache format (kv:) is noted in the configuration, for
+whoever runs the model: calibration sees keys and values as they are.
+
 By default the linear layers inside the blocks are quantized; embeddings, norms and the head stay as they are, unless a
 rule names an untied head. The casts fp32, bf16 and fp16 are storage types of the whole model: every floating-point leaf is
 cast.
@@ -30,7 +33,17 @@ from qjax.checkpoints.parts import PartWriter
 from qjax.driver.flow import Quantized, quantize_piece
 from qjax.driver.layer import LayerRecord
 from qjax.driver.piece import Piece
-from qjax.driver.placement import Plan, Rule, in_our_words, one_order, parsed, placement
+from qjax.driver.placement import (
+    Plan,
+    Rule,
+    in_our_words,
+    one_order,
+    parsed,
+    placement,
+    rotation_of,
+    with_cache,
+    without_cache,
+)
 from qjax.driver.report import Report, cast_others, make_report, rows_of, warn_of_few_tokens
 from qjax.errors import QjaxError
 from qjax.folders import refuse_inputs
@@ -42,6 +55,7 @@ from qjax.models import walk
 from qjax.models.fingerprint import model_fingerprint
 from qjax.models.folding import fold_members, folds
 from qjax.models.model import Model, compute_dtype
+from qjax.models.rotation import STREAM, rotate
 from qjax.models.stacks import member, spread, stack_of
 from qjax.recipe import Recipe
 
@@ -84,7 +98,20 @@ def quantize_together(
     """
     started = time.perf_counter()
     asked = [_parsed(model, recipe, rules, order) for recipe, rules in requests]
-    work = _work(model, asked, calibration, on_layer)
+    rotations = [rotation_of(*request) for request in asked]
+    found = {}
+    for seed in dict.fromkeys(rotations):  # each is a model of its own
+        members = [number for number, each in enumerate(rotations) if each == seed]
+        done = _together(model, seed, [asked[number] for number in members], calibration, on_layer)
+        found |= dict(zip(members, done, strict=True))
+    seconds = (time.perf_counter() - started) / len(requests)
+    return [(result, make_report(result.params, records, seconds)) for result, records in map(found.get, range(len(asked)))]
+
+
+def _together(model: Model, seed: int | None, asked, calibration, on_layer) -> list[tuple[Model, list[LayerRecord]]]:
+    """The models that requests ask for, of one rotation of the residual stream or none, with their records."""
+    model = _rotated(model, seed)
+    work = _work(model, asked, calibration, on_layer, rotated=seed is not None)
     made = list(_parts(model, work))
     results = []
     for number, request in enumerate(asked):
@@ -93,10 +120,14 @@ def quantize_together(
             leaves |= {part.prefix + path: leaf for path, leaf in found[number].leaves.items()}
         leaves |= cast_others(leaves, request[0], work.plans[number])
         records = _records(work.plans[number], [found[number] for _, found in made])
-        warn_of_few_tokens(records, 3)
-        results.append((model._replace(params=unflatten_dict(leaves, sep="/"), recipe=_name(model, *request)), records))
-    seconds = (time.perf_counter() - started) / len(requests)
-    return [(result, make_report(result.params, records, seconds)) for result, records in results]
+        warn_of_few_tokens(records, 4)
+        config, params = with_cache(model, request[0]), unflatten_dict(leaves, sep="/")
+        results.append((model._replace(config=config, params=params, recipe=_name(model, *request)), records))
+    return results
+
+
+def _rotated(model: Model, seed: int | None) -> Model:
+    return model if seed is None else rotate(model, seed=seed)
 
 
 def quantize_to(
@@ -120,16 +151,19 @@ def quantize_to(
     started = time.perf_counter()
     refuse_inputs(folder, {leaf.file.parent for leaf in jax.tree.leaves(model.params) if is_lazy(leaf) and leaf.file})
     request = _parsed(model, recipe, rules, order)
-    work = _work(model, [request], calibration, on_layer)
+    seed, before = rotation_of(*request), model
+    model = _rotated(model, seed)
+    work = _work(model, [request], calibration, on_layer, rotated=seed is not None)
     identity = {
-        "model": model_fingerprint(model),
+        "model": model_fingerprint(before),
         "name": _name(model, *request),
         "order": str(work.order),
         "calibration": work.calibration and work.calibration.fingerprint,
         "methods": {name: source for each in set(work.plans[0].values()) if each for name, source in each.sources().items()},
         "compute": np.dtype(compute_dtype()).name,
     }
-    with PartWriter(folder, model.config, identity, overwrite=overwrite) as writer:
+    config = with_cache(model, request[0])
+    with PartWriter(folder, config, identity, overwrite=overwrite) as writer:
 
         def held(part: walk.Part) -> tuple[dict[str, object], list[LayerRecord]] | None:
             if (name := _file_of(part)) not in writer.complete:
@@ -180,12 +214,15 @@ def _records(plan: Plan, made: Iterable[Quantized]) -> list[LayerRecord]:
 
 @dataclasses.dataclass(frozen=True)
 class _Work:
-    """What is to be done to a decoder, checked. order: how it is calibrated; calibration: None where nothing reads any."""
+    """What is to be done to a decoder, checked. order: how it is calibrated; calibration: None where nothing reads any;
+    rotated: whether its residual stream is.
+    """
 
     plans: Sequence[Plan]
     order: Order
     calibration: Calibration | None
     on_layer: Callable[[LayerRecord], None]
+    rotated: bool = False
 
     @property
     def refines_blocks(self) -> bool:
@@ -193,7 +230,9 @@ class _Work:
         return any(recipe and recipe.block_refiners for plan in self.plans for recipe in plan.values())
 
 
-def _work(model: Model, asked: Sequence[tuple[Recipe | None, Sequence[Rule]]], calibration, on_layer) -> _Work:
+def _work(
+    model: Model, asked: Sequence[tuple[Recipe | None, Sequence[Rule]]], calibration, on_layer, *, rotated: bool
+) -> _Work:
     plans = [placement(model, *request) for request in asked]
     chosen = {one_order(plan) for plan in plans} - {None}
     if len(chosen) > 1 or (len(asked) > 1 and chosen - {Stage("parallel")}):
@@ -206,7 +245,7 @@ def _work(model: Model, asked: Sequence[tuple[Recipe | None, Sequence[Rule]]], c
         )
     tokens = as_calibration(model, calibration) if calibration is not None else None
     stage = chosen.pop() if chosen else Stage("parallel")
-    return _Work(plans, stage(), tokens if any(map(_reads_data, plans)) else None, on_layer)
+    return _Work(plans, stage(), tokens if any(map(_reads_data, plans)) else None, on_layer, rotated)
 
 
 def _parts(
@@ -215,7 +254,7 @@ def _parts(
     """The parts of a decoder, in order, and what each plan makes of them. held(part): leaves and records of a part that is done
     already. Blocks come in halves where layers see what becomes of those before them in their block, so that none runs twice.
     """
-    config, order = model.config, work.order
+    config, order = without_cache(model.config), work.order
     weighted = list(_batches(work.calibration)) if work.calibration else []
     weights = [weight for _, weight in weighted]
     current = [tokens for tokens, _ in weighted]
@@ -235,7 +274,7 @@ def _parts(
         else:
             if batches and any(plans) and part.module not in shared:  # equal blocks are traced once
                 shared[part.module] = sharing(part.module, params, batches[0].args)
-            piece = _piece(part, params, plans, shared.get(part.module, {}))
+            piece = _piece(part, params, plans, shared.get(part.module, {}), STREAM if work.rotated else frozenset())
             layers = [spread(plan, piece.stacks) for plan in plans]
             found = quantize_piece(piece, layers, order, batches, references, work.on_layer, keep_outputs=later)
         yield part, [each._replace(floating={}, outputs=[]) for each in found]
@@ -255,7 +294,7 @@ def _within(part: walk.Part, plan: Plan) -> Plan:
     return {path.removeprefix(part.prefix): recipe for path, recipe in plan.items() if path.startswith(own)}
 
 
-def _piece(part: walk.Part, params, plans: Sequence[Plan], shared) -> Piece:
+def _piece(part: walk.Part, params, plans: Sequence[Plan], shared, stream: frozenset[str]) -> Piece:
     flat = flatten_dict(params, sep="/")
     stacks = {path: flat[path].shape[0] for path in plans[0] if len(flat[path].shape) > 2}
     views = spread({path: KernelView(flat[path].shape[-2:], (0,), (1,)) for path in plans[0]}, stacks)
@@ -264,7 +303,7 @@ def _piece(part: walk.Part, params, plans: Sequence[Plan], shared) -> Piece:
     allowed = folds(part.module.config) if part.kind == "block" else ()
     allowed = [fold for fold in allowed if fold.source.split("/")[0] in params]
     allowed = tuple(each for fold in allowed for each in fold_members(fold, stacks))
-    return Piece(part.module, part.prefix, params, views, leaders | alike, allowed, stacks)
+    return Piece(part.module, part.prefix, params, views, leaders | alike, allowed, stacks, stream)
 
 
 def _as_done(leaves: dict[str, object], records: Sequence[LayerRecord], on_layer) -> Quantized:

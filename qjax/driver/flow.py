@@ -15,13 +15,12 @@ from typing import NamedTuple
 import jax
 from jaxtyping import Array, PyTree
 
-from qjax.calibrate.capture import Batch, Captured, capture_statistics, outputs_of
+from qjax.calibrate.capture import Batch, Captured
 from qjax.calibrate.order import Order
 from qjax.driver.layer import LayerRecord, Rounded, checked_block, make_record, placed, round_kernel
 from qjax.driver.piece import Piece
 from qjax.driver.placement import Plan
 from qjax.driver.transform import transform
-from qjax.interception.linen import quantized_kernels
 from qjax.linear import Linear, dense
 from qjax.methods import Memo, Site, Stage
 from qjax.models.stacks import together
@@ -62,17 +61,7 @@ class _Run:
         if not needed:
             return Captured({}, [])
         exact = (reference, self.exact) if compared else None
-        return capture_statistics(
-            piece.module,
-            floating,
-            self.batches,
-            needed,
-            sorted(statistics),
-            exact,
-            prefix=piece.prefix,
-            keep_outputs=keep_outputs,
-            stacks=piece.stacks,
-        )
+        return piece.capture(floating, self.batches, needed, sorted(statistics), exact, keep_outputs=keep_outputs)
 
 
 def quantize_piece(
@@ -169,13 +158,12 @@ def _refine_by(run: _Run, stage: Stage, paths: Sequence[str], base: Mapping, rou
 
     def apply(weights: Mapping[str, QTensor | Array], *args: object) -> object:
         new = {path: rounded[path].leaf_of(weight) for path, weight in weights.items()}
-        with quantized_kernels():
-            output = piece.module.apply({"params": piece.tree({**held, **new})}, *args)
+        output = piece.apply(piece.tree({**held, **new}), *args)
         return jax.tree.leaves(output)[0]  # as the targets have it
 
     sites = {path: BlockSite(rounded[path].weight, rounded[path].recipe.format, rounded[path].statistics) for path in paths}
     exact = run.exact if run.order.prefix else run.batches
-    targets = outputs_of(piece.module, piece.params, exact)
+    targets = piece.outputs(exact)
     block = Block(apply, sites, [batch.args for batch in run.batches], targets, [batch.weights for batch in run.batches])
     start = {path: _codes(rounded[path].leaf) for path in paths}
     memo = Memo()

@@ -1,26 +1,33 @@
-"""Any Linen model: its linear layers are found by tracing it, quantized, and run in its own code."""
+"""Any Linen model: its linear layers are quantized, and run in its own code.
 
+Interceptors serve Dense, DenseGeneral and Einsum as they are. Whatever they refuse, the trace of `module.apply` serves: classes
+of one's own, layers under scan and remat, convolutions, further collections.
+"""
+
+import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import flax.linen as nn
+import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, PyTree
 
-from qjax.calibrate.capture import Batch, distinct_calls, sharing
-from qjax.calibrate.tokens import as_weights
+from qjax.calibrate.capture import Batch, HiddenError, distinct_calls, is_hidden, sharing
 from qjax.driver.flow import quantize_piece
 from qjax.driver.layer import LayerRecord
 from qjax.driver.piece import Piece
 from qjax.driver.placement import Plan, Rule, one_order, parsed, place
 from qjax.driver.report import Report, cast_others, make_report, warn_of_few_tokens
+from qjax.driver.traced import NO_KERNELS, apply_function, quantize_traced, with_weights
 from qjax.errors import QjaxError
 from qjax.interception.contraction import KernelView
 from qjax.interception.linen import linear_layers, quantized_kernels, unboxed
 from qjax.linear import dequantize, is_quantized
 from qjax.methods import Stage
 from qjax.recipe import Recipe
+from qjax.tracing.kernel import Kernel, dequantize_function
 
 
 def quantize_flax(
@@ -34,40 +41,81 @@ def quantize_flax(
     order: str | None = None,
     on_layer: Callable[[LayerRecord], None] = lambda record: None,
 ) -> tuple[PyTree, Report]:
-    """Quantizes the kernels of any Linen model: nn.Dense, nn.DenseGeneral and nn.Einsum layers, found by tracing it.
+    """Quantizes the kernels of any Linen model: nn.Dense, nn.DenseGeneral and nn.Einsum layers, or, where a model has others or
+    runs them under nn.scan or nn.remat, all that `quantize_function` finds in its trace.
 
-    params: the "params" collection. batches: arguments of module.apply, each a tuple; between them they reach every layer that
-    is quantized, and recipes that read calibration data see them all. weights: per batch, how much each token counts (0 leaves
+    params: the "params" collection, or all variables where the module reads further ones, such as batch_stats. batches:
+    arguments of module.apply, each a tuple; between them they reach every layer that is quantized, and recipes that read
+    calibration data see them all. weights: per batch, how much each token counts (0 leaves
     it out), an array whose axes are the first axes of every layer's input. order: as in `quantize`; the module counts as one
     block, so that "block" is "parallel", and "sequential" and "qep" run it once for each set of layers with the same input.
-    Run the result with `apply_flax`. Raises QjaxError for weights that are negative or not finite, modules that
-    read collections besides "params", when no layer can be quantized or a rule names none, and lists layers
-    that no batch reaches, that cannot run with a quantized kernel, or cannot be captured, unless a rule "PATTERN=none" leaves
-    them out. Parameters with boxes of Flax (nn.with_partitioning) keep them, but for quantized kernels, whose arrays have other
-    shapes than the names in the box are for.
+    Run the result with `apply_flax`. Raises QjaxError for weights that are negative or not finite, when no layer can be
+    quantized or a rule names none, and lists layers that no batch reaches and parameters that cannot be quantized, unless a
+    rule "PATTERN=none" leaves them out. Parameters with boxes of Flax (nn.with_partitioning) keep them, but for quantized
+    kernels, whose arrays have other shapes than the names in the box are for.
     """
     _require_linen("quantize_flax", module)
     recipe, rules = parsed(recipe, rules, order)
+    if recipe is not None and recipe.cache is not None:
+        raise QjaxError(f"quantize_flax: {recipe}: a module of your own has no cache that is known here; leave kv: out")
     batches = list(batches)
+    if _is_whole(params) and len(params) == 1:
+        options = {"batches": batches, "weights": weights, "rules": rules, "on_layer": on_layer}
+        inner, report = quantize_flax(module, params["params"], recipe, **options)
+        return {"params": inner}, report
     boxed = flatten_dict(params, sep="/") if isinstance(params, Mapping) else {}
     params = unboxed(params)
     _check(batches, params)
+    calibration = with_weights("quantize_flax", batches, weights)
+    try:
+        if _is_whole(params):
+            raise HiddenError("further collections are not seen by interceptors")
+        leaves, report = _by_layers(module, params, recipe, rules, calibration, on_layer)
+    except HiddenError:
+        fn = _Apply(module, _is_whole(params))
+        weights = None if weights is None else [batch.weights for batch in calibration]
+        made, report = quantize_traced(fn, params, recipe, batches, weights, rules, None, on_layer, left=NO_KERNELS)
+        leaves = flatten_dict(made, sep="/")
+    warn_of_few_tokens(report.layers, 2)
+    return unflatten_dict({path: _boxed_again(boxed.get(path), leaf) for path, leaf in leaves.items()}, sep="/"), report
+
+
+def _by_layers(module, params, recipe, rules, batches: Sequence[Batch], on_layer) -> tuple[dict[str, object], Report]:
+    """Leaves by path and the report, by interceptors; raises HiddenError where they do not see or run what is asked for."""
     started = time.perf_counter()
-    views, placed = _placed(module, params, batches, recipe, rules)
+    calls = [batch.args for batch in batches]
+    views, placed = _placed(module, params, calls, recipe, rules)
     plan = {path: placed[path] for path in views}
-    weights = [None] * len(batches) if weights is None else as_weights(weights)
-    if len(weights) != len(batches):
-        raise QjaxError(f"quantize_flax: {len(batches)} batches but {len(weights)} arrays of weights")
-    calibration = [Batch(tuple(args), w) for args, w in zip(batches, weights, strict=True)]
     stage = one_order(plan)
-    shared = sharing(module, params, *distinct_calls(batches)) if stage else {}
+    chosen = (stage or Stage("parallel"))()
+    if stage and chosen.inside and any(is_hidden(module, params, Batch(args)) for args in distinct_calls(calls)):
+        raise HiddenError("layers inside a transformed function")  # before on_layer is told of any
+    shared = sharing(module, params, *distinct_calls(calls)) if stage else {}
     piece = Piece(module, "", params, views, shared)
-    (found,) = quantize_piece(piece, [plan], (stage or Stage("parallel"))(), calibration, calibration, on_layer)
-    warn_of_few_tokens(found.records, 2)
+    (found,) = quantize_piece(piece, [plan], chosen, batches, batches, on_layer)
     done = [path for path in placed if path in views or placed[path] is None]
     leaves = found.leaves | cast_others(found.leaves, recipe, done)
-    result = unflatten_dict({path: _boxed_again(boxed.get(path), leaf) for path, leaf in leaves.items()}, sep="/")
-    return result, make_report(result, found.records, time.perf_counter() - started)
+    return leaves, make_report(unflatten_dict(leaves, sep="/"), found.records, time.perf_counter() - started)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Apply:
+    """module.apply as a function of the "params" collection, or of all variables."""
+
+    module: nn.Module
+    whole: bool
+
+    def __call__(self, params: PyTree, *args: object, **kwargs: object) -> object:
+        return self.module.apply(params if self.whole else {"params": params}, *args, **kwargs)
+
+
+def _is_whole(params: PyTree) -> bool:
+    """Whether these are all variables, not the "params" collection."""
+    return isinstance(params, Mapping) and isinstance(params.get("params"), Mapping)
+
+
+def _has_kernels(params: PyTree) -> bool:
+    return any(isinstance(leaf, Kernel) for leaf in jax.tree.leaves(params, is_leaf=is_quantized))
 
 
 def _boxed_again(before: object, leaf: object) -> object:
@@ -91,8 +139,6 @@ def _check(batches: Sequence[object], params: PyTree) -> None:
         f"batches[{i}] is {type(args).__name__}" for i, args in enumerate(batches) if not isinstance(args, tuple | list)
     ]:
         raise QjaxError(f"quantize_flax: {', '.join(wrong)}; give tuples of arguments of module.apply, [(x,)] for one array")
-    if isinstance(params.get("params"), Mapping):
-        raise QjaxError("quantize_flax: params holds a collection 'params'; give that collection, variables['params']")
     flat = flatten_dict(params, sep="/")
     if not flat:
         raise QjaxError("quantize_flax: params is empty; give the collection 'params' that module.init made")
@@ -115,27 +161,33 @@ def _placed(
             break
     unreached = [path for path in kernels if path not in views and path not in refused]
     refused |= {path: f"{path}: no batch reaches it by the __call__ of a layer" for path in unreached}
-    placed = place([*views, *refused], recipe, rules)
+    try:
+        placed = place([*views, *refused], recipe, rules)
+    except QjaxError as error:  # what rules name may be seen in the trace
+        raise HiddenError(str(error)) from None
     cast = recipe if recipe is not None and recipe.is_cast else None  # of every leaf, which needs no view
-    blocked = [why for path, why in refused.items() if placed[path] not in (None, cast)]
+    blocked = {path: why for path, why in refused.items() if placed[path] not in (None, cast)}
     if blocked:
-        raise QjaxError(f"{'; '.join(blocked)}. A rule 'PATTERN=none' leaves such a layer as it is")
+        error = QjaxError if blocked.keys() <= set(unreached) else HiddenError
+        raise error(f"{'; '.join(blocked.values())}. A rule 'PATTERN=none' leaves such a layer as it is")
     if not views:
-        raise QjaxError(f"{type(module).__name__}: no Dense, DenseGeneral or Einsum layer found to quantize")
-    for path, view in views.items():
-        if placed[path] is not None and flat[path].shape != view.shape:
-            raise QjaxError(
-                f"{path} has shape {flat[path].shape} where its layer multiplies with {view.shape}: a layer under nn.scan or "
-                "nn.vmap; quantize such kernels with jax.vmap(qjax.rtn, ...), a rule 'PATTERN=none' leaves them as they are"
-            )
+        raise HiddenError(f"{type(module).__name__}: no Dense, DenseGeneral or Einsum layer found to quantize")
+    if any(placed[path] is not None and flat[path].shape != view.shape for path, view in views.items()):
+        raise HiddenError("a layer under nn.scan or nn.vmap")
     return views, placed
 
 
 def apply_flax(module: nn.Module, params: PyTree, *args: object, **kwargs: object) -> object:
-    """module.apply({"params": params}, *args, **kwargs) with quantized kernels; works under jit, grad and vmap."""
+    """module.apply({"params": params}, *args, **kwargs) with quantized kernels; works under jit, grad and vmap.
+
+    params: as `quantize_flax` returned them: the collection, or all variables.
+    """
     _require_linen("apply_flax", module)
+    run = _Apply(module, _is_whole(params))
+    if _has_kernels(params):
+        return apply_function(run, unboxed(params), *args, **kwargs)
     with quantized_kernels():
-        return module.apply({"params": params}, *args, **kwargs)
+        return run(params, *args, **kwargs)
 
 
 def dequantize_flax(module: nn.Module, params: PyTree, *args: object, **kwargs: object) -> PyTree:
@@ -145,6 +197,10 @@ def dequantize_flax(module: nn.Module, params: PyTree, *args: object, **kwargs: 
     args: arguments of module.apply, to find the layers by tracing. Raises QjaxError that lists kernels they do not reach.
     """
     _require_linen("dequantize_flax", module)
+    if _has_kernels(params):
+        return dequantize_function(params)
+    if _is_whole(params):
+        return params | {"params": dequantize_flax(module, params["params"], *args, **kwargs)}
     views, _ = linear_layers(module, params, *args, **kwargs)
     flat = flatten_dict(params, sep="/")
     quantized = {path: leaf for path, leaf in flat.items() if is_quantized(leaf)}

@@ -218,8 +218,13 @@ def problem_of(recipe: Recipe, shape: tuple[int, int]) -> str | None:
     def run(weight):
         known = {name: STATISTICS[name].finalize(STATISTICS[name].init(shape[0])) for name in recipe.statistics}
         site = Site((weight,), known, Memo(), lambda weights: jnp.sum(weights[0]), lambda by=None: [weight])
-        for stage in recipe.transforms:
-            stage([weight], recipe.format, site=site)
+        static = recipe.activation.statistics if recipe.activation else ()
+        for number, stage in enumerate(recipe.transforms, start=1):
+            later = (*captures_of((*recipe.transforms[number:], recipe.rounding, *recipe.refiners)), *static)
+            by = stage([weight], recipe.format, site=site)
+            if hasattr(by, "on_statistic") and not isinstance(by, type):
+                for name in later:
+                    by.on_statistic(known[name], STATISTICS[name].axes or 0)
         return round_weight(weight, recipe, known)[0].codes
 
     try:

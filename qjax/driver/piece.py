@@ -1,14 +1,16 @@
 """What is quantized at once: a module with its parameters, seen as linear layers."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import flax.linen as nn
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, PyTree
 
+from qjax.calibrate.capture import Batch, Captured, capture_statistics, outputs_of
 from qjax.interception.contraction import KernelView
+from qjax.interception.linen import quantized_kernels
 from qjax.methods import Memo
 from qjax.models.folding import Fold
 from qjax.models.stacks import apart, stack_of, together
@@ -21,7 +23,8 @@ class Piece:
     prefix: of its kernels' paths in the whole model. shared: for every linear layer, in the order of the calls, the first with
     the same input (`calibrate.capture.sharing`); may be empty where nothing is calibrated. folds: which layers' input scale
     goes where. stacks: kernels that hold several layers, and how many: each of them is a layer of its own here, with a path
-    (`models/stacks.py`), a view and a leaf.
+    (`models/stacks.py`), a view and a leaf. stream: paths of kernels that read the residual stream of a model that is
+    rotated.
     """
 
     module: nn.Module
@@ -31,6 +34,7 @@ class Piece:
     shared: Mapping[str, str]
     folds: tuple[Fold, ...] = ()
     stacks: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    stream: frozenset[str] = frozenset()
 
     def leaves(self) -> dict[str, Array]:
         """The parameters by path, layers of stacks one by one."""
@@ -49,6 +53,29 @@ class Piece:
         """A kernel as a float32 matrix; memo: once for the same kernel."""
         view = self.views[path]
         return _float_matrix(kernel, view=view) if memo is None else memo.get(_float_matrix, kernel, view=view)
+
+    def capture(
+        self,
+        params: PyTree,
+        batches: Sequence[Batch],
+        needed: Mapping[str, int],
+        names: Iterable[str],
+        exact: tuple[PyTree, Iterable[Batch]] | None = None,
+        *,
+        keep_outputs: bool = False,
+    ) -> Captured:
+        """`capture_statistics` of the piece with these parameters."""
+        how = {"prefix": self.prefix, "keep_outputs": keep_outputs, "stacks": self.stacks}
+        return capture_statistics(self.module, params, batches, needed, names, exact, **how)
+
+    def apply(self, params: PyTree, *args: object) -> object:
+        """What the piece makes of the arguments with these parameters."""
+        with quantized_kernels():
+            return self.module.apply({"params": params}, *args)
+
+    def outputs(self, batches: Iterable[Batch]) -> list[Array]:
+        """The unquantized piece's outputs, the first array of each."""
+        return outputs_of(self.module, self.params, batches)
 
 
 def _float_matrix(kernel: Array, *, view: KernelView) -> Float[Array, "in out"]:

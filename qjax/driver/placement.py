@@ -7,20 +7,24 @@ none does, the default decides. A rule that matches nothing is an error, and so 
 cannot be quantized: nothing is skipped silently.
 """
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from flax.traverse_util import flatten_dict
 
+from qjax.cache_format import require_fit
 from qjax.driver import patterns
 from qjax.errors import QjaxError
 from qjax.grammar import split_rule
 from qjax.linear import is_quantized
 from qjax.methods import UNQUANTIZED, Stage
 from qjax.models import walk
+from qjax.models.config import DecoderConfig
 from qjax.models.families import module_names
 from qjax.models.model import Model
+from qjax.models.rotation import rotated_config
 from qjax.recipe import DEFAULT_ORDER, Recipe, parse_order, parse_recipe
 
 Plan = Mapping[str, Recipe | None]  # what each kernel gets, by path
@@ -82,7 +86,12 @@ def parsed(
     order = parse_order(order) if isinstance(order, str) else order
     recipe = parse_recipe(recipe) if isinstance(recipe, str) else recipe
     rules = (rules,) if isinstance(rules, str) else rules
-    rules = (parse_rule(rule) if isinstance(rule, str) else rule for rule in rules)
+    rules = [parse_rule(rule) if isinstance(rule, str) else rule for rule in rules]
+    if kept := [str(rule) for rule in rules if rule.recipe is not None and rule.recipe.cache is not None]:
+        raise QjaxError(
+            f"rule {kept[0]!r}: a rule is about kernels, and kv: about the cache of the whole model; say it in the recipe, "
+            "which may be kv:FORMAT alone"
+        )
     return recipe and recipe.in_order(order), tuple(
         rule._replace(recipe=rule.recipe and rule.recipe.in_order(order)) for rule in rules
     )
@@ -105,6 +114,10 @@ def placement(model: Model, recipe: str | Recipe | None, rules: Iterable[str | R
     raises.
     """
     recipe, rules = parsed(recipe, rules, None)
+    with_cache(model, recipe)
+    if rotation_of(recipe, rules) is not None:
+        rotated_config(model.config)
+    recipe = recipe and recipe.of_weights
     flat = flatten_dict(model.params, sep="/")
     kernels = kernels_of(model)
     everywhere = recipe is not None and recipe.is_cast
@@ -118,6 +131,39 @@ def placement(model: Model, recipe: str | Recipe | None, rules: Iterable[str | R
             "these kernels as they are with a rule 'PATTERN=none'"
         )
     return placed
+
+
+def with_cache(model: Model, recipe: Recipe | None) -> DecoderConfig:
+    """The model's configuration with the recipe's cache format, where it names one: of rotated keys where the recipe rotates
+    the model. Raises QjaxError for one that does not fit, and a model that has one.
+    """
+    config = model.config
+    if recipe is None or recipe.cache is None:
+        return config
+    cache = recipe.cache
+    if rotation_of(recipe) is not None and cache.keys == "after":
+        cache = dataclasses.replace(cache, hadamard=True)
+    require_fit(cache, config.head_dim)
+    if config.cache_format is not None:
+        raise QjaxError(
+            f"{model.name} keeps its cache in kv:{config.cache_format} already; start from the model without, or leave kv: out"
+        )
+    return dataclasses.replace(config, cache_format=str(cache))
+
+
+def rotation_of(recipe: Recipe | None, rules: Iterable[Rule] = ()) -> int | None:
+    """The seed of the residual stream's rotation, where recipe or rules ask for one. Raises QjaxError for several."""
+    stages = [stage for each in (recipe, *(rule.recipe for rule in rules)) if each for stage in each.transforms]
+    chosen = [stage.chosen for stage in stages if stage.name == "hadamard"]
+    seeds = {options["seed"] for options in chosen if not options["block"] and not options["online"]}
+    if len(seeds) > 1:
+        raise QjaxError(f"hadamard: recipe and rules have the seeds {', '.join(map(str, sorted(seeds)))}; one model has one")
+    return seeds.pop() if seeds else None
+
+
+def without_cache(config: DecoderConfig) -> DecoderConfig:
+    """The configuration as calibration has it, which sees keys and values as they are."""
+    return config if config.cache_format is None else dataclasses.replace(config, cache_format=None)
 
 
 def one_order(plan: Plan) -> Stage | None:

@@ -37,7 +37,7 @@ def transform(
     """
     todo = {path: recipe for path, recipe in plan.items() if recipe and recipe.transforms}
     changed = {path for path, recipe in plan.items() if recipe and (recipe.transforms or recipe.reads_data)}
-    base, found = dict(flat), {}
+    base, found, done = dict(flat), {}, set()
     for fold in piece.folds:
         paths = [f"{layer}/kernel" for layer in fold.layers]
         recipes = {todo.get(path) for path in paths}
@@ -48,12 +48,13 @@ def transform(
         if [type(each) for each in inputs] == [maps.Divide]:
             base |= fold_map(base, fold, inputs[0])
             found |= dict.fromkeys(paths, Mapped(inputs, folded=True))
-        else:
+        elif inputs:
             found |= dict.fromkeys(paths, _stored(inputs))
+        done |= set(paths)
     for path, recipe in todo.items():
-        if path not in found:
+        if path not in done:
             inputs = _find_maps(piece, [path], flat, recipe, statistics.get(piece.shared.get(path), {}), batches, memo)
-            found[path] = _stored(inputs)
+            found |= {path: _stored(inputs)} if inputs else {}
     return base, found
 
 
@@ -73,8 +74,11 @@ def _find_maps(piece, paths, flat, recipe, statistics, batches, memo) -> tuple[I
             _module_error(piece, paths, flat, found, statistics, batches),
             _rounder(tuple(weights), recipe, statistics, memo),
             _trial(piece, paths, flat, tuple(weights), found, recipe, statistics, batches),
+            stream=piece.kernel_of(paths[0]) in piece.stream,
         )
         by = stage(weights, recipe.format, site=site)
+        if by is None:
+            continue
         _check_map(stage, by, weights[0])
         if not all(bool(jnp.all(jnp.isfinite(array))) for array in jax.tree.leaves(by)):
             raise QjaxError(
@@ -153,6 +157,10 @@ def _trial(piece, paths, flat, weights, found, recipe, statistics, batches) -> C
         return module_outputs(piece.module, piece.params, batches, parent)
 
     def error(by):
+        if piece.kernel_of(paths[0]) != paths[0]:
+            raise QjaxError(
+                f"{piece.prefix + paths[0]}: no map is tried on one expert of a mixture; leave search out for these layers"
+            )
         needed = recipe.activation.statistics if recipe.activation else ()
         known = mapped({name: statistics[name] for name in needed}, by)
         leaves = {}

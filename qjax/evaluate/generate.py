@@ -1,4 +1,4 @@
-"""Text from a model, a token at a time, with the keys and values of earlier tokens kept.
+"""Text from a model, a token at a time, with the keys and values of earlier tokens kept, packed where the model names a format.
 
 Prompts of any lengths run as one batch, padded on the right: a sequence's next token is written over its padding before
 anything sees it. The next token is the likeliest one (temperature 0), or drawn from softmax(logits / temperature).
@@ -116,7 +116,8 @@ def generate(
     key = jax.random.key(seed)
 
     started = time.perf_counter()
-    layout = layout_of(jnp.zeros(len(prompts), jnp.int32), time_in, capacity)
+    behind = None if model.config.cache is None else jnp.asarray(lengths, jnp.int32)
+    layout = layout_of(jnp.zeros(len(prompts), jnp.int32), time_in, capacity, behind)
     x, caches = hidden_states_cached(model, jnp.asarray(tokens), layout, caches)
     last = x[jnp.arange(len(prompts)), jnp.asarray(lengths - 1)][:, None]
     chosen = _chosen(model, apply_head(model, last), temperature, jax.random.fold_in(key, 0))

@@ -126,6 +126,8 @@ def likelihoods(
     count = sum(len(group) for group in groups)
     value, greedy = np.zeros(count), np.ones(count, bool)
     numbers = itertools.count()
+    shares = model.config.cache is None or model.config.cache.group is None  # groups of tokens are one text's own
+    groups = groups if shares else [[pair] for group in groups for pair in group]
     rows = [row for group in groups for row in _rows(group, [next(numbers) for _ in group])]
     rows.sort(key=lambda row: len(row.tokens))
     batch_tokens = batch_tokens or BATCH_TOKENS[jax.default_backend()]

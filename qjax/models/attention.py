@@ -1,7 +1,8 @@
 """Causal self-attention of a decoder in Flax Linen.
 
 Vaswani et al. 2017 (arXiv 1706.03762); grouped queries: Ainslie et al. 2023 (2305.13245); normalised queries and keys: Henry
-et al. 2020 (2010.04245); soft caps of scores: Gemma 2 (2408.00118).
+et al. 2020 (2010.04245); soft caps of scores: Gemma 2 (2408.00118). Where the configuration names a cache format, keys and
+values are seen as such a cache gives them back (`kv_cache.py`), in generation and elsewhere alike.
 """
 
 import flax.linen as nn
@@ -10,7 +11,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from qjax.hadamard import hadamard_transform
+from qjax.models import kv_cache
 from qjax.models.config import DecoderConfig
+from qjax.models.kv_cache import PackedCache, Seen
 from qjax.models.layout import Cache, Layout
 from qjax.models.norms import make_head_norm, make_norm
 from qjax.models.rope import alibi, cos_sin, rotate, rotate_neighbours
@@ -37,19 +41,51 @@ def attend(
 
     Queries that share a key head stand in one matrix: XLA's CPU matmul is twice as fast on (group * time, dim).
     """
+    return _mixed(_weights(_scores(q, k), visible, softcap, bias, v.dtype), v)
+
+
+def attend_kept(
+    q: Float[Array, "batch kv_heads group time dim"],
+    keys: Seen,
+    values: Seen,
+    visible: Bool[Array, "..."],
+    softcap: float | None = None,
+    bias: Float[Array, "..."] | None = None,
+) -> Float[Array, "batch kv_heads group time dim"]:
+    """`attend` over keys and values of a quantized cache, each as its query sees it."""
+    scores = _scores(q, keys.rounded)
+    if keys.exact is not None:
+        scores = jnp.where(keys.old, scores, _scores(q, keys.exact))
+    weights = _weights(scores, visible, softcap, bias, values.rounded.dtype)
+    if values.exact is None:
+        return _mixed(weights, values.rounded)
+    parts = (jnp.where(values.old, weights, 0), values.rounded), (jnp.where(values.old, 0, weights), values.exact)
+    return sum(_mixed(*part) for part in parts)
+
+
+def _scores(q, k) -> Float[Array, "batch kv_heads group time keys"]:
     batch, kv_heads, group, time, dim = q.shape
     scores = jnp.einsum("bkqd,bksd->bkqs", q.reshape(batch, kv_heads, -1, dim), k, preferred_element_type=jnp.float32)
-    scores = softcapped(scores.reshape(batch, kv_heads, group, time, -1), softcap)
+    return scores.reshape(batch, kv_heads, group, time, -1)
+
+
+def _weights(scores, visible, softcap, bias, dtype) -> Float[Array, "batch kv_heads group time keys"]:
+    scores = softcapped(scores, softcap)
     scores = jnp.where(visible, scores if bias is None else scores + bias, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(batch, kv_heads, group * time, -1)
-    return jnp.einsum("bkqs,bksd->bkqd", weights, v).reshape(q.shape)
+    return jax.nn.softmax(scores, axis=-1).astype(dtype)
+
+
+def _mixed(weights, v) -> Float[Array, "batch kv_heads group time dim"]:
+    batch, kv_heads, group, time, keys = weights.shape
+    mixed = jnp.einsum("bkqs,bksd->bkqd", weights.reshape(batch, kv_heads, group * time, keys), v)
+    return mixed.reshape(batch, kv_heads, group, time, -1)
 
 
 class Attention(nn.Module):
     """Causal self-attention with grouped key/value heads.
 
     layout: what stands where, if not one sequence a row. cache: keys and values of earlier positions, to which those of x are
-    added; the result is then (hidden states, cache).
+    added, a PackedCache where the configuration names a cache format; the result is then (hidden states, cache).
     """
 
     config: DecoderConfig
@@ -57,17 +93,16 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch time hidden"], layout: Layout | None = None, cache: Cache | None = None
-    ) -> Float[Array, "batch time hidden"] | tuple[Float[Array, "batch time hidden"], Cache]:
+        self, x: Float[Array, "batch time hidden"], layout: Layout | None = None, cache: Cache | PackedCache | None = None
+    ) -> Float[Array, "batch time hidden"] | tuple[Float[Array, "batch time hidden"], Cache | PackedCache]:
         c = self.config
         batch, time, _ = x.shape
         q, k, v = self.project(x, c.heads, "q"), self.project(x, c.kv_heads, "k"), self.project(x, c.kv_heads, "v")
         position = jnp.arange(time) if layout is None else layout.positions
-        if c.positions == "rope":
-            cos, sin = (each.astype(self.dtype) for each in cos_sin(c, position))
-            turn = rotate_neighbours if c.rope_interleaved else rotate
-            q, k = turn(q, cos, sin), turn(k, cos, sin)
+        q, k = self.turned(q, position), k if self.turns_late else self.turned(k, position)
 
+        if c.cache is not None and c.cache.hadamard:
+            q, k = hadamard_transform(q), hadamard_transform(k)
         if layout is None:
             distance = position[:, None] - position[None, :]  # (query, key)
             visible = distance >= 0
@@ -80,23 +115,60 @@ class Attention(nn.Module):
         scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
         q = (q * scale).reshape(batch, time, c.kv_heads, c.heads // c.kv_heads, c.head_dim).transpose(0, 2, 3, 1, 4)
         k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # (batch, kv_heads, time, dim)
-        if cache is not None:
+        if c.cache is not None:
+            k, v, cache = self.seen(k, v, position, keys, layout, cache)
+        elif cache is not None:
             cache = Cache(_write(cache.keys, k, position[:, 0]), _write(cache.values, v, position[:, 0]))
             k, v = cache.keys, cache.values
+        mix = attend if c.cache is None else attend_kept
         if layout is None:  # no key after the last query of a piece is visible in it
             size = max(-(-time // QUERY_PIECES), SMALLEST_PIECE)
             pieces = [(start, min(start + size, time)) for start in range(0, time, size)]
             biases = [None if bias is None else bias[..., a:b, :b] for a, b in pieces]
+            piece = (lambda each, a, b: each[:, :, :b]) if c.cache is None else Seen.piece
             parts = [
-                attend(q[..., a:b, :], k[:, :, :b], v[:, :, :b], visible[a:b, :b], c.attention_softcap, each)
+                mix(q[..., a:b, :], piece(k, a, b), piece(v, a, b), visible[a:b, :b], c.attention_softcap, each)
                 for (a, b), each in zip(pieces, biases, strict=True)
             ]
             mixed = jnp.concatenate(parts, axis=3)
         else:
-            mixed = attend(q, k, v, visible, c.attention_softcap, bias)
+            mixed = mix(q, k, v, visible, c.attention_softcap, bias)
         mixed = mixed.transpose(0, 3, 1, 2, 4).reshape(batch, time, -1)
         mixed = nn.Dense(c.hidden_size, use_bias=c.attention_output_bias, dtype=self.dtype, name="o")(mixed)
         return mixed if cache is None else (mixed, cache)
+
+    @property
+    def turns_late(self) -> bool:
+        """Whether keys are kept as they are before the rotary map."""
+        return self.config.cache is not None and self.config.cache.keys == "before"
+
+    def turned(
+        self, x: Float[Array, "batch time heads dim"], position: Int[Array, "..."]
+    ) -> Float[Array, "batch time heads dim"]:
+        """Queries or keys through the rotary map of their positions, where the family has one."""
+        c = self.config
+        if c.positions != "rope":
+            return x
+        cos, sin = (each.astype(self.dtype) for each in cos_sin(c, position))
+        return (rotate_neighbours if c.rope_interleaved else rotate)(x, cos, sin)
+
+    def seen(self, k, v, position, places, layout: Layout | None, cache: PackedCache | None):
+        """Keys and values (batch, kv_heads, time, dim) as a quantized cache gives them back, at `places`, and the cache."""
+        fmt = self.config.cache
+        if cache is None:
+            k, v = (kv_cache.simulated(x, fmt, by_channel=by) for x, by in ((k, fmt.group is not None), (v, False)))
+        else:
+            ends = position[:, -1] + 1 if layout.ends is None else layout.ends
+            cache, k, v = kv_cache.add(cache, k, v, position[:, 0], ends)
+            k, v = (tuple(x if x is None else x[:, :, : places.shape[1]] for x in both) for both in (k, v))
+        if self.turns_late:
+            turn = lambda x: self.turned(x.transpose(0, 2, 1, 3), places).transpose(0, 2, 1, 3)  # noqa: E731
+            k = tuple(x if x is None else turn(x) for x in k)
+        if not fmt.residual:
+            return Seen(k[0]), Seen(v[0]), cache
+        olds = (kv_cache.old(position, places, fmt, by_channel=by) for by in (fmt.group is not None, False))
+        olds = olds if layout is None else (each[:, None, None] for each in olds)
+        return *(Seen(*each, mask) for each, mask in zip((k, v), olds, strict=True)), cache
 
     def project(self, x: Float[Array, "batch time hidden"], heads: int, name: str) -> Float[Array, "batch time heads dim"]:
         """Queries, keys or values by head; queries and keys normalised where the family does so."""

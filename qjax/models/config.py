@@ -6,6 +6,7 @@ A family (Llama, GPT-2, ...) is a mapping from its own configuration file to `De
 
 import dataclasses
 
+from qjax.cache_format import CacheFormat, parse_cache_format, require_fit
 from qjax.errors import QjaxError
 from qjax.models.ranges import RANGES, check_ranges
 from qjax.models.scalings import LongScaling, Scaling
@@ -90,6 +91,23 @@ class DecoderConfig:
     experts: int = 0  # of the mixture in the MLP's place, each with mlp_size (`mixture.py`); 0: an MLP
     experts_per_token: int = 0
     normalised_shares: bool = True  # a token's experts' shares add up to 1
+    head_bias: bool = False  # of a head of its own
+    cache_format: str | None = None  # of keys and values that are kept (`cache_format.py`); in the compute type without one
+
+    @property
+    def cache(self) -> CacheFormat | None:
+        """The cache's format."""
+        return None if self.cache_format is None else parse_cache_format(self.cache_format)
+
+    @property
+    def cache_bytes(self) -> tuple[float, int]:
+        """Exact bytes of a token's keys and values in all layers, 16 bits each without a cache format, and of those that stay
+        in 16 bits besides, of a text.
+        """
+        if self.cache is None:
+            return 2.0 * 2 * self.layers * self.kv_heads * self.head_dim, 0
+        shape = self.kv_heads, self.head_dim
+        return self.layers * self.cache.bytes_per_token(*shape), self.layers * self.cache.window_bytes(*shape)
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
@@ -134,6 +152,8 @@ class DecoderConfig:
         ends = self.other_eos_ids
         if not isinstance(ends, tuple) or not all(type(i) is int and low <= i <= high for i in ends):
             raise QjaxError(f"model configuration: other_eos_ids must be token ids, got {ends!r}")
+        if self.cache_format is not None:
+            require_fit(parse_cache_format(self.cache_format), self.head_dim)
         if self.heads % self.kv_heads:
             raise QjaxError(f"model configuration: {self.heads} heads cannot share {self.kv_heads} key/value heads evenly")
         if self.positions == "rope" and (self.rotary_dim == 0 or self.rotary_dim % 2):

@@ -115,6 +115,6 @@ class Head(nn.Module):
         if c.tied:
             logits = jnp.einsum("btd,vd->btv", x, table.astype(self.dtype), preferred_element_type=jnp.float32)
         else:
-            output = nn.Dense(c.vocabulary_size, use_bias=False, dtype=self.dtype, name="output")
+            output = nn.Dense(c.vocabulary_size, use_bias=c.head_bias, dtype=self.dtype, name="output")
             logits = output(x).astype(jnp.float32)
         return softcapped(logits if c.logit_scale == 1 else logits * c.logit_scale, c.logit_softcap)

@@ -76,6 +76,11 @@ def write_config(config: DecoderConfig) -> dict:
     """A config.json that reads back as `config`, less further ends of text, which stand in generation_config.json. Raises
     QjaxError when its family has no words for some field.
     """
+    if config.cache_format is not None:
+        raise QjaxError(
+            f"a config.json cannot say that the cache is kept in kv:{config.cache_format}; quantize without kv:, or save a "
+            "packed folder, which can"
+        )
     config = dataclasses.replace(config, other_eos_ids=())
     if config.family not in FAMILIES:
         raise QjaxError(f"unknown family {config.family!r}; supported: {', '.join(FAMILIES)}")

@@ -16,11 +16,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 class Layout(NamedTuple):
-    """Positions of tokens and the keys each sees; keys are the tokens of the row, or those of the cache."""
+    """Positions of tokens and the keys each sees; keys are the tokens of the row, or those of the cache.
+
+    ends: the position behind each sequence's last token, where padding follows it and a quantized cache must know.
+    """
 
     positions: Int[Array, "batch time"]
     keys: Int[Array, "batch keys"]  # positions of the keys
     visible: Bool[Array, "batch time keys"]
+    ends: Int[Array, " batch"] | None = None
 
     def seen(self, window: int | None) -> Bool[Array, "batch time keys"]:
         """What is visible in a layer with this window, or without one."""
@@ -42,8 +46,10 @@ def tree_layout(positions: Int[Array, "batch time"], branches: Int[Array, "batch
     return Layout(positions, positions, seen)
 
 
-def cache_layout(starts: Int[Array, " batch"], time: int, capacity: int) -> Layout:
-    """`time` new tokens of each sequence, from its own start on, before a cache of `capacity` positions."""
+def cache_layout(starts: Int[Array, " batch"], time: int, capacity: int, ends: Int[Array, " batch"] | None = None) -> Layout:
+    """`time` new tokens of each sequence, from its own start on, before a cache of `capacity` positions; of its tokens those
+    before its end are no padding.
+    """
     positions = starts[:, None] + jnp.arange(time)
     keys = jnp.broadcast_to(jnp.arange(capacity), (len(starts), capacity))
-    return Layout(positions, keys, keys[:, None, :] <= positions[:, :, None])
+    return Layout(positions, keys, keys[:, None, :] <= positions[:, :, None], ends)

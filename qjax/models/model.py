@@ -20,6 +20,7 @@ from qjax.lazy import is_lazy, map_lazily
 from qjax.linear import dense_tree, is_quantized, prepare_tree
 from qjax.models import walk
 from qjax.models.config import DecoderConfig
+from qjax.models.kv_cache import PackedCache, empty_cache
 from qjax.models.layout import Cache, Layout
 from qjax.models.tokenizer import Tokenizer
 
@@ -191,8 +192,8 @@ def _placed(model: Model, tokens: Int[Array, "batch time"], layout: Layout | Non
 
 
 def hidden_states_cached(
-    model: Model, tokens: Int[Array, "batch time"], layout: Layout, caches: list[Cache]
-) -> tuple[Float[Array, "batch time hidden"], list[Cache]]:
+    model: Model, tokens: Int[Array, "batch time"], layout: Layout, caches: list[Cache] | list[PackedCache]
+) -> tuple[Float[Array, "batch time hidden"], list[Cache] | list[PackedCache]]:
     """Hidden states of new tokens and the caches (one a block) with their keys and values; the caches given are used up. The
     model's parameters are in memory.
 
@@ -207,9 +208,11 @@ def hidden_states_cached(
     return x, kept
 
 
-def empty_caches(model: Model, batch: int, capacity: int) -> list[Cache]:
-    """A cache for each block, of `capacity` positions; zeros, in the compute type."""
+def empty_caches(model: Model, batch: int, capacity: int) -> list[Cache] | list[PackedCache]:
+    """A cache for each block, of `capacity` positions; zeros, in the compute type or the configuration's cache format."""
     c = model.config
+    if c.cache is not None:
+        return [empty_cache(c.cache, batch, c.kv_heads, capacity, c.head_dim) for _ in range(c.layers)]
     shape = (batch, c.kv_heads, capacity, c.head_dim)
     return [Cache(jnp.zeros(shape, compute_dtype()), jnp.zeros(shape, compute_dtype())) for _ in range(c.layers)]
 

@@ -55,13 +55,11 @@ def apart(leaves: Mapping[str, object], stacks: Mapping[str, int]) -> dict[str, 
     return found
 
 
-def together(leaves: dict[str, object], stacks: Mapping[str, int], *, used_up: bool = False) -> dict[str, object]:
-    """The inverse of `apart`. used_up: leaves are taken out of the dict, so that members make room for the next stack. Raises
-    QjaxError for members that are not of one kind.
-    """
-    left, found = leaves if used_up else dict(leaves), {}
+def together(leaves: Mapping[str, object], stacks: Mapping[str, int]) -> dict[str, object]:
+    """The inverse of `apart`; stacks that are there already stay. Raises QjaxError for members that are not of one kind."""
+    left, found = dict(leaves), {}
     whole = {member(path, number): path for path in stacks for number in range(stacks[path])}
-    for path in list(leaves):
+    for path in leaves:
         if (stack := whole.get(path, path)) in found:
             continue
         if path not in whole:

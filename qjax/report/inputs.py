@@ -56,7 +56,7 @@ def inputs_figure(rows: Sequence[Row], width: str = "single") -> "Figure":
                 x, y = np.array(own, float).T
                 name = ", ".join(part.rpartition("/")[2] for part in kind.split(","))
                 lines.append(Line(name, look(styles[number % len(styles)]), x, np.repeat(y[:, None], 3, axis=1)))
-        panels.append(Panel(lines, "block", "largest |x|", str(model)))
+        panels.append(Panel(lines, "block", "largest |x|", str(model), counted=True))
     return panels_figure(panels, width, shared=True)
 
 

@@ -56,7 +56,7 @@ class Line(NamedTuple):
 
 class Panel(NamedTuple):
     """Lines, the names of both axes, what the panel is of; values that have a dashed line, across or upright; ticks of x, if
-    not those that are found; whether points are joined.
+    not those that are found; whether points are joined; whether x counts from 0, on a linear axis.
     """
 
     lines: Sequence[Line]
@@ -67,6 +67,7 @@ class Panel(NamedTuple):
     upright: float = math.nan
     ticks: Sequence[float] = ()
     joined: bool = True
+    counted: bool = False
 
 
 def panels_figure(panels: Sequence[Panel], width: str, *, shared: bool = False) -> "Figure":
@@ -85,7 +86,7 @@ def panels_figure(panels: Sequence[Panel], width: str, *, shared: bool = False) 
             y = every if shared else np.concatenate([line.y for line in panel.lines])
             scale_values(axes.yaxis, np.vstack([y, 3 * [panel.across]]))
             x = np.append(np.concatenate([line.x for line in panel.lines]), panel.upright)
-            scale_values(axes.xaxis, np.repeat(x[:, None], 3, axis=1), panel.ticks)
+            scale_values(axes.xaxis, np.stack([x, 0 * x if panel.counted else x, x], axis=1), panel.ticks)
             axes.set_title(plain(panel.title), loc="left")
         _name_axes(figure, grid, panels, columns)
         longest = max(text_size(figure, name)[0] for name in looks) + COLUMN_GAP + 2 * EDGE

@@ -29,6 +29,9 @@ def name_in_order(recipe: Recipe | None, order: str | None) -> str:
     """
     if recipe is None:
         return UNQUANTIZED
+    if recipe.cache is not None:
+        weights = "" if recipe.of_weights is None else name_in_order(recipe.of_weights, order)
+        return f"{weights} kv:{recipe.cache}".strip()
     default, order = Stage(DEFAULT_ORDER), None if order is None else parse_order(order)
     kept = f"@{default}" if recipe.order == default and order not in (None, default) else ""
     return f"{recipe.in_order(order)}{kept}"

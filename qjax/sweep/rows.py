@@ -46,17 +46,19 @@ def recipe_columns(recipe: str, rules: Sequence[str] = (), block: int | None = N
     from qjax.recipe import method_name, parse_recipe
 
     parsed, placed = parse_recipe(recipe), [parse_rule(rule) for rule in rules]
-    stages = () if parsed is None else parsed.stages
+    cache, weights = parsed and parsed.cache, parsed and parsed.of_weights
+    stages = () if weights is None else weights.stages
     found = {
         "recipe_alone": UNQUANTIZED if parsed is None else str(dataclasses.replace(parsed, order=None)),
         "method": method_name(parsed),
         "options": ",".join(map(str, stages)),
-        "transforms": [str(stage) for stage in parsed.transforms] if parsed else [],
-        "rounding": str(parsed.rounding) if parsed else "",
-        "refining": [str(stage) for stage in (*parsed.refiners, *parsed.block_refiners)] if parsed else [],
-        "activation": str(parsed.activation or "") if parsed else "",
-        "format": str(parsed.format) if parsed else UNQUANTIZED,
-        "bits": parsed.format.bits if parsed else None,
+        "transforms": [str(stage) for stage in weights.transforms] if weights else [],
+        "rounding": str(weights.rounding) if weights else "",
+        "refining": [str(stage) for stage in (*weights.refiners, *weights.block_refiners)] if weights else [],
+        "activation": str(weights.activation or "") if weights else "",
+        **({"cache": str(cache)} if cache else {}),
+        "format": str(weights.format) if weights else UNQUANTIZED,
+        "bits": weights.format.bits if weights else None,
         "rules": list(rules),
         "block": block,
     }

@@ -14,15 +14,14 @@ user's order; here the order is by exact bytes, then by bits of the inputs, then
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from flax.traverse_util import flatten_dict
-
-from qjax.driver.placement import placement
 from qjax.errors import QjaxError
 from qjax.evaluate.statistics import interval
-from qjax.models.model import Model
 from qjax.sweep.columns import Row
+
+if TYPE_CHECKING:
+    from qjax.models.model import Model
 
 INT8 = "int8-channel-sym-max"
 LISTS = {
@@ -131,15 +130,20 @@ def _known(value: object) -> float:
     return math.nan if value is None else min(float(value), 700.0)
 
 
-def by_cost(model: Model, recipes: Sequence[str], rules: Sequence[str] = ()) -> list[str]:
+def by_cost(model: "Model", recipes: Sequence[str], rules: Sequence[str] = ()) -> list[str]:
     """Recipes from the cheapest to the dearest: exact bytes of the kernels' formats, then bits of their inputs."""
+    from flax.traverse_util import flatten_dict
+
+    from qjax.driver.placement import placement
+
     shapes = {path: leaf.shape for path, leaf in flatten_dict(model.params, sep="/").items() if path.endswith("/kernel")}
 
     def cost(recipe: str) -> tuple[int, int]:
         size = inputs = 0
         for path, placed in placement(model, recipe, rules).items():
             weights = math.prod(shapes[path])
-            size += 4 * weights if placed is None else placed.format.nbytes(*shapes[path])
+            stacked, kernel = math.prod(shapes[path][:-2]), shapes[path][-2:]
+            size += 4 * weights if placed is None else stacked * placed.format.nbytes(*kernel)
             inputs += weights * (placed.activation.format.bits if placed and placed.activation else 16)
         return size, inputs
 

@@ -14,8 +14,10 @@ from qjax.linear import dequantize
 from qjax.models.model import apply
 from qjax.models.parameters import flatten, unflatten
 from qjax.rounding.nearest import rtn
+from tests.conftest import FAMILY_CHANGES, tiny_config
 from tests.gguf_files import rotated
 from tests.parity.peers import IGNORED, save_random_llama
+from tests.random_weights import weights_model
 
 pytestmark = [pytest.mark.peer, *IGNORED]
 torch = pytest.importorskip("torch")
@@ -55,7 +57,10 @@ def test_transformers_with_bitsandbytes(nested, source, tmp_path):
 
 
 def quantized(source, fmt: str):
-    model = load(source)
+    return in_format(load(source), fmt)
+
+
+def in_format(model, fmt: str):
     leaves = flatten(model.params)
     layers = {path: rtn(leaf, fmt)[0] for path, leaf in leaves.items() if path.startswith("block") and path.endswith("kernel")}
     return model._replace(params=unflatten(leaves | layers), recipe=f"rtn:{fmt}")
@@ -114,6 +119,19 @@ def test_gptqmodel_runs_what_is_exported_to_awq(source, tmp_path, monkeypatch):
         str(tmp_path / "a"), device="cpu", backend=gptqmodel.BACKEND.TORCH_AWQ, dtype=torch.float16
     )
     assert_close(apply(model, TOKENS), logits(there.model.eval()), 1e-2)  # it computes in float16
+
+
+@pytest.mark.parametrize(("fmt", "to"), [("nf4-g64", "bitsandbytes"), ("int4-g32-sym", "compressed-tensors")])
+@pytest.mark.parametrize("family", ["gpt_neox", "phi3"])
+def test_layers_stored_side_by_side(family, fmt, to, tmp_path):
+    """GPT-NeoX's head has another name in files than in transformers."""
+    pytest.importorskip(to.replace("-", "_"))
+    changes = FAMILY_CHANGES.get(family, {"family": family}) | {"hidden_size": 64, "mlp_size": 128, "head_dim": 16}
+    model = weights_model(tiny_config(**changes))
+    export(tmp_path / "a", in_format(model, fmt), to)
+    there = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.float32).eval()
+    assert type(there.lm_head) is torch.nn.Linear
+    assert_close(apply(in_format(model, fmt), TOKENS), logits(there), 1e-3)
 
 
 @pytest.mark.parametrize(("fmt", "to"), [("nf4-b64-dq", "bitsandbytes"), ("int4-g32-sym", "compressed-tensors")])

@@ -21,11 +21,11 @@ from qjax.checkpoints.gguf.names import Piece, stored_pieces
 from qjax.checkpoints.gguf.tokens import tokenizer_values
 from qjax.checkpoints.gguf.writing import Entry, write_container
 from qjax.checkpoints.narrowing import in_float16
-from qjax.checkpoints.target import RefusedError
+from qjax.checkpoints.target import LEFT_OUT, RefusedError, besides
 from qjax.errors import QjaxError
 from qjax.files import expand, listing, unwritable, write_atomically
 from qjax.lazy import materialised
-from qjax.linear import is_quantized
+from qjax.linear import Linear, is_quantized
 from qjax.models.model import Model
 from qjax.models.parameters import check_parameters, flatten, parameter_shapes
 from qjax.qtensor import QTensor
@@ -109,8 +109,10 @@ def _kinds(pieces: Mapping[str, tuple[Piece, ...]], leaves: Mapping[str, object]
 def _kind(leaf: object) -> int | str:
     if isinstance(leaf, QTensor) and leaf.codes.ndim == 2:
         return joining.kind_of(leaf.format, leaf.in_features)
+    if isinstance(leaf, Linear) and (more := besides(leaf, order=False)):
+        return LEFT_OUT.format(", ".join(more))
     if is_quantized(leaf):
-        return "the layer does more to its input than multiply, or is no matrix"
+        return "it is no matrix"
     return OWN.get(np.dtype(leaf.dtype), FLOAT32) if len(leaf.shape) > 1 else FLOAT32
 
 

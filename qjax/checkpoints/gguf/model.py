@@ -6,7 +6,7 @@ tensor keeps its type.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -77,9 +77,14 @@ def _load(path: Path, contents: Contents, lazy: bool) -> Model:
     _check(pieces, tensors)
     tokenizer = _tokenizer(contents.values, config)
     leaves, broken = {}, []
+
+    @functools.lru_cache(maxsize=1)  # a leaf's arrays are asked for one after the other
+    def read(name: str, number: int) -> QTensor:
+        return _leaf(tensors[name], pieces[name][number], _rows(tensors[name]))
+
     for name, parts in pieces.items():
         try:
-            leaves |= _leaves(tensors[name], parts, lazy)
+            leaves |= _leaves(tensors[name], parts, read if lazy else None)
         except _NotFiniteError:
             broken.append(name)
     if broken:
@@ -130,12 +135,12 @@ def _bytes(info: TensorInfo) -> int:
     return int(np.prod(info.shape[:-1], dtype=object)) * blocks.row_bytes(info)
 
 
-def _leaves(info: TensorInfo, parts: tuple[Piece, ...], lazy: bool) -> dict[str, object]:
-    """Our parameters of a tensor, by path."""
-    if not lazy:
+def _leaves(info: TensorInfo, parts: tuple[Piece, ...], read: Callable | None) -> dict[str, object]:
+    """Our parameters of a tensor, by path. read: of its name and the number of a part, where they are read when needed."""
+    if read is None:
         stored = _rows(info)
         return {part.path: _leaf(info, part, stored) for part in parts}
-    return {part.path: _lazy_leaf(info, part) for part in parts}
+    return {part.path: _lazy_leaf(info, part, functools.partial(read, info.name, i)) for i, part in enumerate(parts)}
 
 
 def _rows(info: TensorInfo) -> np.ndarray:
@@ -181,14 +186,14 @@ def _floats(info: TensorInfo) -> np.ndarray:
     return _finite(_rows(info).view(blocks.FLOATS[info.kind][1]).astype(np.float32))
 
 
-def _lazy_leaf(info: TensorInfo, part: Piece) -> QTensor | Lazy:
-    def read():
+def _lazy_leaf(info: TensorInfo, part: Piece, read: Callable[[], QTensor]) -> QTensor | Lazy:
+    def anew():
         return _leaf(info, part, _rows(info))
 
     if info.kind in blocks.FLOATS:
-        return Lazy(part.shape, blocks.FLOATS[info.kind][1], read, info.file)
+        return Lazy(part.shape, blocks.FLOATS[info.kind][1], anew, info.file)
     if not _is_kernel(part.path):
-        return Lazy(part.shape, np.dtype(np.float32), read, info.file)
+        return Lazy(part.shape, np.dtype(np.float32), anew, info.file)
     template = blank(parse_format(blocks.KINDS[info.kind].format), *part.shape)
     arrays, structure = jax.tree.flatten(template)
     lazy = [

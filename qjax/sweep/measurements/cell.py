@@ -19,6 +19,7 @@ COLUMNS = (
     Column("refining", list[str], "", "what refines afterwards, with options", "told"),
     Column("format", str, "", "format of the weights", "told", True),
     Column("activation", str, "", "format of the layers' inputs; empty where they are not rounded", "told"),
+    Column("cache", str, "", "format of the cache of keys and values, where the recipe names one", "told"),
     Column("bits", int | None, "bits", "bits of a code", "told"),
     Column("rules", list[str], "", "PATTERN=RECIPE of kernels that get another recipe", "told"),
     Column("block", int | None, "", "the block that alone is quantized, in a sensitivity table", "told"),

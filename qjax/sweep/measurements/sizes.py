@@ -3,6 +3,7 @@
 import numpy as np
 
 from qjax.formats import UNQUANTIZED
+from qjax.models.config import DecoderConfig
 from qjax.sweep.columns import Cell, Column, Measurement
 
 STORED = "exact, over the quantized kernels: codes, scales, zero points, maps and scales of inputs, outliers, low-rank adapters"
@@ -13,6 +14,8 @@ COLUMNS = (
     Column("bits_per_weight", float, "bits", STORED, needed=True),
     Column("model_bits_per_weight", float, "bits", "exact, over the whole model as it is stored"),
     Column("size_bytes", int, "bytes", "exact, of the whole model as it is stored", needed=True),
+    Column("cache_bytes_per_token", float, "bytes", "exact, of a token's keys and values in all layers, if these are rounded"),
+    Column("cache_window_bytes", int, "bytes", "exact, of those that stay in 16 bits besides, of a text"),
     Column("weight_error", float | None, "", "mean over kernels of the squared relative error of the weights"),
     Column("output_error", float | None, "", ERROR),
     Column("damp", float | None, "of its mean diagonal", "the largest damping that a kernel's Hessian needed"),
@@ -34,9 +37,15 @@ def measure(cell: Cell) -> dict[str, object]:
         "size_bytes": report.size_bytes,
         "weight_error": float(np.mean(errors)) if errors else as_it_is,
         "output_error": float(np.mean(outputs)) if outputs else None,
+        **_cache(cell.quantized.config),
         "damp": max((layer.damp for layer in report.layers if layer.damp is not None), default=None),
         "seconds_quantize": report.seconds,
     }
+
+
+def _cache(config: DecoderConfig) -> dict[str, object]:
+    names = ("cache_bytes_per_token", "cache_window_bytes")
+    return {} if config.cache is None else dict(zip(names, config.cache_bytes, strict=True))
 
 
 MEASUREMENT = Measurement("sizes", "Sizes", COLUMNS, measure=measure, when=lambda sweep: True)

@@ -1,0 +1,177 @@
+"""Capture: a traced function runs on batches, and what goes into its contractions feeds statistics of their parameters.
+
+Statistics are updated where the contraction is, inside scans, conditions and compiled calls, so that inputs never leave it. A
+function that is made of compiled calls keeps them as programs of their own; any other is compiled as a whole.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Literal
+from jaxtyping import Array, Float
+
+from qjax.calibrate.capture import Batch, Captured, check_statistics, token_weights
+from qjax.calibrate.statistics import COUNT, STATISTICS, Statistic
+from qjax.errors import QjaxError
+from qjax.tracing.interpreter import (
+    WEIGHTS,
+    Lanes,
+    LocalError,
+    Record,
+    Tracked,
+    advance,
+    applied,
+    as_program,
+    at,
+    begun,
+    finish,
+    input_of,
+    put,
+    tracked,
+)
+from qjax.tracing.kernel import experts_of
+from qjax.tracing.product import Product
+from qjax.tracing.trace import Leaves, Traced, trace
+from qjax.tracing.walk import Site, Uses
+
+
+@dataclasses.dataclass(frozen=True)
+class Capturing:
+    """The mode that also updates the statistics of parameters in the record."""
+
+    statistics: tuple[tuple[str, Statistic], ...]
+
+    def contract(self, product: Product, lanes: Lanes, equation, record: Record):
+        """Outputs, and the record with the first lane's input seen; the last lane's is what it is compared with."""
+        weight = next(value for value in lanes[0] if isinstance(value, Tracked))
+        if weight.path in record:
+            rows = [product.to_rows(product.spread(input_of(values))) for values in (lanes[0], lanes[-1])]
+            sizes = [values[2] for values in (lanes[0], lanes[-1])] if product.ragged else None
+            try:
+                states = at(record[weight.path], weight.indices)
+                states = self._updated(product, states, rows, record.get(WEIGHTS), sizes)
+            except QjaxError as error:
+                raise LocalError(weight.path, str(error)) from None
+            record = record | {weight.path: put(record[weight.path], weight.indices, states)}
+        return [applied(product, values, equation) for values in lanes], record
+
+    def _updated(self, product, states, rows, weights, sizes):
+        depth = 0 if product.ragged else len(product.batch)
+        shape = rows[0].shape
+        counts = token_weights("PATH", weights, shape[depth:-1])
+        flat, exact = (each.reshape(*shape[:depth], -1, shape[-1]).astype(jnp.float32) for each in rows)
+        if product.ragged:
+            owner, experts = experts_of(sizes[0], len(flat)), jnp.arange(sizes[0].shape[0])
+            update = lambda state, expert: self._update(state, flat, exact, jnp.where(owner == expert, counts, 0))  # noqa: E731
+            return jax.vmap(update)(states, experts)
+        update = lambda state, x, y: self._update(state, x, y, counts)  # noqa: E731
+        for _ in range(depth):
+            update = jax.vmap(update)
+        return update(states, flat, exact)
+
+    def _update(self, state: Mapping, x: Array, exact: Array, counts: Float[Array, " tokens"]) -> dict:
+        return {name: each.update(state[name], x, exact, counts) for name, each in self.statistics}
+
+
+def initial(capturing: Capturing, site: Site) -> dict:
+    """Statistics of a site before any token, for each matrix of its stack."""
+    size, stack = site.view.matrix_shape[0], site.view.stack_shape
+    return {
+        name: jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*stack, *leaf.shape)), each.init(size))
+        for name, each in capturing.statistics
+    }
+
+
+def members(site: Site) -> dict[str, tuple[int, ...]]:
+    """The matrices of a site by name, "layers/kernel[2]": their places in its stack."""
+    if not site.view.stack:
+        return {site.path: ()}
+    return {f"{site.path}[{','.join(map(str, place))}]": place for place in np.ndindex(site.view.stack_shape)}
+
+
+class Halted(NamedTuple):
+    """A run of a function on a batch that stopped before an equation. read: parameters as the run has them, of each lane."""
+
+    traced: Traced
+    equation: int
+    known: list[dict]
+    read: list[dict[str, object]]
+
+
+class Runs:
+    """A traced function on batches, for captures one after the other.
+
+    Where it is made of compiled calls, a capture goes on from where the one before stopped, if nothing has changed before that;
+    so layer after layer is quantized without running all.
+    """
+
+    def __init__(self, fn: Callable, sites: Mapping[str, Site], uses: Callable[[Traced], Uses]):
+        self.fn, self.sites, self.uses = fn, sites, uses
+        self.halted: dict[int, Halted] = {}
+
+    def capture(
+        self,
+        leaves: Leaves,
+        batches: Sequence[Batch],
+        needed: Mapping[str, int],
+        names: Iterable[str],
+        exact: Leaves | None = None,
+    ) -> dict[str, dict[str, Array]]:
+        """Statistics `names` of the inputs of matrices in `needed` (name -> in), over all batches.
+
+        leaves: of the function's parameters, arrays or Kernels; exact: those of the run without quantization, for statistics
+        that compare with it. Raises QjaxError that names matrices whose input is not finite or was not seen, and parameters
+        whose input token weights do not fit.
+        """
+        capturing = Capturing(tuple((name, STATISTICS[name]) for name in dict.fromkeys([*names, COUNT])))
+        chosen = [site for site in self.sites.values() if members(site).keys() & needed.keys()]
+        record: Record = {site.path: initial(capturing, site) for site in chosen}
+        both = [leaves] if exact is None else [leaves, exact]
+        for number, batch in enumerate(batches):
+            given = record | ({} if batch.weights is None else {WEIGHTS: batch.weights})
+            try:
+                seen = self._run(number, batch, both, capturing, given, chosen)
+            except LocalError as error:
+                raise QjaxError(error.message.replace("PATH", str(error.path))) from None
+            record = {path: seen[path] for path in record}
+        values = {}
+        for site in chosen:
+            for name, place in members(site).items():
+                if name in needed:
+                    state = at(record[site.path], place)
+                    values[name] = {each: statistic.finalize(state[each]) for each, statistic in capturing.statistics}
+        check_statistics(values, needed, "", lambda few: Captured(self.capture(leaves, batches, few, ["abs_max"]), []))
+        return values
+
+    def _run(self, number: int, batch: Batch, both: Sequence[Leaves], capturing, record: Record, chosen) -> Record:
+        traced, arrays = trace(self.fn, both[0], batch.args, {})
+        lanes = [[*tracked(traced.paths, list(each.arrays.values()), self.sites), *arrays] for each in both]
+        if not self.uses(traced).calls:
+            return as_program(capturing, traced.jaxpr, lanes, record, keep=False)[1]
+        first, last = min(site.equation for site in chosen), max(site.last for site in chosen)
+        jaxpr, begin, known = traced.jaxpr.jaxpr, 0, begun(traced.jaxpr.jaxpr, traced.jaxpr.consts, lanes)
+        halted = self.halted.get(number)
+        if halted is not None and halted.traced is traced and halted.equation <= first and _goes_on(halted, both):
+            begin, reached = halted.equation, halted.known
+            parameters = dict(zip(jaxpr.invars, traced.paths, strict=False))
+            known = [
+                {v: now.get(v, value) if v in parameters else value for v, value in then.items()}
+                for now, then in zip(known, reached, strict=True)
+            ]
+        advance(capturing, jaxpr, known, {}, range(begin, first))
+        self.halted[number] = Halted(traced, first, [dict(values) for values in known], [each.arrays for each in both])
+        record = advance(capturing, jaxpr, known, record, range(first, last))
+        return finish(capturing, jaxpr, known, record, last)
+
+
+def _goes_on(halted: Halted, both: Sequence[Leaves]) -> bool:
+    """Whether all parameters that were read before the run stopped are still the same."""
+    jaxpr, traced = halted.traced.jaxpr.jaxpr, halted.traced
+    read = {v for eqn in jaxpr.eqns[: halted.equation] for v in eqn.invars if not isinstance(v, Literal)}
+    paths = [path for v, path in zip(jaxpr.invars, traced.paths, strict=False) if v in read]
+    same = lambda then, now: all(then[path] is now.arrays[path] for path in paths)  # noqa: E731
+    return len(halted.read) == len(both) and all(map(same, halted.read, both))

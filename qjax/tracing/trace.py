@@ -1,0 +1,120 @@
+"""A function's trace: its jaxpr over the leaves of its parameters and the arrays of its arguments, made once per shape."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.extend.core import ClosedJaxpr
+from jaxtyping import Array, PyTree
+
+from qjax.calibrate.capture import merge_arguments, split_arguments
+from qjax.errors import QjaxError
+from qjax.linear import is_quantized
+from qjax.tracing.kernel import Kernel
+
+REMEMBERED = 128  # traces
+
+
+class Traced(NamedTuple):
+    """jaxpr: of the parameters in `paths`, in this order, then the arrays of the arguments; output: the result's tree."""
+
+    jaxpr: ClosedJaxpr
+    paths: tuple[str, ...]
+    output: object
+
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The parameters' shapes and types, by path."""
+        avals = self.jaxpr.in_avals[: len(self.paths)]
+        return {path: jax.ShapeDtypeStruct(v.shape, v.dtype) for path, v in zip(self.paths, avals, strict=True)}
+
+
+class Leaves(NamedTuple):
+    """A tree of parameters taken apart: leaves that are arrays or stand for one, by path, and all that is needed to build it
+    again.
+    """
+
+    arrays: dict[str, object]
+    others: tuple[object, ...]  # None where an array belongs
+    tree: object
+
+    def rebuilt(self, arrays: Sequence[object]) -> PyTree:
+        """The tree with these in the arrays' places, in order."""
+        left = iter(arrays)
+        return jax.tree.unflatten(self.tree, [next(left) if other is _ARRAY else other for other in self.others])
+
+
+class _Array:
+    def __repr__(self) -> str:
+        return "an array"
+
+
+_ARRAY = _Array()
+
+
+def leaves_of(params: PyTree) -> Leaves:
+    """Parameters taken apart; leaves that are no arrays, as functions in an Equinox module, stay what they are."""
+    flat, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)
+    is_array = [is_quantized(leaf) or isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct) for _, leaf in flat]
+    arrays = {path_of(keys): leaf for (keys, leaf), array in zip(flat, is_array, strict=True) if array}
+    if len(arrays) != sum(is_array):
+        names = [path_of(keys) for keys, _ in flat]
+        raise QjaxError(f"two parameters have the path {next(name for name in names if names.count(name) > 1)}; rename one")
+    return Leaves(arrays, tuple(_ARRAY if array else leaf for (_, leaf), array in zip(flat, is_array, strict=True)), tree)
+
+
+def path_of(keys: tuple[object, ...]) -> str:
+    """A leaf's path, "layers/0/kernel"; without the "value" of boxes of Flax."""
+    if keys and isinstance(keys[-1], jax.tree_util.GetAttrKey) and keys[-1].name == "value":
+        keys = keys[:-1]
+    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in keys)
+
+
+_traces: OrderedDict[tuple, Traced] = OrderedDict()
+_lock = threading.Lock()
+
+
+def trace(fn: Callable, leaves: Leaves, args: tuple, kwargs: dict) -> tuple[Traced, list[Array]]:
+    """fn(params, *args, **kwargs) as traced, once for parameters and arguments of these shapes, and the arguments' arrays.
+
+    Arguments that are no arrays are part of the trace. Raises QjaxError for quantized leaves that are no Kernel: only these
+    know the shape that fn expects.
+    """
+    static, arrays = split_arguments((args, kwargs))
+    values = [
+        leaf if not isinstance(leaf, Kernel) else jax.ShapeDtypeStruct(leaf.view.shape, leaf.dtype)
+        for leaf in leaves.arrays.values()
+    ]
+    if wrong := [path for path, leaf in leaves.arrays.items() if is_quantized(leaf) and not isinstance(leaf, Kernel)]:
+        raise QjaxError(f"{', '.join(wrong)}: quantized, but not by qjax.quantize_function, whose leaves know their shape")
+    try:
+        key = (fn, leaves.tree, leaves.others, static, tuple(map(_kind, (*values, *arrays))), jax.config.jax_enable_x64)
+        hash(key)
+    except TypeError:
+        return _traced(fn, leaves, static, values, arrays), arrays
+    with _lock:
+        if key in _traces:
+            _traces.move_to_end(key)
+            return _traces[key], arrays
+    made = _traced(fn, leaves, static, values, arrays)
+    if not any(isinstance(const, jax.core.Tracer) for const in made.jaxpr.consts):  # what lives in one transformation alone
+        with _lock:
+            _traces[key] = made
+            while len(_traces) > REMEMBERED:
+                _traces.popitem(last=False)
+    return made, arrays
+
+
+def _kind(value: object) -> object:
+    return jax.typeof(value) if isinstance(value, jax.Array) else jax.core.ShapedArray(value.shape, np.dtype(value.dtype))
+
+
+def _traced(fn, leaves: Leaves, static, values, arrays) -> Traced:
+    def flat(leaf_values, array_values):
+        args, kwargs = merge_arguments(static, array_values)
+        return fn(leaves.rebuilt(leaf_values), *args, **kwargs)
+
+    jaxpr, shape = jax.make_jaxpr(flat, return_shape=True)(values, arrays)
+    return Traced(jaxpr, tuple(leaves.arrays), jax.tree.structure(shape))

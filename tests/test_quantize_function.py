@@ -1,0 +1,190 @@
+"""Any JAX function: its contractions are quantized as the same layer would be alone, and run in its own code."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qjax
+from qjax.linear import Linear, is_quantized
+from qjax.tracing.kernel import Kernel
+from qjax.tracing.trace import leaves_of
+from tests.traced_models import CASES, X, attention_einsums, experts, normal, ragged, rows
+
+pytestmark = pytest.mark.filterwarnings("ignore:fewer calibration tokens")
+GPTQ, OTHERS = "gptq:int4-g4@parallel", ("awq:int4-g4@parallel", "nf4-g4", "rtn:int4-g4")
+
+
+def product(p, x):
+    return x @ p["w"]
+
+
+def matrices(params):
+    """Every quantized matrix by name, decoded."""
+    found = {}
+    for path, leaf in leaves_of(params).arrays.items():
+        if is_quantized(leaf):
+            decoded = qjax.dequantize(leaf)
+            stack = decoded.shape[:-2]
+            places = [f"[{','.join(map(str, place))}]" if place else "" for place in np.ndindex(stack)]
+            found |= dict(zip((path + place for place in places), decoded.reshape(-1, *decoded.shape[-2:]), strict=True))
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_layer_is_quantized_as_it_would_be_alone(name):
+    case = CASES[name]
+    expected = case.products(case.params, X)
+    for recipe in (GPTQ, OTHERS[list(CASES).index(name) % 3]):  # the methods know nothing of the models
+        params, report = qjax.quantize_function(case.fn, case.params, recipe, batches=[(X,)], rules=case.rules)
+        got = matrices(params)
+        assert got.keys() == expected.keys() == {record.path for record in report.layers if record.recipe != "none"}
+        for path, (weight, x) in expected.items():
+            alone, _ = qjax.quantize_function(product, {"w": weight}, recipe, batches=[(x,)])
+            np.testing.assert_allclose(got[path], qjax.dequantize(alone["w"]), atol=1e-6, err_msg=f"{recipe} {path}")
+        if recipe != GPTQ:
+            y = jax.jit(functools.partial(qjax.apply_function, case.fn))(params, X)
+            wanted = case.fn(qjax.dequantize_function(params), X)
+            jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), y, wanted)
+
+
+@pytest.fixture(scope="module")
+def quantized():
+    case = CASES["tunix"]
+    return qjax.quantize_function(case.fn, case.params, "rtn:int4-g4", batches=[(X,)])[0]
+
+
+def test_results_are_the_same_under_every_transformation(quantized):
+    fn = attention_einsums
+    expected = fn(qjax.dequantize_function(quantized), X)
+    apply = functools.partial(qjax.apply_function, fn, quantized)
+    near = functools.partial(np.testing.assert_allclose, atol=2e-5)
+    near(apply(X), expected)
+    near(jax.vmap(lambda x: apply(x[None])[0])(X), expected)
+    near(jax.lax.scan(lambda _, x: (None, apply(x[None])[0]), None, X)[1], expected)
+    near(jax.checkpoint(apply)(X), expected)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spread = jax.shard_map(
+        lambda p, x: qjax.apply_function(fn, p, x),
+        mesh=mesh,
+        in_specs=(jax.P(), jax.P("data")),
+        out_specs=jax.P("data"),
+    )
+    near(spread(quantized, X), expected)
+    gradient = jax.grad(lambda x: jnp.sum(apply(x) ** 2))(X)
+    near(gradient, jax.grad(lambda x: jnp.sum(fn(qjax.dequantize_function(quantized), x) ** 2))(X), atol=1e-4)
+
+
+def test_gradients_reach_parameters_beside_quantized_ones():
+    case = CASES["lora"]
+    params, _ = qjax.quantize_function(case.fn, case.params, "rtn:int4-g4", batches=[(X,)], rules=case.rules)
+    loss = lambda run, p, a: jnp.sum(run({**p, "a": a}, X) ** 2)  # noqa: E731
+    gradient = jax.grad(lambda a: loss(functools.partial(qjax.apply_function, case.fn), params, a))(params["a"])
+    dense = qjax.dequantize_function(params)
+    np.testing.assert_allclose(gradient, jax.grad(lambda a: loss(case.fn, dense, a))(params["a"]), rtol=1e-4, atol=1e-4)
+
+
+def test_a_function_is_traced_once_for_each_shape():
+    traces = []
+
+    def fn(p, x):
+        traces.append(x.shape)
+        return x @ p["w"]
+
+    params, _ = qjax.quantize_function(fn, {"w": normal(1, 8, 8)}, "rtn:int4-g4", batches=[(X,), (X + 1,)])
+    for _ in range(3):
+        qjax.apply_function(fn, params, X)
+        jax.jit(lambda p, x: qjax.apply_function(fn, p, x))(params, X)
+    assert traces == [X.shape]
+    qjax.apply_function(fn, params, X[:1])
+    assert traces == [X.shape, X[:1].shape]
+
+
+def test_nothing_of_tracing_is_left_under_jit(quantized):
+    """The compiled program is that of the products written by hand."""
+
+    def by_hand(p, x):
+        q = qjax.apply_linear(x, Linear(p["q"]["w"].weight)).reshape(2, 8, 2, 4)
+        return qjax.apply_linear(jnp.tanh(q).reshape(2, 8, 8), Linear(p["o"]["w"].weight))
+
+    def flops(fn):
+        cost = jax.jit(fn).lower(quantized, X).compile().cost_analysis()
+        return cost["flops"], cost["bytes accessed"]
+
+    assert flops(functools.partial(qjax.apply_function, attention_einsums)) == flops(by_hand)
+
+
+def test_rules_and_casts_decide_by_path():
+    case = CASES["tunix"]
+    rules = ["^q=gptq:int4-g4@parallel", "^o=none"]
+    params, report = qjax.quantize_function(case.fn, case.params, "rtn:int4-g4", batches=[(X,)], rules=rules)
+    assert [record.recipe for record in report.layers] == ["gptq:int4-g4@parallel", "none"]
+    assert isinstance(params["q"]["w"], Kernel) and params["o"]["w"] is case.params["o"]["w"]
+    cast, _ = qjax.quantize_function(case.fn, {**case.params, "scale": jnp.ones(3)}, "bf16", batches=[(X,)])
+    assert cast["q"]["w"].dtype == cast["scale"].dtype == jnp.bfloat16 and cast["q"]["w"].shape == (8, 2, 4)
+
+
+@pytest.mark.parametrize("order", ["sequential", "qep"])
+def test_orders_see_what_quantized_layers_make(order):
+    """The second layer's codes are those of its own inputs then, of a function of it alone."""
+    case = CASES["tunix"]
+    params, _ = qjax.quantize_function(case.fn, case.params, f"gptq:int4-g4@{order}", batches=[(X,)])
+    first = {"q": case.params["q"], "o": {"w": jnp.zeros((2, 4, 8))}}
+    q, _ = qjax.quantize_function(case.fn, first, f"gptq:int4-g4@{order}", batches=[(X,)], rules=["^o=none"])
+    np.testing.assert_array_equal(q["q"]["w"].weight.codes, params["q"]["w"].weight.codes)
+    inputs = jnp.tanh(rows(X) @ qjax.dequantize(q["q"]["w"]))
+    weight, exact = case.params["o"]["w"].reshape(8, 8), jnp.tanh(rows(X) @ case.params["q"]["w"].reshape(8, 8))
+    if order == "qep":
+        hessian, drift = inputs.T @ inputs / 16, inputs.T @ (exact - inputs) / 16
+        damped = hessian + 0.01 * jnp.mean(jnp.diagonal(hessian)) * jnp.eye(8)
+        weight = weight + 0.5 * jnp.linalg.solve(damped, drift @ weight)
+    alone, _ = qjax.quantize_function(product, {"w": weight}, "gptq:int4-g4@parallel", batches=[(inputs,)])
+    np.testing.assert_allclose(qjax.dequantize(params["o"]["w"]), qjax.dequantize(alone["w"]), atol=1e-4)
+
+
+def test_statistics_are_those_of_the_rows():
+    case = CASES["maxtext"]
+    found = qjax.capture_function(case.fn, case.params, batches=[(X,), (2 * X,)])
+    expected = [case.products(case.params, x) for x in (X, 2 * X)]
+    for name in ("up", "down"):
+        value = found[f"layers/{name}/kernel"]["hessian"]
+        for i in range(3):
+            x = jnp.concatenate([each[f"layers/{name}/kernel[{i}]"][1] for each in expected])
+            np.testing.assert_allclose(value[i], x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+
+
+def test_tokens_of_weight_zero_do_not_count():
+    weights = jnp.zeros((2, 8)).at[0].set(1.0)
+    case = CASES["experts"]
+    found = qjax.capture_function(case.fn, case.params, batches=[(X,)], weights=[weights])
+    half = qjax.capture_function(case.fn, case.params, batches=[(X[:1],)])
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), found, half)
+    with pytest.raises(qjax.QjaxError, match=r"experts.*whose tokens have shape \(16,\)"):
+        qjax.capture_function(ragged, CASES["ragged"].params, batches=[(X,)], weights=[weights])
+
+
+def test_activation_formats_hold_for_experts_too():
+    params, _ = qjax.quantize_function(ragged, CASES["ragged"].params, "rtn:int8-channel/int8-token", batches=[(X,)])
+    leaf = params["experts"]
+    each = [jax.tree.map(lambda part, e=e: part[e], leaf) for e in range(2)]
+    expected = [qjax.apply_linear(rows(X)[:5], each[0]), qjax.apply_linear(rows(X)[5:], each[1])]
+    np.testing.assert_allclose(qjax.apply_function(ragged, params, X), jnp.concatenate(expected), atol=1e-5)
+
+
+def test_misuse_is_named():
+    w = {"w": normal(1, 8, 8)}
+    for batches, told in (([], "batches is empty"), ([X], r"batches\[0\] is"), ([(X,)], "quantized already")):
+        params = w if told != "quantized already" else qjax.quantize_function(product, w, "nf4-g4", batches=[(X,)])[0]
+        with pytest.raises(qjax.QjaxError, match=told):
+            qjax.quantize_function(product, params, "nf4-g4", batches=batches)
+    params, _ = qjax.quantize_function(product, w, "nf4-g4", batches=[(X,)])
+    with pytest.raises(qjax.QjaxError, match="w: a quantized parameter reaches sin"):
+        qjax.apply_function(lambda p, x: jnp.sin(p["w"]), params, X)
+    with pytest.raises(qjax.QjaxError, match="w: a quantized parameter reaches a contraction other than"):
+        qjax.apply_function(lambda p, x: x @ p["w"].T, params, X)
+    with pytest.raises(qjax.QjaxError, match="w: quantized, but not by"):
+        qjax.apply_function(product, {"w": qjax.rtn(w["w"], "nf4-g4")[0]}, X)
+    with pytest.raises(qjax.QjaxError, match="unknown statistic variance"):
+        qjax.capture_function(experts, CASES["experts"].params, batches=[(X,)], statistics=["variance"])

@@ -1,0 +1,53 @@
+"""Our decoder as any other function: the tracing gives what the driver gives, bit for bit."""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qjax
+from qjax.models import walk
+from qjax.tracing.trace import leaves_of
+from tests.conftest import tiny_config
+from tests.random_weights import small_model
+
+CONFIG = tiny_config(vocabulary_size=61)
+TOKENS = np.random.default_rng(0).integers(0, 61, (16, 32)).astype(np.int32)
+
+
+@functools.cache
+def function(halves):
+    """The decoder as a function of its parameters that calls its compiled parts, as the driver does."""
+    parts = walk.parts(CONFIG, jnp.float32, halves=halves)
+
+    def fn(params, tokens):
+        x = tokens
+        for part in parts:
+            x = walk.compiled(part.module)(walk.subtree(part, params), x, *walk.further_arguments(part, params))
+        return x
+
+    return fn
+
+
+@pytest.mark.parametrize("order", ["parallel", "sequential", "qep"])
+def test_codes_statistics_and_logits_are_those_of_the_driver(order):
+    model = small_model(CONFIG)
+    fn, recipe = function(order != "parallel"), f"gptq:int4-g16@{order}"
+    expected, told = qjax.quantize(model, recipe, calibration=TOKENS)
+    params, report = qjax.quantize_function(
+        fn,
+        model.params,
+        recipe,
+        batches=[(jnp.asarray(TOKENS),)],
+        weights=[jnp.ones(TOKENS.shape)],
+        rules=["^(embed|head)=none"],
+    )
+    records = {record.path: record._replace(seconds=0) for record in report.layers if record.recipe != "none"}
+    assert records == {record.path: record._replace(seconds=0) for record in told.layers if record.recipe != "none"}
+    wanted, got = leaves_of(expected.params).arrays, leaves_of(params).arrays
+    for path in records:
+        np.testing.assert_array_equal(got[path].weight.codes, wanted[path].codes, err_msg=path)
+        np.testing.assert_array_equal(got[path].weight.scales, wanted[path].scales, err_msg=path)
+    logits = qjax.apply_function(function(False), params, jnp.asarray(TOKENS))
+    np.testing.assert_array_equal(logits, qjax.apply(expected, TOKENS))
