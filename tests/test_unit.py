@@ -17,6 +17,7 @@ from qjax.methods import names
 from qjax.qtensor import dequantize
 from qjax.refining.descend import descend
 from qjax.rounding.hqq import hqq
+from qjax.transforms.smoothquant import smoothquant
 from tests.conftest import random_model, tiny_config
 from tests.test_factor import random_hessian
 from tests.test_format_table import FORMATS
@@ -51,7 +52,16 @@ def methods_of(name: str) -> dict:
 
 
 def test_all_methods_are_here():
-    assert methods_of("int4-g16-z16").keys() == {*names("transform", "rounding", "refiner")}
+    maps_alone = {"smoothquant", "hadamard"}  # tested below, and a matrix that no weight has a part in
+    assert methods_of("int4-g16-z16").keys() == {*names("transform", "rounding", "refiner")} - maps_alone
+
+
+@pytest.mark.parametrize("exponent", [-100, 100])
+def test_smoothing_is_the_same_in_any_unit(exponent):
+    weights, abs_max = jnp.asarray(np.random.default_rng(0).uniform(0.01, 1, (8, 4)), jnp.float32), jnp.linspace(0.1, 40, 8)
+    expected = smoothquant([weights], "int4-g4", abs_max=abs_max).scale
+    found = smoothquant([weights * 2.0**exponent], "int4-g4", abs_max=abs_max).scale
+    np.testing.assert_allclose(found / found[0], expected / expected[0], rtol=1e-5)
 
 
 @functools.cache

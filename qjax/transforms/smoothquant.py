@@ -20,6 +20,8 @@ from jaxtyping import Array, Float
 from qjax.errors import QjaxError
 from qjax.formats import Format
 from qjax.maps import LARGEST, Divide, InputMap
+from qjax.rounding.parts.unit import exponent_of
+from qjax.scales import times_power_of_two
 
 LEAST = 1e-5  # of both maxima
 STEPS = 10
@@ -56,7 +58,8 @@ def smoothquant(
 
 
 def smoothing(weights: Sequence[Float[Array, "in out"]], abs_max: Float[Array, " in"], alpha: float) -> Divide:
-    """The map for one alpha; scales that float16 does not hold, with their inverse, are cut off."""
+    """The map for one alpha, of weights of ordinary size; scales that float16 does not hold, with their inverse, are cut off."""
     largest = jnp.max(jnp.stack([jnp.max(jnp.abs(weight), axis=1) for weight in weights]), axis=0)
+    largest = times_power_of_two(largest.astype(jnp.float32), -exponent_of(*weights))
     scale = jnp.maximum(abs_max, LEAST) ** alpha / jnp.maximum(largest, LEAST) ** (1 - alpha)
     return Divide(jnp.where(abs_max == 0, 1.0, jnp.clip(scale, 1 / LARGEST, LARGEST)).astype(jnp.float32))
