@@ -27,7 +27,7 @@ from qjax.train.qat import QatConfig
 from qjax.train.run import Run, qat, qlora, training_tokens
 
 SHAKESPEARE = "{data}/text/tinyshakespeare.txt"
-QAT = TrainConfig(steps=400, batch=8, micro_batch=4, window=256, learning_rate=5e-4)
+QAT = TrainConfig(steps=400, batch=8, micro_batch=4, window=256, learning_rate=2e-4)
 LORA = TrainConfig(steps=400, batch=8, micro_batch=4, window=256, learning_rate=2e-3)
 
 
@@ -75,7 +75,7 @@ def _recovery(out: Path, models: Path, subject: common.Subject, experiment: Expe
         _add(out, experiment, "rounded", qjax.quantize(model, recipe, **options)[0], measured)
         place = models / f"{model.name}-qat-{bits}"
         if not place.exists():
-            learning = QatConfig(loss=experiment.loss)
+            learning = QatConfig(loss=experiment.loss, rate=0.5)
             qat(Run(place, experiment.qat, save_every=50), model, tokens, learning, recipe=recipe, options=options)
         _add(out, experiment, "trained as quantized", qjax.load(place), measured, place, experiment.qat)
         place = models / f"{model.name}-qlora-{bits}"
