@@ -201,7 +201,12 @@ def test_what_a_file_asks_for_is_done_or_refused(model):
     ends = read(**{f"tokenizer.ggml.{name}_token_id": i for name, i in (("bos", 1), ("eos", 2), ("eot", 5))})
     assert ends["bos_token_id"] == 1 and ends["eos_token_id"] == [2, 5]
     assert read(**{"llama.attention.head_count_kv": np.array([2, 2], np.int32)})["num_key_value_heads"] == 2
+    lists = {key: np.array([8, 8]) for key in ("attention.key_length", "attention.value_length", "rope.dimension_count")}
+    assert read(**{f"llama.{key}": value for key, value in lists.items()})["head_dim"] == 8
     for changes, said in (
+        ({"llama.attention.value_length": np.array([8, 4])}, r"value_length is array\(\[8, 4\]\), expected a number that all"),
+        ({"llama.rope.dimension_count": np.array([8, 4])}, "dimension_count is .* expected a number that all"),
+        ({"llama.rope.scaling.type": np.array([1, 2])}, r"scaling.type is '\[1 2\]'; supported"),
         ({"general.architecture": "mamba"}, "'mamba' is not read; read are llama, qwen2"),
         ({"llama.attention.sliding_window": 512}, "not understood: llama.attention.sliding_window = 512"),
         ({"llama.expert_count": 8}, "not understood: llama.expert_count = 8"),

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -159,6 +161,16 @@ def test_codes_come_back(tmp_path):
     values = read_contents(tmp_path / "a.gguf").values
     assert values["tokenizer.chat_template"] == "{{ x }}" and len(values["tokenizer.ggml.tokens"]) == 300
     assert values["general.file_type"] == 8  # mostly Q5_0
+
+
+def test_norms_are_float32(tmp_path):
+    """Those too that have a scale for each head, which are matrices."""
+    config = tiny_config(**FURTHER["command-r"])
+    model = weights_model(config)
+    export(tmp_path / "a.gguf", model._replace(params=jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params)), "gguf")
+    kinds = {name: info.kind for name, info in read_contents(tmp_path / "a.gguf").tensors.items()}
+    assert all(kind == (0 if "norm" in name else 30) for name, kind in kinds.items())
+    assert "blk.0.attn_q_norm.weight" in kinds and flatten(load_gguf(tmp_path / "a.gguf").params)
 
 
 def test_heads_stored_side_by_side(tmp_path):

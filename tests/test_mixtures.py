@@ -1,5 +1,6 @@
 """Mixtures of experts: what they compute, what calibration sees of them, and that each expert is a layer like any other."""
 
+import json
 import warnings
 
 import jax
@@ -217,6 +218,8 @@ def test_folders_of_other_libraries_keep_codes(tmp_path):
     sizes = {"hidden_size": 64, "mlp_size": 32, "head_dim": 16, "kv_heads": 4}
     found, _ = qjax.quantize(small_model(tiny_config(vocabulary_size=61, layers=1, **MIXTRAL | sizes)), "rtn:int4-g32")
     export(tmp_path / "theirs", found, "gptq")
+    settings = json.loads((tmp_path / "theirs/config.json").read_text())["quantization_config"]
+    assert settings["dynamic"] == {r"-:model\.layers\.0\.block_sparse_moe\.gate$": {}}  # which some library takes for a layer
     for lazy in (False, True):
         back = flatten(load_huggingface(tmp_path / "theirs", lazy=lazy).params)
         for path in STACKS:

@@ -76,7 +76,7 @@ def export(
             "bitsandbytes and gguf can"
         )
     _require_fit(to, target, modules, leaves)
-    left = _left(family, module_names(stored), modules)
+    left = _left(family, stored, modules)
     formats = {name: _described(leaves[tensor.parts[0][0]]) for name, tensor in modules.items()}
     config["torch_dtype"] = dtype
     config["quantization_config"] = target.settings(formats, left, dtype)
@@ -129,10 +129,13 @@ def _require_fit(to: str, target: Target, modules: Mapping[str, StoredTensor], l
         raise RefusedError(f"{to} cannot hold {listing(problems)}{advice}")
 
 
-def _left(family: Family, names: Iterable[str], modules: Collection[str]) -> list[str]:
-    """The modules that stay as they are, a tied head with them. transformers calls every head lm_head, whatever files do."""
+def _left(family: Family, stored: Iterable[StoredTensor], modules: Collection[str]) -> list[str]:
+    """The modules that stay as they are, routers and a tied head with them. transformers calls every head lm_head, whatever
+    files do.
+    """
     head = head_name(family).removesuffix(".weight")
-    left = [name for name in names if name not in modules]
+    linear = [each.name.removesuffix(".weight") for each in stored if each.parts[0][0].endswith(("/kernel", "/matrix"))]
+    left = [name for name in linear if name not in modules]
     return [*left, *dict.fromkeys(name for name in (head, LM_HEAD) if head not in modules and name not in left)]
 
 

@@ -81,17 +81,18 @@ def _vocabulary(tensors: Mapping[str, TensorInfo]) -> int:
 
 def _rotary(name: str, own: Mapping[str, object], config: Mapping[str, object], constants: Mapping) -> dict:
     """rope_scaling, and what must agree with the size of a head."""
-    if own.get("attention.value_length", own.get("attention.key_length")) != own.get("attention.key_length"):
+    keys = ("attention.key_length", "attention.value_length", "rope.dimension_count")
+    length, of_values, turned = (_number(f"{name}.{key}", own[key]) if key in own else None for key in keys)
+    if of_values not in (None, length):
         raise QjaxError(f"{name}: keys and values of different lengths are not supported")
     found, heads = {}, config.get("num_attention_heads")
-    turned = own.get("rope.dimension_count")
     if name in PARTIAL:
         found["partial_rotary_factor"] = 1.0
     if turned is not None and type(heads) is int and heads and type(config.get("hidden_size")) is int:
         whole = config.get("head_dim", config["hidden_size"] // heads)
         if turned != whole and whole:
-            found["partial_rotary_factor"] = _number(f"{name}.rope.dimension_count", turned) / whole
-    kind = own.get("rope.scaling.type", "none")
+            found["partial_rotary_factor"] = turned / whole
+    kind = str(own.get("rope.scaling.type", "none"))
     if kind == "linear":
         found["rope_scaling"] = {
             "rope_type": "linear",

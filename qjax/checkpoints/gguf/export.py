@@ -1,7 +1,7 @@
 """A model as a GGUF file: codes as they are (`joining.py`), names and rows as the architecture has them (`names.py`).
 
-Kernels whose codes no type of blocks holds are refused. Weights that are not quantized keep their type; what is no matrix
-(norms, biases) is float32, as llama.cpp wants it. Tensors are made one by one as the file is written.
+Kernels whose codes no type of blocks holds are refused. Weights that are not quantized keep their type; norms and biases
+are float32, as llama.cpp wants them. Tensors are made one by one as the file is written.
 """
 
 import functools
@@ -91,7 +91,7 @@ def _kinds(pieces: Mapping[str, tuple[Piece, ...]], leaves: Mapping[str, object]
     found, problems, nearest = {}, [], {}
     for name, parts in pieces.items():
         held = [leaves[part.path] for part in parts]
-        kinds = dict.fromkeys(map(_kind, held))
+        kinds = dict.fromkeys(FLOAT32 if name.endswith("_norm.weight") else _kind(leaf) for leaf in held)
         if len(kinds) > 1:
             problems.append(f"{name}: parts that are stored side by side are of different types")
         found[name] = next(iter(kinds))

@@ -43,10 +43,9 @@ def tokenizer_json(values: Mapping[str, object]) -> bytes | None:
 
     Raises QjaxError for what is malformed.
     """
-    model = values.get("tokenizer.ggml.model")
-    if model is None:
+    if "tokenizer.ggml.model" not in values:
         return None
-    cut = values.get("tokenizer.ggml.pre", "default")
+    model, cut = str(values["tokenizer.ggml.model"]), str(values.get("tokenizer.ggml.pre", "default"))
     if model not in ("gpt2", "llama") or (model == "gpt2" and cut not in CUTS):
         what = f"{quoted(model)}" + (f" that cuts text by {quoted(cut)}" if model == "gpt2" else "")
         warnings.warn(
@@ -58,7 +57,7 @@ def tokenizer_json(values: Mapping[str, object]) -> bytes | None:
     tokens = _list(values, "tokens", str)
     if not tokens:
         raise QjaxError("tokenizer.ggml.tokens is missing")
-    content = _byte_level(values, tokens, str(cut)) if model == "gpt2" else _sentencepiece(values, tokens)
+    content = _byte_level(values, tokens, cut) if model == "gpt2" else _sentencepiece(values, tokens)
     empty = {"version": "1.0", "truncation": None, "padding": None, "normalizer": None, "pre_tokenizer": None}
     added = {"added_tokens": _added(values, tokens), "post_processor": _beginning(values, tokens, model == "llama")}
     return json.dumps(empty | added | content, ensure_ascii=False).encode("utf-8", "replace")
