@@ -58,7 +58,7 @@ def smoothquant(
 
 
 def smoothing(weights: Sequence[Float[Array, "in out"]], abs_max: Float[Array, " in"], alpha: float) -> Divide:
-    """The map for one alpha and weights of ordinary size; scales that float16 does not hold, with their inverse, are cut off."""
+    """The map for one alpha, weights in an ordinary unit; scales that float16 does not hold, with their inverse, are cut."""
     largest = jnp.max(jnp.stack([jnp.max(jnp.abs(weight), axis=1) for weight in weights]), axis=0)
     largest = times_power_of_two(largest.astype(jnp.float32), -exponent_of(*weights))
     scale = jnp.maximum(abs_max, LEAST) ** alpha / jnp.maximum(largest, LEAST) ** (1 - alpha)
