@@ -7,8 +7,10 @@ import pytest
 
 import qjax
 from qjax.errors import QjaxError
+from qjax.evaluate import perplexity
 from qjax.linear import Linear, apply_linear, dense
 from qjax.outliers import split_outliers
+from tests.conftest import MIXTRAL, random_model, tiny_config
 from tests.extension.common import tiny_model
 
 TOKENS, IN, OUT = 6, 20, 5
@@ -118,3 +120,15 @@ def test_names():
 def test_what_cannot_be_asked_for(recipe, told):
     with pytest.raises(QjaxError, match=told):
         qjax.parse_recipe(recipe)
+
+
+def test_what_fills_a_batch_adds_no_outliers(tokens, monkeypatch):
+    monkeypatch.setitem(perplexity.BATCH_TOKENS, jax.default_backend(), 2 * tokens.shape[1])
+    model, _ = qjax.quantize(tiny_model(), "llm_int8(threshold=1.5):int4-channel")
+    filled, alone = perplexity.score(model, tokens[:3])[2], perplexity.score(model, tokens[2:3])[0]
+    np.testing.assert_allclose(filled, alone, rtol=1e-5)
+
+
+def test_experts_do_not_keep_rows_of_their_own(tokens):
+    with pytest.raises(QjaxError, match="each with outliers of its own"):
+        qjax.quantize(random_model(tiny_config(**MIXTRAL)), "llm_int8(outliers=calibration):int8-channel", calibration=tokens)

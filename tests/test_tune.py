@@ -126,3 +126,13 @@ def test_the_command(checkpoint, tmp_path, capsys):
     assert code == 2 and "holds rtn:int8-channel, not rtn:int2-g16" in said
     code, _, said = tuned("1%")
     assert code == 2 and "give a number of nats" in said
+
+
+def test_rules_are_no_part_of_what_losses_are_from(checkpoint, tmp_path, capsys):
+    text, rules = f"text:{checkpoint / 'text.txt'}", ("--rule", "down_proj=rtn:int2-g16")  # by Hugging Face's name
+    options = ("--within", "1e9", "--data", text, "--convention", "windows-32", "--out", tmp_path)
+    for _ in range(2):  # made, then found again
+        code, _, said = run(capsys, "tune", checkpoint / "tiny", "--recipes", "rtn:int8-channel", *options, *rules)
+        assert code == 0, said
+    assert [row["recipe"] for row in read_rows(tmp_path / ROWS)] == ["none", "rtn:int8-channel; mlp/down=rtn:int2-g16"]
+    assert load(str(tmp_path / "model")).recipe == "rtn:int8-channel; mlp/down=rtn:int2-g16"

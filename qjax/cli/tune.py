@@ -61,6 +61,7 @@ def tune(
     for recipe in names:
         check_names(recipes=recipe)
     check_names(rules=rule, convention=convention, tasks=task, texts=(data, calibration), models=(model,))
+    from qjax.driver.placement import in_our_words, parse_rule
     from qjax.evaluate.corpora import load_corpora
     from qjax.evaluate.tasks import load_tasks
     from qjax.evaluate.windows import parse_convention
@@ -69,10 +70,10 @@ def tune(
     from qjax.sweep.tune import by_cost
     from qjax.sweep.tune import tune as tune_recipes
 
-    measured, rules = parse_convention(convention), rules_in_order(rule or (), None)
     refuse_inputs(out, [model])
     prepare_output_folder(out)
-    loaded = load_model(model)
+    measured, loaded = parse_convention(convention), load_model(model)
+    rules = rules_in_order(map(str, in_our_words(loaded, map(parse_rule, rule or ()))), None)  # as the saved folder has them
     ordered = by_cost(loaded, canonical(names), rules)
     asked = calibration_for(loaded, (ordered, rules), calibration, [data], calibration_windows, calibration_window, seed)
     max_windows = default_windows(model, [data], max_windows)
@@ -105,11 +106,11 @@ def _measure(model, request, out, of, bound, rows):
     from qjax.sweep.runner import run_sweep
     from qjax.sweep.tune import Loss, loss_of
 
-    def row_of(recipe: str) -> dict:
+    def row_of(recipe: str, **changes) -> dict:
         with live_sweep(of_others=False) as watcher:
-            return run_sweep(model, dataclasses.replace(request, recipes=(recipe,)), out, watcher)[-1]
+            return run_sweep(model, dataclasses.replace(request, recipes=(recipe,), **changes), out, watcher)[-1]
 
-    before = row_of(UNQUANTIZED)  # without its figures there is nothing to compare with
+    before = row_of(UNQUANTIZED, rules=())  # without its figures there is nothing to compare with
 
     def measure(recipe: str) -> "Loss":
         try:

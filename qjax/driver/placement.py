@@ -133,6 +133,12 @@ def placement(model: Model, recipe: str | Recipe | None, rules: Iterable[str | R
             "(`qjax dequantize` writes one of the values that this stands for), or leave "
             "these kernels as they are with a rule 'PATTERN=none'"
         )
+    fixed = [path for path, chosen in placed.items() if chosen and chosen.activation and chosen.activation.fixed]
+    if fixed := [path for path in fixed if len(flat[path].shape) > 2]:
+        raise QjaxError(
+            f"llm_int8(outliers=calibration): {abridge(fixed)} hold experts, each with outliers of its own, whose rows do not "
+            "stack; take llm_int8, which finds them in every call, or another recipe for these kernels with a rule"
+        )
     return placed
 
 

@@ -78,7 +78,7 @@ def measure_divergence(
     baseline = runnable(baseline)
     total, length = windows.tokens.shape
     batch = min(max(1, (batch_tokens or BATCH_TOKENS[jax.default_backend()]) // length), total)
-    tokens = np.concatenate([windows.tokens, np.zeros((-total % batch, length), np.int32)])
+    tokens = np.pad(windows.tokens, ((0, -total % batch), (0, 0)), mode="edge")  # as in `perplexity.score`
     pieces = [jnp.asarray(tokens[start : start + batch]) for start in range(0, len(tokens), batch)]
     ours, theirs = (hidden_batches(each, ((piece,) for piece in pieces)) for each in (model, baseline))
     found = []

@@ -105,9 +105,8 @@ def score(
     All windows go through one part of a lazy model after the other (`hidden_batches`).
     """
     model = runnable(model, packed)
-    total, length = tokens.shape
-    batch = _batch_size(tokens)
-    padded = np.concatenate([tokens, np.zeros((-total % batch, length), np.int32)])
+    total, batch = len(tokens), _batch_size(tokens)
+    padded = np.pad(tokens, ((0, -total % batch), (0, 0)), mode="edge")  # other tokens might have other outliers (LLM.int8())
     pieces = [jnp.asarray(padded[start : start + batch]) for start in range(0, len(padded), batch)]
     rows = []
     for piece, (head, x) in zip(pieces, hidden_batches(model, ((piece,) for piece in pieces)), strict=True):
