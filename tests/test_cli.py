@@ -302,7 +302,7 @@ def test_help_is_fast_and_imports_no_jax():
         "formats",
         "recipes",
     )
-    places = [shown.index(f" {command} ") for command in (*order, "columns")]
+    places = [shown.index(f"│ {command} ") for command in (*order, "columns")]
     assert places == sorted(places)
 
 
