@@ -1,6 +1,8 @@
 """GGUF files: values of every type of block against an oracle, models against the same model in memory, and what is refused."""
 
+import contextlib
 import dataclasses
+import math
 import struct
 
 import jax
@@ -10,9 +12,11 @@ import pytest
 
 import qjax
 from qjax import qtensor
+from qjax.checkpoints.gguf.architectures import FAMILIES
 from qjax.checkpoints.gguf.blocks import KINDS, quantized
-from qjax.checkpoints.gguf.config import config_of, llama3_scaling
+from qjax.checkpoints.gguf.config import HARMLESS, READ_HERE, config_of, llama3_scaling
 from qjax.checkpoints.gguf.model import load_gguf
+from qjax.checkpoints.gguf.vocabulary import tokenizer_json
 from qjax.checkpoints.leaves import blank
 from qjax.errors import QjaxError
 from qjax.kernels import xla
@@ -218,6 +222,25 @@ def test_what_a_file_asks_for_is_done_or_refused(model):
     ):
         with pytest.raises(QjaxError, match=said):
             read(**changes)
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_values_of_any_kind_are_read_or_refused(architecture):
+    """Lists where a number or a text is expected among them."""
+    infos = {"token_embd.weight": type("Info", (), {"shape": (64, 32)})}
+    base = {"attention.head_count": 4, "embedding_length": 32, "block_count": 2, "rope.scaling.type": "linear"}
+    base = {"general.architecture": architecture} | {f"{architecture}.{key}": value for key, value in base.items()}
+    for key in (*FAMILIES[architecture][2], *READ_HERE, *HARMLESS):
+        for value in (np.array([], np.int32), np.array([1, 2]), [], ["a"], "", "a", 0, -1, True, math.nan):
+            with contextlib.suppress(QjaxError):
+                config_of(base | {f"{architecture}.{key}": value}, infos)
+
+
+@pytest.mark.parametrize("value", [np.array([1, 2]), ["gpt2"]], ids=str)
+def test_a_tokenizer_of_a_strange_kind_is_left_aside(value):
+    for values in ({"model": value}, {"model": "gpt2", "pre": value}):
+        with pytest.warns(qjax.QjaxWarning, match="tokenizer is of the kind .*, which is not read"):
+            assert tokenizer_json({f"tokenizer.ggml.{key}": each for key, each in values.items()}) is None
 
 
 def test_llama_3s_factors_are_known_again(model):

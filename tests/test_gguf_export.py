@@ -27,7 +27,7 @@ from qjax.models.scalings import LinearScaling, Llama3Scaling, LongScaling
 from qjax.models.tokenizer import load_tokenizer, wrap_tokenizer
 from qjax.models.tokenizer_trial import parse
 from tests import foreign, test_export, test_gguf
-from tests.conftest import FAMILY_CHANGES, FURTHER_CHANGES, tiny_config
+from tests.conftest import FAMILY_CHANGES, FURTHER_CHANGES, byte_tokenizer, tiny_config
 from tests.fuzz import seeds
 from tests.gguf_files import random_rows
 from tests.paths import real_data
@@ -271,6 +271,11 @@ def test_a_tokenizer_that_no_file_has_a_word_for_is_left_out():
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     with pytest.warns(qjax.QjaxWarning, match="the tokenizer is left out of the file: one of the kind WordLevel"):
         assert tokenizer_values(wrap_tokenizer(inner), 2) == {}
+    ending = byte_tokenizer().inner
+    ending.add_special_tokens(["</s>"])
+    ending.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 256)])
+    with pytest.warns(qjax.QjaxWarning, match="what this one puts before and behind it, has no name in GGUF files"):
+        assert tokenizer_values(wrap_tokenizer(ending), 257) == {}
 
 
 def test_the_command(tmp_path, capsys):

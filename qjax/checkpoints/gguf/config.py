@@ -43,8 +43,8 @@ def config_of(
     unknown = [f"{name}.{key} = {quoted(own[key])}" for key in own.keys() - {*names, *READ_HERE, *HARMLESS} if _says(own[key])]
     if unknown:
         raise QjaxError(f"keys that are not understood: {listing(sorted(unknown))}; convert the model anew, without them")
-    said = {key: value for key, value in own.items() if key in names and not (key in WINDOW and value == 0)}
-    config = implied | {names[key]: _number(f"{name}.{key}", value) for key, value in said.items()}
+    said = {key: _number(f"{name}.{key}", value) for key, value in own.items() if key in names}
+    config = implied | {names[key]: value for key, value in said.items() if not (key in WINDOW and value == 0)}
     config |= told_by_tensors(name, tensors, config)
     config |= {"model_type": family, "vocab_size": _vocabulary(tensors), "tie_word_embeddings": "output.weight" not in tensors}
     config |= _rotary(name, own, config, constants)

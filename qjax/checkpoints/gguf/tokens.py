@@ -47,8 +47,8 @@ def tokenizer_values(tokenizer: Tokenizer, rows: int) -> dict[str, object]:
             if _same(tokenizer, base | more, model, set(merges)):
                 return base | more
     warnings.warn(
-        f"the tokenizer is left out of the file: one of the kind {model['type']} that cuts text as this one does has no name "
-        "in GGUF files; llama.cpp cannot read texts without it",
+        f"the tokenizer is left out of the file: one of the kind {model['type']} that cuts text as this one does, and puts "
+        "what this one puts before and behind it, has no name in GGUF files; llama.cpp cannot read texts without it",
         QjaxWarning,
         stacklevel=2,
     )
@@ -91,7 +91,10 @@ def _same(tokenizer: Tokenizer, values: dict[str, object], model: dict, merges: 
     ):
         return False
     found = tokenizers.Tokenizer.from_str(content.decode())
-    same = found.encode(SAMPLE, add_special_tokens=False).ids == tokenizer.encode(SAMPLE).tolist()
+    same = all(
+        found.encode(SAMPLE, add_special_tokens=each).ids == tokenizer.encode(SAMPLE, special_tokens=each).tolist()
+        for each in (False, True)
+    )
     return same and _pieces(found) == _pieces(tokenizer.inner)
 
 
