@@ -50,8 +50,8 @@ def test_every_expert_has_an_input_of_its_own():
 
 def test_what_cannot_be_injected():
     model = small_model(tiny_config(vocabulary_size=61))
-    for factor, channels in ((0, 1), (40, 0), (40, 10**6)):
-        with pytest.raises(QjaxError, match="expected a factor above 0 and 1 to"):
+    for factor, channels in ((0, 1), (-40, 1), (float("inf"), 1), (float("nan"), 1), (1e-40, 1), (40, 0), (40, 10**6)):
+        with pytest.raises(QjaxError, match="to 10000 and 1 to"):
             qjax.inject_outliers(model, factor, channels)
     with pytest.raises(QjaxError, match="in no block of the family 'cohere'"):
         qjax.inject_outliers(small_model(tiny_config(vocabulary_size=61, **COHERE)))

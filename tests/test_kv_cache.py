@@ -22,6 +22,8 @@ from qjax.models.fingerprint import model_fingerprint
 from qjax.models.model import apply, empty_caches
 from qjax.qtensor import nbytes
 from qjax.recipe import parse_recipe
+from qjax.report.figures import with_share
+from qjax.report.series import by_method
 from qjax.sweep.cells import canonical
 from qjax.sweep.rows import recipe_columns
 from tests.conftest import FAMILY_CHANGES, FURTHER_CHANGES, byte_tokenizer, random_model, tiny_config
@@ -251,3 +253,23 @@ def test_rows():
     assert "cache" not in recipe_columns("rtn:int4-g16") and "cache" not in recipe_columns("none")
     names = canonical(["gptq:int4-g16 KV:int8-token", "gptq:int4-g16@qep kv:int8-token", "none kv:int8-token"], "parallel")
     assert names == ["gptq:int4-g16@parallel kv:int8-token", "gptq:int4-g16@qep kv:int8-token", "kv:int8-token"]
+
+
+def test_names_of_lines_in_figures():
+    """A cache is said behind what a recipe does to weights and inputs, and tells lines, and what is a share of what, apart."""
+
+    def row(recipe):
+        recipe, *rules = recipe.split("; ")
+        return {"model": "toy", "recipe": "; ".join([recipe, *rules]), **recipe_columns(recipe, rules)}
+
+    names = {
+        "none": "toy",
+        "kv:int8-token": "kv:int8-token",
+        "kv:int8-token; mlp/down=rtn:int8-channel": "kv:int8-token with mlp/down=rtn:int8-channel",
+        "rtn:int8-channel/int8-token kv:int4-token": "rtn/int8-token kv:int4-token",
+        "gptq:int4-g16/int8-token@parallel kv:int4-token": "gptq/int8-token@parallel kv:int4-token",
+    }
+    assert {recipe: by_method(row(recipe)) for recipe in names} == names
+    loss = {"fingerprint": "a", "nll_delta": 0.1, "nll_delta_stderr": 0.001}
+    plain, cached = with_share([row(recipe) | loss for recipe in ("rtn:int4-g16", "gptq:int4-g16 kv:int4-token")])
+    assert "share_of" in plain and "share_of" not in cached

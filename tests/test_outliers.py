@@ -8,7 +8,7 @@ import pytest
 import qjax
 from qjax.errors import QjaxError
 from qjax.evaluate import perplexity
-from qjax.linear import Linear, apply_linear, dense
+from qjax.linear import Linear, apply_linear, dense, dequantize
 from qjax.outliers import split_outliers
 from tests.conftest import MIXTRAL, random_model, tiny_config
 from tests.extension.common import tiny_model
@@ -87,10 +87,12 @@ def test_outliers_of_calibration_keep_their_rows(tokens):
         if leaf.outliers is not None:
             index = np.asarray(leaf.outliers.index)
             assert len(index) == next(count for layers, count in seen.items() if path in layers)
-            exact = np.asarray(float_model.params["block_0"][part][name]["kernel"])[index]
-            np.testing.assert_array_equal(leaf.outliers.weight, exact.astype(np.float16))
+            exact = np.asarray(float_model.params["block_0"][part][name]["kernel"])
+            np.testing.assert_array_equal(leaf.outliers.weight, exact[index].astype(np.float16))
             found += len(index)
-            assert next(r for r in report.layers if r.path == f"block_0/{path}/kernel").bits_per_weight > 8.1
+            row = next(r for r in report.layers if r.path == f"block_0/{path}/kernel")
+            error = np.sum(np.square(dequantize(leaf) - exact)) / np.sum(np.square(exact))  # of codes and kept rows together
+            assert row.bits_per_weight > 8.1 and row.weight_error == pytest.approx(error, rel=1e-4)
     assert found
 
 

@@ -136,13 +136,14 @@ def placed(done: Rounded, q: QTensor, info: Info, memo: Memo, *, corrected: bool
     """The kernel with these codes. corrected: what was rounded is not the weight as it came."""
     mapped, known, exponent = done.mapped, done.statistics, 0 if q.format.is_float else exponent_of(done.weight)
     unit, moments = functools.partial(times_power_of_two, exponent=-exponent), given_to(output_loss, known)
-    if exponent:  # all diagnostics are taken here
+    leaf = done.leaf_of(q)
+    kept = q if leaf.outliers is None else Linear(q, outliers=leaf.outliers)
+    if exponent or kept is not q:  # all diagnostics are taken here
         info, corrected = info._replace(proxy_loss=None), True
     if moments:
-        loss = output_loss(unit(dequantize(q) - done.weight), *moments) if info.proxy_loss is None else info.proxy_loss
+        loss = output_loss(unit(dequantize(kept) - done.weight), *moments) if info.proxy_loss is None else info.proxy_loss
         whole = memo.get(output_loss, unit(done.weight), *moments)
         info = info._replace(proxy_loss=loss, output_error=relative(loss, whole))
-    leaf = done.leaf_of(q)
     leaf = leaf if leaf.inputs or leaf.activation else q
     if corrected:  # for every method alike
         rows = mapped.inputs[0].scale[:, None] if mapped is not None and mapped.folded else 1.0

@@ -11,7 +11,7 @@ import numpy as np
 from qjax.errors import QjaxError
 from qjax.lazy import materialised
 from qjax.linear import is_quantized
-from qjax.maps import Divide
+from qjax.maps import LARGEST, Divide
 from qjax.models.folding import Fold, fold_map, folds
 from qjax.models.model import Model
 from qjax.models.parameters import flatten, unflatten
@@ -21,14 +21,14 @@ from qjax.models.walk import block_name
 def inject_outliers(model: Model, factor: float = 40.0, channels: int = 4, *, seed: int = 0) -> Model:
     """The model with `channels` channels of what its norms make `factor` times as large; seed: of which channels.
 
-    Changed parameters are float32; the name says so. Raises QjaxError for a factor that is not above 0, more channels than
+    Changed parameters are float32; the name says so. Raises QjaxError for a factor beyond `maps.LARGEST`, more channels than
     there are, a quantized model, and one in which no norm feeds linear layers alone.
     """
     config = model.config
-    if not factor > 0 or not 1 <= channels <= config.hidden_size:
+    if not 1 / LARGEST <= factor <= LARGEST or not 1 <= channels <= config.hidden_size:
         raise QjaxError(
-            f"inject_outliers: factor {factor}, channels {channels}; expected a factor above 0 and 1 to {config.hidden_size} "
-            "channels"
+            f"inject_outliers: factor {factor}, channels {channels}; expected a factor of {1 / LARGEST:g} to {LARGEST:g} and 1 "
+            f"to {config.hidden_size} channels"
         )
     leaves = flatten(materialised(model.params))
     if any(map(is_quantized, leaves.values())):

@@ -119,8 +119,9 @@ def interval_of(row: Row, value: str = "increase") -> tuple[float, float, float]
 
 
 def with_share(rows: Sequence[Row]) -> list[Row]:
-    """The rows, those of formats that nearest rounding was measured in too (of the same model, with the same format of inputs
-    and rules) with `share_of`, its increase there, percent. Not where that is less than RESOLVED standard errors.
+    """The rows, those of formats that nearest rounding was measured in too (of the same model, with the same formats of inputs
+    and cache and the same rules) with `share_of`, its increase there, percent. Not where that is less than RESOLVED standard
+    errors.
     """
     nearest = {
         _place(row): increase(row) for row in rows if row.get("method") == row.get("options") == "rtn" and _resolved(row)
@@ -130,7 +131,7 @@ def with_share(rows: Sequence[Row]) -> list[Row]:
 
 def _place(row: Row) -> tuple[str, ...]:
     """What a recipe that is a share of another has in common with it."""
-    return tuple(str(row.get(column)) for column in ("fingerprint", "format", "activation", "rules"))
+    return tuple(str(row.get(column)) for column in ("fingerprint", "format", "activation", "cache", "rules"))
 
 
 def _resolved(row: Row) -> bool:

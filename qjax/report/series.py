@@ -58,16 +58,17 @@ class Parts:
 
 def parts_of(row: Row) -> Parts:
     """Of the model as it is, and of one of which a rule quantizes some kernels, `stages` is a name."""
-    rules = "; ".join(row["rules"])
+    rules, cache = "; ".join(row["rules"]), f" kv:{row['cache']}" if row.get("cache") else ""
     if row["format"] == UNQUANTIZED:
-        return Parts(f"{UNQUANTIZED} with {rules}" if rules else str(row["model"]), UNQUANTIZED)
-    recipe, at, order = recipe_without_rules(row).partition("@")
+        alone = cache.strip() or (UNQUANTIZED if rules else str(row["model"]))
+        return Parts(f"{alone} with {rules}" if rules else alone, UNQUANTIZED)
+    recipe, at, order = recipe_without_rules(row).removesuffix(cache).partition("@")
     activation = f"/{row['activation']}" if row.get("activation") else ""
     activation = activation if recipe.endswith(activation) else ""  # llm_int8 is among the stages
     stages = recipe.removesuffix(activation).removesuffix(str(row["format"])).removesuffix(":")
     fmt = parse_format(str(row["format"]))
     grouping, _, others = str(fmt).partition("-")[2].partition("-")
-    placed = activation + at + order + (f" with {rules}" if rules else "")
+    placed = activation + at + order + cache + (f" with {rules}" if rules else "")
     return Parts(stages or ("rtn" if grouping else str(fmt)), fmt.grid_name, grouping, others, placed)
 
 
