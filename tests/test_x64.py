@@ -45,7 +45,8 @@ HOUSE = {*names("transform", "rounding", "refiner")}  # before any test register
 
 
 def test_every_method_is_here():
-    assert {getattr(case, "values", case)[0] for case in CASES} == HOUSE - {*added_methods()}
+    maps_alone = {"smoothquant", "hadamard"}  # which round nothing
+    assert {getattr(case, "values", case)[0] for case in CASES} == HOUSE - {*added_methods()} - maps_alone
 
 
 @pytest.mark.parametrize(("method", "fmt"), CASES)

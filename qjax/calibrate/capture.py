@@ -183,7 +183,7 @@ def capture_statistics(
     wanted = Wanted(tuple((name, STATISTICS[name]) for name in dict.fromkeys([*names, COUNT])), tuple(needed))
     given = (module, params, batches, needed, exact, prefix)
     states, outputs = _states(wanted, *given, stacks=stacks, keep_outputs=keep_outputs)
-    values = _values(wanted.statistics, states, stacks)
+    values = _values(wanted, states, stacks)
     hardly = {path: experts.hardly_reached(state) for path, state in states.items() if path in stacks}
     if again := tuple(path for path, numbers in hardly.items() if len(numbers)):
         states, _ = _states(wanted._replace(paths=again, everyone=True), *given, stacks=stacks)
@@ -217,15 +217,15 @@ def _states(
     return states, outputs
 
 
-def _values(statistics: tuple, states: Mapping[str, dict], stacks: Mapping[str, int]) -> dict[str, dict[str, Array]]:
-    """Values of every layer by its path; of one of a stack also how many tokens were routed to it."""
+def _values(wanted: Wanted, states: Mapping[str, dict], stacks: Mapping[str, int]) -> dict[str, dict[str, Array]]:
+    """Values of every layer by its path, as they are wanted; of one of a stack also how many tokens were routed to it."""
     values = {}
-    for path, state in states.items():
+    for path in wanted.paths:
         if path not in stacks:
-            values[path] = {name: each.finalize(state[name]) for name, each in statistics}
+            values[path] = {name: each.finalize(states[path][name]) for name, each in wanted.statistics}
             continue
         for number in range(stacks[path]):
-            found = experts.finish(statistics, state, number)
+            found = experts.finish(wanted.statistics, states[path], number)
             values[member(path, number)] = found | {ROUTED: found[COUNT]}
     return values
 
