@@ -44,7 +44,14 @@ SUFFIXES = {  # experiment -> tables that it is about; "": of perplexity
     "activations": {"", "inputs"},
 }
 ELSEWHERE = ("formats_at_4_bits", "order")  # have tests of their own
-DEAR = ("bitwidth_sweep", "calibration", "composition")  # many cells of what the others do too
+DEAR = (
+    "bitwidth_sweep",
+    "calibration",
+    "composition",
+    "tradeoff",
+    "activations",
+    "real_models",
+)  # many cells of what the others do too
 TWINS = [pytest.param(name, marks=[pytest.mark.slow] if name in DEAR else []) for name in SUFFIXES if name not in ELSEWHERE]
 FEWEST = {"real_models": 6, "activations": 32}  # windows, of 512 tokens, and of two models each
 

@@ -112,6 +112,7 @@ def test_bytes_are_the_formula(base, adapters, asked):
     assert found.frozen == nbytes(base.params)
 
 
+@pytest.mark.slow
 def test_no_float_copy_of_the_base_is_held():
     """A step's temporary memory grows with the depth by far less than a float block."""
 
