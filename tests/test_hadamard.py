@@ -67,7 +67,7 @@ def test_the_map_is_orthogonal(size, block):
     with pytest.raises(QjaxError, match="mixes inputs"):
         each.on_statistic(jnp.ones(size), 1)
     assert each.on_input(jnp.ones((2, size), jnp.bfloat16)).dtype == jnp.bfloat16
-    assert each.signs.nbytes == -(-size // 8) and each == dataclasses.replace(each)
+    assert each.signs.nbytes == -(-size // 8)
 
 
 def test_seeds_and_signs():

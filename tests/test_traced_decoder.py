@@ -1,7 +1,8 @@
-"""Our decoder as any other function: the tracing gives what the driver gives, bit for bit."""
+"""Our decoder as any other function: the tracing gives what the driver gives, bit for bit; to rounding where JAX is newer."""
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from qjax.tracing.trace import leaves_of
 from tests.conftest import tiny_config
 from tests.random_weights import small_model
 
+EXACT = jax.__version_info__ < (0, 11)  # a newer compiler fuses sums of the two programs in its own ways
 CONFIG = tiny_config(vocabulary_size=61)
 TOKENS = np.random.default_rng(0).integers(0, 61, (16, 32)).astype(np.int32)
 
@@ -43,11 +45,16 @@ def test_codes_statistics_and_logits_are_those_of_the_driver(order):
         weights=[jnp.ones(TOKENS.shape)],
         rules=["^(embed|head)=none"],
     )
-    records = {record.path: record._replace(seconds=0) for record in report.layers if record.recipe != "none"}
-    assert records == {record.path: record._replace(seconds=0) for record in told.layers if record.recipe != "none"}
+    records, known = ({r.path: r for r in each.layers if r.recipe != "none"} for each in (report, told))
+    assert records.keys() == known.keys()
+    for path, record in records.items():
+        for name in record._fields:
+            found, exact = getattr(record, name), getattr(known[path], name)
+            same = found == (exact if EXACT or not isinstance(exact, float) else pytest.approx(exact, rel=1e-6))
+            assert same or name == "seconds", (path, name)
     wanted, got = leaves_of(expected.params).arrays, leaves_of(params).arrays
     for path in records:
         np.testing.assert_array_equal(got[path].weight.codes, wanted[path].codes, err_msg=path)
         np.testing.assert_array_equal(got[path].weight.scales, wanted[path].scales, err_msg=path)
     logits = qjax.apply_function(function(False), params, jnp.asarray(TOKENS))
-    np.testing.assert_array_equal(logits, qjax.apply(expected, TOKENS))
+    np.testing.assert_allclose(logits, qjax.apply(expected, TOKENS), rtol=0, atol=0 if EXACT else 1e-5)

@@ -258,7 +258,8 @@ def _while(mode: Mode, eqn: JaxprEqn, lanes: Lanes, record: Record) -> tuple[lis
 
 def _scan(mode: Mode, eqn: JaxprEqn, lanes: Lanes, record: Record) -> tuple[list[list], Record]:
     p = eqn.params
-    first, second, split = p["num_consts"], p["num_consts"] + p["num_carry"], p["num_carry"]
+    first, split = scan_sizes(p)
+    second = first + split
     kept: dict[int, int] = {}  # outputs that are parameters' slices as they came, as Flax NNX returns all its state
     consts = [values[:first] for values in lanes]
     carries = [[plain(value, "scan") for value in values[first:second]] for values in lanes]
@@ -292,6 +293,14 @@ def _scan(mode: Mode, eqn: JaxprEqn, lanes: Lanes, record: Record) -> tuple[list
     return [[*carry, *ys] for carry, ys in zip(carries, collected, strict=True)], record | held | own
 
 
+def scan_sizes(params: Mapping) -> tuple[int, int]:
+    """How many constants a scan's body takes, and how many values it carries."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = map(len, params["ft_in"].unpack())  # JAX from 0.12 on
+    return consts, carry
+
+
 def unchanged(eqn: JaxprEqn, outputs: Sequence[object], slices: Sequence[object]) -> dict[int, int]:
     """Outputs of a scan's body, by number, that are a slice it was given, and which."""
     types = [[v.aval.dtype for v in variables] for variables in (eqn.outvars[-len(outputs) :], eqn.invars[-len(slices) :])]
@@ -300,7 +309,9 @@ def unchanged(eqn: JaxprEqn, outputs: Sequence[object], slices: Sequence[object]
         i: j
         for i, out in enumerate(outputs)
         for j, part in enumerate(slices)
-        if getattr(out, "layout", None) and getattr(part, "layout", None) and same(out, part) and types[0][i] == types[1][j]
+        if None not in (getattr(out, "path", None), getattr(part, "path", None))
+        and same(out, part)
+        and types[0][i] == types[1][j]
     }
 
 

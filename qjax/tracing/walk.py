@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
-from qjax.tracing.interpreter import unchanged
+from qjax.tracing.interpreter import scan_sizes, unchanged
 from qjax.tracing.layout import Layout, View, rearranged, view_of, whole
 from qjax.tracing.product import Product, product_of
 from qjax.tracing.trace import Traced
@@ -150,7 +150,8 @@ def _nested(eqn: JaxprEqn, given: list[_Seen], log: Uses) -> list[_Seen]:
         _walk(p["cond_jaxpr"].jaxpr, [*given[:tests], *carry], log)
         _kept(_walk(p["body_jaxpr"].jaxpr, [*given[tests:ends], *carry], log), log, "returned by a loop")
         return new
-    first, second = p["num_consts"], p["num_consts"] + p["num_carry"]
+    first, split = scan_sizes(p)
+    second = first + split
     sliced = []
     for seen in given[second:]:
         layout = None if seen.path is None else seen.layout.taken(0)
@@ -159,9 +160,9 @@ def _nested(eqn: JaxprEqn, given: list[_Seen], log: Uses) -> list[_Seen]:
         sliced.append(_Seen(object()) if layout is None else seen._replace(key=object(), layout=layout))
     inner = [*given[:first], *_carried(given[first:second], log), *sliced]
     outputs = _walk(p["jaxpr"].jaxpr, inner, log)
-    back = unchanged(eqn, outputs[p["num_carry"] :], sliced)
-    _kept([out for i, out in enumerate(outputs) if i - p["num_carry"] not in back], log, "returned by a scan")
-    return [given[second + back[i - p["num_carry"]]] if i - p["num_carry"] in back else each for i, each in enumerate(new)]
+    back = unchanged(eqn, outputs[split:], sliced)
+    _kept([out for i, out in enumerate(outputs) if i - split not in back], log, "returned by a scan")
+    return [given[second + back[i - split]] if i - split in back else each for i, each in enumerate(new)]
 
 
 def _carried(seen: Sequence[_Seen], log: Uses) -> list[_Seen]:
