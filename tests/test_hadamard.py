@@ -256,3 +256,13 @@ def test_bad_options():
         quantize(model, "hadamard:int4-g16", rules=["down=hadamard(seed=1):int8-g16"])
     assert "mixes inputs" in problem_of(parse_recipe("hadamard+rtn:int8-channel/int8-tensor"), (32, 8))
     assert problem_of(parse_recipe("hadamard+gptq:int4-g16/int4-token"), (32, 8)) is None
+
+
+def test_behind_smoothing(spiky):
+    """What smoothquant reads of inputs need not be known behind the rotation."""
+    recipe = "smoothquant+hadamard(block=8)+rtn:int8-channel/int8-token@parallel"
+    tokens = np.random.default_rng(0).integers(0, 61, (2, 16)).astype(np.int32)
+    quantized, _ = quantize(spiky, recipe, calibration=tokens)
+    leaf = quantized.params["block_0"]["mlp"]["down"]["kernel"]
+    assert [type(each).__name__ for each in leaf.inputs] == ["Scale", "Hadamard"]
+    np.testing.assert_allclose(apply(quantized, tokens), apply(spiky, tokens), atol=0.2)

@@ -4,6 +4,7 @@ Diagnostics are taken here, for all methods alike: proxy loss and output error o
 the one it stands for.
 """
 
+import dataclasses
 import functools
 import math
 import time
@@ -116,7 +117,8 @@ def round_kernel(
     memo: Memo,
 ) -> Rounded:
     """Corrects, maps and rounds one weight; statistics are of its input as captured."""
-    needed, original = (*recipe.statistics, *read_by(output_loss)), weight  # its loss is told of every layer
+    later, original = dataclasses.replace(recipe, transforms=()), weight  # what transforms read need not be known behind them
+    needed = (*later.statistics, *read_by(output_loss))  # its loss is told of every layer
     known = {name: value for name, value in statistics.items() if name in needed}
     drifted = given_to(correct, statistics)
     if drifted:
