@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.evaluate.corpora import Corpus, load_corpus
-from qjax.evaluate.statistics import autocorrelation, estimate
+from qjax.evaluate.statistics import autocorrelation, jackknife
 from qjax.evaluate.windows import Convention, Windows, corpus_windows, parse_convention
 from qjax.models.model import Model, hidden_batches, losses, named, runnable
 from qjax.numbers import require_finite
@@ -129,7 +129,7 @@ def summarise(
     """The result of per-token losses, finite on scored tokens, summed in float64."""
     window_nll = np.sum(np.where(windows.scored, token_nll, 0), axis=1, dtype=np.float64)
     counts = windows.scored.sum(axis=1)
-    nll, nll_stderr, *_ = estimate(window_nll, counts, windows.documents)
+    nll, nll_stderr, _ = jackknife(window_nll, counts, windows.documents)
     value = math.exp(nll) if nll < 700 else math.inf
     return PerplexityResult(
         value=value,
