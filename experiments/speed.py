@@ -92,13 +92,14 @@ def whole_model(out: Path, rounds: int, name: str, folder: Path, scored: int, wi
     """Losses and GPTQ of a model in a folder."""
     model = qjax.load(folder)
     tokens = np.random.default_rng(0).integers(0, model.config.vocabulary_size, (max(scored, windows), WINDOW), np.int32)
-    held = runnable(model)
-    losses = {}
+    ours, losses = {}, {}
     for dtype in ("float32", "bfloat16"):
+        held = runnable(model, compute=dtype)
+        ours[f"losses in {dtype}"] = functools.partial(score, held, tokens[:scored], compute=dtype)
         theirs = peers.load_transformers(folder, dtype)
         losses[f"transformers {dtype}"] = functools.partial(peers.losses_transformers, theirs, tokens[:scored])
-    take_turns(out, rounds, name, {"losses": functools.partial(score, held, tokens[:scored])}, losses)
-    del held, losses
+    take_turns(out, rounds, name, ours, losses)
+    del held, ours, losses
 
     def quantize(recipe):
         jax.block_until_ready(qjax.quantize(model, recipe, calibration=tokens[:windows])[0].params)
