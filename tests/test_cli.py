@@ -279,6 +279,16 @@ def test_rows_survive_a_disk_that_fills_up(checkpoint, tmp_path, capsys, monkeyp
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 1
 
 
+def test_formats_are_listed_without_numpy():
+    script = (
+        "import sys\nfrom qjax.cli.app import main\n"
+        "try:\n    main(['formats'])\nexcept SystemExit as stop:\n    assert not stop.code\n"
+        "assert not {'jax', 'numpy', 'jaxtyping', 'scipy'} & set(sys.modules)"
+    )
+    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert "int4-g128" in shown and "4.156" in shown
+
+
 def test_help_is_fast_and_imports_no_jax():
     script = "import sys, qjax.cli.app; assert not {'jax', 'numpy', 'flax'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)

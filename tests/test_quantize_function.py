@@ -173,12 +173,30 @@ def test_activation_formats_hold_for_experts_too():
     np.testing.assert_allclose(qjax.apply_function(ragged, params, X), jnp.concatenate(expected), atol=1e-5)
 
 
+@pytest.mark.parametrize("order", ["parallel", "sequential", "qep"])
+def test_bfloat16_parameters_stay_what_the_function_expects(order):
+    """A scan's carry keeps its type in every run that calibrates; the codes are those of the same weights in float32."""
+
+    def fn(p, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x.astype(p["w"].dtype), p["w"])[0]
+
+    wide = normal(1, 2, 8, 8).astype(jnp.bfloat16).astype(jnp.float32)
+    narrow, _ = qjax.quantize_function(fn, {"w": wide.astype(jnp.bfloat16)}, f"gptq:int4-g4@{order}", batches=[(X,)])
+    assert qjax.apply_function(fn, narrow, X).dtype == narrow["w"].array().dtype == jnp.bfloat16
+    first, _ = qjax.quantize_function(
+        product, {"w": wide[0]}, "gptq:int4-g4@parallel", batches=[(X.astype(jnp.bfloat16).astype(jnp.float32),)]
+    )
+    np.testing.assert_array_equal(narrow["w"].weight.codes[0], first["w"].weight.codes)
+
+
 def test_misuse_is_named():
     w = {"w": normal(1, 8, 8)}
     for batches, told in (([], "batches is empty"), ([X], r"batches\[0\] is"), ([(X,)], "quantized already")):
         params = w if told != "quantized already" else qjax.quantize_function(product, w, "nf4-g4", batches=[(X,)])[0]
         with pytest.raises(qjax.QjaxError, match=told):
             qjax.quantize_function(product, params, "nf4-g4", batches=batches)
+    with pytest.raises(qjax.QjaxError, match=r"the function itself fails on a batch, TypeError: dot_general requires"):
+        qjax.quantize_function(product, w, "nf4-g4", batches=[(X[..., :4],)])
     params, _ = qjax.quantize_function(product, w, "nf4-g4", batches=[(X,)])
     with pytest.raises(qjax.QjaxError, match="w: a quantized parameter reaches sin"):
         qjax.apply_function(lambda p, x: jnp.sin(p["w"]), params, X)

@@ -14,7 +14,7 @@ import pytest
 import qjax
 from qjax.errors import QjaxError
 from qjax.numbers import NotFiniteError
-from qjax.train import loop
+from qjax.train import log, loop
 from qjax.train.loop import TrainConfig
 from tests.conftest import byte_tokenizer
 
@@ -149,11 +149,28 @@ def test_a_loss_that_is_not_finite_names_step_and_checkpoint(tmp_path):
         return loss(trained, frozen, tokens) + jnp.where(trained["shift"][0] < -0.05, jnp.nan, 0.0) + trained["shift"][0]
 
     config = TrainConfig(steps=9, batch=1, window=6, learning_rate=0.03, warmup=0)
-    with pytest.raises(NotFiniteError, match=r"step 3 the loss is nan.*checkpoint is .*run/steps/2; lower") as stopped:
+    with pytest.raises(NotFiniteError, match=r"step 3 the loss is nan.*checkpoint is .*run/steps/1; lower") as stopped:
         loop.train(breaks, TRAINED, FROZEN, stream(), config, folder=tmp_path / "run", save_every=1)
-    assert (tmp_path / "run" / "steps" / "2").is_dir(), stopped
-    with pytest.raises(NotFiniteError, match="there is no checkpoint"):
+    assert (tmp_path / "run" / "steps" / "1").is_dir(), stopped  # of the second one the loss is nan
+    with pytest.raises(NotFiniteError, match="there is no good checkpoint"):
         loop.train(breaks, TRAINED, FROZEN, stream(), config)
+
+
+def test_what_the_last_step_made_is_finite():
+    config = TrainConfig(steps=1, batch=1, window=6, learning_rate=3e38, weight_decay=10.0)
+    with pytest.raises(NotFiniteError, match="what step 1 made is not finite"):
+        loop.train(loss, jax.tree.map(jnp.ones_like, TRAINED), FROZEN, stream(), config)
+
+
+def test_a_row_that_a_kill_cut_off_is_none(tmp_path):
+    told = [loop.Told(step, 1.0 / step, 1.0, 0.1, 5.0, 0.0) for step in (1, 2, 3)]
+    add = log.step_log(tmp_path / log.ROWS)
+    for each in told[:2]:
+        add(each)
+    with (tmp_path / log.ROWS).open("a") as file:
+        file.write('{"step": 3, "lo')
+    log.step_log(tmp_path / log.ROWS)(told[2])
+    assert [(row["step"], row["loss"]) for row in log.step_rows(tmp_path / log.ROWS)] == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
 
 
 def test_eight_devices_do_what_one_does():
@@ -173,6 +190,13 @@ def test_what_is_refused():
         loop.train(loss, TRAINED, FROZEN, stream()[:6], CONFIG)
     with pytest.raises(QjaxError, match="64 devices"):
         loop.train(loss, TRAINED, FROZEN, stream(), CONFIG, devices=64)
-    for bad in ({"steps": 0}, {"batch": 3, "micro_batch": 2}, {"learning_rate": 0.0}, {"schedule": "stairs"}, {"warmup": 1.0}):
+    for bad in (
+        {"steps": 0},
+        {"batch": 3, "micro_batch": 2},
+        {"learning_rate": 0.0},
+        {"schedule": "stairs"},
+        {"warmup": 1.0},
+        {"seed": -1},
+    ):
         with pytest.raises(QjaxError, match="expected sizes of at least 1"):
             TrainConfig(**({"steps": 1} | bad))

@@ -12,8 +12,9 @@ ROWS = "training.jsonl"
 
 
 def step_rows(path: Path) -> list[dict[str, object]]:
-    """The rows of a run so far; none where there is no file."""
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+    """The rows of a run so far; none where there is no file. A last line without its end, of a killed run, is no row."""
+    lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def step_log(path: Path) -> Callable[[Told], None]:

@@ -63,11 +63,13 @@ class TrainConfig:
             or not all(math.isfinite(rate) and rate >= 0 for rate in rates.values())
             or not (self.learning_rate > 0 and self.clip_norm > 0 and self.warmup < 1)
             or self.schedule not in schedules
+            or self.seed < 0
         ):
-            told = ", ".join(f"{name}={value}" for name, value in (sizes | rates | {"schedule": self.schedule}).items())
+            others = {"schedule": self.schedule, "seed": self.seed}
+            told = ", ".join(f"{name}={value}" for name, value in (sizes | rates | others).items())
             raise QjaxError(
                 f"training: got {told}; expected sizes of at least 1, a batch that micro_batch divides, rates above 0, a "
-                f"warmup below 1 and a schedule of {', '.join(schedules)}"
+                f"warmup below 1, a schedule of {', '.join(schedules)} and a seed of at least 0"
             )
 
     @property
@@ -307,8 +309,8 @@ def train(
     """What is trained after all steps.
 
     folder: of checkpoints, from the last of which the same call goes on. identity: what else than the configuration and the
-    tokens makes the run what it is. Raises NotFiniteError, which names the step and the last good checkpoint, where the loss or
-    its gradient is not finite, and QjaxError for checkpoints of another run and a text shorter than a window.
+    tokens makes the run what it is. Raises NotFiniteError, which names the step and the last good checkpoint, where the loss,
+    its gradient or what is trained is not finite, and QjaxError for checkpoints of another run and a text that is too short.
     """
     batch_at(tokens, config, 0)
     optimizer = make_optimizer(config, rates)
@@ -324,20 +326,28 @@ def train(
         for step in range(first, config.steps):
             state, figures = step_of(state, frozen, batch_at(tokens, config, step))
             value, norm = map(float, figures)
-            if not (math.isfinite(value) and math.isfinite(norm)):
+            due = (step + 1) % save_every == 0 or step + 1 == config.steps
+            if not (math.isfinite(value) and math.isfinite(norm) and (not due or _all_finite(state.params))):
                 raise _not_finite(step, value, norm, folder, manager)
             seconds = (time.perf_counter() - started) / max(1, step - first)
             started = time.perf_counter() if step == first else started  # the first step compiles
             left, rate = seconds * (config.steps - step - 1), float(learning_rate(config, step))
             on_step(Told(step + 1, value, norm, rate, config.tokens_per_step / seconds, left))
-            if manager is not None and ((step + 1) % save_every == 0 or step + 1 == config.steps):
+            if manager is not None and due:
                 save(manager, state)
     return state.params
 
 
+def _all_finite(tree: PyTree) -> bool:
+    return all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(tree))
+
+
 def _not_finite(step: int, value: float, norm: float, folder: Path | None, manager: Any) -> NotFiniteError:
-    last = None if manager is None else manager.latest_step()
-    good = "there is no checkpoint" if last is None else f"the last good checkpoint is {folder / 'steps' / str(last)}"
+    # A checkpoint of `step` finished steps holds the very numbers that this loss is of: the one before it is good.
+    before = [] if manager is None else [saved for saved in manager.all_steps() if saved < step]
+    good = f"the last good checkpoint is {folder / 'steps' / str(max(before))}" if before else "there is no good checkpoint"
+    if math.isfinite(value) and math.isfinite(norm):
+        return NotFiniteError(f"training: what step {step + 1} made is not finite; {good}; lower the learning rate")
     return NotFiniteError(
         f"training: at step {step + 1} the loss is {value}, the norm of its gradient {norm}; {good}; lower the learning rate, "
         "or look for broken weights"
