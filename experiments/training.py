@@ -29,7 +29,7 @@ from qjax.train.qat import QatConfig
 from qjax.train.run import Run, qat, qlora, training_tokens
 
 SHAKESPEARE = "{data}/text/tinyshakespeare.txt"
-QAT = TrainConfig(steps=1000, batch=8, micro_batch=8, window=256, learning_rate=1.5e-3)
+QAT = TrainConfig(steps=1000, batch=8, micro_batch=8, window=256, learning_rate=5e-4)
 LEARNING = QatConfig(loss="kl", rate=0.1)
 LORA = TrainConfig(steps=300, batch=8, micro_batch=8, window=256, learning_rate=4e-3)
 

@@ -42,6 +42,7 @@ SUFFIXES = {  # experiment -> tables that it is about; "": of perplexity
     "bitwidth_sweep": {"widths"},
     "real_models": {"accuracy", "divergence"},
     "activations": {"", "inputs"},
+    "compute_types": {"", "compute_types"},
 }
 ELSEWHERE = ("formats_at_4_bits", "order")  # have tests of their own
 DEAR = (
@@ -51,9 +52,10 @@ DEAR = (
     "tradeoff",
     "activations",
     "real_models",
+    "compute_types",
 )  # many cells of what the others do too
 TWINS = [pytest.param(name, marks=[pytest.mark.slow] if name in DEAR else []) for name in SUFFIXES if name not in ELSEWHERE]
-FEWEST = {"real_models": 6, "activations": 32}  # windows, of 512 tokens, and of two models each
+FEWEST = {"real_models": 6, "activations": 32, "compute_types": 32}  # windows, of 512 tokens, and of models each
 
 
 @pytest.fixture
@@ -98,6 +100,22 @@ def test_tiny_twin(load, block, name, tmp_path):
     assert len(rows) >= 2 and rows == read_rows(tmp_path / ROWS)
     assert {re.sub(r"^.*-windows-\d+-?(cloze-4-\w+-?)?", "", path.stem) for path in tmp_path.glob("*.md")} >= SUFFIXES[name]
     assert list(tmp_path.glob("*.png"))
+
+
+def test_compute_types_are_paired_by_recipe(load):
+    """What bfloat16 costs every recipe alike moves no change; what it costs one alone does."""
+    script = load("compute_types")
+    losses = {("none", "float32"): 0.0, ("none", "bfloat16"): 0.1, ("rtn", "float32"): 1.0, ("rtn", "bfloat16"): 1.3}
+    wave = np.sin(np.arange(12))
+    common = {"fingerprint": "m", "corpus_fingerprint": "c", "window_tokens": [2] * 12, "window_documents": list(range(12))}
+    rows = [
+        common | {"recipe": recipe, "compute_dtype": name, "window_nll": list(2 * (wave + loss))}
+        for (recipe, name), loss in losses.items()
+    ]
+    none, rtn = script.pairs(rows)
+    found = [each.value for pair in (none, rtn) for each in (pair.change, pair.cost, pair.moved)]
+    np.testing.assert_allclose(found, [0, 0.1, 0, 1.0, 0.3, 0.2], atol=1e-12)
+    assert script.pairs(rows[:1]) == []
 
 
 def test_order_draws_a_calibration_for_every_seed(load, block, tmp_path):

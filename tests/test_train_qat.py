@@ -50,7 +50,8 @@ def test_the_finished_weight_has_the_values_of_training(name):
     start = started(name)
     q = jax.jit(fake.finished)(start)
     assert isinstance(q, QTensor) and q.format == parse_format(name) and q.shape == (40, 12)
-    np.testing.assert_array_equal(dequantize(q), jax.jit(lambda each: each.values())(start))
+    rounding = 5e-7 if name.endswith("-dq") else 0  # scales that are sums of products, fused into what they multiply or not
+    np.testing.assert_allclose(dequantize(q), jax.jit(lambda each: each.values())(start), rtol=rounding)
     assert float(jnp.abs(dequantize(q) - start.weight).max()) > 0.01
 
 

@@ -7,6 +7,7 @@ apply it in the layer's place; every other layer runs as written. The same hook 
 
 import contextlib
 import dataclasses
+import functools
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax.errors import ScopeCollectionNotFound
 from flax.linen.dtypes import promote_dtype
+from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from qjax.errors import QjaxError
@@ -33,13 +35,14 @@ class Linears(NamedTuple):
     refused: dict[str, str]  # layers that cannot run with a quantized kernel, and why
 
 
-def quantized_kernels():
-    """Context in which linear layers whose kernel is a Linear, QTensor or KernelWeight apply it.
+def quantized_kernels(products: DTypeLike | None = None):
+    """Context in which linear layers whose kernel is a Linear, QTensor or KernelWeight apply it. products: a type that what is
+    multiplied is cast to, as in `apply_linear`, also of an nn.Dense whose kernel is an array.
 
     Raises QjaxError, naming the layer, for a quantized leaf in a layer that is not exactly nn.Dense, nn.DenseGeneral without
     batch axes or nn.Einsum without axes shared by input, kernel and output.
     """
-    return nn.intercept_methods(_run_quantized)
+    return nn.intercept_methods(functools.partial(_run_quantized, products=products))
 
 
 @dataclasses.dataclass
@@ -128,13 +131,14 @@ def linear_layers(module: nn.Module, params: PyTree, *args: object, **kwargs: ob
     return Linears(views, refused)
 
 
-def _run_quantized(call, args, kwargs, context):
+def _run_quantized(call, args, kwargs, context, products=None):
     layer = context.module
     if layer.scope is None or not layer.has_variable("params", "kernel"):
         _refuse_other_quantized(layer)
         return call(*args, **kwargs)
     kernel = layer.get_variable("params", "kernel")
-    if not is_quantized(kernel):
+    lowered = products is not None and type(layer) is nn.Dense and context.method_name == "__call__"
+    if not is_quantized(kernel) and not lowered:
         return call(*args, **kwargs)
     if type(layer) is StackedDense:
         return call(*args, **kwargs)  # which takes what stands in its kernel's place
@@ -147,7 +151,7 @@ def _run_quantized(call, args, kwargs, context):
     bias = unboxed(layer.get_variable("params", "bias")) if layer.use_bias else None
     x, bias = promote_dtype(x, bias, dtype=layer.dtype or jnp.result_type(x, layer.param_dtype))
 
-    y = plan.to_output(apply_linear(plan.to_matrix(x), kernel, precision=layer.precision))
+    y = plan.to_output(apply_linear(plan.to_matrix(x), kernel, precision=layer.precision, products=products))
     return y if bias is None else y + bias.reshape(plan.bias_shape)
 
 
