@@ -1,6 +1,7 @@
 """train/loop.py: windows, schedules, micro-batches, devices, checkpoints, and what stops a run."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import qjax
 from qjax.errors import QjaxError
 from qjax.numbers import NotFiniteError
 from qjax.train import loop
+from qjax.train.log import ROWS, step_log, step_rows
 from qjax.train.loop import TrainConfig
 from tests.conftest import byte_tokenizer
 
@@ -176,3 +178,34 @@ def test_what_is_refused():
     for bad in ({"steps": 0}, {"batch": 3, "micro_batch": 2}, {"learning_rate": 0.0}, {"schedule": "stairs"}, {"warmup": 1.0}):
         with pytest.raises(QjaxError, match="expected sizes of at least 1"):
             TrainConfig(**({"steps": 1} | bad))
+
+
+def test_checkpoints_that_cannot_be_read_are_one_error(tmp_path):
+    """Arrays of other sizes, and a checkpoint that lost them."""
+    state = loop.init_state({"a": jnp.arange(6.0)}, loop.make_optimizer(CONFIG))._replace(step=jnp.int32(3))
+    with loop.checkpoints(tmp_path / "steps") as manager:
+        loop.save(manager, state)
+        np.testing.assert_array_equal(loop.restore_latest(manager, state).params["a"], np.arange(6.0))
+        other = loop.init_state({"a": jnp.zeros(5)}, loop.make_optimizer(CONFIG))
+        with pytest.raises(QjaxError, match=r"steps/3 .*; remove it: the one before it"):
+            loop.restore_latest(manager, other)
+    shutil.rmtree(tmp_path / "steps" / "3" / "default")
+    with loop.checkpoints(tmp_path / "steps") as manager, pytest.raises(QjaxError, match=r"cannot read .*steps/3"):
+        loop.restore_latest(manager, state)
+
+
+def test_rows_of_a_killed_run(tmp_path):
+    """Its unfinished last row goes, as do those of steps that are done again; other damage is named."""
+    path, told = tmp_path / ROWS, loop.Told(1, 2.5, 0.1, 1e-4, 100.0, 9.0)
+    log = step_log(path)
+    for step in (1, 2, 3):
+        log(told._replace(step=step))
+    whole = path.read_text()
+    path.write_text(whole + '{"step": 4, "lo')
+    assert [row["step"] for row in step_rows(path)] == [1, 2, 3]
+    step_log(path)(told._replace(step=3))
+    assert path.read_text() == whole
+    for line, said in (('{"step": 2, "lo', "line 1 is not a JSON object"), ('{"step": 2}', "line 1 has no number in loss")):
+        path.write_text(line + "\n" + whole)
+        with pytest.raises(QjaxError, match=said):
+            step_rows(path)

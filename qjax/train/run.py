@@ -22,7 +22,7 @@ from qjax.driver.decoder import quantize
 from qjax.errors import QjaxError
 from qjax.evaluate.corpora import Corpus
 from qjax.files import write_atomically
-from qjax.folders import new_folder, require_place
+from qjax.folders import new_folder, prepare_output_folder, require_place
 from qjax.lazy import is_lazy, materialised
 from qjax.models.fingerprint import model_fingerprint
 from qjax.models.model import Model
@@ -123,9 +123,7 @@ def _loaded(model: Model) -> Model:
 def _place(run: Run) -> Path:
     """Where checkpoints and rows are until the folder is whole."""
     target = require_place(run.folder, overwrite=run.overwrite)
-    place = target.with_name(f".{target.name}.training")
-    place.mkdir(exist_ok=True)
-    return place
+    return prepare_output_folder(target.with_name(f".{target.name}.training"))
 
 
 def _told(run: Run, place: Path, identity: Mapping[str, object]) -> dict[str, object]:
