@@ -198,6 +198,14 @@ def test_mistakes_in_names_are_found_without_jax(tmp_path):
         ["sensitivity", "bundled", "--recipe", "nonsense"],
         ["generate", "bundled", "--prompt", "a", "--recipe", "nonsense"],
         ["info", "./no/such/model"],
+        ["convert", "bundled", "--to", "nonsense", "--out", str(tmp_path / "out")],
+        ["convert", "bundled", "--to", "gguf", "--out", str(tmp_path / "out.bin")],
+        ["convert", str(tmp_path), "--to", "gptq", "--out", str(tmp_path)],
+        ["merge", "bundled", "./no/such/adapter", "--out", str(tmp_path / "out")],
+        ["merge", "bundled", str(tmp_path), "--out", str(tmp_path)],
+        ["train", "qlora", str(tmp_path), "--data", "python-docs", "--out", str(tmp_path)],
+        ["train", "qat", "bundled", "--data", "python-docs", "--out", "/dev/null"],
+        ["tune", str(tmp_path), "--out", str(tmp_path)],
     ]
     script = (
         "import sys\nfrom qjax.cli.app import main\n"

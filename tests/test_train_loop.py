@@ -1,6 +1,7 @@
 """train/loop.py: windows, schedules, micro-batches, devices, checkpoints, and what stops a run."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ import pytest
 import qjax
 from qjax.errors import QjaxError
 from qjax.numbers import NotFiniteError
-from qjax.train import log, loop
+from qjax.train import loop
+from qjax.train.log import ROWS, step_log, step_rows
 from qjax.train.loop import TrainConfig
 from tests.conftest import byte_tokenizer
 
@@ -162,17 +164,6 @@ def test_what_the_last_step_made_is_finite():
         loop.train(loss, jax.tree.map(jnp.ones_like, TRAINED), FROZEN, stream(), config)
 
 
-def test_a_row_that_a_kill_cut_off_is_none(tmp_path):
-    told = [loop.Told(step, 1.0 / step, 1.0, 0.1, 5.0, 0.0) for step in (1, 2, 3)]
-    add = log.step_log(tmp_path / log.ROWS)
-    for each in told[:2]:
-        add(each)
-    with (tmp_path / log.ROWS).open("a") as file:
-        file.write('{"step": 3, "lo')
-    log.step_log(tmp_path / log.ROWS)(told[2])
-    assert [(row["step"], row["loss"]) for row in log.step_rows(tmp_path / log.ROWS)] == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
-
-
 def test_eight_devices_do_what_one_does():
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(Path(qjax.__file__).parents[1]), str(Path(__file__).parents[1])]),
@@ -200,3 +191,34 @@ def test_what_is_refused():
     ):
         with pytest.raises(QjaxError, match="expected sizes of at least 1"):
             TrainConfig(**({"steps": 1} | bad))
+
+
+def test_checkpoints_that_cannot_be_read_are_one_error(tmp_path):
+    """Arrays of other sizes, and a checkpoint that lost them."""
+    state = loop.init_state({"a": jnp.arange(6.0)}, loop.make_optimizer(CONFIG))._replace(step=jnp.int32(3))
+    with loop.checkpoints(tmp_path / "steps") as manager:
+        loop.save(manager, state)
+        np.testing.assert_array_equal(loop.restore_latest(manager, state).params["a"], np.arange(6.0))
+        other = loop.init_state({"a": jnp.zeros(5)}, loop.make_optimizer(CONFIG))
+        with pytest.raises(QjaxError, match=r"steps/3 .*; remove it: the one before it"):
+            loop.restore_latest(manager, other)
+    shutil.rmtree(tmp_path / "steps" / "3" / "default")
+    with loop.checkpoints(tmp_path / "steps") as manager, pytest.raises(QjaxError, match=r"cannot read .*steps/3"):
+        loop.restore_latest(manager, state)
+
+
+def test_rows_of_a_killed_run(tmp_path):
+    """Its unfinished last row goes, as do those of steps that are done again; other damage is named."""
+    path, told = tmp_path / ROWS, loop.Told(1, 2.5, 0.1, 1e-4, 100.0, 9.0)
+    log = step_log(path)
+    for step in (1, 2, 3):
+        log(told._replace(step=step))
+    whole = path.read_text()
+    path.write_text(whole + '{"step": 4, "lo')
+    assert [row["step"] for row in step_rows(path)] == [1, 2, 3]
+    step_log(path)(told._replace(step=3))
+    assert path.read_text() == whole
+    for line, said in (('{"step": 2, "lo', "line 1 is not a JSON object"), ('{"step": 2}', "line 1 has no number in loss")):
+        path.write_text(line + "\n" + whole)
+        with pytest.raises(QjaxError, match=said):
+            step_rows(path)

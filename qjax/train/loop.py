@@ -229,23 +229,40 @@ def checkpoints(folder: Path, *, keep: int = 2) -> Iterator[Any]:
 
 
 def save(manager: Any, state: TrainState) -> None:
-    """Write the state under its step."""
+    """Write the state under its step. Raises QjaxError where it cannot be written."""
     import orbax.checkpoint as ocp
 
-    manager.save(int(state.step), args=ocp.args.StandardSave(_numbered(state)))
-    manager.wait_until_finished()
+    advice = "choose a writable folder with free space, and run again"
+    with _told_by_orbax(f"cannot write the checkpoint {manager.directory / str(int(state.step))}", advice):
+        manager.save(int(state.step), args=ocp.args.StandardSave(_numbered(state)))
+        manager.wait_until_finished()
 
 
 def restore_latest(manager: Any, fresh: TrainState) -> TrainState:
-    """The latest state, bit for bit, or the fresh one where there is no checkpoint."""
+    """The latest state, bit for bit, or the fresh one where there is no checkpoint. Raises QjaxError for one that is broken, or
+    of other arrays.
+    """
     import orbax.checkpoint as ocp
 
-    if manager.latest_step() is None:
+    if (latest := manager.latest_step()) is None:
         return fresh
-    restored = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(_numbered(fresh)))
-    # Restored arrays are committed to one device; by way of the host they go where the step wants them.
-    leaves = [jnp.asarray(np.asarray(restored[number])) for number in sorted(restored)]
+    wanted = _numbered(fresh)
+    with _told_by_orbax(f"cannot read {manager.directory / str(latest)}", "remove it: the one before it, if any, is taken"):
+        restored = manager.restore(latest, args=ocp.args.StandardRestore(wanted))
+        # Restored arrays are committed to one device; by way of the host they go where the step wants them.
+        leaves = [jnp.asarray(np.asarray(restored[number])) for number in wanted]
+        if [(leaf.shape, leaf.dtype) for leaf in leaves] != [(leaf.shape, leaf.dtype) for leaf in wanted.values()]:
+            raise ValueError("arrays of other sizes")
     return jax.tree.unflatten(jax.tree.structure(fresh), leaves)
+
+
+@contextmanager
+def _told_by_orbax(what: str, advice: str) -> Iterator[None]:
+    """Whatever orbax, and what it stands on, raise within, as one QjaxError: their exceptions are of every kind."""
+    try:
+        yield
+    except Exception as error:
+        raise QjaxError(f"{what} ({type(error).__name__}: {error}); {advice}") from error
 
 
 def _numbered(state: TrainState) -> dict[str, Array]:

@@ -20,6 +20,7 @@ from qjax.checkpoints.shards import SHARD_BYTES
 from qjax.driver.decoder import quantize
 from qjax.errors import QjaxError, QjaxWarning
 from qjax.files import listing, write_atomically
+from qjax.folders import standing
 from qjax.lazy import materialised
 from qjax.linear import dequantize, dequantize_tree, is_quantized, without_activations
 from qjax.models.adapters import attach
@@ -45,6 +46,7 @@ def load_merge(base: Model, adapter: Path, target: Model | None = None) -> tuple
     Raises QjaxError for an adapter of another base, and for a target that the adapter does not belong to: of an adapter that
     makes up for its base (loftq, pissa) any, and one of another residual stream (a rotation's).
     """
+    adapter = standing(adapter)
     adapters = load_adapter(adapter, base.config)
     if status(adapter / TRAINED_ON):
         told = read_json(adapter / TRAINED_ON)

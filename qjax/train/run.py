@@ -23,7 +23,7 @@ from qjax.driver.decoder import quantize
 from qjax.errors import QjaxError
 from qjax.evaluate.corpora import Corpus
 from qjax.files import write_atomically
-from qjax.folders import new_folder, require_place
+from qjax.folders import new_folder, prepare_output_folder, require_place
 from qjax.lazy import is_lazy, materialised
 from qjax.models.fingerprint import model_fingerprint
 from qjax.models.model import Model
@@ -137,7 +137,7 @@ def _place(run: Run, model: Model, tokens: Int[np.ndarray, " length"]) -> Path:
 
 
 def _told(run: Run, place: Path, identity: Mapping[str, object]) -> dict[str, object]:
-    log = step_log(place / ROWS)
+    log = step_log(prepare_output_folder(place) / ROWS)
 
     def on_step(told: Told) -> None:
         log(told)
