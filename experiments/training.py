@@ -31,14 +31,14 @@ from qjax.train.run import Run, qat, qlora, training_tokens
 SHAKESPEARE = "{data}/text/tinyshakespeare.txt"
 QAT = TrainConfig(steps=1000, batch=8, micro_batch=8, window=256, learning_rate=5e-4)
 LEARNING = QatConfig(loss="kl", rate=0.1)
-LORA = TrainConfig(steps=300, batch=8, micro_batch=8, window=256, learning_rate=4e-3)
+LORA = TrainConfig(steps=250, batch=8, micro_batch=8, window=256, learning_rate=4e-3)
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
     """What is trained. Windows are cut to the model's context."""
 
-    bits: tuple[tuple[int, int], ...] = ((2, 1000), (3, 500), (4, 150))  # and steps of training as quantized
+    bits: tuple[tuple[int, int], ...] = ((2, 1000), (3, 400), (4, 100))  # and steps of training as quantized
     rounding: str = "gptq(clip=mse)+descend"
     group: int = 128
     qat: TrainConfig = QAT

@@ -232,7 +232,7 @@ class TracedPiece(Piece):
     def _leaves(self, params: PyTree) -> Leaves:
         return self.source._replace(arrays=self.whole(flatten_dict(params, sep="/"), run=True))
 
-    def capture(self, params, batches, needed, names, exact=None, *, keep_outputs=False) -> Captured:
+    def capture(self, params, batches, needed, names, exact=None, *, keep_outputs=False, keep_results=()) -> Captured:
         """`tracing.capture` of the function with these matrices."""
         compared = None if exact is None else self._leaves(exact[0])
         return Captured(self.runs.capture(self._leaves(params), batches, needed, names, compared), [])
