@@ -49,6 +49,7 @@ class Subject(NamedTuple):
 
     name: str
     recipe: str = UNQUANTIZED
+    compute: str | None = None
 
 
 class Data(NamedTuple):
@@ -75,6 +76,7 @@ class FunctionSweep(NamedTuple):
     measures: tuple[str, ...] = ()
     max_windows: int | None = None
     one_block: bool = False
+    compute: str | None = None
 
 
 def sweep_function(
@@ -116,6 +118,7 @@ def sweep_function(
     asks, jobs = [*(measurements()[each].asks for each in ASKS), _asks_calibration], []
     for cell in _cells(sweep, name, data):
         columns = {column: value for each in asks for column, value in each(cell).items()}
+        columns["compute_dtype"] = "its own"  # a function says what it computes in
         jobs.append(Job(cell, {"key": digest(columns)} | columns))
     folder, watcher = prepare_output_folder(folder), watcher or Watcher()
     claims = Claims(folder, stale_seconds=stale_seconds)
