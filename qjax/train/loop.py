@@ -248,11 +248,12 @@ def restore_latest(manager: Any, fresh: TrainState) -> TrainState:
         return fresh
     wanted = _numbered(fresh)
     with _told_by_orbax(f"cannot read {manager.directory / str(latest)}", "remove it: the one before it, if any, is taken"):
+        held = {number: (each.shape, each.dtype) for number, each in dict(manager.item_metadata(latest)).items()}
+        if held != {number: (leaf.shape, leaf.dtype) for number, leaf in wanted.items()}:
+            raise ValueError("arrays of other sizes")
         restored = manager.restore(latest, args=ocp.args.StandardRestore(wanted))
         # Restored arrays are committed to one device; by way of the host they go where the step wants them.
         leaves = [jnp.asarray(np.asarray(restored[number])) for number in wanted]
-        if [(leaf.shape, leaf.dtype) for leaf in leaves] != [(leaf.shape, leaf.dtype) for leaf in wanted.values()]:
-            raise ValueError("arrays of other sizes")
     return jax.tree.unflatten(jax.tree.structure(fresh), leaves)
 
 
