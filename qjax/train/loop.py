@@ -224,7 +224,8 @@ def checkpoints(folder: Path, *, keep: int = 2) -> Iterator[Any]:
         import orbax.checkpoint as ocp
     except ImportError as error:
         raise QjaxError("checkpoints of a training need orbax-checkpoint; install qjax[train]") from error
-    with ocp.CheckpointManager(folder.resolve(), options=ocp.CheckpointManagerOptions(max_to_keep=keep)) as manager:
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep)
+    with ocp.CheckpointManager(folder.resolve(), options=options, item_handlers=ocp.StandardCheckpointHandler()) as manager:
         yield manager
 
 
