@@ -17,7 +17,8 @@ from pathlib import Path
 
 EXPERIMENTS = (
     *("kernel_benchmark", "tradeoff", "quickstart", "accuracy", "order", "paper_shapes", "formats_at_4_bits", "sensitivity"),
-    *("calibration", "composition", "bitwidth_sweep", "real_models", "activations", "training"),
+    *("calibration", "composition", "bitwidth_sweep", "real_models", "activations", "training", "compute_types"),
+    *("speed", "scaling"),
 )
 FOLDERS = {"kernel_benchmark": "kernels"}  # those not named like their script
 

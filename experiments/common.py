@@ -104,6 +104,7 @@ class Settings:
     seeds: tuple[int, ...] = (0,)
     calibration_windows: int = 32  # what more than 8,192 tokens of calibration change is less than other draws do
     calibration_window: int | None = None  # the subject's
+    compute: str | None = None  # the device's
 
 
 TINY = Settings(max_windows=2, questions=4, calibration_windows=4)
@@ -139,6 +140,7 @@ def measure(
         speed=settings.speed,
         calibration=tuple(map(draw, settings.seeds)) if any(_reads_data(recipe, rules) for recipe in recipes) else None,
         one_block=one_block,
+        compute=settings.compute,
     )
     with live_sweep() as watcher:
         qjax.run_sweep(model, sweep, out, watcher)

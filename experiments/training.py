@@ -1,11 +1,12 @@
 """What training recovers: models rounded to 4, 3 and 2 bits, then trained as they are quantized, or with adapters beside them.
 
-    python experiments/training.py                 writes results/training/, an hour on 2 cores
+    python experiments/training.py                 writes results/training/, 40 minutes on 2 cores
     python experiments/training.py --tiny --out X  a few steps, for tests
 
 Questions: how much of the perplexity that refined GPTQ leaves does quantization-aware training recover, how much do adapters on
 the frozen codes? Is QLoRA on NF4, fine-tuned on Shakespeare, as good as LoRA on the float base (within 1 %)? Trained is on the
-text's calibration part (of Shakespeare its first nine tenths), measured on what was held out. Models are kept in runs/training.
+text's calibration part (of Shakespeare its first nine tenths), measured on what was held out. Models are kept in runs/training;
+trainings go on where they were stopped.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ import common
 
 import qjax
 from qjax.checkpoints.peft import load_adapter
+from qjax.driver.decoder import quantize_to
 from qjax.driver.report import stored_size
 from qjax.evaluate.corpora import Corpus, load_corpus
 from qjax.models.adapters import attach
@@ -27,19 +29,20 @@ from qjax.train.qat import QatConfig
 from qjax.train.run import Run, qat, qlora, training_tokens
 
 SHAKESPEARE = "{data}/text/tinyshakespeare.txt"
-QAT = TrainConfig(steps=400, batch=8, micro_batch=4, window=256, learning_rate=2e-4)
-LORA = TrainConfig(steps=400, batch=8, micro_batch=4, window=256, learning_rate=2e-3)
+QAT = TrainConfig(steps=1000, batch=8, micro_batch=8, window=256, learning_rate=5e-4)
+LEARNING = QatConfig(loss="kl", rate=0.1)
+LORA = TrainConfig(steps=250, batch=8, micro_batch=8, window=256, learning_rate=4e-3)
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
     """What is trained. Windows are cut to the model's context."""
 
-    bits: tuple[int, ...] = (4, 3, 2)
+    bits: tuple[tuple[int, int], ...] = ((2, 1000), (3, 400), (4, 100))  # and steps of training as quantized
     rounding: str = "gptq(clip=mse)+descend"
     group: int = 128
     qat: TrainConfig = QAT
-    loss: str = "kl"
+    learning: QatConfig = LEARNING
     lora: TrainConfig = LORA
     rank: int = 16
     base: str = "nf4-b64-dq"
@@ -49,14 +52,14 @@ class Experiment:
 
 
 FEW = TrainConfig(steps=2, batch=2, window=32)
-TINY = Experiment((2,), "rtn", 128, FEW, "next-token", FEW, 2, "nf4", FEW, 4, 2)
+TINY = Experiment(((2, 2),), "rtn", 128, FEW, QatConfig(), FEW, 2, "nf4", FEW, 4, 2)
 
 
 def run(out: Path, *, tiny: bool = False, subjects: tuple[common.Subject, ...] = common.BUNDLED) -> list[dict[str, object]]:
     """Trains and measures what is missing in out/rows.jsonl, and writes the table."""
     experiment = TINY if tiny else Experiment()
     for subject in subjects:
-        models = out / "models" if tiny else common.REPOSITORY / "runs" / "training"
+        models = (out if tiny else common.REPOSITORY / "runs") / "training" / _digest(dataclasses.asdict(experiment))
         _recovery(out, models, subject, experiment)
         for path in common.texts([SHAKESPEARE], subject.data):
             _fine_tuning(out, models, subject, experiment, Path(path))
@@ -70,19 +73,21 @@ def _recovery(out: Path, models: Path, subject: common.Subject, experiment: Expe
     tokens = training_tokens(model, [text])
     _add(out, experiment, "none", model, measured)
     options = {"calibration": qjax.load_calibration(model, text, windows=experiment.calibration_windows, window=subject.window)}
-    for bits in experiment.bits:
-        recipe = f"{experiment.rounding}:int{bits}-g{experiment.group}"
-        _add(out, experiment, "rounded", qjax.quantize(model, recipe, **options)[0], measured)
-        place = models / f"{model.name}-qat-{bits}"
+    for bits, steps in experiment.bits:
+        place = models / f"{model.name}-rounded-{bits}"
         if not place.exists():
-            learning = QatConfig(loss=experiment.loss, rate=0.5)
-            qat(Run(place, experiment.qat, save_every=50), model, tokens, learning, recipe=recipe, options=options)
-        _add(out, experiment, "trained as quantized", qjax.load(place), measured, place, experiment.qat)
-        place = models / f"{model.name}-qlora-{bits}"
+            quantize_to(place, model, f"{experiment.rounding}:int{bits}-g{experiment.group}", **options)
+        rounded = qjax.load(place)
+        _add(out, experiment, "rounded", rounded, measured)
+        place, config = models / f"{model.name}-qat-{bits}", dataclasses.replace(experiment.qat, steps=steps)
         if not place.exists():
-            adapters = LoraConfig(experiment.rank, experiment.rank)
-            qlora(Run(place, experiment.lora, save_every=50), model, tokens, adapters, recipe=recipe, options=options)
-        _add(out, experiment, "trained adapters", _adapted(place), measured, place, experiment.lora)
+            qat(Run(place, config, save_every=50), rounded, tokens, experiment.learning, original=model)
+        _add(out, experiment, "trained as quantized", qjax.load(place), measured, place, config)
+        place, adapters = models / f"{model.name}-qlora-{bits}", LoraConfig(experiment.rank, experiment.rank)
+        if not place.exists():
+            qlora(Run(place, experiment.lora, save_every=50), rounded, tokens, adapters)
+        adapted = attach(rounded, load_adapter(place, rounded.config))
+        _add(out, experiment, "trained adapters", adapted, measured, place, experiment.lora)
 
 
 def _fine_tuning(out: Path, models: Path, subject: common.Subject, experiment: Experiment, path: Path) -> None:
@@ -96,13 +101,13 @@ def _fine_tuning(out: Path, models: Path, subject: common.Subject, experiment: E
         if not place.exists():
             adapters = LoraConfig(experiment.rank, experiment.rank)
             qlora(Run(place, experiment.shakespeare, save_every=50), model, tokens, adapters, recipe=recipe)
-        adapted = _adapted(place) if recipe else attach(model, load_adapter(place, model.config))
+        base = qjax.load(place / "base") if recipe else model
+        adapted = attach(base, load_adapter(place, base.config))
         _add(out, experiment, name, adapted, measured, place, experiment.shakespeare)
 
 
-def _adapted(place: Path) -> qjax.Model:
-    base = qjax.load(place / "base")
-    return attach(base, load_adapter(place, base.config))
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def _add(
@@ -125,7 +130,7 @@ def _add(
         "steps": config.steps if config else 0,
         "training_tokens": config.steps * config.batch * min(config.window, model.config.context) if config else 0,
     }
-    key = hashlib.sha256(json.dumps([asked, dataclasses.asdict(experiment)]).encode()).hexdigest()[:16]
+    key = _digest([asked, dataclasses.asdict(experiment)])
     if key in {row["key"] for row in common.read_rows(out / common.ROWS)}:
         return
     found = qjax.perplexity(model, corpus, f"windows-{model.config.context}", max_windows=experiment.max_windows)

@@ -102,6 +102,7 @@ _PUBLIC = {
     # sweeps
     "Sweep": "sweep.runner",
     "run_sweep": "sweep.runner",
+    "sweep_function": "sweep.function",
     "Column": "sweep.columns",
     "Measurement": "sweep.columns",
     "register_measurement": "sweep.columns",

@@ -1,12 +1,16 @@
 """Codebooks: the values that codes of a grid stand for, and where one ends and the next begins.
 
 NF4: Dettmers et al. 2023 (arXiv 2305.14314); FP8: Micikevicius et al. 2022 (2209.05433); FP4-E2M1: OCP MX specification 1.0.
+
+NumPy is imported where values are made: formats have names and sizes without.
 """
 
 import dataclasses
 import functools
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 # Normal quantiles: 8 positive and 7 negative ones evenly spaced in probability, and zero (QLoRA, appendix E).
 NF4_VALUES = (
@@ -32,18 +36,24 @@ class Codebook:
 
 def middle_codebook(values: tuple[float, ...]) -> Codebook:
     """Sorted `values` up to 1; thresholds are their middles, computed in float32 as bitsandbytes does."""
+    import numpy as np
+
     array = np.array(values, np.float32)
     return Codebook(_floats(array), _floats((array[:-1] + array[1:]) / np.float32(2)), 1.0)
 
 
 def _integer_codebook(values: tuple[int, ...]) -> Codebook:
     """Sorted integers that no weight exceeds: the smaller end of the two stands for the largest magnitude."""
+    import numpy as np
+
     array = np.array(values, np.float32)
     return Codebook(_floats(array), _floats((array[:-1] + array[1:]) / 2), float(min(-array[0], array[-1])))
 
 
-def _even_code_codebook(magnitudes: np.ndarray) -> Codebook:
+def _even_code_codebook(magnitudes: "np.ndarray") -> Codebook:
     """Mirror of `magnitudes` (sorted, from 0, in code order) whose ties go to the magnitude with the even code."""
+    import numpy as np
+
     middles = ((magnitudes[:-1] + magnitudes[1:]) / 2).astype(np.float32)  # exact for few-bit floats
     # The tie between magnitudes k and k + 1 belongs to k + 1 when k is odd. As a value must exceed a threshold to pass it,
     # a threshold whose tie belongs to the upper side moves one float down.
@@ -54,12 +64,14 @@ def _even_code_codebook(magnitudes: np.ndarray) -> Codebook:
     return Codebook(_floats(values), _floats(np.concatenate([negative[::-1], positive])), float(magnitudes[-1]))
 
 
-def _floats(array: np.ndarray) -> tuple[float, ...]:
+def _floats(array: "np.ndarray") -> tuple[float, ...]:
     return tuple(float(value) for value in array)
 
 
-def _fp_magnitudes(exponent_bits: int, mantissa_bits: int, bias: int, largest: float) -> np.ndarray:
+def _fp_magnitudes(exponent_bits: int, mantissa_bits: int, bias: int, largest: float) -> "np.ndarray":
     """All non-negative values of a small float in code order, up to `largest`."""
+    import numpy as np
+
     steps = 2**mantissa_bits
     codes = np.arange(2 ** (exponent_bits + mantissa_bits))
     exponent, mantissa = codes // steps, codes % steps
@@ -82,12 +94,14 @@ def codebooks() -> dict[str, Codebook]:
 
 
 @functools.cache
-def dynamic_map() -> np.ndarray:
+def dynamic_map() -> "np.ndarray":
     """The 256 values in [-1, 1] that quantize scales when they are doubly quantized.
 
     Seven decades, decade i with 2^i values per sign at the middles of equal parts of [0.1, 1], then 0 and 1
     (dynamic tree quantization; Dettmers 2015, arXiv 1511.04561). float32 at each step, to be bitsandbytes' map bit for bit.
     """
+    import numpy as np
+
     values = [0.0, 1.0]
     for decade in range(7):
         parts = 2**decade

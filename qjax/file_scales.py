@@ -9,8 +9,6 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
-import numpy as np
-
 from qjax.scales import LARGEST_E4M3, SCALES, Floats, TwoLevels, nonzero, of_shape, packed_rows, times_power_of_two
 
 if TYPE_CHECKING:
@@ -45,9 +43,13 @@ class TwoLevelsDivided(TwoLevels):
         return stored._replace(scale=times_power_of_two(stored.scale, -exponent))
 
     def _narrow(self, scale, common):
+        import numpy as np
+
         return super()._narrow(scale * common, np.float32(1))
 
     def _widen(self, stored, common):
+        import numpy as np
+
         scale = super()._widen(stored, np.float32(1))
         return scale / (common + 0 * scale)  # by one number XLA would divide as it multiplies by the inverse
 
@@ -86,6 +88,8 @@ class Tiles(Floats):
 
     def columns(self, stored, shape, index, flat):
         """Of a run of columns of whole tiles; else None."""
+        import numpy as np
+
         first, last = int(index[0]), int(index[-1]) + 1
         ends = last % self.width == 0 or last == shape[1]
         if first % self.width or not ends or not np.array_equal(index, np.arange(first, last)):
@@ -145,6 +149,8 @@ class InSuperBlocks(Floats):
 
     def strained(self, stored, bits):
         """Of each super-block's float16, said of all its groups; a code of 0 may be the nearest."""
+        import numpy as np
+
         return tuple(np.repeat(part, self.groups) for part in super().strained(stored.scales, bits))
 
     def load(self, stored, shape):

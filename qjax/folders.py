@@ -79,6 +79,26 @@ def require_place(path: str | Path, *, overwrite: bool = False) -> Path:
     return target
 
 
+def require_file(path: str | Path, suffix: str, *, overwrite: bool = False) -> Path:
+    """The path of a file that may be written. Raises QjaxError for one of another ending, a folder, and, unless `overwrite`, a
+    file that is there.
+    """
+    path = expand(path)
+    if path.suffix.lower() != suffix:
+        raise QjaxError(f"cannot write {path}: name a file that ends in {suffix}")
+    try:
+        if path.is_dir():
+            raise QjaxError(f"cannot write {path}: it is a folder; name a file")
+        if path.exists() and not overwrite:
+            raise QjaxError(f"{path} is there; name a new file or ask to overwrite")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _probe(path.parent)
+        sweep(path.parent)
+    except (OSError, ValueError) as error:
+        raise unwritable(path, error) from error
+    return path
+
+
 def take_name(new: Path, target: Path, replaces: Iterable[str] = ()) -> None:
     """Gives a finished folder its name, in the place of one that has it, of which files that match `replaces`, as all of the
     new one's do, go and others are kept. Raises OSError.

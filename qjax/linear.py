@@ -95,9 +95,15 @@ Leaf = Linear | QTensor | KernelWeight | Array
 
 
 def apply_linear(
-    x: Float[Array, "*batch in"], leaf: Leaf, *, implementation: str = "auto", precision: PrecisionLike = None
+    x: Float[Array, "*batch in"],
+    leaf: Leaf,
+    *,
+    implementation: str = "auto",
+    precision: PrecisionLike = None,
+    products: DTypeLike | None = None,
 ) -> Float[Array, "*batch out"]:
     """What the layer makes of x (..., in), in x's type. implementation, precision: as in `qjax.matmul`, where there are codes.
+    products: what x and a decoded weight are cast to before they are multiplied, where the layer does not round its input.
 
     Raises QjaxError for what `qjax.matmul` refuses, and a stack of Linears, which goes through jax.vmap or a scan.
     """
@@ -114,21 +120,25 @@ def apply_linear(
     kept = leaf.outliers
     rest = x if kept is None else x.at[..., kept.index].set(0)
     how = {"implementation": implementation, "precision": precision}
+    product = functools.partial(_product, precision=precision, products=products)
     if leaf.activation is not None:
         y = multiply_rounded(rest, leaf.weight, leaf.activation, leaf.activation_scale, **how)
     elif isinstance(leaf.weight, QTensor | KernelWeight):
         y = matmul(rest, leaf.weight, **how)
     else:
-        y = _product(rest, leaf.weight, precision)
+        y = product(rest, leaf.weight)
     if kept is not None:
-        y += _product(x[..., kept.index], kept.weight, precision)
+        y += product(x[..., kept.index], kept.weight)
     if leaf.adapter is not None:
-        y += leaf.adapter.scaling * _product(_product(given, leaf.adapter.a, precision), leaf.adapter.b, precision)
+        y += leaf.adapter.scaling * product(product(given, leaf.adapter.a), leaf.adapter.b)
     return y
 
 
-def _product(x: Array, weight: Array, precision: PrecisionLike) -> Array:
-    return jnp.matmul(x, weight.astype(x.dtype), precision=precision)
+def _product(x: Array, weight: Array, precision: PrecisionLike, products: DTypeLike | None) -> Array:
+    if products is None:
+        return jnp.matmul(x, weight.astype(x.dtype), precision=precision)
+    both = x.astype(products), weight.astype(products)
+    return jnp.matmul(*both, precision=precision, preferred_element_type=x.dtype)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")

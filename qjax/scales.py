@@ -16,14 +16,14 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
-import numpy as np
-
 from qjax.codebooks import dynamic_map
 
 if TYPE_CHECKING:
+    import numpy as np
     from jax import Array
 
 DOUBLE_QUANT_BLOCK = 256
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}  # without NumPy, which `qjax formats` needs not
 LARGEST_E4M3 = 448.0
 
 
@@ -63,7 +63,7 @@ class Floats:
 
     def nbytes(self, count: int) -> int:
         """Exact bytes of `count` scales."""
-        return count * (2 if self.dtype == "bfloat16" else np.dtype(self.dtype).itemsize)
+        return count * ITEM_BYTES[self.dtype]
 
     def nbytes_of(self, shape: tuple[int, int]) -> int:
         """Exact bytes of the scales of (groups, columns) groups."""
@@ -108,17 +108,19 @@ class Floats:
         return self._narrow(times_power_of_two(self._widen(stored, None), exponent), None)
 
     def columns(
-        self, stored: "Array | QuantizedScales | ScaledFloats", shape: tuple[int, int], index: np.ndarray, flat: bool
+        self, stored: "Array | QuantizedScales | ScaledFloats", shape: tuple[int, int], index: "np.ndarray", flat: bool
     ) -> "Array | QuantizedScales | ScaledFloats | None":
         """Stored scales of some columns, of `shape` (groups, columns); None where what is stored spans several of them."""
         return laid(of_shape(stored, shape)[:, index], flat)
 
-    def strained(self, stored: "Array", bits: int) -> tuple[np.ndarray, np.ndarray] | None:
+    def strained(self, stored: "Array", bits: int) -> "tuple[np.ndarray, np.ndarray] | None":
         """(lost, coarse), bool and on the host: which stored scales are 0 or the type's largest number, and which are so small
         that the type's rounding moves the outermost of codes of so many bits by half a step. None for types of full range.
         """
         if self.dtype != "float16":
             return None
+        import numpy as np
+
         size, limits = np.abs(np.asarray(stored, np.float64)), np.finfo(np.float16)
         spacing = float(limits.smallest_subnormal)
         return (size == 0) | (size >= float(limits.max)), size < spacing * 2**bits
@@ -295,6 +297,8 @@ class Nested(Floats):
 
     def columns(self, stored, shape, index, flat):
         """Of a run of columns whose scales are whole blocks; else None."""
+        import numpy as np
+
         first, last = int(index[0]) * shape[0], (int(index[-1]) + 1) * shape[0]
         ends = last % DOUBLE_QUANT_BLOCK == 0 or last == math.prod(shape)
         if first % DOUBLE_QUANT_BLOCK or not ends or not np.array_equal(index, np.arange(index[0], index[-1] + 1)):

@@ -12,10 +12,8 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
-
 from qjax.file_scales import SCALES, InSuperBlocks
-from qjax.scales import laid, of_shape, packed_rows
+from qjax.scales import ITEM_BYTES, laid, of_shape, packed_rows
 
 if TYPE_CHECKING:
     from jax import Array
@@ -69,7 +67,7 @@ class RealZeros(Zeros):
 
     def nbytes(self, shape, bits, flat):
         """A number a group."""
-        return math.prod(shape) * np.dtype(self.dtype).itemsize
+        return math.prod(shape) * ITEM_BYTES[self.dtype]
 
     def nearest(self, zero, largest):
         """Rounded to the type."""

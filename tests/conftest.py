@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 import pytest
 
 import qjax
@@ -24,6 +25,17 @@ from qjax.models.walk import Decoder
 enable_compilation_cache()  # as the command line does: most of a test's time is the compilation of what another compiled too
 jax.config.update("jax_traceback_in_locations_limit", 0)  # a seventh of tracing and lowering; no test asks where a line is from
 MOST = 1.5e9  # bytes of a process that has run a file
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+OLDER = "--xla_cpu_use_fusion_emitters=false"  # later versions stop at what they do not know
+
+
+def pytest_configure(config) -> None:
+    """The default selection compiles with less care, in half the time: shapes are tiny, and programs take longer to compile
+    than to run. Others (slow, peer, real) meet the compiler as users do; so does this one where XLA_FLAGS is set, also to "".
+    """
+    if config.option.markexpr in config.getini("addopts"):
+        quick = f"{QUICK} {OLDER}" if jaxlib.version.__version_info__ < (0, 11) else QUICK
+        os.environ.setdefault("XLA_FLAGS", quick)  # read when the first program is compiled, by child processes too
 
 
 def byte_tokenizer(bos: bool = False):

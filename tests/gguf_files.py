@@ -8,12 +8,58 @@ from flax.traverse_util import flatten_dict
 
 from qjax.checkpoints.gguf.blocks import FLOATS, KINDS
 from qjax.checkpoints.gguf.names import stored_pieces
+from qjax.models.config import LayerKind
 from qjax.models.model import Model
 from qjax.models.parameters import parameter_shapes
+from qjax.models.scalings import LinearScaling, Llama3Scaling, LongScaling
+from tests.conftest import FAMILY_CHANGES, FURTHER_CHANGES
 
 HALVES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,), **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2))}
 LARGEST = {"Q8_0": 127, "IQ4_NL": 127, "Q6_K": 2_000, "Q2_K": 30, **dict.fromkeys(("Q4_K", "Q5_K"), 500)}  # value, in scales
 NUMBERS = {name: number for number, (name, *_) in {**FLOATS, **KINDS}.items()}
+
+GEMMA3_LAYERS = (*[LayerKind(sliding_window=5)] * 5, LayerKind(rope_theta=1e6))
+GEMMA3 = FAMILY_CHANGES["gemma3_text"] | {
+    "layers": 6,
+    "kinds": GEMMA3_LAYERS,
+    "logit_softcap": None,
+    "attention_scale": 12**-0.5,
+}
+SMOLLM3 = {"layers": 4, "kinds": (*[LayerKind(rope_theta=1e4)] * 3, LayerKind(positions="none", rope_theta=1e4))}
+SCALES = {"embedding_scale": 2.0, "residual_scale": 0.5, "attention_scale": 0.25, "logit_scale": 0.125}
+LLAMA_LIKE = {
+    **{name: FAMILY_CHANGES[name] for name in ("llama", "qwen2", "gemma", "gpt2")},
+    "gemma3": GEMMA3,
+    "qwen3": {"family": "qwen3", "qk_norm": "head"},
+    "olmo2": FURTHER_CHANGES["olmo2"],
+    "smollm3": {"family": "smollm3", "tied": True} | SMOLLM3,
+    "granite": {"family": "granite", "mlp_bias": False} | SCALES,
+}
+LLAMA3 = Llama3Scaling(8.0, 1.0, 4.0, 8192)
+LONGROPE = LongScaling((1.0, 1.5, 2.0), (2.0, 4.0, 8.0), 32, 128)
+FALCON = FURTHER_CHANGES["falcon"] | {"positions": "rope"}
+STABLELM = {"family": "stablelm", "norm": "layer", "rotary_fraction": 0.25, "qkv_bias": True, "gated": True}
+FURTHER = {
+    "gptneox": FAMILY_CHANGES["gpt_neox"],
+    "phi3": {"family": "phi3", "sliding_window": 7},
+    "phi3, longrope": {"family": "phi3", "rotary_fraction": 0.75, "rope_scaling": LONGROPE, "tied": True},
+    "stablelm": STABLELM,
+    "stablelm, parallel": STABLELM | {"qkv_bias": False, "parallel_residual": True, "shared_norm": True},
+    "command-r": FURTHER_CHANGES["cohere"],
+    "glm4": {"family": "glm4", "norm_places": "both", "qkv_bias": True, "rope_interleaved": True, "rotary_fraction": 0.5},
+    "falcon": FALCON,
+    "falcon, two norms": FALCON | {"family": "falcon2", "kv_heads": 2, "shared_norm": False},
+    "bloom": FURTHER_CHANGES["bloom"],
+}
+ARCHITECTURES = (  # architecture, and how it differs -> changes of `tiny_config`
+    LLAMA_LIKE
+    | FURTHER
+    | {
+        "mistral": FAMILY_CHANGES["mistral"] | {"sliding_window": None},
+        "llama, scaled": {"rope_scaling": LLAMA3, "rope_theta": 500000.0, "context": 32768, "tied": True, "head_dim": 128},
+        "llama, linear": {"rope_scaling": LinearScaling(4.0), "qkv_bias": True, "attention_output_bias": True},
+    }
+)
 
 
 def file_bytes(

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import qjax
+from qjax.calibrate import capture
 from qjax.calibrate.capture import (
     Batch,
     capture_statistics,
@@ -309,3 +310,29 @@ def test_batches_need_not_reach_every_layer():
     assert (int(found["always/kernel"]["tokens"]), int(found["sometimes/kernel"]["tokens"])) == (9, 6)
     with pytest.raises(QjaxError, match=r"no calibration token.*block/sometimes/kernel"):
         capture_statistics(module, params, [Batch((x, False))], sizes, ["abs_max"], prefix="block/")
+
+
+class TwoLayers(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3, name="b")(jnp.tanh(nn.Dense(4, name="a")(x)))
+
+
+@pytest.mark.parametrize("room", [2**30, 0])
+def test_what_layers_return_is_kept_and_taken_in_their_place(room, monkeypatch):
+    monkeypatch.setattr(capture, "KEPT_BYTES", room)
+    module, x = TwoLayers(), jnp.arange(10.0).reshape(2, 5) / 10
+    params = module.init(jax.random.key(0), x)["params"]
+    needed = {"b/kernel": 4}
+    found = capture_statistics(module, params, [Batch((x,))], needed, ["hessian"], keep_results=["a/kernel"])
+    known, exact = found.results[0]
+    assert exact == {} and list(known) == (["a/kernel"] if room else [])
+    if room:
+        np.testing.assert_allclose(known["a/kernel"], x @ params["a"]["kernel"] + params["a"]["bias"], rtol=1e-6)
+        broken = {**params, "a": {name: each * jnp.nan for name, each in params["a"].items()}}  # it is not run again
+        again = Batch((x,), known=known)
+        same = capture_statistics(module, broken, [again], needed, ["hessian"]).statistics
+        np.testing.assert_allclose(same["b/kernel"]["hessian"], found.statistics["b/kernel"]["hessian"], rtol=1e-6)
+        states = [x]
+        capture.advance(module, broken, states, [known])
+        np.testing.assert_allclose(states[0], module.apply({"params": params}, x), rtol=1e-5)

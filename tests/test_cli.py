@@ -198,6 +198,14 @@ def test_mistakes_in_names_are_found_without_jax(tmp_path):
         ["sensitivity", "bundled", "--recipe", "nonsense"],
         ["generate", "bundled", "--prompt", "a", "--recipe", "nonsense"],
         ["info", "./no/such/model"],
+        ["convert", "bundled", "--to", "nonsense", "--out", str(tmp_path / "out")],
+        ["convert", "bundled", "--to", "gguf", "--out", str(tmp_path / "out.bin")],
+        ["convert", str(tmp_path), "--to", "gptq", "--out", str(tmp_path)],
+        ["merge", "bundled", "./no/such/adapter", "--out", str(tmp_path / "out")],
+        ["merge", "bundled", str(tmp_path), "--out", str(tmp_path)],
+        ["train", "qlora", str(tmp_path), "--data", "python-docs", "--out", str(tmp_path)],
+        ["train", "qat", "bundled", "--data", "python-docs", "--out", "/dev/null"],
+        ["tune", str(tmp_path), "--out", str(tmp_path)],
     ]
     script = (
         "import sys\nfrom qjax.cli.app import main\n"
@@ -277,6 +285,16 @@ def test_rows_survive_a_disk_that_fills_up(checkpoint, tmp_path, capsys, monkeyp
     monkeypatch.setattr(worker, "write_rows", fill_up)
     assert "No space left" in fails(capsys, *sweep_arguments(checkpoint, tmp_path, "--recipes", "nf4"))
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 1
+
+
+def test_formats_are_listed_without_numpy():
+    script = (
+        "import sys\nfrom qjax.cli.app import main\n"
+        "try:\n    main(['formats'])\nexcept SystemExit as stop:\n    assert not stop.code\n"
+        "assert not {'jax', 'numpy', 'jaxtyping', 'scipy'} & set(sys.modules)"
+    )
+    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert "int4-g128" in shown and "4.156" in shown
 
 
 def test_help_is_fast_and_imports_no_jax():

@@ -20,7 +20,7 @@ def ends(monkeypatch, capsys):
     """Runs a command in which something happens; its exit code and the line on stderr."""
 
     def run(happens):
-        monkeypatch.setattr("qjax.report.tables.formats_table", happens)
+        monkeypatch.setattr("qjax.report.lists.formats_table", happens)
         with pytest.raises(SystemExit) as stopped:
             cli.main(["formats"])
         printed = capsys.readouterr()

@@ -1,7 +1,6 @@
 """`qjax train` and `qjax merge`: whole runs on a tiny model, what they write, and what they refuse."""
 
 import json
-import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,8 +17,10 @@ from qjax.linear import is_quantized
 from qjax.models.adapters import attach
 from qjax.models.model import apply
 from qjax.models.parameters import flatten
+from qjax.models.rotation import rotate
 from qjax.train import loop, run
 from qjax.train.lora import LoraConfig
+from qjax.train.merge import load_merge
 from tests.conftest import byte_tokenizer, random_model, tiny_config
 from tests.test_cli import TEXT, fails, succeeds
 
@@ -125,6 +126,45 @@ def test_merging_into_the_float_model(adapter, folder, capsys):
     np.testing.assert_allclose(np.asarray(found, np.float64), np.asarray(expected.weight, np.float64) + product, rtol=2**-8)
 
 
+def test_a_base_that_a_start_made_is_kept(folder, tmp_path, monkeypatch):
+    """Without it the adapter would be of no use; to another base it does not belong."""
+
+    def no_training(base, adapters, tokens, config, *, folder, on_step, **told):
+        folder.mkdir()
+        on_step(loop.Told(1, 1.0, 1.0, 0.1, 5.0, 0.0))
+        return adapters
+
+    monkeypatch.setattr(run, "train_adapters", no_training)
+    model, settings = load(folder / "tiny"), loop.TrainConfig(steps=1, batch=1, window=8)
+    run.qlora(run.Run(tmp_path / "ad", settings), model, TOKENS[0], LoraConfig(rank=2, start="pissa"))
+    base, expected = load(tmp_path / "ad" / "base"), apply(model, TOKENS)
+    adapted, _ = load_merge(base, tmp_path / "ad")
+    assert float(jnp.abs(apply(adapted, TOKENS) - expected).max()) < 1e-4 * float(jnp.abs(expected).max())
+    assert float(jnp.abs(apply(base, TOKENS) - expected).max()) > 1e-2
+    with pytest.raises(QjaxError, match=r"began as pissa.*leave --base out"):
+        load_merge(base, tmp_path / "ad", model)
+
+
+def test_an_adapter_stays_in_its_residual_stream(adapter, folder):
+    model = load(folder / "tiny")
+    assert load_merge(load(adapter / "base"), adapter, model)[1].name == "tiny"
+    with pytest.raises(QjaxError, match="the embeddings of tiny are others"):
+        load_merge(load(adapter / "base"), adapter, rotate(model))
+
+
+def test_another_teacher_is_another_run(folder, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(run, "train_quantized", lambda *_, identity, **__: told.append(identity) or 1 / 0)
+    model, settings = load(folder / "tiny"), loop.TrainConfig(steps=1, batch=1, window=8)
+    rounded = quantize(model, "rtn:int3-g16")[0]
+    for original in (model, random_model(model.config, byte_tokenizer(), seed=1)):
+        with pytest.raises(ZeroDivisionError):
+            run.qat(run.Run(tmp_path / "a", settings), rounded, TOKENS[0], run.QatConfig(loss="kl"), original=original)
+    assert told[0]["base"] == told[1]["base"] and told[0]["float"] != told[1]["float"]
+    with pytest.raises(QjaxError, match="the loss kl is from the model before"):
+        run.qat(run.Run(tmp_path / "a", settings), rounded, TOKENS[0], run.QatConfig(loss="kl"))
+
+
 def test_requantizing_is_asked_for_and_told(adapter, folder, capsys):
     printed = succeeds(capsys, "merge", adapter / "base", adapter, "--requantize", "rtn:int8-g16", "--out", folder / "again")
     assert "in rtn:int8-g16" in printed
@@ -177,6 +217,6 @@ def test_what_is_refused(adapter, folder, tmp_path, capsys):
     assert "needs a recipe" in fails(capsys, "train", "qat", tiny, *data(folder), "--out", tmp_path / "a")
     assert "is what is read" in fails(capsys, "merge", base, adapter, "--out", adapter, "--overwrite")
     assert not (tmp_path / "a").exists()
-    shutil.rmtree(tmp_path / ".a.training", ignore_errors=True)
+    assert not (tmp_path / ".a.training").exists()  # nothing was begun
     with pytest.raises(QjaxError, match="has no tokenizer"):
         run.training_tokens(random_model(tiny_config()), [run.Corpus("a", ["b"])])

@@ -1,7 +1,12 @@
 """What a function does with its parameters is seen without computing, and so is what cannot be quantized."""
 
+import dataclasses
+import functools
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 
@@ -45,6 +50,7 @@ REFUSED = {
         x, p["w"].reshape(2, 1, 32), (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"), feature_group_count=8
     ),
     "joined with other values": lambda p, x: x @ jnp.concatenate([p["w"], p["w"]], 1),
+    "cut": lambda p, x: x[..., :4] @ p["w"][::2],
     "multiplied with int32": lambda p, x: jnp.ones((8, 8), jnp.int32) @ p["w"],
     "read at an index that is computed": lambda p, x: x @ lax.dynamic_slice(p["w"], (x[0, 0, 0].astype(int), 0), (8, 8)),
 }
@@ -99,3 +105,32 @@ def test_layouts_are_those_of_the_array():
     assert layout.transposed((1, 0)).reshaped((3, 8)).axes == ((1,), (2, 0))
     assert layout.reshaped((8, 3)).axes == ((0, 1), (2,)) and layout.reshaped((3, 8)) is None
     assert whole((1, 4)).reshaped((4,)).axes == ((0, 1),) and whole((4, 1)).reshaped((4,)).axes == ((0,),)
+
+
+def test_one_matrix_of_a_stack_with_two_axes():
+    """Both indices of w[i, j], on its way through what only derivatives see."""
+    params = {"w": normal(1, 2, 3, 8, 8), "vector": normal(2, 8)}
+
+    def fn(p, x):
+        return x @ lax.stop_gradient(p["w"])[1, 2] @ p["vector"]
+
+    quantized, report = qjax.quantize_function(fn, params, "rtn:int4-g4", batches=[(X,)])
+    assert [record.path for record in report.layers] == [f"w[{i},{j}]" for i in range(2) for j in range(3)]
+    alone = qjax.dequantize(qjax.rtn(params["w"][1, 2], "int4-g4")[0])
+    np.testing.assert_array_equal(qjax.dequantize_function(quantized)["w"][1, 2], alone)
+    np.testing.assert_allclose(qjax.apply_function(fn, quantized, X), X @ alone @ params["vector"], atol=1e-5)
+    assert quantized["vector"] is params["vector"]  # a vector is no matrix
+
+
+def test_paths_are_those_of_the_tree():
+    """A field that is named value is one like others; Flax's boxes hold nothing else, and their name is left out."""
+
+    @functools.partial(jax.tree_util.register_dataclass, data_fields=("key", "value"), meta_fields=())
+    @dataclasses.dataclass
+    class Heads:
+        key: object
+        value: object
+
+    params = {"heads": Heads(normal(1, 8, 8), normal(2, 8, 8)), "rest": [nn.Partitioned(normal(3, 8, 8), (None, None))]}
+    fn = lambda p, x: (x @ p["heads"].key + x @ p["heads"].value) @ p["rest"][0].value  # noqa: E731
+    assert [each.path for each in qjax.coverage(fn, params, X).parameters] == ["heads/key", "heads/value", "rest/0"]

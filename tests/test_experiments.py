@@ -42,6 +42,7 @@ SUFFIXES = {  # experiment -> tables that it is about; "": of perplexity
     "bitwidth_sweep": {"widths"},
     "real_models": {"accuracy", "divergence"},
     "activations": {"", "inputs"},
+    "compute_types": {"", "compute_types"},
 }
 ELSEWHERE = ("formats_at_4_bits", "order")  # have tests of their own
 DEAR = (
@@ -51,9 +52,10 @@ DEAR = (
     "tradeoff",
     "activations",
     "real_models",
+    "compute_types",
 )  # many cells of what the others do too
 TWINS = [pytest.param(name, marks=[pytest.mark.slow] if name in DEAR else []) for name in SUFFIXES if name not in ELSEWHERE]
-FEWEST = {"real_models": 6, "activations": 32}  # windows, of 512 tokens, and of two models each
+FEWEST = {"real_models": 6, "activations": 32, "compute_types": 32}  # windows, of 512 tokens, and of models each
 
 
 @pytest.fixture
@@ -98,6 +100,22 @@ def test_tiny_twin(load, block, name, tmp_path):
     assert len(rows) >= 2 and rows == read_rows(tmp_path / ROWS)
     assert {re.sub(r"^.*-windows-\d+-?(cloze-4-\w+-?)?", "", path.stem) for path in tmp_path.glob("*.md")} >= SUFFIXES[name]
     assert list(tmp_path.glob("*.png"))
+
+
+def test_compute_types_are_paired_by_recipe(load):
+    """What bfloat16 costs every recipe alike moves no change; what it costs one alone does."""
+    script = load("compute_types")
+    losses = {("none", "float32"): 0.0, ("none", "bfloat16"): 0.1, ("rtn", "float32"): 1.0, ("rtn", "bfloat16"): 1.3}
+    wave = np.sin(np.arange(12))
+    common = {"fingerprint": "m", "corpus_fingerprint": "c", "window_tokens": [2] * 12, "window_documents": list(range(12))}
+    rows = [
+        common | {"recipe": recipe, "compute_dtype": name, "window_nll": list(2 * (wave + loss))}
+        for (recipe, name), loss in losses.items()
+    ]
+    none, rtn = script.pairs(rows)
+    found = [each.value for pair in (none, rtn) for each in (pair.change, pair.cost, pair.moved)]
+    np.testing.assert_allclose(found, [0, 0.1, 0, 1.0, 0.3, 0.2], atol=1e-12)
+    assert script.pairs(rows[:1]) == []
 
 
 def test_order_draws_a_calibration_for_every_seed(load, block, tmp_path):
@@ -302,3 +320,62 @@ def test_train_bundled_model(tmp_path):
     measured = qjax.perplexity(model, "python-docs", "windows-64", max_windows=64)
     card = (tmp_path / "model" / "README.md").read_text()
     assert f"{measured.tokens:,} tokens and their {measured.nbytes:,} bytes scored) | {measured.bits_per_byte:.4f} |" in card
+
+
+def test_packed_decoding_of_a_random_model_is_measured_once(load, tmp_path):
+    script, out = load("packed_decode"), tmp_path / "decode.jsonl"
+    lines = script.run(out, tiny=True)
+    assert [(line["format"], line["batch"]) for line in lines] == [("none", 1), ("int4-g128", 1)]
+    assert lines[0]["running_bytes"] > 1.2 * lines[1]["running_bytes"] and all(line["new_tokens"] == 4 for line in lines)
+    assert script.run(out, tiny=True) == lines == [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def test_the_script_for_a_gpu_keeps_within_nine_minutes_and_names_what_exists():
+    text = (SCRIPTS / "on_gpu.sh").read_text()
+    assert subprocess.run(["bash", "-n", SCRIPTS / "on_gpu.sh"], check=False).returncode == 0
+    full = text.rpartition("\nfi\n")[2]
+    limits = [int(seconds) for seconds in re.findall(r"^stage \w+ (\d+) ", full, re.MULTILINE)]
+    of_blocks = int(re.search(r'stage "blocks, \$1 rows" (\d+)', text)[1]) * len(re.search(r"in ([\d ]+);", full)[1].split())
+    assert len(limits) == 4 and sum(limits) + of_blocks <= 540
+    named = set(re.findall(r"(?:experiments|tests)/\w+\.py", text))
+    assert len(named) >= 4 and all((REPOSITORY / path).exists() for path in named)
+
+
+def test_speeds_are_paired_and_measured_once(load, tmp_path, monkeypatch):
+    script = load("speed")
+    monkeypatch.setattr(script, "there", lambda packages: False)
+    rows = script.run(tmp_path, tiny=True)
+    assert [(row["model"], row["peer"], row["round"]) for row in rows] == [("256 x 128", "dense float32", n) for n in (0, 1)]
+    assert all(row["ratio"] == row["peer_seconds"] / row["seconds"] for row in rows)
+    assert undescribed(rows, CELLS) == []
+    assert "| int4-g128 product, 1 rows | dense float32 |" in (tmp_path / "speed.md").read_text()
+    assert script.run(tmp_path, tiny=True) == rows
+
+    called = []
+    ours, theirs = {"a": lambda: called.append("a")}, {"b": lambda: called.append("b") or 3.0}
+    script.take_turns(tmp_path, 3, "made up", ours, theirs, warm=False)
+    assert called == ["a", "a", "b", "b", "a", "a", "b"]
+    found = [row for row in read_rows(tmp_path / ROWS) if row["model"] == "made up"]
+    assert [row["peer_seconds"] for row in found] == [3.0] * 3  # as it measured itself
+
+
+def test_points_of_scaling_differ_along_one_axis(load):
+    script = load("scaling")
+    found = script.points(1e8)
+    assert script.MIDDLE in found and max(sizes.parameters for sizes in found) <= 1e8 < script.points(2e9)[-1].parameters
+    middle = dataclasses.asdict(script.MIDDLE)
+    assert all(sum(dataclasses.asdict(sizes)[axis] != middle[axis] for axis in middle) <= 1 for sizes in found)
+
+
+@pytest.mark.slow
+def test_scaling_twin(tmp_path):
+    run("scaling.py", "--tiny", "--out", tmp_path)
+    rows = read_rows(tmp_path / ROWS)
+    assert [(row["work"], row["width"]) for row in rows] == [
+        ("perplexity", 64),
+        ("gptq", 64),
+        ("perplexity", 128),
+        ("gptq", 128),
+    ]
+    assert undescribed(rows, CELLS) == [] and all(row["peak_bytes"] > 2**26 for row in rows)
+    assert re.search(r"\| gptq +\| width +\| +64 \| +128 \| +2 \|", (tmp_path / "scaling.md").read_text())

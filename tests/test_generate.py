@@ -14,7 +14,7 @@ from qjax.evaluate.speed import measure_speed
 from qjax.models.model import apply
 from qjax.qtensor import nbytes
 
-from .conftest import FAMILY_CHANGES, byte_tokenizer, random_model, tiny_config
+from .conftest import FAMILY_CHANGES, byte_tokenizer, random_model, some_slow, tiny_config
 
 PROMPTS = [np.array(list(text.encode()), np.int32) for text in ("a", "the cat", "once upon a time")]
 
@@ -47,7 +47,7 @@ def test_greedy_tokens(request, name):
     assert alone.tokens[0].tolist() == found.tokens[1].tolist()
 
 
-@pytest.mark.parametrize("family", FAMILY_CHANGES)
+@pytest.mark.parametrize("family", some_slow(FAMILY_CHANGES))
 def test_every_family_says_what_its_whole_pass_says(family):
     model = random_model(tiny_config(context=48, **FAMILY_CHANGES[family]), byte_tokenizer(bos=True))
     quantized, _ = quantize(model, "rtn:int8-g16")

@@ -22,10 +22,9 @@ from qjax.errors import QjaxError
 from qjax.kernels import xla
 from qjax.lazy import is_lazy, materialised
 from qjax.linear import is_quantized
-from qjax.models.config import LayerKind
 from qjax.models.parameters import flatten
-from tests.conftest import FAMILY_CHANGES, FURTHER_CHANGES, tiny_config
-from tests.gguf_files import NUMBERS, file_bytes, model_tensors, model_values, random_rows, rotated
+from tests.conftest import FAMILY_CHANGES, tiny_config
+from tests.gguf_files import LLAMA_LIKE, NUMBERS, file_bytes, model_tensors, model_values, random_rows, rotated
 from tests.oracles import gguf as oracle
 from tests.paths import real_data
 from tests.random_weights import weights_model
@@ -81,23 +80,6 @@ def test_products_with_file_formats(name):
     np.testing.assert_array_equal(qtensor.dequantize(stacked)[1], qtensor.dequantize(q))
 
 
-GEMMA3_LAYERS = (*[LayerKind(sliding_window=5)] * 5, LayerKind(rope_theta=1e6))
-GEMMA3 = FAMILY_CHANGES["gemma3_text"] | {
-    "layers": 6,
-    "kinds": GEMMA3_LAYERS,
-    "logit_softcap": None,
-    "attention_scale": 12**-0.5,
-}
-SMOLLM3 = {"layers": 4, "kinds": (*[LayerKind(rope_theta=1e4)] * 3, LayerKind(positions="none", rope_theta=1e4))}
-SCALES = {"embedding_scale": 2.0, "residual_scale": 0.5, "attention_scale": 0.25, "logit_scale": 0.125}
-CHANGES = {
-    **{name: FAMILY_CHANGES[name] for name in ("llama", "qwen2", "gemma", "gpt2")},
-    "gemma3": GEMMA3,
-    "qwen3": {"family": "qwen3", "qk_norm": "head"},
-    "olmo2": FURTHER_CHANGES["olmo2"],
-    "smollm3": {"family": "smollm3", "tied": True} | SMOLLM3,
-    "granite": {"family": "granite", "mlp_bias": False} | SCALES,
-}
 KEYS = {
     "gemma3": {"gemma3.attention.sliding_window": 5, "gemma3.rope.freq_base": 1e6},
     "granite": {
@@ -109,12 +91,12 @@ KEYS = {
 }
 
 
-@pytest.mark.parametrize("architecture", CHANGES)
+@pytest.mark.parametrize("architecture", LLAMA_LIKE)
 def test_a_model_comes_back(architecture, tmp_path):
     """Rows of Llama's q and k are moved back, biases with them; a tied head is not stored; Gemma's norms are less 1, and every
     sixth layer of Gemma 3 sees everything.
     """
-    original = weights_model(tiny_config(**CHANGES[architecture] | {"vocabulary_size": 64}))
+    original = weights_model(tiny_config(**LLAMA_LIKE[architecture] | {"vocabulary_size": 64}))
     values = model_values(original, architecture) | KEYS.get(architecture, {})
     found = load_gguf(written(tmp_path / "tiny.gguf", values, model_tensors(original, architecture)))
     assert found.name == "tiny" and found.recipe == "none" and found.tokenizer is None

@@ -23,13 +23,12 @@ from qjax.checkpoints.modules import unpack
 from qjax.errors import QjaxError
 from qjax.formats import parse_format
 from qjax.models.parameters import flatten, parameter_shapes
-from qjax.models.scalings import LinearScaling, Llama3Scaling, LongScaling
 from qjax.models.tokenizer import load_tokenizer, wrap_tokenizer
 from qjax.models.tokenizer_trial import parse
-from tests import foreign, test_export, test_gguf
-from tests.conftest import FAMILY_CHANGES, FURTHER_CHANGES, byte_tokenizer, tiny_config
+from tests import foreign, test_export
+from tests.conftest import FAMILY_CHANGES, byte_tokenizer, tiny_config
 from tests.fuzz import seeds
-from tests.gguf_files import random_rows
+from tests.gguf_files import ARCHITECTURES, FURTHER, random_rows
 from tests.paths import real_data
 from tests.random_weights import weights_model
 from tests.test_export import random_leaf
@@ -62,37 +61,10 @@ def test_blocks_repeat_the_scale_of_longer_groups(name, blocks, columns, seed):
     assert unpack(np.asarray(back.codes).T.copy(), fmt.bits, inputs).shape == (columns, inputs)
 
 
-LLAMA3 = Llama3Scaling(8.0, 1.0, 4.0, 8192)
-LONGROPE = LongScaling((1.0, 1.5, 2.0), (2.0, 4.0, 8.0), 32, 128)
-FALCON = FURTHER_CHANGES["falcon"] | {"positions": "rope"}
-STABLELM = {"family": "stablelm", "norm": "layer", "rotary_fraction": 0.25, "qkv_bias": True, "gated": True}
-FURTHER = {
-    "gptneox": FAMILY_CHANGES["gpt_neox"],
-    "phi3": {"family": "phi3", "sliding_window": 7},
-    "phi3, longrope": {"family": "phi3", "rotary_fraction": 0.75, "rope_scaling": LONGROPE, "tied": True},
-    "stablelm": STABLELM,
-    "stablelm, parallel": STABLELM | {"qkv_bias": False, "parallel_residual": True, "shared_norm": True},
-    "command-r": FURTHER_CHANGES["cohere"],
-    "glm4": {"family": "glm4", "norm_places": "both", "qkv_bias": True, "rope_interleaved": True, "rotary_fraction": 0.5},
-    "falcon": FALCON,
-    "falcon, two norms": FALCON | {"family": "falcon2", "kv_heads": 2, "shared_norm": False},
-    "bloom": FURTHER_CHANGES["bloom"],
-}
-CHANGES = (
-    test_gguf.CHANGES
-    | FURTHER
-    | {
-        "mistral": FAMILY_CHANGES["mistral"] | {"sliding_window": None},
-        "llama, scaled": {"rope_scaling": LLAMA3, "rope_theta": 500000.0, "context": 32768, "tied": True, "head_dim": 128},
-        "llama, linear": {"rope_scaling": LinearScaling(4.0), "qkv_bias": True, "attention_output_bias": True},
-    }
-)
-
-
-@pytest.mark.parametrize("case", CHANGES)
+@pytest.mark.parametrize("case", ARCHITECTURES)
 def test_a_model_comes_back(case, tmp_path):
     """Its configuration, and its weights, in the order of rows that its architecture has; ends of text with it."""
-    config = tiny_config(**CHANGES[case] | {"vocabulary_size": 64, "bos_id": 1, "eos_id": 2, "other_eos_ids": (5,)})
+    config = tiny_config(**ARCHITECTURES[case] | {"vocabulary_size": 64, "bos_id": 1, "eos_id": 2, "other_eos_ids": (5,)})
     original = weights_model(config)
     export(tmp_path / "a.gguf", original, "gguf")
     found = load_gguf(tmp_path / "a.gguf")

@@ -22,7 +22,7 @@ TOLERANCE = {"float32": 1e-6, "bfloat16": 5e-3}  # of |x| |W|
 # format, rows, inputs, columns, type of x, blocks: edges in every axis, all shape classes, scales of every type
 CASES = [
     ("int4-g32", 5, 384, 130, "float32", SMALL),
-    ("int4-g128", 40, 256, 200, "bfloat16", None),
+    pytest.param("int4-g128", 40, 256, 200, "bfloat16", None, marks=pytest.mark.slow),  # the others show it two by two
     (
         "int4-g32-fp32",
         5,
@@ -34,7 +34,7 @@ CASES = [
     ("int4-channel", 1, 200, 130, "bfloat16", SMALL),  # pairs
     ("int3-g128-sym", 1, 256, 72, "bfloat16", None),  # pairs of codes that straddle words
     ("int3-g32-sym", 40, 200, 72, "float32", None),
-    ("int8-g32-sym", 1, 256, 200, "bfloat16", SMALL),
+    pytest.param("int8-g32-sym", 1, 256, 200, "bfloat16", SMALL, marks=pytest.mark.slow),
     ("int2-g32-bf16", 1, 384, 130, "float32", None),
     ("nf4-g64", 40, 256, 130, "bfloat16", SMALL),
     ("nf4-g64-dq", 1, 256, 72, "float32", None),

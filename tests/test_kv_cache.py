@@ -117,6 +117,15 @@ def test_tokens_alone_are_rounded_by_head(bits):
     assert codes.shape == (1, 2, bits, 3)
 
 
+@pytest.mark.parametrize("name", ["int2-token", "int4-g16(residual=16)", "fp8_e4m3-token"])
+def test_gradients_pass_through_rounding(name):
+    cache = parse_cache_format(name)
+    x = jax.random.normal(jax.random.key(0), (1, 2, 32, 16))
+    for by_channel in (False, cache.group is not None):
+        slopes = jax.grad(lambda x, by=by_channel: jnp.sum(2 * kv_cache.simulated(x, cache, by_channel=by)[0]))(x)
+        np.testing.assert_array_equal(slopes, jnp.full(x.shape, 2.0))
+
+
 def test_floats_reach_their_largest_value():
     x = jnp.asarray([[[[3.0, -448.0, 1.0, 0.0]], [[0.0, 0.0, 0.0, 0.0]]]])
     rounded, _ = kv_cache.simulated(x, parse_cache_format("fp8_e4m3-token"), by_channel=False)

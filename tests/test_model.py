@@ -22,8 +22,11 @@ SHAPE = (3, 11)
     ("bound", "tokens"),
     [(2**23, 33), (33 * VOCABULARY, 33), (33 * VOCABULARY - 1, 17), (7 * VOCABULARY + 5, 7), (VOCABULARY, 1), (10, 1)],
 )
-def test_losses_keep_the_bound_and_are_those_of_all_logits(tiny_model, monkeypatch, bound, tokens):
+def test_losses_of_a_packed_head_keep_the_bound(tiny_model, monkeypatch, bound, tokens):
     """The same values for any bound, the logits of `tokens` tokens at most at once: also where one sequence has more."""
+    head = tiny_model.params["head"]
+    packed = Linear(head["output"]["kernel"], activation="int8-token")
+    tiny_model = tiny_model._replace(params=tiny_model.params | {"head": head | {"output": {"kernel": packed}}})
     x = jax.random.normal(jax.random.key(0), (*SHAPE, tiny_model.config.hidden_size))
     targets = jax.random.randint(jax.random.key(1), SHAPE, 0, VOCABULARY)
     logits = module.stages(tiny_model.config, jnp.float32).head(tiny_model.params["head"], x, None)

@@ -37,14 +37,15 @@ def matrices(params):
 def test_every_layer_is_quantized_as_it_would_be_alone(name):
     case = CASES[name]
     expected = case.products(case.params, X)
-    for recipe in (GPTQ, OTHERS[list(CASES).index(name) % 3]):  # the methods know nothing of the models
+    run = OTHERS[list(CASES).index(name) % 3]  # the methods know nothing of the models
+    for recipe in (GPTQ, *OTHERS):
         params, report = qjax.quantize_function(case.fn, case.params, recipe, batches=[(X,)], rules=case.rules)
         got = matrices(params)
         assert got.keys() == expected.keys() == {record.path for record in report.layers if record.recipe != "none"}
         for path, (weight, x) in expected.items():
             alone, _ = qjax.quantize_function(product, {"w": weight}, recipe, batches=[(x,)])
             np.testing.assert_allclose(got[path], qjax.dequantize(alone["w"]), atol=1e-6, err_msg=f"{recipe} {path}")
-        if recipe != GPTQ:
+        if recipe == run:
             y = jax.jit(functools.partial(qjax.apply_function, case.fn))(params, X)
             wanted = case.fn(qjax.dequantize_function(params), X)
             jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), y, wanted)
@@ -173,12 +174,30 @@ def test_activation_formats_hold_for_experts_too():
     np.testing.assert_allclose(qjax.apply_function(ragged, params, X), jnp.concatenate(expected), atol=1e-5)
 
 
+@pytest.mark.parametrize("order", ["parallel", "sequential", "qep"])
+def test_bfloat16_parameters_stay_what_the_function_expects(order):
+    """A scan's carry keeps its type in every run that calibrates; the codes are those of the same weights in float32."""
+
+    def fn(p, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x.astype(p["w"].dtype), p["w"])[0]
+
+    wide = normal(1, 2, 8, 8).astype(jnp.bfloat16).astype(jnp.float32)
+    narrow, _ = qjax.quantize_function(fn, {"w": wide.astype(jnp.bfloat16)}, f"gptq:int4-g4@{order}", batches=[(X,)])
+    assert qjax.apply_function(fn, narrow, X).dtype == narrow["w"].array().dtype == jnp.bfloat16
+    first, _ = qjax.quantize_function(
+        product, {"w": wide[0]}, "gptq:int4-g4@parallel", batches=[(X.astype(jnp.bfloat16).astype(jnp.float32),)]
+    )
+    np.testing.assert_array_equal(narrow["w"].weight.codes[0], first["w"].weight.codes)
+
+
 def test_misuse_is_named():
     w = {"w": normal(1, 8, 8)}
     for batches, told in (([], "batches is empty"), ([X], r"batches\[0\] is"), ([(X,)], "quantized already")):
         params = w if told != "quantized already" else qjax.quantize_function(product, w, "nf4-g4", batches=[(X,)])[0]
         with pytest.raises(qjax.QjaxError, match=told):
             qjax.quantize_function(product, params, "nf4-g4", batches=batches)
+    with pytest.raises(qjax.QjaxError, match=r"the function itself fails on a batch, TypeError: dot_general requires"):
+        qjax.quantize_function(product, w, "nf4-g4", batches=[(X[..., :4],)])
     params, _ = qjax.quantize_function(product, w, "nf4-g4", batches=[(X,)])
     with pytest.raises(qjax.QjaxError, match="w: a quantized parameter reaches sin"):
         qjax.apply_function(lambda p, x: jnp.sin(p["w"]), params, X)

@@ -11,14 +11,13 @@ import pytest
 from qjax.driver.layer import LayerRecord
 from qjax.errors import QjaxError
 from qjax.report.comparison import baseline_table
+from qjax.report.lists import formats_table, recipes_table
 from qjax.report.rendering import Table, TableColumn, latex_escape
 from qjax.report.rerun_table import rerun_table
 from qjax.report.tables import (
-    formats_table,
     layers_table,
     over_units,
     perplexity_table,
-    recipes_table,
     split_tables,
     to_csv,
     to_latex,

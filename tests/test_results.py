@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from qjax.report.lists import columns_table
 from qjax.report.rendering import to_csv, to_latex, to_markdown
 from qjax.report.reports import captions, figures, tables
-from qjax.report.tables import columns_table
 from qjax.sweep.columns import measurements
 from qjax.sweep.store import LAYERS, ROWS, read_rows
 from tests.dictionary import CELLS, COLUMNS, OTHERS, described, section, undescribed

@@ -1,6 +1,7 @@
 """train/loop.py: windows, schedules, micro-batches, devices, checkpoints, and what stops a run."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import qjax
 from qjax.errors import QjaxError
 from qjax.numbers import NotFiniteError
 from qjax.train import loop
+from qjax.train.log import ROWS, step_log, step_rows
 from qjax.train.loop import TrainConfig
 from tests.conftest import byte_tokenizer
 
@@ -149,11 +151,17 @@ def test_a_loss_that_is_not_finite_names_step_and_checkpoint(tmp_path):
         return loss(trained, frozen, tokens) + jnp.where(trained["shift"][0] < -0.05, jnp.nan, 0.0) + trained["shift"][0]
 
     config = TrainConfig(steps=9, batch=1, window=6, learning_rate=0.03, warmup=0)
-    with pytest.raises(NotFiniteError, match=r"step 3 the loss is nan.*checkpoint is .*run/steps/2; lower") as stopped:
+    with pytest.raises(NotFiniteError, match=r"step 3 the loss is nan.*checkpoint is .*run/steps/1; lower") as stopped:
         loop.train(breaks, TRAINED, FROZEN, stream(), config, folder=tmp_path / "run", save_every=1)
-    assert (tmp_path / "run" / "steps" / "2").is_dir(), stopped
-    with pytest.raises(NotFiniteError, match="there is no checkpoint"):
+    assert (tmp_path / "run" / "steps" / "1").is_dir(), stopped  # of the second one the loss is nan
+    with pytest.raises(NotFiniteError, match="there is no good checkpoint"):
         loop.train(breaks, TRAINED, FROZEN, stream(), config)
+
+
+def test_what_the_last_step_made_is_finite():
+    config = TrainConfig(steps=1, batch=1, window=6, learning_rate=3e38, weight_decay=10.0)
+    with pytest.raises(NotFiniteError, match="what step 1 made is not finite"):
+        loop.train(loss, jax.tree.map(jnp.ones_like, TRAINED), FROZEN, stream(), config)
 
 
 def test_eight_devices_do_what_one_does():
@@ -173,6 +181,44 @@ def test_what_is_refused():
         loop.train(loss, TRAINED, FROZEN, stream()[:6], CONFIG)
     with pytest.raises(QjaxError, match="64 devices"):
         loop.train(loss, TRAINED, FROZEN, stream(), CONFIG, devices=64)
-    for bad in ({"steps": 0}, {"batch": 3, "micro_batch": 2}, {"learning_rate": 0.0}, {"schedule": "stairs"}, {"warmup": 1.0}):
+    for bad in (
+        {"steps": 0},
+        {"batch": 3, "micro_batch": 2},
+        {"learning_rate": 0.0},
+        {"schedule": "stairs"},
+        {"warmup": 1.0},
+        {"seed": -1},
+    ):
         with pytest.raises(QjaxError, match="expected sizes of at least 1"):
             TrainConfig(**({"steps": 1} | bad))
+
+
+def test_checkpoints_that_cannot_be_read_are_one_error(tmp_path):
+    """Arrays of other sizes, and a checkpoint that lost them."""
+    state = loop.init_state({"a": jnp.arange(6.0)}, loop.make_optimizer(CONFIG))._replace(step=jnp.int32(3))
+    with loop.checkpoints(tmp_path / "steps") as manager:
+        loop.save(manager, state)
+        np.testing.assert_array_equal(loop.restore_latest(manager, state).params["a"], np.arange(6.0))
+        other = loop.init_state({"a": jnp.zeros(5)}, loop.make_optimizer(CONFIG))
+        with pytest.raises(QjaxError, match=r"steps/3 .*; remove it: the one before it"):
+            loop.restore_latest(manager, other)
+    shutil.rmtree(tmp_path / "steps" / "3" / "default")
+    with loop.checkpoints(tmp_path / "steps") as manager, pytest.raises(QjaxError, match=r"cannot read .*steps/3"):
+        loop.restore_latest(manager, state)
+
+
+def test_rows_of_a_killed_run(tmp_path):
+    """Its unfinished last row goes, as do those of steps that are done again; other damage is named."""
+    path, told = tmp_path / ROWS, loop.Told(1, 2.5, 0.1, 1e-4, 100.0, 9.0)
+    log = step_log(path)
+    for step in (1, 2, 3):
+        log(told._replace(step=step))
+    whole = path.read_text()
+    path.write_text(whole + '{"step": 4, "lo')
+    assert [row["step"] for row in step_rows(path)] == [1, 2, 3]
+    step_log(path)(told._replace(step=3))
+    assert path.read_text() == whole
+    for line, said in (('{"step": 2, "lo', "line 1 is not a JSON object"), ('{"step": 2}', "line 1 has no number in loss")):
+        path.write_text(line + "\n" + whole)
+        with pytest.raises(QjaxError, match=said):
+            step_rows(path)

@@ -19,7 +19,7 @@ from qjax.models.walk import Decoder
 from qjax.qtensor import QTensor, nbytes
 from qjax.train import forward, loop, lora
 from qjax.train.lora import LoraConfig
-from tests.conftest import GEMMA3, random_model, tiny_config
+from tests.conftest import GEMMA3, MIXTRAL, random_model, tiny_config
 
 CONFIG = LoraConfig(rank=3, alpha=6.0)
 KEY = jax.random.key(0)
@@ -162,7 +162,23 @@ def test_targets(base):
         paths("down_proj", "up_projection")
 
 
+def test_experts_take_no_adapter():
+    model = random_model(tiny_config(**MIXTRAL, layers=1))
+    paths = lora.targets_of(model, CONFIG)
+    assert sorted(paths) == [f"block_0/attention/{name}/kernel" for name in "koqv"]
+    with pytest.raises(QjaxError, match="block_0/mlp/up/kernel hold experts, which take none"):
+        lora.start(model, LoraConfig(targets=("mlp/up", "q_proj")), KEY)
+    asked = lora.problem(model, drawn(lora.start(model, CONFIG, KEY)[1]))
+    whole = attach(model, asked.finished(asked.trained))
+    dense = whole._replace(params=dequantize_tree(whole.params))
+    assert float(jax.jit(asked.loss)(asked.trained, asked.frozen, TOKENS)) == pytest.approx(
+        float(by_decoder(dense, TOKENS)), rel=1e-5
+    )
+
+
 def test_what_is_refused(base):
+    with pytest.raises(QjaxError, match="loftq makes up for what a recipe takes; give a recipe"):
+        lora.start(random_model(tiny_config()), LoraConfig(rank=2, start="loftq"), KEY)
     with pytest.raises(QjaxError, match="the start loftq needs weights that are not quantized"):
         lora.start(base, LoraConfig(rank=2, start="loftq"), KEY)
     with pytest.raises(QjaxError, match="a rank of 64 is more than"):

@@ -19,7 +19,7 @@ from qjax.refining import fake
 from qjax.rounding.nearest import rtn
 from qjax.train import loop, qat
 from qjax.train.qat import QatConfig
-from tests.conftest import GEMMA, random_model, tiny_config
+from tests.conftest import GEMMA, MIXTRAL, random_model, tiny_config
 
 FORMATS = ("int3-g16", "int2-g16-sym-full", "int4-g16-z16", "int8-tensor", "nf4-b16", "mxfp4", "nvfp4", "int4-g16-dq")
 FURTHER = ("int4-channel-sym-max", "int1-g16-sym", "nf4-g16", "fp4_e2m1-g16", "fp8_e4m3-channel")  # that repeat what these show
@@ -50,7 +50,8 @@ def test_the_finished_weight_has_the_values_of_training(name):
     start = started(name)
     q = jax.jit(fake.finished)(start)
     assert isinstance(q, QTensor) and q.format == parse_format(name) and q.shape == (40, 12)
-    np.testing.assert_array_equal(dequantize(q), jax.jit(lambda each: each.values())(start))
+    rounding = 5e-7 if name.endswith("-dq") else 0  # scales that are sums of products, fused into what they multiply or not
+    np.testing.assert_allclose(dequantize(q), jax.jit(lambda each: each.values())(start), rtol=rounding)
     assert float(jnp.abs(dequantize(q) - start.weight).max()) > 0.01
 
 
@@ -169,6 +170,13 @@ def test_what_is_refused(model, rounded):
         qat.faked(model)
     with pytest.raises(QjaxError, match="from a float model; give one"):
         qat.problem(qat.faked(rounded), QatConfig(loss="kl"))
+    with pytest.raises(QjaxError, match=r"mlp/down/kernel is \(48, 32\), in random \(64, 32\); give the model before"):
+        qat.faked(rounded, random_model(tiny_config(**(GEMMA | {"mlp_size": 64}))))
+    with pytest.raises(QjaxError, match="a vocabulary of 99, random 257"):
+        qat.problem(qat.faked(rounded), QatConfig(loss="kl"), random_model(tiny_config(**(GEMMA | {"vocabulary_size": 99}))))
+    mixture = quantize(random_model(tiny_config(**MIXTRAL, layers=1)), "rtn:int4-g16")[0]
+    with pytest.raises(QjaxError, match="block_0/mlp/down/kernel holds experts, which are not trained"):
+        qat.faked(mixture)
     with pytest.raises(QjaxError, match="expected some of weights, scales, zeros"):
         QatConfig(learns=("norms",))
     with pytest.raises(QjaxError, match="fp16: it has no grid"):

@@ -52,6 +52,11 @@ def test_losses_in_the_terms_of_the_bound():
     np.testing.assert_allclose(loss_of(row, before, "cloze", share), [0.04, -0.02, 0.1])
     np.testing.assert_allclose(loss_of(row, before, "cloze", number), [0.02, -0.01, 0.05])
     assert math.isnan(loss_of(row | {"nll_delta_high": None}, before, "perplexity", share).high)
+    assert loss_of({"nll_delta": 900.0}, before, "perplexity", share).value > 1e300
+    for of in ("perplexity", "kl", "cloze"):  # rows that somebody has taken figures from
+        assert np.isnan(loss_of({}, before, of, number)).all() and np.isnan(loss_of(row, {}, of, share)).all() == (
+            of == "cloze"
+        )
     with pytest.raises(QjaxError, match="answers no question of cloze"):
         loss_of(row, before | {"accuracy:cloze": 0.0}, "cloze", share)
 

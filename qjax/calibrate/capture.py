@@ -3,6 +3,10 @@
 The statistics are updated inside the compiled run, so activations never leave it. Layers that are given the same array (q, k
 and v; gate and up) share one set of statistics, under the path of the first of them: `sharing` finds out by tracing, in any
 Linen module.
+
+A run can hand back what layers return, and a later run on the same batch take it in their place (`Batch.known`): what comes
+before is then dropped by XLA, so that each product runs once though a module is captured group by group. Results of products
+are in memory anyway: asking for inputs would change how XLA fuses what makes them with statistics, and so last digits.
 """
 
 import functools
@@ -26,15 +30,20 @@ from qjax.models.stacks import member, stack_of
 from qjax.numbers import NotFiniteError
 
 LARGEST_SQUARE = 2.0**70  # mean squares of inputs up to here, and down to its inverse, times squares of weights are float32
+KEPT_BYTES = 2**30  # of results that are kept for later runs, of all batches together; further batches run again
+
+Known = Mapping[str, Array]  # what layers return, by the path of the kernel
+NOTHING: Known = MappingProxyType({})
 
 
 class Batch(NamedTuple):
     """Arguments of module.apply, and how much each token counts: an array whose axes are the first axes of every layer's
-    input.
+    input. known: what layers return, where an earlier run found it.
     """
 
     args: tuple
     weights: Float[Array, "..."] | None = None
+    known: Known = NOTHING
 
 
 def sharing(module: nn.Module, params: PyTree, *calls: tuple) -> dict[str, str]:
@@ -86,25 +95,37 @@ class Wanted(NamedTuple):
 class Programs(NamedTuple):
     """Compiled runs of a module; `static` holds the arguments that are no arrays."""
 
-    capture: Callable  # (wanted, static, with output, states, run, exact run or None, weights) -> states, output
-    output: Callable  # (static, watched, params, arrays) -> what the module at path `watched` returns
+    capture: Callable  # (wanted, static, keep, states, run, exact run or None, weights) -> states, Keep
+    output: Callable  # (static, watched, params, arrays, known) -> what the module at path `watched` returns
+
+
+class Keep(NamedTuple):
+    """What of a run is kept: its output; what layers at these paths return, and once it has run, that, of the exact run too."""
+
+    output: object = False
+    results: object = ()
+    exact: object = ()
+
+
+NOTHING_KEPT = Keep()
 
 
 @functools.lru_cache(maxsize=16)
 def programs(module: nn.Module) -> Programs:
     """The compiled runs of a module, shared by all layers of a model that have equal modules."""
 
-    def record(params, static, arrays, watched=None):
-        with recorded(watched) as recording:
+    def record(params, static, arrays, known, watched=None):
+        with recorded(watched, known) as recording:
             output = module.apply({"params": params}, *merge_arguments(static, arrays))
         return recording, output
 
     @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-    def capture(wanted, static, with_output, states, run, exact_run, weights):  # a run: (params, arrays)
+    def capture(wanted, static, keep, states, run, exact_run, weights):  # a run: (params, arrays, known)
         statistics, paths, everyone = wanted
-        recording, output = record(run[0], static, run[1])
+        recording, output = record(run[0], static, *run[1:])
         inputs = recording.inputs
-        exact = inputs if exact_run is None else record(exact_run[0], static, exact_run[1])[0].inputs
+        reference = recording if exact_run is None else record(exact_run[0], static, *exact_run[1:])[0]
+        exact, runs = reference.inputs, (recording, reference)
         new, hidden = dict(states), []
         for path in paths:
             try:
@@ -120,11 +141,12 @@ def programs(module: nn.Module) -> Programs:
                 hidden.append(path)
         if hidden:
             raise _hidden(hidden)
-        return new, output if with_output else None
+        kept = [{path: each.results[path][0] for path in keep.results if len(each.results.get(path, ())) == 1} for each in runs]
+        return new, Keep(output if keep.output else None, kept[0], {} if exact_run is None else kept[1])
 
     @functools.partial(jax.jit, static_argnums=(0, 1))
-    def output(static, watched, params, arrays):
-        return record(params, static, arrays, watched)[0].outputs
+    def output(static, watched, params, arrays, known):
+        return record(params, static, arrays, known, watched)[0].outputs
 
     return Programs(capture, output)
 
@@ -155,10 +177,13 @@ def merge_arguments(static: tuple, arrays: Sequence[Array]) -> tuple:
 
 
 class Captured(NamedTuple):
-    """statistics: path -> name -> value. outputs: what the module returned for each batch; None unless asked for."""
+    """statistics: path -> name -> value. outputs: what the module returned for each batch; None unless asked for. results: of
+    each batch, what layers return in the run and in the exact run; none unless asked for.
+    """
 
     statistics: dict[str, dict[str, Array]]
     outputs: list[object]
+    results: Sequence[tuple[Known, Known]] = ()
 
 
 def capture_statistics(
@@ -171,18 +196,20 @@ def capture_statistics(
     *,
     prefix: str = "",
     keep_outputs: bool = False,
+    keep_results: Sequence[str] = (),
     stacks: Mapping[str, int] = MappingProxyType({}),
 ) -> Captured:
     """Statistics `names` of the inputs of the layers at the paths in `needed` (path -> in_features), over all batches.
 
     exact: parameters and batches of the run without quantization, for statistics that compare with it. prefix: of paths in
-    messages. stacks: those of the paths that hold several layers, and how many; the statistics are then of each, under its own
-    path (`models/stacks.py`), from the tokens that are routed to it, or from all (`experts.py`). Raises QjaxError that names
-    layers whose input is not finite, was not seen, or cannot be captured.
+    messages. keep_results: layers, by path, of which to hand back what they return, for as many batches as KEPT_BYTES has room
+    for. stacks: those of the paths that hold several layers, and how many; the statistics are then of each, under its own path
+    (`models/stacks.py`), from the tokens that are routed to it, or from all (`experts.py`). Raises QjaxError that names layers
+    whose input is not finite, was not seen, or cannot be captured.
     """
     wanted = Wanted(tuple((name, STATISTICS[name]) for name in dict.fromkeys([*names, COUNT])), tuple(needed))
     given = (module, params, batches, needed, exact, prefix)
-    states, outputs = _states(wanted, *given, stacks=stacks, keep_outputs=keep_outputs)
+    states, kept = _states(wanted, *given, stacks=stacks, keep=Keep(keep_outputs, tuple(keep_results)))
     values = _values(wanted, states, stacks)
     hardly = {path: experts.hardly_reached(state) for path, state in states.items() if path in stacks}
     if again := tuple(path for path, numbers in hardly.items() if len(numbers)):
@@ -192,29 +219,37 @@ def capture_statistics(
                 values[member(path, number)] |= experts.finish(wanted.statistics, states[path], number)
     same = {"prefix": prefix, "stacks": stacks}
     check_statistics(values, needed, prefix, lambda few: capture_statistics(module, params, batches, few, ["abs_max"], **same))
-    return Captured(values, outputs)
+    return Captured(values, [each.output for each in kept], [each[1:] for each in kept])
 
 
 def _states(
-    wanted: Wanted, module, params, batches, needed, exact, prefix, *, stacks, keep_outputs=False
-) -> tuple[dict[str, dict], list[object]]:
-    """States of the statistics after all batches, and the outputs."""
+    wanted: Wanted, module, params, batches, needed, exact, prefix, *, stacks, keep=NOTHING_KEPT
+) -> tuple[dict[str, dict], list[Keep]]:
+    """States of the statistics after all batches, and what is kept of each."""
     run = programs_of(module).capture
-    states, outputs = {}, []
+    references = batches if exact is None else list(exact[1])
+    states, kept, room = {}, [], KEPT_BYTES - _size([batch.known for batch in (*batches, *references)])
     for path in wanted.paths:
         count = stacks.get(path)
         initial = {name: each.init(needed[path]) for name, each in wanted.statistics}
         states[path] = initial if count is None else experts.stacked(initial, count)
-    for batch, other in zip(batches, batches if exact is None else exact[1], strict=True):
+    for batch, other in zip(batches, references, strict=True):
         static, arrays = split_arguments(batch.args)
-        exact_run = None if exact is None else (exact[0], split_arguments(other.args)[1])
+        exact_run = None if exact is None else (exact[0], split_arguments(other.args)[1], dict(other.known))
+        this = params, arrays, dict(batch.known)
         try:
-            states, output = run(wanted, static, keep_outputs, states, (params, arrays), exact_run, batch.weights)
+            now = keep if room > 0 else keep._replace(results=())
+            states, found = run(wanted, static, now, states, this, exact_run, batch.weights)
         except jax.errors.UnexpectedTracerError:
             hidden = [path for path in wanted.paths if is_hidden(module, params, batch, path)] or wanted.paths
             raise _hidden(prefix + path for path in hidden) from None
-        outputs.append(output)
-    return states, outputs
+        kept.append(found)
+        room -= _size(found[1:])
+    return states, kept
+
+
+def _size(known: Iterable[Known]) -> int:
+    return sum(array.nbytes for each in known for array in each.values())
 
 
 def _values(wanted: Wanted, states: Mapping[str, dict], stacks: Mapping[str, int]) -> dict[str, dict[str, Array]]:
@@ -289,8 +324,16 @@ def outputs_of(
     returns several.
     """
     run = programs_of(module).output
-    split = ((split_arguments(batch.args)) for batch in batches)
-    return [jax.tree.leaves(found)[0] for static, arrays in split for found in run(static, watched, params, arrays)]
+    split = ((*split_arguments(batch.args), dict(batch.known)) for batch in batches)
+    return [
+        jax.tree.leaves(found)[0] for static, arrays, known in split for found in run(static, watched, params, arrays, known)
+    ]
+
+
+def advance(module: nn.Module, params: PyTree, states: list[Array], known: Sequence[Known]) -> None:
+    """`walk.advance` of a module that takes hidden states alone, from what is known of each batch."""
+    for number, inputs in enumerate(known):
+        (states[number],) = jax.block_until_ready(outputs_of(module, params, [Batch((states[number],), known=inputs)]))
 
 
 def module_outputs(module: nn.Module, params: PyTree, batches: Sequence[Batch], watched: tuple[str, ...]) -> list[Array]:

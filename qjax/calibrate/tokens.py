@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from qjax.calibrate.samples import tokens_of
 from qjax.errors import QjaxError
 from qjax.evaluate.corpora import Corpus, article_starts, load_corpus
+from qjax.evaluate.kept_tokens import encode_kept
 from qjax.evaluate.windows import within_share
 from qjax.models.model import Model
 
@@ -55,7 +56,7 @@ def load_calibration(
     if windows < 1 or window < 1:
         raise QjaxError(f"calibration: expected at least one window of one token, got {windows} of {window}")
     window = min(window, model.config.context)
-    ids, nbytes = model.tokenizer.encode_with_bytes(corpus.separator.join(corpus.documents))
+    ids, nbytes = encode_kept(model.tokenizer, corpus.separator.join(corpus.documents))
     available = len(ids) // window
     if available < windows:
         raise QjaxError(

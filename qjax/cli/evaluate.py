@@ -11,6 +11,7 @@ from qjax.cli.options import (
     CalibrationName,
     CalibrationWindow,
     CalibrationWindows,
+    ComputeName,
     ConventionName,
     Data,
     MaxQuestions,
@@ -37,11 +38,12 @@ def evaluate(
     ] = None,
     max_questions: MaxQuestions = None,
     packed: Packed = False,
+    compute: ComputeName = None,
 ) -> None:
     """Perplexity of one model, quantized or not, on python-docs or --data; with --tasks or --lm-eval its accuracy, and
     perplexity where --data is given too.
     """
-    check_names(convention=convention, texts=data, tasks=tasks, models=(model,))
+    check_names(convention=convention, texts=data, tasks=tasks, compute=compute, models=(model,))
     from qjax.evaluate.corpora import load_corpora
     from qjax.evaluate.perplexity import perplexity
     from qjax.evaluate.tasks import load_tasks
@@ -50,7 +52,7 @@ def evaluate(
     measured = parse_convention(convention)
     asked = load_tasks(split_names(tasks) if tasks else (), max_questions or None)
     corpora = load_corpora(data or ([] if asked or lm_eval else ["python-docs"]))
-    loaded = load_model(model)
+    loaded = load_model(model)._replace(compute=compute)
     if lm_eval:
         from qjax.evaluate.lm_eval import evaluate as evaluate_harness
 
@@ -86,16 +88,17 @@ def generate(
     calibration_windows: CalibrationWindows = 128,
     calibration_window: CalibrationWindow = 2048,
     packed: Packed = False,
+    compute: ComputeName = None,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
 ) -> None:
     """Let a model, quantized or not, go on with a prompt."""
-    check_names(recipes=recipe, texts=(calibration,), models=(model,))
+    check_names(recipes=recipe, compute=compute, texts=(calibration,), models=(model,))
     from qjax.driver.decoder import quantize as quantize_model
     from qjax.evaluate.generate import generate_text
     from qjax.sweep.cells import canonical
 
     asked_of = ([] if recipe is None else canonical([recipe]), ())
-    loaded = load_model(model)
+    loaded = load_model(model)._replace(compute=compute)
     if recipe is not None:
         read = calibration_for(loaded, asked_of, calibration, own_text(model), calibration_windows, calibration_window, seed)
         loaded, _ = quantize_model(loaded, recipe, calibration=read)

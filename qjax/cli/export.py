@@ -10,11 +10,12 @@ from qjax.cli.loading import load_model
 from qjax.cli.options import ModelName, Out, Overwrite
 from qjax.errors import QjaxError
 from qjax.files import expand
+from qjax.folders import refuse_inputs, require_file, require_place
 
-ShardSize = Annotated[float, typer.Option(min=1e-6, help="GB of a file at most; more are written with an index.")]
-Target = Annotated[
-    str, typer.Option(metavar="FORMAT", help="gptq, gptq_v2, compressed-tensors, awq, bitsandbytes, or gguf: a file.")
-]
+ShardSize = Annotated[float, typer.Option(min=1e-6, max=1e6, help="GB of a file at most; more are written with an index.")]
+GGUF = "gguf"
+TARGETS = ("gptq", "gptq_v2", "compressed-tensors", "awq", "bitsandbytes", GGUF)  # what `checkpoints/export.py` knows
+Target = Annotated[str, typer.Option(metavar="FORMAT", help=f"{', '.join(TARGETS[:-1])}, or {GGUF}: a file.")]
 TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -33,14 +34,13 @@ def dequantize(
     check_names(models=(model,))
     if dtype not in TYPES:
         raise QjaxError(f"--dtype {dtype!r}: expected {', '.join(TYPES)}")
+    refuse_inputs(out, [model])
+    out = require_place(out, overwrite=overwrite)
     from qjax.checkpoints.huggingface import save_huggingface
     from qjax.files import listing
-    from qjax.folders import refuse_inputs, require_place
     from qjax.linear import without_activations
     from qjax.models.parameters import flatten
 
-    refuse_inputs(out, [model])
-    out = require_place(out, overwrite=overwrite)
     loaded = load_model(model, lazy=True)
     formats = dict.fromkeys(
         str(each.activation) for each in flatten(loaded.params).values() if getattr(each, "activation", None)
@@ -67,29 +67,26 @@ def convert(model: ModelName, out: Out, to: Target, shard_size: ShardSize = 5.0,
     What the target cannot hold is refused: nothing is rounded a second time without a word. `qjax dequantize` and
     `qjax quantize` do that.
     """
+    plain = f"; to round it anew: qjax dequantize {model} --out PLAIN, then qjax quantize PLAIN with a recipe that fits"
+    _write(model, out, to, shard_size, overwrite, refused=plain)
+
+
+def _write(model: str, out: Path, to: str, shard_size: float, overwrite: bool, refused: str = "") -> None:
+    """refused: what is added to the message where the target cannot hold the model."""
+    check_names(models=(model,))
+    if to not in TARGETS:
+        raise QjaxError(f"--to {to!r}: expected {', '.join(TARGETS)}")
+    refuse_inputs(out, [model])
+    out = require_file(out, ".gguf", overwrite=overwrite) if to == GGUF else require_place(out, overwrite=overwrite)
+    from qjax.checkpoints.export import export as export_model
     from qjax.checkpoints.target import RefusedError
 
-    try:
-        _write(model, out, to, shard_size, overwrite)
-    except RefusedError as error:
-        raise QjaxError(
-            f"{error}; to round it anew: qjax dequantize {model} --out PLAIN, then qjax quantize PLAIN with a recipe that fits"
-        ) from error
-
-
-def _write(model: str, out: Path, to: str, shard_size: float, overwrite: bool) -> None:
-    check_names(models=(model,))
-    from qjax.checkpoints.export import GGUF, require_target
-    from qjax.checkpoints.export import export as export_model
-    from qjax.checkpoints.gguf.export import require_file
-    from qjax.folders import refuse_inputs, require_place
-
-    require_target(to)
-    refuse_inputs(out, [model])
-    out = (require_file if to == GGUF else require_place)(out, overwrite=overwrite)
     loaded = load_model(model, lazy=True)
     limit = int(shard_size * 1e9)
-    export_model(out, loaded, to, overwrite=overwrite, shard_bytes=limit, beside=folder_of(model))
+    try:
+        export_model(out, loaded, to, overwrite=overwrite, shard_bytes=limit, beside=folder_of(model))
+    except RefusedError as error:
+        raise QjaxError(f"{error}{refused}") from error
     typer.echo(f"{out}: {loaded.name} ({loaded.recipe}) for {to}")
 
 

@@ -20,7 +20,9 @@ from qjax.cli.options import (
 )
 from qjax.errors import QjaxError
 from qjax.files import expand
+from qjax.folders import refuse_inputs, require_place, standing
 from qjax.printable import printable
+from qjax.untrusted import is_folder
 
 if TYPE_CHECKING:
     from qjax.models.model import Model
@@ -55,14 +57,15 @@ def merge(
     check_names(recipes=requantize, convention=convention, texts=(*data, calibration), models=(base, into))
     if dtype not in TYPES:
         raise QjaxError(f"--dtype {dtype!r}: expected {', '.join(TYPES)}")
+    if not is_folder(standing(adapter)):
+        raise QjaxError(f"{adapter}: no such folder; give the one that PEFT, or qjax train qlora, wrote")
+    refuse_inputs(out, [base, adapter, *([] if into is None else [into])])
+    out = require_place(out, overwrite=overwrite)
     from qjax.evaluate.corpora import load_corpora
-    from qjax.folders import refuse_inputs, require_place
     from qjax.sweep.cells import canonical
     from qjax.train.merge import load_merge, save_merged
 
     recipes = [] if requantize is None else canonical([requantize])
-    refuse_inputs(out, [base, adapter, *([] if into is None else [into])])
-    out = require_place(out, overwrite=overwrite)
     corpora = load_corpora(data) if data else ()
     model, target = load_model(base, lazy=True), None if into is None else load_model(into, lazy=True)
     adapted, merged = load_merge(model, adapter, target)

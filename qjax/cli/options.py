@@ -12,6 +12,15 @@ MODEL_HELP = "Hugging Face folder or hub name, GGUF file, folder qjax saved, or 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 RecipeName = Annotated[str, typer.Option("--recipe", help="For example gptq:int4-g128; see `qjax recipes`.")]
 Packed = Annotated[bool, typer.Option("--packed", help="Multiply with packed weights.")]
+ComputeName = Annotated[
+    str | None,
+    typer.Option(
+        "--compute",
+        help="Type that the model runs in: float32 or bfloat16; rounding does not depend on it.",
+        metavar="TYPE",
+        show_default="float32 on a CPU, else bfloat16",
+    ),
+]
 Data = Annotated[
     list[str], typer.Option("--data", help="python-docs, wikitext2, ptb, c4, text:PATH or jsonl:PATH; may be repeated.")
 ]

@@ -13,6 +13,7 @@ from qjax.cli.options import (
     CalibrationName,
     CalibrationWindow,
     CalibrationWindows,
+    ComputeName,
     ConventionName,
     Data,
     MaxQuestions,
@@ -59,6 +60,7 @@ def sweep(
     max_windows: MaxWindows = None,
     tasks: Tasks = None,
     max_questions: MaxQuestions = None,
+    compute: ComputeName = None,
     divergence: Annotated[
         bool, typer.Option("--divergence", help="Measure the divergence from the unquantized model, or from --baseline.")
     ] = False,
@@ -97,7 +99,7 @@ def sweep(
     engine, _ = parse_launcher(launcher)
     asked, drawing = _recipes(recipes, methods, bits, group), split_seeds(seeds, seed)
     asked_names = {"recipes": recipes, "methods": methods, "order": order, "rules": rule, "convention": convention}
-    asked_names |= {"tasks": tasks, "measure": measure}
+    asked_names |= {"tasks": tasks, "measure": measure, "compute": compute}
     check_names(**asked_names, texts=(*data, calibration), models=(model, baseline))
     from qjax.evaluate.corpora import load_corpora
     from qjax.evaluate.tasks import load_tasks
@@ -136,6 +138,7 @@ def sweep(
         baseline=against,
         seeds=drawing,
         calibration=tokens,
+        compute=compute,
     )
     if dry_run:
         print_states(cell_states(loaded, request, out))

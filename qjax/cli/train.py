@@ -1,6 +1,5 @@
 """The commands that train: `qjax train qlora` and `qjax train qat`."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -20,6 +19,7 @@ from qjax.cli.options import (
 )
 from qjax.cli.terminal import live_training
 from qjax.errors import QjaxError
+from qjax.folders import refuse_inputs, require_place
 from qjax.printable import printable
 
 if TYPE_CHECKING:
@@ -77,6 +77,8 @@ def qlora(
     The same command goes on where it was stopped.
     """
     check_names(recipes=recipe, rules=rule, texts=(*data, calibration), models=(model,))
+    refuse_inputs(out, [model])
+    require_place(out, overwrite=overwrite)
     from qjax.train.loop import TrainConfig
     from qjax.train.lora import LoraConfig
     from qjax.train.run import Run
@@ -84,7 +86,7 @@ def qlora(
 
     wanted = LoraConfig(rank, alpha, tuple(target or ()), rslora, start)
     config = TrainConfig(steps, batch, micro_batch, window, learning_rate, schedule, clip_norm=clip, seed=seed)
-    loaded, tokens = _inputs(model, data, out, overwrite)
+    loaded, tokens = _inputs(model, data)
     recipe, options = _quantizing(loaded, model, recipe, rule, calibration, calibration_windows, calibration_window, seed)
     with live_training(steps) as show:
         run = Run(out, config, devices, save_every, overwrite, show)
@@ -128,6 +130,8 @@ def qat(
     stopped.
     """
     check_names(recipes=recipe, rules=rule, texts=(*data, calibration), models=(model, original))
+    refuse_inputs(out, [model])
+    require_place(out, overwrite=overwrite)
     from qjax.train.loop import TrainConfig
     from qjax.train.qat import QatConfig
     from qjax.train.run import Run
@@ -135,7 +139,7 @@ def qat(
 
     wanted = QatConfig(tuple(split_names(learn)), loss, scale_rate)
     config = TrainConfig(steps, batch, micro_batch, window, learning_rate, schedule, clip_norm=clip, seed=seed)
-    loaded, tokens = _inputs(model, data, out, overwrite)
+    loaded, tokens = _inputs(model, data)
     before = None if original is None else load_model(original)
     recipe, options = _quantizing(loaded, model, recipe, rule, calibration, calibration_windows, calibration_window, seed)
     with live_training(steps) as show:
@@ -144,14 +148,11 @@ def qat(
     typer.echo(printable(f"{out}: {trained.name} ({trained.recipe})"))
 
 
-def _inputs(model: str, data: list[str], out: Path, overwrite: bool) -> "tuple[Model, object]":
+def _inputs(model: str, data: list[str]) -> "tuple[Model, object]":
     """The model, and the tokens to train on, of the calibration part of texts that have one."""
     from qjax.evaluate.corpora import load_corpus
-    from qjax.folders import refuse_inputs, require_place
     from qjax.train.run import training_tokens
 
-    refuse_inputs(out, [model])
-    require_place(out, overwrite=overwrite)
     corpora = [load_corpus(spec, "calibration") for spec in data]
     loaded = load_model(model)
     return loaded, training_tokens(loaded, corpora)

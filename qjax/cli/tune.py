@@ -61,6 +61,8 @@ def tune(
     for recipe in names:
         check_names(recipes=recipe)
     check_names(rules=rule, convention=convention, tasks=task, texts=(data, calibration), models=(model,))
+    refuse_inputs(out, [model])
+    prepare_output_folder(out)
     from qjax.driver.placement import in_our_words, parse_rule
     from qjax.evaluate.corpora import load_corpora
     from qjax.evaluate.tasks import load_tasks
@@ -70,8 +72,6 @@ def tune(
     from qjax.sweep.tune import by_cost
     from qjax.sweep.tune import tune as tune_recipes
 
-    refuse_inputs(out, [model])
-    prepare_output_folder(out)
     measured, loaded = parse_convention(convention), load_model(model)
     rules = rules_in_order(map(str, in_our_words(loaded, map(parse_rule, rule or ()))), None)  # as the saved folder has them
     ordered = by_cost(loaded, canonical(names), rules)

@@ -25,7 +25,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array
 
-from qjax.calibrate.capture import Batch, sharing
+from qjax.calibrate.capture import Batch, Known, advance, sharing
 from qjax.calibrate.order import Order
 from qjax.calibrate.tokens import Calibration, as_calibration
 from qjax.checkpoints.packed import load_packed
@@ -277,15 +277,20 @@ def _parts(
             piece = _piece(part, params, plans, shared.get(part.module, {}), STREAM if work.rotated else frozenset())
             layers = [spread(plan, piece.stacks) for plan in plans]
             found = quantize_piece(piece, layers, order, batches, references, work.on_layer, keep_outputs=later)
-        yield part, [each._replace(floating={}, outputs=[]) for each in found]
+        yield part, [each._replace(floating={}, outputs=[], known=(), exact=()) for each in found]
         del batches, references  # what holds hidden states, so that each makes room for the next
         if later:
             if found[0].outputs:
                 current = found[0].outputs
             else:
-                walk.advance(part.module, found[0].floating if order.prefix else params, current)
-            walk.advance(part.module, params, exact)
+                _advance(part.module, found[0].floating if order.prefix else params, current, found[0].known)
+            _advance(part.module, params, exact, found[0].exact)
         del found  # floating kernels live no longer than their part
+
+
+def _advance(module, params, states: list[Array], known: Sequence[Known]) -> None:
+    """Replaces each batch of states by what a part makes of it, from what its layers are known to return."""
+    advance(module, params, states, known) if any(known) else walk.advance(module, params, states)
 
 
 def _within(part: walk.Part, plan: Plan) -> Plan:

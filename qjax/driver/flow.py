@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 from jaxtyping import Array, PyTree
 
-from qjax.calibrate.capture import Batch, Captured
+from qjax.calibrate.capture import Batch, Captured, Known
 from qjax.calibrate.order import Order
 from qjax.driver.layer import LayerRecord, Rounded, checked_block, make_record, placed, round_kernel
 from qjax.driver.piece import Piece
@@ -31,13 +31,16 @@ from qjax.refining.block import Block, BlockSite
 class Quantized(NamedTuple):
     """A piece's leaves by path within it: as they are stored, and as they are evaluated, for a run of the module.
 
-    outputs: of the unquantized module for each batch, where capturing gave them (order `parallel`), else empty.
+    outputs: of the unquantized module for each batch, where capturing gave them (order `parallel`), else empty. known, exact:
+    what layers return for each batch, in the evaluated and in the unquantized module, where capturing left it.
     """
 
     leaves: dict[str, object]
     records: list[LayerRecord]
     floating: PyTree
     outputs: list[object]
+    known: Sequence[Known] = ()
+    exact: Sequence[Known] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +53,9 @@ class _Run:
     exact: Sequence[Batch]
     on_layer: Callable[[LayerRecord], None]
 
-    def capture(self, plans: Sequence[Plan], paths, floating, *, reference=None, keep_outputs=False) -> Captured:
+    def capture(
+        self, plans: Sequence[Plan], paths, floating, *, reference=None, keep_outputs=False, keep_results=()
+    ) -> Captured:
         """Statistics of the layers at `paths`, by the path of the layer that stands for those with its input. reference:
         parameters of the run that the order compares with.
         """
@@ -61,7 +66,27 @@ class _Run:
         if not needed:
             return Captured({}, [])
         exact = (reference, self.exact) if compared else None
-        return piece.capture(floating, self.batches, needed, sorted(statistics), exact, keep_outputs=keep_outputs)
+        kept = {"keep_outputs": keep_outputs, "keep_results": keep_results}
+        return piece.capture(floating, self.batches, needed, sorted(statistics), exact, **kept)
+
+    def after(self, captured: Captured) -> "_Run":
+        """The run that goes on from what capturing left of each batch."""
+        if not captured.results:
+            return self
+
+        def known(batches, which):
+            pairs = zip(batches, captured.results, strict=True)
+            return [batch._replace(known={**batch.known, **found[which]}) for batch, found in pairs]
+
+        exact = known(self.exact, 1) if self.order.captures else self.exact
+        return dataclasses.replace(self, batches=known(self.batches, 0), exact=exact)
+
+    def known(self, base: Mapping[str, Array], flat: Mapping[str, Array]) -> tuple[list[Known], list[Known]]:
+        """What is known of each batch of the run, and of the exact run: nothing where transforms made other leaves, base, of
+        those that it goes on with.
+        """
+        same = all(base[path] is flat[path] for path in flat)
+        return [batch.known for batch in self.batches], [batch.known if same else {} for batch in self.exact]
 
 
 def quantize_piece(
@@ -101,13 +126,15 @@ def _by_plan(run: _Run, plan: Plan, reading: Plan, before: Captured, shared_memo
         records[path] = make_record(piece.prefix + path, shape, base[path], rounded.get(path), started)
         run.on_layer(records[path])
 
-    refined = [path for path, recipe in reading.items() if recipe.block_refiners]
+    begun, settled, refined = run, [], [path for path, recipe in reading.items() if recipe.block_refiners]
     for group in _in_call_order(plan, piece) if order.inside else [list(plan)]:
         statistics = before.statistics
         memo = Memo() if order.inside else shared_memo  # inside, nothing is shared beyond a group
         if order.inside and any(path in reading for path in group):
             floating, reference = (piece.tree(leaves) for leaves in (current, base))
-            statistics = run.capture([reading], group, floating, reference=reference).statistics
+            captured = run.capture([reading], group, floating, reference=reference, keep_results=settled)
+            statistics, run = captured.statistics, run.after(captured)
+            settled = [path for path in group if path in reading and not refined]
         started = time.perf_counter()
         for path in (path for path in group if plan[path] is not None):  # all are on their way before the first is waited for
             weight = piece.matrix(path, base[path], memo)
@@ -120,7 +147,7 @@ def _by_plan(run: _Run, plan: Plan, reading: Plan, before: Captured, shared_memo
             if path in rounded and order.prefix:
                 current[path] = _evaluated(piece, path, rounded[path])
     started = time.perf_counter()
-    rounded |= _refine(run, reading, base, rounded)
+    rounded |= _refine(begun, reading, base, rounded)
     for path in refined:
         settle(path, started)
         started = time.perf_counter()
@@ -129,7 +156,7 @@ def _by_plan(run: _Run, plan: Plan, reading: Plan, before: Captured, shared_memo
     leaves = {path: _leaf(piece, path, each) for path, each in rounded.items()}
     kept = before.outputs if not order.prefix else []
     stored = together(base | leaves, piece.stacks)
-    return Quantized(stored, [records[path] for path in plan], piece.tree(current), kept)
+    return Quantized(stored, [records[path] for path in plan], piece.tree(current), kept, *run.known(base, flat))
 
 
 def _leaf(piece: Piece, path: str, rounded: Rounded) -> object:

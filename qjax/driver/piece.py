@@ -63,9 +63,10 @@ class Piece:
         exact: tuple[PyTree, Iterable[Batch]] | None = None,
         *,
         keep_outputs: bool = False,
+        keep_results: Sequence[str] = (),
     ) -> Captured:
         """`capture_statistics` of the piece with these parameters."""
-        how = {"prefix": self.prefix, "keep_outputs": keep_outputs, "stacks": self.stacks}
+        how = {"prefix": self.prefix, "keep_outputs": keep_outputs, "keep_results": keep_results, "stacks": self.stacks}
         return capture_statistics(self.module, params, batches, needed, names, exact, **how)
 
     def apply(self, params: PyTree, *args: object) -> object:

@@ -26,7 +26,7 @@ from qjax.tracing.capture import Runs, members
 from qjax.tracing.coverage import Found, found_in, known_uses, refuse
 from qjax.tracing.interpreter import APPLIED, plain, run, tracked
 from qjax.tracing.kernel import as_kernel
-from qjax.tracing.trace import Leaves, leaves_of, trace
+from qjax.tracing.trace import Leaves, Traced, leaves_of, trace
 from qjax.tracing.walk import Site
 
 NO_KERNELS = ("bias", "scale", "embedding")  # Flax's names of parameters that are no kernels
@@ -53,7 +53,8 @@ def quantize_function(
     record of every matrix: "layers/kernel[2]" of a stack that is scanned, indexed or held by experts.
 
     Raises QjaxError that lists parameters of two or more axes which cannot be quantized, with the reason, unless a rule
-    "PATTERN=none" leaves them out; for rules that name none; and for unfit batches and weights.
+    "PATTERN=none" leaves them out; for rules that name none; and for unfit batches and weights, among them batches on which fn
+    fails.
     """
     result, report = quantize_traced(fn, params, recipe, batches, weights, rules, order, on_layer)
     warn_of_few_tokens(report.layers, 2)
@@ -69,11 +70,8 @@ def quantize_traced(
         raise QjaxError(f"quantize_function: {recipe}: a function has no cache that is known here; leave kv: out")
     batches = checked_batches("quantize_function", batches)
     leaves = leaves_of(params)
-    if again := [path for path, leaf in leaves.arrays.items() if is_quantized(leaf)]:
-        raise QjaxError(f"quantize_function: {', '.join(again[:5])} is quantized already; start from the float parameters")
     started = time.perf_counter()
-    found = found_in(leaves, (trace(fn, leaves, args, {})[0] for args in distinct_calls(batches)))
-    plan = _plan(found, recipe, rules, left)
+    found, plan = planned(fn, leaves, recipe, rules, batches, left)
     stage = one_order(plan)
     chosen = (stage or Stage("parallel"))()
     piece = TracedPiece.of(fn, leaves, found)
@@ -116,7 +114,7 @@ def capture_function(
     if unknown := [name for name in statistics if name not in STATISTICS]:
         raise QjaxError(f"capture_function: unknown statistic {', '.join(unknown)}; known are {', '.join(STATISTICS)}")
     batches, leaves = checked_batches("capture_function", batches), leaves_of(params)
-    found = found_in(leaves, (trace(fn, leaves, args, {})[0] for args in distinct_calls(batches)))
+    found = _found("capture_function", fn, leaves, batches)
     needed = {name: site.view.matrix_shape[0] for site in found.sites.values() for name in members(site)}
     calibration = with_weights("capture_function", batches, weights)
     values = Runs(fn, found.sites, known_uses).capture(leaves, calibration, needed, statistics)
@@ -143,6 +141,34 @@ def with_weights(function: str, batches: Sequence[tuple], weights: Iterable[Arra
     return [Batch(tuple(args), w) for args, w in zip(batches, weights, strict=True)]
 
 
+def planned(fn, leaves: Leaves, recipe, rules, batches, left: Collection[str] = ()) -> tuple[Found, Plan]:
+    """What the function does with its parameters, and what each gets; nothing is computed. Raises QjaxError as
+    `quantize_function`.
+    """
+    if again := [path for path, leaf in leaves.arrays.items() if is_quantized(leaf)]:
+        raise QjaxError(f"quantize_function: {', '.join(again[:5])} is quantized already; start from the float parameters")
+    found = _found("quantize_function", fn, leaves, batches)
+    return found, _plan(found, recipe, rules, left)
+
+
+def _found(function: str, fn: Callable, leaves: Leaves, batches: Sequence[tuple]) -> Found:
+    """What the function does with its parameters; raises QjaxError where it fails on a batch."""
+    return found_in(leaves, [tried(f"{function}: the function itself", fn, leaves, args) for args in distinct_calls(batches)])
+
+
+def tried(what: str, fn: Callable, leaves: Leaves, args: tuple) -> Traced:
+    """The trace of code that is not ours; raises QjaxError where it fails."""
+    try:
+        return trace(fn, leaves, args, {})[0]
+    except QjaxError:
+        raise
+    except Exception as error:
+        told = next(iter(str(error).splitlines()), "")
+        raise QjaxError(
+            f"{what} fails on a batch, {type(error).__name__}: {told}; batches are tuples of the arguments after the parameters"
+        ) from error
+
+
 def _plan(found: Found, recipe: Recipe | None, rules: Sequence[Rule], left: Collection[str]) -> Plan:
     """What each parameter gets, by path; raises QjaxError for those that cannot have it."""
     plan = place([*found.sites, *found.refused], recipe, rules)
@@ -164,7 +190,7 @@ class TracedPiece(Piece):
     source: Leaves | None = None
     sites: Mapping[str, Site] = dataclasses.field(default_factory=dict)
     runs: Runs | None = None
-    made: dict[str, tuple] = dataclasses.field(default_factory=dict)  # path -> matrices, and the leaf that they are
+    made: dict[object, tuple] = dataclasses.field(default_factory=dict)  # (path, run) -> matrices, and the leaf that they are
 
     @classmethod
     def of(cls, fn: Callable, leaves: Leaves, found: Found) -> "TracedPiece":
@@ -180,18 +206,21 @@ class TracedPiece(Piece):
         own = {"fn": fn, "source": leaves, "sites": found.sites, "runs": Runs(fn, found.sites, known_uses)}
         return cls(None, "", matrices, views, shared, **own)
 
-    def whole(self, flat: Mapping[str, object]) -> dict[str, object]:
-        """The function's parameters by path, with these matrices and Linears in the sites' places."""
+    def whole(self, flat: Mapping[str, object], *, run: bool = False) -> dict[str, object]:
+        """The function's parameters by path, with these matrices and Linears in the sites' places. run: matrices in the
+        parameters' own types, with which the function runs as it did.
+        """
         result = dict(self.source.arrays)
         for path, site in self.sites.items():
             parts = [flat[name] for name in members(site)]
             if all(part is self.params[name] for part, name in zip(parts, members(site), strict=True)):
                 continue
-            before, leaf = self.made.get(path, ((), None))
+            before, leaf = self.made.get((path, run), ((), None))
             if len(before) != len(parts) or any(part is not other for part, other in zip(parts, before, strict=True)):
                 leaf = self._leaf(site, parts)
+                leaf = leaf.astype(self.source.arrays[path].dtype) if run and not is_quantized(leaf) else leaf
                 if not any(isinstance(part, jax.core.Tracer) for part in jax.tree.leaves(leaf)):
-                    self.made[path] = (parts, leaf)
+                    self.made[path, run] = (parts, leaf)
             result[path] = leaf
         return result
 
@@ -201,9 +230,9 @@ class TracedPiece(Piece):
         return as_kernel(stacked, site.view, dtype) if is_quantized(stacked) else site.view.to_kernel(stacked)
 
     def _leaves(self, params: PyTree) -> Leaves:
-        return self.source._replace(arrays=self.whole(flatten_dict(params, sep="/")))
+        return self.source._replace(arrays=self.whole(flatten_dict(params, sep="/"), run=True))
 
-    def capture(self, params, batches, needed, names, exact=None, *, keep_outputs=False) -> Captured:
+    def capture(self, params, batches, needed, names, exact=None, *, keep_outputs=False, keep_results=()) -> Captured:
         """`tracing.capture` of the function with these matrices."""
         compared = None if exact is None else self._leaves(exact[0])
         return Captured(self.runs.capture(self._leaves(params), batches, needed, names, compared), [])

@@ -52,6 +52,7 @@ def accuracy(
     *,
     max_questions: int | None = None,
     packed: bool = False,
+    compute: str | None = None,
     batch_tokens: int | None = None,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> Accuracy:
@@ -72,7 +73,7 @@ def accuracy(
         except QjaxError as error:
             raise QjaxError(f"task {task.name}, question {number}: {error}") from None
     try:
-        found = likelihoods(model, pairs, packed=packed, batch_tokens=batch_tokens, on_batch=on_batch)
+        found = likelihoods(model, pairs, packed=packed, compute=compute, batch_tokens=batch_tokens, on_batch=on_batch)
     except NotFiniteError as error:
         raise NotFiniteError(f"task {task.name}: {error}") from None
     ends = np.cumsum([len(group) for group in pairs])[:-1]

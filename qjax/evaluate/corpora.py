@@ -277,7 +277,11 @@ def _jsonl(path: Path, spec: str) -> tuple[str, ...]:
             continue
         document = parse_json(line, f"corpus {spec!r}: line {number}")
         if not isinstance(document, dict) or not isinstance(document.get("text"), str):
-            raise QjaxError(f'corpus {spec!r}: line {number} has no string field "text"; expected {{"text": ...}} on each line')
+            chat = isinstance(document, dict) and {"messages", "conversations"} & document.keys()
+            more = "; chats are not rendered: write into it what the model's chat template makes of them" if chat else ""
+            raise QjaxError(
+                f'corpus {spec!r}: line {number} has no string field "text"; expected {{"text": ...}} on each line{more}'
+            )
         documents.append(document["text"])
     return tuple(documents)
 

@@ -23,6 +23,7 @@ from qjax.evaluate.corpora import Corpus, load_corpus
 from qjax.evaluate.perplexity import BATCH_TOKENS
 from qjax.evaluate.statistics import estimate
 from qjax.evaluate.windows import Convention, Windows, corpus_windows, parse_convention
+from qjax.models.compute import compute_name
 from qjax.models.model import LOGITS_AT_ONCE, Model, apply_head, hidden_batches, named, runnable
 from qjax.numbers import require_finite
 
@@ -50,16 +51,20 @@ def divergence(
     max_windows: int | None = None,
     seed: int = 0,
     packed: bool = False,
+    compute: str | None = None,
     batch_tokens: int | None = None,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> Divergence:
-    """Divergence of a model from a baseline with the same vocabulary, on the windows that perplexity would measure.
+    """Divergence of a model from a baseline with the same vocabulary, on the windows that perplexity would measure, both
+    computed in one type: `compute`, or the model's.
 
     Raises QjaxError for models of different configurations, divergences that are not finite, and whatever `perplexity` raises.
     """
     corpus = load_corpus(corpus) if isinstance(corpus, str) else corpus
     windows = corpus_windows(model, corpus, parse_convention(convention).clipped(model.config.context), max_windows, seed=seed)
-    return measure_divergence(model, baseline, windows, packed=packed, batch_tokens=batch_tokens, on_batch=on_batch)
+    return measure_divergence(
+        model, baseline, windows, packed=packed, compute=compute, batch_tokens=batch_tokens, on_batch=on_batch
+    )
 
 
 def measure_divergence(
@@ -68,14 +73,15 @@ def measure_divergence(
     windows: Windows,
     *,
     packed: bool = False,
+    compute: str | None = None,
     batch_tokens: int | None = None,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> Divergence:
     """`divergence` on windows that are cut already."""
     if model.config.vocabulary_size != baseline.config.vocabulary_size or model.config.context != baseline.config.context:
         raise QjaxError(f"divergence of {model.name} from {baseline.name}: expected models of one vocabulary and context")
-    model = runnable(model, packed)
-    baseline = runnable(baseline)
+    model = runnable(model, packed, compute)
+    baseline = runnable(baseline, compute=compute_name(model.compute))
     total, length = windows.tokens.shape
     batch = min(max(1, (batch_tokens or BATCH_TOKENS[jax.default_backend()]) // length), total)
     tokens = np.pad(windows.tokens, ((0, -total % batch), (0, 0)), mode="edge")  # as in `perplexity.score`

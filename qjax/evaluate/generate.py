@@ -43,6 +43,7 @@ def generate_text(
     temperature: float = 0.0,
     seed: int = 0,
     packed: bool = False,
+    compute: str | None = None,
     on_token: Callable[[str], None] = lambda text: None,
 ) -> str:
     """The continuation of a prompt; stops at the end of text. on_token(text) gets the whole continuation after each token.
@@ -60,7 +61,15 @@ def generate_text(
         on_token(_behind(tokenizer, ids, shown))
 
     found = generate(
-        model, [ids], max_new_tokens, stop=ends(model), temperature=temperature, seed=seed, packed=packed, on_tokens=collect
+        model,
+        [ids],
+        max_new_tokens,
+        stop=ends(model),
+        temperature=temperature,
+        seed=seed,
+        packed=packed,
+        compute=compute,
+        on_tokens=collect,
     )
     return _behind(tokenizer, ids, found.tokens[0])
 
@@ -85,13 +94,14 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     packed: bool = False,
+    compute: str | None = None,
     finished: Callable[[list[int]], bool] | None = None,
     on_tokens: Callable[[np.ndarray], None] = lambda tokens: None,
 ) -> Generation:
     """Up to max_new_tokens tokens behind each prompt (int32 ids, at least one).
 
     stop: tokens that end a sequence, as does finished(its new tokens) being true. packed: multiply with packed kernels as they
-    are. on_tokens gets every step's tokens, one of each prompt.
+    are. compute: as in `perplexity`; caches follow it. on_tokens gets every step's tokens, one of each prompt.
 
     Raises QjaxError where prompt and new tokens do not fit the model's context, and for a temperature or logits that are not
     finite.
@@ -107,7 +117,7 @@ def generate(
             f"a prompt of {lengths.max()} tokens and {max_new_tokens} new ones do not fit {model.name}'s context of {limit}; "
             f"ask for at most {max(0, limit - lengths.max() + 1)} or shorten the prompt"
         )
-    model = runnable(model._replace(params=materialised(model.params)), packed)  # every token needs all of it
+    model = runnable(model._replace(params=materialised(model.params)), packed, compute)  # every token needs all of it
     time_in, capacity = min(bucket(lengths.max()), limit), min(bucket(lengths.max() + max_new_tokens), limit)
     tokens = np.zeros((len(prompts), time_in), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):

@@ -16,7 +16,7 @@ from jaxtyping import Array
 from qjax.calibrate.capture import Batch, capture_statistics, sharing
 from qjax.calibrate.tokens import as_calibration
 from qjax.models import walk
-from qjax.models.model import Model, compute_dtype, runnable
+from qjax.models.model import Model, computing, runnable
 from qjax.models.stacks import member
 
 TOKENS = 2048  # run at a time
@@ -33,7 +33,7 @@ def input_outliers(model: Model, calibration: object, *, threshold: float = 6.0)
     size = max(1, TOKENS // tokens.shape[1])
     states = [jnp.asarray(tokens[start : start + size]) for start in range(0, len(tokens), size)]
     rows = []
-    for part in walk.body(model.config, compute_dtype()):
+    for part in walk.body(model.config, *computing(model)):
         params = walk.params_of(part, model.params)
         if part.kind == "block":
             rows += _rows_of(part, params, [Batch((x,)) for x in states], threshold)

@@ -114,15 +114,17 @@ def likelihoods(
     groups: Sequence[Sequence[Pair]],
     *,
     packed: bool = False,
+    compute: str | None = None,
     batch_tokens: int | None = None,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> Likelihood:
     """Likelihood of every pair, in order; pairs of a group may share a row.
 
-    packed: multiply with packed kernels as they are. batch_tokens: tokens run at a time. on_batch(done, total) reports rows.
+    packed: multiply with packed kernels as they are. compute: as in `perplexity`. batch_tokens: tokens run at a time.
+    on_batch(done, total) reports rows.
     Raises NotFiniteError where one is NaN or infinite.
     """
-    model = runnable(model, packed)
+    model = runnable(model, packed, compute)
     count = sum(len(group) for group in groups)
     value, greedy = np.zeros(count), np.ones(count, bool)
     numbers = itertools.count()

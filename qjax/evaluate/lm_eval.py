@@ -33,14 +33,24 @@ NEW_TOKENS = 256  # the harness's default
 class LM(HarnessModel):
     """A model of ours as the harness calls it."""
 
-    def __init__(self, pretrained: Model | str, *, packed: bool = False, batch_size: int | str = BATCH, **_: object):
-        """pretrained: a model or what `qjax.load` takes. packed: multiply with packed kernels. batch_size: of generation."""
+    def __init__(
+        self,
+        pretrained: Model | str,
+        *,
+        packed: bool = False,
+        compute: str | None = None,
+        batch_size: int | str = BATCH,
+        **_: object,
+    ):
+        """pretrained: a model or what `qjax.load` takes. packed: multiply with packed kernels. compute: as in `perplexity`.
+        batch_size: of generation.
+        """
         super().__init__()
         model = load(pretrained) if isinstance(pretrained, str) else pretrained
         require_tokenizer(model)
         self.batch_size = int(batch_size) if str(batch_size).isdigit() else BATCH
         self.packed = bool(packed)
-        self.model = runnable(model, packed)
+        self.model = runnable(model, packed, compute)
 
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(ln p of the continuation, whether it is the greedy one) of each (context, continuation)."""
@@ -110,7 +120,13 @@ def _before(text: str, until: Sequence[str]) -> str:
 
 
 def evaluate(
-    model: Model, tasks: Sequence[str], *, folder: str | Path | None = None, limit: int | None = None, packed: bool = False
+    model: Model,
+    tasks: Sequence[str],
+    *,
+    folder: str | Path | None = None,
+    limit: int | None = None,
+    packed: bool = False,
+    compute: str | None = None,
 ) -> dict[str, dict[str, float]]:
     """Figures of the harness's tasks: {task: {"acc,none": value, "acc_stderr,none": error, ...}}.
 
@@ -134,7 +150,7 @@ def evaluate(
         raise QjaxError(f"lm-evaluation-harness has no task {', '.join(unknown)}{hint}")
     try:
         found = simple_evaluate(
-            LM(model, packed=packed), tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=0
+            LM(model, packed=packed, compute=compute), tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=0
         )
     except QjaxError:
         raise

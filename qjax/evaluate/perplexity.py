@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.evaluate.corpora import Corpus, load_corpus
-from qjax.evaluate.statistics import autocorrelation, estimate
+from qjax.evaluate.statistics import autocorrelation, jackknife
 from qjax.evaluate.windows import Convention, Windows, corpus_windows, parse_convention
 from qjax.models.model import Model, hidden_batches, losses, named, runnable
 from qjax.numbers import require_finite
@@ -53,19 +53,21 @@ def perplexity(
     max_windows: int | None = None,
     seed: int = 0,
     packed: bool = False,
+    compute: str | None = None,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> PerplexityResult:
     """Perplexity of a model on a corpus (a `Corpus` or a name such as "python-docs", "text:PATH").
 
     max_windows: so many windows, spread over the text from a place that `seed` draws. packed: multiply with packed kernels as
     they are; else every kernel is decoded once first, so that all recipes of a sweep share one compiled forward pass.
-    on_batch(done, total) reports windows. Raises QjaxError for an unknown convention or corpus, a model without tokenizer, a
-    text shorter than a window, and losses that are not finite.
+    compute: float32 or bfloat16 (`models/compute.py`), None for the model's or else the device's. on_batch(done, total)
+    reports windows. Raises QjaxError for an unknown convention, corpus or compute type, a model without tokenizer, a text
+    shorter than a window, and losses that are not finite.
     """
     corpus = load_corpus(corpus) if isinstance(corpus, str) else corpus
     convention = parse_convention(convention).clipped(model.config.context)
     windows = corpus_windows(model, corpus, convention, max_windows, seed=seed)
-    return measure(model, windows, convention, corpus, packed=packed, on_batch=on_batch)
+    return measure(model, windows, convention, corpus, packed=packed, compute=compute, on_batch=on_batch)
 
 
 def measure(
@@ -75,13 +77,14 @@ def measure(
     corpus: Corpus,
     *,
     packed: bool = False,
+    compute: str | None = None,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> PerplexityResult:
     """`perplexity` of windows that `corpus_windows` cut, for callers that measure many models on the same ones.
 
     Raises NotFiniteError for a scored token's loss that is NaN or infinite, and for a perplexity beyond all numbers.
     """
-    model = runnable(model, packed)
+    model = runnable(model, packed, compute)
     score(model, windows.tokens[: _batch_size(windows.tokens)], packed=packed)  # compiles; the clock measures evaluation alone
     started = time.perf_counter()
     token_nll = score(model, windows.tokens, packed=packed, on_batch=on_batch)
@@ -98,13 +101,14 @@ def score(
     tokens: np.ndarray,
     *,
     packed: bool = False,
+    compute: str | None = None,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> np.ndarray:
     """-ln p of every token given those before it: (windows, window) int32 -> float32 of the same shape, column 0 is 0.
 
     All windows go through one part of a lazy model after the other (`hidden_batches`).
     """
-    model = runnable(model, packed)
+    model = runnable(model, packed, compute)
     total, batch = len(tokens), _batch_size(tokens)
     padded = np.pad(tokens, ((0, -total % batch), (0, 0)), mode="edge")  # other tokens might have other outliers (LLM.int8())
     pieces = [jnp.asarray(padded[start : start + batch]) for start in range(0, len(padded), batch)]
@@ -129,7 +133,7 @@ def summarise(
     """The result of per-token losses, finite on scored tokens, summed in float64."""
     window_nll = np.sum(np.where(windows.scored, token_nll, 0), axis=1, dtype=np.float64)
     counts = windows.scored.sum(axis=1)
-    nll, nll_stderr, *_ = estimate(window_nll, counts, windows.documents)
+    nll, nll_stderr, _ = jackknife(window_nll, counts, windows.documents)
     value = math.exp(nll) if nll < 700 else math.inf
     return PerplexityResult(
         value=value,

@@ -19,7 +19,8 @@ from qjax.evaluate.generate import generate, layout_of
 from qjax.lazy import materialised
 from qjax.linear import cast_tree
 from qjax.models import walk
-from qjax.models.model import Model, cached, compute_dtype, embedding_table, empty_caches, runnable, stages
+from qjax.models.compute import compute_of
+from qjax.models.model import Model, cached, computing, embedding_table, empty_caches, runnable, stages
 from qjax.qtensor import nbytes
 
 
@@ -37,14 +38,23 @@ class Speed(NamedTuple):
 
 
 def measure_speed(
-    model: Model, *, packed: bool = False, prompt_tokens: int = 128, new_tokens: int = 32, batch: int = 1, repeats: int = 3
+    model: Model,
+    *,
+    packed: bool = False,
+    compute: str | None = None,
+    prompt_tokens: int = 128,
+    new_tokens: int = 32,
+    batch: int = 1,
+    repeats: int = 3,
 ) -> Speed:
     """Speed of a model on a prompt of random tokens. packed: kernels stay packed; else decoded to the compute type first.
+    compute: as in `perplexity`.
 
     The prompt is shortened to half of the model's context where that is less.
     """
     # Leaves that are not packed are cast once, so that both ways differ in the kernels alone.
-    model = runnable(model._replace(params=cast_tree(materialised(model.params), compute_dtype())), packed)
+    dtype = compute_of(compute or model.compute).dtype
+    model = runnable(model._replace(params=cast_tree(materialised(model.params), dtype)), packed, compute)
     limit = model.config.context
     prompt_tokens = min(prompt_tokens, max(1, limit // 2))
     new_tokens = min(new_tokens, limit - prompt_tokens)
@@ -67,12 +77,12 @@ def measure_speed(
 
 def _working_bytes(model: Model, batch: int, prompt_tokens: int, new_tokens: int) -> int:
     """Bytes of the cache and of the largest compiled stage's working memory in the prefill."""
-    run, dtype = stages(model.config, compute_dtype()), compute_dtype()
+    run, dtype = stages(model.config, *computing(model)), computing(model).dtype
     caches = empty_caches(model, batch, prompt_tokens + new_tokens)
     layout = layout_of(jnp.zeros(batch, jnp.int32), prompt_tokens, prompt_tokens + new_tokens)
     x = jax.ShapeDtypeStruct((batch, prompt_tokens, model.config.hidden_size), dtype)
     last = jax.ShapeDtypeStruct((batch, 1, model.config.hidden_size), dtype)
-    *_, block, head = walk.parts(model.config)
+    *_, block, head = walk.parts(model.config, *computing(model))
     lowered = (
         cached(block.module).lower(walk.params_of(block, model.params), x, layout, caches[0]),
         run.head.lower(walk.params_of(head, model.params), last, embedding_table(model)),

@@ -88,7 +88,17 @@ def estimate(
     counts: Int[np.ndarray, " n"] | None = None,
     documents: Int[np.ndarray, " n"] | None = None,
 ) -> Difference:
-    """sum(totals) / sum(counts) with its error.
+    """sum(totals) / sum(counts) with its error and interval; arguments and what is nan as of `jackknife`."""
+    value, stderr, dof = jackknife(totals, counts, documents)
+    return Difference(value, *4 * [math.nan]) if math.isnan(dof) else interval(value, stderr, dof)
+
+
+def jackknife(
+    totals: Float[np.ndarray, " n"],
+    counts: Int[np.ndarray, " n"] | None = None,
+    documents: Int[np.ndarray, " n"] | None = None,
+) -> tuple[float, float, float]:
+    """sum(totals) / sum(counts), its standard error and degrees of freedom, without SciPy, which takes long to import.
 
     counts: tokens of each window; 1 if None. documents: of each window, any numbers; None takes windows (questions) as
     independent. Errors are nan of a single unit and of totals that are not finite.
@@ -97,14 +107,14 @@ def estimate(
     counts = np.ones(len(totals)) if counts is None else np.asarray(counts, float)
     value = float(totals.sum() / counts.sum())
     if not math.isfinite(value):
-        return Difference(value, math.nan, math.nan, math.nan, math.nan)
+        return value, math.nan, math.nan
     if documents is not None:
         units = units_of(totals - value * counts, np.asarray(documents))
         totals, counts = (np.bincount(units, each) for each in (totals, counts))
         totals, counts = totals[counts > 0], counts[counts > 0]
     if len(totals) < 2:
-        return Difference(value, math.nan, math.nan, math.nan, math.nan)
-    return interval(value, jackknife_error(_left_out(totals, counts)), equal_units(counts) - 1)
+        return value, math.nan, math.nan
+    return value, jackknife_error(_left_out(totals, counts)), equal_units(counts) - 1
 
 
 def _left_out(totals: Float[np.ndarray, " n"], counts: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:

@@ -25,6 +25,7 @@ import numpy as np
 
 from qjax.errors import QjaxError
 from qjax.evaluate.corpora import Corpus, article_starts
+from qjax.evaluate.kept_tokens import encode_kept
 
 if TYPE_CHECKING:  # a convention is known without JAX
     from qjax.models.model import Model
@@ -162,7 +163,7 @@ def corpus_windows(
         raise QjaxError(f"max_windows {max_windows}: expected at least 1, or None for all")
     if model.tokenizer is None:
         raise QjaxError(f"{model.name} has no tokenizer.json, which measuring perplexity on text needs")
-    ids, nbytes = model.tokenizer.encode_with_bytes(corpus.separator.join(corpus.documents))
+    ids, nbytes = encode_kept(model.tokenizer, corpus.separator.join(corpus.documents))
     starts = article_starts(corpus)
     try:
         windows = cut_windows(ids, nbytes, convention, model.tokenizer.bos_id, model.tokenizer.adds_bos, starts)

@@ -7,8 +7,10 @@ apply it in the layer's place; every other layer runs as written. The same hook 
 
 import contextlib
 import dataclasses
+import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -16,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax.errors import ScopeCollectionNotFound
 from flax.linen.dtypes import promote_dtype
+from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from qjax.errors import QjaxError
@@ -33,13 +36,14 @@ class Linears(NamedTuple):
     refused: dict[str, str]  # layers that cannot run with a quantized kernel, and why
 
 
-def quantized_kernels():
-    """Context in which linear layers whose kernel is a Linear, QTensor or KernelWeight apply it.
+def quantized_kernels(products: DTypeLike | None = None):
+    """Context in which linear layers whose kernel is a Linear, QTensor or KernelWeight apply it. products: a type that what is
+    multiplied is cast to, as in `apply_linear`, also of an nn.Dense whose kernel is an array.
 
     Raises QjaxError, naming the layer, for a quantized leaf in a layer that is not exactly nn.Dense, nn.DenseGeneral without
     batch axes or nn.Einsum without axes shared by input, kernel and output.
     """
-    return nn.intercept_methods(_run_quantized)
+    return nn.intercept_methods(functools.partial(_run_quantized, products=products))
 
 
 @dataclasses.dataclass
@@ -49,7 +53,7 @@ class Recording:
     inputs: (*kept, in) arrays, one a call, the input axes of the kernel flattened in its order, before any map of the leaf that
     stands in the kernel's place. sources: the arrays as the layer was given them, to see which layers share an input. outputs:
     what the module at `watched` returned, one a call. routed: of a `StackedDense`, whose inputs are as it was given them, which
-    tokens each of its layers is for, one a call.
+    tokens each of its layers is for, one a call. results: what every other layer returned, one a call.
     """
 
     watched: tuple[str, ...] | None = None
@@ -57,20 +61,26 @@ class Recording:
     sources: dict[str, list[tuple[jax.Array, tuple[int, ...]]]] = dataclasses.field(default_factory=dict)
     outputs: list[object] = dataclasses.field(default_factory=list)
     routed: dict[str, list[jax.Array]] = dataclasses.field(default_factory=dict)
+    results: dict[str, list[jax.Array]] = dataclasses.field(default_factory=dict)
 
 
 @contextlib.contextmanager
-def recorded(watched: tuple[str, ...] | None = None) -> Iterator[Recording]:
-    """`quantized_kernels` that also records the input of every linear layer, and the output of the module at path `watched`."""
+def recorded(
+    watched: tuple[str, ...] | None = None, known: Mapping[str, jax.Array] = MappingProxyType({})
+) -> Iterator[Recording]:
+    """`quantized_kernels` that also records the input of every linear layer, and the output of the module at path `watched`.
+
+    known: what layers return, by the path of the kernel, instead of running: XLA drops what is then unused.
+    """
     recording = Recording(watched)
 
     def record(call, args, kwargs, context):
         layer = context.module
         if context.method_name == "__call__" and type(layer) in SERVED:
+            path = "/".join((*layer.path, "kernel"))
             with contextlib.suppress(QjaxError):  # a layer that is not served is refused where it is to be quantized
                 plan = _contraction(layer, args, kwargs)
                 x = args[0] if args else kwargs["inputs"]
-                path = "/".join((*layer.path, "kernel"))
                 recording.inputs.setdefault(path, []).append(plan.to_matrix(x))
                 recording.sources.setdefault(path, []).append((x, plan.input_axes))
         if context.method_name == "__call__" and type(layer) is StackedDense:
@@ -79,7 +89,11 @@ def recorded(watched: tuple[str, ...] | None = None) -> Iterator[Recording]:
             recording.inputs.setdefault(path, []).append(x)
             recording.sources.setdefault(path, []).append((x, ()))
             recording.routed.setdefault(path, []).append(routed)
-        result = _run_quantized(call, args, kwargs, context)
+        if context.method_name == "__call__" and type(layer) in SERVED:
+            result = known[path] if path in known else _run_quantized(call, args, kwargs, context)
+            recording.results.setdefault(path, []).append(result)
+        else:
+            result = _run_quantized(call, args, kwargs, context)
         if context.method_name == "__call__" and layer.scope is not None and tuple(layer.path) == watched:
             recording.outputs.append(result)
         return result
@@ -128,13 +142,14 @@ def linear_layers(module: nn.Module, params: PyTree, *args: object, **kwargs: ob
     return Linears(views, refused)
 
 
-def _run_quantized(call, args, kwargs, context):
+def _run_quantized(call, args, kwargs, context, products=None):
     layer = context.module
     if layer.scope is None or not layer.has_variable("params", "kernel"):
         _refuse_other_quantized(layer)
         return call(*args, **kwargs)
     kernel = layer.get_variable("params", "kernel")
-    if not is_quantized(kernel):
+    lowered = products is not None and type(layer) is nn.Dense and context.method_name == "__call__"
+    if not is_quantized(kernel) and not lowered:
         return call(*args, **kwargs)
     if type(layer) is StackedDense:
         return call(*args, **kwargs)  # which takes what stands in its kernel's place
@@ -147,7 +162,7 @@ def _run_quantized(call, args, kwargs, context):
     bias = unboxed(layer.get_variable("params", "bias")) if layer.use_bias else None
     x, bias = promote_dtype(x, bias, dtype=layer.dtype or jnp.result_type(x, layer.param_dtype))
 
-    y = plan.to_output(apply_linear(plan.to_matrix(x), kernel, precision=layer.precision))
+    y = plan.to_output(apply_linear(plan.to_matrix(x), kernel, precision=layer.precision, products=products))
     return y if bias is None else y + bias.reshape(plan.bias_shape)
 
 

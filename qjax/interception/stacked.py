@@ -1,5 +1,7 @@
 """Linear layers of one shape side by side, as the experts of a mixture are: what a Dense is to one of them."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,12 +16,13 @@ class StackedDense(nn.Module):
     quantized leaves in its place.
 
     routed: the tokens that each layer is for. Every layer multiplies all tokens, whatever it is for, and whoever reads the
-    output leaves out the others, as calibration does.
+    output leaves out the others, as calibration does. products: as in `apply_linear`.
     """
 
     count: int
     features: int
     dtype: DTypeLike = jnp.float32
+    products: DTypeLike | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "... in"], routed: Bool[Array, "count ..."]) -> Float[Array, "count ... out"]:
@@ -29,7 +32,8 @@ class StackedDense(nn.Module):
             shape = (self.count, x.shape[-1], self.features)
             kernel = self.param("kernel", nn.initializers.lecun_normal(batch_axis=0), shape)
         axes = 0 if is_own(x, routed) else None
-        return jax.vmap(apply_linear, in_axes=(axes, 0))(x.astype(self.dtype), kernel)
+        apply = functools.partial(apply_linear, products=self.products)
+        return jax.vmap(apply, in_axes=(axes, 0))(x.astype(self.dtype), kernel)
 
 
 def is_own(x: Float[Array, "... in"], routed: Bool[Array, "count ..."]) -> bool:

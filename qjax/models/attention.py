@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from qjax.hadamard import hadamard_transform
 from qjax.models import kv_cache
@@ -37,7 +37,7 @@ def attend(
     bias: Float[Array, "..."] | None = None,
 ) -> Float[Array, "batch kv_heads group time dim"]:
     """Mixtures of v for scaled queries; visible and the bias, which is added to scores, broadcast against (batch, kv_heads,
-    group, time, keys). Softmax in float32.
+    group, time, keys). Softmax and sums in float32.
 
     Queries that share a key head stand in one matrix: XLA's CPU matmul is twice as fast on (group * time, dim).
     """
@@ -77,7 +77,8 @@ def _weights(scores, visible, softcap, bias, dtype) -> Float[Array, "batch kv_he
 
 def _mixed(weights, v) -> Float[Array, "batch kv_heads group time dim"]:
     batch, kv_heads, group, time, keys = weights.shape
-    mixed = jnp.einsum("bkqs,bksd->bkqd", weights.reshape(batch, kv_heads, group * time, keys), v)
+    weights = weights.reshape(batch, kv_heads, group * time, keys)
+    mixed = jnp.einsum("bkqs,bksd->bkqd", weights, v, preferred_element_type=jnp.float32)
     return mixed.reshape(batch, kv_heads, group, time, -1)
 
 
@@ -85,11 +86,13 @@ class Attention(nn.Module):
     """Causal self-attention with grouped key/value heads.
 
     layout: what stands where, if not one sequence a row. cache: keys and values of earlier positions, to which those of x are
-    added, a PackedCache where the configuration names a cache format; the result is then (hidden states, cache).
+    added, a PackedCache where the configuration names a cache format; the result is then (hidden states, cache). products: of
+    queries, keys, values and weights where they are multiplied, if not `dtype`.
     """
 
     config: DecoderConfig
     dtype: DTypeLike = jnp.float32
+    products: DTypeLike | None = None
 
     @nn.compact
     def __call__(
@@ -118,8 +121,10 @@ class Attention(nn.Module):
         if c.cache is not None:
             k, v, cache = self.seen(k, v, position, keys, layout, cache)
         elif cache is not None:
+            k, v = k.astype(cache.keys.dtype), v.astype(cache.values.dtype)
             cache = Cache(_write(cache.keys, k, position[:, 0]), _write(cache.values, v, position[:, 0]))
             k, v = cache.keys, cache.values
+        q, k, v = self.to_multiply((q, k, v))
         mix = attend if c.cache is None else attend_kept
         if layout is None:  # no key after the last query of a piece is visible in it
             size = max(-(-time // QUERY_PIECES), SMALLEST_PIECE)
@@ -133,9 +138,14 @@ class Attention(nn.Module):
             mixed = jnp.concatenate(parts, axis=3)
         else:
             mixed = mix(q, k, v, visible, c.attention_softcap, bias)
-        mixed = mixed.transpose(0, 3, 1, 2, 4).reshape(batch, time, -1)
+        mixed = mixed.astype(self.dtype).transpose(0, 3, 1, 2, 4).reshape(batch, time, -1)
         mixed = nn.Dense(c.hidden_size, use_bias=c.attention_output_bias, dtype=self.dtype, name="o")(mixed)
         return mixed if cache is None else (mixed, cache)
+
+    def to_multiply(self, arrays: PyTree) -> PyTree:
+        """Numbers in the type of products; masks as they are."""
+        numbers = lambda x: jnp.issubdtype(x.dtype, jnp.floating)  # noqa: E731
+        return jax.tree.map(lambda x: x.astype(self.products or x.dtype) if numbers(x) else x, arrays)
 
     @property
     def turns_late(self) -> bool:

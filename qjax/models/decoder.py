@@ -64,12 +64,13 @@ class Block(nn.Module):
     """One transformer block on hidden states (batch, time, hidden); layout and cache as in `Attention`.
 
     half: of `branches`, one residual branch alone; the second after the first is the block, with the same parameters,
-    unless the branches are parallel.
+    unless the branches are parallel. products: of what goes into products, where that is not `dtype` (`compute.py`).
     """
 
     config: DecoderConfig
     dtype: DTypeLike = jnp.float32
     half: str | None = None
+    products: DTypeLike | None = None
 
     @nn.compact
     def __call__(
@@ -79,13 +80,14 @@ class Block(nn.Module):
         before = x
         if self.half != "mlp":
             read = self.normed(x, "attention_norm")
-            mixed = Attention(c, self.dtype, name="attention")(read, layout, cache)
+            mixed = Attention(c, self.dtype, self.products, name="attention")(read, layout, cache)
             mixed, cache = mixed if cache is not None else (mixed, None)
             x = x + self.added(mixed, "attention")
         if self.half != "attention":
             if not c.shared_norm:
                 read = self.normed(before if c.parallel_residual else x, "mlp_norm")
-            x = x + self.added((Mixture if c.experts else MLP)(c, self.dtype, name="mlp")(read), "mlp")
+            mlp = Mixture(c, self.dtype, self.products, name="mlp") if c.experts else MLP(c, self.dtype, name="mlp")
+            x = x + self.added(mlp(read), "mlp")
         return x if cache is None else (x, cache)
 
     def normed(self, x: Float[Array, "batch time hidden"], name: str) -> Float[Array, "batch time hidden"]:
@@ -105,6 +107,7 @@ class Head(nn.Module):
 
     config: DecoderConfig
     dtype: DTypeLike = jnp.float32
+    products: DTypeLike | None = None
 
     @nn.compact
     def __call__(
@@ -113,7 +116,8 @@ class Head(nn.Module):
         c = self.config
         x = make_norm(c, self.dtype, "norm")(x)
         if c.tied:
-            logits = jnp.einsum("btd,vd->btv", x, table.astype(self.dtype), preferred_element_type=jnp.float32)
+            x, table = (each.astype(self.products or self.dtype) for each in (x, table))
+            logits = jnp.einsum("btd,vd->btv", x, table, preferred_element_type=jnp.float32)
         else:
             output = nn.Dense(c.vocabulary_size, use_bias=c.head_bias, dtype=self.dtype, name="output")
             logits = output(x).astype(jnp.float32)

@@ -95,7 +95,9 @@ def old(
 
 
 def simulated(x: Float[Array, "batch kv_heads time dim"], cache: CacheFormat, *, by_channel: bool):
-    """(rounded, exact) of a whole text from its position 0 on, in x's type; exact as float16 has it."""
+    """(rounded, exact) of a whole text from its position 0 on, in x's type; exact as float16 has it. Gradients pass through
+    rounding.
+    """
     exact = halved(x)
     if by_channel:
         padding = -x.shape[2] % cache.group  # a last group that is not whole is in every token's window
@@ -104,7 +106,8 @@ def simulated(x: Float[Array, "batch kv_heads time dim"], cache: CacheFormat, *,
     else:
         size = cache.group_of_values(x.shape[-1])
         rounded = decode(encode(exact.swapaxes(-1, -2), cache, size), cache, size).swapaxes(-1, -2)
-    return rounded.astype(x.dtype), exact.astype(x.dtype)
+    exact = exact.astype(x.dtype)
+    return jax.lax.stop_gradient(rounded.astype(x.dtype)) + (exact - jax.lax.stop_gradient(exact)), exact
 
 
 @jax.tree_util.register_dataclass

@@ -45,12 +45,13 @@ class Mixture(nn.Module):
 
     config: DecoderConfig
     dtype: DTypeLike = jnp.float32
+    products: DTypeLike | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch time hidden"]) -> Float[Array, "batch time hidden"]:
         c = self.config
         routed, shares = Router(c, self.dtype, name="router")(x)
-        layers = functools.partial(StackedDense, c.experts, dtype=self.dtype)
+        layers = functools.partial(StackedDense, c.experts, dtype=self.dtype, products=self.products)
         up = layers(c.mlp_size, name="up")(x, routed)
         inner = ACTIVATIONS[c.activation](layers(c.mlp_size, name="gate")(x, routed)) * up
         y = layers(c.hidden_size, name="down")(inner, routed)

@@ -1,7 +1,7 @@
 """A model as a value (configuration, parameters, tokenizer) and its forward pass.
 
-Parameters stay in the type they were stored in, so bytes are exact; they are cast to the compute type inside the compiled
-stages. Each stage (embed, block, head) is compiled once per configuration and kernel formats and serves every layer.
+Parameters stay in the type they were stored in, so bytes are exact; they are cast to the compute type (`compute.py`) inside the
+compiled stages. Each stage (embed, block, head) is compiled once per configuration and kernel formats and serves every layer.
 """
 
 import functools
@@ -11,14 +11,16 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from qjax.errors import QjaxError
 from qjax.interception.linen import quantized_kernels
 from qjax.lazy import is_lazy, map_lazily
-from qjax.linear import dense_tree, is_quantized, prepare_tree
-from qjax.models import walk
+from qjax.linear import Linear, dense_tree, is_quantized, prepare_tree
+from qjax.models import vocabulary, walk
+from qjax.models.compute import Compute, compute_of
 from qjax.models.config import DecoderConfig
 from qjax.models.kv_cache import PackedCache, empty_cache
 from qjax.models.layout import Cache, Layout
@@ -29,13 +31,16 @@ HELD_STATES = 2**30  # elements of hidden states at a time, where all batches go
 
 
 class Model(NamedTuple):
-    """A decoder with its weights. `recipe` is what its kernels were quantized with; "none" for the unquantized model."""
+    """A decoder with its weights. `recipe` is what its kernels were quantized with; "none" for the unquantized model.
+    `compute`: what it runs in, of `compute.NAMES`; None is the device's own.
+    """
 
     config: DecoderConfig
     params: PyTree
     tokenizer: Tokenizer | None
     name: str
     recipe: str = "none"
+    compute: str | None = None
 
 
 def require_model(function: str, model: object) -> None:
@@ -61,23 +66,39 @@ def named(model: Model) -> str:
 
 
 def compute_dtype() -> DTypeLike:
-    """float32 on CPU, where XLA's bfloat16 matmul is slow; bfloat16 on accelerators."""
-    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    """What calibration and training compute in: float32 on CPU, bfloat16 on accelerators."""
+    return compute_of(None).dtype
 
 
-def runnable(model: Model, packed: bool = False) -> Model:
+def runnable(model: Model, packed: bool = False, compute: str | None = None) -> Model:
     """The model with its kernels decoded to the compute type, once; packed: laid out for the device's kernels instead.
 
-    What its layers do to their inputs, activation formats for example, they do either way.
+    What its layers do to their inputs, activation formats for example, they do either way. compute: None leaves the model's.
+    Raises QjaxError for a type that is none.
     """
-    convert = functools.partial(prepare_tree if packed else dense_tree, dtype=compute_dtype())
-    return model._replace(params=map_lazily(convert, model.params, dtype=compute_dtype(), is_leaf=is_quantized))
+    model = model._replace(compute=compute or model.compute)
+    dtype, products = compute_of(model.compute)
+
+    def convert(path: tuple[str, ...], leaf: object) -> object:
+        rounds = isinstance(leaf, Linear) and leaf.activation is not None  # and multiplies in float32
+        held = products if products and path[-1] == "kernel" and not rounds else dtype
+        change = functools.partial(prepare_tree if packed else dense_tree, dtype=held)
+        return map_lazily(change, leaf, dtype=held, is_leaf=is_quantized)
+
+    leaves = flatten_dict(model.params)
+    return model._replace(params=unflatten_dict({path: convert(path, leaf) for path, leaf in leaves.items()}))
 
 
 @functools.lru_cache(maxsize=8)
-def stages(config: DecoderConfig, dtype: DTypeLike) -> Stages:
-    """What runs besides the parts themselves (`walk.run`), of a configuration, computing in `dtype`."""
-    head = walk.compiled(walk.head(config, dtype).module)
+def stages(config: DecoderConfig, dtype: DTypeLike, products: DTypeLike | None = None) -> Stages:
+    """What runs besides the parts themselves (`walk.run`), of a configuration and a compute type."""
+    module = walk.head(config, dtype, products).module
+    head = walk.compiled(module)
+
+    def words(tokens: int) -> int:
+        """So many words of the vocabulary at a time, in pieces of one size but the last."""
+        pieces = -(-config.vocabulary_size // max(1, LOGITS_AT_ONCE // tokens))
+        return -(-config.vocabulary_size // pieces)
 
     @jax.jit
     def losses(params, x, table, targets):
@@ -85,11 +106,15 @@ def stages(config: DecoderConfig, dtype: DTypeLike) -> Stages:
             logits = head(params, piece[0], table)
             return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, piece[1][..., None], axis=-1)[..., 0]
 
-        # A few tokens at a time: the logits of a whole batch would be the largest array of the program.
+        # The logits of a whole batch would be the largest array of the program.
         tokens = targets.size
         pieces = -(-tokens // max(1, LOGITS_AT_ONCE // config.vocabulary_size))
         if pieces <= 1:
             return piece_losses((x, targets))
+        if vocabulary.in_pieces(params):
+            flat = x.reshape(tokens, -1), table, targets.reshape(-1)
+            found = vocabulary.over_pieces(module, params, *flat, words=words(tokens))
+            return (found.total - found.logit).reshape(targets.shape)
 
         def split(array):  # (batch, time, ...) -> (pieces, 1, tokens of a piece, ...), the last one padded
             flat = array.reshape(tokens, *array.shape[2:])
@@ -100,7 +125,11 @@ def stages(config: DecoderConfig, dtype: DTypeLike) -> Stages:
 
     @jax.jit
     def scores(params, x, table, places, targets):
-        logits = head(params, x.reshape(-1, x.shape[-1])[places][None], table)[0]  # (places, vocabulary)
+        x = x.reshape(-1, x.shape[-1])[places]
+        if words(len(places)) < config.vocabulary_size and vocabulary.in_pieces(params):
+            found = vocabulary.over_pieces(module, params, x, table, targets, words=words(len(places)), likeliest=True)
+            return found.logit - found.total, found.likeliest == targets
+        logits = head(params, x[None], table)[0]  # (places, vocabulary)
         likelihood = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
         return likelihood, jnp.argmax(logits, axis=-1) == targets
 
@@ -113,10 +142,15 @@ def cached(block: nn.Module) -> Callable[..., tuple[Array, Cache]]:
 
     @functools.partial(jax.jit, donate_argnums=3)
     def run(params, x, layout, cache):
-        with quantized_kernels():
+        with quantized_kernels(block.products):
             return block.apply({"params": params}, x, layout, cache)
 
     return run
+
+
+def computing(model: Model) -> Compute:
+    """What a model runs in."""
+    return compute_of(model.compute)
 
 
 def embedding_table(model: Model) -> Float[Array, "vocabulary hidden"] | None:
@@ -140,7 +174,7 @@ def hidden_states(
     """
     placed = _placed(model, tokens, layout)
     x = tokens
-    for part in walk.body(model.config, compute_dtype()):
+    for part in walk.body(model.config, *computing(model)):
         x = walk.run(part, model.params, x, *placed)
     return x
 
@@ -157,7 +191,7 @@ def hidden_batches(
         for args in batches:
             yield model, hidden_states(model, *args)
         return
-    *body, last = walk.parts(model.config, compute_dtype())
+    *body, last = walk.parts(model.config, *computing(model))
     for group in _groups(batches, HELD_STATES // model.config.hidden_size):
         placed = [_placed(model, *args) for args in group]
         states = [args[0] for args in group]
@@ -200,7 +234,7 @@ def hidden_states_cached(
     layout: `layout.cache_layout` of the tokens, whose positions must be below the model's context and the caches' capacity.
     """
     kept = []
-    embed, *blocks = walk.body(model.config, compute_dtype())
+    embed, *blocks = walk.body(model.config, *computing(model))
     x = walk.run(embed, model.params, tokens, layout)
     for block, cache in zip(blocks, caches, strict=True):
         x, cache = cached(block.module)(walk.subtree(block, model.params), x, layout, cache)  # noqa: PLW2901
@@ -214,7 +248,8 @@ def empty_caches(model: Model, batch: int, capacity: int) -> list[Cache] | list[
     if c.cache is not None:
         return [empty_cache(c.cache, batch, c.kv_heads, capacity, c.head_dim) for _ in range(c.layers)]
     shape = (batch, c.kv_heads, capacity, c.head_dim)
-    return [Cache(jnp.zeros(shape, compute_dtype()), jnp.zeros(shape, compute_dtype())) for _ in range(c.layers)]
+    dtype, products = computing(model)
+    return [Cache(*(jnp.zeros(shape, products or dtype) for _ in range(2))) for _ in range(c.layers)]
 
 
 def apply(model: Model, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time vocabulary"]:
@@ -227,16 +262,16 @@ def apply(model: Model, tokens: Int[Array, "batch time"]) -> Float[Array, "batch
 
 def apply_head(model: Model, x: Float[Array, "batch time hidden"]) -> Float[Array, "batch time vocabulary"]:
     """Float32 logits of hidden states."""
-    return stages(model.config, compute_dtype()).head(*_head_arguments(model, x))
+    return stages(model.config, *computing(model)).head(*_head_arguments(model, x))
 
 
 def scores(
     model: Model, x: Float[Array, "batch time hidden"], places: Int[Array, " n"], targets: Int[Array, " n"]
 ) -> tuple[Float[Array, " n"], Bool[Array, " n"]]:
     """ln p of target tokens at `places` (indices into batch * time), and whether each is the likeliest token there."""
-    return stages(model.config, compute_dtype()).scores(*_head_arguments(model, x), places, targets)
+    return stages(model.config, *computing(model)).scores(*_head_arguments(model, x), places, targets)
 
 
 def losses(model: Model, x: Float[Array, "batch time hidden"], targets: Int[Array, "batch time"]) -> Float[Array, "batch time"]:
     """-ln p of the target tokens (batch, time) at hidden states (batch, time, hidden), in nats, float32."""
-    return stages(model.config, compute_dtype()).losses(*_head_arguments(model, x), targets)
+    return stages(model.config, *computing(model)).losses(*_head_arguments(model, x), targets)

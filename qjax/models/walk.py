@@ -47,10 +47,13 @@ class Part(NamedTuple):
 
 
 @functools.lru_cache(maxsize=32)
-def parts(config: DecoderConfig, dtype: DTypeLike = jnp.float32, *, halves: bool = False) -> tuple[Part, ...]:
+def parts(
+    config: DecoderConfig, dtype: DTypeLike = jnp.float32, products: DTypeLike | None = None, *, halves: bool = False
+) -> tuple[Part, ...]:
     """The parts of a decoder that computes in `dtype`, in order: embed, blocks, head. Blocks of one kind have equal modules.
 
-    halves: two parts a block, attention and MLP, where one reads what the other makes (not where they are parallel).
+    products: of what goes into products, where that is another type. halves: two parts a block, attention and MLP,
+    where one reads what the other makes (not where they are parallel).
     """
     positions = ("positions",) if config.positions == "learned" else ()
     norm = ("norm",) if config.embedding_norm else ()
@@ -58,25 +61,25 @@ def parts(config: DecoderConfig, dtype: DTypeLike = jnp.float32, *, halves: bool
     names = branches(config)
     pieces = names.items() if halves and not config.parallel_residual else [(None, tuple(itertools.chain(*names.values())))]
     blocks = [
-        Part(block_name(number), "block", Block(config.of_layer(number), dtype, half), children)
+        Part(block_name(number), "block", Block(config.of_layer(number), dtype, half, products), children)
         for number in range(config.layers)
         for half, children in pieces
     ]
     return (
         Part("embed", "embed", Embed(config, dtype), ("tokens", *positions, *norm)),
         *blocks,
-        Part("head", "head", Head(config, dtype), ("norm", *output)),
+        Part("head", "head", Head(config, dtype, products), ("norm", *output)),
     )
 
 
-def body(config: DecoderConfig, dtype: DTypeLike = jnp.float32) -> tuple[Part, ...]:
+def body(config: DecoderConfig, dtype: DTypeLike = jnp.float32, products: DTypeLike | None = None) -> tuple[Part, ...]:
     """The parts that make hidden states: all but the head."""
-    return parts(config, dtype)[:-1]
+    return parts(config, dtype, products)[:-1]
 
 
-def head(config: DecoderConfig, dtype: DTypeLike = jnp.float32) -> Part:
+def head(config: DecoderConfig, dtype: DTypeLike = jnp.float32, products: DTypeLike | None = None) -> Part:
     """The last part."""
-    return parts(config, dtype)[-1]
+    return parts(config, dtype, products)[-1]
 
 
 def subtree(part: Part, params: PyTree) -> PyTree:
@@ -111,7 +114,7 @@ def compiled(module: nn.Module) -> Callable[..., object]:
 
     @jax.jit
     def run(params, *args):
-        with quantized_kernels():
+        with quantized_kernels(getattr(module, "products", None)):
             return module.apply({"params": params}, *args)
 
     return run

@@ -46,8 +46,8 @@ def accuracy_table(rows: Sequence[Row]) -> Table:
         columns.append(
             TableColumn("accuracy_mean_delta", "mean change\n(points)", mean_change, error="accuracy_mean_delta_stderr", rank=1)
         )
-    counts = ", ".join(f"{int(number(rows[0], f'questions:{task}')):,} of {task}" for task in tasks)
-    cut = [f"{int(number(rows[0], f'truncated:{task}')):,} of {task}" for task in tasks if number(rows[0], f"truncated:{task}")]
+    counts = ", ".join(f"{number(rows[0], f'questions:{task}'):,.0f} of {task}" for task in tasks)
+    cut = [f"{number(rows[0], f'truncated:{task}'):,.0f} of {task}" for task in tasks if number(rows[0], f"truncated:{task}")]
     baseline, drawn = baseline_name(rows[0]), " and draws" if any(DRAWS in row for row in rows) else ""
     notes = [
         f"±: standard error over questions{drawn}{_texts(rows[0], tasks)}; of the change, of the difference from {baseline} "

@@ -28,7 +28,7 @@ def lines_caption(rows: Sequence[Row]) -> str:
     rows = with_share(merge_draws(rows))
     panels = line_panels(rows)
     further = further_values(rows) if len(panels) == 1 else []
-    tasks = ", ".join(f"{task} ({int(number(rows[0], f'questions:{task}')):,} questions)" for task in tasks_of(rows))
+    tasks = ", ".join(f"{task} ({number(rows[0], f'questions:{task}'):,.0f} questions)" for task in tasks_of(rows))
     shown = " and ".join(["", *(FURTHER[value].format(tasks=tasks) for value in further)])
     each = f", a panel for each {'width' if 'bits' in panels[0][0] else 'method'}" if len(panels) > 1 else ""
     return _caption(rows, f"Increase of perplexity{shown} against {BITS}{each}")
@@ -66,7 +66,7 @@ def kernels_caption(rows: Sequence[Row]) -> str:
 def _caption(rows: Sequence[Row], what: str) -> str:
     """rows: draws merged."""
     first = rows[0]
-    counts = ", ".join(f"{int(number(first, key)):,} {key}" for key in ("windows", "tokens") if key in first)
+    counts = ", ".join(f"{number(first, key):,.0f} {key}" for key in ("windows", "tokens") if key in first)
     text = (
         f"{what}. {describe(first)}, {counts}. Bars: 95 % intervals of the difference from {baseline_name(first)}, paired "
         f"window by window, over {over_units(rows)}. {MARKS}."

@@ -14,14 +14,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import TYPE_CHECKING
 
-import numpy as np
-from jaxtyping import Float, Int
-
 from qjax.errors import QjaxError
 from qjax.printable import printable
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # `qjax formats` needs no NumPy
+    import numpy as np
     import rich.table
+    from jaxtyping import Float, Int
 
 Row = Mapping[str, object]
 INFINITY, MISSING = "∞", "-"
@@ -39,19 +38,25 @@ def number(row: Row, key: str) -> float:
         raise QjaxError(f"row {row.get('key')}: {key} is {value!r}, expected a number; mend or remove the row") from None
 
 
-def losses(row: Row) -> Float[np.ndarray, " windows"]:
+def losses(row: Row) -> "Float[np.ndarray, ' windows']":
     """A row's loss of every window, nats; infinite where the model diverged, which a row holds as "inf" or null."""
+    import numpy as np
+
     return np.array([math.inf if loss is None else float(loss) for loss in row["window_nll"]])
 
 
-def loss_change(row: Row, other: Row) -> Float[np.ndarray, " windows"]:
+def loss_change(row: Row, other: Row) -> "Float[np.ndarray, ' windows']":
     """By how much the row's losses are above the other's; nan where both diverged."""
+    import numpy as np
+
     with np.errstate(invalid="ignore"):
         return losses(row) - losses(other)
 
 
-def documents_of(row: Row) -> Int[np.ndarray, " windows"] | None:
+def documents_of(row: Row) -> "Int[np.ndarray, ' windows'] | None":
     """The document of every window; None in rows of earlier versions, whose windows count as independent."""
+    import numpy as np
+
     found = row.get("window_documents")
     return None if found is None else np.asarray(found)
 

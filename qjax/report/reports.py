@@ -29,9 +29,11 @@ from qjax.report.measured import has_measured, measured_table, shown_measurement
 from qjax.report.memory import memory_rows_table
 from qjax.report.paper_shapes import KIND, paper_shapes_table
 from qjax.report.rendering import Row, Table, to_csv, to_latex, to_markdown
+from qjax.report.scaling import SCALING, scaling_table
 from qjax.report.seeds import seeds_of, seeds_table
 from qjax.report.sensitivity import ordinary, placed_alone, sensitivity_table
 from qjax.report.series import has_widths, line_panels, widths_table
+from qjax.report.speeds import SPEED, speeds_table
 from qjax.report.tables import perplexity_table, split_tables
 from qjax.report.tradeoff import has_speed, tradeoff_table
 from qjax.report.training import training_table
@@ -82,6 +84,8 @@ FOLDER_TABLES = (
     Exhibit(KIND, of_kind(KIND), paper_shapes_table),
     Exhibit("kernels", of_kind("kernels"), kernels_table, by_device),
     Exhibit("training", of_kind("training"), training_table),
+    Exhibit(SPEED, of_kind(SPEED), speeds_table),
+    Exhibit(SCALING, of_kind(SCALING), scaling_table),
 )
 FOLDER_FIGURES = (
     Exhibit("kernels", has_kernels, kernels_figure, by_device, kernels_caption),

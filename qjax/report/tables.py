@@ -12,7 +12,6 @@ import numpy as np
 
 from qjax.errors import QjaxError
 from qjax.evaluate.statistics import FEWEST, interval, is_noise
-from qjax.format_table import format_table
 from qjax.formats import UNQUANTIZED
 from qjax.report.draws import DRAWS, merge_draws
 from qjax.report.rendering import (
@@ -32,17 +31,15 @@ from qjax.report.rendering import (
     to_rich,
     with_error,
 )
-from qjax.sweep.columns import BASELINE, data_dictionary
+from qjax.sweep.columns import BASELINE
 from qjax.sweep.rows import cell_columns, is_baseline, named_model, with_baseline
 
 __all__ = [
     "Row",
     "Table",
     "TableColumn",
-    "formats_table",
     "layers_table",
     "perplexity_table",
-    "recipes_table",
     "split_tables",
     "to_csv",
     "to_latex",
@@ -226,42 +223,6 @@ def perplexity_table(rows: Sequence[Row]) -> Table:
     notes += [f"Measured on {' and '.join(devices)}."] if devices else []
     title = ", ".join([f"Perplexity of {describe(first)}", *counts])
     return Table(title, columns_of(rows, columns), tuple(rows), tuple(notes))
-
-
-def formats_table() -> Table:
-    """Every documented number format, with exact bits per weight of a 4096 x 4096 matrix."""
-    columns = (
-        TableColumn("format", "format", text=True),
-        TableColumn("bits_per_weight", "bits per\nweight", decimals(3)),
-        TableColumn("ratio_to_fp16", "times smaller\nthan FP16", decimals(2)),
-        TableColumn("what", "what", text=True),
-    )
-    notes = ("Bits per weight count the codes, scales and zero points of a 4096 x 4096 matrix.",)
-    return Table("Number formats", columns, tuple(format_table()), notes)
-
-
-def recipes_table() -> Table:
-    """Every registered transform, rounding, refiner and order of calibration, with its options and the statistics it needs."""
-    from qjax.methods import method_table
-
-    columns = tuple(TableColumn(key, key, text=True) for key in ("method", "kind", "options", "needs", "what"))
-    notes = (
-        "A recipe is METHOD[+METHOD...]:FORMAT[/INPUT][@ORDER], options in parentheses: awq+gptq(clip=mse):int3-g128@qep, "
-        "gptq+descend:int2-g64, rtn:int8-channel-sym-max/int8-token. The order says whose inputs calibration sees.",
-    )
-    return Table("Methods", columns, tuple(method_table()), notes)
-
-
-def columns_table() -> Table:
-    """Every column of rows, by measurement: the data dictionary."""
-    columns = (
-        TableColumn("measurement", "measurement", text=True, rank=1),
-        *(TableColumn(key, key, text=True) for key in ("column", "type", "unit", "meaning")),
-    )
-    notes = (
-        "A column NAME:PART stands for one of every PART. `qjax sweep --measure` takes the measurements that are not implied.",
-    )
-    return Table("Columns of rows", columns, tuple(data_dictionary()), notes)
 
 
 def layers_table(layers: Iterable[tuple]) -> Table:

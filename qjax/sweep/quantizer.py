@@ -35,7 +35,8 @@ class Quantizer:
             if place not in self._made:
                 self._made |= self._make(cell, later)
             quantized, report = self._made.pop(place)
-            self._last = place, {"model": runnable(quantized), "quantized": quantized, "report": report}
+            decoded = runnable(quantized, compute=cell.sweep.compute)
+            self._last = place, {"model": decoded, "quantized": quantized, "report": report}
         return cell._replace(**self._last[1])
 
     def _make(self, cell: Cell, later: Sequence[Cell]) -> dict[tuple, tuple[Model, Report]]:

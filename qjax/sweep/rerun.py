@@ -59,6 +59,7 @@ def rerun(
         blocks=() if block is None else (block,),
         measures=tuple(asked["measures"]),
         baseline=before,
+        compute=asked.get("compute_dtype"),
     )
     with tempfile.TemporaryDirectory() as folder:
         return run_sweep(loaded, sweep, Path(folder), watcher)[-1]

@@ -24,6 +24,7 @@ from qjax.evaluate.questions import Task
 from qjax.evaluate.windows import Convention, corpus_windows
 from qjax.files import expand
 from qjax.folders import prepare_output_folder
+from qjax.models.compute import require_compute
 from qjax.models.fingerprint import model_fingerprint
 from qjax.models.model import Model
 from qjax.models.walk import block_name
@@ -61,11 +62,13 @@ class Sweep:
     measures: tuple[str, ...] = ()  # further measurements, by name (`columns.py`)
     baseline: Model | None = None  # that differences are from, of the same vocabulary and context; None: the model as it is
     seeds: tuple[int, ...] = ()  # several, instead of seed; a number N: 0 to N - 1
+    compute: str | None = None  # what models run in, float32 or bfloat16; None: the device's own. No rounding depends on it
 
     def __post_init__(self):
         for name in ("recipes", "corpora", "rules", "tasks", "measures"):
             if isinstance(text := getattr(self, name), str):
                 raise QjaxError(f"Sweep: {name} is {text!r}, expected several in a tuple; give ({text!r},)")
+        require_compute(self.compute)
         short = [name for name in ("divergence", "speed") if getattr(self, name)]
         texts = tuple(load_corpus(each) if isinstance(each, str) else each for each in self.corpora)
         object.__setattr__(self, "corpora", texts)

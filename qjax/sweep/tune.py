@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from qjax.models.model import Model
 
 INT8 = "int8-channel-sym-max"
+HUGE = 700.0  # nats, of which `expm1` is a number still
 LISTS = {
     "int8": (  # static, dynamic, smoothed, mixed, weights alone: what Neural Compressor tries for INT8
         f"rtn:{INT8}/int8-tensor@parallel",
@@ -111,23 +112,24 @@ def _rank(loss: Loss) -> tuple[float, float]:
 
 
 def loss_of(row: Row, before: Row, of: str, bound: Bound) -> Loss:
-    """The loss that a row tells of, in the bound's terms. before: the row of the model as it is."""
+    """The loss that a row tells of, nan where it does not, in the bound's terms. before: the row of the model as it is."""
     if of == "perplexity":
-        whole = 1.0 if bound.relative else float(before["perplexity"])
-        return Loss(*(whole * math.expm1(_known(row[f"nll_delta{end}"])) for end in ("", "_low", "_high")))
+        whole = 1.0 if bound.relative else _figure(before, "perplexity")
+        return Loss(*(whole * math.expm1(min(_figure(row, f"nll_delta{end}"), HUGE)) for end in ("", "_low", "_high")))
     if of == "kl":
-        error, dof = _known(row["kl_stderr"]), max(int(row["documents"]) - 1, 1)
-        found = interval(_known(row["kl"]), error, dof)
+        documents = _figure(row, "documents")
+        found = interval(_figure(row, "kl"), _figure(row, "kl_stderr"), max(documents - 1, 1))
         return Loss(found.value, found.low, found.high)
-    whole = float(before[f"accuracy:{of}"]) if bound.relative else 1.0
-    value, low, high = (-_known(row[f"accuracy_delta{end}:{of}"]) for end in ("", "_high", "_low"))
+    whole = _figure(before, f"accuracy:{of}") if bound.relative else 1.0
+    value, low, high = (-_figure(row, f"accuracy_delta{end}:{of}") for end in ("", "_high", "_low"))
     if not whole:
         raise QjaxError(f"tune: the model as it is answers no question of {of}; there is no share of that to lose")
     return Loss(value / whole, low / whole, high / whole)
 
 
-def _known(value: object) -> float:
-    return math.nan if value is None else min(float(value), 700.0)
+def _figure(row: Row, name: str) -> float:
+    value = row.get(name)
+    return math.nan if value is None else float(value)
 
 
 def by_cost(model: "Model", recipes: Sequence[str], rules: Sequence[str] = ()) -> list[str]:

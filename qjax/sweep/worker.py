@@ -48,7 +48,9 @@ class Job(NamedTuple):
 
 
 class Worker:
-    """A worker of a sweep in a folder. measure(cell, head) -> its row; workers: how many share the sweep."""
+    """A worker of a sweep in a folder. measure(cell, head) -> its row; workers: how many share the sweep.
+    quantizer: what makes the cells' models; None: of decoders.
+    """
 
     def __init__(
         self,
@@ -58,9 +60,10 @@ class Worker:
         watcher: "Watcher",
         claims: Claims,
         workers: int = 1,
+        quantizer: Quantizer | None = None,
     ):
         self._folder, self._jobs, self._measure_cell, self._watcher, self._claims = folder, jobs, measure, watcher, claims
-        self._quantizer = Quantizer(watcher.layer)
+        self._quantizer = quantizer or Quantizer(watcher.layer)
         self._part = part_of([job.cell for job in jobs], workers)
         self._baselines: dict[str, Job] = {}
         for job in jobs:

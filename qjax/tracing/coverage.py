@@ -85,8 +85,8 @@ def found_in(leaves: Leaves, traces: Iterable[Traced]) -> Found:
             if before.view != site.view:
                 refused[path] = f"contracted in 2 ways: {told_of(before.view)}; {told_of(site.view)}"
             sites[path] = before._replace(reads=(*before.reads, (id(traced), site.reads)))
-    sites = {path: site for path, site in sites.items() if path not in refused}
     wide = {path for path, leaf in leaves.arrays.items() if len(leaf.shape) > 1}
+    sites = {path: site for path, site in sites.items() if path in wide and path not in refused}
     refused = {path: why for path, why in refused.items() if path in wide}
     refused |= {path: NEVER for path in leaves.arrays if path in wide - sites.keys() - refused.keys()}
     return Found(sites, refused, _shared(sites))

@@ -122,14 +122,14 @@ def step(mode: Mode, eqn: JaxprEqn, lanes: Lanes, record: Record) -> tuple[list[
     return [_bind(eqn, [plain(value, name) for value in values]) for values in lanes], record
 
 
-def _moved(eqn: JaxprEqn, weight: Tracked, layout: Layout, index: int | None) -> Tracked:
-    """A parameter after an equation that rearranges it; index: of the slice of a stack that it takes."""
+def _moved(eqn: JaxprEqn, weight: Tracked, layout: Layout, indices: tuple[int, ...]) -> Tracked:
+    """A parameter after an equation that rearranges it; indices: of the slice of a stack that it takes."""
     value = weight.value
     if not isinstance(value, Kernel):
         (value,) = _bind(eqn, [value])
-    elif index is not None:
-        value = jax.tree.map(lambda leaf: leaf[index], value)
-    return Tracked(value, weight.path, layout, weight.indices if index is None else (*weight.indices, index))
+    elif indices:
+        value = jax.tree.map(lambda leaf: leaf[indices], value)
+    return Tracked(value, weight.path, layout, (*weight.indices, *indices))
 
 
 def plain(value: object, primitive: str) -> object:

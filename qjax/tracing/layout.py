@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 Axes = tuple[tuple[int, ...], ...]
+MARKS = ("copy", "copy_p", "name", "stop_gradient", "optimization_barrier")  # equations that leave a value as it is,
+PLACES = ("sharding_constraint", "reshard", "pvary", "pcast")  # and such that say where it lies
 
 
 class Layout(NamedTuple):
@@ -143,8 +145,8 @@ def view_of(shape: tuple[int, ...], layout: Layout, batch: tuple[int, ...], summ
     return View(tuple(shape), tuple(parts), stack, in_axes, out_axes)
 
 
-def rearranged(name: str, params: Mapping, shape: tuple[int, ...], layout: Layout) -> tuple[Layout, int | None] | None:
-    """A parameter's layout after an equation that rearranges it, and the index where one slice of a stack is taken."""
+def rearranged(name: str, params: Mapping, shape: tuple[int, ...], layout: Layout) -> tuple[Layout, tuple[int, ...]] | None:
+    """A parameter's layout after an equation that rearranges it, and the indices where one slice of a stack is taken."""
     match name:
         case "transpose":
             found = layout.transposed(params["permutation"])
@@ -157,23 +159,21 @@ def rearranged(name: str, params: Mapping, shape: tuple[int, ...], layout: Layou
             found = layout.widened(tuple(params["shape"]), tuple(params["broadcast_dimensions"]), shape)
         case "convert_element_type":
             found = layout if jnp.issubdtype(params["new_dtype"], jnp.floating) else None
-        case "copy" | "copy_p" | "sharding_constraint" | "name" | "reshard" | "optimization_barrier" | "pvary" | "pcast":
+        case _ if name in MARKS + PLACES:
             found = layout
         case "slice":
             return _sliced(params, shape, layout)
         case _:
             return None
-    return None if found is None else (found, None)
+    return None if found is None else (found, ())
 
 
-def _sliced(params: Mapping, shape: tuple[int, ...], layout: Layout) -> tuple[Layout, int | None] | None:
-    """Of a slice that is one of a stack, kept as an axis of size 1."""
+def _sliced(params: Mapping, shape: tuple[int, ...], layout: Layout) -> tuple[Layout, tuple[int, ...]] | None:
+    """Of a slice that is one of a stack, kept with axes of size 1."""
     begin, end = params["start_indices"], params["limit_indices"]
     cut = [axis for axis, size in enumerate(shape) if end[axis] - begin[axis] != size]
-    if len(cut) != 1 or end[cut[0]] - begin[cut[0]] != 1:
+    if set(params["strides"] or ()) - {1} or any(end[i] - begin[i] != 1 or len(layout.axes[i]) != 1 for i in cut):
         return None
-    found = layout.taken(cut[0])
-    if found is None:
-        return None
-    axes = (*found.axes[: cut[0]], (), *found.axes[cut[0] :])
-    return found._replace(axes=axes), int(begin[cut[0]])
+    axes = tuple(() if axis in cut else run for axis, run in enumerate(layout.axes))
+    layers = (*layout.layers, *(layout.axes[axis][0] for axis in cut))
+    return layout._replace(axes=axes, layers=layers), tuple(int(begin[axis]) for axis in cut)

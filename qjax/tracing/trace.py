@@ -1,7 +1,7 @@
 """A function's trace: its jaxpr over the leaves of its parameters and the arrays of its arguments, made once per shape."""
 
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -58,18 +58,19 @@ def leaves_of(params: PyTree) -> Leaves:
     """Parameters taken apart; leaves that are no arrays, as functions in an Equinox module, stay what they are."""
     flat, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)
     is_array = [is_quantized(leaf) or isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct) for _, leaf in flat]
-    arrays = {path_of(keys): leaf for (keys, leaf), array in zip(flat, is_array, strict=True) if array}
+    names = _paths([keys for keys, _ in flat])
+    arrays = {path: leaf for path, (_, leaf), array in zip(names, flat, is_array, strict=True) if array}
     if len(arrays) != sum(is_array):
-        names = [path_of(keys) for keys, _ in flat]
         raise QjaxError(f"two parameters have the path {next(name for name in names if names.count(name) > 1)}; rename one")
     return Leaves(arrays, tuple(_ARRAY if array else leaf for (_, leaf), array in zip(flat, is_array, strict=True)), tree)
 
 
-def path_of(keys: tuple[object, ...]) -> str:
-    """A leaf's path, "layers/0/kernel"; without the "value" of boxes of Flax."""
-    if keys and isinstance(keys[-1], jax.tree_util.GetAttrKey) and keys[-1].name == "value":
-        keys = keys[:-1]
-    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in keys)
+def _paths(keys: Sequence[tuple[object, ...]]) -> list[str]:
+    """Paths of leaves, "layers/0/kernel"; without the "value" of boxes of Flax, which hold nothing else."""
+    siblings = Counter(each[:-1] for each in keys)
+    name = lambda key: str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))  # noqa: E731
+    is_box = lambda each: each and each[-1] == jax.tree_util.GetAttrKey("value") and siblings[each[:-1]] == 1  # noqa: E731
+    return ["/".join(map(name, each[:-1] if is_box(each) else each)) for each in keys]
 
 
 _traces: OrderedDict[tuple, Traced] = OrderedDict()
@@ -90,7 +91,8 @@ def trace(fn: Callable, leaves: Leaves, args: tuple, kwargs: dict) -> tuple[Trac
     if wrong := [path for path, leaf in leaves.arrays.items() if is_quantized(leaf) and not isinstance(leaf, Kernel)]:
         raise QjaxError(f"{', '.join(wrong)}: quantized, but not by qjax.quantize_function, whose leaves know their shape")
     try:
-        key = (fn, leaves.tree, leaves.others, static, tuple(map(_kind, (*values, *arrays))), jax.config.jax_enable_x64)
+        settings = jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision
+        key = (fn, leaves.tree, leaves.others, static, tuple(map(_kind, (*values, *arrays))), settings)
         hash(key)
     except TypeError:
         return _traced(fn, leaves, static, values, arrays), arrays

@@ -93,9 +93,8 @@ def _step(eqn: JaxprEqn, given: list[_Seen], log: Uses) -> list[_Seen]:
     if name in CALLS or name in ("cond", "while", "scan"):
         return _nested(eqn, given, log)
     if len(given) == 1 and (found := rearranged(name, params, eqn.invars[0].aval.shape, weights[0].layout)) is not None:
-        layout, index = found
-        indices = weights[0].indices if index is None else (*weights[0].indices, index)
-        return [weights[0]._replace(key=object(), layout=layout, indices=indices)]
+        layout, indices = found
+        return [weights[0]._replace(key=object(), layout=layout, indices=(*weights[0].indices, *indices))]
     avals = [v.aval for v in eqn.invars]
     product = product_of(name, params, avals, [seen.layout for seen in given])
     if isinstance(product, Product):

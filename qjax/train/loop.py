@@ -63,11 +63,13 @@ class TrainConfig:
             or not all(math.isfinite(rate) and rate >= 0 for rate in rates.values())
             or not (self.learning_rate > 0 and self.clip_norm > 0 and self.warmup < 1)
             or self.schedule not in schedules
+            or self.seed < 0
         ):
-            told = ", ".join(f"{name}={value}" for name, value in (sizes | rates | {"schedule": self.schedule}).items())
+            others = {"schedule": self.schedule, "seed": self.seed}
+            told = ", ".join(f"{name}={value}" for name, value in (sizes | rates | others).items())
             raise QjaxError(
                 f"training: got {told}; expected sizes of at least 1, a batch that micro_batch divides, rates above 0, a "
-                f"warmup below 1 and a schedule of {', '.join(schedules)}"
+                f"warmup below 1, a schedule of {', '.join(schedules)} and a seed of at least 0"
             )
 
     @property
@@ -227,23 +229,40 @@ def checkpoints(folder: Path, *, keep: int = 2) -> Iterator[Any]:
 
 
 def save(manager: Any, state: TrainState) -> None:
-    """Write the state under its step."""
+    """Write the state under its step. Raises QjaxError where it cannot be written."""
     import orbax.checkpoint as ocp
 
-    manager.save(int(state.step), args=ocp.args.StandardSave(_numbered(state)))
-    manager.wait_until_finished()
+    advice = "choose a writable folder with free space, and run again"
+    with _told_by_orbax(f"cannot write the checkpoint {manager.directory / str(int(state.step))}", advice):
+        manager.save(int(state.step), args=ocp.args.StandardSave(_numbered(state)))
+        manager.wait_until_finished()
 
 
 def restore_latest(manager: Any, fresh: TrainState) -> TrainState:
-    """The latest state, bit for bit, or the fresh one where there is no checkpoint."""
+    """The latest state, bit for bit, or the fresh one where there is no checkpoint. Raises QjaxError for one that is broken, or
+    of other arrays.
+    """
     import orbax.checkpoint as ocp
 
-    if manager.latest_step() is None:
+    if (latest := manager.latest_step()) is None:
         return fresh
-    restored = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(_numbered(fresh)))
-    # Restored arrays are committed to one device; by way of the host they go where the step wants them.
-    leaves = [jnp.asarray(np.asarray(restored[number])) for number in sorted(restored)]
+    wanted = _numbered(fresh)
+    with _told_by_orbax(f"cannot read {manager.directory / str(latest)}", "remove it: the one before it, if any, is taken"):
+        restored = manager.restore(latest, args=ocp.args.StandardRestore(wanted))
+        # Restored arrays are committed to one device; by way of the host they go where the step wants them.
+        leaves = [jnp.asarray(np.asarray(restored[number])) for number in wanted]
+        if [(leaf.shape, leaf.dtype) for leaf in leaves] != [(leaf.shape, leaf.dtype) for leaf in wanted.values()]:
+            raise ValueError("arrays of other sizes")
     return jax.tree.unflatten(jax.tree.structure(fresh), leaves)
+
+
+@contextmanager
+def _told_by_orbax(what: str, advice: str) -> Iterator[None]:
+    """Whatever orbax, and what it stands on, raise within, as one QjaxError: their exceptions are of every kind."""
+    try:
+        yield
+    except Exception as error:
+        raise QjaxError(f"{what} ({type(error).__name__}: {error}); {advice}") from error
 
 
 def _numbered(state: TrainState) -> dict[str, Array]:
@@ -307,8 +326,8 @@ def train(
     """What is trained after all steps.
 
     folder: of checkpoints, from the last of which the same call goes on. identity: what else than the configuration and the
-    tokens makes the run what it is. Raises NotFiniteError, which names the step and the last good checkpoint, where the loss or
-    its gradient is not finite, and QjaxError for checkpoints of another run and a text shorter than a window.
+    tokens makes the run what it is. Raises NotFiniteError, which names the step and the last good checkpoint, where the loss,
+    its gradient or what is trained is not finite, and QjaxError for checkpoints of another run and a text that is too short.
     """
     batch_at(tokens, config, 0)
     optimizer = make_optimizer(config, rates)
@@ -324,20 +343,28 @@ def train(
         for step in range(first, config.steps):
             state, figures = step_of(state, frozen, batch_at(tokens, config, step))
             value, norm = map(float, figures)
-            if not (math.isfinite(value) and math.isfinite(norm)):
+            due = (step + 1) % save_every == 0 or step + 1 == config.steps
+            if not (math.isfinite(value) and math.isfinite(norm) and (not due or _all_finite(state.params))):
                 raise _not_finite(step, value, norm, folder, manager)
             seconds = (time.perf_counter() - started) / max(1, step - first)
             started = time.perf_counter() if step == first else started  # the first step compiles
             left, rate = seconds * (config.steps - step - 1), float(learning_rate(config, step))
             on_step(Told(step + 1, value, norm, rate, config.tokens_per_step / seconds, left))
-            if manager is not None and ((step + 1) % save_every == 0 or step + 1 == config.steps):
+            if manager is not None and due:
                 save(manager, state)
     return state.params
 
 
+def _all_finite(tree: PyTree) -> bool:
+    return all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(tree))
+
+
 def _not_finite(step: int, value: float, norm: float, folder: Path | None, manager: Any) -> NotFiniteError:
-    last = None if manager is None else manager.latest_step()
-    good = "there is no checkpoint" if last is None else f"the last good checkpoint is {folder / 'steps' / str(last)}"
+    # A checkpoint of `step` finished steps holds the very numbers that this loss is of: the one before it is good.
+    before = [] if manager is None else [saved for saved in manager.all_steps() if saved < step]
+    good = f"the last good checkpoint is {folder / 'steps' / str(max(before))}" if before else "there is no good checkpoint"
+    if math.isfinite(value) and math.isfinite(norm):
+        return NotFiniteError(f"training: what step {step + 1} made is not finite; {good}; lower the learning rate")
     return NotFiniteError(
         f"training: at step {step + 1} the loss is {value}, the norm of its gradient {norm}; {good}; lower the learning rate, "
         "or look for broken weights"

@@ -41,7 +41,9 @@ from qjax.train.loop import Loss, TrainConfig, train
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """What adapters there are. targets: patterns of kernels, as in rules ("mlp/down", "q_proj"); none: all of the blocks."""
+    """What adapters there are. targets: patterns of kernels, as in rules ("mlp/down", "q_proj"); none: all of the blocks but
+    experts, which take none.
+    """
 
     rank: int = 16
     alpha: float = 16.0
@@ -65,10 +67,12 @@ class LoraConfig:
 
 
 def targets_of(model: Model, config: LoraConfig) -> list[str]:
-    """Paths of the kernels that get an adapter. Raises QjaxError for patterns that find none."""
+    """Paths of the kernels that get an adapter. Raises QjaxError for patterns that find none, or experts."""
     kernels = kernels_of(model)
+    leaves = flatten(model.params)
+    experts = {path for path in kernels if len(leaves[path].shape) > 2}
     if not config.targets:
-        return list(filter(in_blocks, kernels))
+        return [path for path in kernels if in_blocks(path) and path not in experts]
     theirs = module_names(model.config.family, kernels)
     meant = {pattern: patterns.meant(pattern, kernels, theirs) for pattern in config.targets}
     if idle := [given for given, pattern in meant.items() if not any(re.search(pattern, path) for path in kernels)]:
@@ -76,7 +80,10 @@ def targets_of(model: Model, config: LoraConfig) -> list[str]:
             f"adapters: {', '.join(map(repr, idle))} names no kernel{patterns.nothing_found(idle, kernels, theirs)}; the "
             f"kernels are {abridge(kernels)}"
         )
-    return [path for path in kernels if any(re.search(pattern, path) for pattern in meant.values())]
+    found = [path for path in kernels if any(re.search(pattern, path) for pattern in meant.values())]
+    if stacked := [path for path in found if path in experts]:
+        raise QjaxError(f"adapters: {abridge(stacked)} hold experts, which take none; name other layers, as attention")
+    return found
 
 
 def product(adapter: LowRank) -> Float[Array, "in out"]:
@@ -97,7 +104,7 @@ def start(
     """The frozen base and the adapters before training. recipe: what the model, unquantized then, is quantized with; None: the
     base is the model as it is. options: of `quantize`.
 
-    Raises QjaxError for starts that need the unquantized weights where there are none.
+    Raises QjaxError for starts that need the unquantized weights where there are none, and for loftq where nothing is rounded.
     """
     paths = targets_of(model, config)
     shapes = {path: flatten(model.params)[path].shape for path in paths}
@@ -110,6 +117,8 @@ def start(
         raise QjaxError(
             f"adapters: the start {config.start} needs weights that are not quantized; {model.name} is {model.recipe}"
         )
+    if config.start == "loftq" and recipe is None:
+        raise QjaxError("adapters: the start loftq makes up for what a recipe takes; give a recipe, or another start")
     leaves = flatten(model.params)
     weights = {path: jnp.asarray(np.asarray(leaves[path]), jnp.float32) for path in paths}
     if config.start == "pissa":

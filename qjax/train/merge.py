@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 
 from qjax.calibrate.tokens import Calibration
 from qjax.checkpoints.huggingface import save_huggingface
@@ -19,28 +20,33 @@ from qjax.checkpoints.shards import SHARD_BYTES
 from qjax.driver.decoder import quantize
 from qjax.errors import QjaxError, QjaxWarning
 from qjax.files import listing, write_atomically
+from qjax.folders import standing
 from qjax.lazy import materialised
-from qjax.linear import dequantize_tree, without_activations
+from qjax.linear import dequantize, dequantize_tree, is_quantized, without_activations
 from qjax.models.adapters import attach
 from qjax.models.fingerprint import model_fingerprint
 from qjax.models.model import Model
 from qjax.models.parameters import flatten
+from qjax.models.walk import TABLE
 from qjax.untrusted import read_json, status
 
-TRAINED_ON = "adapter_base.json"  # beside an adapter that qjax trained: name, recipe and fingerprint of its base
+TRAINED_ON = "adapter_base.json"  # beside an adapter that qjax trained: name, recipe and fingerprint of its base, its start
+OTHER = 0.5  # relative distance of embeddings from which two models are not one before and after quantization
 
 
-def write_base(folder: Path, base: Model) -> None:
-    """Writes beside an adapter what it was trained on."""
-    told = {"name": base.name, "recipe": base.recipe, "fingerprint": model_fingerprint(base)}
+def write_base(folder: Path, base: Model, start: str) -> None:
+    """Writes beside an adapter what it was trained on, and how it began."""
+    told = {"name": base.name, "recipe": base.recipe, "fingerprint": model_fingerprint(base), "start": start}
     write_atomically(folder / TRAINED_ON, json.dumps(told, indent=1) + "\n")
 
 
 def load_merge(base: Model, adapter: Path, target: Model | None = None) -> tuple[Model, Model]:
     """(the base with its adapter, what is to be written: that, or `target` with the adapter). Both may be lazy.
 
-    Raises QjaxError for an adapter of another base.
+    Raises QjaxError for an adapter of another base, and for a target that the adapter does not belong to: of an adapter that
+    makes up for its base (loftq, pissa) any, and one of another residual stream (a rotation's).
     """
+    adapter = standing(adapter)
     adapters = load_adapter(adapter, base.config)
     if status(adapter / TRAINED_ON):
         told = read_json(adapter / TRAINED_ON)
@@ -49,8 +55,25 @@ def load_merge(base: Model, adapter: Path, target: Model | None = None) -> tuple
                 f"{adapter} was trained on {told.get('name')} ({told.get('recipe')}), not on {base.name} ({base.recipe}); give "
                 "that base, and another model to merge into with --base"
             )
+        if target is not None and told.get("start") in ("loftq", "pissa"):
+            raise QjaxError(
+                f"{adapter} began as {told['start']}, as part of what {base.name} lacks; added to {target.name} it would count "
+                "twice: leave --base out"
+            )
+    if target is not None and not _same_stream(base, target):
+        raise QjaxError(
+            f"the embeddings of {target.name} are others than those of {base.name} ({base.recipe}), which a rotation may have "
+            "changed; merge into the base itself: leave --base out"
+        )
     adapted = attach(base, adapters)
     return adapted, adapted if target is None else attach(target, adapters)
+
+
+def _same_stream(base: Model, target: Model) -> bool:
+    """Whether hidden states of one are those of the other, but for rounding: whether tokens are embedded alike."""
+    ours, theirs = (materialised(flatten(model.params)[TABLE]) for model in (base, target))
+    ours, theirs = (np.asarray(dequantize(each) if is_quantized(each) else each, np.float32) for each in (ours, theirs))
+    return ours.shape == theirs.shape and bool(np.linalg.norm(ours - theirs) <= OTHER * np.linalg.norm(theirs))
 
 
 def save_merged(

@@ -63,7 +63,8 @@ def faked(model: Model, original: Model | None = None, *, normalised: bool = Tru
     """The quantized model with FakeWeights in place of its QTensors. original: the model before it was quantized, whose weights
     say where within a code's range a weight starts.
 
-    Raises QjaxError for a model that is not quantized, and lists layers in formats that have no grid.
+    Raises QjaxError for a model that is not quantized, and lists layers in formats that have no grid, experts, and layers of
+    other sizes in `original`.
     """
     leaves = flatten(materialised(model.params))
     floats = {} if original is None else flatten(original.params)
@@ -73,6 +74,12 @@ def faked(model: Model, original: Model | None = None, *, normalised: bool = Tru
         if not isinstance(weight, QTensor):
             continue
         given = floats.get(path)
+        if len(weight.shape) > 2:
+            problems.append(f"{path} holds experts, which are not trained; leave them as they are with a rule, {path}=none")
+            continue
+        if given is not None and tuple(given.shape) != weight.shape:
+            problems.append(f"{path} is {weight.shape}, in {original.name} {tuple(given.shape)}; give the model before")
+            continue
         inputs = leaf.inputs if isinstance(leaf, Linear) else ()
         start = dequantize(weight) if given is None or is_quantized(given) else _mapped(inputs, materialised(given))
         try:
@@ -116,7 +123,7 @@ def problem(model: Model, config: QatConfig, teacher: Model | None = None) -> Pr
     """What the loop trains of a model with FakeWeights. teacher: the model that a KL divergence is from. finished: the model
     with FakeWeights.
 
-    Raises QjaxError for a KL divergence without a teacher.
+    Raises QjaxError for a KL divergence without a teacher, and from one of another vocabulary.
     """
     stack = forward.stack(model)
     ends = tuple(LEARNS[name] for name in config.learns)
@@ -127,6 +134,9 @@ def problem(model: Model, config: QatConfig, teacher: Model | None = None) -> Pr
         return Problem(lambda t, f, tokens: forward.next_token_loss(stack, joined(t, f), tokens), trained, frozen, result)
     if teacher is None:
         raise QjaxError("quantization-aware training: the loss kl is from a float model; give one")
+    if teacher.config.vocabulary_size != model.config.vocabulary_size:
+        sizes = f"{teacher.config.vocabulary_size}, {model.name} {model.config.vocabulary_size}"
+        raise QjaxError(f"quantization-aware training: {teacher.name} has a vocabulary of {sizes}; give the model before")
     theirs = forward.stack(teacher)
 
     def loss(trained, frozen, tokens):

@@ -2,7 +2,8 @@
 .NAME.training beside it, from where the same call goes on bit for bit after a kill.
 
     training.jsonl, loss.png   a row of every step, and their figure
-    qlora                      an adapter in PEFT's layout, what it was trained on, and in base/ the base that a recipe made
+    qlora                      an adapter in PEFT's layout, what it was trained on, and in base/ the base that a recipe or
+                               pissa made
     qat                        a packed folder
 """
 
@@ -22,14 +23,14 @@ from qjax.driver.decoder import quantize
 from qjax.errors import QjaxError
 from qjax.evaluate.corpora import Corpus
 from qjax.files import write_atomically
-from qjax.folders import new_folder, require_place
+from qjax.folders import new_folder, prepare_output_folder, require_place
 from qjax.lazy import is_lazy, materialised
 from qjax.models.fingerprint import model_fingerprint
 from qjax.models.model import Model
 from qjax.report.reports import save_figure
 from qjax.report.training import loss_figure
 from qjax.train.log import ROWS, step_log, step_rows
-from qjax.train.loop import Told, TrainConfig, packed_tokens
+from qjax.train.loop import Told, TrainConfig, batch_at, mesh_of, packed_tokens
 from qjax.train.lora import LoraConfig, start, train_adapters
 from qjax.train.merge import write_base
 from qjax.train.qat import QatConfig, train_quantized
@@ -73,15 +74,16 @@ def qlora(
 
     options: of `quantize`. Raises what `start`, `train` and the writers raise.
     """
-    place, loaded = _place(run), _loaded(model)
+    place, loaded = _place(run, model, tokens), _loaded(model)
     base, adapters = start(loaded, config, jax.random.key(run.config.seed), recipe=recipe, **(options or {}))
     identity = {"base": model_fingerprint(base), "adapters": dataclasses.asdict(config)}
     trained = train_adapters(base, adapters, tokens, in_context(run.config, base), **_told(run, place, identity))
+    made = recipe is not None or config.start == "pissa"  # a base that stands nowhere else
     with _whole(run, place) as new:
-        name = model.name if recipe is None else str(Path(run.folder) / "base")
+        name = str(Path(run.folder) / "base") if made else model.name
         peft.save_adapter(new, base.config, trained, base=name)
-        write_base(new, base)
-        if recipe is not None:
+        write_base(new, base, config.start)
+        if made:
             packed.save(new / "base", base)
     return base
 
@@ -105,10 +107,13 @@ def qat(
         raise QjaxError(
             f"{model.name} is {model.recipe}: a model that is not quantized needs a recipe, another one has its own"
         )
-    place, loaded = _place(run), _loaded(model)
+    if config.loss == "kl" and recipe is None and original is None:
+        raise QjaxError(f"{model.name}: the loss kl is from the model before it was quantized; give that (--float)")
+    place, loaded = _place(run, model, tokens), _loaded(model)
     if recipe is not None:
         original, loaded = loaded, quantize(loaded, recipe, **(options or {}))[0]
-    identity = {"base": model_fingerprint(loaded), "learning": dataclasses.asdict(config)}
+    before = None if original is None else model_fingerprint(original)
+    identity = {"base": model_fingerprint(loaded), "float": before, "learning": dataclasses.asdict(config)}
     told = _told(run, place, identity)
     trained = train_quantized(loaded, tokens, in_context(run.config, loaded), config, original=original, **told)
     with _whole(run, place) as new:
@@ -120,16 +125,19 @@ def _loaded(model: Model) -> Model:
     return model._replace(params=materialised(model.params)) if is_lazy(model.params) else model
 
 
-def _place(run: Run) -> Path:
-    """Where checkpoints and rows are until the folder is whole."""
+def _place(run: Run, model: Model, tokens: Int[np.ndarray, " length"]) -> Path:
+    """Where checkpoints and rows are until the folder is whole; not made yet. Raises, before anything is quantized, what
+    training would raise of text and devices.
+    """
+    config = in_context(run.config, model)
+    batch_at(tokens, config, 0)
+    mesh_of(run.devices, config.batch, config.micro_batch)
     target = require_place(run.folder, overwrite=run.overwrite)
-    place = target.with_name(f".{target.name}.training")
-    place.mkdir(exist_ok=True)
-    return place
+    return target.with_name(f".{target.name}.training")
 
 
 def _told(run: Run, place: Path, identity: Mapping[str, object]) -> dict[str, object]:
-    log = step_log(place / ROWS)
+    log = step_log(prepare_output_folder(place) / ROWS)
 
     def on_step(told: Told) -> None:
         log(told)

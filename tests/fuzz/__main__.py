@@ -58,13 +58,12 @@ def _watch(arguments: argparse.Namespace, folder: Path, state: dict, seconds: fl
     command += ["--only", *arguments.only] if arguments.only else []
     command += ["--at", str(arguments.at)] if arguments.at is not None else []
     with subprocess.Popen([*command, "--worker", str(folder)], stderr=subprocess.DEVNULL) as worker:
-        seen, since = b"", time.monotonic() + HANG
+        seen, still = b"", 0.0  # seconds that were waited, which do not go on while this process itself is stopped
         while worker.poll() is None:
             time.sleep(0.1)
             now = (folder / "state").read_bytes()
-            if now != seen:
-                seen, since = now, max(time.monotonic(), since if not seen else 0)
-            if time.monotonic() - since > HANG:
+            seen, still = now, still + 0.1 if now == seen else 0.0
+            if still > HANG:
                 worker.kill()
         code = worker.wait()
     state.update(json.loads((folder / "state").read_text() or "{}"))

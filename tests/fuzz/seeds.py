@@ -3,6 +3,7 @@
 import base64
 import functools
 import json
+import math
 import struct
 import tempfile
 from pathlib import Path
@@ -12,18 +13,27 @@ import numpy as np
 
 from qjax.activations import parse_activation
 from qjax.checkpoints import packed
+from qjax.checkpoints.gguf.container import read_bytes_of, read_contents
+from qjax.checkpoints.gguf.export import export_gguf
 from qjax.checkpoints.huggingface import save_huggingface
 from qjax.checkpoints.peft import save_adapter
 from qjax.linear import Linear, LowRank, Outliers
 from qjax.maps import Permute, Scale
+from qjax.models.model import Model
 from qjax.models.parameters import flatten, parameter_shapes, unflatten
+from qjax.train.log import ROWS, step_log
+from qjax.train.loop import Told, TrainConfig, TrainState, checkpoints, claim, init_state, make_optimizer, save
+from qjax.train.merge import write_base
 from tests import foreign, foreign_makers
 from tests.conftest import FAMILY_CHANGES, byte_tokenizer, tiny_config
-from tests.gguf_files import file_bytes, model_tensors, model_values, random_rows
+from tests.gguf_files import ARCHITECTURES, file_bytes, model_tensors, model_values, random_rows
 from tests.random_weights import weights_model
 from tests.report_rows import early_row, measured_row
 
-ADAPTED = tiny_config(vocabulary_size=64)  # what a small adapter is for
+ADAPTED = {  # family -> the configuration that a small adapter is for
+    family: tiny_config(**FAMILY_CHANGES[family] | {"vocabulary_size": 64}) for family in ("llama", "gpt2", "gpt_neox")
+}
+RUN = {"base": "0123456789abcdef", "adapters": {"rank": 2, "target": ["q"]}, "tokens": "fedcba9876543210"}  # what a training is
 PRECOMPILED = base64.b64encode(struct.pack("<I", 1024) + bytes(1024) + b"ab\0").decode()  # a trie that knows no text
 GROUP = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": 16, "actorder": "group"}
 FLOAT8 = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
@@ -67,19 +77,46 @@ def checkpoint(family: str) -> dict[str, bytes]:
 
 
 @functools.cache
-def adapter() -> dict[str, bytes]:
-    """Files of a small adapter of PEFT's layout, with patterns, for a model of the configuration ADAPTED."""
-    found = {}
+def adapted(family: str) -> Model:
+    """The model that a small adapter is of."""
+    return weights_model(ADAPTED[family])
+
+
+@functools.cache
+def adapter(family: str) -> dict[str, bytes]:
+    """Files of a small adapter of PEFT's layout, with patterns, for that model."""
+    config, found = ADAPTED[family], {}
     for path, (rank, scaling) in {
         "block_0/mlp/up": (2, 1.0),
         "block_1/mlp/up": (3, 1.0),
         "block_0/attention/q": (2, 4.0),
     }.items():
-        inputs, outputs = parameter_shapes(ADAPTED)[f"{path}/kernel"]
+        inputs, outputs = parameter_shapes(config)[f"{path}/kernel"]
         found[f"{path}/kernel"] = LowRank(jnp.ones((inputs, rank)), jnp.ones((rank, outputs)), scaling=scaling)
     with tempfile.TemporaryDirectory() as folder:
-        save_adapter(folder, ADAPTED, found)
+        save_adapter(folder, config, found)
+        write_base(Path(folder), adapted(family))
         return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def state() -> TrainState:
+    """The state of a small training before its first step."""
+    trained = {"a": jnp.zeros((3, 2)), "b": jnp.zeros(4)}
+    return init_state(trained, make_optimizer(TrainConfig(steps=4)))
+
+
+@functools.cache
+def training() -> dict[str, bytes]:
+    """Files of a small training that was stopped after two steps, by their path in its folder."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        claim(folder, RUN)
+        log = step_log(folder / ROWS)
+        with checkpoints(folder / "steps") as manager:
+            for step in (1, 2):
+                log(Told(step, 2.5, 0.1, 1e-4, 100.0, 9.0))
+                save(manager, state()._replace(step=jnp.int32(step)))
+        return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @functools.cache
@@ -183,6 +220,18 @@ def gguf_parts(sentencepiece: bool) -> tuple[dict, dict]:
     return values | {f"tokenizer.ggml.{key}": value for key, value in own.items()}, tensors
 
 
+@functools.cache
+def gguf_written(case: str) -> tuple[dict, dict]:
+    """Values and tensors of the file that a small model of an architecture is written as."""
+    model = weights_model(tiny_config(**ARCHITECTURES[case] | {"vocabulary_size": 300}), byte_tokenizer())
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.gguf"
+        export_gguf(path, model)
+        values, infos = read_contents(path)
+        floats = {name: read_bytes_of(info, 4 * math.prod(info.shape)).tobytes() for name, info in infos.items()}
+        return values, {name: ("F32", info.shape, floats[name]) for name, info in infos.items()}
+
+
 def gguf_file(sentencepiece: bool) -> dict[str, bytes]:
     """The file of these parts, in a folder."""
     return {"tiny.gguf": file_bytes(*gguf_parts(sentencepiece))}
@@ -192,4 +241,21 @@ def gguf_file(sentencepiece: bool) -> dict[str, bytes]:
 def rows() -> list[dict[str, object]]:
     """Rows of a sweep, of this version and of earlier ones."""
     recipes = ("none", "rtn:int4-g128", "gptq:int3-g128", "nf4", "awq+gptq(damp=0.05):int4-g64@sequential")
-    return [make(recipe, 0.01 * i) for make in (measured_row, early_row) for i, recipe in enumerate(recipes)]
+    found = [make(recipe, 0.01 * i) for make in (measured_row, early_row) for i, recipe in enumerate(recipes)]
+    return [*found, *tuned_rows(), measured_row("rtn:int4-g128 kv:int4-g32", 0.01, cache="int4-g32")]
+
+
+def tuned_rows() -> list[dict[str, object]]:
+    """The row of a model as it is and of a recipe, with a divergence and a task."""
+    of_model = {
+        "accuracy:piqa": 0.75,
+        "questions:piqa": 4,
+        "gold:piqa": [0, 1, 1, 0],
+        "answers:piqa": [0, 1, 1, 1],
+        "kl": 0.0,
+        "kl_stderr": 0.0,
+        "documents": 8,
+    }
+    of_recipe = of_model | {"kl": 0.02, "kl_stderr": 0.004, "routed": 0.5}
+    of_recipe |= {"accuracy_delta:piqa": -0.01, "accuracy_delta_low:piqa": -0.02, "accuracy_delta_high:piqa": 0.0}
+    return [measured_row("none", **of_model), measured_row("rtn:int4-g128", 0.01, **of_recipe)]

@@ -136,7 +136,7 @@ def awq_llm_compressor(folder, tokens: np.ndarray, *, bits: int, group: int, duo
     from llmcompressor.modifiers.transform.awq import AWQModifier
     from llmcompressor.pipelines.cache import IntermediatesCache
 
-    model = _load(folder)
+    model = load_transformers(folder)
     scales_in, scales_out = {}, {}
     search = AWQModifier._compute_best_scale
 
@@ -171,7 +171,7 @@ def gptq_model_llm_compressor(
     """Seconds of llm-compressor's GPTQ of a whole model, calibration included, loading and saving not."""
     from llmcompressor.modifiers.gptq import GPTQModifier
 
-    model = _load(folder)
+    model = load_transformers(folder)
     recipe = [GPTQModifier(**_scheme(bits, group))]
     start = time.perf_counter()
     _oneshot(folder, model, tokens, recipe, batch)
@@ -248,11 +248,24 @@ def _quiet() -> Iterator[None]:
     logger.enable("llmcompressor")
 
 
-def _load(folder):
+def load_transformers(folder, dtype: str = "float32"):
+    """transformers' model of a checkpoint folder."""
     import torch
     import transformers
 
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+
+
+def losses_transformers(model, tokens: np.ndarray, batch_tokens: int = 2048) -> np.ndarray:
+    """-ln p of every token but a window's first, float32: (windows, time) -> (windows, time - 1), by transformers' model."""
+    import torch
+
+    rows = []
+    with torch.inference_mode():
+        for piece in torch.from_numpy(tokens.astype(np.int64)).split(max(1, batch_tokens // tokens.shape[1])):
+            logits = model(piece).logits[:, :-1].float()
+            rows.append(torch.nn.functional.cross_entropy(logits.transpose(1, 2), piece[:, 1:], reduction="none"))
+    return torch.cat(rows).numpy()
 
 
 def _scheme(bits: int, group: int) -> dict:

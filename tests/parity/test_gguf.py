@@ -15,10 +15,9 @@ from qjax.models.families import FAMILIES
 from qjax.models.family import stored_tensors
 from qjax.models.parameters import flatten, parameter_shapes
 from tests.conftest import tiny_config
-from tests.gguf_files import random_rows, rotated
+from tests.gguf_files import FURTHER, random_rows, rotated
 from tests.paths import real_model
 from tests.random_weights import weights_model
-from tests.test_gguf_export import FURTHER
 
 gguf = pytest.importorskip("gguf", reason="compares with gguf")
 quants = pytest.importorskip("gguf.quants")

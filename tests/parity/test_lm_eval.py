@@ -29,7 +29,7 @@ from tests.paths import real_data  # noqa: E402
 
 pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("ignore")]  # the harness and its libraries warn a lot
 
-QUESTIONS = 200
+QUESTIONS = 80
 LONGEST = 250  # characters of a choice: the harness refuses those longer than a model's context (256 tokens, here characters)
 TOLERANCE = 1e-3  # nats
 CHOICES = "output_type: multiple_choice\ndoc_to_choice: choices\ndoc_to_target: gold\n"
@@ -178,8 +178,8 @@ def test_quantized_and_packed_models_run(pair, folder):
     assert again["word_perplexity,none"] == pytest.approx(found["local_wikitext"]["word_perplexity,none"], rel=1e-4)
 
 
-def test_unknown_tasks_get_the_nearest(pair, folder):
+def test_unknown_tasks_get_the_nearest(tiny_model, folder):
     with pytest.raises(QjaxError, match="did you mean local_piqa"):
-        evaluate(pair[1], ["local_pica"], folder=folder)
+        evaluate(tiny_model, ["local_pica"], folder=folder)
     with pytest.raises(QjaxError, match="does not exist"):
-        evaluate(pair[1], ["piqa"], folder=folder / "missing")
+        evaluate(tiny_model, ["piqa"], folder=folder / "missing")

@@ -14,6 +14,7 @@ import pytest
 from qjax.checkpoints.huggingface import load_huggingface
 from qjax.evaluate.perplexity import score
 from qjax.models import walk
+from tests.parity import peers
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -51,14 +52,7 @@ def test_at_least_as_fast_as_transformers(tmp_path, name):
     tokens = np.random.default_rng(0).integers(0, shape[-1], (count, window)).astype(np.int32)
 
     def run_theirs():
-        batch = max(1, 2048 // window)
-        rows = []
-        with torch.inference_mode():
-            for start in range(0, count, batch):
-                piece = torch.from_numpy(tokens[start : start + batch].astype(np.int64))
-                logits = theirs(piece).logits[:, :-1]
-                rows.append(torch.nn.functional.cross_entropy(logits.transpose(1, 2), piece[:, 1:], reduction="none"))
-        return torch.cat(rows).numpy()
+        return peers.losses_transformers(theirs, tokens)
 
     def run_ours():
         return score(ours, tokens)[:, 1:]

@@ -24,6 +24,11 @@ CASES = [
     ("float32", 200, EDGES),
 ]
 FORMATS = ("int8-channel", "int4-g128", "int3-g128", "int2-g128-sym", "nf4-g64")
+PRODUCTS = [  # each format with three of the cases, each case with three of the formats; the others slow
+    pytest.param(fmt, *case, marks=[pytest.mark.slow] if (i + j) % 5 in (1, 3) else [])
+    for i, fmt in enumerate(FORMATS)
+    for j, case in enumerate(CASES)
+]
 
 
 @pytest.fixture(scope="module", params=["v5e:2x2", pytest.param("v6e:2x2", marks=pytest.mark.slow)])
@@ -48,8 +53,7 @@ def compile_memory(sharding, function, *shapes):
     return jax.jit(function).lower(*shapes).compile().memory_analysis()
 
 
-@pytest.mark.parametrize(("dtype", "rows", "shape"), CASES)
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize(("fmt", "dtype", "rows", "shape"), PRODUCTS)
 def test_products(sharding, fmt, dtype, rows, shape):
     held = weight_shapes(fmt, *shape)
     for function, width in ((tpu.multiply, shape[0]), (tpu.multiply_transposed, shape[1])):

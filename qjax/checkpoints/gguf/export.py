@@ -22,8 +22,8 @@ from qjax.checkpoints.gguf.tokens import tokenizer_values
 from qjax.checkpoints.gguf.writing import Entry, write_container
 from qjax.checkpoints.narrowing import in_float16
 from qjax.checkpoints.target import LEFT_OUT, RefusedError, besides
-from qjax.errors import QjaxError
-from qjax.files import expand, listing, unwritable, write_atomically
+from qjax.files import listing, write_atomically
+from qjax.folders import require_file
 from qjax.lazy import materialised
 from qjax.linear import Linear, is_quantized
 from qjax.models.model import Model
@@ -39,31 +39,13 @@ FILE_TYPES = {  # general.file_type of files that are mostly of a type
 NAMES = {number: name for number, (name, *_) in (FLOATS | KINDS).items()}
 
 
-def require_file(path: str | Path, *, overwrite: bool = False) -> Path:
-    """The path of a file that may be written. Raises QjaxError for one of another ending, a folder, and, unless `overwrite`, a
-    file that is there.
-    """
-    path = expand(path)
-    if path.suffix.lower() != SUFFIX:
-        raise QjaxError(f"{path}: a GGUF file is written; name a file that ends in {SUFFIX}")
-    try:
-        if path.is_dir():
-            raise QjaxError(f"cannot write {path}: it is a folder; name a file")
-        if path.exists() and not overwrite:
-            raise QjaxError(f"{path} is there; name a new file or ask to overwrite")
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
-        raise unwritable(path, error) from error
-    return path
-
-
 def export_gguf(path: str | Path, model: Model, *, overwrite: bool = False, chat_template: str | None = None) -> None:
     """Writes a file that llama.cpp and `load_gguf` read, which appears when it is whole.
 
     Raises QjaxError for a family that has no such files, for what its architecture has no keys for, and lists layers that no
     type of blocks holds, with the nearest recipe that fits.
     """
-    path, architecture = require_file(path, overwrite=overwrite), architecture_of(model.config)
+    path, architecture = require_file(path, SUFFIX, overwrite=overwrite), architecture_of(model.config)
     shapes = parameter_shapes(model.config)
     leaves = {path: in_float16(leaf) for path, leaf in flatten(model.params).items()}
     check_parameters(leaves, shapes)

@@ -1,11 +1,15 @@
 """Perplexity on one text in one convention, and its paired difference from the baseline."""
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from qjax.evaluate.statistics import paired_difference
 from qjax.sweep.columns import BASELINE, Cell, Column, Measurement, Row
+
+if TYPE_CHECKING:  # columns are known without JAX
+    from qjax.evaluate.perplexity import PerplexityResult
 
 NATS, DIFFERENCE = "nats a token", {"given": BASELINE}
 COLUMNS = (
@@ -51,7 +55,13 @@ def measure(cell: Cell) -> dict[str, object]:
     """Of the cell's windows."""
     from qjax.evaluate import perplexity
 
-    result = perplexity.measure(cell.model, cell.windows, cell.convention, cell.corpus, on_batch=cell.on_batch)
+    return figures(
+        perplexity.measure(cell.model, cell.windows, cell.convention, cell.corpus, on_batch=cell.on_batch), cell.before
+    )
+
+
+def figures(result: "PerplexityResult", before: Row | None) -> dict[str, object]:
+    """A result's columns. before: the baseline's row; None in that row itself."""
     found = {
         "perplexity": result.value,
         "perplexity_stderr": result.stderr,
@@ -67,7 +77,7 @@ def measure(cell: Cell) -> dict[str, object]:
         "documents": len(set(result.window_documents)),
         "autocorrelation": None if math.isnan(result.autocorrelation) else result.autocorrelation,  # of one or two windows
     }
-    return found | difference(found, cell.before or found)
+    return found | difference(found, before or found)
 
 
 def difference(row: Row, before: Row) -> dict[str, float]:

@@ -23,7 +23,7 @@ COLUMNS = (
     Column("versions", str, "", "of qjax, Python and libraries", "made"),
     Column("code", str, "", "hash of the source, and of all that is used from outside the package", "made"),
     Column("device", str, "", "machine kind: processor, instruction sets that change arithmetic, cores in use", "machine"),
-    Column("compute_dtype", str, "", "type the model computes in: float32 on CPU, bfloat16 elsewhere", "machine"),
+    Column("compute_dtype", str, "", "type the model runs in (`qjax/models/compute.py`)", "machine"),
     Column("time", str, "", "when (UTC)", "made"),
     Column("peak_rss_bytes", int, "bytes", "largest resident memory of the process so far", "spent"),
 )
@@ -32,7 +32,7 @@ COLUMNS = (
 def asks(cell: Cell) -> dict[str, object]:
     """Provenance of this process, with the sources of what does not belong to the package."""
     names = [each.name for each in asked_measurements(cell.sweep)]
-    return provenance({**cell.treatment.sources(), **measurement_sources(names)})
+    return provenance({**cell.treatment.sources(), **measurement_sources(names)}, cell.sweep.compute or cell.subject.compute)
 
 
 def measure(cell: Cell) -> dict[str, object]:
@@ -51,18 +51,18 @@ def code_fingerprint() -> str:
     return total.hexdigest()[:16]
 
 
-def provenance(added: Mapping[str, str] = MappingProxyType({})) -> dict[str, object]:
-    """Versions, code and device of this process. added: sources of what does not belong to the package."""
-    import jax.numpy as jnp
-
-    from qjax.models.model import compute_dtype
+def provenance(added: Mapping[str, str] = MappingProxyType({}), compute: str | None = None) -> dict[str, object]:
+    """Versions, code and device of this process. added: sources of what does not belong to the package. compute: what was asked
+    to run in.
+    """
+    from qjax.models.compute import compute_name
 
     versions = [f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES]
     return {
         "versions": ", ".join([f"qjax {qjax.__version__}", f"python {platform.python_version()}", *versions]),
         "code": digest(code_fingerprint(), dict(added)) if added else code_fingerprint(),
         "device": device(),
-        "compute_dtype": jnp.dtype(compute_dtype()).name,
+        "compute_dtype": compute_name(compute),
     }
 
 

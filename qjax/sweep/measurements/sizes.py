@@ -1,10 +1,15 @@
 """What a recipe made of the weights: exact sizes, errors, time."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from qjax.formats import UNQUANTIZED
 from qjax.models.config import DecoderConfig
 from qjax.sweep.columns import Cell, Column, Measurement
+
+if TYPE_CHECKING:  # columns are known without JAX
+    from qjax.driver.report import Report
 
 STORED = "exact, over the quantized kernels: codes, scales, zero points, maps and scales of inputs, outliers, low-rank adapters"
 ERROR = (
@@ -26,10 +31,14 @@ COLUMNS = (
 
 
 def measure(cell: Cell) -> dict[str, object]:
-    """From the driver's report."""
-    report = cell.report
+    """From the driver's report, and of the cache."""
+    return {**figures(cell.report, cell.subject.recipe), **_cache(cell.quantized.config)}
+
+
+def figures(report: "Report", recipe: str) -> dict[str, object]:
+    """From the driver's report. recipe: what the model had been quantized with when it was loaded."""
     errors = [layer.weight_error for layer in report.layers if layer.weight_error is not None]
-    as_it_is = 0.0 if cell.subject.recipe == UNQUANTIZED else None  # of a quantized model its error is not known
+    as_it_is = 0.0 if recipe == UNQUANTIZED else None  # of a quantized model its error is not known
     outputs = [layer.output_error for layer in report.layers if layer.output_error is not None]
     return {
         "bits_per_weight": report.bits_per_weight,
@@ -37,7 +46,6 @@ def measure(cell: Cell) -> dict[str, object]:
         "size_bytes": report.size_bytes,
         "weight_error": float(np.mean(errors)) if errors else as_it_is,
         "output_error": float(np.mean(outputs)) if outputs else None,
-        **_cache(cell.quantized.config),
         "damp": max((layer.damp for layer in report.layers if layer.damp is not None), default=None),
         "seconds_quantize": report.seconds,
     }

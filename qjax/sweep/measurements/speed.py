@@ -21,7 +21,7 @@ def measure(cell: Cell) -> dict[str, object]:
     """Both ways of holding the weights."""
     from qjax.evaluate.speed import measure_speed
 
-    dense, packed = measure_speed(cell.model), measure_speed(cell.quantized, packed=True)
+    dense, packed = measure_speed(cell.model), measure_speed(cell.quantized, packed=True, compute=cell.model.compute)
     timed = {"speed_prompt_tokens": dense.prompt_tokens, "speed_new_tokens": dense.new_tokens, "speed_batch": dense.batch}
     names = [column.name.partition(":")[0] for column in FIGURES]
     return timed | {

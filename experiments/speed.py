@@ -1,0 +1,172 @@
+"""How fast qjax is against transformers, llm-compressor, GPTQModel and bitsandbytes on the CPU, paired.
+
+    python experiments/speed.py                  writes results/speed/, under half an hour on 2 cores
+    python experiments/speed.py --tiny --out X   the smallest of everything, twice, for tests
+
+Needs the libraries that it compares with (`pip install qjax[peer]`); what is not installed is left out, and a line says so. On
+random Llamas of 1M and 15M parameters and on SmolLM2-135M (a GGUF file in --model-folder): losses of a text; GPTQ of the whole
+model, int4-g64, calibrated on windows of 256 tokens; and products with a packed weight. Everything of a task takes turns, ours
+and each library once a round, one way round and then the other, so that a ratio is of the same machine in the same state; a row
+is a ratio of one round. Our first run, which compiles, is not counted, nor is loading. Rounds that are there, of the same code,
+versions and device, are not measured again.
+"""
+
+import argparse
+import datetime
+import functools
+import importlib.metadata
+import importlib.util
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import common
+import jax
+import jax.numpy as jnp
+import kernel_benchmark
+import numpy as np
+
+import qjax
+from qjax.evaluate.perplexity import score
+from qjax.linear import prepare_tree
+from qjax.models.model import runnable
+from qjax.report.reports import write_reports
+from qjax.sweep.measurements.provenance import provenance
+from qjax.sweep.store import ROWS, append_row, read_rows
+
+sys.path.insert(0, str(common.REPOSITORY))
+from tests.parity import peers
+
+Runs = Mapping[str, Callable[[], object]]  # name -> what takes the time, or returns the seconds that it measured itself
+RECIPES = ("gptq:int4-g64@parallel", "gptq:int4-g64@qep", "gptq(refine=4):int4-g64@qep")
+RANDOM = {  # name: shape, windows that are scored
+    "random-1M": ({"hidden": 128, "mlp": 384, "layers": 6, "heads": 4, "vocabulary": 1024}, 64),
+    "random-15M": ({"hidden": 320, "mlp": 896, "layers": 6, "heads": 5, "vocabulary": 12000}, 16),
+}
+TINY = {"random-tiny": ({"hidden": 64, "mlp": 128, "layers": 1, "heads": 2, "vocabulary": 512}, 2)}
+REAL, REAL_SCORED, REAL_WINDOWS = "smollm2", 8, 16
+WINDOW = 256  # tokens
+LIBRARIES = {  # peer -> its packages
+    "transformers float32": ("transformers", "torch"),
+    "transformers bfloat16": ("transformers", "torch"),
+    "llm-compressor": ("llmcompressor", "torch"),
+    "GPTQModel": ("gptqmodel", "torch"),
+    "bitsandbytes nf4": ("bitsandbytes", "torch"),
+}
+
+
+def run(out: Path, *, tiny: bool = False, real: str | None = None, rounds: int = 5) -> list[dict[str, object]]:
+    """Measures what out/rows.jsonl lacks, and writes the table. real: the folder of the real model, None for none."""
+    rounds = 2 if tiny else rounds
+    products(out, rounds, (256, 128) if tiny else (4096, 4096), (1,) if tiny else (1, 8, 64, 512))
+    if there(("transformers", "torch")):
+        with tempfile.TemporaryDirectory() as scratch:
+            for name, (shape, scored) in (TINY if tiny else RANDOM).items():
+                folder = Path(scratch) / name
+                peers.save_random_llama(folder, **shape)
+                whole_model(out, rounds, name, folder, scored, 2 if tiny else 32)
+        if real is not None:
+            whole_model(out, rounds, Path(real).name, Path(real), REAL_SCORED, REAL_WINDOWS)
+    rows = read_rows(out / ROWS)
+    write_reports(out, rows)
+    return rows
+
+
+def products(out: Path, rounds: int, shape: tuple[int, int], counts: tuple[int, ...]) -> None:
+    """Products of x of so many rows with a packed weight, against the dense product and bitsandbytes'."""
+    weight = kernel_benchmark.random_weight(shape)
+    for count in counts:
+        x = jax.random.normal(jax.random.key(1), (count, shape[0]))
+        packed = kernel_benchmark.repeat(prepare_tree(kernel_benchmark.quantized(shape, "int4-g128"), x.dtype), 2)
+        ours = {f"int4-g128 product, {count} rows": kernel_benchmark.timing.products(qjax.matmul, x, packed)}
+        dense = kernel_benchmark.repeat(weight, 2)
+        theirs = {"dense float32": kernel_benchmark.timing.products(jnp.matmul, x, dense)}
+        if there(LIBRARIES["bitsandbytes nf4"]):
+            theirs["bitsandbytes nf4"] = kernel_benchmark.torch_cases(x, weight, 2)["nf4-b64", "bitsandbytes"][0]
+        take_turns(out, rounds, f"{shape[0]} x {shape[1]}", ours, theirs)
+
+
+def whole_model(out: Path, rounds: int, name: str, folder: Path, scored: int, windows: int) -> None:
+    """Losses and GPTQ of a model in a folder."""
+    model = qjax.load(folder)
+    tokens = np.random.default_rng(0).integers(0, model.config.vocabulary_size, (max(scored, windows), WINDOW), np.int32)
+    ours, losses = {}, {}
+    for dtype in ("float32", "bfloat16"):
+        held = runnable(model, compute=dtype)
+        ours[f"losses in {dtype}"] = functools.partial(score, held, tokens[:scored], compute=dtype)
+        theirs = peers.load_transformers(folder, dtype)
+        losses[f"transformers {dtype}"] = functools.partial(peers.losses_transformers, theirs, tokens[:scored])
+    take_turns(out, rounds, name, ours, losses)
+    del held, ours, losses
+
+    def quantize(recipe):
+        jax.block_until_ready(qjax.quantize(model, recipe, calibration=tokens[:windows])[0].params)
+
+    gptq = {"llm-compressor": peers.gptq_model_llm_compressor, "GPTQModel": peers.gptq_model_gptqmodel}
+    found = {peer: functools.partial(call, folder, tokens[:windows], group=64) for peer, call in gptq.items()}
+    ours = {recipe: functools.partial(quantize, recipe) for recipe in RECIPES}
+    take_turns(out, rounds, name, ours, {peer: call for peer, call in found.items() if there(LIBRARIES[peer])}, warm=False)
+
+
+def take_turns(out: Path, rounds: int, model: str, ours: Runs, theirs: Runs, *, warm: bool = True) -> None:
+    """Adds the rounds that are missing: a row for each task of ours and each of theirs. warm: theirs too runs once before."""
+    made, rows = provenance() | {"kind": "speed", "model": model}, read_rows(out / ROWS)
+    here = [row for row in rows if made.items() <= row.items()]
+    done = {(row["task"], row["peer"], row["round"]) for row in here}
+    missing = [n for n in range(rounds) if any((task, peer, n) not in done for task in ours for peer in theirs)]
+    if not missing:
+        return
+    for call in (*ours.values(), *(theirs.values() if warm else ())):
+        call()
+    for number in missing:
+        turns = [*ours.items(), *theirs.items()][:: -1 if number % 2 else 1]
+        seconds = {name: clock(call) for name, call in turns}
+        now = {"time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "round": number}
+        for task, peer in ((task, peer) for task in ours for peer in theirs if (task, peer, number) not in done):
+            row = made | now | {"task": task, "peer": peer, "library": versions(peer)}
+            row |= {"seconds": seconds[task], "peer_seconds": seconds[peer], "ratio": seconds[peer] / seconds[task]}
+            append_row(out / ROWS, {"key": f"speed: {made['device']}, {model}, {task}, {peer}, round {number}"} | row)
+            print(f"{model}, {task}: {row['ratio']:.2f} times as fast as {peer} ({row['seconds']:.3f} s)", flush=True)
+
+
+def clock(call: Callable[[], object]) -> float:
+    """Seconds of a call; those that it measured itself where it returns them."""
+    started = time.perf_counter()
+    found = call()
+    return found if isinstance(found, float) else time.perf_counter() - started
+
+
+def there(packages: tuple[str, ...]) -> bool:
+    """Whether the packages are installed; a line for what is not."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"left out what needs {', '.join(missing)}, which is not installed")
+    return not missing
+
+
+def versions(peer: str) -> str:
+    """Packages of a peer with their versions."""
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES.get(peer, ("jax",)))
+
+
+def real_model(models: Path) -> str | None:
+    """The folder of the real model, written once from its file; None where that is not there."""
+    found = common.locate([REAL], common.DATA, models)
+    if not found:
+        return None
+    common._model(found[0].model)
+    return str(common.PLAIN / Path(found[0].model).stem)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--model-folder", type=Path, default=common.MODELS)
+    options = parser.parse_args()
+    out = options.out or Path("runs/tiny" if options.tiny else "results") / "speed"
+    out.mkdir(parents=True, exist_ok=True)
+    run(out, tiny=options.tiny, real=None if options.tiny else real_model(options.model_folder), rounds=options.rounds)

@@ -1,0 +1,115 @@
+"""qjax.models.compute: what a model runs in, from the name to the products."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+import qjax
+from qjax.cli.early import check_names
+from qjax.errors import QjaxError
+from qjax.evaluate.generate import generate
+from qjax.evaluate.perplexity import score
+from qjax.linear import Linear, apply_linear
+from qjax.models.compute import compute_name, compute_of
+from qjax.models.model import apply, empty_caches, hidden_states, runnable
+from qjax.rounding.nearest import rtn
+from qjax.sweep.request import request_of
+from tests.conftest import random_model, tiny_config
+
+TOKENS = np.arange(24, dtype=np.int32).reshape(2, 12) * 9 % 257
+pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="what a CPU does")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(tiny_config())
+
+
+def products(function, *args) -> list[tuple[str, str, str]]:
+    """(type of the left, of the right, of the result) of every product that a function computes."""
+
+    def found(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "dot_general":
+                yield tuple(str(each.aval.dtype) for each in (*equation.invars, *equation.outvars))
+            for inner in jaxprs_in_params(equation.params):
+                yield from found(inner)
+
+    return list(found(jax.make_jaxpr(function)(*args).jaxpr))
+
+
+def test_names():
+    assert compute_of("float32") == compute_of(None) == (jnp.float32, None)
+    assert compute_of("bfloat16") == (jnp.float32, jnp.bfloat16)
+    assert [compute_name(name) for name in (None, "float32", "bfloat16")] == ["float32", "float32", "bfloat16"]
+    for wrong in (functools.partial(check_names, compute="bf16"), functools.partial(qjax.Sweep, (), (), None, compute="bf16")):
+        with pytest.raises(QjaxError, match="compute 'bf16': allowed are float32, bfloat16"):
+            wrong()
+
+
+@pytest.mark.parametrize("changes", [{}, {"experts": 4, "experts_per_token": 2}, {"tied": True}])
+def test_every_product_rounds_its_inputs_and_sums_in_float32(changes):
+    """But a router's; hidden states are float32."""
+    model = random_model(tiny_config(**changes))
+    lowered = runnable(model, compute="bfloat16")
+    found = products(lambda tokens: apply(lowered, tokens), TOKENS)
+    exact = [each for each in found if each[0] == "float32"]
+    assert len(exact) == (model.config.layers if changes.get("experts") else 0)
+    assert {each for each in found if each not in exact} == {("bfloat16", "bfloat16", "float32")}
+    assert {each[0] for each in products(lambda tokens: apply(model, tokens), TOKENS)} == {"float32"}
+    assert hidden_states(lowered, TOKENS).dtype == jnp.float32
+
+
+def test_it_is_another_figure_near_the_first(model):
+    """As asked for in the call or by the model, decoded first or not."""
+    exact, lowered = score(model, TOKENS), score(model, TOKENS, compute="bfloat16")
+    assert 1e-5 < np.abs(lowered - exact).max() < 0.1
+    np.testing.assert_array_equal(score(model._replace(compute="bfloat16"), TOKENS), lowered)
+    np.testing.assert_array_equal(score(model._replace(compute="bfloat16"), TOKENS, compute="float32"), exact)
+    np.testing.assert_array_equal(score(runnable(model, compute="bfloat16"), TOKENS), lowered)
+
+
+def test_layers_that_round_their_inputs_keep_what_they_compute():
+    x, w = jax.random.normal(jax.random.key(0), (3, 64)), jax.random.normal(jax.random.key(1), (64, 8))
+    quantized, _ = rtn(w, "int8-channel-sym")
+    leaf = Linear(quantized, activation="int8-token")
+    params = {"a": {"kernel": leaf}, "b": {"kernel": quantized}}
+    run = runnable(random_model(tiny_config())._replace(params=params), compute="bfloat16")
+    held = run.params["a"]["kernel"].weight.dtype, run.params["b"]["kernel"].dtype
+    assert held == (jnp.float32, jnp.bfloat16)
+    np.testing.assert_array_equal(apply_linear(x, leaf, products=jnp.bfloat16), apply_linear(x, leaf))
+    lowered = apply_linear(x, w, products=jnp.bfloat16)
+    assert lowered.dtype == jnp.float32
+    both = (np.asarray(each.astype(jnp.bfloat16), np.float64) for each in (x, w))
+    np.testing.assert_allclose(lowered, np.matmul(*both), rtol=1e-5, atol=1e-5)
+
+
+def test_caches_hold_what_products_read(model):
+    lowered = model._replace(compute="bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(empty_caches(lowered, 1, 8))} == {jnp.dtype(jnp.bfloat16)}
+    found = generate(lowered, [TOKENS[0]], 4)
+    tokens = list(TOKENS[0])
+    for token in found.tokens[0]:
+        logits = apply(lowered, np.array([tokens]))[0, -1]
+        assert logits[token] > jnp.max(logits) - 1e-3
+        tokens.append(token)
+
+
+def test_rows_say_what_they_were_run_in(tiny_model, tmp_path):
+    """The type is part of the key; codes do not depend on it; a row is measured again in its own type."""
+    text = qjax.Corpus("t", tuple(" ".join(map(str, range(i, i + 60))) for i in range(3)))
+    run = lambda **how: qjax.run_sweep(  # noqa: E731
+        tiny_model,
+        qjax.Sweep(("rtn:int4-g16",), (text,), qjax.parse_convention("windows-16"), max_windows=2, **how),
+        tmp_path,
+    )
+    exact, again, lowered = run(), run(compute="float32"), run(compute="bfloat16")
+    assert [row["key"] for row in exact] == [row["key"] for row in again]
+    assert not {row["key"] for row in exact} & {row["key"] for row in lowered}
+    assert [row["compute_dtype"] for row in lowered] == ["bfloat16", "bfloat16"]
+    assert lowered[1]["weight_error"] == exact[1]["weight_error"] and lowered[1]["nll"] != exact[1]["nll"]
+    assert request_of(lowered[1])["compute_dtype"] == "bfloat16"
