@@ -56,7 +56,8 @@ def matmul(
     use it. activations: "int8-token" rounds every row of x to int8 by its largest value and multiplies with the int8 codes
     of an int8-channel-sym weight, in integers (W8A8); its derivative is that of the product without the rounding
     (straight-through). A stack of weights (..., in, out) is decoded and multiplied as jnp.matmul does; under vmap or scan its
-    weights come one by one. Sums are taken before their scale: x of magnitudes above 1e33 may overflow.
+    weights come one by one. Sums are taken before their scale: x of magnitudes above 1e33 may overflow. On CPUs with fast
+    products of int8 some rows of x may be rounded to 16 bits a group, unless precision is "highest" (`integers`).
 
     Kernels read a layout of their own (KernelWeight), which a QTensor is brought into in every call: `qjax.prepare(q)` does it
     once, outside the hot loop.

@@ -5,7 +5,8 @@
 A chunk's weights stay in the cache between being decoded and being multiplied, and nothing is interleaved: code c of all units
 meets every count-th input. One row of x is multiplied a few inputs at a time instead, in one elementwise loop over the output
 columns that writes no decoded weight at all: on CPU about the time of the dense float32 product (`results/kernels/`), which has
-four to eight times the bytes to read. Everything is computed in float32, whatever the type of x: bfloat16 is slow on CPUs.
+four to eight times the bytes to read. Everything is computed in float32, whatever the type of x, but where a processor has fast
+products of int8: `integers`.
 """
 
 import functools
@@ -13,14 +14,17 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.lax import PrecisionLike
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Array, Float, Int8, UInt8
 
 from qjax import grid, packing
+from qjax.formats import Format
+from qjax.kernels import integers
 from qjax.kernels.layout import uneven
 from qjax.qtensor import QTensor, unpack_parameters
 
 CHUNK = 2**21  # weights decoded at a time: 8 MB of float32
-STEP = 32  # weights of a column that one row of x meets at a time: their bytes come from a cache set each
+INTEGERS = 2**22  # the same of int8, where both sides of a product are: 4 MB
+STEP = 64  # bytes of a column that one row of x meets at a time: more make a larger program, fewer start more loops
 FEWEST = 8  # so many at least, or the loop goes over its sums too often
 EXACT_ROWS = 512  # so many products of -128..127 and -127..127 add up to less than 2^24: exact in float32
 
@@ -37,11 +41,16 @@ def refusal(q: QTensor) -> str | None:
 
 @functools.partial(jax.jit, static_argnames="precision")
 def multiply(x: Float[Array, "rows in"], q: QTensor, *, precision: PrecisionLike = None) -> Float[Array, "rows out"]:
-    """x W in x's type, for weights that are not refused."""
+    """x W in x's type, for weights that are not refused. precision "highest": in float32 on every machine."""
     size = _row_step(q)
     if len(x) == 1 and size * packing.unit(q.format.bits)[0] >= FEWEST:
-        return _multiply_row(x, q, size, precision)
+        return _together(lambda x, q: _row_product(x[0].astype(jnp.float32), q, size)[None], x, q, precision)
+    if _may_round(precision) and integers.pays(len(x), q) and not (_is_laid(x) or _is_laid(q.codes)):
+        return _together(_by_integers, x, q, precision)
+    return _by_floats(x, q, precision)
 
+
+def _by_floats(x: Float[Array, "rows in"], q: QTensor, precision: PrecisionLike = None) -> Float[Array, "rows out"]:
     def add(total, start, count, decoded):
         inputs = jax.lax.dynamic_slice_in_dim(x, start, count, axis=1).astype(jnp.float32)
         for part, weights in zip(_split(inputs, q), decoded, strict=True):
@@ -49,6 +58,22 @@ def multiply(x: Float[Array, "rows in"], q: QTensor, *, precision: PrecisionLike
         return total
 
     return _over_chunks(add, _zeros(x[:, :1], q.codes[:1]), q).astype(x.dtype)
+
+
+def _by_integers(x: Float[Array, "rows in"], q: QTensor) -> Float[Array, "rows out"]:
+    """By `integers`; rows of NaN or infinity as floats have them."""
+    return jax.lax.cond(jnp.all(jnp.isfinite(x)), lambda x, q: integers.multiply(x, q).astype(x.dtype), _by_floats, x, q)
+
+
+def _may_round(precision: PrecisionLike) -> bool:
+    """Whether inputs may be rounded to half of float32's bits: what JAX calls its default precision."""
+    asked = jax.config.jax_default_matmul_precision if precision is None else precision
+    return asked in (None, "default", "bfloat16", "fastest", jax.lax.Precision.DEFAULT)
+
+
+def _is_laid(array: Array) -> bool:
+    """Whether JAX's types say that an array lies in parts on a mesh, which reshapes cannot cut."""
+    return any(part is not None for part in jax.typeof(array).sharding.spec)
 
 
 @functools.partial(jax.jit, static_argnames="precision")
@@ -68,21 +93,26 @@ def multiply_transposed(y: Float[Array, "rows out"], q: QTensor, *, precision: P
 def multiply_int8(x: Int8[Array, "rows in"], scale: Float[Array, "rows 1"], q: QTensor) -> Float[Array, "rows out"]:
     """(scale x) W in float32, for 8-bit symmetric weights with one scale a channel; products are summed exactly.
 
-    A sum of EXACT_ROWS products of int8 is exact in float32, whose matrix product is many times as fast as XLA's of
-    integers on CPU; sums of sums are int32.
+    As products of int8 where the machine has fast ones. Elsewhere in float32, in which a sum of EXACT_ROWS products of int8 is
+    exact; sums of sums are int32.
     """
+    given, fast = len(x), integers.pays_for_codes(len(x))
+    x = jnp.pad(x, ((0, -given % 8), (0, 0))) if fast and given < 8 else x
 
     def add(total, start, count):
-        inputs = jax.lax.dynamic_slice_in_dim(x, start, count, axis=1).astype(jnp.float32)
-        weights = jax.lax.dynamic_slice_in_dim(q.codes, start, count).astype(jnp.float32) - 128
-        return total + jnp.matmul(inputs, weights, precision="highest").astype(jnp.int32)
+        inputs = jax.lax.dynamic_slice_in_dim(x, start, count, axis=1)
+        codes = jax.lax.dynamic_slice_in_dim(q.codes, start, count)
+        if fast:
+            return total + integers.dot(inputs, integers.centred(codes, 8))
+        weights = codes.astype(jnp.float32) - 128
+        return total + jnp.matmul(inputs.astype(jnp.float32), weights, precision="highest").astype(jnp.int32)
 
     total = _zeros(x[:, :1], q.codes[:1]).astype(jnp.int32)
-    rows = min(EXACT_ROWS, q.in_features)
+    rows = min(max(INTEGERS // q.shape[-1], EXACT_ROWS) if fast else EXACT_ROWS, q.in_features)
     whole, rest = divmod(q.in_features, rows)
     total = jax.lax.fori_loop(0, whole, lambda number, total: add(total, number * rows, rows), total)
     total = add(total, whole * rows, rest) if rest else total
-    return total * scale * unpack_parameters(q)[0]
+    return total[:given] * scale * unpack_parameters(q)[0]
 
 
 def _over_chunks(step, carry, q: QTensor):
@@ -111,28 +141,29 @@ def _over_chunks(step, carry, q: QTensor):
 
 
 def _row_step(q: QTensor) -> int:
-    """Packing units that one row meets at a time: at most STEP inputs, which divide those of a group."""
+    """Packing units that one row meets at a time: at most STEP bytes, which divide those of a group."""
     count, width = packing.unit(q.format.bits)
-    most, each = STEP // count, _group(q) // count
+    most, each = STEP // width, _group(q) // count
     return max(size for size in range(1, most + 1) if each % size == 0) if each else min(most, len(q.codes) // width)
 
 
-def _multiply_row(x: Float[Array, "1 in"], q: QTensor, size: int, precision: PrecisionLike) -> Float[Array, "1 out"]:
-    """`_row_product`, but rows that vmap makes are multiplied together."""
+def _together(multiply_one, x: Float[Array, "rows in"], q: QTensor, precision: PrecisionLike) -> Float[Array, "rows out"]:
+    """multiply_one(x, q), but rows that vmap makes are multiplied together."""
 
     @jax.custom_batching.custom_vmap
     def one(x, q):
-        return _row_product(x[0].astype(jnp.float32), q, size)[None].astype(x.dtype)
+        return multiply_one(x, q).astype(x.dtype)
 
     @one.def_vmap
     def many(count, batched, x, q):
         if not any(jax.tree.leaves(batched[1])):
-            return multiply(x[:, 0], q, precision=precision)[:, None], True
+            return multiply(x.reshape(-1, x.shape[-1]), q, precision=precision).reshape(*x.shape[:2], -1), True
         every = [
             jax.tree.map(lambda leaf, has: leaf if has else jnp.broadcast_to(leaf, (count, *leaf.shape)), part, axes)
             for part, axes in zip((x, q), batched, strict=True)
         ]
-        return jax.vmap(lambda x, q: _row_product(x[0].astype(jnp.float32), q, size)[None].astype(x.dtype))(*every), True
+        alone = multiply_one if x.shape[-2] == 1 else functools.partial(_by_floats, precision=precision)
+        return jax.vmap(lambda x, q: alone(x, q).astype(x.dtype))(*every), True
 
     return one(x, q)
 
@@ -141,7 +172,8 @@ def _row_product(x: Float[Array, " in"], q: QTensor, size: int) -> Float[Array, 
     """x W, `size` packing units of a column at a time. The scale is applied to their sum, which inputs of 1e33 overflow."""
     count, width = packing.unit(q.format.bits)
     units = q.codes.reshape(-1, width, q.shape[-1])
-    inputs = jnp.pad(x, (0, -len(x) % count)).reshape(-1, count)
+    places = _places(q.format)
+    inputs = jnp.pad(x, (0, -len(x) % count)).reshape(-1, count) / jnp.asarray(places, jnp.float32)
     each = _group(q) // count or len(units)  # units that share a scale
     parameters = unpack_parameters(q)
 
@@ -152,13 +184,30 @@ def _row_product(x: Float[Array, " in"], q: QTensor, size: int) -> Float[Array, 
         )
         partial = jnp.zeros((), jnp.float32)
         for held_inputs, held in zip(*of_step, strict=True):
-            for index in range(count):
-                partial += held_inputs[index] * grid.decode(packing.take(held, q.format.bits, index), 1.0, zero, q.format)
+            for index, place in enumerate(places):
+                partial += held_inputs[index] * _placed(held, index, place, zero, q.format)
         return total + scale * partial
 
     whole, rest = divmod(len(units), size)
     total = jax.lax.fori_loop(0, whole, lambda number, total: add(total, number * size, size), _zeros(x[0], q.codes[0]))
     return add(total, whole * size, rest) if rest else total
+
+
+def _places(fmt: Format) -> list[float]:
+    """What each code of a unit is worth where it stands in its byte, for integers that do not straddle bytes: 1, 16 for 4 bits.
+
+    An input over its place, exact in float32, saves a shift per weight.
+    """
+    count, width = packing.unit(fmt.bits)
+    return [2.0 ** (index * fmt.bits) if width == 1 and not fmt.codebook else 1.0 for index in range(count)]
+
+
+def _placed(unit: UInt8[Array, "width out"], index: int, place: float, zero, fmt: Format) -> Float[Array, " out"]:
+    """The grid values of code `index` of a unit, times its place."""
+    if place == 1:
+        return grid.decode(packing.take(unit, fmt.bits, index), 1.0, zero, fmt)
+    code = unit[0] & jnp.uint8(2**fmt.bits - 1 << index * fmt.bits)
+    return code.astype(jnp.float32) - place * (2 ** (fmt.bits - 1) if zero is None else zero)
 
 
 def _zeros(rows: Array, columns: Array):
