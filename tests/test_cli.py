@@ -180,8 +180,13 @@ def test_mistakes_are_one_line(checkpoint, tmp_path, capsys, arguments, named):
     assert named in fails(capsys, *arguments, *out)
 
 
+OF_ADAPTERS = ("--schedule x", "--start x", "--alpha nan", "--learning-rate inf", "--clip 0", "--batch 3 --micro-batch 2")
+OF_WEIGHTS = ("--loss x", "--learn x", "--scale-rate nan", "--schedule x", "--seed -1")
+
+
 def test_mistakes_in_names_are_found_without_jax(tmp_path):
     """A second, as against the two to three that importing JAX and Flax takes."""
+    out = str(tmp_path / "out")
     wrong = [
         ["sweep", "--recipes", "nonsense"],
         ["sweep", "--recipes", "none,W4A16"],
@@ -224,6 +229,8 @@ def test_mistakes_in_names_are_found_without_jax(tmp_path):
         ["merge", "bundled", str(tmp_path), "--out", str(tmp_path)],
         ["train", "qlora", str(tmp_path), "--data", "python-docs", "--out", str(tmp_path)],
         ["train", "qat", "bundled", "--data", "python-docs", "--out", "/dev/null"],
+        *[["train", "qlora", "bundled", "--data", "c4", "--out", out, *words.split()] for words in OF_ADAPTERS],
+        *[["train", "qat", "bundled", "--data", "c4", "--out", out, *words.split()] for words in OF_WEIGHTS],
         ["tune", str(tmp_path), "--out", str(tmp_path)],
     ]
     script = (

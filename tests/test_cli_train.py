@@ -22,6 +22,8 @@ from qjax.train import loop, run
 from qjax.train.lora import LoraConfig
 from qjax.train.merge import load_merge
 from tests.conftest import byte_tokenizer, random_model, tiny_config
+from tests.fuzz import seeds
+from tests.random_weights import weights_model
 from tests.test_cli import TEXT, fails, succeeds
 
 pytest.importorskip("orbax.checkpoint")
@@ -220,3 +222,15 @@ def test_what_is_refused(adapter, folder, tmp_path, capsys):
     assert not (tmp_path / ".a.training").exists()  # nothing was begun
     with pytest.raises(QjaxError, match="has no tokenizer"):
         run.training_tokens(random_model(tiny_config()), [run.Corpus("a", ["b"])])
+
+
+def test_a_base_is_known_between_two_renamings(tmp_path):
+    """What a killed run put aside says too what it was trained on."""
+    folder = tmp_path / ".ad.old"
+    folder.mkdir()
+    for name, content in seeds.adapter("llama").items():
+        (folder / name).write_bytes(content)
+    base = seeds.adapted("llama")
+    assert load_merge(base, tmp_path / "ad")[0].config == base.config
+    with pytest.raises(QjaxError, match="ad.old was trained on random"):
+        load_merge(weights_model(base.config, seed=1), tmp_path / "ad")

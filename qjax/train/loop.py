@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,51 +30,11 @@ from qjax.errors import QjaxError
 from qjax.files import write_atomically
 from qjax.numbers import NotFiniteError
 from qjax.qtensor import nbytes
+from qjax.train.settings import TrainConfig
 from qjax.untrusted import read_json, status
 
 Loss = Callable[[PyTree, PyTree, Int[Array, "batch time_plus_1"]], Float[Array, ""]]
 IDENTITY = "run.json"  # beside the checkpoints: what run they are of
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """How a run goes, given its text and its model."""
-
-    steps: int
-    batch: int = 8  # windows a step
-    micro_batch: int = 1  # windows in memory at a time, per device
-    window: int = 512  # tokens of a window that are predicted
-    learning_rate: float = 2e-4  # after the warm-up
-    schedule: Literal["linear", "cosine", "constant"] = "linear"  # how it falls to zero
-    warmup: float = 0.03  # share of the steps
-    b1: float = 0.9
-    b2: float = 0.999
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self):
-        sizes = {name: getattr(self, name) for name in ("steps", "batch", "micro_batch", "window")}
-        rates = {name: getattr(self, name) for name in ("learning_rate", "clip_norm", "weight_decay", "warmup")}
-        schedules = ("linear", "cosine", "constant")
-        if (
-            min(sizes.values()) < 1
-            or self.batch % self.micro_batch
-            or not all(math.isfinite(rate) and rate >= 0 for rate in rates.values())
-            or not (self.learning_rate > 0 and self.clip_norm > 0 and self.warmup < 1)
-            or self.schedule not in schedules
-            or self.seed < 0
-        ):
-            others = {"schedule": self.schedule, "seed": self.seed}
-            told = ", ".join(f"{name}={value}" for name, value in (sizes | rates | others).items())
-            raise QjaxError(
-                f"training: got {told}; expected sizes of at least 1, a batch that micro_batch divides, rates above 0, a "
-                f"warmup below 1, a schedule of {', '.join(schedules)} and a seed of at least 0"
-            )
-
-    @property
-    def tokens_per_step(self) -> int:
-        return self.batch * self.window
 
 
 class TrainState(NamedTuple):

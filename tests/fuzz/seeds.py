@@ -95,7 +95,7 @@ def adapter(family: str) -> dict[str, bytes]:
         found[f"{path}/kernel"] = LowRank(jnp.ones((inputs, rank)), jnp.ones((rank, outputs)), scaling=scaling)
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(folder, config, found)
-        write_base(Path(folder), adapted(family))
+        write_base(Path(folder), adapted(family), "loftq")
         return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
