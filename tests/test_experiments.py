@@ -400,7 +400,7 @@ def test_scaling_takes_up_where_it_was(load, tmp_path, monkeypatch, capsys):
     each = ("save", "load", "perplexity", "gptq")
     assert asked == [(work, width) for width in (64, 128) for work in each]
     assert len(script.run(tmp_path, tiny=True)) == 6 and asked[8:] == [(w, n) for n in (64, 128) for w in ("save", "gptq")]
-    assert written == [(tmp_path, 5 - 1), (tmp_path, 6)]
+    assert written == [(tmp_path, 4), (tmp_path, 6)]
     rows = script.run(tmp_path, tiny=True, minutes=0)
     assert len(rows) == 6 and len(asked) == 12
     other = {**rows[0], "code": "other"}
