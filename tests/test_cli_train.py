@@ -232,5 +232,5 @@ def test_a_base_is_known_between_two_renamings(tmp_path):
         (folder / name).write_bytes(content)
     base = seeds.adapted("llama")
     assert load_merge(base, tmp_path / "ad")[0].config == base.config
-    with pytest.raises(QjaxError, match="ad.old was trained on random"):
+    with pytest.raises(QjaxError, match=r"ad\.old was trained on random"):
         load_merge(weights_model(base.config, seed=1), tmp_path / "ad")
