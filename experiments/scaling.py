@@ -15,7 +15,6 @@ import argparse
 import dataclasses
 import itertools
 import json
-import math
 import subprocess
 import sys
 import tempfile
@@ -33,8 +32,7 @@ from qjax.checkpoints.packed import save
 from qjax.evaluate.perplexity import score
 from qjax.files import write_atomically
 from qjax.models.model import runnable
-from qjax.models.parameters import parameter_shapes
-from qjax.report.plan import CONSTANTS, MLP, RECIPES, WINDOW, fit_constants
+from qjax.report.plan import CONSTANTS, MLP, RECIPES, WINDOW, fit_constants, llama_shapes
 from qjax.report.reports import write_reports
 from qjax.sweep.measurements.provenance import peak_rss_bytes, provenance
 from qjax.sweep.store import ROWS, append_row, read_rows
@@ -61,8 +59,9 @@ class Sizes:
 
     @property
     def parameters(self) -> int:
-        """How many."""
-        return sum(math.prod(shape) for shape in parameter_shapes(self.config).values())
+        """Kernels, the table of embeddings, norms."""
+        kernels = sum(inputs * outputs for inputs, outputs in llama_shapes(self.width, self.depth))
+        return kernels + self.width * (self.vocabulary + 2 * self.depth + 1)
 
 
 MIDDLE = Sizes()
