@@ -163,6 +163,8 @@ def test_another_teacher_is_another_run(folder, tmp_path, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             run.qat(run.Run(tmp_path / "a", settings), rounded, TOKENS[0], run.QatConfig(loss="kl"), original=original)
     assert told[0]["base"] == told[1]["base"] and told[0]["float"] != told[1]["float"]
+    with pytest.raises(QjaxError, match="the float model is this one itself"):
+        run.qat(run.Run(tmp_path / "a", settings), rounded, TOKENS[0], run.QatConfig(loss="kl"), original=rounded)
     with pytest.raises(QjaxError, match="the loss kl is from the model before"):
         run.qat(run.Run(tmp_path / "a", settings), rounded, TOKENS[0], run.QatConfig(loss="kl"))
 
@@ -232,5 +234,5 @@ def test_a_base_is_known_between_two_renamings(tmp_path):
         (folder / name).write_bytes(content)
     base = seeds.adapted("llama")
     assert load_merge(base, tmp_path / "ad")[0].config == base.config
-    with pytest.raises(QjaxError, match="ad.old was trained on random"):
+    with pytest.raises(QjaxError, match=r"ad\.old was trained on random"):
         load_merge(weights_model(base.config, seed=1), tmp_path / "ad")

@@ -40,7 +40,7 @@ FORMATS = {
 
 def test_the_command_names_every_target():
     """It knows them without JAX, so it has names of its own."""
-    assert NAMES == (*TARGETS, export.GGUF) and GGUF == export.GGUF
+    assert (*TARGETS, export.GGUF) == NAMES and GGUF == export.GGUF
 
 
 def read_back(to, layer):

@@ -194,7 +194,7 @@ def test_what_is_refused():
 
 
 def test_checkpoints_that_cannot_be_read_are_one_error(tmp_path):
-    """Arrays of other sizes, and a checkpoint that lost them."""
+    """Arrays of other sizes, a checkpoint that lost them, and what orbax says of one."""
     state = loop.init_state({"a": jnp.arange(6.0)}, loop.make_optimizer(CONFIG))._replace(step=jnp.int32(3))
     with loop.checkpoints(tmp_path / "steps") as manager:
         loop.save(manager, state)
@@ -205,6 +205,13 @@ def test_checkpoints_that_cannot_be_read_are_one_error(tmp_path):
     shutil.rmtree(tmp_path / "steps" / "3" / "default")
     with loop.checkpoints(tmp_path / "steps") as manager, pytest.raises(QjaxError, match=r"cannot read .*steps/3"):
         loop.restore_latest(manager, state)
+    (told,) = (tmp_path / "steps" / "3").glob("_CHECKPOINT_METADATA")
+    told.write_text('{"init_timestamp_nsecs": "a"}')
+    with (
+        pytest.raises(QjaxError, match=r"cannot read the checkpoints in .*steps .*remove them"),
+        loop.checkpoints(told.parent.parent),
+    ):
+        pass
 
 
 def test_rows_of_a_killed_run(tmp_path):

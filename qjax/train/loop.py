@@ -178,14 +178,16 @@ def _norm(tree: PyTree) -> Array:
 def checkpoints(folder: Path, *, keep: int = 2) -> Iterator[Any]:
     """An orbax manager that keeps the last `keep` checkpoints of `folder`; for `save` and `restore_latest`.
 
-    Raises QjaxError where orbax is not installed.
+    Raises QjaxError where orbax is not installed, and where what it wrote of them is broken.
     """
     try:
         import orbax.checkpoint as ocp
     except ImportError as error:
         raise QjaxError("checkpoints of a training need orbax-checkpoint; install qjax[train]") from error
     options = ocp.CheckpointManagerOptions(max_to_keep=keep)
-    with ocp.CheckpointManager(folder.resolve(), options=options, item_handlers=ocp.StandardCheckpointHandler()) as manager:
+    with _told_by_orbax(f"cannot read the checkpoints in {folder}", "remove them to begin anew"):
+        opened = ocp.CheckpointManager(folder.resolve(), options=options, item_handlers=ocp.StandardCheckpointHandler())
+    with opened as manager:
         yield manager
 
 
