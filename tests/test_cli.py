@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import qjax
 from qjax.checkpoints.huggingface import save_huggingface
 from qjax.cli import app as cli
+from qjax.driver.decoder import kernel_shapes
 from qjax.errors import LONGEST
+from qjax.report.plan import duration
 from qjax.sweep.store import ROWS, read_rows
 
 from .conftest import byte_tokenizer, random_model, tiny_config
@@ -114,6 +117,22 @@ def test_information(checkpoint, capsys):
     assert "clip=none" in succeeds(capsys, "recipes").replace("\n", " ")
     assert "accuracy:TASK" in succeeds(capsys, "columns")
     assert "either a model or --parameters" in fails(capsys, "info")
+
+
+def test_plan(checkpoint, tmp_path, capsys, monkeypatch):
+    """Products of the model's linear weights with the tokens asked for, in the time of one; no constants, no plan."""
+    constants = {"device": "cpu: A", "parameters": [1, 2], "tokens": [1, 2]}
+    constants |= {"seconds": {"perplexity": {"products": 1e-3}}, "seconds_miss": {"perplexity": None}}
+    constants |= {"peak_bytes": {"perplexity": {"once": 5e9}}, "peak_bytes_miss": {"perplexity": 0.25}}
+    (tmp_path / "c.json").write_text(json.dumps(constants))
+    shapes, _ = kernel_shapes(qjax.load(checkpoint / "tiny"))
+    seconds = 1e-3 * 100 * sum(inputs * outputs for inputs, outputs in shapes)
+    asked = ("info", checkpoint / "tiny", "--plan", "--tokens", "100")
+    shown = succeeds(capsys, *asked, "--constants", tmp_path / "c.json")
+    assert f"evaluate {duration(seconds)} - 5.0 25" in " ".join(shown.split())
+    monkeypatch.setattr("qjax.report.plan.CONSTANTS", tmp_path / "none.json")
+    assert "there is no" in fails(capsys, *asked)
+    assert "--plan needs a model" in fails(capsys, "info", "--parameters", "7e9", "--plan")
 
 
 @pytest.mark.parametrize(
