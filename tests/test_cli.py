@@ -181,7 +181,7 @@ def test_mistakes_are_one_line(checkpoint, tmp_path, capsys, arguments, named):
 
 
 OF_ADAPTERS = ("--schedule x", "--start x", "--alpha nan", "--learning-rate inf", "--clip 0", "--batch 3 --micro-batch 2")
-OF_WEIGHTS = ("--loss x", "--learn x", "--scale-rate nan", "--schedule x", "--seed -1")
+OF_WEIGHTS = ("--loss x", "--learn x", "--scale-rate nan", "--schedule x")
 
 
 def test_mistakes_in_names_are_found_without_jax(tmp_path):
@@ -201,7 +201,7 @@ def test_mistakes_in_names_are_found_without_jax(tmp_path):
         ["sweep", "--bits", "4,x"],
         ["sweep", "--bits", "11"],
         ["sweep", "--group", "many"],
-        ["sweep", "--seeds", "0"],
+        *[["sweep", "--seeds", each] for each in ("0", "1,1", "-1,2", "0,4294967296", "99999999999")],
         ["sweep", "--recipes", "int4", "--bits", "4"],
         ["quantize", "bundled", "--recipe", "gptq:int4@qep(alph=1)", "--out", str(tmp_path / "out")],
         ["sweep", "--tasks", "cloze,nonsense"],

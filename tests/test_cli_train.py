@@ -163,6 +163,8 @@ def test_another_teacher_is_another_run(folder, tmp_path, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             run.qat(run.Run(tmp_path / "a", settings), rounded, TOKENS[0], run.QatConfig(loss="kl"), original=original)
     assert told[0]["base"] == told[1]["base"] and told[0]["float"] != told[1]["float"]
+    with pytest.raises(QjaxError, match="the float model is this one itself"):
+        run.qat(run.Run(tmp_path / "a", settings), rounded, TOKENS[0], run.QatConfig(loss="kl"), original=rounded)
     with pytest.raises(QjaxError, match="the loss kl is from the model before"):
         run.qat(run.Run(tmp_path / "a", settings), rounded, TOKENS[0], run.QatConfig(loss="kl"))
 

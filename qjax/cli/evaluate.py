@@ -8,6 +8,7 @@ import typer
 from qjax.cli.early import check_names
 from qjax.cli.loading import calibration_for, load_model, own_text
 from qjax.cli.options import (
+    LARGEST_SEED,
     CalibrationName,
     CalibrationWindow,
     CalibrationWindows,
@@ -92,7 +93,7 @@ def generate(
     calibration_window: CalibrationWindow = 2048,
     packed: Packed = False,
     compute: ComputeName = None,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the draws.")] = 0,
 ) -> None:
     """Let a model, quantized or not, go on with a prompt."""
     check_names(recipes=recipe, compute=compute, texts=(calibration,), models=(model,))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -34,6 +35,7 @@ from qjax.train.settings import TrainConfig
 from qjax.untrusted import read_json, status
 
 Loss = Callable[[PyTree, PyTree, Int[Array, "batch time_plus_1"]], Float[Array, ""]]
+NO_SPACE = "choose a writable folder with free space, and run again"
 IDENTITY = "run.json"  # beside the checkpoints: what run they are of
 
 
@@ -178,23 +180,37 @@ def _norm(tree: PyTree) -> Array:
 def checkpoints(folder: Path, *, keep: int = 2) -> Iterator[Any]:
     """An orbax manager that keeps the last `keep` checkpoints of `folder`; for `save` and `restore_latest`.
 
-    Raises QjaxError where orbax is not installed.
+    Raises QjaxError where orbax is not installed, and where what it wrote of them is broken.
     """
     try:
         import orbax.checkpoint as ocp
     except ImportError as error:
         raise QjaxError("checkpoints of a training need orbax-checkpoint; install qjax[train]") from error
     options = ocp.CheckpointManagerOptions(max_to_keep=keep)
-    with ocp.CheckpointManager(folder.resolve(), options=options, item_handlers=ocp.StandardCheckpointHandler()) as manager:
-        yield manager
+    log = logging.getLogger("absl")
+    log.addFilter(_is_not_of_orbax)
+    try:
+        with _told_by_orbax(f"cannot read the checkpoints in {folder}", "remove them to begin anew"):
+            manager = ocp.CheckpointManager(folder.resolve(), options=options, item_handlers=ocp.StandardCheckpointHandler())
+        try:
+            yield manager
+        finally:  # an error of its threads may come here once more
+            with _told_by_orbax(f"cannot write the checkpoints in {folder}", NO_SPACE):
+                manager.close()
+    finally:
+        log.removeFilter(_is_not_of_orbax)
+
+
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    """What orbax's threads log of an error, pages of tracebacks, comes on top of the error itself."""
+    return "orbax" not in Path(record.pathname).parts
 
 
 def save(manager: Any, state: TrainState) -> None:
     """Write the state under its step. Raises QjaxError where it cannot be written."""
     import orbax.checkpoint as ocp
 
-    advice = "choose a writable folder with free space, and run again"
-    with _told_by_orbax(f"cannot write the checkpoint {manager.directory / str(int(state.step))}", advice):
+    with _told_by_orbax(f"cannot write the checkpoint {manager.directory / str(int(state.step))}", NO_SPACE):
         manager.save(int(state.step), args=ocp.args.StandardSave(_numbered(state)))
         manager.wait_until_finished()
 

@@ -66,7 +66,7 @@ def _watch(arguments: argparse.Namespace, folder: Path, state: dict, seconds: fl
             now = (folder / "state").read_bytes()
             if now != seen:
                 seen, still, limit = now, 0.0, HANG
-            still += 0.1  # as it was waited: it does not go on while this process itself is stopped
+            still += 0.0 if _is_stopped(worker.pid) else 0.1  # nor does it go on while this process itself is stopped
             if still > limit:
                 worker.kill()
         code = worker.wait()
@@ -81,6 +81,12 @@ def _watch(arguments: argparse.Namespace, folder: Path, state: dict, seconds: fl
     elif code:
         raise SystemExit(f"the worker does not start: exit {code}")
     return faults
+
+
+def _is_stopped(process: int) -> bool:
+    """Whether a process stands still by a signal, where the system tells."""
+    told = Path(f"/proc/{process}/stat")
+    return told.exists() and told.read_text().rpartition(")")[2].split()[0] == "T"
 
 
 def _work(arguments: argparse.Namespace) -> int:
