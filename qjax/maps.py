@@ -10,6 +10,7 @@ A map is a pytree with the methods of `InputMap`; one from outside the package i
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -170,6 +171,7 @@ def permute(index: Sequence[int] | Int[Array, " in"]) -> Permute:
     return Permute(jnp.asarray(order, jnp.int32))
 
 
+@functools.partial(jax.jit, static_argnames="axes")
 def _divided(value: Array, rows: Float[Array, " in"], axes: int) -> Array:
     """A statistic of x / rows."""
     return value if axes == 0 else value / rows if axes == 1 else value / (rows[:, None] * rows)
@@ -200,8 +202,11 @@ def composed(maps: Sequence[InputMap]) -> tuple[InputMap, ...]:
 
 def merged(maps: tuple[InputMap, ...], weight: Float[Array, "in out"]) -> Float[Array, "in out"]:
     """The float32 weight for the input as it comes, of one for mapped inputs: x @ merged(W') = on_input(x) @ W'."""
-    if not maps:
-        return weight
+    return _merged(maps, weight) if maps else weight
+
+
+@jax.jit
+def _merged(maps, weight):
     rows = jax.ShapeDtypeStruct(weight.T.shape, jnp.float32)
     (result,) = jax.linear_transpose(lambda x: on_input(maps, x), rows)(weight.T.astype(jnp.float32))
     return result.T

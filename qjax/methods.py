@@ -89,8 +89,11 @@ def _statistic(name: str) -> Given:
 
 
 def _factor(site: Site, options: Mapping[str, object]) -> object:
-    """By the method's damp and act_order where it has them, else by factorize's own defaults."""
-    chosen = {name: options[name] for name in ("damp", "act_order") if name in options}
+    """By the method's damp and act_order where it has them, else by factorize's own defaults: said in full, so that methods
+    that mean the same share a factor.
+    """
+    parameters = inspect.signature(factorize).parameters
+    chosen = {name: options.get(name, parameters[name].default) for name in ("damp", "act_order")}
     return site.memo.get(factorize, site.statistics["hessian"], **chosen)
 
 

@@ -22,7 +22,7 @@ from qjax.driver.flow import quantize_piece
 from qjax.driver.piece import Piece
 from qjax.formats import parse_format
 from qjax.maps import Divide
-from qjax.methods import Memo, Stage
+from qjax.methods import GIVENS, Memo, Site, Stage
 from qjax.models.parameters import flatten, unflatten
 from qjax.models.walk import Decoder
 from qjax.recipe import Recipe, parse_order, parse_recipe
@@ -203,6 +203,13 @@ def test_windows_that_fill_up_a_batch_do_not_count(case, monkeypatch):
     weight = np.asarray(case.leaves["block_0/mlp/up/kernel"], np.float64)
     expected = shrink(weight, x.T @ x / len(x), np.mean(np.abs(x), axis=0), np)
     np.testing.assert_allclose(flatten(quantized.params)["block_0/mlp/up/kernel"], expected, atol=3e-5 * np.abs(expected).max())
+
+
+def test_methods_that_mean_the_same_share_a_factor():
+    site = Site((), {"hessian": jnp.eye(3)}, Memo())
+    made = [GIVENS["factor"].make(site, options) for options in ({}, {"damp": 0.01}, {"damp": 0.01, "act_order": True})]
+    assert made[0] is made[1] is made[2]
+    assert GIVENS["factor"].make(site, {"damp": 0.02}) is not made[0]
 
 
 def test_memo_computes_once_per_object():

@@ -361,6 +361,18 @@ def test_speeds_are_paired_and_measured_once(load, tmp_path, monkeypatch):
     assert [row["peer_seconds"] for row in found] == [3.0] * 3  # as it measured itself
 
 
+@pytest.mark.slow
+def test_a_profile_of_calibration_names_its_programs():
+    """From a shell: programs can be waited for only where JAX has not begun."""
+    shape = {"hidden": 64, "mlp": 96, "layers": 1, "head-dim": 16, "vocabulary": 64, "windows": 2, "window": 32}
+    sizes = [f"--{name}={value}" for name, value in shape.items()]
+    told = run("profile_calibration.py", "--programs", *sizes, "gptq:int4-g32@parallel")
+    (compiled,) = re.findall(r"(\d+) programs compiled in", told)
+    assert 10 < int(compiled) < 50
+    runs = {name: int(number) for number, name in re.findall(r" s +(\d+)  (\w+)$", told, re.MULTILINE)}
+    assert runs["factorize"] == 3 and runs["_round_static"] == 7 and "capture" in runs
+
+
 def test_points_of_scaling_differ_along_one_axis(load):
     script = load("scaling")
     found = script.cases(1e8)

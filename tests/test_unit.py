@@ -17,6 +17,7 @@ from qjax.methods import names
 from qjax.qtensor import dequantize
 from qjax.refining.descend import descend
 from qjax.rounding.hqq import hqq
+from qjax.rounding.parts import unit
 from qjax.transforms.smoothquant import smoothquant
 from tests.conftest import random_model, tiny_config
 from tests.test_factor import random_hessian
@@ -178,3 +179,14 @@ def test_hessians_of_any_ordinary_unit_give_the_same_codes():
         q, found = qjax.gptq(jnp.asarray(weight), "int3-g16", hessian=hessian * 2.0**exponent)
         np.testing.assert_array_equal(q.codes, expected.codes)
         assert float(found.proxy_loss) == pytest.approx(float(info.proxy_loss) * 2.0**exponent, rel=1e-4)
+
+
+def test_sizes_are_asked_for_once_and_forgotten_with_the_weight(monkeypatch):
+    first, second = jnp.full((2, 3), -4.0), jnp.array([[jnp.nan, 1.0]])
+    found = unit.sizes([first, second])
+    assert found[0] == 4 and np.isnan(found[1]) and unit.exponent_of(first, second) == 0
+    monkeypatch.setattr(unit, "_all_largest", None)  # no more is computed
+    assert unit.sizes([first]) == [4] and unit.exponent_of(first) == 0
+    known = id(first)
+    del first
+    assert known not in unit._sizes

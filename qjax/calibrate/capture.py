@@ -270,16 +270,17 @@ def check_statistics(values: Mapping[str, dict], needed: Mapping[str, int], pref
 
     largest_of(in_features by path): abs_max of layers, captured.
     """
-    empty = [path for path in values if not int(values[path][COUNT])]
+    checks = jax.device_get({path: _looked_at(value) for path, value in values.items()})  # one wait for all
+    empty = [path for path in values if not checks[path].count]
     if empty:
         raise QjaxError(f"no calibration token of weight above 0 reached {', '.join(prefix + path for path in empty)}")
-    broken = [path for path in values if not all(bool(jnp.all(jnp.isfinite(v))) for v in values[path].values())]
+    broken = [path for path in values if not checks[path].finite]
     if broken:
         raise NotFiniteError(
             f"calibration: the input of {', '.join(prefix + path for path in broken)} is not finite; the model's weights or "
             "the calibration data are broken, or its activations overflow"
         )
-    sizes = {path: float(jnp.max(jnp.diagonal(v["hessian"]))) for path, v in values.items() if "hessian" in v}
+    sizes = {path: float(check.largest) for path, check in checks.items() if check.largest is not None}
     if zero := [path for path, size in sizes.items() if size == 0]:  # by inputs of 0, or by squares below float32
         kernels = {path if path in needed else stack_of(path) for path in zero}
         largest = largest_of({path: needed[path] for path in needed if path in kernels}).statistics
@@ -289,6 +290,21 @@ def check_statistics(values: Mapping[str, dict], needed: Mapping[str, int], pref
             f"calibration: squares of the input of {', '.join(prefix + path for path in extreme)} are beyond "
             f"{1 / LARGEST_SQUARE:.0e} to {LARGEST_SQUARE:.0e}, where float32 loses what is made of them; scale its layer"
         )
+
+
+class _Checks(NamedTuple):
+    """Of a layer's statistics: tokens, whether all is finite, and the largest mean square of an input."""
+
+    count: Array
+    finite: Array
+    largest: Array | None
+
+
+@jax.jit
+def _looked_at(values: Mapping[str, Array]) -> _Checks:
+    finite = [jnp.all(jnp.isfinite(value)) for value in values.values()]
+    largest = jnp.max(jnp.diagonal(values["hessian"])) if "hessian" in values else None
+    return _Checks(values[COUNT], jnp.all(jnp.stack(finite)), largest)
 
 
 class HiddenError(QjaxError):

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from qjax.errors import QjaxError
@@ -46,7 +47,7 @@ class Mean(NamedTuple):
 
 
 def _zeros(*shape: int) -> Float[Array, "..."]:
-    return jnp.zeros(shape, jnp.float32)
+    return jax.device_put(np.zeros(shape, np.float32))  # jnp.zeros compiles a program for every shape
 
 
 def _counted(x: Float[Array, "tokens in"], weights: Float[Array, " tokens"]) -> Float[Array, "tokens in"]:
@@ -87,7 +88,7 @@ abs_max = Statistic(
 )
 
 tokens = Statistic(
-    init=lambda size: jnp.zeros((), jnp.int32),
+    init=lambda size: jax.device_put(np.zeros((), np.int32)),
     update=lambda s, x, exact, w: s + jnp.sum(w > 0, dtype=jnp.int32),
     finalize=lambda s: s,
     axes=0,

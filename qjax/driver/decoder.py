@@ -272,11 +272,12 @@ def _parts(
         if done:
             found = [_as_done(*done, work.on_layer)]
         else:
+            keep = later or part.module in shared  # the last block's outputs too, so that it is no program of its own
             if batches and any(plans) and part.module not in shared:  # equal blocks are traced once
                 shared[part.module] = sharing(part.module, params, batches[0].args)
             piece = _piece(part, params, plans, shared.get(part.module, {}), STREAM if work.rotated else frozenset())
             layers = [spread(plan, piece.stacks) for plan in plans]
-            found = quantize_piece(piece, layers, order, batches, references, work.on_layer, keep_outputs=later)
+            found = quantize_piece(piece, layers, order, batches, references, work.on_layer, keep_outputs=keep)
         yield part, [each._replace(floating={}, outputs=[], known=(), exact=()) for each in found]
         del batches, references  # what holds hidden states, so that each makes room for the next
         if later:

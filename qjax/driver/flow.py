@@ -17,7 +17,7 @@ from jaxtyping import Array, PyTree
 
 from qjax.calibrate.capture import Batch, Captured, Known
 from qjax.calibrate.order import Order
-from qjax.driver.layer import LayerRecord, Rounded, checked_block, make_record, placed, round_kernel
+from qjax.driver.layer import LayerRecord, Rounded, checked_block, make_record, placed, prepare_kernel, round_kernels
 from qjax.driver.piece import Piece
 from qjax.driver.placement import Plan
 from qjax.driver.transform import transform
@@ -136,10 +136,12 @@ def _by_plan(run: _Run, plan: Plan, reading: Plan, before: Captured, shared_memo
             statistics, run = captured.statistics, run.after(captured)
             settled = [path for path in group if path in reading and not refined]
         started = time.perf_counter()
-        for path in (path for path in group if plan[path] is not None):  # all are on their way before the first is waited for
+        prepared = {}
+        for path in (path for path in group if plan[path] is not None):
             weight = piece.matrix(path, base[path], memo)
             known = statistics.get(piece.shared.get(path), {}) if path in reading else {}
-            rounded[path] = round_kernel(weight, plan[path], known, found.get(path), order, memo)
+            prepared[path] = prepare_kernel(weight, plan[path], known, found.get(path), order, memo)
+        rounded |= round_kernels(prepared, order, memo)
         for path in group:
             if path not in refined:
                 settle(path, started)
@@ -165,8 +167,12 @@ def _leaf(piece: Piece, path: str, rounded: Rounded) -> object:
 
 def _evaluated(piece: Piece, path: str, rounded: Rounded) -> object:
     """The leaf as evaluation has it, in its kernel's shape where it is an array."""
-    leaf = dense(rounded.leaf)
+    leaf = dense(rounded.leaf) if rounded.decoded is None or _rounds_inputs(rounded.leaf) else rounded.decoded
     return leaf if isinstance(leaf, Linear) else piece.views[path].to_kernel(leaf)
+
+
+def _rounds_inputs(leaf: QTensor | Linear) -> bool:
+    return isinstance(leaf, Linear) and leaf.activation is not None
 
 
 def _refine(run: _Run, plan: Plan, base: Mapping[str, Array], rounded: Mapping[str, Rounded]) -> dict[str, Rounded]:

@@ -31,8 +31,8 @@ from qjax.numbers import NotFiniteError
 from qjax.qtensor import QTensor
 from qjax.recipe import Recipe
 from qjax.refining.block import BlockInfo
-from qjax.rounding.parts.info import Info, output_loss, relative
-from qjax.rounding.parts.unit import exponent_of
+from qjax.rounding.parts.info import Info, change_loss, output_loss, relative
+from qjax.rounding.parts.unit import exponent_of, sizes
 from qjax.scales import times_power_of_two
 
 
@@ -71,6 +71,7 @@ class Mapped(NamedTuple):
 class Rounded(NamedTuple):
     """A kernel's new leaf and diagnostics, not waited for. original: the (in, out) weight as it came; weight: what was rounded,
     after correction and maps; statistics: of its mapped input. exponent: proxy_loss is that of 2^-exponent times the weight.
+    decoded: `linear.dequantize` of the leaf, where it was looked at.
     """
 
     leaf: QTensor | Linear
@@ -84,6 +85,7 @@ class Rounded(NamedTuple):
     block: BlockInfo = BlockInfo()
     exponent: int = 0
     routed: Array | None = None
+    decoded: Array | None = None
 
     def leaf_of(self, weight: QTensor | Array) -> Linear:
         """The layer with this weight: a QTensor, or an array in its place."""
@@ -108,15 +110,28 @@ def activated(
     return Linear(weight, inputs, parse_activation(ACTIVATIONS), None, kept)
 
 
-def round_kernel(
+class Prepared(NamedTuple):
+    """A weight as it is to be rounded, corrected and mapped, and as it came; statistics: of its mapped input, and all that were
+    captured.
+    """
+
+    weight: Float[Array, "in out"]
+    original: Float[Array, "in out"]
+    recipe: Recipe
+    statistics: Mapping[str, Array]
+    captured: Mapping[str, Array]
+    mapped: Mapped | None
+
+
+def prepare_kernel(
     weight: Float[Array, "in out"],
     recipe: Recipe,
     statistics: Mapping[str, Array],
     mapped: Mapped | None,
     order: Order,
     memo: Memo,
-) -> Rounded:
-    """Corrects, maps and rounds one weight; statistics are of its input as captured."""
+) -> Prepared:
+    """Corrects and maps one weight; statistics are of its input as captured."""
     later, original = dataclasses.replace(recipe, transforms=()), weight  # what transforms read need not be known behind them
     needed = (*later.statistics, *read_by(output_loss))  # its loss is told of every layer
     known = {name: value for name, value in statistics.items() if name in needed}
@@ -128,10 +143,22 @@ def round_kernel(
             weight = maps.on_weight(mapped.inputs, weight)
         if not mapped.folded or not order.inside:  # else the input was captured with the scale folded into it
             known = {name: memo.get(_mapped, value, mapped.inputs, name=name) for name, value in known.items()}
-    q, info = round_weight(weight, recipe, known, memo)
-    corrected = drifted is not None or mapped is not None
-    done = Rounded(q, info, original, weight, known, recipe, mapped, statistics.get(COUNT), routed=statistics.get(ROUTED))
-    return placed(done, q, info, memo, corrected=corrected)
+    return Prepared(weight, original, recipe, known, statistics, mapped)
+
+
+def round_kernels(prepared: Mapping[str, Prepared], order: Order, memo: Memo) -> dict[str, Rounded]:
+    """Rounds kernels. All are on their way before the first is waited for, but for the sizes of their weights."""
+    sizes([each.weight for each in prepared.values()])
+    return {path: _round_kernel(each, order, memo) for path, each in prepared.items()}
+
+
+def _round_kernel(given: Prepared, order: Order, memo: Memo) -> Rounded:
+    q, info = round_weight(given.weight, given.recipe, given.statistics, memo)
+    corrected = given.weight is not given.original or given.mapped is not None
+    tokens, routed = (given.captured.get(name) for name in (COUNT, ROUTED))
+    begun = Rounded(q, info, given.original, given.weight, given.statistics, given.recipe, given.mapped, tokens, routed=routed)
+    done = placed(begun, q, info, memo, corrected=corrected)
+    return done if order.prefix else done._replace(decoded=None)
 
 
 def placed(done: Rounded, q: QTensor, info: Info, memo: Memo, *, corrected: bool = True) -> Rounded:
@@ -143,16 +170,26 @@ def placed(done: Rounded, q: QTensor, info: Info, memo: Memo, *, corrected: bool
     if exponent or kept is not q:  # all diagnostics are taken here
         info, corrected = info._replace(proxy_loss=None), True
     if moments:
-        loss = output_loss(unit(dequantize(kept) - done.weight), *moments) if info.proxy_loss is None else info.proxy_loss
+        loss = info.proxy_loss
+        if loss is None:
+            loss = change_loss(dequantize(kept, jnp.float32), done.weight, *moments, exponent=exponent)
         whole = memo.get(output_loss, unit(done.weight), *moments)
         info = info._replace(proxy_loss=loss, output_error=relative(loss, whole))
     leaf = leaf if leaf.inputs or leaf.activation else q
     if corrected:  # for every method alike
-        rows = mapped.inputs[0].scale[:, None] if mapped is not None and mapped.folded else 1.0
-        both = (dequantize(leaf) - done.original, done.original)
-        change, before = (jnp.sum(jnp.square(unit(w) / rows)) for w in both)
-        info = info._replace(weight_error=relative(change, before))
+        rows = mapped.inputs[0].scale if mapped is not None and mapped.folded else None
+        decoded = dequantize(leaf, jnp.float32)
+        info = info._replace(weight_error=_weight_error(decoded, done.original, rows, exponent=exponent))
+        done = done._replace(decoded=decoded)
     return done._replace(leaf=leaf, info=info, exponent=exponent)
+
+
+@functools.partial(jax.jit, static_argnames="exponent")
+def _weight_error(new: Array, original: Array, rows: Float[Array, " in"] | None, *, exponent: int) -> Float[Array, ""]:
+    """||new - original||^2 / ||original||^2, where the rows of both were multiplied by `rows`."""
+    rows = 1.0 if rows is None else rows[:, None]
+    change, before = (jnp.sum(jnp.square(times_power_of_two(w, -exponent) / rows)) for w in (new - original, original))
+    return relative(change, before)
 
 
 def _mapped(value: Array, inputs: tuple[InputMap, ...], *, name: str) -> Array:

@@ -60,12 +60,17 @@ def descend(
         )
     factor = factorize(hessian, damp=damp) if factor is None else factor
     weight, hessian = weight.astype(jnp.float32), hessian.astype(jnp.float32)
-    added = jnp.where(jnp.diagonal(hessian) == 0, 0.0, factor.added)  # inputs never moved weigh nothing
-    scale, zero = unpack_parameters(start)
-    parameters = grid.Parameters(scale, scale, zero, start.scales)
-    damped = hessian + jnp.diag(added)
-    refined = _descend(weight, damped, unpack_codes(start), parameters, fmt, sweeps=sweeps, panel=panel)
+    damped, added, codes, parameters = _begin(hessian, factor.added, start)
+    refined = _descend(weight, damped, codes, parameters, fmt, sweeps=sweeps, panel=panel)
     return finish(weight, factor.damp, added, refined.parameters, refined.codes, refined.errors, refined.loss, fmt)
+
+
+@jax.jit
+def _begin(hessian, added, start) -> tuple[Array, Array, Array, grid.Parameters]:
+    """The damped Hessian and what was added to its diagonal, the codes of `start` and their grids."""
+    added = jnp.where(jnp.diagonal(hessian) == 0, 0.0, added)  # inputs never moved weigh nothing
+    scale, zero = unpack_parameters(start)
+    return hessian + jnp.diag(added), added, unpack_codes(start), grid.Parameters(scale, scale, zero, start.scales)
 
 
 class _Refined(NamedTuple):

@@ -70,17 +70,15 @@ def gptq(
     largest = jnp.int32(fmt.largest_code)  # traced, so that one compiled loop serves every number of bits
     coder = coded_by(fmt)
     if static_groups:
-        parameters = _find_grids(weight, factor, fmt, clip)
-        grids = row_grids(parameters, fmt, weight.shape)
+        parameters, grids = _static_grids(weight, factor, fmt, clip)
         rounded = _round_static(weight, factor, grids, coder, largest, panel)
     else:
         parameters, rounded = _round_dynamic(weight, factor, fmt, clip, largest)
-    damped_loss = jnp.sum(_costs(factor) * rounded.losses)
-    return finish(weight, factor.damp, factor.added, parameters, rounded.codes, rounded.errors, damped_loss, fmt)
+    return finish(weight, factor.damp, factor.added, parameters, rounded.codes, rounded.errors, rounded.losses, fmt)
 
 
 class _Rounded(NamedTuple):
-    """In the weight's own order: codes and errors W - W' (in, out), and sum of (target - W')^2 of each input (in,)."""
+    """In the weight's own order: codes and errors W - W' (in, out), and each input's part of the damped loss (in,)."""
 
     codes: jax.Array
     errors: jax.Array
@@ -101,6 +99,12 @@ def _check_dynamic(fmt: Format, inputs: int, act_order: bool) -> None:
 
 
 @functools.partial(jax.jit, static_argnames=("fmt", "clip"))
+def _static_grids(weight, factor, fmt, clip) -> tuple[grid.Parameters, tuple]:
+    """Every group's grid, found on the original weight, and all of them as rows."""
+    parameters = _find_grids(weight, factor, fmt, clip)
+    return parameters, row_grids(parameters, fmt, weight.shape)
+
+
 def _find_grids(weight: Float[Array, "in out"], factor: Factor, fmt: Format, clip: Clip) -> grid.Parameters:
     groups = grid.to_groups(weight, fmt)
     if clip == "none":
@@ -136,8 +140,8 @@ def _round_static(weight, factor, grids, coder, largest, panel) -> _Rounded:
 def _round_dynamic(weight, factor, fmt, clip, largest) -> tuple[grid.Parameters, _Rounded]:
     """Every group's grid is found when the group is reached, on weights with all earlier feedback."""
     if fmt.granularity in ("tensor", "channel"):  # one group: nothing comes before it
-        parameters = _find_grids(weight, factor, fmt, clip)
-        return parameters, _round_static(weight, factor, row_grids(parameters, fmt, weight.shape), coded_by(fmt), largest, 128)
+        parameters, grids = _static_grids(weight, factor, fmt, clip)
+        return parameters, _round_static(weight, factor, grids, coded_by(fmt), largest, 128)
     size = min(fmt.group, len(weight))
     pivots = jnp.pad(jnp.square(factor.pivots), (0, -len(weight) % size)).reshape(-1, 1, size, 1)
     one_group = Format(**{**vars(fmt), "granularity": "group"})
@@ -163,4 +167,4 @@ def _round(weight, factor, find_grid, coder, largest, panel):
     feedback = jnp.pad(factor.feedback, ((0, padding), (0, padding)))
     codes, errors, losses, kept = round_with_feedback(permuted, feedback, find_grid, coder, largest, panel)
     back = jnp.argsort(factor.order)
-    return _Rounded(codes[:rows][back], errors[:rows][back], losses[:rows][back]), kept
+    return _Rounded(codes[:rows][back], errors[:rows][back], _costs(factor) * losses[:rows][back]), kept

@@ -22,7 +22,7 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from qjax import grid
 from qjax.errors import QjaxError
@@ -30,7 +30,7 @@ from qjax.formats import Format, parse_format
 from qjax.linear import Linear, dequantize
 from qjax.maps import LARGEST, Divide, InputMap
 from qjax.rounding.nearest import Clip, check_shapes, rtn
-from qjax.rounding.parts.info import Info, output_loss, relative
+from qjax.rounding.parts.info import Info, change_loss, output_loss, relative
 from qjax.rounding.parts.unit import exponent_of
 from qjax.scales import times_power_of_two
 
@@ -80,23 +80,35 @@ def awq_scale(
     weights = [times_power_of_two(weight.astype(jnp.float32), -exponent) for weight in weights]
     candidates = _candidates(weights, abs_mean, fmt, scaling, ratios)
     if loss == "hessian":
-        errors = sum(_hessian_errors(weight, candidates, hessian, fmt) for weight in weights)
+        errors = [_hessian_errors(weight, candidates, hessian, fmt) for weight in weights]
     else:
         rounding = lambda scale: [times_power_of_two(_scaled_rounding(weight, scale, fmt), exponent) for weight in weights]  # noqa: E731
-        errors = jnp.stack([module(rounding(scale)) for scale in candidates])
-    known = jnp.isfinite(errors[0]) & jnp.all(jnp.isfinite(abs_mean))  # errors[0] is that of no scale
-    found, none = candidates[jnp.argmin(errors)], jnp.ones_like(abs_mean)
+        errors = [jnp.stack([module(rounding(scale)) for scale in candidates])]
+    found, known = _best(candidates, errors, abs_mean)
     if rounded is None or not guard:
         return Divide(jnp.where(known, found, jnp.nan))
 
     def error(new):
-        changes = (
-            () if loss == "module" else zip((times_power_of_two(weight, -exponent) for weight in new), weights, strict=True)
-        )
-        return module(new) if loss == "module" else sum(output_loss(after - before, hessian) for after, before in changes)
+        if loss == "module":
+            return [module(new)]
+        ours = [times_power_of_two(weight, -exponent) for weight in new]
+        return [change_loss(after, before, hessian) for after, before in zip(ours, weights, strict=True)]
 
-    kept = jnp.where(error(rounded(Divide(found))) < error(rounded(None)), found, none)
-    return Divide(jnp.where(known, kept, jnp.nan))
+    return Divide(_kept(found, known, error(rounded(Divide(found))), error(rounded(None))))
+
+
+@jax.jit
+def _best(candidates, errors, abs_mean) -> tuple[Float[Array, " in"], Bool[Array, ""]]:
+    """The candidate with the least sum of errors, and whether it was found among numbers; the first is that of no scale."""
+    total = sum(errors)
+    return candidates[jnp.argmin(total)], jnp.isfinite(total[0]) & jnp.all(jnp.isfinite(abs_mean))
+
+
+@jax.jit
+def _kept(found, known, mapped, unmapped) -> Float[Array, " in"]:
+    """The scale found where the errors with it are less than those without, else 1."""
+    kept = jnp.where(sum(mapped) < sum(unmapped), found, jnp.ones_like(found))
+    return jnp.where(known, kept, jnp.nan)
 
 
 def awq(

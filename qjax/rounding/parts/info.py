@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, UInt8
 from qjax import grid
 from qjax.formats import Format
 from qjax.qtensor import QTensor, from_codes
+from qjax.scales import times_power_of_two
 
 
 class Info(NamedTuple):
@@ -26,6 +27,7 @@ class Info(NamedTuple):
     damp: jax.Array | None = None
 
 
+@jax.jit
 def relative(loss: Float[Array, ""], whole: Float[Array, ""]) -> Float[Array, ""]:
     """loss / whole, and the loss itself where the whole is 0."""
     return loss / jnp.where(whole == 0, 1.0, whole)
@@ -35,6 +37,14 @@ def relative(loss: Float[Array, ""], whole: Float[Array, ""]) -> Float[Array, ""
 def output_loss(weight: Float[Array, "in out"], hessian: Float[Array, "in in"]) -> Float[Array, ""]:
     """tr(W^T H W): the mean squared output of a layer with this weight, summed over its outputs. Of dW it is the proxy loss."""
     return jnp.sum(weight * jnp.matmul(hessian, weight, precision=jax.lax.Precision.HIGHEST))
+
+
+@functools.partial(jax.jit, static_argnames="exponent")
+def change_loss(
+    new: Float[Array, "in out"], weight: Float[Array, "in out"], hessian: Float[Array, "in in"], *, exponent: int = 0
+) -> Float[Array, ""]:
+    """`output_loss` of 2^-exponent times the change of a weight."""
+    return output_loss(times_power_of_two(new - weight, -exponent), hessian)
 
 
 def clipped_share(
@@ -56,12 +66,14 @@ def finish(
     parameters: grid.Parameters,
     codes: UInt8[Array, "in out"],
     errors: Float[Array, "in out"],
-    damped_loss: Float[Array, ""],
+    damped_loss: Float[Array, "*in"],
     fmt: Format,
 ) -> tuple[QTensor, Info]:
-    """The result of a method that worked against a damped Hessian. errors: W - W'; damped_loss: tr(E^T (H + diag(added)) E)."""
+    """The result of a method that worked against a damped Hessian. errors: W - W'; damped_loss: tr(E^T (H + diag(added)) E), or
+    the part of each input.
+    """
     squares = jnp.sum(jnp.square(errors), axis=1)
-    proxy_loss = jnp.maximum(damped_loss - jnp.sum(added * squares), 0)
+    proxy_loss = jnp.maximum(jnp.sum(damped_loss) - jnp.sum(added * squares), 0)
     weight_error = relative(jnp.sum(squares), jnp.sum(jnp.square(weight)))
     info = Info(
         weight_error=jnp.where(jnp.isfinite(proxy_loss), weight_error, jnp.nan),

@@ -9,7 +9,8 @@ lost, and `Info.weight_error` tells: the driver raises (`driver/scale_range.py`)
 import functools
 import inspect
 import math
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -29,11 +30,11 @@ def exponent_of(*weights: Float[Array, "in out"]) -> int | Int[Array, ""]:
     """The k for which 2^-k W is of ordinary size, one for all these weights; 0 where they are of ordinary size, all 0 or not
     finite. A Python number, or an int32 array where a weight is traced.
     """
-    largest = functools.reduce(jnp.maximum, map(_largest, weights)) if len(weights) > 1 else _largest(*weights)
-    if not isinstance(largest, jax.core.Tracer):
-        size = float(largest)
+    if not any(isinstance(weight, jax.core.Tracer) for weight in weights):
+        size = float(np.max(sizes(weights)))
         exponent = math.frexp(size)[1] if size and math.isfinite(size) else 0
         return 0 if abs(exponent) <= ORDINARY else exponent - TARGET
+    largest = functools.reduce(jnp.maximum, map(_largest, weights))
     exponent = binary_exponent(largest)
     ordinary = (abs(exponent) <= ORDINARY) | (largest == 0) | ~jnp.isfinite(largest)
     return jnp.where(ordinary, 0, exponent - TARGET)
@@ -44,7 +45,26 @@ def binary_exponent(x: Float[Array, ""]) -> Int[Array, ""]:
     return (jax.lax.bitcast_convert_type(x, jnp.int32) >> 23) - 126
 
 
+_sizes: dict[int, tuple[weakref.ref, float]] = {}  # of arrays, which never change, by their id
+
+
+def sizes(weights: Sequence[Float[Array, "in out"]]) -> list[float]:
+    """The largest magnitude of each weight. Asking for several at once waits once, and later for none of them again."""
+    new = [weight for weight in weights if id(weight) not in _sizes or _sizes[id(weight)][0]() is not weight]
+    found = dict(zip(map(id, new), map(float, jax.device_get(_all_largest(new))), strict=True)) if new else {}
+    known = [found[id(weight)] if id(weight) in found else _sizes[id(weight)][1] for weight in weights]
+    for weight in new:
+        if isinstance(weight, jax.Array):
+            key = id(weight)
+            _sizes[key] = weakref.ref(weight, lambda _, key=key: _sizes.pop(key, None)), found[key]
+    return known
+
+
 @jax.jit
+def _all_largest(weights: Sequence[Float[Array, "in out"]]) -> list[Float[Array, ""]]:
+    return [_largest(weight) for weight in weights]
+
+
 def _largest(weight: Float[Array, "in out"]) -> Float[Array, ""]:
     return jnp.max(jnp.abs(weight.astype(jnp.float32)))
 
