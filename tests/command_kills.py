@@ -1,7 +1,7 @@
-"""kill -9 at random moments of whole commands: what stands is whole, and the same command again leaves what an undisturbed one
-does, and nothing else.
+"""Whole commands killed (-9), or told to stop, at random moments: what stands is whole, and the same command again leaves what
+an undisturbed one does, and nothing else.
 
-    python -m tests.command_kills KILLS [SEED]
+    python -m tests.command_kills KILLS [SEED [COMMAND ...]]
 
 Commands run in forks of a process that has imported everything and begun nothing, so that a kill costs a few seconds. Moments
 are of their processor time, which a busy machine does not change. Of a sweep rows and layers are compared, less times and
@@ -29,7 +29,12 @@ from qjax.untrusted import read_json
 from .sweep_torture import figures
 
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 8
-IMPORTED = ("checkpoints.load", "driver.decoder", "sweep.runner", "report.reports", "report.figures")  # before the forks
+IMPORTED = (  # before the forks
+    *("checkpoints.load", "checkpoints.export", "driver.decoder", "sweep.runner", "report.reports", "report.figures"),
+    *("train.run", "train.merge"),
+)
+GOES_ON = "the same command goes on from there"
+STOPPING = (signal.SIGTERM, signal.SIGHUP)
 STOPPED_AT = 1.1  # of the time of an undisturbed command: the last moment at which it may be killed
 
 
@@ -42,10 +47,24 @@ def checkpoint(folder: Path) -> None:
     save_huggingface(folder, random_model(tiny_config(layers=1, mlp_size=32, kv_heads=4), byte_tokenizer()))
 
 
-def fork(work, killed_after: float | None = None) -> tuple[int, float]:
+def adapter(folder: Path) -> None:
+    """A small adapter of that model's layout."""
+    import jax.numpy as jnp
+
+    from qjax.checkpoints.load import load
+    from qjax.checkpoints.peft import save_adapter
+    from qjax.linear import LowRank
+
+    one = LowRank(jnp.full((32, 2), 0.1), jnp.ones((2, 32)), scaling=1.0)
+    save_adapter(folder, load("tiny").config, {"block_0/mlp/up/kernel": one})
+
+
+def fork(work, killed_after: float | None = None, by: int = signal.SIGKILL) -> tuple[int, float]:
     """Runs work() in a fork: its exit code (-9 where it was killed) and the seconds of processor that it took."""
     child = os.fork()
     if child == 0:
+        for number in STOPPING:  # which whoever started this may have ignored
+            signal.signal(number, signal.SIG_DFL)
         said = os.open("said.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(said, 1)
         os.dup2(said, 2)
@@ -60,17 +79,20 @@ def fork(work, killed_after: float | None = None) -> tuple[int, float]:
             os._exit(code)
     while killed_after is not None and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
         if time.clock_gettime((~child << 3) | 2) > killed_after:  # Linux's clock of a process
-            os.kill(child, signal.SIGKILL)
+            os.kill(child, by)
             break
         time.sleep(0.002)
     _, status, spent = os.wait4(child, 0)
     return os.waitstatus_to_exitcode(status), spent.ru_utime + spent.ru_stime
 
 
-def command(*words: object, killed_after: float | None = None) -> tuple[int, float]:
-    """`fork` of a command; one that is not killed must succeed."""
-    code, seconds = fork(lambda: cli.main([str(word) for word in words]), killed_after)
-    assert code in ((0,) if killed_after is None else (0, -signal.SIGKILL)), Path("said.txt").read_text()
+def command(*words: object, killed_after: float | None = None, by: int = signal.SIGKILL) -> tuple[int, float]:
+    """`fork` of a command; one that is not killed must succeed, one that is told to stop say that it was."""
+    code, seconds = fork(lambda: cli.main([str(word) for word in words]), killed_after, by)
+    said = Path("said.txt").read_text()
+    assert code in ((0,) if killed_after is None else (0, -by, 128 + by)), said
+    if code == 128 + by:
+        assert said.endswith(f"stopped by {signal.Signals(by).name}; what was finished is kept, {GOES_ON}\n"), said
     return code, seconds
 
 
@@ -113,16 +135,21 @@ class Swept:
         assert found[2] == self._expected[2], f"left: {set(found[2]) ^ set(self._expected[2])}"
 
 
-class Quantized:
-    """`qjax quantize` over a model of another recipe, or where none was (every third round)."""
+class Written:
+    """A command that writes a folder over one of another version, or where none was (every third round)."""
+
+    changing = ()  # names of files that hold times
 
     def __init__(self):
-        self._expected: dict[str, dict] = {}
+        self._expected: dict[int, dict[str, str]] = {}
+
+    def words(self, version: int) -> tuple[object, ...]:
+        """The command that writes one of two versions, less where to."""
+        raise NotImplementedError
 
     def run(self, number: int, **options) -> tuple[int, float]:
         """The command."""
-        recipe = ("rtn:int4-channel", "rtn:int3-channel")[number % 2]
-        return command("quantize", "tiny", "--recipe", recipe, "--overwrite", "--out=out", **options)
+        return command(*self.words(number % 2), "--overwrite", "--out=out", **options)
 
     def begin(self, number: int) -> None:
         """What a round begins with."""
@@ -132,22 +159,75 @@ class Quantized:
     def check(self, number: int) -> None:
         """After a kill."""
         if standing(Path("out")).exists():
-            assert self._weights() in self._expected.values()
+            assert self.held(standing(Path("out"))) in self._expected.values()
 
     def check_end(self, number: int) -> None:
         """After the next run."""
-        weights = self._weights()
-        assert self._expected.setdefault(number % 2, weights) == weights
-        assert names(Path("out")) == sorted([*weights, DESCRIPTION]) and not Path(".out.old").exists()
+        held = self.held(Path("out"))
+        assert self._expected.setdefault(number % 2, held) == held
+        assert not Path(".out.old").exists()
 
-    @staticmethod
-    def _weights() -> dict[str, str]:
-        """Digests of the files, which are those that the description tells; of layers.jsonl, which holds times, its name."""
-        folder = standing(Path("out"))
+    def held(self, folder: Path) -> dict[str, str]:
+        """Digests of all files; of those that hold times the name."""
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        return {str(path.relative_to(folder)): "" if path.name in self.changing else digest_of(path) for path in files}
+
+
+class Quantized(Written):
+    """`qjax quantize`, whose files must be those that the description tells."""
+
+    changing = ("layers.jsonl", DESCRIPTION)
+
+    def words(self, version):
+        """The command."""
+        return "quantize", "tiny", "--recipe", ("rtn:int4-channel", "rtn:int3-channel")[version]
+
+    def held(self, folder):
+        """Digests of files."""
         told = read_json(folder / DESCRIPTION)
         assert told["digest"] == _digest(told)
         assert {name: digest_of(folder / name) for name in told["digests"]} == told["digests"]
-        return {**told["digests"], "layers.jsonl": ""}
+        return super().held(folder)
+
+
+class Converted(Written):
+    """`qjax convert`."""
+
+    def begin(self, number):
+        """What a round begins with."""
+        if number == 0:
+            command("quantize", "tiny", "--recipe", "rtn:int4-g32-sym", "--out=packed")
+        super().begin(number)
+
+    def words(self, version):
+        """The command."""
+        return "convert", "packed", "--to", ("gptq", "compressed-tensors")[version]
+
+
+class Merged(Written):
+    """`qjax merge`."""
+
+    def begin(self, number):
+        """What a round begins with."""
+        if number == 0:
+            assert fork(lambda: adapter(Path("adapter")))[0] == 0
+        super().begin(number)
+
+    def words(self, version):
+        """The command."""
+        return "merge", "tiny", "adapter", "--dtype", ("fp32", "bf16")[version]
+
+
+class Trained(Written):
+    """`qjax train qlora`, which goes on to the bits of one that was not killed."""
+
+    changing = ("training.jsonl",)
+
+    def words(self, version):
+        """The command."""
+        sizes = ("--rank=2", "--steps=3", "--save-every=1", "--window=16", "--batch=1")
+        base = ("--recipe", ("rtn:int4-channel", "rtn:int3-channel")[version])
+        return "train", "qlora", "tiny", "--data", "text:text.txt", *base, *sizes
 
 
 class Reported:
@@ -193,7 +273,8 @@ def kills(kind: type, count: int, draw: random.Random) -> dict[str, int]:
     while counts["killed"] < count:
         torn.begin(number)
         for _ in range(draw.choice((1, 2, 3))):  # the second in what the first one left
-            code, _ = torn.run(number, killed_after=draw.uniform(0, STOPPED_AT * lasts))
+            by = draw.choice((signal.SIGKILL, signal.SIGKILL, *STOPPING))
+            code, _ = torn.run(number, killed_after=draw.uniform(0, STOPPED_AT * lasts), by=by)
             counts["killed" if code else "ended before"] += 1
             torn.check(number)
         torn.run(number)
@@ -208,15 +289,17 @@ def kills(kind: type, count: int, draw: random.Random) -> dict[str, int]:
     return counts
 
 
-KINDS = (Swept, Quantized, Reported)
+KINDS = {Swept: 0.3, Quantized: 0.2, Reported: 0.1, Converted: 0.1, Merged: 0.1, Trained: 0.2}  # with shares of the kills
 
 
-def torture(count: int, seed: int, folder: Path, share: tuple[float, ...] = (0.4, 0.4, 0.2)) -> dict[str, dict[str, int]]:
-    """So many kills in all, dealt out over the commands."""
+def torture(count: int, seed: int, folder: Path, only: tuple[str, ...] = ()) -> dict[str, dict[str, int]]:
+    """So many kills in all, dealt out over the commands; or so many of each that is named."""
     for name in IMPORTED:
         importlib.import_module(f"qjax.{name}")
     before, draw, found = Path.cwd(), random.Random(seed), {}
-    for kind, part in zip(KINDS, share, strict=True):
+    for kind, part in KINDS.items():
+        if only and kind.__name__ not in only:
+            continue
         place = folder / kind.__name__
         (place / "tmp").mkdir(parents=True)
         os.chdir(place)
@@ -228,7 +311,7 @@ def torture(count: int, seed: int, folder: Path, share: tuple[float, ...] = (0.4
             if kind is Reported:
                 Swept().run(0)
                 shutil.copy(Path("out", ROWS), ROWS)
-            found[kind.__name__] = kills(kind, max(1, round(count * part)), draw)
+            found[kind.__name__] = kills(kind, count if only else max(1, round(count * part)), draw)
         finally:
             os.chdir(before)
     return found
@@ -236,4 +319,5 @@ def torture(count: int, seed: int, folder: Path, share: tuple[float, ...] = (0.4
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as scratch:
-        print(torture(int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0, Path(scratch)))
+        count, seed, *only = *sys.argv[1:], *["0"][len(sys.argv) - 2 :]
+        print(torture(int(count), int(seed), Path(scratch), tuple(only)))

@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import qjax
 from qjax.checkpoints.huggingface import save_huggingface
 from qjax.cli import app as cli
+from qjax.driver.decoder import kernel_shapes
 from qjax.errors import LONGEST
+from qjax.report.plan import duration
 from qjax.sweep.store import ROWS, read_rows
 
 from .conftest import byte_tokenizer, random_model, tiny_config
@@ -116,6 +119,22 @@ def test_information(checkpoint, capsys):
     assert "either a model or --parameters" in fails(capsys, "info")
 
 
+def test_plan(checkpoint, tmp_path, capsys, monkeypatch):
+    """Products of the model's linear weights with the tokens asked for, in the time of one; no constants, no plan."""
+    constants = {"device": "cpu: A", "parameters": [1, 2], "tokens": [1, 2]}
+    constants |= {"seconds": {"perplexity": {"products": 1e-3}}, "seconds_miss": {"perplexity": None}}
+    constants |= {"peak_bytes": {"perplexity": {"once": 5e9}}, "peak_bytes_miss": {"perplexity": 0.25}}
+    (tmp_path / "c.json").write_text(json.dumps(constants))
+    shapes, _ = kernel_shapes(qjax.load(checkpoint / "tiny"))
+    seconds = 1e-3 * 100 * sum(inputs * outputs for inputs, outputs in shapes)
+    asked = ("info", checkpoint / "tiny", "--plan", "--tokens", "100")
+    shown = succeeds(capsys, *asked, "--constants", tmp_path / "c.json")
+    assert f"evaluate {duration(seconds)} - 5.0 25" in " ".join(shown.split())
+    monkeypatch.setattr("qjax.report.plan.CONSTANTS", tmp_path / "none.json")
+    assert "there is no" in fails(capsys, *asked)
+    assert "--plan needs a model" in fails(capsys, "info", "--parameters", "7e9", "--plan")
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -161,8 +180,13 @@ def test_mistakes_are_one_line(checkpoint, tmp_path, capsys, arguments, named):
     assert named in fails(capsys, *arguments, *out)
 
 
+OF_ADAPTERS = ("--schedule x", "--start x", "--alpha nan", "--learning-rate inf", "--clip 0", "--batch 3 --micro-batch 2")
+OF_WEIGHTS = ("--loss x", "--learn x", "--scale-rate nan", "--schedule x")
+
+
 def test_mistakes_in_names_are_found_without_jax(tmp_path):
     """A second, as against the two to three that importing JAX and Flax takes."""
+    out = str(tmp_path / "out")
     wrong = [
         ["sweep", "--recipes", "nonsense"],
         ["sweep", "--recipes", "none,W4A16"],
@@ -177,7 +201,7 @@ def test_mistakes_in_names_are_found_without_jax(tmp_path):
         ["sweep", "--bits", "4,x"],
         ["sweep", "--bits", "11"],
         ["sweep", "--group", "many"],
-        ["sweep", "--seeds", "0"],
+        *[["sweep", "--seeds", each] for each in ("0", "1,1", "-1,2", "0,4294967296", "99999999999")],
         ["sweep", "--recipes", "int4", "--bits", "4"],
         ["quantize", "bundled", "--recipe", "gptq:int4@qep(alph=1)", "--out", str(tmp_path / "out")],
         ["sweep", "--tasks", "cloze,nonsense"],
@@ -205,6 +229,8 @@ def test_mistakes_in_names_are_found_without_jax(tmp_path):
         ["merge", "bundled", str(tmp_path), "--out", str(tmp_path)],
         ["train", "qlora", str(tmp_path), "--data", "python-docs", "--out", str(tmp_path)],
         ["train", "qat", "bundled", "--data", "python-docs", "--out", "/dev/null"],
+        *[["train", "qlora", "bundled", "--data", "c4", "--out", out, *words.split()] for words in OF_ADAPTERS],
+        *[["train", "qat", "bundled", "--data", "c4", "--out", out, *words.split()] for words in OF_WEIGHTS],
         ["tune", str(tmp_path), "--out", str(tmp_path)],
     ]
     script = (

@@ -22,6 +22,8 @@ from qjax.train import loop, run
 from qjax.train.lora import LoraConfig
 from qjax.train.merge import load_merge
 from tests.conftest import byte_tokenizer, random_model, tiny_config
+from tests.fuzz import seeds
+from tests.random_weights import weights_model
 from tests.test_cli import TEXT, fails, succeeds
 
 pytest.importorskip("orbax.checkpoint")
@@ -161,6 +163,8 @@ def test_another_teacher_is_another_run(folder, tmp_path, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             run.qat(run.Run(tmp_path / "a", settings), rounded, TOKENS[0], run.QatConfig(loss="kl"), original=original)
     assert told[0]["base"] == told[1]["base"] and told[0]["float"] != told[1]["float"]
+    with pytest.raises(QjaxError, match="the float model is this one itself"):
+        run.qat(run.Run(tmp_path / "a", settings), rounded, TOKENS[0], run.QatConfig(loss="kl"), original=rounded)
     with pytest.raises(QjaxError, match="the loss kl is from the model before"):
         run.qat(run.Run(tmp_path / "a", settings), rounded, TOKENS[0], run.QatConfig(loss="kl"))
 
@@ -220,3 +224,15 @@ def test_what_is_refused(adapter, folder, tmp_path, capsys):
     assert not (tmp_path / ".a.training").exists()  # nothing was begun
     with pytest.raises(QjaxError, match="has no tokenizer"):
         run.training_tokens(random_model(tiny_config()), [run.Corpus("a", ["b"])])
+
+
+def test_a_base_is_known_between_two_renamings(tmp_path):
+    """What a killed run put aside says too what it was trained on."""
+    folder = tmp_path / ".ad.old"
+    folder.mkdir()
+    for name, content in seeds.adapter("llama").items():
+        (folder / name).write_bytes(content)
+    base = seeds.adapted("llama")
+    assert load_merge(base, tmp_path / "ad")[0].config == base.config
+    with pytest.raises(QjaxError, match=r"ad\.old was trained on random"):
+        load_merge(weights_model(base.config, seed=1), tmp_path / "ad")

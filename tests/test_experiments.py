@@ -19,7 +19,9 @@ import numpy as np
 import pytest
 
 import qjax
+from qjax.driver.decoder import kernel_shapes
 from qjax.driver.placement import place
+from qjax.report.plan import STAGES, TERMS, llama_shapes, read_constants
 from qjax.sweep.cells import canonical
 from qjax.sweep.store import ROWS, read_rows
 from tests.conftest import first_block, tiny_config
@@ -372,21 +374,57 @@ def test_speeds_are_paired_and_measured_once(load, tmp_path, monkeypatch):
 
 def test_points_of_scaling_differ_along_one_axis(load):
     script = load("scaling")
-    found = script.points(1e8)
-    assert script.MIDDLE in found and max(sizes.parameters for sizes in found) <= 1e8 < script.points(2e9)[-1].parameters
+    found = script.cases(1e8)
+    assert [work for work, sizes in found if sizes == script.MIDDLE] == ["load", "perplexity", "rtn", "gptq", "awq"]
+    assert max(sizes.parameters for _, sizes in found) <= 1e8 < script.cases(1e9)[-1][1].parameters <= 1e9
     middle = dataclasses.asdict(script.MIDDLE)
-    assert all(sum(dataclasses.asdict(sizes)[axis] != middle[axis] for axis in middle) <= 1 for sizes in found)
+    moved = [(work, {axis for axis in middle if dataclasses.asdict(sizes)[axis] != middle[axis]}) for work, sizes in found]
+    assert all(len(axes) <= 1 for _, axes in moved)
+    assert ("perplexity", {"vocabulary"}) in moved and ("rtn", {"tokens"}) not in moved
+
+
+def test_plans_count_the_models_that_scaling_measures(load):
+    """The shapes that constants are fitted to are those of the models; every piece of work has terms."""
+    script = load("scaling")
+    sizes = script.Sizes(width=128, depth=2, vocabulary=256)
+    shapes, others = kernel_shapes(load("random_models").random_model(sizes.config, "x"))
+    assert sorted(shapes) == sorted(llama_shapes(128, 2))
+    assert sizes.parameters == sum(a * b for a, b in shapes) + sum(count for count, _ in others)
+    assert set(script.VARIED) == set(STAGES) == set(TERMS["seconds"]) == set(TERMS["peak_bytes"])
+
+
+def test_scaling_takes_up_where_it_was(load, tmp_path, monkeypatch, capsys):
+    """A point is measured once, its model saved before it by another process; without time none is begun."""
+    script, asked, written = load("scaling"), [], []
+    monkeypatch.setattr(script, "write_reports", lambda folder, rows: written.append((folder, len(rows))))
+
+    def child(work, sizes, folder, seconds):
+        assert 600 < seconds <= 720
+        asked.append((work, sizes.width))
+        if work == "save":
+            folder.mkdir()
+            return {}
+        return {"seconds": sizes.width / 1e3, "peak_bytes": 10**9} if work != "gptq" or len(asked) > 8 else None
+
+    monkeypatch.setattr(script, "child", child)
+    script.run(tmp_path, tiny=True)
+    each = ("save", "load", "perplexity", "gptq")
+    assert asked == [(work, width) for width in (64, 128) for work in each]
+    assert len(script.run(tmp_path, tiny=True)) == 6 and asked[8:] == [(w, n) for n in (64, 128) for w in ("save", "gptq")]
+    assert written == [(tmp_path, 4), (tmp_path, 6)]
+    rows = script.run(tmp_path, tiny=True, minutes=0)
+    assert len(rows) == 6 and len(asked) == 12
+    other = {**rows[0], "code": "other"}
+    (tmp_path / ROWS).write_text(json.dumps(other) + "\n")
+    assert script.run(tmp_path, tiny=True, minutes=0) == [other] and "6 points are left" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_scaling_twin(tmp_path):
     run("scaling.py", "--tiny", "--out", tmp_path)
     rows = read_rows(tmp_path / ROWS)
-    assert [(row["work"], row["width"]) for row in rows] == [
-        ("perplexity", 64),
-        ("gptq", 64),
-        ("perplexity", 128),
-        ("gptq", 128),
-    ]
+    works = ("load", "perplexity", "gptq")
+    assert [(row["work"], row["width"]) for row in rows] == [(work, width) for width in (64, 128) for work in works]
     assert undescribed(rows, CELLS) == [] and all(row["peak_bytes"] > 2**26 for row in rows)
     assert re.search(r"\| gptq +\| width +\| +64 \| +128 \| +2 \|", (tmp_path / "scaling.md").read_text())
+    assert set(read_constants(tmp_path / "constants.json")["seconds"]) == set(works)

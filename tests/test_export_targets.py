@@ -8,12 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qjax.checkpoints import export
 from qjax.checkpoints.modules import Module, pack
 from qjax.checkpoints.quantized import METHODS
 from qjax.checkpoints.target import Codes
 from qjax.checkpoints.target_bitsandbytes import _scb
 from qjax.checkpoints.targets import TARGETS
 from qjax.checkpoints.tensors import read_headers, read_tensor, write_tensors
+from qjax.cli.export import GGUF
+from qjax.cli.export import TARGETS as NAMES
 from qjax.formats import parse_format
 from qjax.linear import Linear
 from tests.test_export import assert_same_scales, random_scales
@@ -33,6 +36,11 @@ FORMATS = {
         "int8-channel-sym-max",
     ),
 }
+
+
+def test_the_command_names_every_target():
+    """It knows them without JAX, so it has names of its own."""
+    assert (*TARGETS, export.GGUF) == NAMES and GGUF == export.GGUF
 
 
 def read_back(to, layer):

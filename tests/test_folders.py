@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from qjax import folders, place
+from qjax.checkpoints.gguf.export import export_gguf
 from qjax.checkpoints.huggingface import save_huggingface
 from qjax.checkpoints.load import load
 from qjax.checkpoints.packed import save
@@ -133,6 +134,20 @@ def test_a_kill_before_every_call(writer, tmp_path, monkeypatch, dead):
             break
     assert number > 30 and seen[0] is OLD and seen[-1] is NEW
     assert seen == sorted(seen, key=lambda model: model is NEW)  # once it is the new one it stays so
+
+
+def test_a_kill_before_every_call_of_one_file(tmp_path, monkeypatch, dead):
+    """The old file or the new one loads, and the next run, of whatever name, leaves nothing of the killed one."""
+    seen, number, killed, file = [], 0, True, tmp_path / "out" / "a.gguf"
+    while killed:
+        export_gguf(file, OLD, overwrite=True)
+        killed = killed_before(monkeypatch, number, dead, lambda: export_gguf(file, NEW, overwrite=True))
+        seen.append(which(file))
+        export_gguf(tmp_path / "out" / "b.gguf", OLD, overwrite=True)
+        assert sorted(path.name for path in file.parent.iterdir()) == ["a.gguf", "b.gguf"]
+        number += 1
+    assert number > 5 and seen[0] is OLD and seen[-1] is NEW
+    assert seen == sorted(seen, key=lambda model: model is NEW)
 
 
 def test_a_kill_in_the_first_run_leaves_no_folder(tmp_path, monkeypatch, dead):

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from qjax.errors import QjaxError
-from qjax.report.reports import tables
+from qjax.report.reports import captions, figures, tables
 from qjax.report.scaling import exponent, scaling_table
 
 MIDDLE = {"width": 512, "depth": 8, "vocabulary": 8192, "tokens": 4096}
@@ -13,7 +13,7 @@ MIDDLE = {"width": 512, "depth": 8, "vocabulary": 8192, "tokens": 4096}
 
 def row(work: str, seconds: float, **sizes: int) -> dict[str, object]:
     made = {"key": f"{work} {sizes}", "kind": "scaling", "device": "cpu", "code": "a", "versions": "1", "peak_bytes": 10**9}
-    return made | MIDDLE | sizes | {"work": work, "seconds": seconds}
+    return made | MIDDLE | sizes | {"work": work, "seconds": seconds, "parameters": 10**6}
 
 
 def test_exponent():
@@ -33,6 +33,22 @@ def test_exponents_along_each_axis():
         ("gptq", "depth", 3, "1.00 ± 0.00"),
     ]
     assert {line["peak_bytes"] for line in table.rows} == {"0.00 ± 0.00"}
+
+
+def test_a_panel_for_each_axis():
+    rows = [row("gptq", width / 512, width=width) for width in (1024, 256, 512)]
+    rows += [row("load", 1.0), row("load", 2.0, vocabulary=32768), {**row("load", 9.0, depth=2), "code": "earlier"}]
+    rows.insert(0, rows.pop())
+    drawn = dict(figures(rows))
+    assert list(drawn) == ["scaling-time", "scaling-memory"]
+    panels = [axes for axes in drawn["scaling-time"].axes if axes.has_data()]
+    assert [axes.get_xlabel() for axes in panels] == ["width", "vocabulary / 1024"]
+    lines = [[line.get_xydata().tolist() for line in axes.lines if len(line.get_xdata()) > 1] for axes in panels]
+    assert lines[0][0] == [[256, 0.5], [512, 1], [1024, 2]] and lines[1][0] == [[8, 1], [32, 2]]
+    memory = drawn["scaling-memory"].axes[0]
+    assert next(line.get_ydata().tolist() for line in memory.lines if len(line.get_xdata()) > 1) == [1.0] * 3
+    assert "width 512, depth 8, vocabulary 8,192, tokens 4,096" in dict(captions(rows))["scaling-memory"]
+    assert not list(figures(rows[-1:]))  # a point is no line
 
 
 def test_a_row_that_lacks_a_column():

@@ -1,5 +1,6 @@
 """train/loop.py: windows, schedules, micro-batches, devices, checkpoints, and what stops a run."""
 
+import logging
 import os
 import shutil
 import subprocess
@@ -194,7 +195,7 @@ def test_what_is_refused():
 
 
 def test_checkpoints_that_cannot_be_read_are_one_error(tmp_path):
-    """Arrays of other sizes, and a checkpoint that lost them."""
+    """Arrays of other sizes, a checkpoint that lost them, and what orbax says of one."""
     state = loop.init_state({"a": jnp.arange(6.0)}, loop.make_optimizer(CONFIG))._replace(step=jnp.int32(3))
     with loop.checkpoints(tmp_path / "steps") as manager:
         loop.save(manager, state)
@@ -205,6 +206,25 @@ def test_checkpoints_that_cannot_be_read_are_one_error(tmp_path):
     shutil.rmtree(tmp_path / "steps" / "3" / "default")
     with loop.checkpoints(tmp_path / "steps") as manager, pytest.raises(QjaxError, match=r"cannot read .*steps/3"):
         loop.restore_latest(manager, state)
+    (told,) = (tmp_path / "steps" / "3").glob("_CHECKPOINT_METADATA")
+    told.write_text('{"init_timestamp_nsecs": "a"}')
+    with (
+        pytest.raises(QjaxError, match=r"cannot read the checkpoints in .*steps .*remove them"),
+        loop.checkpoints(told.parent.parent),
+    ):
+        pass
+
+
+def test_what_orbax_says_when_it_closes_is_one_error(tmp_path, caplog, monkeypatch):
+    """And nothing else: its threads log tracebacks, of which those of others are kept."""
+    log = logging.getLogger("absl")
+    told = pytest.raises(QjaxError, match=r"cannot write the checkpoints in .*free space")
+    with told, loop.checkpoints(tmp_path / "steps") as manager:
+        close = manager.close
+        monkeypatch.setattr(manager, "close", lambda: close() or 1 / 0)
+        for path in ("/site/orbax/checkpoint/a.py", "/site/mine/b.py"):
+            log.handle(logging.LogRecord("absl", logging.ERROR, path, 1, path, None, None))
+    assert [record.pathname for record in caplog.records] == ["/site/mine/b.py"]
 
 
 def test_rows_of_a_killed_run(tmp_path):

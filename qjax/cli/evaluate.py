@@ -1,13 +1,14 @@
 """The commands about one model: eval, generate, info."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qjax.cli.early import check_names
 from qjax.cli.loading import calibration_for, load_model, own_text
 from qjax.cli.options import (
+    LARGEST_SEED,
     CalibrationName,
     CalibrationWindow,
     CalibrationWindows,
@@ -24,6 +25,9 @@ from qjax.cli.options import (
 from qjax.cli.terminal import console, print_accuracies, print_perplexity, progress_bars
 from qjax.errors import QjaxError
 from qjax.printable import printable
+
+if TYPE_CHECKING:
+    from qjax.report.rendering import Table
 
 
 def evaluate(
@@ -89,7 +93,7 @@ def generate(
     calibration_window: CalibrationWindow = 2048,
     packed: Packed = False,
     compute: ComputeName = None,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the draws.")] = 0,
 ) -> None:
     """Let a model, quantized or not, go on with a prompt."""
     check_names(recipes=recipe, compute=compute, texts=(calibration,), models=(model,))
@@ -118,16 +122,30 @@ def generate(
 def info(
     model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="A model, as for sweep.")] = None,
     parameters: Annotated[float | None, typer.Option(help="Instead of a model: its number of parameters, as 7e9.")] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Estimate time and memory of loading, evaluating and quantizing the model.")
+    ] = False,
+    tokens: Annotated[int, typer.Option(min=1, help="With --plan: tokens that are scored or calibrated on.")] = 128 * 2048,
+    constants: Annotated[
+        Path | None, typer.Option(help="With --plan: constants that experiments/scaling.py measured elsewhere.")
+    ] = None,
 ) -> None:
-    """The memory table: exact bytes of a model in every precision, and of its cache of keys and values."""
+    """The memory table: exact bytes of a model in every precision, and of its cache of keys and values. With --plan what
+    loading, evaluating and quantizing it would take.
+    """
     check_names(models=(model,))
     from qjax.report.memory import memory_table, parameters_table
     from qjax.report.rendering import to_rich
 
     if (model is None) == (parameters is None):
         raise QjaxError("info: give either a model or --parameters, for example `qjax info --parameters 7e9`")
+    if plan and model is None:
+        raise QjaxError("info: --plan needs a model, not --parameters alone; its time depends on shapes")
     if model is None:
         console().print(to_rich(parameters_table(parameters)))
+        return
+    if plan:
+        console().print(to_rich(_plan(model, tokens, constants)))
         return
     from qjax.driver.decoder import kernel_shapes
     from qjax.driver.report import stored_size
@@ -140,3 +158,19 @@ def info(
     if loaded.recipe != "none":
         bits, size = stored_size(loaded.params)
         typer.echo(printable(f"as it is stored, {loaded.recipe}: {bits:.3f} bits per quantized weight, {size:,} bytes"))
+
+
+def _plan(model: str, tokens: int, constants: Path | None) -> "Table":
+    """What `info --plan` shows; constants are read before the model."""
+    from qjax.report.plan import plan_table, read_constants, terms
+
+    found = read_constants(constants)
+    from qjax.driver.decoder import kernel_shapes
+    from qjax.sweep.machine import device
+
+    loaded = load_model(model, lazy=True)
+    shapes, others = kernel_shapes(loaded)
+    parameters = sum(inputs * outputs for inputs, outputs in shapes) + sum(count for count, _ in others)
+    sizes = terms(shapes, parameters, loaded.config.vocabulary_size, loaded.config.hidden_size, tokens)
+    title = f"{model} (every expert counted for every token)" if loaded.config.experts else model
+    return plan_table(found, sizes, tokens=tokens, title=title, here=device())

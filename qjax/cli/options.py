@@ -8,6 +8,8 @@ import typer
 from qjax.errors import QjaxError
 from qjax.files import expand
 
+LARGEST_SEED = 2**32 - 1
+MOST_SEEDS = 10_000
 MODEL_HELP = "Hugging Face folder or hub name, GGUF file, folder qjax saved, or 'bundled'."
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 RecipeName = Annotated[str, typer.Option("--recipe", help="For example gptq:int4-g128; see `qjax recipes`.")]
@@ -53,7 +55,7 @@ OrderName = Annotated[
     str | None,
     typer.Option("--order", help="parallel, block, sequential or qep: for recipes without @ORDER.", show_default="qep"),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Seed = Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of everything random.")]
 Seeds = Annotated[
     str | None,
     typer.Option(
@@ -95,7 +97,11 @@ def split_seeds(text: str | None, seed: int) -> tuple[int, ...]:
     """The seeds of --seeds, N or several; that of --seed, which it excludes, where it is not given."""
     if text is None:
         return (seed,)
-    first, *others = split_numbers(text, "--seeds", "0,5,7")
+    first, *others = numbers = split_numbers(text, "--seeds", "0,5,7")
     if seed or (not others and first < 1):
         raise QjaxError(f"--seeds {text}, --seed {seed}: expected at least one seed, by one of the two; leave the other out")
-    return (first, *others) if others else tuple(range(first))
+    if len(set(numbers)) < len(numbers) or min(numbers) < 0 or max(numbers) > (LARGEST_SEED if others else MOST_SEEDS):
+        raise QjaxError(
+            f"--seeds {text}: expected a number of seeds, {MOST_SEEDS} at most, or different ones of 0 to {LARGEST_SEED}"
+        )
+    return tuple(numbers) if others else tuple(range(first))

@@ -21,6 +21,7 @@ from qjax.cli.terminal import live_training
 from qjax.errors import QjaxError
 from qjax.folders import refuse_inputs, require_place
 from qjax.printable import printable
+from qjax.train.settings import LoraConfig, QatConfig, TrainConfig
 
 if TYPE_CHECKING:
     from qjax.models.model import Model
@@ -77,15 +78,13 @@ def qlora(
     The same command goes on where it was stopped.
     """
     check_names(recipes=recipe, rules=rule, texts=(*data, calibration), models=(model,))
+    wanted = LoraConfig(rank, alpha, tuple(target or ()), rslora, start)
+    config = TrainConfig(steps, batch, micro_batch, window, learning_rate, schedule, clip_norm=clip, seed=seed)
     refuse_inputs(out, [model])
     require_place(out, overwrite=overwrite)
-    from qjax.train.loop import TrainConfig
-    from qjax.train.lora import LoraConfig
     from qjax.train.run import Run
     from qjax.train.run import qlora as run_qlora
 
-    wanted = LoraConfig(rank, alpha, tuple(target or ()), rslora, start)
-    config = TrainConfig(steps, batch, micro_batch, window, learning_rate, schedule, clip_norm=clip, seed=seed)
     loaded, tokens = _inputs(model, data)
     recipe, options = _quantizing(loaded, model, recipe, rule, calibration, calibration_windows, calibration_window, seed)
     with live_training(steps) as show:
@@ -130,15 +129,13 @@ def qat(
     stopped.
     """
     check_names(recipes=recipe, rules=rule, texts=(*data, calibration), models=(model, original))
+    wanted = QatConfig(tuple(split_names(learn)), loss, scale_rate)
+    config = TrainConfig(steps, batch, micro_batch, window, learning_rate, schedule, clip_norm=clip, seed=seed)
     refuse_inputs(out, [model])
     require_place(out, overwrite=overwrite)
-    from qjax.train.loop import TrainConfig
-    from qjax.train.qat import QatConfig
     from qjax.train.run import Run
     from qjax.train.run import qat as run_qat
 
-    wanted = QatConfig(tuple(split_names(learn)), loss, scale_rate)
-    config = TrainConfig(steps, batch, micro_batch, window, learning_rate, schedule, clip_norm=clip, seed=seed)
     loaded, tokens = _inputs(model, data)
     before = None if original is None else load_model(original)
     recipe, options = _quantizing(loaded, model, recipe, rule, calibration, calibration_windows, calibration_window, seed)

@@ -29,7 +29,7 @@ from qjax.report.measured import has_measured, measured_table, shown_measurement
 from qjax.report.memory import memory_rows_table
 from qjax.report.paper_shapes import KIND, paper_shapes_table
 from qjax.report.rendering import Row, Table, to_csv, to_latex, to_markdown
-from qjax.report.scaling import SCALING, scaling_table
+from qjax.report.scaling import COSTS, SCALING, has_scaling, scaling_caption, scaling_figure, scaling_table
 from qjax.report.seeds import seeds_of, seeds_table
 from qjax.report.sensitivity import ordinary, placed_alone, sensitivity_table
 from qjax.report.series import has_widths, line_panels, widths_table
@@ -90,6 +90,15 @@ FOLDER_TABLES = (
 FOLDER_FIGURES = (
     Exhibit("kernels", has_kernels, kernels_figure, by_device, kernels_caption),
     Exhibit(INPUTS, has_inputs, inputs_figure, caption=inputs_caption),
+    *(
+        Exhibit(
+            f"{SCALING}-{name}",
+            has_scaling,
+            functools.partial(scaling_figure, cost),
+            caption=functools.partial(scaling_caption, cost),
+        )
+        for cost, name in zip(COSTS, ("time", "memory"), strict=True)
+    ),
 )
 
 

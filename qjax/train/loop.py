@@ -12,12 +12,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,51 +31,12 @@ from qjax.errors import QjaxError
 from qjax.files import write_atomically
 from qjax.numbers import NotFiniteError
 from qjax.qtensor import nbytes
+from qjax.train.settings import TrainConfig
 from qjax.untrusted import read_json, status
 
 Loss = Callable[[PyTree, PyTree, Int[Array, "batch time_plus_1"]], Float[Array, ""]]
+NO_SPACE = "choose a writable folder with free space, and run again"
 IDENTITY = "run.json"  # beside the checkpoints: what run they are of
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """How a run goes, given its text and its model."""
-
-    steps: int
-    batch: int = 8  # windows a step
-    micro_batch: int = 1  # windows in memory at a time, per device
-    window: int = 512  # tokens of a window that are predicted
-    learning_rate: float = 2e-4  # after the warm-up
-    schedule: Literal["linear", "cosine", "constant"] = "linear"  # how it falls to zero
-    warmup: float = 0.03  # share of the steps
-    b1: float = 0.9
-    b2: float = 0.999
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self):
-        sizes = {name: getattr(self, name) for name in ("steps", "batch", "micro_batch", "window")}
-        rates = {name: getattr(self, name) for name in ("learning_rate", "clip_norm", "weight_decay", "warmup")}
-        schedules = ("linear", "cosine", "constant")
-        if (
-            min(sizes.values()) < 1
-            or self.batch % self.micro_batch
-            or not all(math.isfinite(rate) and rate >= 0 for rate in rates.values())
-            or not (self.learning_rate > 0 and self.clip_norm > 0 and self.warmup < 1)
-            or self.schedule not in schedules
-            or self.seed < 0
-        ):
-            others = {"schedule": self.schedule, "seed": self.seed}
-            told = ", ".join(f"{name}={value}" for name, value in (sizes | rates | others).items())
-            raise QjaxError(
-                f"training: got {told}; expected sizes of at least 1, a batch that micro_batch divides, rates above 0, a "
-                f"warmup below 1, a schedule of {', '.join(schedules)} and a seed of at least 0"
-            )
-
-    @property
-    def tokens_per_step(self) -> int:
-        return self.batch * self.window
 
 
 class TrainState(NamedTuple):
@@ -218,23 +180,37 @@ def _norm(tree: PyTree) -> Array:
 def checkpoints(folder: Path, *, keep: int = 2) -> Iterator[Any]:
     """An orbax manager that keeps the last `keep` checkpoints of `folder`; for `save` and `restore_latest`.
 
-    Raises QjaxError where orbax is not installed.
+    Raises QjaxError where orbax is not installed, and where what it wrote of them is broken.
     """
     try:
         import orbax.checkpoint as ocp
     except ImportError as error:
         raise QjaxError("checkpoints of a training need orbax-checkpoint; install qjax[train]") from error
     options = ocp.CheckpointManagerOptions(max_to_keep=keep)
-    with ocp.CheckpointManager(folder.resolve(), options=options, item_handlers=ocp.StandardCheckpointHandler()) as manager:
-        yield manager
+    log = logging.getLogger("absl")
+    log.addFilter(_is_not_of_orbax)
+    try:
+        with _told_by_orbax(f"cannot read the checkpoints in {folder}", "remove them to begin anew"):
+            manager = ocp.CheckpointManager(folder.resolve(), options=options, item_handlers=ocp.StandardCheckpointHandler())
+        try:
+            yield manager
+        finally:  # an error of its threads may come here once more
+            with _told_by_orbax(f"cannot write the checkpoints in {folder}", NO_SPACE):
+                manager.close()
+    finally:
+        log.removeFilter(_is_not_of_orbax)
+
+
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    """What orbax's threads log of an error, pages of tracebacks, comes on top of the error itself."""
+    return "orbax" not in Path(record.pathname).parts
 
 
 def save(manager: Any, state: TrainState) -> None:
     """Write the state under its step. Raises QjaxError where it cannot be written."""
     import orbax.checkpoint as ocp
 
-    advice = "choose a writable folder with free space, and run again"
-    with _told_by_orbax(f"cannot write the checkpoint {manager.directory / str(int(state.step))}", advice):
+    with _told_by_orbax(f"cannot write the checkpoint {manager.directory / str(int(state.step))}", NO_SPACE):
         manager.save(int(state.step), args=ocp.args.StandardSave(_numbered(state)))
         manager.wait_until_finished()
 

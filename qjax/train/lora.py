@@ -12,12 +12,11 @@ Only A (in, rank) and B (rank, out) are trained, in float32. Starts, with R_t = 
 so that with the last two W' + s A B is nearer to W than W' alone. They change the base, which is returned with the adapters.
 """
 
-import dataclasses
 import functools
 import math
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,34 +35,8 @@ from qjax.models.model import Model
 from qjax.models.parameters import flatten, unflatten
 from qjax.models.walk import in_blocks
 from qjax.train import forward
-from qjax.train.loop import Loss, TrainConfig, train
-
-
-@dataclasses.dataclass(frozen=True)
-class LoraConfig:
-    """What adapters there are. targets: patterns of kernels, as in rules ("mlp/down", "q_proj"); none: all of the blocks but
-    experts, which take none.
-    """
-
-    rank: int = 16
-    alpha: float = 16.0
-    targets: tuple[str, ...] = ()
-    rslora: bool = False
-    start: Literal["gaussian", "loftq", "pissa"] = "gaussian"
-    rounds: int = 1  # of loftq
-
-    def __post_init__(self):
-        starts = ("gaussian", "loftq", "pissa")
-        if self.rank < 1 or self.rounds < 1 or not (math.isfinite(self.alpha) and self.alpha > 0) or self.start not in starts:
-            raise QjaxError(
-                f"adapters: got rank={self.rank}, alpha={self.alpha}, start={self.start!r}, rounds={self.rounds}; expected a "
-                f"rank and rounds of at least 1, alpha above 0 and a start of {', '.join(starts)}"
-            )
-
-    @property
-    def scaling(self) -> float:
-        """s."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+from qjax.train.loop import Loss, train
+from qjax.train.settings import LoraConfig, TrainConfig
 
 
 def targets_of(model: Model, config: LoraConfig) -> list[str]:

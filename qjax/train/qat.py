@@ -12,10 +12,8 @@ The result has true QTensors whose values are those of the last fake-quantized m
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable, Mapping
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -32,31 +30,11 @@ from qjax.models.parameters import flatten, unflatten
 from qjax.qtensor import QTensor
 from qjax.refining.fake import FakeWeight, begin, finished
 from qjax.train import forward
-from qjax.train.loop import TrainConfig, train
+from qjax.train.loop import train
 from qjax.train.lora import Problem
+from qjax.train.settings import LEARNS, QatConfig, TrainConfig
 
-LEARNS = {"weights": "weight", "scales": "scale", "zeros": "zero"}
 OF_FAKE = re.compile(r"/kernel(/weight)?/(weight|scale|zero)")  # a FakeWeight's arrays in a stack's tree
-
-
-@dataclasses.dataclass(frozen=True)
-class QatConfig:
-    """What is learned, by which loss. rate: of scales and zeros, as a share of the weights' learning rate. normalised: their
-    gradients are scaled as in LSQ, which Adam takes out again but for clipping.
-    """
-
-    learns: tuple[str, ...] = ("weights", "scales", "zeros")
-    loss: Literal["next-token", "kl"] = "next-token"
-    rate: float = 1.0
-    normalised: bool = True
-
-    def __post_init__(self):
-        losses = ("next-token", "kl")
-        if not self.learns or set(self.learns) - set(LEARNS) or self.loss not in losses or not (0 < self.rate < math.inf):
-            raise QjaxError(
-                f"quantization-aware training: got learns={self.learns}, loss={self.loss!r}, rate={self.rate}; expected some "
-                f"of {', '.join(LEARNS)}, a loss of {', '.join(losses)} and a rate above 0"
-            )
 
 
 def faked(model: Model, original: Model | None = None, *, normalised: bool = True) -> Model:

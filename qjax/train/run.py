@@ -114,6 +114,8 @@ def qat(
         original, loaded = loaded, quantize(loaded, recipe, **(options or {}))[0]
     before = None if original is None else model_fingerprint(original)
     identity = {"base": model_fingerprint(loaded), "float": before, "learning": dataclasses.asdict(config)}
+    if before == identity["base"]:
+        raise QjaxError(f"{model.name}: the float model is this one itself; give the one before it was quantized (--float)")
     told = _told(run, place, identity)
     trained = train_quantized(loaded, tokens, in_context(run.config, loaded), config, original=original, **told)
     with _whole(run, place) as new:

@@ -15,7 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
-HANG = 60.0  # seconds on one input, or until the first
+HANG = 60.0  # seconds on one input
+START = 300.0  # until the first, which comes after imports and small models
 SLICE = 0.5  # seconds of a reader's turn
 
 
@@ -53,17 +54,20 @@ def _arguments() -> argparse.Namespace:
 
 def _watch(arguments: argparse.Namespace, folder: Path, state: dict, seconds: float) -> int:
     """Runs one worker to its end, or ends it; updates the state, and returns the number of faults."""
+    state.pop("at", None)
     (folder / "state").write_text(json.dumps(state))
     command = [sys.executable, "-m", "tests.fuzz", "--seconds", str(seconds), "--seed", str(arguments.seed)]
     command += ["--only", *arguments.only] if arguments.only else []
     command += ["--at", str(arguments.at)] if arguments.at is not None else []
     with subprocess.Popen([*command, "--worker", str(folder)], stderr=subprocess.DEVNULL) as worker:
-        seen, still = b"", 0.0  # seconds that were waited, which do not go on while this process itself is stopped
+        seen, still, limit = json.dumps(state).encode(), 0.0, START
         while worker.poll() is None:
             time.sleep(0.1)
             now = (folder / "state").read_bytes()
-            seen, still = now, still + 0.1 if now == seen else 0.0
-            if still > HANG:
+            if now != seen:
+                seen, still, limit = now, 0.0, HANG
+            still += 0.0 if _is_stopped(worker.pid) else 0.1  # nor does it go on while this process itself is stopped
+            if still > limit:
                 worker.kill()
         code = worker.wait()
     state.update(json.loads((folder / "state").read_text() or "{}"))
@@ -77,6 +81,12 @@ def _watch(arguments: argparse.Namespace, folder: Path, state: dict, seconds: fl
     elif code:
         raise SystemExit(f"the worker does not start: exit {code}")
     return faults
+
+
+def _is_stopped(process: int) -> bool:
+    """Whether a process stands still by a signal, where the system tells."""
+    told = Path(f"/proc/{process}/stat")
+    return told.exists() and told.read_text().rpartition(")")[2].split()[0] == "T"
 
 
 def _work(arguments: argparse.Namespace) -> int:

@@ -95,7 +95,7 @@ def adapter(family: str) -> dict[str, bytes]:
         found[f"{path}/kernel"] = LowRank(jnp.ones((inputs, rank)), jnp.ones((rank, outputs)), scaling=scaling)
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(folder, config, found)
-        write_base(Path(folder), adapted(family))
+        write_base(Path(folder), adapted(family), "loftq")
         return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
@@ -116,7 +116,7 @@ def training() -> dict[str, bytes]:
             for step in (1, 2):
                 log(Told(step, 2.5, 0.1, 1e-4, 100.0, 9.0))
                 save(manager, state()._replace(step=jnp.int32(step)))
-        return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @functools.cache
