@@ -10,7 +10,7 @@ from qjax.models import attention
 from qjax.models.attention import Attention
 from qjax.models.decoder import MLP, Block, Embed, Head
 from qjax.models.norms import make_norm
-from qjax.models.rope import rope_frequencies, rotate
+from qjax.models.rope import cos_sin, fixed_cos_sin, rope_frequencies, rotate
 from qjax.models.scalings import LinearScaling, Llama3Scaling
 
 from .conftest import FAMILY_CHANGES, tiny_config
@@ -33,6 +33,14 @@ def test_rotary_frequencies_are_the_nearest_float32(theta, scaling):
     assert not isinstance(found, jax.Array)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, rtol=2**-24)
+
+
+def test_tables_of_a_program_are_those_it_would_compute():
+    config = tiny_config()
+    fixed = jax.jit(lambda: fixed_cos_sin(config, 40))
+    for found, expected in zip(fixed(), jax.jit(cos_sin, static_argnums=0)(config, jnp.arange(40)), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    assert " cos " not in str(fixed.trace().jaxpr)
 
 
 def test_positions_rotate_the_first_features_of_a_head_alone():

@@ -283,6 +283,17 @@ def test_paper_shapes_on_a_real_model(load, tmp_path):
     assert {row["model"] for row in rows if "kind" not in row} == {"stories260K-hf"}
 
 
+@pytest.mark.slow
+def test_profile_of_evaluation(load, capsys):
+    """Every product with a weight has its line, and the operations' seconds their sum."""
+    script = load("profile_evaluation")
+    script.main({"tiny": (tiny_config(tied=True), 2)}, repeats=1)
+    out = capsys.readouterr().out
+    for layer in ("q", "k", "v", "o", "gate", "up", "down"):
+        assert re.search(rf"\d s  .*/{layer}/dot_general", out), layer
+    assert len(re.findall(r"all; products with weights alone \d", out)) == 2
+
+
 def test_kernel_benchmark(load, tmp_path):
     script = load("kernel_benchmark")
     script.run(script.TINY, tmp_path)

@@ -17,7 +17,7 @@ from qjax.models.config import DecoderConfig
 from qjax.models.kv_cache import PackedCache, Seen
 from qjax.models.layout import Cache, Layout
 from qjax.models.norms import make_head_norm, make_norm
-from qjax.models.rope import alibi, cos_sin, rotate, rotate_neighbours
+from qjax.models.rope import alibi, cos_sin, fixed_cos_sin, rotate, rotate_neighbours
 
 QUERY_PIECES = 4  # of a sequence: a piece leaves out the keys after it, five eighths of all scores are left
 SMALLEST_PIECE = 64  # queries
@@ -70,8 +70,11 @@ def _scores(q, k) -> Float[Array, "batch kv_heads group time keys"]:
 
 
 def _weights(scores, visible, softcap, bias, dtype) -> Float[Array, "batch kv_heads group time keys"]:
-    scores = softcapped(scores, softcap)
-    scores = jnp.where(visible, scores if bias is None else scores + bias, -jnp.inf)
+    if softcap is None and bias is None:  # a sum: XLA's CPU backend makes scores, mask, maximum and exp in one pass
+        scores = scores + jnp.where(visible, 0, -jnp.inf)
+    else:  # there, a sum's last bits differ
+        scores = softcapped(scores, softcap)
+        scores = jnp.where(visible, scores if bias is None else scores + bias, -jnp.inf)
     return jax.nn.softmax(scores, axis=-1).astype(dtype)
 
 
@@ -102,7 +105,7 @@ class Attention(nn.Module):
         batch, time, _ = x.shape
         q, k, v = self.project(x, c.heads, "q"), self.project(x, c.kv_heads, "k"), self.project(x, c.kv_heads, "v")
         position = jnp.arange(time) if layout is None else layout.positions
-        q, k = self.turned(q, position), k if self.turns_late else self.turned(k, position)
+        q, k = self.turned(q, layout), k if self.turns_late else self.turned(k, layout)
 
         if c.cache is not None and c.cache.hadamard:
             q, k = hadamard_transform(q), hadamard_transform(k)
@@ -153,13 +156,14 @@ class Attention(nn.Module):
         return self.config.cache is not None and self.config.cache.keys == "before"
 
     def turned(
-        self, x: Float[Array, "batch time heads dim"], position: Int[Array, "..."]
+        self, x: Float[Array, "batch time heads dim"], layout: Layout | None, *, places: bool = False
     ) -> Float[Array, "batch time heads dim"]:
-        """Queries or keys through the rotary map of their positions, where the family has one."""
+        """Queries or keys through the rotary map of their positions, where the family has one; places: x is what is kept."""
         c = self.config
         if c.positions != "rope":
             return x
-        cos, sin = (each.astype(self.dtype) for each in cos_sin(c, position))
+        tables = fixed_cos_sin(c, x.shape[1]) if layout is None else cos_sin(c, layout.keys if places else layout.positions)
+        cos, sin = (each.astype(self.dtype) for each in tables)
         return (rotate_neighbours if c.rope_interleaved else rotate)(x, cos, sin)
 
     def seen(self, k, v, position, places, layout: Layout | None, cache: PackedCache | None):
@@ -172,7 +176,7 @@ class Attention(nn.Module):
             cache, k, v = kv_cache.add(cache, k, v, position[:, 0], ends)
             k, v = (tuple(x if x is None else x[:, :, : places.shape[1]] for x in both) for both in (k, v))
         if self.turns_late:
-            turn = lambda x: self.turned(x.transpose(0, 2, 1, 3), places).transpose(0, 2, 1, 3)  # noqa: E731
+            turn = lambda x: self.turned(x.transpose(0, 2, 1, 3), layout, places=True).transpose(0, 2, 1, 3)  # noqa: E731
             k = tuple(x if x is None else turn(x) for x in k)
         if not fmt.residual:
             return Seen(k[0]), Seen(v[0]), cache

@@ -66,6 +66,15 @@ def cos_sin(config: DecoderConfig, positions: Int[Array, "*batch time"]) -> tupl
     return (cos, sin) if amplitude == 1 else (cos * amplitude, sin * amplitude)
 
 
+def fixed_cos_sin(config: DecoderConfig, time: int) -> tuple[Array, Array]:
+    """`cos_sin` of positions 0, 1, ..., constants of a program: XLA's CPU backend would compute them again for every head."""
+    with jax.ensure_compile_time_eval():
+        return _tables(config, jnp.arange(time))
+
+
+_tables = jax.jit(cos_sin, static_argnums=0)
+
+
 def rotate(
     x: Float[Array, "batch time heads dim"], cos: Float[Array, "*batch time half"], sin: Float[Array, "*batch time half"]
 ) -> Float[Array, "batch time heads dim"]:
