@@ -131,8 +131,7 @@ def test_merging_into_the_float_model(adapter, folder, capsys):
 def test_a_base_that_a_start_made_is_kept(folder, tmp_path, monkeypatch):
     """Without it the adapter would be of no use; to another base it does not belong."""
 
-    def no_training(base, adapters, tokens, config, *, folder, on_step, **told):
-        folder.mkdir()
+    def no_training(base, adapters, tokens, config, *, on_step, **told):
         on_step(loop.Told(1, 1.0, 1.0, 0.1, 5.0, 0.0))
         return adapters
 
