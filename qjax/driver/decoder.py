@@ -10,7 +10,8 @@ cast.
 A decoder is quantized block by block. Beyond the model and its result this holds the float32 weights, Hessians and factors of
 one block, one batch of its activations, and hidden states of all calibration tokens: a block's inputs in the orders `block`
 and `sequential`; these and the unquantized model's in `qep`; a block's inputs and its outputs in `parallel`. `sequential` and
-`qep` add up to `capture.KEPT_BYTES` of what a half's layers returned, which then need not run again. awq(loss=module) adds outputs of the attention or MLP whose scale it looks for: the right ones and those with the candidate being tried.
+`qep` add up to `capture.KEPT_BYTES` of what a half's layers returned, which then need not run again. awq(loss=module) adds
+outputs of the attention or MLP whose scale it looks for: the right ones and those with the candidate being tried.
 """
 
 import dataclasses
