@@ -37,7 +37,7 @@ def test_python_runs_on_paste(name, number, block, tmp_path, monkeypatch, capsys
     source = tmp_path / f"{name}_{number}.py"  # where the source of a registered function is read from
     source.write_text(block)
     exec(compile(block, str(source), "exec"), {"__name__": "pasted"})
-    if (name, number) == ("README.md", 1):  # from function to figure
+    if (name, number) == ("README.md", 2):  # from function to figure
         written = [tmp_path / line for line in capsys.readouterr().out.splitlines() if line.startswith("own-results")]
         assert {".md", ".tex", ".csv", ".pdf", ".png", ".txt"} == {path.suffix for path in written}
         (table,) = (tmp_path / "own-results").glob("*.md")

@@ -4,7 +4,7 @@
 
 Everything is rounded as a QTensor stores it, also scales and zero points, with gradients that pass through (straight-through):
 of W and of the scale and zero point as `grid.fake_quantize` says (LSQ: Esser et al. 2020, arXiv 1902.08153; LSQ+: Bhalgat et
-al. 2020, 2004.09576). The QTensor that `finished` gives has bit for bit the values of `values`.
+al. 2020, 2004.09576). The QTensor that `finished` gives has the values of `values`.
 """
 
 import dataclasses
@@ -93,7 +93,7 @@ def require_trainable(fmt: Format) -> None:
 
 
 def finished(fake: FakeWeight) -> QTensor:
-    """The QTensor with the values of `fake.values()`, bit for bit."""
+    """The QTensor with the values of `fake.values()`, bit for bit; of nested scales (`-dq`) to rounding, as XLA fuses."""
     found = fake.parameters()
     groups = grid.to_groups(fake.weight, fake.format)
     zero = None if found.zero is None else found.zero[:, None]
