@@ -37,7 +37,7 @@ def test_a_long_text_is_encoded_once(folder):
         np.testing.assert_array_equal(ids, np.frombuffer(LONG.encode(), np.uint8))
         assert counts.sum() == 2 * SHORTEST and ids.dtype == counts.dtype == np.int32
     assert (first.calls, second.calls) == (1, 0)
-    assert [path.suffix for path in folder.iterdir()] == [".npz"]
+    assert len(list(folder.iterdir())) == 1
 
 
 def test_other_texts_tokenizers_and_short_texts_are_encoded(folder):
@@ -49,7 +49,7 @@ def test_other_texts_tokenizers_and_short_texts_are_encoded(folder):
     assert len(list(folder.iterdir())) == 3
 
 
-@pytest.mark.parametrize("broken", [b"", b"PK\x03\x04 and no more", None])
+@pytest.mark.parametrize("broken", [b"", b"x" * 72, None])
 def test_a_broken_file_is_made_again(folder, broken):
     encode_kept(Counting(), LONG)
     (path,) = folder.iterdir()

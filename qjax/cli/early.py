@@ -26,8 +26,7 @@ def check_names(
     models: Iterable[str | None] = (),
 ) -> None:
     """Raises QjaxError for an unknown method, option, format, order, convention, task, measurement, compute type or text, for a
-    rule whose
-    pattern is none, and for a model's path that does not exist.
+    rule whose pattern is none, and for a model's path that does not exist.
 
     None: not said. recipes, methods, tasks, measure: names between commas.
     """

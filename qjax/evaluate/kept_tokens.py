@@ -1,25 +1,26 @@
 """The tokens of a text, kept in the user's cache folder: cutting a megabyte takes a second, and the same text is measured again
 and again. A file holds what one tokenizer, of one version of its library, makes of one text, and is named by the digest of all
-three.
+three: the SHA-256 of the rest, then ids and bytes of every token in int32.
 """
 
 import contextlib
 import hashlib
 import importlib.metadata
-import os
-import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from qjax.cache import cache_folder
+from qjax.errors import QjaxError
+from qjax.files import write_atomically
+from qjax.untrusted import read_bytes
 
 if TYPE_CHECKING:
     from qjax.models.tokenizer import Tokenizer
 
 SHORTEST = 2**17  # characters; less is encoded as fast as it is looked up
-VERSION = 1  # of what the files hold
+VERSION = 2  # of what the files hold
 
 
 def encode_kept(tokenizer: "Tokenizer", text: str) -> tuple[np.ndarray, np.ndarray]:
@@ -28,11 +29,12 @@ def encode_kept(tokenizer: "Tokenizer", text: str) -> tuple[np.ndarray, np.ndarr
     if len(text) < SHORTEST or base is None:
         return tokenizer.encode_with_bytes(text)
     content = text.encode("utf-8", "surrogatepass")
-    path = base / "tokens" / f"{_digest(tokenizer, content)}.npz"
+    path = base / "tokens" / _digest(tokenizer, content)
     found = _read(path, len(content))
     if found is None:
         found = tokenizer.encode_with_bytes(text)
-        with contextlib.suppress(OSError):  # nowhere to keep it
+        with contextlib.suppress(OSError, QjaxError):  # nowhere to keep it
+            path.parent.mkdir(parents=True, exist_ok=True)
             _write(path, found)
     return found
 
@@ -43,19 +45,17 @@ def _digest(tokenizer: "Tokenizer", content: bytes) -> str:
 
 
 def _read(path: Path, nbytes: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """What a file holds; None where there is none, or one that is broken."""
+    """What a file holds; None where there is none, or one that is broken or of another text."""
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            ids, counts = file["ids"], file["bytes"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        held = read_bytes(path, limit=32 + 16 * nbytes)  # a token of no byte for each byte, at most
+    except QjaxError:
         return None
-    whole = ids.dtype == counts.dtype == np.int32 and ids.ndim == 1 and ids.shape == counts.shape and counts.sum() == nbytes
-    return (ids, counts) if whole else None
+    if hashlib.sha256(held[32:]).digest() != held[:32]:
+        return None
+    ids, counts = np.frombuffer(held, np.int32, offset=32).reshape(2, -1)
+    return (ids, counts) if counts.sum() == nbytes else None
 
 
 def _write(path: Path, found: tuple[np.ndarray, np.ndarray]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}")
-    with part.open("wb") as file:
-        np.savez(file, ids=found[0], bytes=found[1])
-    part.replace(path)
+    content = np.stack(found).astype(np.int32).tobytes()
+    write_atomically(path, hashlib.sha256(content).digest() + content)

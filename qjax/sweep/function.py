@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from qjax.calibrate.capture import Batch, merge_arguments, split_arguments
+from qjax.calibrate.capture import Batch, distinct_calls, merge_arguments, split_arguments
 from qjax.driver.layer import LayerRecord, problem_of
 from qjax.driver.placement import one_order, parsed
 from qjax.driver.traced import apply_function, checked_batches, planned, quantize_traced, tried, with_weights
@@ -240,19 +240,24 @@ def _measured(cell: Cell, head: dict[str, object], *, run: Callable) -> dict[str
 
 
 def _compiled(sweep: FunctionSweep) -> Callable:
-    """(static arguments, parameters, arrays of arguments) -> losses, and which of them count."""
+    """(parameters, arguments) -> losses, and which of them count."""
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(static, values, arrays):
         return _losses(sweep, sweep.leaves.rebuilt(values), merge_arguments(static, arrays))
 
-    return lambda values, args: jax.block_until_ready(run(split_arguments(args)[0], values, split_arguments(args)[1]))
+    def losses(values, args):
+        static, arrays = split_arguments(args)
+        return jax.block_until_ready(run(static, values, arrays))
+
+    return losses
 
 
 def _perplexity(cell: Cell, run: Callable) -> PerplexityResult:
     """Of the measured batches; a batch's losses are rows, padded to the longest."""
     batches, values = cell.sweep.batches, list(cell.model.arrays.values())
-    run(values, batches[0])  # compiles
+    for args in distinct_calls(batches):
+        run(values, args)  # compiles
     started, found = time.perf_counter(), []
     for number, args in enumerate(batches):
         found.append(run(values, args))
