@@ -393,6 +393,6 @@ def test_seeds_of_calibration_are_one_line(checkpoint, tmp_path, capsys):
     assert [(row["recipe"], row["seed"]) for row in again] == [("none", 7), ("rtn:int3-g16", 7)]
     printed = succeeds(capsys, *sweep_arguments(checkpoint, out, *recipes, *options, "--seeds", "0,7", "--dry-run"))
     assert "4 cells: 4 done" in printed
-    wrong = {("0", "--seed", "7"): "by one of the two", ("0,0,1",): "expected each once", ("a",): "expected whole numbers"}
+    wrong = {("0", "--seed", "7"): "by one of the two", ("0,0,1",): "or different ones", ("a",): "expected whole numbers"}
     for given, message in wrong.items():
         assert message in fails(capsys, *sweep_arguments(checkpoint, out, *recipes, *options, "--seeds", *given))
