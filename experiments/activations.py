@@ -1,15 +1,17 @@
-"""What does rounding the inputs of layers cost, and what brings it down: SmoothQuant, LLM.int8(), finer formats.
+"""What does rounding inputs of layers and caches cost, and what brings it down: SmoothQuant, LLM.int8(), rotations, formats.
 
     python experiments/activations.py                 writes results/activations/, about 40 minutes on 2 idle cores
     python experiments/activations.py --tiny --out X  a few windows and recipes on the bundled model, for tests
 
-W8A8, W4A8 and W4A4, with dynamic and static scales, LLM.int8(), SmoothQuant by alpha, MXFP4 and NVFP4; on a model as it is, and
-on the same with outliers injected (`qjax.inject_outliers`: four channels of what every norm makes are 40 times as large, and
-the model computes the same), as large models have them. The model with outliers is written to runs/models/, where `qjax rerun
---model` finds it. SmolLM2 is measured where the folder of models has it.
+W8A8, W4A8 and W4A4, with dynamic and static scales, LLM.int8(), SmoothQuant by alpha, MXFP4 and NVFP4 with and without block
+rotations, QuaRot, caches of keys and values in 8, 4 and 2 bits; on a model as it is, and on small ones with outliers
+injected too (`qjax.inject_outliers`: four channels of what every norm makes are 40 times as large, and the model computes the
+same), as large models have them. Models with outliers are written to runs/models/, where `qjax rerun --model` finds them.
+SmolLM2 is measured where the folder of models has it, on fewer tokens.
 
 Questions: is W8A8 free (within 1 % of the float perplexity) where there are no outliers? What do outliers cost it, and how much
-of that do SmoothQuant and LLM.int8() take away?
+of that do SmoothQuant and LLM.int8() take away? How much of W4A4's loss does a rotation recover? Are caches of 8 bits within
+0.1 %, of 4 within 1 %?
 """
 
 import dataclasses
@@ -19,7 +21,7 @@ import common
 
 SETTINGS = common.Settings(max_windows=32, divergence=True, calibration_windows=16)
 INT8 = "int8-channel-sym-max"
-MODELS = ("bundled", "smollm2")
+MODELS = ("bundled", "stories260K", "smollm2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,32 +36,47 @@ class Experiment:
         "smoothquant+rtn:{int4}/int4-token@parallel",
         "smoothquant+gptq:{int4}/int8-token@qep",
     )
-    floats: tuple[str, ...] = ("rtn:mxfp8/mxfp8", "rtn:mxfp4/mxfp4", "rtn:nvfp4/nvfp4@parallel")
+    floats: tuple[str, ...] = (
+        *("rtn:mxfp8/mxfp8", "rtn:mxfp4/mxfp4", "hadamard(block=32)+rtn:mxfp4/mxfp4"),
+        *("rtn:nvfp4/nvfp4@parallel", "hadamard(block=16)+rtn:nvfp4/nvfp4@parallel"),
+    )
+    rotated: tuple[str, ...] = (
+        *("rtn:int4-channel/int4-token", "hadamard+rtn:int4-channel/int4-token"),
+        *("gptq:int4-channel/int4-token@qep", "hadamard+gptq:int4-channel/int4-token@qep"),
+    )
+    caches: tuple[str, ...] = (
+        *("kv:int8-token", "kv:fp8_e4m3-token", "kv:int4-token", "hadamard:int8-channel kv:int4-token"),
+        *("kv:int8-g32", "kv:int4-g32", "kv:int2-g32", "kv:int4-g32(residual=32)", "kv:int2-g32(residual=32)"),
+    )
+    large: int = 8  # windows of large subjects
     factor: float = 40.0
     channels: int = 4
     seen: int = 4
     settings: common.Settings = SETTINGS
 
     def recipes(self, subject: common.Subject) -> list[str]:
-        """Those of 8 bits, SmoothQuant's by alpha, of 4 bits in the subject's usual group, and of small floats."""
+        """Those of 8 bits, SmoothQuant's by alpha, of 4 bits in the subject's usual group, of small floats, rotated, caches."""
         by_alpha = [f"smoothquant({option})+rtn:{INT8}/int8-token@parallel" for option in self.alphas]
         four = [each.format(int4=f"int4-g{subject.groups[1]}") for each in (*self.four, *self.smoothed)]
-        return [*self.eight, *by_alpha, *four, *self.floats]
+        return [*self.eight, *by_alpha, *four, *self.floats, *self.rotated, *self.caches]
 
 
-TINY = Experiment((f"rtn:{INT8}/int8-token",), ("alpha=0.5",), (), (), (), seen=1, settings=common.TINY)
+TINY = Experiment((f"rtn:{INT8}/int8-token",), ("alpha=0.5",), (), (), (), (), ("kv:int8-token",), seen=1, settings=common.TINY)
 
 
 def run(out: Path, *, tiny: bool = False, subjects: tuple[common.Subject, ...] = common.BUNDLED) -> list[dict[str, object]]:
     """Measures what is missing in out/rows.jsonl and writes the tables and figures."""
     experiment = TINY if tiny else Experiment()
     for subject in subjects:
-        injected = common.with_outliers(
-            subject, experiment.factor, experiment.channels, out / "models" if tiny else common.PLAIN
-        )
-        for each in (subject, injected):
+        settings, measured = experiment.settings, [subject]
+        if subject.large:
+            settings = dataclasses.replace(settings, max_windows=experiment.large)
+        else:
+            folder = out / "models" if tiny else common.PLAIN
+            measured.append(common.with_outliers(subject, experiment.factor, experiment.channels, folder))
+        for each in measured:
             common.look_at_inputs(out, each, experiment.seen)
-            common.measure(out, each, experiment.recipes(each), experiment.settings)
+            common.measure(out, each, experiment.recipes(each), settings)
     return common.report(out)
 
 

@@ -59,6 +59,7 @@ class Subject:
     groups: tuple[str, ...] = ("32", "128", "channel")  # of the bitwidth sweep; the second is the usual one of real models
     window: int = 2048  # tokens, of texts and of calibration; cut to the model's context
     bos: bool = False  # the beginning of text stands before each window that is measured
+    large: bool = False  # 10^8 parameters or more
     data: Path = DATA
 
 
@@ -69,6 +70,7 @@ TASKS = (
     "piqa:{data}/tasks/piqa.jsonl",
     "hellaswag:{data}/tasks/hellaswag_val_full.txt.bz2",
 )
+REAL_TEXTS = ((WIKITEXT,), C4, TASKS)
 STORIES = HALF + "{data}/text/tinystories_val.txt"
 SUBJECTS = {
     "bundled": Subject("bundled", ("python-docs",), "python-docs", ("cloze",)),
@@ -79,9 +81,9 @@ SUBJECTS = {
     "babyllama": Subject("{data}/models/babyllama-hf", (STORIES,), STORIES),
     # 576 wide: groups of 64 divide it, those of 128 would leave a half group at the end of every column.
     "smollm2": Subject(
-        "{models}/SmolLM2-135M-Instruct.Q4_1.gguf", (WIKITEXT,), C4, TASKS, groups=("32", "64", "channel"), window=512
+        "{models}/SmolLM2-135M-Instruct.Q4_1.gguf", *REAL_TEXTS, groups=("32", "64", "channel"), window=512, large=True
     ),
-    "gemma3-270m": Subject("{models}/gemma-3-270m.Q4_K_M.gguf", (WIKITEXT,), C4, TASKS, window=512, bos=True),
+    "gemma3-270m": Subject("{models}/gemma-3-270m.Q4_K_M.gguf", *REAL_TEXTS, window=512, bos=True, large=True),
     "gpt2": Subject("openai-community/gpt2"),
     "pythia-160m": Subject("EleutherAI/pythia-160m"),
     "llama-2-7b": Subject("meta-llama/Llama-2-7b-hf"),
