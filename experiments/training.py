@@ -22,6 +22,8 @@ from qjax.driver.decoder import quantize_to
 from qjax.driver.report import stored_size
 from qjax.evaluate.corpora import Corpus, load_corpus
 from qjax.models.adapters import attach
+from qjax.sweep.measurements.perplexity import figures
+from qjax.sweep.measurements.provenance import provenance
 from qjax.train.log import ROWS, step_rows
 from qjax.train.loop import TrainConfig
 from qjax.train.lora import LoraConfig
@@ -133,18 +135,18 @@ def _add(
     key = _digest([asked, dataclasses.asdict(experiment)])
     if key in {row["key"] for row in common.read_rows(out / common.ROWS)}:
         return
+    rows = [row for row in common.read_rows(out / common.ROWS) if row["corpus_fingerprint"] == corpus.fingerprint]
+    before = next((row for row in rows if row["treatment"] == "none"), None)
     found = qjax.perplexity(model, corpus, f"windows-{model.config.context}", max_windows=experiment.max_windows)
     rate = step_rows(place / ROWS)[-1]["tokens_per_second"] if place else 1.0
     bits, size = stored_size(model.params) if model.recipe != "none" else (None, qjax.nbytes(model.params))
-    figures = {
+    added = {
         "convention": found.convention,
-        "perplexity": found.value,
-        "nll": found.nll,
         "bits_per_weight": bits,
         "size_bytes": size,
         "training_seconds": asked["training_tokens"] / rate,
     }
-    common.add_row(out, {"key": key, **asked, **figures})
+    common.add_row(out, {"key": key, **asked, **figures(found, before), **added, **provenance()})
 
 
 if __name__ == "__main__":
