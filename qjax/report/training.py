@@ -46,7 +46,9 @@ def training_table(rows: Sequence[Row]) -> Table:
         if lost is not None and place in before and row["treatment"] != "rounded":
             line["recovered"] = 100 * (lost - number(row, "perplexity")) / (lost - before[place])
         lines.append(line)
+    several = len({row["model"] for row in rows}) > 1
     columns = (
+        *([TableColumn("model", "model", text=True)] if several else []),
         TableColumn("corpus", "text", text=True),
         TableColumn("model_recipe", "recipe", text=True),
         TableColumn("treatment", "treatment", text=True),
@@ -66,7 +68,7 @@ def training_table(rows: Sequence[Row]) -> Table:
 
 def _place(row: Row) -> tuple[object, ...]:
     """What was measured: rows of one place are compared."""
-    return row["corpus"], row["corpus_fingerprint"], row["convention"]
+    return row["model"], row["corpus"], row["corpus_fingerprint"], row["convention"]
 
 
 def _rounded_by(row: Row) -> str:
