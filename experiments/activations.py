@@ -38,7 +38,7 @@ class Experiment:
     )
     floats: tuple[str, ...] = (
         *("rtn:mxfp8/mxfp8", "rtn:mxfp4/mxfp4", "hadamard(block=32)+rtn:mxfp4/mxfp4"),
-        *("rtn:nvfp4/nvfp4@parallel", "hadamard(block=16)+rtn:nvfp4/nvfp4@parallel"),
+        *("rtn:nvfp4/nvfp4@parallel", "rtn:nvfp4", "hadamard(block=16)+rtn:nvfp4"),
     )
     rotated: tuple[str, ...] = (
         *("rtn:int4-channel", "rtn:int4-channel/int4-token", "hadamard+rtn:int4-channel/int4-token"),
