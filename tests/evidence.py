@@ -19,9 +19,12 @@ BUNDLED, BASELINE = "bundled", "none"
 
 @functools.cache
 def cells(folder: str, model: str = BUNDLED, text: str = "") -> dict[str, Estimate]:
-    """What rows of a model and a text say, by recipe and what else tells them apart. text: a part of its name."""
+    """What rows of a model and a text say, by recipe and what else tells them apart. model: its name, or how names begin, if
+    none is the very one; text: a part of its name.
+    """
     found = cell_estimates(read_rows(RESULTS / folder / ROWS))
-    return {" ".join(key[2:]): cell for key, cell in found.items() if key[0].startswith(model) and text in key[1]}
+    same = str.__eq__ if model in {key[0] for key in found} else str.startswith
+    return {" ".join(key[2:]): cell for key, cell in found.items() if same(key[0], model) and text in key[1]}
 
 
 def cell(folder: str, recipe: str, **where: str) -> Estimate:
@@ -75,6 +78,27 @@ def accuracy_noise(folder: str, recipe: str, task: str = "cloze") -> bool:
     """Whether the 95 % interval of a change of accuracy holds zero."""
     row = cell(folder, recipe).row
     return row[f"accuracy_delta_low:{task}"] <= 0 <= row[f"accuracy_delta_high:{task}"]
+
+
+# --- activations ----------------------------------------------------------------------------------------------------------
+
+OUTLIERS = "bundled-outliers"
+W8A8, W4A4 = "rtn:int8-channel-sym-max/int8-token", "rtn:int4-channel/int4-token"
+
+
+def acts(recipe: str, model: str = BUNDLED, text: str = "") -> tuple[float, float]:
+    """Change of perplexity and its standard error, %."""
+    return change("activations", recipe, model=model, text=text), error("activations", recipe, model=model, text=text)
+
+
+def times_less(recipe: str, than: str = W8A8, model: str = OUTLIERS) -> float:
+    """How many times a recipe's cost is in another's."""
+    return acts(than, model)[0] / acts(recipe, model)[0]
+
+
+def taken_back(recipe: str, of: str = W4A4, model: str = BUNDLED) -> float:
+    """What a recipe takes back of what another costs, %."""
+    return 100 * (1 - acts(recipe, model)[0] / acts(of, model)[0])
 
 
 # --- tables of the README -------------------------------------------------------------------------------------------------
