@@ -198,7 +198,8 @@ def test_further_collections_are_named_and_served(x, average):
     class Normed(nn.Module):
         @nn.compact
         def __call__(self, x):
-            return nn.BatchNorm(use_running_average=average, name="norm")(nn.Dense(8, name="dense")(x))
+            x = nn.BatchNorm(use_running_average=average, name="norm")(nn.Conv(4, (3,), name="conv")(x[..., None]))
+            return nn.Dense(8, name="dense")(nn.relu(x).reshape(3, 28))
 
     variables = Normed().init(jax.random.key(0), x)
     params = variables["params"]
@@ -212,7 +213,8 @@ def test_further_collections_are_named_and_served(x, average):
     expected, _ = Normed().apply(variables, x, mutable=["batch_stats"])
     np.testing.assert_allclose(got, expected, atol=0.2)
     if average:  # else calibration would change the statistics that it reads
-        quantized, _ = qjax.quantize_flax(Normed(), variables, "gptq:int8-g4", batches=[(x,)])
+        quantized, report = qjax.quantize_flax(Normed(), variables, "gptq:int8-g4", batches=[(x,)])
+        assert [record.path for record in report.layers] == ["params/conv/kernel", "params/dense/kernel"]
         got, state = qjax.apply_flax(Normed(), quantized, x, mutable=("batch_stats",))
         wanted = Normed().apply(qjax.dequantize_flax(Normed(), quantized), x)
         np.testing.assert_allclose(got, wanted, atol=1e-5)
