@@ -21,7 +21,7 @@ import common
 
 SETTINGS = common.Settings(max_windows=32, divergence=True, calibration_windows=16)
 INT8 = "int8-channel-sym-max"
-UNROTATED = "stories260K-hf"  # 172 inputs, of which no Hadamard matrix is known, nor any of 16 or 32 in a block
+UNROTATED = "stories260K"  # 172 inputs, of which no Hadamard matrix is known, nor any of 16 or 32 in a block
 MODELS = ("bundled", "stories260K", "smollm2")
 
 
@@ -60,7 +60,7 @@ class Experiment:
         by_alpha = [f"smoothquant({option})+rtn:{INT8}/int8-token@parallel" for option in self.alphas]
         four = [each.format(int4=f"int4-g{subject.groups[1]}") for each in (*self.four, *self.smoothed)]
         recipes = [*self.eight, *by_alpha, *four, *self.floats, *self.rotated, *self.caches]
-        return [each for each in recipes if "hadamard" not in each or not subject.model.endswith(UNROTATED)]
+        return [each for each in recipes if "hadamard" not in each or UNROTATED not in subject.model]
 
 
 TINY = Experiment((f"rtn:{INT8}/int8-token",), ("alpha=0.5",), (), (), (), (), ("kv:int8-token",), seen=1, settings=common.TINY)
