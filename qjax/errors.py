@@ -1,5 +1,8 @@
 """The one exception that means "you asked for something qjax cannot do": its message is for a person."""
 
+import contextlib
+from collections.abc import Iterator
+
 LONGEST = 1_000  # characters of a message
 HEAD = 640  # of those, before the cut of a longer one; behind it is the remedy
 
@@ -30,3 +33,15 @@ class QjaxError(Exception):
 
 class QjaxWarning(UserWarning):
     """Something that was done as asked but may not be what was meant; the command line prints it as one line."""
+
+
+@contextlib.contextmanager
+def code_of_others(what: str, advice: str) -> Iterator[None]:
+    """Context in which code that is not ours runs: where it fails on a batch, a QjaxError says so, with the advice."""
+    try:
+        yield
+    except QjaxError:
+        raise
+    except Exception as error:
+        told = next(iter(str(error).splitlines()), "")
+        raise QjaxError(f"{what} fails on a batch, {type(error).__name__}: {told}; {advice}") from error

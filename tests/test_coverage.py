@@ -26,6 +26,7 @@ def test_each_library_is_seen():
     assert "up         2 8 4  (8) -> (2 4)" in told["experts"] and "down       2 4 8  2 x (4) -> (8)" in told["experts"]
     assert "key/kernel    8 2 4  (8) -> (8), input of query/kernel" in told["attention"]
     assert "layers     2 8 8  2 x (8) -> (8), 3 times" in told["indexed"]
+    assert "down/kernel  2 4 8  2 x (4) -> (8)" in told["heads"]
     assert "a          8 2    (8) -> (2), input of kernel" in told["lora"]
 
 
@@ -120,6 +121,16 @@ def test_one_matrix_of_a_stack_with_two_axes():
     np.testing.assert_array_equal(qjax.dequantize_function(quantized)["w"][1, 2], alone)
     np.testing.assert_allclose(qjax.apply_function(fn, quantized, X), X @ alone @ params["vector"], atol=1e-5)
     assert quantized["vector"] is params["vector"]  # a vector is no matrix
+
+
+def test_matrices_are_named_as_the_parameter_is_indexed():
+    """A scan under vmap has layers before copies in its stack, whatever the axes' order."""
+    w = normal(1, 3, 2, 8, 8)
+    fn = lambda p, x: jax.vmap(lambda w: lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0])(p["w"])  # noqa: E731
+    quantized, report = qjax.quantize_function(fn, {"w": w}, "rtn:int4-g4", batches=[(X,)])
+    assert {record.path for record in report.layers} == {f"w[{i},{j}]" for i in range(3) for j in range(2)}
+    alone = qjax.dequantize(qjax.rtn(w[2, 1], "int4-g4")[0])
+    np.testing.assert_array_equal(qjax.dequantize_function(quantized)["w"][2, 1], alone)
 
 
 def test_paths_are_those_of_the_tree():

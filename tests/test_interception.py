@@ -198,7 +198,8 @@ def test_further_collections_are_named_and_served(x, average):
     class Normed(nn.Module):
         @nn.compact
         def __call__(self, x):
-            return nn.BatchNorm(use_running_average=average, name="norm")(nn.Dense(8, name="dense")(x))
+            x = nn.BatchNorm(use_running_average=average, name="norm")(nn.Conv(4, (3,), name="conv")(x[..., None]))
+            return nn.Dense(8, name="dense")(nn.relu(x).reshape(3, 28))
 
     variables = Normed().init(jax.random.key(0), x)
     params = variables["params"]
@@ -212,11 +213,36 @@ def test_further_collections_are_named_and_served(x, average):
     expected, _ = Normed().apply(variables, x, mutable=["batch_stats"])
     np.testing.assert_allclose(got, expected, atol=0.2)
     if average:  # else calibration would change the statistics that it reads
-        quantized, _ = qjax.quantize_flax(Normed(), variables, "gptq:int8-g4", batches=[(x,)])
+        quantized, report = qjax.quantize_flax(Normed(), variables, "gptq:int8-g4", batches=[(x,)])
+        assert [record.path for record in report.layers] == ["params/conv/kernel", "params/dense/kernel"]
         got, state = qjax.apply_flax(Normed(), quantized, x, mutable=("batch_stats",))
         wanted = Normed().apply(qjax.dequantize_flax(Normed(), quantized), x)
         np.testing.assert_allclose(got, wanted, atol=1e-5)
         assert state.keys() == {"batch_stats"}
+
+
+class Dropping(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.Dense(8, name="b")(nn.Dropout(0.5, deterministic=not train)(nn.Dense(8, name="a")(x)))
+
+
+@pytest.mark.filterwarnings("ignore:fewer calibration tokens")
+def test_random_numbers_come_with_a_function_of_them(x):
+    """Batches hold none: what a module lacks is said, and the function that gives them is quantized with them."""
+    params, key = Dropping().init(jax.random.key(0), x)["params"], jax.random.key(3)
+    with pytest.raises(qjax.QjaxError, match=r"Dropping itself fails on a batch, InvalidRngError: .* rngs, goes to qjax.quant"):
+        qjax.quantize_flax(Dropping(), params, "rtn:int8-g4", batches=[(x, True)])
+    with pytest.raises(qjax.QjaxError, match=r"Dropping itself fails on a batch, ScopeParamShapeError"):
+        qjax.quantize_flax(Dropping(), params, "rtn:int8-g4", batches=[(x[:, :5],)])
+    fn = lambda params, x, key: Dropping().apply({"params": params}, x, True, rngs={"dropout": key})  # noqa: E731
+    quantized, _ = qjax.quantize_function(fn, params, "gptq:int8-g4@parallel", batches=[(x, key)])
+    alone, _ = qjax.quantize_flax(Dropping(), params, "gptq:int8-g4@parallel", batches=[(x,)], rules=["b=none"])
+    np.testing.assert_array_equal(quantized["a"]["kernel"].weight.codes, alone["a"]["kernel"].codes)
+    decoded = qjax.dequantize_function(quantized)
+    np.testing.assert_allclose(qjax.apply_function(fn, quantized, x, key), fn(decoded, x, key), atol=1e-6)
+    by_flax = qjax.apply_flax(Dropping(), quantized, x, True, rngs={"dropout": key})
+    np.testing.assert_allclose(by_flax, fn(decoded, x, key), atol=1e-6)
 
 
 def test_rules_leave_layers_out(x):
@@ -239,6 +265,7 @@ def test_rules_leave_layers_out(x):
         ),
         (nn.Einsum((3, 7, 5), "bd,bde->be", use_bias=False, name="batched"), (3, 7), ["batched/kernel[2]"]),
         (nn.Dense(5, dot_general=jax.lax.dot_general, name="own"), (3, 7), ["own/kernel"]),
+        (nn.Dense(5, promote_dtype=lambda *values, **_: [2 * values[0], *values[1:]], name="own"), (3, 7), ["own/kernel"]),
     ],
 )
 def test_layers_that_interceptors_refuse_are_seen_in_the_trace(layer, shape, paths):
@@ -279,6 +306,41 @@ def test_layers_of_other_classes_are_not_skipped_silently(x):
     cast, report = qjax.quantize_flax(Model(), params, "bf16", batches=[(x,)])
     assert {leaf.dtype for leaf in jax.tree.leaves(cast)} == {jnp.dtype("bfloat16")}
     assert report.model_bits_per_weight == 16
+
+
+@pytest.mark.parametrize("recipe", ["rtn:int8-g4", "gptq:int8-g4"])
+def test_kernels_that_change_on_their_way_to_the_layer_are_refused(x, recipe):
+    """A layer's kernel is then not the parameter: rounding that would not be rounding this."""
+    double = lambda variables: jax.tree.map(lambda leaf: 2 * leaf, variables)  # noqa: E731
+    run = nn.map_variables(lambda layer, x: layer(x), "params", double)
+
+    class Doubled(nn.Module):
+        def setup(self):
+            self.plain, self.layer = nn.Dense(7), nn.Dense(8)
+
+        def __call__(self, x):
+            return self.layer(self.plain(x)) if self.is_initializing() else run(self.layer, self.plain(x))
+
+    class Normed(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.WeightNorm(nn.Dense(8, name="layer"))(nn.Dense(7, name="plain")(x))
+
+    for module in (Doubled(), Normed()):
+        params = module.init(jax.random.key(0), x)["params"]
+        with pytest.raises(qjax.QjaxError, match=r"cannot be quantized: layer/kernel is .*'PATTERN=none'"):
+            qjax.quantize_flax(module, params, recipe, batches=[(x,)])
+    quantized, _ = qjax.quantize_flax(Normed(), params, "rtn:int8-g4", batches=[(x,)], rules=["layer=none"])
+    assert is_quantized(quantized["plain"]["kernel"]) and not is_quantized(quantized["layer"]["kernel"])
+
+
+def test_kernels_that_come_to_the_layer_as_they_are_stay_with_interceptors(x):
+    checkpointed = nn.remat(Two, static_argnums=(2,))()
+    params = checkpointed.init(jax.random.key(0), x, True)["params"]
+    quantized, _ = qjax.quantize_flax(checkpointed, params, "rtn:int8-g4", batches=[(x, True)])
+    plain, _ = qjax.quantize_flax(Two(), params, "rtn:int8-g4", batches=[(x, True)])
+    assert jax.tree.structure(quantized) == jax.tree.structure(plain)
+    jax.tree.map(np.testing.assert_array_equal, quantized, plain)
 
 
 def test_weights_that_are_not_finite_are_named(x):

@@ -33,6 +33,16 @@ def matrices(params):
     return found
 
 
+def with_gradient(fn):
+    """The function's output, and the gradient of its size by the input."""
+
+    def run(params, x):
+        y, back = jax.vjp(lambda x: fn(params, x), x)
+        return y, back(y)
+
+    return run
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_every_layer_is_quantized_as_it_would_be_alone(name):
     case = CASES[name]
@@ -46,9 +56,11 @@ def test_every_layer_is_quantized_as_it_would_be_alone(name):
             alone, _ = qjax.quantize_function(product, {"w": weight}, recipe, batches=[(x,)])
             np.testing.assert_allclose(got[path], qjax.dequantize(alone["w"]), atol=1e-6, err_msg=f"{recipe} {path}")
         if recipe == run:
-            y = jax.jit(functools.partial(qjax.apply_function, case.fn))(params, X)
-            wanted = case.fn(qjax.dequantize_function(params), X)
-            jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), y, wanted)
+            runs = jax.jit(with_gradient(functools.partial(qjax.apply_function, case.fn)))
+            wanted = with_gradient(case.fn)(qjax.dequantize_function(params), X)
+            jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-4), runs(params, X), wanted)
+            runs(params, X + 1)
+            assert runs._cache_size() == 1  # no call compiles again
 
 
 @pytest.fixture(scope="module")

@@ -14,17 +14,19 @@ pytestmark = pytest.mark.filterwarnings("ignore:fewer calibration tokens")
 
 
 class Net(nnx.Module):
-    """State besides parameters, a list, a parameter that two layers share."""
+    """State besides parameters, random numbers, a list, a parameter that two layers share, a layer that has two names."""
 
     def __init__(self, rngs):
         self.first = nnx.Linear(8, 8, rngs=rngs)
         self.norm = nnx.BatchNorm(8, rngs=rngs)
         self.rest = nnx.List([nnx.Linear(8, 8, use_bias=False, rngs=rngs) for _ in range(2)])
         self.rest[1].kernel = self.rest[0].kernel
+        self.last, self.drop = self.first, nnx.Dropout(0.5, rngs=rngs)
 
     def __call__(self, x, train=False):
         x = self.norm(nnx.relu(self.first(x)), use_running_average=not train)
-        return self.rest[1](jnp.tanh(self.rest[0](x)))
+        x = self.drop(self.rest[1](jnp.tanh(self.rest[0](x))), deterministic=not train)
+        return self.last(x)
 
 
 def test_a_module_runs_quantized_when_it_is_called():
@@ -32,7 +34,7 @@ def test_a_module_runs_quantized_when_it_is_called():
     quantized, report = qjax.quantize_nnx(model, "gptq:int4-g4@parallel", batches=[(X,)])
     assert isinstance(quantized, Net) and isinstance(quantized.first.kernel.get_value(), Kernel)
     assert [record.path for record in report.layers] == ["first/kernel", "rest/0/kernel"]
-    _, params, rest = nnx.split(quantized, nnx.Param, ...)
+    _, params, rest = nnx.split(nnx.clone(quantized), nnx.Param, ...)
     dense = nnx.merge(nnx.graphdef(model), qjax.dequantize_function(params), rest)
     near = lambda got: np.testing.assert_allclose(got, dense(X), atol=1e-5)  # noqa: E731
     near(quantized(X))
@@ -41,7 +43,8 @@ def test_a_module_runs_quantized_when_it_is_called():
     assert float(jnp.max(jnp.abs(dense(X) - model(X)))) > 1e-3
     gradient = jax.grad(lambda x: jnp.sum(quantized(x)))(X)
     np.testing.assert_allclose(gradient, jax.grad(lambda x: jnp.sum(dense(x)))(X), atol=1e-4)
-    quantized(X, train=True), dense(X, train=True)
+    np.testing.assert_allclose(quantized(X, train=True), dense(X, train=True), atol=1e-5)  # of the same random numbers
+    assert quantized.drop.rngs.count[...] == dense.drop.rngs.count[...] == model.drop.rngs.count[...] + 1
     np.testing.assert_allclose(quantized.norm.mean[...], dense.norm.mean[...], atol=1e-6)
     assert float(jnp.max(jnp.abs(quantized.norm.mean[...]))) > 0
 

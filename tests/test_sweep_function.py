@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 import qjax
+from qjax.report.draws import merge_draws
+from qjax.sweep.request import request_of
 from tests.traced_models import normal
 
 pytestmark = pytest.mark.filterwarnings("ignore:fewer calibration tokens")
@@ -83,10 +85,37 @@ def test_tables_and_figures_are_made(measured, tmp_path):
     )
 
 
+def test_draws_by_seed_are_rows_of_their_own_and_one_line(tmp_path):
+    """Those of each seed alone, under the same keys; what reads no data has one row."""
+    draws = {seed: [(normal(seed, 8, 6, 8), jnp.zeros((8, 6), int))] for seed in (5, 9)}
+    rows = sweep(tmp_path / "both", calibration=draws)
+    asked = [(row["recipe"].partition(";")[0], row["seed"], row["calibration_windows"]) for row in rows]
+    drawn = [("gptq:int3-g8", seed, 1) for seed in draws]
+    assert asked == [("none", 5, None), (RECIPES[0], 5, None), drawn[0], (RECIPES[2], 5, None), drawn[1]]
+    alone = sweep(tmp_path / "alone", RECIPES[1:2], calibration={9: draws[9]})[1]
+    assert all(rows[4][name] == alone[name] for name in ("key", "window_nll", "calibration_fingerprint"))
+    given = sweep(tmp_path / "given", RECIPES[1:2], calibration=draws[9])[1]
+    assert given["window_nll"] == rows[4]["window_nll"] != rows[2]["window_nll"] and given["key"] != alone["key"]
+    (merged,) = [row for row in merge_draws(rows) if row["recipe"].startswith("gptq")]
+    assert merged["draws"] == 2 and merged["draw_seeds"] == [5, 9]
+    assert merged["nll_delta"] == pytest.approx((rows[2]["nll_delta"] + rows[4]["nll_delta"]) / 2, abs=1e-6)
+    assert merged["nll_delta_between"] == pytest.approx(abs(rows[2]["nll_delta"] - rows[4]["nll_delta"]) / 2**0.5, abs=1e-6)
+
+
+def test_a_row_is_measured_again_by_calling_it_again(measured):
+    for row in measured[1]:
+        with pytest.raises(
+            qjax.QjaxError, match=f"row {row['key']} is of a function .* call qjax.sweep_function with them again"
+        ):
+            request_of(row)
+
+
 def test_misuse_is_named_before_anything_is_computed(tmp_path):
     wrong = {
         "needs calibration data": {"calibration": None},
-        r"calibration\[0\] is measured too": {"calibration": BATCHES[1:]},
+        "calibration batch 0 of seed 0 is measured too": {"calibration": BATCHES[1:]},
+        "calibration batch 1 of seed 7 is measured too": {"calibration": {2: CALIBRATION, 7: [*CALIBRATION, BATCHES[1]]}},
+        r"calibration by seed has \['a'\], expected numbers": {"calibration": {"a": CALIBRATION}},
         "match(es)? no kernel": {"rules": ["nothing=none"]},
         r"losses of shape \(\)": {"losses": lambda *args: losses(*args)[0].mean()},
         "function with its losses fails on a batch, TypeError": {"losses": lambda logits: logits},

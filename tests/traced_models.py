@@ -129,7 +129,37 @@ def bonsai_products(p, x):
 
 
 def self_attention_products(p, x):
-    return {f"{name}/kernel": (p[name]["kernel"].reshape(8, 8), rows(x)) for name in ("query", "key", "value")}
+    q, k, v = (jnp.einsum("btd,dnh->btnh", x, p[name]["kernel"]) + p[name]["bias"] for name in ("query", "key", "value"))
+    found = {f"{name}/kernel": (p[name]["kernel"].reshape(8, 8), rows(x)) for name in ("query", "key", "value")}
+    return found | {"out/kernel": (p["out"]["kernel"].reshape(8, 8), nn.dot_product_attention(q, k, v).reshape(-1, 8))}
+
+
+class Heads(nn.Module):  # the same layer side by side under nn.vmap: on one input, then each on its own
+    @nn.compact
+    def __call__(self, x):
+        options = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "axis_size": 2}
+        h = nn.vmap(nn.Dense, in_axes=None, **options)(4, use_bias=False, name="up")(x)
+        return nn.vmap(nn.Dense, **options)(8, use_bias=False, name="down")(nn.tanh(h))
+
+
+def heads_products(p, x):
+    found = expert_products({name: p[name]["kernel"] for name in ("up", "down")}, x)
+    return {f"{name[:4].rstrip('[')}/kernel{name[4:]}": product for name, product in found.items()}
+
+
+def mlp(p, x):  # as in Equinox: weights are (out, in), a model is of one vector
+    def one(x):
+        for layer in p["layers"]:
+            x = jnp.tanh(layer["weight"] @ x + layer["bias"])
+        return x
+
+    return jax.vmap(jax.vmap(one))(x)
+
+
+def mlp_products(p, x):
+    first, second = p["layers"]
+    h = jnp.tanh(rows(x) @ first["weight"].T + first["bias"])
+    return {"layers/0/weight": (first["weight"].T, rows(x)), "layers/1/weight": (second["weight"].T, h)}
 
 
 def indexed(p, x):  # layers in a loop, one of them called twice
@@ -148,13 +178,16 @@ def lora(p, x):
     return x @ p["kernel"] + (x @ p["a"]) @ p["b"]
 
 
-def convolution(p, x):
-    numbers = ("NWC", "WIO", "NWC")
-    return lax.conv_general_dilated(x.reshape(2, 16, 4), p["conv"], (2,), "VALID", dimension_numbers=numbers)
+def convolution(p, x):  # of windows of two places side by side, then of one
+    convolve = lambda x, w, stride: lax.conv_general_dilated(  # noqa: E731
+        x, w, (stride,), "VALID", dimension_numbers=("NWC", "WIO", "NWC")
+    )
+    return convolve(convolve(x.reshape(2, 16, 4), p["conv"], 2), p["point"], 1)
 
 
 def convolution_products(p, x):
-    return {"conv": (p["conv"].reshape(8, 8), rows(x))}  # windows of two places side by side
+    wide = p["conv"].reshape(8, 8)
+    return {"conv": (wide, rows(x)), "point": (p["point"][0], rows(x) @ wide)}
 
 
 def linen(module, *shape):
@@ -169,7 +202,13 @@ CASES = {
     "maxtext": Case(*linen(Scanned()), scanned_products),
     "gemma": Case(*linen(Gemma()), gemma_products),
     "bonsai": Case(*split(Bonsai(nnx.Rngs(0))), bonsai_products),
-    "attention": Case(*linen(nn.MultiHeadDotProductAttention(num_heads=2)), self_attention_products, ("bias=none", "out=none")),
+    "attention": Case(*linen(nn.MultiHeadDotProductAttention(num_heads=2)), self_attention_products, ("bias=none",)),
+    "heads": Case(*linen(Heads()), heads_products),
+    "equinox": Case(
+        mlp,
+        {"layers": [{"weight": normal(i, 8, 8), "bias": normal(i + 1, 8)} for i in (11, 13)]},
+        mlp_products,
+    ),
     "indexed": Case(indexed, {"layers": normal(6, 2, 8, 8)}, indexed_products),
     "lora": Case(
         lora,
@@ -177,5 +216,5 @@ CASES = {
         lambda p, x: {"kernel": (p["kernel"], rows(x))},
         ("^[ab]$=none",),
     ),
-    "convolution": Case(convolution, {"conv": normal(10, 2, 4, 8)}, convolution_products),
+    "convolution": Case(convolution, {"conv": normal(10, 2, 4, 8), "point": normal(15, 1, 8, 8)}, convolution_products),
 }

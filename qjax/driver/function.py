@@ -27,6 +27,7 @@ from qjax.interception.linen import linear_layers, quantized_kernels, unboxed
 from qjax.linear import dequantize, is_quantized
 from qjax.methods import Stage
 from qjax.recipe import Recipe
+from qjax.tracing.coverage import coverage
 from qjax.tracing.kernel import Kernel, dequantize_function
 
 
@@ -155,10 +156,14 @@ def _placed(
         found = linear_layers(module, params, *args)
         views |= found.views
         refused |= found.refused
+        if found.moved:  # whether the kernel, as the module has it, is what they multiply with, its trace tells
+            told = coverage(_Apply(module, whole=False), params, *args).parameters
+            refused |= {each.path: f"{each.path} is {each.why}" for each in told if each.path in found.moved and each.why}
         if views.keys() | refused.keys() >= set(kernels):
             break
     unreached = [path for path in kernels if path not in views and path not in refused]
     refused |= {path: f"{path}: no batch reaches it by the __call__ of a layer" for path in unreached}
+    views = {path: view for path, view in views.items() if path not in refused}
     try:
         placed = place([*views, *refused], recipe, rules)
     except QjaxError as error:  # what rules name may be seen in the trace
@@ -199,7 +204,7 @@ def dequantize_flax(module: nn.Module, params: PyTree, *args: object, **kwargs: 
         return dequantize_function(params)
     if _is_whole(params):
         return params | {"params": dequantize_flax(module, params["params"], *args, **kwargs)}
-    views, _ = linear_layers(module, params, *args, **kwargs)
+    views = linear_layers(module, params, *args, **kwargs).views
     flat = flatten_dict(params, sep="/")
     quantized = {path: leaf for path, leaf in flat.items() if is_quantized(leaf)}
     if unreached := quantized.keys() - views.keys():

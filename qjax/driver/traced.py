@@ -1,6 +1,7 @@
 """Any JAX function of parameters: its contractions are found by tracing it, quantized, and run in its own code."""
 
 import dataclasses
+import operator
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
@@ -17,7 +18,7 @@ from qjax.driver.layer import LayerRecord
 from qjax.driver.piece import Piece
 from qjax.driver.placement import Plan, Rule, one_order, parsed, place
 from qjax.driver.report import Report, cast_others, make_report, warn_of_few_tokens
-from qjax.errors import QjaxError
+from qjax.errors import QjaxError, code_of_others
 from qjax.interception.contraction import KernelView
 from qjax.linear import is_quantized
 from qjax.methods import Stage
@@ -158,15 +159,8 @@ def _found(function: str, fn: Callable, leaves: Leaves, batches: Sequence[tuple]
 
 def tried(what: str, fn: Callable, leaves: Leaves, args: tuple) -> Traced:
     """The trace of code that is not ours; raises QjaxError where it fails."""
-    try:
+    with code_of_others(what, "batches are tuples of the arguments after the parameters"):
         return trace(fn, leaves, args, {})[0]
-    except QjaxError:
-        raise
-    except Exception as error:
-        told = next(iter(str(error).splitlines()), "")
-        raise QjaxError(
-            f"{what} fails on a batch, {type(error).__name__}: {told}; batches are tuples of the arguments after the parameters"
-        ) from error
 
 
 def _plan(found: Found, recipe: Recipe | None, rules: Sequence[Rule], left: Collection[str]) -> Plan:
@@ -213,10 +207,10 @@ class TracedPiece(Piece):
         result = dict(self.source.arrays)
         for path, site in self.sites.items():
             parts = [flat[name] for name in members(site)]
-            if all(part is self.params[name] for part, name in zip(parts, members(site), strict=True)):
+            if _are(parts, [self.params[name] for name in members(site)]):
                 continue
             before, leaf = self.made.get((path, run), ((), None))
-            if len(before) != len(parts) or any(part is not other for part, other in zip(parts, before, strict=True)):
+            if not _are(parts, before):
                 leaf = self._leaf(site, parts)
                 leaf = leaf.astype(self.source.arrays[path].dtype) if run and not is_quantized(leaf) else leaf
                 if not any(isinstance(part, jax.core.Tracer) for part in jax.tree.leaves(leaf)):
@@ -246,6 +240,11 @@ class TracedPiece(Piece):
         """The function's outputs, the first array of each."""
         params = self.source.rebuilt(self.source.arrays.values())
         return [jax.tree.leaves(self.fn(params, *batch.args))[0] for batch in batches]
+
+
+def _are(parts: Sequence[object], others: Sequence[object]) -> bool:
+    """Whether these are the very same objects."""
+    return len(parts) == len(others) and all(map(operator.is_, parts, others))
 
 
 def _stack(parts: Sequence[object], site: Site) -> object:

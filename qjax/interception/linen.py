@@ -18,15 +18,20 @@ import jax
 import jax.numpy as jnp
 from flax.errors import ScopeCollectionNotFound
 from flax.linen.dtypes import promote_dtype
+from flax.traverse_util import flatten_dict
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
-from qjax.errors import QjaxError
+from qjax.errors import QjaxError, code_of_others
 from qjax.interception.contraction import Contraction, KernelView, einsum_contraction, general_contraction
 from qjax.interception.stacked import StackedDense
 from qjax.linear import apply_linear, is_quantized
 
 SERVED = (nn.Dense, nn.DenseGeneral, nn.Einsum)
+ADVICE = (
+    "batches are tuples of the arguments of module.apply after the variables; a module that needs more, as rngs, goes to "
+    "qjax.quantize_function: lambda params, x: module.apply({'params': params}, x, rngs=...)"
+)
 
 
 class Linears(NamedTuple):
@@ -34,6 +39,7 @@ class Linears(NamedTuple):
 
     views: dict[str, KernelView]
     refused: dict[str, str]  # layers that cannot run with a quantized kernel, and why
+    moved: set[str]  # kernels that layers are given by a transformation, changed (nn.map_variables) or not (nn.remat)
 
 
 def quantized_kernels(products: DTypeLike | None = None):
@@ -113,9 +119,9 @@ def unboxed(params: PyTree) -> PyTree:
 def linear_layers(module: nn.Module, params: PyTree, *args: object, **kwargs: object) -> Linears:
     """Every linear layer that module.apply({"params": params}, *args, **kwargs) calls; nothing is computed.
 
-    Raises QjaxError for a module that reads other collections.
+    Raises QjaxError for a module that reads other collections, and where it fails on the arguments.
     """
-    views, refused = {}, {}
+    views, refused, moved, given = {}, {}, set(), {}
 
     def record(call, call_args, call_kwargs, context):
         layer = context.module
@@ -124,22 +130,28 @@ def linear_layers(module: nn.Module, params: PyTree, *args: object, **kwargs: ob
             try:
                 if type(layer) in SERVED:
                     views[path] = _contraction(layer, call_args, call_kwargs).view
+                    if unboxed(layer.get_variable("params", "kernel")) is not given.get(path):
+                        moved.add(path)
                 elif layer.has_variable("params", "kernel"):
                     raise QjaxError(_cannot(layer, "kernel"))
             except QjaxError as error:
                 refused[path] = str(error)
         return _run_quantized(call, call_args, call_kwargs, context)
 
-    try:
-        with nn.intercept_methods(record):
-            jax.eval_shape(lambda p: module.apply({"params": p}, *args, **kwargs), params)
-    except ScopeCollectionNotFound as error:
-        collection = re.search('collection "(.*?)"', str(error)).group(1)
-        raise QjaxError(
-            f"{type(module).__name__} reads the collection {collection!r}, which interceptors do not see: "
-            f"give quantize_flax all variables, {{'params': ..., {collection!r}: ...}}"
-        ) from None
-    return Linears(views, refused)
+    def run(params):
+        given.update(flatten_dict(unboxed(params), sep="/"))
+        return module.apply({"params": params}, *args, **kwargs)
+
+    with code_of_others(f"{type(module).__name__} itself", ADVICE), nn.intercept_methods(record):
+        try:
+            jax.eval_shape(run, params)
+        except ScopeCollectionNotFound as error:
+            collection = re.search('collection "(.*?)"', str(error)).group(1)
+            raise QjaxError(
+                f"{type(module).__name__} reads the collection {collection!r}, which interceptors do not see: "
+                f"give quantize_flax all variables, {{'params': ..., {collection!r}: ...}}"
+            ) from None
+    return Linears(views, refused, moved)
 
 
 def _run_quantized(call, args, kwargs, context, products=None):
@@ -183,6 +195,8 @@ def _cannot(layer: nn.Module, leaf: str) -> str:
 def _contraction(layer: nn.Module, args: tuple, kwargs: dict) -> Contraction:
     """The plan of one call of a served layer; raises QjaxError where the layer is used in a way that is not served."""
     x = args[0] if args else kwargs["inputs"]
+    if getattr(layer, "promote_dtype", promote_dtype) is not promote_dtype:
+        raise QjaxError(f"layer {_name(layer)}: it brings its own promote_dtype, which a quantized kernel would bypass")
     if isinstance(layer, nn.Einsum):
         equation = (args[1] if len(args) > 1 else kwargs.get("einsum_str")) or layer.einsum_str
         try:

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,13 +35,13 @@ from qjax.sweep.claims import STALE_SECONDS, Claims
 from qjax.sweep.columns import Cell, measurements
 from qjax.sweep.measurements import perplexity, provenance, sizes
 from qjax.sweep.record import digest
+from qjax.sweep.request import OWN_LOSS
 from qjax.sweep.runner import AS_IT_IS, Treatment, Watcher, treatments_of
 from qjax.sweep.worker import Job, Worker
 from qjax.tracing.kernel import Kernel
 from qjax.tracing.trace import Leaves, leaves_of
 
 ASKS = ("cell", "perplexity", "provenance")  # measurements whose columns say what was asked, besides calibration
-CONVENTION = "own-loss"
 
 
 class Subject(NamedTuple):
@@ -66,17 +66,27 @@ class FunctionSweep(NamedTuple):
     leaves: Leaves
     losses: Callable
     batches: list[tuple]
-    calibration: list[Batch]
+    drawn: Mapping[int, list[Batch]]  # calibration by seed
+    source: str  # of them all
     recipes: tuple[str, ...]
     rules: tuple[str, ...]
     order: str | None
-    seed: int = 0
-    seeds: tuple[int, ...] = ()
+    seed: int
     tasks: tuple = ()
     measures: tuple[str, ...] = ()
     max_windows: int | None = None
     one_block: bool = False
     compute: str | None = None
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """All that drew."""
+        return tuple(self.drawn)
+
+    @property
+    def calibration(self) -> list[Batch]:
+        """What this seed drew."""
+        return self.drawn[self.seed]
 
 
 def sweep_function(
@@ -87,7 +97,7 @@ def sweep_function(
     *,
     losses: Callable[..., Array],
     batches: Iterable[tuple],
-    calibration: Iterable[tuple] | None = None,
+    calibration: Iterable[tuple] | Mapping[int, Iterable[tuple]] | None = None,
     weights: Iterable[Array] | None = None,
     rules: Sequence[str] = (),
     order: str | None = None,
@@ -102,8 +112,9 @@ def sweep_function(
 
     losses(output, *args): -ln p in nats, an array whose first axis is the sequences, not averaged; or a pair of it and an array
     of its shape that says which of them count. batches: arguments after params, each a tuple, that are measured; calibration,
-    weights, rules, order: as in `quantize_function`. name, data: of the function and the batches, in rows. watcher, workers,
-    stale_seconds: as in `run_sweep`.
+    weights, rules, order: as in `quantize_function`. calibration: also by seed, {0: [(x,)], 1: [(y,)]}, draws from one source;
+    recipes that read it have a row for each, and tables show their mean, with the error of draws and documents. weights: of
+    every draw. name, data: of the function and the batches, in rows. watcher, workers, stale_seconds: as in `run_sweep`.
 
     Raises QjaxError before anything is computed for recipes and rules that the function cannot have, for recipes that read
     calibration data where there is none, and for calibration batches that are measured too; NotFiniteError, in the end, for
@@ -112,9 +123,9 @@ def sweep_function(
     if isinstance(recipes, str):
         raise QjaxError(f"sweep_function: recipes is {recipes!r}, expected several in a tuple; give ({recipes!r},)")
     leaves, batches = leaves_of(params), checked_batches("sweep_function", batches)
-    given = [] if calibration is None else checked_batches("sweep_function", calibration)
-    given = with_weights("sweep_function", given, weights)
-    sweep = FunctionSweep(fn, leaves, losses, batches, given, tuple(recipes), tuple(rules), order)
+    drawn = _drawn(calibration, None if weights is None else list(weights))
+    source, first = "by seed" if isinstance(calibration, Mapping) else "", next(iter(drawn))
+    sweep = FunctionSweep(fn, leaves, losses, batches, drawn, source, tuple(recipes), tuple(rules), order, first)
     asks, jobs = [*(measurements()[each].asks for each in ASKS), _asks_calibration], []
     for cell in _cells(sweep, name, data):
         columns = {column: value for each in asks for column, value in each(cell).items()}
@@ -134,10 +145,11 @@ def _cells(sweep: FunctionSweep, name: str, data: str) -> list[Cell]:
     treatments = treatments_of(sweep, 0)
     orders = {treatment: _order(sweep, treatment) for treatment in treatments}
     measured = {_digest(args) for args in sweep.batches}
-    if twice := [i for i, batch in enumerate(sweep.calibration) if _digest(batch.args) in measured]:
+    drawn = ((f"{i} of seed {seed}", batch) for seed, batches in sweep.drawn.items() for i, batch in enumerate(batches))
+    if twice := [told for told, batch in drawn if _digest(batch.args) in measured]:
         raise QjaxError(
-            f"sweep_function: calibration[{twice[0]}] is measured too, which makes calibrated methods look better than they "
-            "are; give other batches"
+            f"sweep_function: calibration batch {twice[0]} is measured too, which makes calibrated methods look better than "
+            "they are; give other batches"
         )
     shapes = [_shape(sweep, args) for args in sweep.batches]
     programs = sorted({program for program, _ in shapes})
@@ -146,9 +158,24 @@ def _cells(sweep: FunctionSweep, name: str, data: str) -> list[Cell]:
     windows = Windows(np.zeros(sizes, np.int32), np.zeros(sizes, bool), np.zeros(sizes[0], np.int32), np.arange(sizes[0]))
     subject, mark = Subject(name), _digest(sweep.leaves.arrays)
     return [
-        Cell(sweep, subject, mark, treatment, orders[treatment], corpus, windows, CONVENTION, subject, mark)
+        Cell(sweep._replace(seed=seed), subject, mark, treatment, orders[treatment], corpus, windows, OWN_LOSS, subject, mark)
+        for number, seed in enumerate(sweep.seeds)
         for treatment in treatments
+        if number == 0 or orders[treatment] is not None
     ]
+
+
+def _drawn(calibration, weights: list[Array] | None) -> dict[int, list[Batch]]:
+    """Calibration batches by seed; none, of seed 0, where there is no calibration."""
+    if calibration is None:
+        return {0: with_weights("sweep_function", [], weights)}
+    by_seed = calibration if isinstance(calibration, Mapping) else {0: calibration}
+    if not by_seed or any(type(seed) is not int for seed in by_seed):
+        raise QjaxError(
+            f"sweep_function: calibration by seed has {list(by_seed)}, expected numbers; give {{0: [(x,)], 1: [(y,)]}}"
+        )
+    checked = {seed: checked_batches("sweep_function", batches) for seed, batches in by_seed.items()}
+    return {seed: with_weights("sweep_function", batches, weights) for seed, batches in checked.items()}
 
 
 def _order(sweep: FunctionSweep, treatment: Treatment) -> object:
@@ -225,7 +252,7 @@ def _asks_calibration(cell: Cell) -> dict[str, object]:
     return {
         "order": read and str(cell.order),
         "calibration": read and "given batches",
-        "calibration_source": read and "",
+        "calibration_source": read and cell.sweep.source,
         "calibration_fingerprint": read and _digest([tuple(batch) for batch in read]),
         "calibration_windows": read and len(read),
         "calibration_window_tokens": None,

@@ -14,6 +14,7 @@ from qjax.sweep.columns import Row
 from qjax.sweep.rows import cell_columns, complete, named_model, recipe_without_rules
 
 NEEDED = ("model", "fingerprint", "recipe", "corpus", "corpus_fingerprint", "convention", "seed")
+OWN_LOSS = "own-loss"  # the convention of rows of `sweep_function`
 CALIBRATION = ("calibration", "calibration_fingerprint", "calibration_windows", "calibration_window_tokens")
 
 
@@ -35,6 +36,11 @@ def request_of(row: Row) -> dict[str, object]:
     """
     if "kind" in row:
         raise QjaxError(f"row {row['key']} is of the kind {row['kind']!r}, no cell of a sweep; its experiment makes it again")
+    if row.get("convention") == OWN_LOSS:
+        raise QjaxError(
+            f"row {row['key']} is of a function with a loss of its own, which no row holds; call qjax.sweep_function with them "
+            "again, into an empty folder, and see `qjax compare`"
+        )
     row = complete(row)
     missing = [name for name in (*NEEDED, *(CALIBRATION if row.get("order") is not None else ())) if row.get(name) is None]
     if row.get("order") is not None and row.get("calibration_source") == "":

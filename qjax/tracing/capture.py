@@ -5,6 +5,7 @@ function that is made of compiled calls keeps them as programs of their own; any
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -66,9 +67,9 @@ class Capturing:
         flat, exact = (each.reshape(*shape[:depth], -1, shape[-1]).astype(jnp.float32) for each in rows)
         if product.ragged:
             owner, experts = experts_of(sizes[0], len(flat)), jnp.arange(sizes[0].shape[0])
-            update = lambda state, expert: self._update(state, flat, exact, jnp.where(owner == expert, counts, 0))  # noqa: E731
-            return jax.vmap(update)(states, experts)
-        update = lambda state, x, y: self._update(state, x, y, counts)  # noqa: E731
+            own = lambda expert: jnp.where(owner == expert, counts, 0)  # noqa: E731
+            return jax.vmap(lambda state, expert: self._update(state, flat, exact, own(expert)))(states, experts)
+        update = functools.partial(self._update, counts=counts)
         for _ in range(depth):
             update = jax.vmap(update)
         return update(states, flat, exact)
@@ -87,10 +88,11 @@ def initial(capturing: Capturing, site: Site) -> dict:
 
 
 def members(site: Site) -> dict[str, tuple[int, ...]]:
-    """The matrices of a site by name, "layers/kernel[2]": their places in its stack."""
+    """The matrices of a site by name, "layers/kernel[2]" as the parameter is indexed: their places in its stack."""
     if not site.view.stack:
         return {site.path: ()}
-    return {f"{site.path}[{','.join(map(str, place))}]": place for place in np.ndindex(site.view.stack_shape)}
+    index = lambda place: ",".join(str(i) for _, i in sorted(zip(site.view.stack, place, strict=True)))  # noqa: E731
+    return {f"{site.path}[{index(place)}]": place for place in np.ndindex(site.view.stack_shape)}
 
 
 class Halted(NamedTuple):

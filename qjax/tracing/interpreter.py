@@ -303,16 +303,17 @@ def scan_sizes(params: Mapping) -> tuple[int, int]:
 
 def unchanged(eqn: JaxprEqn, outputs: Sequence[object], slices: Sequence[object]) -> dict[int, int]:
     """Outputs of a scan's body, by number, that are a slice it was given, and which."""
-    types = [[v.aval.dtype for v in variables] for variables in (eqn.outvars[-len(outputs) :], eqn.invars[-len(slices) :])]
-    same = lambda out, part: (out.path, out.layout, out.indices) == (part.path, part.layout, part.indices)  # noqa: E731
-    return {
-        i: j
-        for i, out in enumerate(outputs)
-        for j, part in enumerate(slices)
-        if None not in (getattr(out, "path", None), getattr(part, "path", None))
-        and same(out, part)
-        and types[0][i] == types[1][j]
-    }
+
+    def places(values, variables):
+        paths = [getattr(value, "path", None) for value in values]
+        kinds = [v.aval.dtype for v in variables[-len(values) :]]
+        return [
+            None if path is None else (path, value.layout, value.indices, kind)
+            for path, value, kind in zip(paths, values, kinds, strict=False)
+        ]
+
+    given = places(slices, eqn.invars)
+    return {i: given.index(place) for i, place in enumerate(places(outputs, eqn.outvars)) if place and place in given}
 
 
 def _stack_of(value: object) -> object:

@@ -10,13 +10,13 @@ from typing import NamedTuple
 
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
-from qjax.tracing.interpreter import scan_sizes, unchanged
+from qjax.tracing.interpreter import NESTED, scan_sizes, unchanged
 from qjax.tracing.layout import Layout, View, rearranged, view_of, whole
 from qjax.tracing.product import Product, product_of
 from qjax.tracing.trace import Traced
 
 SAME = ("convert_element_type", "transpose", "reshape", "squeeze", "broadcast_in_dim", "copy")
-CALLS = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "remat2", "checkpoint")
+CALLS = NESTED.keys() - {"cond", "while", "scan"}
 
 
 class Use(NamedTuple):
@@ -63,23 +63,21 @@ def uses_of(traced: Traced) -> Uses:
     seen = [_Seen(path, path, whole(shapes[path].shape), shapes[path].shape) for path in traced.paths]
     jaxpr = traced.jaxpr.jaxpr
     seen += [_Seen(("argument", i)) for i in range(len(jaxpr.invars) - len(seen))]
-    for out in _walk(jaxpr, seen, log, top=True):
-        if out.path is not None:
-            log.other(out, "returned")
+    _kept(_walk(jaxpr, seen, log, top=True), log, "returned")
     return log
 
 
 def _walk(jaxpr: Jaxpr, seen: Sequence[_Seen], log: Uses, *, top: bool = False) -> list[_Seen]:
     known = dict(zip(jaxpr.invars, seen, strict=True)) | {v: _Seen(("const", id(v))) for v in jaxpr.constvars}
+    read = lambda v: _Seen(("literal", str(v))) if isinstance(v, Literal) else known[v]  # noqa: E731
     for number, eqn in enumerate(jaxpr.eqns):
         if top:
             log.equation = number
-        given = [_Seen(("literal", str(v))) if isinstance(v, Literal) else known[v] for v in eqn.invars]
         before = len(log.products)
-        known |= zip(eqn.outvars, _step(eqn, given, log), strict=True)
+        known |= zip(eqn.outvars, _step(eqn, [read(v) for v in eqn.invars], log), strict=True)
         if top and eqn.primitive.name in ("jit", "pjit") and len(log.products) > before:
             log.calls.add(number)
-    return [_Seen(("literal", str(v))) if isinstance(v, Literal) else known[v] for v in jaxpr.outvars]
+    return [read(v) for v in jaxpr.outvars]
 
 
 def _step(eqn: JaxprEqn, given: list[_Seen], log: Uses) -> list[_Seen]:
@@ -90,7 +88,7 @@ def _step(eqn: JaxprEqn, given: list[_Seen], log: Uses) -> list[_Seen]:
         if name in SAME and len(given) == 1:
             return [_Seen((name, str(sorted(params.items(), key=str)), given[0].key))]
         return _nested(eqn, given, log) if name in CALLS else new
-    if name in CALLS or name in ("cond", "while", "scan"):
+    if name in NESTED:
         return _nested(eqn, given, log)
     if len(given) == 1 and (found := rearranged(name, params, eqn.invars[0].aval.shape, weights[0].layout)) is not None:
         layout, indices = found
