@@ -41,7 +41,7 @@ class Experiment:
         *("rtn:nvfp4/nvfp4@parallel", "hadamard(block=16)+rtn:nvfp4/nvfp4@parallel"),
     )
     rotated: tuple[str, ...] = (
-        *("rtn:int4-channel/int4-token", "hadamard+rtn:int4-channel/int4-token"),
+        *("rtn:int4-channel", "rtn:int4-channel/int4-token", "hadamard+rtn:int4-channel/int4-token"),
         *("gptq:int4-channel/int4-token@qep", "hadamard+gptq:int4-channel/int4-token@qep"),
     )
     caches: tuple[str, ...] = (

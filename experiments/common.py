@@ -127,7 +127,7 @@ def measure(
     calibration: a text instead of the subject's. rules, one_block: as in `qjax.Sweep`.
     """
     enable_compilation_cache()
-    model = _model(subject.model)
+    model = load_model(subject.model)
     source, windows, window = calibration or subject.calibration, settings.calibration_windows, settings.calibration_window
     draw = functools.partial(_calibration, subject.model, source, windows, window or subject.window)
     sweep = qjax.Sweep(
@@ -164,12 +164,12 @@ def add_row(out: Path, row: dict[str, object]) -> None:
 
 def kernels(subject: Subject) -> list[str]:
     """The paths of the subject's linear kernels."""
-    return list(placement(_model(subject.model), None))
+    return list(placement(load_model(subject.model), None))
 
 
 def look_at_inputs(out: Path, subject: Subject, windows: int) -> None:
     """Adds a row for every input of the model's layers, over so many windows of what it is calibrated on."""
-    model = _model(subject.model)
+    model = load_model(subject.model)
     found = qjax.input_outliers(model, _calibration(subject.model, subject.calibration, windows, subject.window, 0))
     for row in input_rows(model.name, model_fingerprint(model), found):
         add_row(out, row)
@@ -177,7 +177,7 @@ def look_at_inputs(out: Path, subject: Subject, windows: int) -> None:
 
 def with_outliers(subject: Subject, factor: float, channels: int, folder: Path) -> Subject:
     """The subject with injected outliers, its model in a folder of `folder`, written once."""
-    model = _model(subject.model)
+    model = load_model(subject.model)
     path = folder / f"{model.name}-outliers"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -191,7 +191,8 @@ def _reads_data(recipe: str, rules: tuple[str, ...]) -> bool:
 
 
 @functools.lru_cache(maxsize=1)
-def _model(name: str) -> qjax.Model:
+def load_model(name: str) -> qjax.Model:
+    """A subject's model; what a GGUF file stands for is written as a folder first."""
     if not name.endswith(".gguf"):
         return qjax.load(name)
     folder = PLAIN / Path(name).stem  # that of `qjax dequantize NAME --dtype fp32`
@@ -213,7 +214,7 @@ def _tasks(specs: tuple[str, ...], questions: int | None) -> tuple[Task, ...]:
 @functools.lru_cache(maxsize=8)
 def _calibration(model: str, source: str, windows: int, window: int, seed: int) -> qjax.Calibration:
     corpus = _corpus(source, "calibration")
-    return qjax.load_calibration(_model(model), corpus, windows=windows, window=window, seed=seed)
+    return qjax.load_calibration(load_model(model), corpus, windows=windows, window=window, seed=seed)
 
 
 # --- where models and texts are -------------------------------------------------------------------------------------------

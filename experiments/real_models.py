@@ -30,8 +30,8 @@ SETTINGS = common.Settings(max_windows=6, questions=200, calibration_windows=8)
 class Experiment:
     """What is measured. asked, asked_bits: whose models are asked questions; order: of calibration."""
 
-    methods: tuple[str, ...] = ("rtn", "gptq", "awq", "awq+gptq", "gptq(refine=4)")
-    asked: tuple[str, ...] = ("rtn", "gptq(refine=4)")
+    methods: tuple[str, ...] = ("rtn", "gptq", "awq", "awq+gptq(clip=mse)", "gptq(clip=mse)+descend")
+    asked: tuple[str, ...] = ("rtn", "gptq(clip=mse)+descend")
     bits: tuple[int, ...] = (8, 4, 3, 2)
     asked_bits: tuple[int, ...] = (4, 3)
     codebook: str = "nf4-dq"
@@ -44,7 +44,7 @@ class Experiment:
         return [recipe for width in bits for recipe in expand(methods, (width,), groups[width], self.order)]
 
 
-TINY = Experiment(methods=("rtn", "gptq(refine=4)"), asked=("rtn",), bits=(3, 2), asked_bits=(3,), settings=common.TINY)
+TINY = Experiment(methods=("rtn", "gptq(clip=mse)+descend"), asked=("rtn",), bits=(3, 2), asked_bits=(3,), settings=common.TINY)
 
 
 def run(out: Path, *, tiny: bool = False, subjects: tuple[common.Subject, ...] = common.BUNDLED) -> list[dict[str, object]]:

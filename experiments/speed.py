@@ -156,7 +156,7 @@ def real_model(models: Path) -> str | None:
     found = common.locate([REAL], common.DATA, models)
     if not found:
         return None
-    common._model(found[0].model)
+    common.load_model(found[0].model)
     return str(common.PLAIN / Path(found[0].model).stem)
 
 

@@ -4,9 +4,9 @@
     python experiments/training.py --tiny --out X  a few steps, for tests
 
 Questions: how much of the perplexity that refined GPTQ leaves does quantization-aware training recover, how much do adapters on
-the frozen codes? Is QLoRA on NF4, fine-tuned on Shakespeare, as good as LoRA on the float base (within 1 %)? Trained is on the
-text's calibration part (of Shakespeare its first nine tenths), measured on what was held out. Models are kept in runs/training;
-trainings go on where they were stopped.
+the frozen codes? Is QLoRA on NF4, fine-tuned on Shakespeare, as good as LoRA on the float base (within 1 %)? Large models are
+asked the last question alone. Trained is on the text's calibration part (of Shakespeare its first nine tenths), measured on
+what was held out. Models are kept in runs/training; trainings go on where they were stopped.
 """
 
 import dataclasses
@@ -22,6 +22,8 @@ from qjax.driver.decoder import quantize_to
 from qjax.driver.report import stored_size
 from qjax.evaluate.corpora import Corpus, load_corpus
 from qjax.models.adapters import attach
+from qjax.sweep.measurements.perplexity import figures
+from qjax.sweep.measurements.provenance import provenance
 from qjax.train.log import ROWS, step_rows
 from qjax.train.loop import TrainConfig
 from qjax.train.lora import LoraConfig
@@ -32,6 +34,9 @@ SHAKESPEARE = "{data}/text/tinyshakespeare.txt"
 QAT = TrainConfig(steps=1000, batch=8, micro_batch=8, window=256, learning_rate=5e-4)
 LEARNING = QatConfig(loss="kl", rate=0.1)
 LORA = TrainConfig(steps=250, batch=8, micro_batch=8, window=256, learning_rate=4e-3)
+LARGE = TrainConfig(steps=200, batch=1, micro_batch=1, window=256, learning_rate=5e-4)
+MOST = 512  # tokens of a window that is measured
+MODELS = ("bundled", "smollm2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +52,13 @@ class Experiment:
     rank: int = 16
     base: str = "nf4-b64-dq"
     shakespeare: TrainConfig = LORA
+    large: TrainConfig = LARGE  # on Shakespeare
     calibration_windows: int = 128
     max_windows: int | None = 256
 
 
 FEW = TrainConfig(steps=2, batch=2, window=32)
-TINY = Experiment(((2, 2),), "rtn", 128, FEW, QatConfig(), FEW, 2, "nf4", FEW, 4, 2)
+TINY = Experiment(((2, 2),), "rtn", 128, FEW, QatConfig(), FEW, 2, "nf4", FEW, FEW, 4, 2)
 
 
 def run(out: Path, *, tiny: bool = False, subjects: tuple[common.Subject, ...] = common.BUNDLED) -> list[dict[str, object]]:
@@ -60,7 +66,8 @@ def run(out: Path, *, tiny: bool = False, subjects: tuple[common.Subject, ...] =
     experiment = TINY if tiny else Experiment()
     for subject in subjects:
         models = (out if tiny else common.REPOSITORY / "runs") / "training" / _digest(dataclasses.asdict(experiment))
-        _recovery(out, models, subject, experiment)
+        if not subject.large:
+            _recovery(out, models, subject, experiment)
         for path in common.texts([SHAKESPEARE], subject.data):
             _fine_tuning(out, models, subject, experiment, Path(path))
     return common.report(out)
@@ -92,7 +99,8 @@ def _recovery(out: Path, models: Path, subject: common.Subject, experiment: Expe
 
 def _fine_tuning(out: Path, models: Path, subject: common.Subject, experiment: Experiment, path: Path) -> None:
     """LoRA on the float base and on a quantized one, on a text that the model does not know."""
-    model, text = qjax.load(subject.model), path.read_text("utf-8")
+    model, text = common.load_model(subject.model), path.read_text("utf-8")
+    config = experiment.large if subject.large else experiment.shakespeare
     cut = text.index("\n\n", 9 * len(text) // 10)
     tokens, measured = training_tokens(model, [Corpus(path.stem, [text[:cut]])]), Corpus(path.stem, [text[cut:]])
     _add(out, experiment, "none", model, measured)
@@ -100,10 +108,10 @@ def _fine_tuning(out: Path, models: Path, subject: common.Subject, experiment: E
         place = models / f"{model.name}-{name}-{path.stem}"
         if not place.exists():
             adapters = LoraConfig(experiment.rank, experiment.rank)
-            qlora(Run(place, experiment.shakespeare, save_every=50), model, tokens, adapters, recipe=recipe)
+            qlora(Run(place, config, save_every=50), model, tokens, adapters, recipe=recipe)
         base = qjax.load(place / "base") if recipe else model
         adapted = attach(base, load_adapter(place, base.config))
-        _add(out, experiment, name, adapted, measured, place, experiment.shakespeare)
+        _add(out, experiment, name, adapted, measured, place, config)
 
 
 def _digest(value: object) -> str:
@@ -133,19 +141,19 @@ def _add(
     key = _digest([asked, dataclasses.asdict(experiment)])
     if key in {row["key"] for row in common.read_rows(out / common.ROWS)}:
         return
-    found = qjax.perplexity(model, corpus, f"windows-{model.config.context}", max_windows=experiment.max_windows)
+    as_it_is = ("none", model.name, corpus.fingerprint)
+    rows = {(row["treatment"], row["model"], row["corpus_fingerprint"]): row for row in common.read_rows(out / common.ROWS)}
+    found = qjax.perplexity(model, corpus, f"windows-{min(model.config.context, MOST)}", max_windows=experiment.max_windows)
     rate = step_rows(place / ROWS)[-1]["tokens_per_second"] if place else 1.0
     bits, size = stored_size(model.params) if model.recipe != "none" else (None, qjax.nbytes(model.params))
-    figures = {
+    added = {
         "convention": found.convention,
-        "perplexity": found.value,
-        "nll": found.nll,
         "bits_per_weight": bits,
         "size_bytes": size,
         "training_seconds": asked["training_tokens"] / rate,
     }
-    common.add_row(out, {"key": key, **asked, **figures})
+    common.add_row(out, {"key": key, **asked, **figures(found, rows.get(as_it_is)), **added, **provenance()})
 
 
 if __name__ == "__main__":
-    common.main(__doc__, "training", run)
+    common.main(__doc__, "training", run, MODELS)

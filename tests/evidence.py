@@ -131,3 +131,23 @@ def kernel(fmt: str, implementation: str, rows: int) -> list[float]:
     """Times of a product of so many rows over the dense product's, one for every shape."""
     asked = {"format": fmt, "implementation": implementation, "rows": rows}
     return [1 / row["speedup"] for row in read_rows(RESULTS / "kernels" / ROWS) if asked.items() <= row.items()]
+
+
+# --- trainings ------------------------------------------------------------------------------------------------------------
+
+
+def trained(treatment: str, bits: int | None = None, corpus: str = "python-docs") -> dict:
+    """A row of a model that was rounded to so many bits, or not, and trained."""
+    found = [
+        row
+        for row in read_rows(RESULTS / "training" / ROWS)
+        if (row["treatment"], row["corpus"]) == (treatment, corpus) and (bits is None or f":int{bits}-" in row["model_recipe"])
+    ]
+    assert len(found) == 1, f"{len(found)} rows of {treatment}, {bits} bits, {corpus}"
+    return found[0]
+
+
+def recovered(treatment: str, bits: int) -> float:
+    """What training took back of what rounding added to the perplexity, %."""
+    before, rounded, after = (trained(*which)["perplexity"] for which in (("none",), ("rounded", bits), (treatment, bits)))
+    return 100 * (rounded - after) / (rounded - before)

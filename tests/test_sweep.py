@@ -263,7 +263,8 @@ def test_methods_that_jax_cannot_trace_are_not_looked_into():
     for name, function in (("steps", steps), ("picks", picks)):
         qjax.register(function, transform=True)
         assert problem_of(parse_recipe(f"{name}+rtn:int4-g8"), (16, 4)) is None
-    assert problem_of(parse_recipe("awq(loss=module)+gptq:int4-g8"), (16, 4)) is None
+    for options in ("awq(loss=module)+gptq:int4-g8", "smoothquant(search=true)+rtn:int8-channel/int8-token@parallel"):
+        assert problem_of(parse_recipe(options), (16, 4)) is None
 
 
 def test_an_order_out_of_range_is_found_before_anything_is_measured(tiny_model, tmp_path):

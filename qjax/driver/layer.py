@@ -257,7 +257,8 @@ def problem_of(recipe: Recipe, shape: tuple[int, int]) -> str | None:
 
     def run(weight):
         known = {name: STATISTICS[name].finalize(STATISTICS[name].init(shape[0])) for name in recipe.statistics}
-        site = Site((weight,), known, Memo(), lambda weights: jnp.sum(weights[0]), lambda by=None: [weight])
+        error = jnp.sum(weight)
+        site = Site((weight,), known, Memo(), lambda weights: error, lambda by=None: [weight], lambda by: error)
         static = recipe.activation.statistics if recipe.activation else ()
         for number, stage in enumerate(recipe.transforms, start=1):
             later = (*captures_of((*recipe.transforms[number:], recipe.rounding, *recipe.refiners)), *static)

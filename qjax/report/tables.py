@@ -259,10 +259,14 @@ def perplexity_text(row: Row, key: str) -> str:
 
 def change_of_perplexity(row: Row, key: str) -> str:
     """A column's format: change from the baseline, percent, with its paired standard error; ≈ within noise."""
-    if is_baseline(row):
-        return MISSING
+    return MISSING if is_baseline(row) else ratio_text(row, key)
+
+
+def ratio_text(row: Row, key: str) -> str:
+    """A column's format: the same of a row that is not the baseline's."""
     change, error = 100 * (number(row, key) - 1), 100 * number(row, "perplexity_ratio_stderr")
-    return ("≈ " if within_noise(row) else "") + with_error(change, error, sign="+")
+    noise = is_noise(number(row, "nll_delta_low"), number(row, "nll_delta_high"))
+    return ("≈ " if noise else "") + with_error(change, error, sign="+")
 
 
 def _group(row: Row) -> tuple[str, ...]:
