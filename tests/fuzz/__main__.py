@@ -1,7 +1,7 @@
 """`python -m tests.fuzz`, see the package. Exit code 1 where an input was read in a way it must not be.
 
-A worker goes over the readers in turn, half a second each, and writes where it is before every input; whoever started it ends
-it where that does not change for long, and starts another behind that input.
+A worker goes over the readers in turn, half a second of the processor each, and writes where it is before every input; whoever
+started it ends it where that does not change for long, and starts another behind that input.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 
 HANG = 60.0  # seconds on one input
 START = 300.0  # until the first, which comes after imports and small models
-SLICE = 0.5  # seconds of a reader's turn
+SLICE = 0.5  # seconds of the processor in a reader's turn
 
 
 def main() -> int:
@@ -32,9 +32,10 @@ def main() -> int:
         if arguments.at is not None:
             break
     read, tried = state.get("read", {}), state.get("next", {})
-    print("reader        inputs   read")
+    print("reader        inputs    read refused  share read")
     for reader in sorted(tried):
-        print(f"{reader:12} {tried[reader]:7} {read.get(reader, 0):6}")
+        count, well = tried[reader], read.get(reader, 0)
+        print(f"{reader:12} {count:7} {well:7} {count - well:7} {well / max(1, count):11.0%}")
     print(f"{sum(tried.values())} inputs, {faults} at fault", flush=True)
     return 1 if faults else 0
 
@@ -101,8 +102,8 @@ def _work(arguments: argparse.Namespace) -> int:
     descriptor = os.open(folder / "state", os.O_RDWR)
     while time.monotonic() < ends:
         for reader in names:
-            turn = min(ends, time.monotonic() + SLICE)
-            while time.monotonic() < turn:
+            turn = time.process_time() + SLICE
+            while time.process_time() < turn and time.monotonic() < ends:
                 index = state["next"].get(reader, 0) if arguments.at is None else arguments.at
                 state["at"] = [reader, index]
                 _tell(descriptor, state)

@@ -112,6 +112,37 @@ def json_value(rng: random.Random, tree: object) -> object:
     return tree
 
 
+def near(rng: random.Random, tree: object, words: Sequence[object] = ()) -> object:
+    """A copy of a JSON value with one or two values replaced by others of their kind, so that it is often read to its end.
+
+    words: strings and numbers that may stand there too.
+    """
+    tree = json.loads(json.dumps(tree))
+    for _ in range(rng.choice((1, 1, 2))):
+        places = list(_places(tree))
+        if not places:
+            return tree
+        holder, key = rng.choice(places)
+        holder[key] = _like(rng, holder[key], [*words, *(each[name] for each, name in places)])
+    return tree
+
+
+def _like(rng: random.Random, old: object, others: Sequence[object]) -> object:
+    """Another value of the kind of the old one."""
+    match old:
+        case bool():
+            return not old
+        case int() | float():
+            return rng.choice((old + 1, old - 1, old * 2, old // 2, *(each for each in others if type(each) is type(old))))
+        case list():
+            return rng.choice((old[:-1], old[::-1], old * 2))
+        case dict():
+            left_out = rng.choice(list(old) or [None])
+            return {key: each for key, each in old.items() if key != left_out}
+        case _:
+            return rng.choice([each for each in others if each is None or isinstance(each, str)])
+
+
 def _places(tree: object):
     """(holder, key) of every value inside."""
     stack = [tree]

@@ -143,15 +143,22 @@ def _read_text(folder: Path) -> None:
         load_corpus(f"{'jsonl' if '.jsonl' in path.name else 'text'}:{path}")
 
 
+def _changed_recipe(rng: random.Random, words: str) -> str:
+    """The words with other signs anywhere, or with one word of another recipe in the place of one."""
+    if rng.random() < 0.6:
+        return mutations.text(rng, words, WORDS)
+    parts, others = (re.split(r"([^\w.]+)", each) for each in (words, rng.choice(RECIPES)))
+    parts[2 * rng.randrange((len(parts) + 1) // 2)] = rng.choice(others[::2])
+    return "".join(parts)
+
+
 def _recipe(rng: random.Random, folder: Path) -> None:
-    words = mutations.text(rng, rng.choice(RECIPES), WORDS)
+    words = _changed_recipe(rng, rng.choice(RECIPES))
     (folder / "recipe").write_bytes(words.encode("utf-8", "surrogatepass"))
 
 
 def _rule(rng: random.Random, folder: Path) -> None:
-    words = mutations.text(
-        rng, f"{rng.choice(('mlp/down', '^block_1/', 'attention/(q|k)', '.*'))}={rng.choice(RECIPES)}", WORDS
-    )
+    words = _changed_recipe(rng, f"{rng.choice(('mlp/down', '^block_1/', 'attention/(q|k)', '.*'))}={rng.choice(RECIPES)}")
     (folder / "recipe").write_bytes(words.encode("utf-8", "surrogatepass"))
 
 

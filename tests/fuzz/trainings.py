@@ -9,15 +9,14 @@ from qjax.report.training import loss_figure
 from qjax.train.log import ROWS, step_log, step_rows
 from qjax.train.loop import IDENTITY, Told, checkpoints, claim, restore_latest
 from qjax.train.merge import load_merge
-from tests.fuzz import mutations, seeds
-from tests.fuzz.folders import weights
+from tests.fuzz import mutations, seeds, weights
 from tests.fuzz.reader import Reader, write
 
 
 def _adapter(rng: random.Random, folder: Path) -> None:
     files = dict(seeds.adapter(rng.choice(list(seeds.ADAPTED))))
     if rng.random() < 0.4:
-        files["adapter_model.safetensors"] = weights(rng, files["adapter_model.safetensors"])
+        files["adapter_model.safetensors"] = weights.changed(rng, files["adapter_model.safetensors"])
     else:
         name = rng.choice(("adapter_config.json", "adapter_config.json", "adapter_base.json"))
         files[name] = mutations.json_bytes(rng, json.loads(files[name]))
