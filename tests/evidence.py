@@ -9,7 +9,7 @@ import numpy as np
 
 from qjax.report.estimates import Estimate, cell_estimates
 from qjax.report.rendering import decimals, with_error
-from qjax.report.tables import change_of_perplexity, perplexity_text
+from qjax.report.tables import change_of_perplexity
 from qjax.sweep.store import ROWS, read_rows
 from tests.paths import REPOSITORY
 
@@ -103,23 +103,29 @@ def taken_back(recipe: str, of: str = W4A4, model: str = BUNDLED) -> float:
 
 # --- tables of the README -------------------------------------------------------------------------------------------------
 
-QUICKSTART = (
-    *("rtn:int8-g128", "gptq:int8-g128", "rtn:nf4-g64", "rtn:int4-g128", "awq:int4-g128", "gptq:int4-g128"),
-    *("gptq(clip=mse)+descend:int4-g128", "rtn:int3-g128", "awq:int3-g128", "gptq(clip=mse)+descend:int3-g128"),
-    *("rtn:int2-g128", "awq:int2-g128", "gptq(clip=mse)+descend:int2-g128"),
-)
+METHODS = {  # of the README's table, in words
+    "rtn": "nearest rounding, `rtn`",
+    "awq": "AWQ, `awq`",
+    "gptq": "GPTQ, `gptq`",
+    "awq+gptq(clip=mse)": "both, with range search, `awq+gptq(clip=mse)`",
+    "gptq(clip=mse)+descend": "GPTQ, searched and refined, `gptq(clip=mse)+descend`",
+}
+SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1"
 ACCURACY = tuple(f"{method}:int{bits}-g128" for bits in (4, 3, 2) for method in ("rtn", "gptq(clip=mse)"))
 
 
-def quickstart_table() -> str:
-    """Bits, perplexity and its change."""
-    base = cell("quickstart", BASELINE).row
-    lines = [("none (bfloat16)", decimals(3)(base, "bits_per_weight"), perplexity_text(base, "perplexity"), "")]
-    for recipe in QUICKSTART:
-        row = cell("quickstart", recipe).row
-        figures = perplexity_text(row, "perplexity"), change_of_perplexity(row, "perplexity_ratio")
-        lines.append((f"`{recipe}`", decimals(3)(row, "bits_per_weight"), *figures))
-    return _markdown(("recipe", "bits per weight", "perplexity", "change (%)"), lines)
+def cost_table() -> str:
+    """Changes of perplexity by method and width, on the bundled model and on SmolLM2."""
+    places = [("quickstart", {}, bits, "g128", "") for bits in (4, 3, 2)]
+    places += [("real_models", {"model": SMOLLM2}, bits, "g64", "@parallel") for bits in (4, 3, 2)]
+    headers = ("", *(f"{'SmolLM2' if order else 'bundled'}, `int{bits}-{group}`" for _, _, bits, group, order in places))
+    sizes = [cell(folder, f"rtn:int{bits}-{group}", **where).row for folder, where, bits, group, _ in places]
+    lines = [("bits per weight", *(decimals(2)(row, "bits_per_weight") for row in sizes))]
+    for method, words in METHODS.items():
+        recipes = (f"{method}:int{bits}-{group}{order if method != 'rtn' else ''}" for _, _, bits, group, order in places)
+        rows = [cell(folder, recipe, **where).row for (folder, where, *_), recipe in zip(places, recipes, strict=True)]
+        lines.append((words, *(change_of_perplexity(row, "perplexity_ratio") for row in rows)))
+    return _markdown(headers, lines)
 
 
 def accuracy_table() -> str:

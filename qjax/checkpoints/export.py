@@ -12,8 +12,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from qjax.checkpoints.chat_template import folder_template
 from qjax.checkpoints.gguf.export import export_gguf
-from qjax.checkpoints.huggingface import CONFIG, REPLACED, TOKENIZER_CONFIG, checkpoint_dtype, write_companions
+from qjax.checkpoints.huggingface import CONFIG, REPLACED, checkpoint_dtype, write_companions
 from qjax.checkpoints.narrowing import in_float16
 from qjax.checkpoints.quantized import module_names
 from qjax.checkpoints.shards import SHARD_BYTES, write_shards
@@ -32,10 +33,8 @@ from qjax.models.parameters import check_parameters, flatten, parameter_shapes
 from qjax.models.stacks import apart
 from qjax.qtensor import QTensor, unpack_codes, unpack_parameters
 from qjax.scales import QuantizedScales, laid, of_shape
-from qjax.untrusted import read_bytes, read_json, status
 
 GGUF = "gguf"
-CHAT = "chat_template.jinja"
 LM_HEAD = "lm_head"
 
 
@@ -58,7 +57,8 @@ def export(
     require_model("export", model)
     require_target(to)
     if to == GGUF:
-        export_gguf(folder, model, overwrite=overwrite, chat_template=_chat_template(beside))
+        template = folder_template(beside) if beside else model.tokenizer and model.tokenizer.chat_template
+        export_gguf(folder, model, overwrite=overwrite, chat_template=template)
         return
     config, shapes, leaves = write_config(model.config), parameter_shapes(model.config), flatten(model.params)
     check_parameters(leaves, shapes)
@@ -100,15 +100,6 @@ def require_target(to: str) -> None:
     """Raises QjaxError for a name of no target."""
     if to not in (*TARGETS, GGUF):
         raise QjaxError(f"export to {to!r}: expected {', '.join((*TARGETS, GGUF))}")
-
-
-def _chat_template(beside: Path | None) -> str | None:
-    if beside and status(beside / CHAT):
-        return read_bytes(beside / CHAT).decode("utf-8", "replace")
-    if beside and status(beside / TOKENIZER_CONFIG):
-        found = read_json(beside / TOKENIZER_CONFIG).get("chat_template")
-        return found if isinstance(found, str) else None
-    return None
 
 
 def _require_fit(to: str, target: Target, modules: Mapping[str, StoredTensor], leaves: Mapping[str, object]) -> None:

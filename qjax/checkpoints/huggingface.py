@@ -5,6 +5,7 @@ Weights keep the checkpoint's type; (out, in) matrices become (in, out); what ot
 once. Only safetensors is read: pickle files can run code.
 """
 
+import dataclasses
 import functools
 import json
 import math
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from qjax.checkpoints.chat_template import CHAT, TOKENIZER_CONFIG, folder_template
 from qjax.checkpoints.naming import canonical, quantizer_of
 from qjax.checkpoints.quantized import (
     LEGACY,
@@ -48,16 +50,19 @@ from qjax.untrusted import is_folder, read_bytes, read_json, status
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
-TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
-REPLACED = ("qjax.json", GENERATION, CONFIG, INDEX, "model*.safetensors", "tokenizer*.json", "layers.jsonl")
+TOKENIZER = "tokenizer.json"
+REPLACED = ("qjax.json", GENERATION, CONFIG, INDEX, "model*.safetensors", "tokenizer*.json", CHAT, "layers.jsonl")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 NO_GGUF = "no Hugging Face folder; qjax.load reads it"
 OTHER_TOKENIZERS = ("tokenizer.model", "spiece.model", "vocab.json", "tokenizer.tiktoken")
 COMPANIONS = (
-    *(GENERATION, TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *(GENERATION, TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", CHAT),
     *("vocab.json", "merges.txt", "tokenizer.model"),
 )
-HUB_FILES = [CONFIG, GENERATION, WEIGHTS, INDEX, "model-*.safetensors", "gptq_model*.safetensors", TOKENIZER, *LEGACY]
+HUB_FILES = [
+    *(CONFIG, GENERATION, WEIGHTS, INDEX, "model-*.safetensors", "gptq_model*.safetensors"),
+    *(TOKENIZER, TOKENIZER_CONFIG, CHAT, *LEGACY),
+]
 
 
 def load_huggingface(folder: str | Path, *, lazy: bool = False) -> Model:
@@ -260,7 +265,7 @@ def load_folder_tokenizer(folder: Path, config: DecoderConfig) -> Tokenizer | No
             f"{path} has {tokenizer.vocabulary_size} tokens, the model's embedding only {config.vocabulary_size}; "
             "get the tokenizer that belongs to the model"
         )
-    return tokenizer
+    return dataclasses.replace(tokenizer, chat_template=folder_template(folder))
 
 
 def download(name: str) -> Path:
@@ -330,6 +335,8 @@ def write_companions(new: Path, model: Model, beside: Path | None) -> None:
     if model.tokenizer is not None:
         write_atomically(new / TOKENIZER, model.tokenizer.to_json())
         write_atomically(new / TOKENIZER_CONFIG, json.dumps(_tokenizer_config(model.tokenizer), indent=1) + "\n")
+        if model.tokenizer.chat_template:
+            write_atomically(new / CHAT, model.tokenizer.chat_template)
     if model.config.other_eos_ids:
         ends = [i for i in (model.config.eos_id, *model.config.other_eos_ids) if i is not None]
         write_atomically(new / GENERATION, json.dumps({"eos_token_id": ends}, indent=1) + "\n")

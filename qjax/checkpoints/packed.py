@@ -25,6 +25,7 @@ import numpy as np
 from jax.tree_util import keystr
 
 from qjax.checkpoints import leaves as records_of
+from qjax.checkpoints.chat_template import CHAT
 from qjax.checkpoints.huggingface import load_folder_tokenizer
 from qjax.checkpoints.leaves import TYPES, entry, template
 from qjax.checkpoints.tensors import FLOATS, Header, read_arrays, read_headers, write_tensors
@@ -42,7 +43,7 @@ from qjax.untrusted import quoted, read_json
 DESCRIPTION, WEIGHTS, TOKENIZER, LAYERS = "qjax.json", "model.safetensors", "tokenizer.json", "layers.jsonl"
 REPLACED = (
     *(DESCRIPTION, "config.json", "generation_config.json", "model.safetensors.index.json"),
-    *("model*.safetensors", "tokenizer*.json", LAYERS),
+    *("model*.safetensors", "tokenizer*.json", CHAT, LAYERS),
 )
 VERSION = 3
 
@@ -68,7 +69,9 @@ def write_description(
 
     quantized: `describe` of the leaves. weights: digests of the files with weights, by name.
     """
-    others = {TOKENIZER: model.tokenizer and model.tokenizer.to_json(), LAYERS: layers}
+    tokenizer = model.tokenizer
+    template = tokenizer and tokenizer.chat_template
+    others = {TOKENIZER: tokenizer and tokenizer.to_json(), CHAT: template, LAYERS: layers}
     for name, content in others.items():
         if content is not None:
             write_atomically(folder / name, content)
@@ -132,7 +135,7 @@ def load_packed(folder: str | Path, *, lazy: bool = False) -> Model:
     arrays = read_arrays(headers, advice="quantize an intact model again", lazy=lazy, below=_indices(templates))
     tokenizer = load_folder_tokenizer(folder, config)
     if version > 2:
-        _check_digests(folder, description, [TOKENIZER] if lazy else [TOKENIZER, *files])
+        _check_digests(folder, description, [TOKENIZER, CHAT] if lazy else [TOKENIZER, CHAT, *files])
     return Model(config, unflatten(filled(templates, arrays)), tokenizer, name, recipe)
 
 

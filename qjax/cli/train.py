@@ -148,10 +148,11 @@ def qat(
 def _inputs(model: str, data: list[str]) -> "tuple[Model, object]":
     """The model, and the tokens to train on, of the calibration part of texts that have one."""
     from qjax.evaluate.corpora import load_corpus
+    from qjax.train.chat import chat_renderer
     from qjax.train.run import training_tokens
 
-    corpora = [load_corpus(spec, "calibration") for spec in data]
     loaded = load_model(model)
+    corpora = [load_corpus(spec, "calibration", render=chat_renderer(loaded)) for spec in data]
     return loaded, training_tokens(loaded, corpora)
 
 

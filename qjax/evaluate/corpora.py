@@ -41,6 +41,7 @@ from qjax.untrusted import decode, parse_json, read_unpacked, split_lines, statu
 
 Split = Literal["test", "calibration"]
 T = TypeVar("T")
+Render = Callable[[dict], str]  # a chat -> its text
 
 BLANK_LINE = "\n\n"
 HELD_OUT_FRACTION = 0.25
@@ -87,8 +88,9 @@ class Corpus(_Corpus):
         return super().__new__(cls, name, documents, mark, separator, lines)
 
 
-def load_corpus(spec: str, split: Split = "test") -> Corpus:
-    """Load the documents that `spec` names (the module's docstring lists the specs).
+def load_corpus(spec: str, split: Split = "test", *, render: Render | None = None) -> Corpus:
+    """Load the documents that `spec` names (the module's docstring lists the specs). render: makes a text of a chat in a jsonl
+    file (`train.chat.chat_renderer`).
 
     Raises QjaxError for an unknown spec or split, a missing, empty, binary or malformed file, and for a corpus that cannot be
     fetched (no network, or the datasets package missing).
@@ -97,7 +99,7 @@ def load_corpus(spec: str, split: Split = "test") -> Corpus:
         raise QjaxError(f"split {split!r}: expected 'test' or 'calibration'")
     kind, colon, path = spec.partition(":")
     if colon and kind in _FILE_READERS:
-        documents = _FILE_READERS[kind](expand(path), spec)
+        documents = _FILE_READERS[kind](expand(path), spec, render)
         name = f"{kind}:{Path(path).name}"
     elif spec in _NAMED:
         documents, name = _NAMED[spec](split), spec
@@ -266,19 +268,25 @@ def _read(path: Path, spec: str) -> str:
     return text.replace("\r\n", "\n")
 
 
-def _text(path: Path, spec: str) -> tuple[str, ...]:
+def _text(path: Path, spec: str, render: Render | None) -> tuple[str, ...]:
+    del render
     return (_read(path, spec),)
 
 
-def _jsonl(path: Path, spec: str) -> tuple[str, ...]:
+def _jsonl(path: Path, spec: str, render: Render | None) -> tuple[str, ...]:
     documents = []
     for number, line in enumerate(split_lines(_read(path, spec), f"corpus {spec!r}: the file"), 1):
         if not line.strip():
             continue
         document = parse_json(line, f"corpus {spec!r}: line {number}")
+        chat = isinstance(document, dict) and "text" not in document and {"messages", "conversations"} & document.keys()
+        if chat and render:
+            try:
+                document = {"text": render(document)}
+            except QjaxError as error:
+                raise QjaxError(f"corpus {spec!r}: line {number}: {error}") from error
         if not isinstance(document, dict) or not isinstance(document.get("text"), str):
-            chat = isinstance(document, dict) and {"messages", "conversations"} & document.keys()
-            more = "; chats are not rendered: write into it what the model's chat template makes of them" if chat else ""
+            more = "; chats are for training: `qjax train` renders them by the model's chat template" if chat else ""
             raise QjaxError(
                 f'corpus {spec!r}: line {number} has no string field "text"; expected {{"text": ...}} on each line{more}'
             )
@@ -346,4 +354,4 @@ _NAMED: dict[str, Callable[[Split], tuple[str, ...]]] = {
 _SEPARATORS = {"ptb": " ", "c4": " "}
 _OF_LINES = ("wikitext2", "ptb")
 _ARTICLE = re.compile(r"^ = [^=\n]+ = *$|<\|endoftext\|>", re.MULTILINE)
-_FILE_READERS: dict[str, Callable[[Path, str], tuple[str, ...]]] = {"text": _text, "jsonl": _jsonl}
+_FILE_READERS: dict[str, Callable[[Path, str, Render | None], tuple[str, ...]]] = {"text": _text, "jsonl": _jsonl}

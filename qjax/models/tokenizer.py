@@ -22,6 +22,7 @@ class Tokenizer:
 
     vocabulary_size: the largest id plus one, added tokens included.
     adds_bos: its post-processor puts `bos_id` before a text, as a call of Hugging Face's tokenizer would.
+    chat_template: Jinja text that makes a text of a chat's messages.
     """
 
     inner: "tokenizers.Tokenizer"
@@ -29,6 +30,7 @@ class Tokenizer:
     bos_id: int | None
     eos_id: int | None
     adds_bos: bool
+    chat_template: str | None = None
 
     def encode(self, text: str, *, special_tokens: bool = False) -> np.ndarray:
         """int32 ids (tokens,). Special tokens that the post-processor adds come only with `special_tokens`.

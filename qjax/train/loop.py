@@ -62,7 +62,7 @@ class Told(NamedTuple):
 
 
 def packed_tokens(tokenizer: Any, documents: Iterable[str], name: str = "the model") -> Int[np.ndarray, " length"]:
-    """The documents' tokens one after the other, each with the beginning and end of text that the tokenizer knows.
+    """The documents' tokens one after the other, each with the beginning and end of text that the tokenizer knows, once.
 
     Raises QjaxError for a model without tokenizer.
     """
@@ -70,8 +70,11 @@ def packed_tokens(tokenizer: Any, documents: Iterable[str], name: str = "the mod
         raise QjaxError(f"{name} has no tokenizer.json, which training on text needs")
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     start = [tokenizer.bos_id] if tokenizer.adds_bos else []
-    rows = [[start, tokenizer.encode(document), end] for document in documents]
-    return np.concatenate([np.asarray(part, np.int32) for row in rows for part in row])
+    rows = []
+    for document in documents:
+        ids = list(tokenizer.encode(document))
+        rows.append([*start * (ids[:1] != start), *ids, *end * (ids[-1:] != end)])
+    return np.array([i for row in rows for i in row], np.int32)
 
 
 def batch_at(tokens: Int[np.ndarray, " length"], config: TrainConfig, step: int) -> Int[np.ndarray, "batch time_plus_1"]:

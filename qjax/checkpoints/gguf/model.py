@@ -5,6 +5,7 @@ float32 where they are quantized: tables are looked up, not multiplied with, and
 tensor keeps its type.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -214,4 +215,5 @@ def _tokenizer(values: Mapping[str, object], config: DecoderConfig) -> Tokenizer
     if beyond or tokenizer.vocabulary_size > config.vocabulary_size:
         what = " and ".join(beyond) or f"the tokenizer has {tokenizer.vocabulary_size} tokens"
         raise QjaxError(f"{what}, the model's embedding has {config.vocabulary_size}; get the file that belongs to the model")
-    return tokenizer
+    template = values.get("tokenizer.chat_template")
+    return dataclasses.replace(tokenizer, chat_template=template if isinstance(template, str) else None)
