@@ -145,7 +145,7 @@ def test_bad_split():
         ("text:a.gz", gzip.compress(b"some text", mtime=0)[:-12], "cannot be read"),
         ("jsonl:a.jsonl", b'{"text": "a"}\n{"text": \n', "line 2 is not valid JSON"),
         ("jsonl:a.jsonl", b'{"text": "a"}\n\n{"body": "b"}\n', 'line 3 has no string field "text"'),
-        ("jsonl:a.jsonl", b'{"messages": []}\n', "chats are not rendered: write into it"),
+        ("jsonl:a.jsonl", b'{"messages": []}\n', "chats are for training"),
         ("jsonl:a.jsonl", b'{"text": ""}\n', "is empty"),
     ],
 )
