@@ -528,7 +528,7 @@ def test_only_needed_files_are_downloaded(monkeypatch, source):
     seen = {}
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: seen.update(options) or str(source))
     huggingface.download("a/b")
-    assert all(name.endswith((".json", ".safetensors")) for name in seen["allow_patterns"])
+    assert all(name.endswith((".json", ".jinja", ".safetensors")) for name in seen["allow_patterns"])
 
 
 # Writing
