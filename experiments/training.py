@@ -22,6 +22,7 @@ from qjax.driver.decoder import quantize_to
 from qjax.driver.report import stored_size
 from qjax.evaluate.corpora import Corpus, load_corpus
 from qjax.models.adapters import attach
+from qjax.numbers import as_json
 from qjax.sweep.measurements.perplexity import figures
 from qjax.sweep.measurements.provenance import provenance
 from qjax.train.log import ROWS, step_rows
@@ -152,7 +153,7 @@ def _add(
         "size_bytes": size,
         "training_seconds": asked["training_tokens"] / rate,
     }
-    common.add_row(out, {"key": key, **asked, **figures(found, rows.get(as_it_is)), **added, **provenance()})
+    common.add_row(out, as_json({"key": key, **asked, **figures(found, rows.get(as_it_is)), **added, **provenance()}))
 
 
 if __name__ == "__main__":
