@@ -1,6 +1,6 @@
 """What bits cost on language models of 10^8 parameters: SmolLM2 135M and Gemma 3 270M, in perplexity, answers and divergence.
 
-    python experiments/real_models.py                 writes results/real_models/, under 90 minutes on 2 idle cores
+    python experiments/real_models.py                 writes results/real_models/, some three hours on 2 cores
     python experiments/real_models.py --tiny --out X  a few windows, questions and formats on the bundled model, for tests
 
 The models are GGUF files of a folder outside the repository ($QJAX_TEST_MODELS or --model-folder), texts and tasks those of the
@@ -13,7 +13,7 @@ rounds such a layer, with half a group at the end of every column, but exports a
 
 Calibration is in the order `parallel`, in which the recipes of a model share what they read. Questions take most of the time:
 they are asked of the cheapest method and the best one, at 4 and 3 bits. At 3 bits GPTQ is calibrated on four times as much
-text too: these layers have up to 2,048 inputs, and 4,096 tokens are few for their second moments.
+text too, in results/real_models_calibration/: 4,096 tokens are few for the second moments of up to 2,048 inputs.
 """
 
 import dataclasses
@@ -67,9 +67,12 @@ def run(out: Path, *, tiny: bool = False, subjects: tuple[common.Subject, ...] =
     for subject in subjects:
         recipes = experiment.integers(subject, experiment.methods, experiment.bits)
         common.measure(out, subject, [*recipes, experiment.codebook], settings)
-        longer = dataclasses.replace(settings, calibration_windows=experiment.longer_windows)
-        common.measure(out, subject, experiment.integers(subject, experiment.longer, experiment.longer_bits), longer)
+        for windows in (settings.calibration_windows, experiment.longer_windows):
+            longer = dataclasses.replace(settings, calibration_windows=windows)
+            recipes = experiment.integers(subject, experiment.longer, experiment.longer_bits)
+            common.measure(out.with_name(f"{out.name}_calibration"), subject, recipes, longer)
         common.measure(out, subject, experiment.integers(subject, experiment.asked, experiment.asked_bits), asking)
+    common.report(out.with_name(f"{out.name}_calibration"))
     return common.report(out)
 
 

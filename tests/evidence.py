@@ -42,6 +42,11 @@ def error(folder: str, recipe: str, **where: str) -> float:
     return cell(folder, recipe, **where).change_stderr
 
 
+def both(folder: str, recipe: str, **where: str) -> tuple[float, float]:
+    """Change of perplexity and its standard error, %."""
+    return change(folder, recipe, **where), error(folder, recipe, **where)
+
+
 def bits(folder: str, recipe: str, **where: str) -> float:
     """Exact bits per weight."""
     return cell(folder, recipe, **where).bits_per_weight
@@ -88,7 +93,7 @@ W8A8, W4A4 = "rtn:int8-channel-sym-max/int8-token", "rtn:int4-channel/int4-token
 
 def acts(recipe: str, model: str = BUNDLED, text: str = "") -> tuple[float, float]:
     """Change of perplexity and its standard error, %."""
-    return change("activations", recipe, model=model, text=text), error("activations", recipe, model=model, text=text)
+    return both("activations", recipe, model=model, text=text)
 
 
 def times_less(recipe: str, than: str = W8A8, model: str = OUTLIERS) -> float:
@@ -117,7 +122,7 @@ ACCURACY = tuple(f"{method}:int{bits}-g128" for bits in (4, 3, 2) for method in 
 def cost_table() -> str:
     """Changes of perplexity by method and width, on the bundled model and on SmolLM2."""
     places = [("quickstart", {}, bits, "g128", "") for bits in (4, 3, 2)]
-    places += [("real_models", {"model": SMOLLM2}, bits, "g64", "@parallel") for bits in (4, 3, 2)]
+    places += [("real_models", {"model": SMOLLM2}, bits, "g64", "@parallel") for bits in (4, 3)]
     headers = ("", *(f"{'SmolLM2' if order else 'bundled'}, `int{bits}-{group}`" for _, _, bits, group, order in places))
     sizes = [cell(folder, f"rtn:int{bits}-{group}", **where).row for folder, where, bits, group, _ in places]
     lines = [("bits per weight", *(decimals(2)(row, "bits_per_weight") for row in sizes))]
