@@ -171,15 +171,21 @@ def kernel(fmt: str, implementation: str, rows: int) -> list[float]:
 # --- trainings ------------------------------------------------------------------------------------------------------------
 
 
-def trained(treatment: str, bits: int | None = None, corpus: str = "python-docs") -> dict:
+def trained(treatment: str, bits: int | None = None, corpus: str = "python-docs", model: str = BUNDLED) -> dict:
     """A row of a model that was rounded to so many bits, or not, and trained."""
     found = [
         row
         for row in read_rows(RESULTS / "training" / ROWS)
-        if (row["treatment"], row["corpus"]) == (treatment, corpus) and (bits is None or f":int{bits}-" in row["model_recipe"])
+        if (row["treatment"], row["corpus"], row["model"]) == (treatment, corpus, model)
+        and (bits is None or f":int{bits}-" in row["model_recipe"])
     ]
-    assert len(found) == 1, f"{len(found)} rows of {treatment}, {bits} bits, {corpus}"
+    assert len(found) == 1, f"{len(found)} rows of {treatment}, {bits} bits, {corpus}, {model}"
     return found[0]
+
+
+def tuned(treatment: str, model: str = BUNDLED) -> float:
+    """Perplexity of a model on Shakespeare."""
+    return trained(treatment, corpus="tinyshakespeare", model=model)["perplexity"]
 
 
 def recovered(treatment: str, bits: int) -> float:

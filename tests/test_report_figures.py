@@ -18,10 +18,18 @@ DAMAGE = {8: 0.0005, 4: 0.02, 3: 0.12, 2: 1.4}
 METHODS = {"rtn": 1.0, "rtn(clip=mse)": 0.8, "gptq": 0.45, "awq": 0.55, "awq+gptq": 0.35}
 
 
+LONG = {
+    name: 0.9 - 0.15 * i
+    for i, name in enumerate(
+        ("rtn", "gptq(clip=mse,damp=0.02)+descend", "gptq", "awq", "awq+gptq(clip=mse,damp=0.02)", "awq+rtn")
+    )
+}
+
+
 def swept(methods=METHODS, groups=("g128",), bits=DAMAGE, **changes) -> list[dict[str, object]]:
     """The unquantized model and methods at every width and grouping."""
     return [measured_row("none")] + [
-        measured_row(f"{method}:int{width}-{group}", METHODS[method] * DAMAGE[width] * (1 + 0.1 * i), 2e-4, **changes)
+        measured_row(f"{method}:int{width}-{group}", (METHODS | LONG)[method] * DAMAGE[width] * (1 + 0.1 * i), 2e-4, **changes)
         for (i, group), method, width in itertools.product(enumerate(groups), methods, bits)
     ]
 
@@ -211,8 +219,9 @@ def test_divergence_and_accuracy_take_the_place_of_shares():
         (swept(groups=("g32", "g128")), "single"),
         (FORMATS, "double"),
         (swept(("rtn", "gptq")), "double"),
+        (swept(LONG), "single"),
     ],
-    ids=["many", "groupings", "formats", "few"],
+    ids=["many", "groupings", "formats", "few", "long"],
 )
 def test_everything_is_legible_at_its_printed_size(rows, width):
     figure = lines_figure(rows, width)

@@ -136,11 +136,11 @@ def _legend(figure: "Figure", looks: dict[str, Look], empty: Sequence["Axes"]) -
         empty[0].legend(handles=handles, loc="center left", borderaxespad=0)
         return
     wide = [text_size(figure, name)[0] + HANDLE for name in looks]
-    for rows in range(1, len(wide) + 1):  # of the legend, which is filled column by column
-        if sum(max(wide[i : i + rows]) for i in range(0, len(wide), rows)) < figure.get_figwidth() * POINT:
+    for columns in range(len(wide), 0, -1):  # matplotlib fills them with as equal numbers as there can be
+        if sum(map(max, np.array_split(wide, columns))) < figure.get_figwidth() * POINT:
             break
-    figure.set_figheight(figure.get_figheight() + 0.13 * rows + 0.05)
-    figure.legend(handles=handles, loc="outside upper left", ncols=math.ceil(len(wide) / rows))
+    figure.set_figheight(figure.get_figheight() + 0.13 * math.ceil(len(wide) / columns) + 0.05)
+    figure.legend(handles=handles, loc="outside upper left", ncols=columns)
 
 
 def _draw(axes: "Axes", line: Line, joined: bool) -> tuple[float, float]:
