@@ -256,7 +256,7 @@ def test_a_gguf_file_is_measured_as_the_values_it_stands_for(load, tmp_path, mon
     file = tmp_path / "small.Q8_0.gguf"
     file.write_bytes(file_bytes(model_values(made), tensors))
     for _ in range(2):
-        model = common._model.__wrapped__(str(file))
+        model = common.load_model.__wrapped__(str(file))
         assert (model.name, model.recipe) == ("small.Q8_0", "none")
         held = model.params["block_0"]["mlp"]["up"]["kernel"]
         np.testing.assert_array_equal(held, qjax.dequantize(qjax.load(file).params["block_0"]["mlp"]["up"]["kernel"]))

@@ -29,7 +29,7 @@ LONG = {
 def swept(methods=METHODS, groups=("g128",), bits=DAMAGE, **changes) -> list[dict[str, object]]:
     """The unquantized model and methods at every width and grouping."""
     return [measured_row("none")] + [
-        measured_row(f"{method}:int{width}-{group}", (METHODS | LONG)[method] * DAMAGE[width] * (1 + 0.1 * i), 2e-4, **changes)
+        measured_row(f"{method}:int{width}-{group}", (LONG | METHODS)[method] * DAMAGE[width] * (1 + 0.1 * i), 2e-4, **changes)
         for (i, group), method, width in itertools.product(enumerate(groups), methods, bits)
     ]
 
