@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
 train = typer.Typer(name="train", help="Train adapters on a quantized model, or the quantized weights.", no_args_is_help=True)
 
-Text = Annotated[list[str], typer.Option("--data", help="Text to train on: text:PATH, jsonl:PATH, c4, ...; may be repeated.")]
+Text = Annotated[
+    list[str], typer.Option("--data", help="Text: text:PATH, jsonl:PATH (texts or chats), c4, ...; may be repeated.")
+]
 StartRecipe = Annotated[
     str | None, typer.Option("--recipe", help="Quantize the model with this first, as nf4-b64-dq or gptq:int2-g128.")
 ]
