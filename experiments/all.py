@@ -1,6 +1,6 @@
 """Makes the whole of results/ again, one experiment after another, and prints how long each took.
 
-    python experiments/all.py                  under five hours on 2 cores
+    python experiments/all.py                  some eight hours on 2 cores, by estimate
     python experiments/all.py order calibration    these alone
 
 Each runs in a process of its own, so that its times and its memory are its own. What the same code, versions and kind of

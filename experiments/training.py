@@ -1,6 +1,6 @@
 """What training recovers: models rounded to 4, 3 and 2 bits, then trained as they are quantized, or with adapters beside them.
 
-    python experiments/training.py                 writes results/training/, 40 minutes on 2 cores
+    python experiments/training.py                 writes results/training/, an hour and a half on 2 cores
     python experiments/training.py --tiny --out X  a few steps, for tests
 
 Questions: how much of the perplexity that refined GPTQ leaves does quantization-aware training recover, how much do adapters on

@@ -3,11 +3,17 @@
 It runs in Jinja's sandbox, without reach to anything but the messages and the special tokens, as transformers runs it.
 """
 
+import functools
 import json
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 from qjax.errors import QjaxError
 from qjax.models.model import Model
+from qjax.models.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import jinja2
 
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names -> the usual ones
 
@@ -17,12 +23,10 @@ def chat_renderer(model: Model) -> Callable[[Mapping[str, object]], str]:
     its text. What is wrong is told when a chat is rendered: QjaxError for a model without template, a template that fails, and
     chats of other shapes.
     """
-    template = None
+    compiled = functools.cache(_compiled)
 
     def render(chat: Mapping[str, object]) -> str:
-        nonlocal template
-        template = template or _compiled(model)
-        messages, tokenizer = _messages(chat), model.tokenizer
+        template, messages, tokenizer = compiled(model.name, model.tokenizer), _messages(chat), model.tokenizer
         ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
         special = {name: "" if i is None else tokenizer.inner.id_to_token(i) or "" for name, i in ids.items()}
         try:
@@ -33,11 +37,10 @@ def chat_renderer(model: Model) -> Callable[[Mapping[str, object]], str]:
     return render
 
 
-def _compiled(model: Model) -> object:
-    text = model.tokenizer and model.tokenizer.chat_template
-    if not text:
+def _compiled(name: str, tokenizer: Tokenizer | None) -> "jinja2.Template":
+    if tokenizer is None or not tokenizer.chat_template:
         raise QjaxError(
-            f'{model.name} has no chat template; write what its chats look like into the field "text", or take the chat model'
+            f'{name} has no chat template; write what its chats look like into the field "text", or take the chat model'
         )
     try:
         from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -47,9 +50,9 @@ def _compiled(model: Model) -> object:
     environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
     environment.globals["raise_exception"] = _refuse
     try:
-        return environment.from_string(text)
+        return environment.from_string(tokenizer.chat_template)
     except Exception as error:  # jinja2.TemplateError, RecursionError
-        raise QjaxError(f"the chat template of {model.name} cannot be read: {error}") from error
+        raise QjaxError(f"the chat template of {name} cannot be read: {error}") from error
 
 
 def _refuse(message: str) -> None:
@@ -57,8 +60,8 @@ def _refuse(message: str) -> None:
 
 
 def _messages(chat: Mapping[str, object]) -> list[dict[str, str]]:
-    named = chat.get("messages"), ("role", "content")
-    messages, (role, content) = named if named[0] is not None else (chat.get("conversations"), ("from", "value"))
+    list_of, role, content = ("messages", "role", "content") if "messages" in chat else ("conversations", "from", "value")
+    messages = chat.get(list_of)
     fits = isinstance(messages, list) and messages and all(isinstance(each, dict) for each in messages)
     if not fits or not all(isinstance(each.get(name), str) for each in messages for name in (role, content)):
         raise QjaxError(f'a chat is {{"messages": [{{"role": "user", "content": "..."}}, ...]}}, got {str(chat)[:80]}')

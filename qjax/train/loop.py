@@ -70,11 +70,11 @@ def packed_tokens(tokenizer: Any, documents: Iterable[str], name: str = "the mod
         raise QjaxError(f"{name} has no tokenizer.json, which training on text needs")
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     start = [tokenizer.bos_id] if tokenizer.adds_bos else []
-    rows = []
+    parts = [np.zeros(0, np.int32)]
     for document in documents:
-        ids = list(tokenizer.encode(document))
-        rows.append([*start * (ids[:1] != start), *ids, *end * (ids[-1:] != end)])
-    return np.array([i for row in rows for i in row], np.int32)
+        ids = tokenizer.encode(document)
+        parts += [start if ids[:1].tolist() != start else [], ids, end if ids[-1:].tolist() != end else []]
+    return np.concatenate([np.asarray(part, np.int32) for part in parts])
 
 
 def batch_at(tokens: Int[np.ndarray, " length"], config: TrainConfig, step: int) -> Int[np.ndarray, "batch time_plus_1"]:
