@@ -153,8 +153,9 @@ def test_real_zeros_beat_whole_ones_at_few_bits():
 def test_hqq_is_its_formulas(name):
     """Against float64, one group after another; groups that padding fills up count their weights alone."""
     fmt = parse_format(name)
-    weight = np.random.default_rng(0).standard_t(4, (40, 6)).astype(np.float32)  # small errors are all taken for noise
-    q, info = hqq(jnp.asarray(weight), fmt, lp_norm=0.6, beta=20.0, kappa=1.1, iters=9)
+    weight = np.random.default_rng(0).standard_t(4, (40, 6)).astype(np.float32)
+    unit = 2.0 ** (np.frexp(np.abs(weight).max())[1] + 3)
+    q, info = hqq(jnp.asarray(weight), fmt, lp_norm=0.6, beta=2000.0, kappa=1.1, iters=9)
     start, _ = rtn(jnp.asarray(weight), fmt)
     scale, zero = (np.asarray(p, np.float64).T.ravel() for p in qtensor.unpack_parameters(start))
     groups = (
@@ -163,12 +164,12 @@ def test_hqq_is_its_formulas(name):
     )
     present, rows = (part.transpose(2, 0, 1).reshape(len(scale), -1) for part in groups)
     low = np.minimum(np.where(present, rows, 0).min(axis=1), 0)
-    zero, beta, best = -low / scale, 20.0, np.inf
+    zero, beta, best = -low / scale, 2000.0, np.inf
     for _ in range(9):
         codes = np.clip(np.round(rows / scale[:, None] + zero[:, None]), 0, fmt.largest_code)
         error = rows - (codes - zero[:, None]) * scale[:, None]
-        size = np.maximum(np.abs(error), 1e-300)
-        sparse = np.sign(error) * np.maximum(size - size**-0.4 / beta, 0)
+        size = np.maximum(np.abs(error) / unit, 1e-300)
+        sparse = unit * np.sign(error) * np.maximum(size - size**-0.4 / beta, 0)
         zero = np.sum(present * (codes - (rows - sparse) / scale[:, None]), axis=1) / present.sum(axis=1)
         mean, beta = np.sum(present * np.abs(error)) / weight.size, beta * 1.1
         if mean >= best:

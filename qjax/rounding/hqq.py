@@ -10,11 +10,10 @@ by half-quadratic splitting, in turn
 
 Badri & Shaji 2023 (https://mobiusml.github.io/hqq_blog/). z is a real number, and the format must store it as one: rounded to a
 code it is worse than the zero of nearest rounding. Where we depart from the authors' library: ranges are widened to hold zero,
-codes are chosen for scales and zeros as they are stored, and kappa counts (the solver of hqq 0.2.8 leaves it out: kappa=1).
-
-beta is absolute: E is 0 for errors below beta^(-1/(2-p)), 0.17 by default, so that for weights of the usual size, and for all
-that are far from it (`parts/unit.py`), z is the mean of Q - W / s. Where the largest weights are from 1 to 2^16 the result
-depends on their unit, in the library too.
+codes are chosen for scales and zeros as they are stored, kappa counts (the solver of hqq 0.2.8 leaves it out: kappa=1), and
+beta is of errors in a unit in which the largest |W| is from 1/16 to 1/8, so that nothing depends on the unit of the weights.
+The library's is of the errors as they are. E is 0 for those below beta^(-1/(2-p)), 0.17 by default: for weights of the usual
+size, here and there, z is the mean of Q - W / s.
 """
 
 import functools
@@ -31,7 +30,8 @@ from qjax.qtensor import QTensor
 from qjax.rounding.nearest import check_shapes, round_groups
 from qjax.rounding.parts.info import Info
 from qjax.rounding.parts.ranges import masked
-from qjax.rounding.parts.unit import in_unit
+from qjax.rounding.parts.unit import binary_exponent, in_unit
+from qjax.scales import times_power_of_two
 
 
 @in_unit
@@ -77,13 +77,15 @@ def _hqq(weight, fmt, lp_norm, beta, kappa, iters, early_stop) -> tuple[QTensor,
         return masked(x, present).sum(axis=1).reshape(*parameters.zero.shape, -1).sum(axis=-1)
 
     counts = group_sum(jnp.ones_like(groups))
+    exponent = binary_exponent(jnp.max(jnp.abs(weight))) + 3  # of the unit of beta
 
     def step(state):
         count, zero, beta, best, _ = state
         codes = grid.encode(groups, scale, zero[:, None], fmt)
         error = groups - grid.decode(codes, decoded, zero[:, None], fmt)
         size = jnp.abs(error)
-        sparse = jnp.sign(error) * jax.nn.relu(size - size ** (lp_norm - 1) / beta)
+        units = times_power_of_two(size, -exponent)
+        sparse = jnp.sign(error) * times_power_of_two(jax.nn.relu(units - units ** (lp_norm - 1) / beta), exponent)
         zero = group_sum(codes - (groups - sparse) * inverse) / counts
         found = jnp.sum(group_sum(size)) / weight.size
         return count + 1, zero, beta * kappa, jnp.minimum(best, found), found < best

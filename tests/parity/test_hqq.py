@@ -47,17 +47,23 @@ def assert_same(q, there):
     assert np.mean(apart == 0) > (0.999 if q.format.zeros == "z32" else 0.9 if q.format.bits == 8 else 0.995)
 
 
+def random_weight(seed: int) -> np.ndarray:
+    """In the unit of our beta, in which the largest is from 1/16 to 1/8."""
+    weight = np.random.default_rng(seed).standard_t(4, (256, 128)).astype(np.float32)
+    return weight * np.float32(2.0 ** (-3 - np.frexp(np.abs(weight).max())[1]))
+
+
 @pytest.mark.parametrize(("bits", "group"), [(8, 64), (4, 64), (3, 64), (2, 32)])
 @pytest.mark.parametrize("zeros", ["z32", "z16"])
 def test_default_solver(bits, group, zeros):
-    weight = np.random.default_rng(bits).standard_t(4, (256, 128)).astype(np.float32)
+    weight = random_weight(bits)
     q, _ = hqq(jnp.asarray(weight), f"int{bits}-g{group}-fp32-{zeros}", kappa=1.0)
     assert_same(q, quantize_there(weight, bits, group))
 
 
 def test_kappa_and_the_other_options():
-    weight = np.random.default_rng(0).standard_t(4, (256, 128)).astype(np.float32)
-    options = {"lp_norm": 0.5, "beta": 3.0, "kappa": 1.05, "iters": 9, "early_stop": False}
+    weight = random_weight(0)
+    options = {"lp_norm": 0.5, "beta": 2000.0, "kappa": 1.05, "iters": 9, "early_stop": False}
 
     def solver(tensor, scale, zero, min_max, axis, device):
         settings = {**options, "tol": 0.0, "scale_gridsearch": False}
