@@ -1,6 +1,6 @@
 """What bits cost in accuracy and in divergence, beside perplexity: the bundled model, its held-out text, the built-in task.
 
-    python experiments/accuracy.py                 writes results/accuracy/, ten to twenty minutes on 2 cores
+    python experiments/accuracy.py                 writes results/accuracy/, ten minutes on 2 cores
     python experiments/accuracy.py --tiny --out X  a few windows, questions and formats, for tests
 
 Claim: accuracy follows perplexity but is far noisier, so that differences at 8 bits are within noise; KL divergence

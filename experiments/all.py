@@ -1,6 +1,7 @@
-"""Makes the whole of results/ again, one experiment after another, and prints how long each took.
+"""Makes results/ again, one experiment after another, and writes how long each took to results/all.log too.
 
-    python experiments/all.py                  some eight hours on 2 cores, by estimate
+    python experiments/all.py small            those on models of a million parameters: an hour and a half on 2 cores
+    python experiments/all.py                  those on SmolLM2 and Gemma, of training and of speed too: some eight, by estimate
     python experiments/all.py order calibration    these alone
 
 Each runs in a process of its own, so that its times and its memory are its own. What the same code, versions and kind of
@@ -15,9 +16,14 @@ import sys
 import time
 from pathlib import Path
 
+from qjax.sweep.measurements.provenance import provenance
+
+SMALL = (
+    *("order", "formats_at_4_bits", "sensitivity", "calibration", "composition", "quickstart", "accuracy", "tradeoff"),
+    *("paper_shapes", "bitwidth_sweep"),
+)
 EXPERIMENTS = (
-    *("kernel_benchmark", "tradeoff", "quickstart", "accuracy", "order", "paper_shapes", "formats_at_4_bits", "sensitivity"),
-    *("calibration", "composition", "bitwidth_sweep", "real_models", "activations", "training", "compute_types"),
+    *(*SMALL, "kernel_benchmark", "real_models", "activations", "training", "compute_types"),
     *("speed", "scaling"),
 )
 FOLDERS = {"kernel_benchmark": "kernels"}  # those not named like their script
@@ -31,20 +37,30 @@ def main() -> int:
     parser.add_argument("--data-folder", type=Path)
     parser.add_argument("--tiny", action="store_true", help="every experiment's tiny twin")
     options = parser.parse_args()
-    unknown = [name for name in options.names if name not in EXPERIMENTS]
+    names = SMALL if options.names == ["small"] else options.names or EXPERIMENTS
+    unknown = [name for name in names if name not in EXPERIMENTS]
     if unknown:
-        parser.error(f"unknown experiments {', '.join(unknown)}; there are {', '.join(EXPERIMENTS)}")
+        parser.error(f"unknown experiments {', '.join(unknown)}; there are small, {', '.join(EXPERIMENTS)}")
     flags = ["--tiny"] if options.tiny else []
     environment = os.environ | ({"QJAX_TEST_DATA": str(options.data_folder)} if options.data_folder else {})
-    failed, started = 0, time.monotonic()
-    for name in options.names or EXPERIMENTS:
+    out = options.out or Path("runs/tiny" if options.tiny else "results")
+    out.mkdir(parents=True, exist_ok=True)
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+        with (out / "all.log").open("a", encoding="utf-8") as log:
+            log.write(line + "\n")
+
+    failed, started, made = 0, time.monotonic(), provenance()
+    say(f"{time.strftime('%Y-%m-%d %H:%M')}: {made['device']}, {made['versions']}, code {made['code']}")
+    for name in names:
         begun = time.monotonic()
         script = Path(__file__).with_name(f"{name}.py")
-        folder = (options.out or Path("runs/tiny" if options.tiny else "results")) / FOLDERS.get(name, name)
+        folder = out / FOLDERS.get(name, name)
         done = subprocess.run([sys.executable, script, "--out", folder, *flags], env=environment, check=False)
         failed += done.returncode != 0
-        print(f"{name}: {'failed after ' * bool(done.returncode)}{time.monotonic() - begun:.0f} s", flush=True)
-    print(f"all: {(time.monotonic() - started) / 60:.0f} min, {failed} failed")
+        say(f"{name}: {'failed after ' * bool(done.returncode)}{time.monotonic() - begun:.0f} s")
+    say(f"all: {(time.monotonic() - started) / 60:.0f} min, {failed} failed")
     return failed
 
 

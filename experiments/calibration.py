@@ -1,6 +1,6 @@
 """What calibration data should be: which text, how much of it, in how long windows; three draws of each.
 
-    python experiments/calibration.py                 writes results/calibration/, about ten minutes on 2 cores
+    python experiments/calibration.py                 writes results/calibration/, two minutes on 2 cores
     python experiments/calibration.py --tiny --out X  a few windows and one source, for tests
 
 One thing is varied at a time from 32 windows of 256 tokens of the text's own kind, in the order `parallel`, where the recipes

@@ -1,6 +1,6 @@
 """Do methods add up? Input scaling, error feedback and range search alone and together at 4, 3 and 2 bits, three draws each.
 
-    python experiments/composition.py                 writes results/composition/, about ten minutes on 2 cores
+    python experiments/composition.py                 writes results/composition/, ten minutes on 2 cores
     python experiments/composition.py --tiny --out X  a few windows and methods, for tests
 
 Questions: does AWQ help before GPTQ? How much of each method's gain is its search of the range? Do gains add up or overlap?

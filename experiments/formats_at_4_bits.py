@@ -1,6 +1,6 @@
 """Which 16 values should 4 bits stand for? Codebooks and integers with equal groups, by nearest rounding and by GPTQ.
 
-    python experiments/formats_at_4_bits.py                 writes results/formats_at_4_bits/, about five minutes on 2 cores
+    python experiments/formats_at_4_bits.py                 writes results/formats_at_4_bits/, ten minutes on 2 cores
     python experiments/formats_at_4_bits.py --tiny --out X  a few windows and formats, for tests
 
 NF4, FP4-E2M1 and bitsandbytes' FP4; integers symmetric about zero with the scale max/7 and max/7.5, and affine ones, whose zero

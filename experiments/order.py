@@ -1,6 +1,6 @@
 """Whose inputs calibration should see: the orders parallel, block, sequential and qep on the bundled model, three seeds each.
 
-    python experiments/order.py                 writes results/order/, three to ten minutes on 2 cores
+    python experiments/order.py                 writes results/order/, three minutes on 2 cores
     python experiments/order.py --tiny --out X  a few windows and orders, for tests
 
 Claim: `qep`, which also corrects every weight for the error of its inputs, costs least at 4 and at 3 bits, by more than other

@@ -1,6 +1,6 @@
 """Which findings of the GPTQ, AWQ and QLoRA papers hold on models a thousand times smaller? (`qjax/report/paper_shapes.py`)
 
-    python experiments/paper_shapes.py                 writes results/paper_shapes/, about fifteen minutes on 2 cores
+    python experiments/paper_shapes.py                 writes results/paper_shapes/, eight minutes on 2 cores
     python experiments/paper_shapes.py --tiny --out X  a few windows and formats, for tests
 
 Every recipe that a finding needs, with the papers' act-order, inputs and formats, but our text and amount of calibration:

@@ -1,6 +1,6 @@
 """The quickstart's figures: methods at 8, 4, 3 and 2 bits on the bundled model and the held-out python-docs, three draws each.
 
-    python experiments/quickstart.py                writes results/quickstart/, ten to thirty minutes on 2 cores
+    python experiments/quickstart.py                writes results/quickstart/, ten minutes on 2 cores
     python experiments/quickstart.py --tiny --out X  a few windows and formats, for tests
 
 Claims: perplexity does not fall with fewer bits; 8 bits cost one or two hundredths of a percent, which the paired difference

@@ -1,6 +1,6 @@
 """Where bits are missed most: one block quantized at a time, and one kind of linear layer at a time, the rest as it is.
 
-    python experiments/sensitivity.py                 writes results/sensitivity/, about five minutes on 2 cores
+    python experiments/sensitivity.py                 writes results/sensitivity/, two minutes on 2 cores
     python experiments/sensitivity.py --tiny --out X  one kind of layer on a few windows, for tests
 
 Questions: are some blocks or kinds worth more bits than others? Is what the parts cost, added up, what the whole costs?

@@ -1,6 +1,6 @@
 """What each precision buys and costs: bytes, tokens a second, perplexity, accuracy; and the memory of a 7B Llama.
 
-    python experiments/tradeoff.py                 writes results/tradeoff/, about five minutes on 2 cores, which should be idle
+    python experiments/tradeoff.py                 writes results/tradeoff/, five minutes on 2 cores, which should be idle
     python experiments/tradeoff.py --tiny --out X  a few windows, questions and formats, for tests
 
 Question: what does a user get for each bit left out? Integers by nearest rounding and by GPTQ with range search, NF4 as QLoRA.

@@ -3,18 +3,24 @@
 Changes are in percent of the unquantized model's perplexity, accuracies and flips in percent and points.
 """
 
+import csv
 import functools
+import re
+from collections.abc import Iterable, Sequence
 
 import numpy as np
+from scipy.stats import spearmanr
 
+from qjax.evaluate.statistics import Difference, aggregate_draws
 from qjax.report.estimates import Estimate, cell_estimates
-from qjax.report.rendering import decimals, with_error
+from qjax.report.rendering import decimals, documents_of, loss_change, with_error
 from qjax.report.tables import change_of_perplexity
 from qjax.sweep.store import ROWS, read_rows
 from tests.paths import REPOSITORY
 
 RESULTS = REPOSITORY / "results"
 BUNDLED, BASELINE = "bundled", "none"
+OTHERS = ("parallel", "block", "sequential")  # orders of calibration, beside qep
 
 
 @functools.cache
@@ -22,7 +28,11 @@ def cells(folder: str, model: str = BUNDLED, text: str = "") -> dict[str, Estima
     """What rows of a model and a text say, by recipe and what else tells them apart. model: its name, or how names begin, if
     none is the very one; text: a part of its name.
     """
-    found = cell_estimates(read_rows(RESULTS / folder / ROWS))
+    return _named(read_rows(RESULTS / folder / ROWS), model, text)
+
+
+def _named(rows: list[dict], model: str, text: str) -> dict[str, Estimate]:
+    found = cell_estimates(rows)
     same = str.__eq__ if model in {key[0] for key in found} else str.startswith
     return {" ".join(key[2:]): cell for key, cell in found.items() if same(key[0], model) and text in key[1]}
 
@@ -35,6 +45,11 @@ def cell(folder: str, recipe: str, **where: str) -> Estimate:
 def change(folder: str, recipe: str, **where: str) -> float:
     """Change of perplexity, %."""
     return cell(folder, recipe, **where).change
+
+
+def spread(folder: str, recipe: str, values: Sequence[str], **where: str) -> tuple[float, float]:
+    """The least and the largest change of the recipes that have each of the values in place of {}."""
+    return span(change(folder, recipe.format(each), **where) for each in values)
 
 
 def error(folder: str, recipe: str, **where: str) -> float:
@@ -52,16 +67,42 @@ def bits(folder: str, recipe: str, **where: str) -> float:
     return cell(folder, recipe, **where).bits_per_weight
 
 
-def calibration_tokens(folder: str, recipe: str) -> int:
+def calibration_tokens(folder: str, recipe: str, **where: str) -> int:
     """Tokens of calibration text of a draw."""
-    row = cell(folder, recipe).row
+    row = cell(folder, recipe, **where).row
     return row["calibration_windows"] * row["calibration_window_tokens"]
 
 
-def drawn(folder: str, recipe: str, **where: str) -> float:
-    """The part of a change's standard error that draws of calibration text are."""
-    row = cell(folder, recipe, **where).row
-    return 100 * row["perplexity_ratio"] * row["nll_delta_between"] / np.sqrt(row["draws"])
+def logged() -> float:
+    """Minutes that the experiments of the log took together."""
+    found = re.findall(r"^\w+: (\d+) s$", (RESULTS / "all.log").read_text("utf-8"), re.MULTILINE)
+    return sum(map(int, found)) / 60
+
+
+@functools.cache
+def _of_draw(folder: str, seed: int, model: str, text: str) -> dict[str, Estimate]:
+    """As `cells`, of one draw; what draws nothing is in each."""
+    rows = [row for row in read_rows(RESULTS / folder / ROWS) if row.get("seed") in (seed, None) or not row.get("order")]
+    return _named(rows, model, text)
+
+
+def against(folder: str, recipe: str, other: str, model: str = BUNDLED, text: str = "") -> Difference:
+    """A recipe's mean loss less another's, in nats a token, paired by window and draw."""
+    draws = [_of_draw(folder, seed, model, text) for seed in range(cell(folder, recipe, model=model, text=text).draws or 1)]
+    rows = [(found[recipe].row, found[other].row) for found in draws]
+    changes = np.array([loss_change(*pair) for pair in rows])
+    return aggregate_draws(changes, np.array(rows[0][0]["window_tokens"]), documents_of(rows[0][0])).change
+
+
+def fewer(folder: str, recipe: str, other: str, **where: str) -> bool:
+    """Whether a recipe's loss is less than another's, with the 95 % interval of their paired difference below zero."""
+    return against(folder, recipe, other, **where).high < 0
+
+
+def alike(folder: str, recipe: str, other: str, **where: str) -> bool:
+    """Whether the 95 % interval of the paired difference holds zero."""
+    found = against(folder, recipe, other, **where)
+    return found.low <= 0 <= found.high
 
 
 def is_noise(found: Estimate) -> bool:
@@ -83,6 +124,174 @@ def accuracy_noise(folder: str, recipe: str, task: str = "cloze") -> bool:
     """Whether the 95 % interval of a change of accuracy holds zero."""
     row = cell(folder, recipe).row
     return row[f"accuracy_delta_low:{task}"] <= 0 <= row[f"accuracy_delta_high:{task}"]
+
+
+# --- widths ---------------------------------------------------------------------------------------------------------------
+
+WIDE = ("rtn", "gptq(clip=mse)", "awq", "awq+gptq(clip=mse)")
+PLACES = {  # model and text -> its groups, the smallest first
+    ("bundled", "python"): ("g32", "g128", "channel"),
+    ("stories260K-hf", "tinystories"): ("g32", "g64", "channel"),
+    ("stories260K-hf", "wiki"): ("g32", "g64", "channel"),
+    ("babyllama-hf", "tinystories"): ("g32", "g128", "channel"),
+}
+OWN = [place for place in PLACES if place[1] != "wiki"]  # text of the kind that the model was trained on
+
+
+def wide(method: str, bits: int, group: int, place: tuple[str, str]) -> tuple[str, dict[str, str]]:
+    """(recipe, where) of a method at a width in the smallest (0) to the largest (2) group of a place."""
+    return f"{method}:int{bits}-{PLACES[place][group]}", {"model": place[0], "text": place[1]}
+
+
+def costs(method: str, bits: int, place: tuple[str, str]) -> list[float]:
+    """Changes of perplexity from the smallest group to the largest, %."""
+    return [change("bitwidth_sweep", recipe, **where) for recipe, where in (wide(method, bits, g, place) for g in range(3))]
+
+
+def beats(ours: tuple[str, int, int], theirs: tuple[str, int, int], place: tuple[str, str]) -> bool:
+    """Whether one (method, bits, group) loses less than another, told apart."""
+    (recipe, where), (other, _) = wide(*ours, place), wide(*theirs, place)
+    return fewer("bitwidth_sweep", recipe, other, **where)
+
+
+def every_bit(place: tuple[str, str]) -> list[bool]:
+    """Of every method, group and step from 8 to 4 to 3 to 2 bits whether more bits lose less, told apart."""
+    steps = ((8, 4), (4, 3), (3, 2))
+    return [beats((m, more, g), (m, less, g), place) for m in WIDE for g in range(3) for more, less in steps]
+
+
+def smaller_groups(place: tuple[str, str], *, worse: bool = False) -> list[bool]:
+    """Of every method, width and step to the next smaller group whether that loses less, told apart; worse: more."""
+    found = [((m, b, g), (m, b, g + 1)) for m in WIDE for b in (8, 4, 3, 2) for g in range(2)]
+    return [beats(*(pair[::-1] if worse else pair), place) for pair in found]
+
+
+def calibrated(bits: int, place: tuple[str, str]) -> list[bool]:
+    """Of every calibrated method and group whether it loses less than nearest rounding, told apart."""
+    return [beats((m, bits, g), ("rtn", bits, g), place) for m in WIDE[1:] for g in range(3)]
+
+
+def ranks(place: tuple[str, str], figure: str) -> float:
+    """Spearman's correlation of the increase of perplexity with another figure over all recipes."""
+    found = [cell.row for recipe, cell in cells("bitwidth_sweep", *place).items() if recipe != BASELINE]
+    return abs(spearmanr([row["perplexity_ratio"] for row in found], [row[figure] for row in found]).statistic)
+
+
+# --- findings of papers ---------------------------------------------------------------------------------------------------
+
+SMALL = ("bundled", "stories260K-hf", "babyllama-hf")
+
+
+def millions(model: str, folder: str = "paper_shapes") -> float:
+    """Parameters of a model, in millions."""
+    row = cell(folder, BASELINE, model=model).row
+    return 8e-6 * row["size_bytes"] / row["model_bits_per_weight"]
+
+
+@functools.cache
+def findings() -> list[dict[str, str]]:
+    """The table of findings, which a test makes again from the rows."""
+    with (RESULTS / "paper_shapes" / "paper_shapes.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def verdicts(*said: str) -> int:
+    """How many of all verdicts are one of these."""
+    return sum(row[f"holds:{model}"] in said for row in findings() for model in SMALL)
+
+
+def everywhere() -> list[str]:
+    """Findings that hold on every model, each by itself."""
+    return [row["finding"] for row in findings() if all(row[f"holds:{model}"].startswith("yes") for model in SMALL)]
+
+
+def ours(beginning: str, paper: str = "") -> list[float]:
+    """What the three models give for the finding whose name, and paper, begin so."""
+    (row,) = [row for row in findings() if row["finding"].startswith(beginning) and row["source"].startswith(paper)]
+    return [float(row[f"ours:{model}"]) for model in SMALL]
+
+
+# --- trade-off ------------------------------------------------------------------------------------------------------------
+
+
+def speed(task: str, way: str, recipe: str) -> float:
+    """Tokens a second: of a prompt ("prefill") or of decoding ("decode"), with weights "dense" or "packed"."""
+    return cell("tradeoff", recipe).row[f"{task}_tokens_per_second:{way}"]
+
+
+# --- formats at 4 bits ----------------------------------------------------------------------------------------------------
+
+GRIDS = ("nf4-g{}", "fp4_e2m1-g{}", "fp4_bnb-g{}", "int4-g{}-sym-max", "int4-g{}-sym", "int4-g{}")
+
+
+def best_of(group: int, scales: str) -> str:
+    """The format of 4 bits that costs least by nearest rounding in these groups."""
+    formats = [grid.format(group) + scales for grid in GRIDS]
+    return min(formats, key=lambda fmt: change("formats_at_4_bits", f"rtn:{fmt}"))
+
+
+def halved(folder: str) -> tuple[float, float]:
+    """The least and the largest share of nearest rounding's cost that is left by GPTQ, over all formats."""
+    formats = [grid.format(group) + scales for grid in GRIDS for group in (64, 128) for scales in ("", "-dq")]
+    return span(share(folder, f"gptq:{fmt}", f"rtn:{fmt}") for fmt in formats)
+
+
+# --- sensitivity ----------------------------------------------------------------------------------------------------------
+
+THREE = {"rtn": "rtn:int3-g128", "gptq": "gptq(clip=mse):int3-g128"}
+SIZES = {  # shares of the bundled model's linear weights
+    **{f"attention/{kind}/": size / 24 for kind, size in (("q", 2), ("k", 1), ("v", 1), ("o", 2))},
+    **{f"mlp/{kind}/": 6 / 24 for kind in ("gate", "up", "down")},
+}
+
+
+def placed(place: str, method: str) -> str:
+    """The name of the cell where one place alone is rounded."""
+    return f"none; {place}={THREE[method]}"
+
+
+def alone(place: str, method: str) -> float:
+    """Change of perplexity where one place alone is rounded, %."""
+    return change("sensitivity", placed(place, method))
+
+
+def a_weight(kind: str, method: str) -> float:
+    """The change for each weight of a kind, as if all weights were as those."""
+    return alone(kind, method) / SIZES[kind]
+
+
+def span(values: Iterable[float]) -> tuple[float, float]:
+    """The least and the largest."""
+    found = list(values)
+    return min(found), max(found)
+
+
+# --- calibration ----------------------------------------------------------------------------------------------------------
+
+GPTQ, AWQ = "gptq(clip=mse):int3-g128@parallel", "awq:int3-g128@parallel"
+AMOUNTS = ((32, 256), (2, 256), (8, 256), (128, 256), (128, 64))  # windows, and tokens of one
+C4, SHAKESPEARE = "text:c4.utf8.gz", "text:tinyshakespeare.txt"
+
+
+def reading(recipe: str, windows: int, tokens: int = 256, text: str = "python-docs") -> str:
+    """The name of a recipe's cell with so much of a calibration text."""
+    return f"{recipe} {text} {windows} {tokens}"
+
+
+def read(recipe: str, windows: int, tokens: int = 256, text: str = "python-docs") -> float:
+    """Its change of perplexity, %."""
+    return change("calibration", reading(recipe, windows, tokens, text))
+
+
+# --- composition ----------------------------------------------------------------------------------------------------------
+
+FEEDBACK = ("gptq", "gptq(clip=mse)", "gptq(clip=hessian)", "gptq(clip=mse)+descend")
+BEFORE_GPTQ = [(f"awq+{method}:int{bits}-g128", f"{method}:int{bits}-g128") for method in FEEDBACK for bits in (4, 3, 2)]
+
+
+def taken_off(method: str, bits: int) -> float:
+    """How much less than nearest rounding a method loses, in nats a token."""
+    return -against("composition", f"{method}:int{bits}-g128", f"rtn:int{bits}-g128").value
 
 
 # --- activations ----------------------------------------------------------------------------------------------------------
@@ -157,6 +366,25 @@ def _stderr(row: dict) -> float:
 def _markdown(headers: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
     rows = [headers, ("---", *["---:"] * (len(headers) - 1)), *lines]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows).replace("  ", " ")
+
+
+# --- speed ----------------------------------------------------------------------------------------------------------------
+
+BF16, F32 = "losses in bfloat16", "losses in float32"
+PARALLEL, QEP, REFINED = "gptq:int4-g64@parallel", "gptq:int4-g64@qep", "gptq(refine=4):int4-g64@qep"
+
+
+def faster(model: str, task: str, peer: str) -> tuple[float, float, float]:
+    """How many times as fast as a library we are: the median of the rounds, the least and the largest."""
+    asked = {"model": model, "task": task, "peer": peer}
+    ratios = [row["ratio"] for row in read_rows(RESULTS / "speed" / ROWS) if asked.items() <= row.items()]
+    return float(np.median(ratios)), min(ratios), max(ratios)
+
+
+def ours_seconds(model: str, task: str) -> float:
+    """The median of our seconds."""
+    rows = read_rows(RESULTS / "speed" / ROWS)
+    return float(np.median([row["seconds"] for row in rows if (row["model"], row["task"]) == (model, task)]))
 
 
 # --- kernels --------------------------------------------------------------------------------------------------------------

@@ -74,9 +74,9 @@ def infinite_row() -> dict[str, object]:
     return measured_row("rtn:int2-g128", 0.0, math.nan) | infinite | {"nll": 802.3, "nll_delta": 800.0}
 
 
-def alone_row(pattern: str, delta: float, stderr: float = 0.001) -> dict[str, object]:
+def alone_row(pattern: str, delta: float, stderr: float = 0.001, by: str = "gptq(clip=mse):int3-g128") -> dict[str, object]:
     """A row of one place quantized alone."""
-    recipe = f"none; {pattern}=gptq(clip=mse):int3-g128"
+    recipe = f"none; {pattern}={by}"
     ends = {"nll_delta_stderr": stderr, "nll_delta_low": delta - 1.96 * stderr, "nll_delta_high": delta + 1.96 * stderr}
     return complete(early_row("none", delta) | {"recipe": recipe, "key": recipe} | ends)
 

@@ -93,6 +93,10 @@ def test_from_a_shell(tmp_path):
     rows = read_rows(tmp_path / "formats_at_4_bits" / ROWS)
     assert [row["recipe"] for row in rows][:2] == ["none", "rtn:nf4-g64"]
     assert "formats_at_4_bits: " in said and ", 0 failed" in said
+    log = (tmp_path / "all.log").read_text("utf-8").splitlines()
+    assert rows[0]["code"] in log[0] and log[1:] == [
+        line for line in said.splitlines() if re.match(r"formats_at_4_bits: |all: ", line)
+    ]
 
 
 @pytest.mark.parametrize("name", TWINS)
@@ -214,7 +218,7 @@ def test_all_names_unknown_experiments(load, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["all.py", "ordr"])
     with pytest.raises(SystemExit) as stopped:
         load("all").main()
-    assert stopped.value.code == 2 and "unknown experiments ordr; there are kernel_benchmark" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "unknown experiments ordr; there are small, order" in capsys.readouterr().err
 
 
 def test_a_row_of_another_kind_is_added_once(load, tmp_path):

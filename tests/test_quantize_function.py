@@ -9,6 +9,7 @@ import pytest
 
 import qjax
 from qjax.linear import Linear, is_quantized
+from qjax.tracing import capture
 from qjax.tracing.kernel import Kernel
 from qjax.tracing.trace import leaves_of
 from tests.traced_models import CASES, X, attention_einsums, experts, normal, ragged, rows
@@ -155,6 +156,40 @@ def test_orders_see_what_quantized_layers_make(order):
         weight = weight + 0.5 * jnp.linalg.solve(damped, drift @ weight)
     alone, _ = qjax.quantize_function(product, {"w": weight}, "gptq:int4-g4@parallel", batches=[(inputs,)])
     np.testing.assert_allclose(qjax.dequantize(params["o"]["w"]), qjax.dequantize(alone["w"]), atol=1e-4)
+
+
+@jax.jit
+def looped(p, x):
+    """Layers before, inside and after a loop, one of them used twice."""
+    h, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), jnp.tanh(x @ p["a"]), p["loop"])
+    return jnp.tanh(h @ p["twice"]) @ p["twice"] + jnp.tanh(h @ p["b"]) @ p["c"]
+
+
+@pytest.mark.parametrize("order", ["sequential", "qep"])
+def test_products_that_are_kept_change_nothing(order, monkeypatch):
+    params = {
+        str(i): {
+            name: normal(10 * i + j, *(2,) * (name == "loop"), 8, 8) for j, name in enumerate(("a", "loop", "twice", "b", "c"))
+        }
+        for i in range(2)
+    }
+
+    def made():
+        kept = []
+        to_keep = capture.Runs._to_keep
+        monkeypatch.setattr(capture.Runs, "_to_keep", lambda *given: kept.extend(found := to_keep(*given)) or found)
+        fn = lambda p, x: looped(p["1"], looped(p["0"], x))  # noqa: E731
+        quantized, _ = qjax.quantize_function(fn, params, f"gptq:int4-g4@{order}", batches=[(X,), (2 * X,)])
+        monkeypatch.setattr(capture.Runs, "_to_keep", to_keep)
+        return set(kept), matrices(quantized)
+
+    kept, found = made()
+    assert {f"{i}/{name}" for i in range(2) for name in "ab"} <= kept and not {f"{i}/twice" for i in range(2)} & kept
+    monkeypatch.setattr(capture, "KEPT_BYTES", 0)
+    none, expected = made()
+    assert not none and found.keys() == expected.keys() and len(found) == 2 * 6
+    for name, matrix in found.items():
+        np.testing.assert_array_equal(matrix, expected[name], err_msg=name)
 
 
 def test_statistics_are_those_of_the_rows():

@@ -55,6 +55,19 @@ def test_facets_are_widths_with_the_same_lines():
     assert [len(axes.containers) for axes in figure.axes] == [6, 6]
 
 
+def test_a_facet_of_caches_has_a_title():
+    cache = measured_row("none", 0.01, 0.001) | {"recipe": "kv:int8-token", "cache": "int8-token", "bits": None}
+    titles = [axes._left_title.get_text() for axes in dots_figure([*MIXED, cache]).axes]
+    assert titles[-1] == "weights as they are" and "weights as they are" not in titles[:-1]
+
+
+def test_a_title_that_is_too_wide_is_broken_before_its_format():
+    rows = [measured_row("none"), *(alone_row(f"^block_{i}/", 0.01, by="gptq(clip=mse)+descend:int3-g128") for i in (0, 1))]
+    rows += [alone_row(f"^block_{i}/", 0.02) for i in (0, 1)]
+    titles = [axes._left_title.get_text() for axes in dots_figure(rows).axes]
+    assert any(title.endswith(":\nint3-g128") for title in titles)
+
+
 def test_widths_with_other_lines_stand_one_under_the_other():
     figure = dots_figure(MIXED)
     assert [names(axes) for axes in figure.axes] == [

@@ -346,6 +346,14 @@ def test_captions_say_what_titles_do_not():
         assert said in text
     (_, placed), *_ = captions([*sweep_rows(), measured_row("gptq:int4-g128", 0.1, model="evil\x1b[2J")])
     assert placed.startswith("Recipes by the increase of perplexity") and "\x1b" not in placed
+    assert "the left one has doubly quantized scales" in captions(FORMATS)[0][1] and "doubly" not in text
+
+
+def test_long_names_stand_beside_short_ones_in_the_legend():
+    """Where as they come they would be in one column."""
+    (legend,) = lines_figure(swept(LONG)).legends
+    shown = [text.get_text() for text in legend.get_texts()]
+    assert legend._ncols == 2 and shown[0] == "gptq(clip=mse,damp=0.02)+descend" and shown[-1] == "rtn"
 
 
 def test_equal_names_are_told_apart():

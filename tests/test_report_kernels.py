@@ -61,6 +61,11 @@ def test_figure():
     assert not list(figures(rows[::2])) and not list(figures([each for each in rows if each["implementation"] == "dense"]))
 
 
+def test_ticks_are_apart():
+    ((_, figure),) = figures([row("xla", size, 1e-3) for size in (1, 8, 16, 32, 512)])
+    assert list(figure.axes[0].get_xticks()) == [1, 8, 32, 512]
+
+
 def test_figure_of_rows_of_several_runs():
     """A weight that lacks a line, a case that was measured again, and a library whose format is not ours."""
     rows = [row(name, size, 1e-3, format=fmt) for name, fmt in (("xla", "int4-g32"), ("marlin", "m4")) for size in (1, 8)]

@@ -229,7 +229,7 @@ class TracedPiece(Piece):
     def capture(self, params, batches, needed, names, exact=None, *, keep_outputs=False, keep_results=()) -> Captured:
         """`tracing.capture` of the function with these matrices."""
         compared = None if exact is None else self._leaves(exact[0])
-        return Captured(self.runs.capture(self._leaves(params), batches, needed, names, compared), [])
+        return Captured(self.runs.capture(self._leaves(params), batches, needed, names, compared, keep_results), [])
 
     def apply(self, params: PyTree, *args: object) -> object:
         """What the function makes of the arguments with these matrices."""

@@ -31,7 +31,9 @@ def lines_caption(rows: Sequence[Row]) -> str:
     tasks = ", ".join(f"{task} ({number(rows[0], f'questions:{task}'):,.0f} questions)" for task in tasks_of(rows))
     shown = " and ".join(["", *(FURTHER[value].format(tasks=tasks) for value in further)])
     each = f", a panel for each {'width' if 'bits' in panels[0][0] else 'method'}" if len(panels) > 1 else ""
-    return _caption(rows, f"Increase of perplexity{shown} against {BITS}{each}")
+    labels = [line.label for line in panels[0][1]]
+    pairs = "; of two lines of one look the left one has doubly quantized scales" * (len(set(labels)) < len(labels))
+    return _caption(rows, f"Increase of perplexity{shown} against {BITS}{each}{pairs}")
 
 
 def dots_caption(rows: Sequence[Row]) -> str:

@@ -41,6 +41,7 @@ WIDEST_NAMES = 0.4  # of the page
 MOST_FACETS = {"single": 2, "double": 5}  # side by side
 SHARED = 0.6  # of all lines in all facets: what must be there for facets side by side
 GAP = 12  # points between facets side by side
+UNROUNDED = "weights as they are"  # a facet of caches
 BOLD = 1.12  # how much wider than other letters those of titles are
 LINE_HEIGHT, MARGINS = 0.135, 0.42  # inches; margins of a facet
 CALIBRATED = {"calibration", "calibration_windows", "calibration_window_tokens"}
@@ -105,7 +106,10 @@ def _axes(figure: "Figure", titles: Sequence[str], lines: Sequence[Sequence[str]
     grid = list(figure.subplots(*shape, squeeze=False, height_ratios=ratios).ravel())
     space = (page * POINT - min(longest, WIDEST_NAMES * page * POINT)) / shape[1] - GAP
     for axes, title, names in zip(grid, titles, lines, strict=True):
-        axes.set_title(plain("\n".join(wrap(figure, title, space / BOLD))), loc="left")
+        parts = [title] if text_size(figure, title)[0] < space / BOLD else title.replace(":", ":\n").split("\n")
+        axes.set_title(
+            plain("\n".join(line for part in parts for line in wrap(figure, part.strip(), space / BOLD))), loc="left"
+        )
         axes.set_ylim(len(names) - 0.5, -0.5)  # the first line on top
         shown = axes is grid[0] or not together
         axes.set_yticks(range(len(names)), [plain("\n".join(broken[name])) * shown for name in names])
@@ -136,7 +140,8 @@ def facets_of(shown: Sequence[Row]) -> Facets:
         facets.setdefault(title, {})[", ".join(name)] = row
     if placed or calibrated:
         return facets
-    return {_title(bits, facet): facet for bits, facet in sorted(facets.items(), key=lambda item: int(item[0] or 99))}
+    ordered = sorted(facets.items(), key=lambda item: int(item[0] or 99))
+    return {_title(bits, facet, len(facets) > 1): facet for bits, facet in ordered}
 
 
 def _told(row: Row, keys: set[str]) -> list[str]:
@@ -152,10 +157,10 @@ def _told(row: Row, keys: set[str]) -> list[str]:
     return told
 
 
-def _title(bits: str, facet: dict[str, Row]) -> str:
-    """3 bits (3.15 to 3.59 bits per weight): 3 bits: 3.15 to 3.59."""
+def _title(bits: str, facet: dict[str, Row], several: bool) -> str:
+    """3 bits (3.15 to 3.59 bits per weight): 3 bits: 3.15 to 3.59. several: there are other facets."""
     exact = sorted({f"{number(row, 'bits_per_weight'):.2f}" for row in facet.values()})
-    return f"{bits} bits: {' to '.join(dict.fromkeys((exact[0], exact[-1])))}" if bits else ""
+    return f"{bits} bits: {' to '.join(dict.fromkeys((exact[0], exact[-1])))}" if bits else UNROUNDED * several
 
 
 def _look(row: Row):

@@ -7,7 +7,6 @@ has a panel for each weight, and the time over the dense product's against M.
     x dense    time of the dense product (float32 on CPU, bfloat16 elsewhere) over the time of this one, from turns of one run
 """
 
-import math
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 OURS = ("xla", "pallas_tpu", "pallas_gpu")
-MOST_SIZES = 6  # M named at the axis
+APART = 3  # times: M that are named at the axis
 SUMMARISED = (1, 16)  # the M of which bandwidth and speed are shown
 NEEDED = (
     *("device", "inputs", "outputs", "rows", "format", "implementation", "dtype"),
@@ -95,7 +94,9 @@ def kernels_figure(rows: Sequence[Row], width: str = "single") -> "Figure":
         weight.setdefault(_line(row), []).append((row["rows"], 1 / row["speedup"]))
     order = list(dict.fromkeys(map(_line, rows)))
     sizes = sorted({row["rows"] for row in rows})
-    ticks = sizes[:: math.ceil(len(sizes) / MOST_SIZES)]
+    ticks = sizes[:1]
+    for size in sizes:
+        ticks += [size] * (size >= APART * ticks[-1])
     panels = []
     for inputs, outputs in dict.fromkeys((row["inputs"], row["outputs"]) for row in rows):
         there = [(line, np.array(points[inputs, outputs][line])) for line in order if line in points[inputs, outputs]]

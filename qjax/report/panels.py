@@ -135,12 +135,20 @@ def _legend(figure: "Figure", looks: dict[str, Look], empty: Sequence["Axes"]) -
     if len(empty):
         empty[0].legend(handles=handles, loc="center left", borderaxespad=0)
         return
-    wide = [text_size(figure, name)[0] + HANDLE for name in looks]
-    for columns in range(len(wide), 0, -1):  # matplotlib fills them with as equal numbers as there can be
-        if sum(map(max, np.array_split(wide, columns))) < figure.get_figwidth() * POINT:
-            break
+    wide = np.array([text_size(figure, name)[0] + HANDLE for name in looks])
+    page = figure.get_figwidth() * POINT
+    order = np.arange(len(wide))
+    columns, beside = _columns(wide, page), np.argsort(-wide, kind="stable")  # as they come; or long names beside short ones
+    if _columns(wide[beside], page) > columns:
+        order, columns = beside, _columns(wide[beside], page)
     figure.set_figheight(figure.get_figheight() + 0.13 * math.ceil(len(wide) / columns) + 0.05)
-    figure.legend(handles=handles, loc="outside upper left", ncols=columns)
+    figure.legend(handles=[handles[number] for number in order], loc="outside upper left", ncols=columns)
+
+
+def _columns(wide: Float[np.ndarray, " n"], page: float) -> int:
+    """The most columns of a legend that fit; matplotlib fills them with as equal numbers as there can be."""
+    counts = range(len(wide), 1, -1)
+    return next((count for count in counts if sum(map(max, np.array_split(wide, count))) < page), 1)
 
 
 def _draw(axes: "Axes", line: Line, joined: bool) -> tuple[float, float]:

@@ -15,10 +15,12 @@ import numpy as np
 from jax.extend.core import Literal
 from jaxtyping import Array, Float
 
-from qjax.calibrate.capture import Batch, Captured, check_statistics, token_weights
+from qjax.calibrate.capture import KEPT_BYTES, Batch, Captured, check_statistics, token_weights
 from qjax.calibrate.statistics import COUNT, STATISTICS, Statistic
 from qjax.errors import QjaxError
 from qjax.tracing.interpreter import (
+    KEEP,
+    KNOWN,
     WEIGHTS,
     Lanes,
     LocalError,
@@ -58,7 +60,11 @@ class Capturing:
             except QjaxError as error:
                 raise LocalError(weight.path, str(error)) from None
             record = record | {weight.path: put(record[weight.path], weight.indices, states)}
-        return [applied(product, values, equation) for values in lanes], record
+        known, keep = f"{KNOWN}{weight.path}", f"{KEEP}{weight.path}"
+        if known in record:
+            return record[known], {path: states for path, states in record.items() if path != known}
+        outputs = [applied(product, values, equation) for values in lanes]
+        return outputs, record | {keep: outputs} if keep in record else record
 
     def _updated(self, product, states, rows, weights, sizes):
         depth = 0 if product.ragged else len(product.batch)
@@ -95,13 +101,23 @@ def members(site: Site) -> dict[str, tuple[int, ...]]:
     return {f"{site.path}[{index(place)}]": place for place in np.ndindex(site.view.stack_shape)}
 
 
+class Result(NamedTuple):
+    """What a contraction gave in a run, and the parameter that it was made with, of each lane."""
+
+    outputs: list[Array]
+    leaves: list[object]
+
+
 class Halted(NamedTuple):
-    """A run of a function on a batch that stopped before an equation. read: parameters as the run has them, of each lane."""
+    """A run of a function on a batch that stopped before an equation. read: parameters as the run has them, of each lane.
+    results: of contractions after it, by path.
+    """
 
     traced: Traced
     equation: int
     known: list[dict]
     read: list[dict[str, object]]
+    results: Mapping[str, Result]
 
 
 class Runs:
@@ -122,12 +138,14 @@ class Runs:
         needed: Mapping[str, int],
         names: Iterable[str],
         exact: Leaves | None = None,
+        keep: Sequence[str] = (),
     ) -> dict[str, dict[str, Array]]:
         """Statistics `names` of the inputs of matrices in `needed` (name -> in), over all batches.
 
         leaves: of the function's parameters, arrays or Kernels; exact: those of the run without quantization, for statistics
-        that compare with it. Raises QjaxError that names matrices whose input is not finite or was not seen, and parameters
-        whose input token weights do not fit.
+        that compare with it. keep: matrices that stay as they are, whose products later captures need not make again, for as
+        many batches as KEPT_BYTES has room for. Raises QjaxError that names matrices whose input is not finite or was not
+        seen, and parameters whose input token weights do not fit.
         """
         capturing = Capturing(tuple((name, STATISTICS[name]) for name in dict.fromkeys([*names, COUNT])))
         chosen = [site for site in self.sites.values() if members(site).keys() & needed.keys()]
@@ -136,7 +154,7 @@ class Runs:
         for number, batch in enumerate(batches):
             given = record | ({} if batch.weights is None else {WEIGHTS: batch.weights})
             try:
-                seen = self._run(number, batch, both, capturing, given, chosen)
+                seen = self._run(number, batch, both, capturing, given, chosen, keep)
             except LocalError as error:
                 raise QjaxError(error.message.replace("PATH", str(error.path))) from None
             record = {path: seen[path] for path in record}
@@ -149,14 +167,14 @@ class Runs:
         check_statistics(values, needed, "", lambda few: Captured(self.capture(leaves, batches, few, ["abs_max"]), []))
         return values
 
-    def _run(self, number: int, batch: Batch, both: Sequence[Leaves], capturing, record: Record, chosen) -> Record:
+    def _run(self, number: int, batch: Batch, both: Sequence[Leaves], capturing, record: Record, chosen, keep) -> Record:
         traced, arrays = trace(self.fn, both[0], batch.args, {})
         lanes = [[*tracked(traced.paths, list(each.arrays.values()), self.sites), *arrays] for each in both]
         if not self.uses(traced).calls:
             return as_program(capturing, traced.jaxpr, lanes, record, keep=False)[1]
         first, last = min(site.equation for site in chosen), max(site.last for site in chosen)
         jaxpr, begin, known = traced.jaxpr.jaxpr, 0, begun(traced.jaxpr.jaxpr, traced.jaxpr.consts, lanes)
-        halted = self.halted.get(number)
+        halted, results = self.halted.get(number), {}
         if halted is not None and halted.traced is traced and halted.equation <= first and _goes_on(halted, both):
             begin, reached = halted.equation, halted.known
             parameters = dict(zip(jaxpr.invars, traced.paths, strict=False))
@@ -164,10 +182,28 @@ class Runs:
                 {v: now.get(v, value) if v in parameters else value for v, value in then.items()}
                 for now, then in zip(known, reached, strict=True)
             ]
-        advance(capturing, jaxpr, known, {}, range(begin, first))
-        self.halted[number] = Halted(traced, first, [dict(values) for values in known], [each.arrays for each in both])
-        record = advance(capturing, jaxpr, known, record, range(first, last))
-        return finish(capturing, jaxpr, known, record, last)
+            results = {path: each for path, each in halted.results.items() if _same(each.leaves, path, both)}
+        made = {KNOWN + path: each.outputs for path, each in results.items()}
+        advance(capturing, jaxpr, known, made, range(begin, first))
+        stopped = [dict(values) for values in known]
+        asked = [path for path in self._to_keep(keep, first) if path not in results]
+        record = advance(capturing, jaxpr, known, record | made | {KEEP + path: () for path in asked}, range(first, last))
+        record = finish(capturing, jaxpr, known, record, last)
+        results |= {path: Result(record[KEEP + path], [each.arrays[path] for each in both]) for path in asked}
+        left = {path: each for path, each in results.items() if each.outputs and self.sites[path].equation >= first}
+        self.halted[number] = Halted(traced, first, stopped, [each.arrays for each in both], left)
+        return record
+
+    def _to_keep(self, paths: Iterable[str], first: int) -> list[str]:
+        """Those of the parameters that one contraction reads, from an equation on; none where there is no more room."""
+        kept = (array for each in self.halted.values() for result in each.results.values() for array in result.outputs)
+        sites = [self.sites[path] for path in paths if path in self.sites] if sum(a.nbytes for a in kept) < KEPT_BYTES else []
+        return [site.path for site in sites if site.uses == 1 and site.equation >= first]
+
+
+def _same(leaves: Sequence[object], path: str, both: Sequence[Leaves]) -> bool:
+    """Whether the parameter is that of every lane."""
+    return len(leaves) == len(both) and all(leaf is each.arrays[path] for leaf, each in zip(leaves, both, strict=True))
 
 
 def _goes_on(halted: Halted, both: Sequence[Leaves]) -> bool:

@@ -27,6 +27,8 @@ from qjax.tracing.product import Product, product_of
 
 Record = dict[object, PyTree]
 WEIGHTS = "\0weights"  # the record's entry for how much each token counts; no path
+KEEP = "\0keep "  # before a path: its contraction's outputs of each lane are to be kept, () until they are
+KNOWN = "\0known "  # and are known, so that it need not be made
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("value",), meta_fields=("path", "layout", "indices"))
@@ -109,6 +111,10 @@ def step(mode: Mode, eqn: JaxprEqn, lanes: Lanes, record: Record) -> tuple[list[
     if not any(isinstance(value, Tracked) for values in lanes for value in values):
         return [_bind(eqn, values) for values in lanes], record
     name = eqn.primitive.name
+    if name in AGAIN:  # of what is made more than once nothing is kept
+        own = {path: states for path, states in record.items() if not str(path).startswith((KEEP, KNOWN))}
+        outputs, seen = NESTED[name](mode, eqn, lanes, own)
+        return outputs, record | seen
     if name in NESTED:
         return NESTED[name](mode, eqn, lanes, record)
     weight = next(value for value in lanes[0] if isinstance(value, Tracked))
@@ -179,7 +185,7 @@ def as_program(
     keep: its outputs too.
     """
     paths = dict.fromkeys(value.path for value in lanes[0] if isinstance(value, Tracked))
-    number = {path: str(i) for i, path in enumerate(paths)} | ({WEIGHTS: WEIGHTS} if WEIGHTS in record else {})
+    number = {WEIGHTS: WEIGHTS} | {start + path: f"{start}{i}" for i, path in enumerate(paths) for start in ("", KEEP, KNOWN)}
     path_of = {i: path for path, i in number.items()}
     local = [_renamed(values, number) for values in lanes]
     try:
@@ -325,6 +331,7 @@ def _slice_of(stack: object, part: object) -> object:
     return Tracked(part, stack.path, stack.layout.taken(0)) if isinstance(stack, Tracked) else part
 
 
+AGAIN = ("remat2", "checkpoint", "cond", "while", "scan")
 NESTED = {
     "jit": _jit,
     "pjit": _jit,
