@@ -16,8 +16,6 @@ import sys
 import time
 from pathlib import Path
 
-from qjax.sweep.measurements.provenance import provenance
-
 SMALL = (
     *("order", "formats_at_4_bits", "sensitivity", "calibration", "composition", "quickstart", "accuracy", "tradeoff"),
     *("paper_shapes", "bitwidth_sweep"),
@@ -26,18 +24,20 @@ EXPERIMENTS = (
     *(*SMALL, "kernel_benchmark", "real_models", "activations", "training", "compute_types"),
     *("speed", "scaling"),
 )
+MADE = """from qjax.sweep.measurements.provenance import provenance
+print("{device}, {versions}, code {code}".format(**provenance()))"""  # in a process that lets the device go
 FOLDERS = {"kernel_benchmark": "kernels"}  # those not named like their script
 
 
 def main() -> int:
     """The number of experiments that failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(EXPERIMENTS))
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"small, {', '.join(EXPERIMENTS)}")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--data-folder", type=Path)
     parser.add_argument("--tiny", action="store_true", help="every experiment's tiny twin")
     options = parser.parse_args()
-    names = SMALL if options.names == ["small"] else options.names or EXPERIMENTS
+    names = [each for name in options.names or EXPERIMENTS for each in (SMALL if name == "small" else [name])]
     unknown = [name for name in names if name not in EXPERIMENTS]
     if unknown:
         parser.error(f"unknown experiments {', '.join(unknown)}; there are small, {', '.join(EXPERIMENTS)}")
@@ -51,8 +51,9 @@ def main() -> int:
         with (out / "all.log").open("a", encoding="utf-8") as log:
             log.write(line + "\n")
 
-    failed, started, made = 0, time.monotonic(), provenance()
-    say(f"{time.strftime('%Y-%m-%d %H:%M')}: {made['device']}, {made['versions']}, code {made['code']}")
+    failed, started = 0, time.monotonic()
+    made = subprocess.run([sys.executable, "-c", MADE], env=environment, capture_output=True, text=True, check=True).stdout
+    say(f"{time.strftime('%Y-%m-%d %H:%M')}: {made.strip()}")
     for name in names:
         begun = time.monotonic()
         script = Path(__file__).with_name(f"{name}.py")

@@ -175,21 +175,65 @@ def test_products_that_are_kept_change_nothing(order, monkeypatch):
     }
 
     def made():
-        kept = []
-        to_keep = capture.Runs._to_keep
-        monkeypatch.setattr(capture.Runs, "_to_keep", lambda *given: kept.extend(found := to_keep(*given)) or found)
+        given, advance = set(), capture.advance
+        monkeypatch.setattr(capture, "advance", lambda *all_of: given.update(all_of[3]) or advance(*all_of))
         fn = lambda p, x: looped(p["1"], looped(p["0"], x))  # noqa: E731
         quantized, _ = qjax.quantize_function(fn, params, f"gptq:int4-g4@{order}", batches=[(X,), (2 * X,)])
-        monkeypatch.setattr(capture.Runs, "_to_keep", to_keep)
-        return set(kept), matrices(quantized)
+        monkeypatch.setattr(capture, "advance", advance)
+        return {path.removeprefix(capture.KNOWN) for path in given if path.startswith(capture.KNOWN)}, matrices(quantized)
 
-    kept, found = made()
-    assert {f"{i}/{name}" for i in range(2) for name in "ab"} <= kept and not {f"{i}/twice" for i in range(2)} & kept
+    known, found = made()
+    assert known == {"0/a", "0/b", "1/a"}  # not what is used twice or in a loop, nor what nothing reads later
     monkeypatch.setattr(capture, "KEPT_BYTES", 0)
     none, expected = made()
     assert not none and found.keys() == expected.keys() and len(found) == 2 * 6
     for name, matrix in found.items():
         np.testing.assert_array_equal(matrix, expected[name], err_msg=name)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def swapped(p, x, flag):
+    first, second = ("a", "b") if flag else ("b", "a")
+    return jnp.tanh(jnp.tanh(x @ p[first]) @ p[second]) @ p["c"]
+
+
+@jax.jit
+def unrolled(p, x):
+    h = x[:, 0]
+    for t in range(x.shape[1]):
+        h = jnp.tanh((h + x[:, t]) @ p["a"])
+    return jnp.tanh(h @ p["b"]) @ p["c"]
+
+
+layer = jax.jit(lambda w, x: jnp.tanh(x @ w))
+
+
+def delayed(p, x, count):
+    for _ in range(count):
+        x = jnp.sin(x)
+    return layer(p["c"], layer(p["b"], layer(p["a"], x)))
+
+
+@pytest.mark.parametrize("order", ["sequential", "qep"])
+@pytest.mark.parametrize(
+    ("fn", "batches"),
+    [
+        (swapped, [(X, True), (X, False)]),
+        (unrolled, [(X[:, :1],), (X,)]),
+        (delayed, [(X, 0), (2 * X, 3)]),
+        (delayed, [(2 * X, 3), (X, 0)]),
+    ],
+    ids=["swapped", "unrolled", "later", "earlier"],
+)
+def test_batches_that_are_traced_otherwise_are_captured_as_they_are(fn, batches, order, monkeypatch):
+    """As by one program, which begins each run anew."""
+    params = {name: normal(i, 8, 8) for i, name in enumerate("abc")}
+    whole = lambda *given: jax.jit(lambda p, x: fn(p, x, *given[2:]))(*given[:2])  # noqa: E731
+    found, _ = qjax.quantize_function(fn, params, f"gptq:int4-g4@{order}", batches=batches)
+    monkeypatch.setattr(capture, "KEPT_BYTES", 0)
+    expected, _ = qjax.quantize_function(whole, params, f"gptq:int4-g4@{order}", batches=batches)
+    for name, matrix in matrices(found).items():
+        np.testing.assert_array_equal(matrix, matrices(expected)[name], err_msg=name)
 
 
 def test_statistics_are_those_of_the_rows():

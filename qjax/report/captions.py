@@ -31,8 +31,8 @@ def lines_caption(rows: Sequence[Row]) -> str:
     tasks = ", ".join(f"{task} ({number(rows[0], f'questions:{task}'):,.0f} questions)" for task in tasks_of(rows))
     shown = " and ".join(["", *(FURTHER[value].format(tasks=tasks) for value in further)])
     each = f", a panel for each {'width' if 'bits' in panels[0][0] else 'method'}" if len(panels) > 1 else ""
-    labels = [line.label for line in panels[0][1]]
-    pairs = "; of two lines of one look the left one has doubly quantized scales" * (len(set(labels)) < len(labels))
+    doubly = any(len({line.label for line in lines}) < len(lines) for _, lines in panels)
+    pairs = "; of two lines of one look the left one has doubly quantized scales" * doubly
     return _caption(rows, f"Increase of perplexity{shown} against {BITS}{each}{pairs}")
 
 

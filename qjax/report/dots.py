@@ -106,7 +106,7 @@ def _axes(figure: "Figure", titles: Sequence[str], lines: Sequence[Sequence[str]
     grid = list(figure.subplots(*shape, squeeze=False, height_ratios=ratios).ravel())
     space = (page * POINT - min(longest, WIDEST_NAMES * page * POINT)) / shape[1] - GAP
     for axes, title, names in zip(grid, titles, lines, strict=True):
-        parts = [title] if text_size(figure, title)[0] < space / BOLD else title.replace(":", ":\n").split("\n")
+        parts = [title] if text_size(figure, title)[0] < space / BOLD else title.replace(":", ":\n", 1).split("\n")
         axes.set_title(
             plain("\n".join(line for part in parts for line in wrap(figure, part.strip(), space / BOLD))), loc="left"
         )

@@ -139,8 +139,9 @@ def _legend(figure: "Figure", looks: dict[str, Look], empty: Sequence["Axes"]) -
     page = figure.get_figwidth() * POINT
     order = np.arange(len(wide))
     columns, beside = _columns(wide, page), np.argsort(-wide, kind="stable")  # as they come; or long names beside short ones
-    if _columns(wide[beside], page) > columns:
-        order, columns = beside, _columns(wide[beside], page)
+    more = _columns(wide[beside], page)
+    if math.ceil(len(wide) / more) < math.ceil(len(wide) / columns):
+        order, columns = beside, more
     figure.set_figheight(figure.get_figheight() + 0.13 * math.ceil(len(wide) / columns) + 0.05)
     figure.legend(handles=[handles[number] for number in order], loc="outside upper left", ncols=columns)
 

@@ -12,8 +12,8 @@ Badri & Shaji 2023 (https://mobiusml.github.io/hqq_blog/). z is a real number, a
 code it is worse than the zero of nearest rounding. Where we depart from the authors' library: ranges are widened to hold zero,
 codes are chosen for scales and zeros as they are stored, kappa counts (the solver of hqq 0.2.8 leaves it out: kappa=1), and
 beta is of errors in a unit in which the largest |W| is from 1/16 to 1/8, so that nothing depends on the unit of the weights.
-The library's is of the errors as they are. E is 0 for those below beta^(-1/(2-p)), 0.17 by default: for weights of the usual
-size, here and there, z is the mean of Q - W / s.
+The library's is of the errors as they are. E is 0 for those below beta^(-1/(2-p)), 0.17 by default: by default, here always
+and there for weights of the usual size, z is the mean of Q - W / s.
 """
 
 import functools

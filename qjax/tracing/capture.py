@@ -39,7 +39,7 @@ from qjax.tracing.interpreter import (
 from qjax.tracing.kernel import experts_of
 from qjax.tracing.product import Product
 from qjax.tracing.trace import Leaves, Traced, trace
-from qjax.tracing.walk import Site, Uses
+from qjax.tracing.walk import Site, Uses, sites_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,8 +143,9 @@ class Runs:
         """Statistics `names` of the inputs of matrices in `needed` (name -> in), over all batches.
 
         leaves: of the function's parameters, arrays or Kernels; exact: those of the run without quantization, for statistics
-        that compare with it. keep: matrices that stay as they are, whose products later captures need not make again, for as
-        many batches as KEPT_BYTES has room for. Raises QjaxError that names matrices whose input is not finite or was not
+        that compare with it. keep: matrices that stay as they are; of a function made of compiled calls, the products of those
+        that are no part of a stack and contracted once are not made again by later captures, until one begins behind them, and
+        as long as KEPT_BYTES has room. Raises QjaxError that names matrices whose input is not finite or was not
         seen, and parameters whose input token weights do not fit.
         """
         capturing = Capturing(tuple((name, STATISTICS[name]) for name in dict.fromkeys([*names, COUNT])))
@@ -172,33 +173,40 @@ class Runs:
         lanes = [[*tracked(traced.paths, list(each.arrays.values()), self.sites), *arrays] for each in both]
         if not self.uses(traced).calls:
             return as_program(capturing, traced.jaxpr, lanes, record, keep=False)[1]
-        first, last = min(site.equation for site in chosen), max(site.last for site in chosen)
+        here, _ = sites_of(self.uses(traced))  # another batch may be traced otherwise
+        reached = [here[site.path] for site in chosen if site.path in here]
+        if not reached:
+            return record
+        first, last = min(site.equation for site in reached), max(site.last for site in reached)
         jaxpr, begin, known = traced.jaxpr.jaxpr, 0, begun(traced.jaxpr.jaxpr, traced.jaxpr.consts, lanes)
         halted, results = self.halted.get(number), {}
         if halted is not None and halted.traced is traced and halted.equation <= first and _goes_on(halted, both):
-            begin, reached = halted.equation, halted.known
+            begin, stopped = halted.equation, halted.known
             parameters = dict(zip(jaxpr.invars, traced.paths, strict=False))
             known = [
                 {v: now.get(v, value) if v in parameters else value for v, value in then.items()}
-                for now, then in zip(known, reached, strict=True)
+                for now, then in zip(known, stopped, strict=True)
             ]
             results = {path: each for path, each in halted.results.items() if _same(each.leaves, path, both)}
         made = {KNOWN + path: each.outputs for path, each in results.items()}
         advance(capturing, jaxpr, known, made, range(begin, first))
         stopped = [dict(values) for values in known]
-        asked = [path for path in self._to_keep(keep, first) if path not in results]
+        asked = [site.path for site in self._to_keep(keep, here) if site.path not in results and site.equation >= first]
         record = advance(capturing, jaxpr, known, record | made | {KEEP + path: () for path in asked}, range(first, last))
         record = finish(capturing, jaxpr, known, record, last)
         results |= {path: Result(record[KEEP + path], [each.arrays[path] for each in both]) for path in asked}
-        left = {path: each for path, each in results.items() if each.outputs and self.sites[path].equation >= first}
+        left = {path: each for path, each in results.items() if each.outputs and here[path].equation >= first}
         self.halted[number] = Halted(traced, first, stopped, [each.arrays for each in both], left)
         return record
 
-    def _to_keep(self, paths: Iterable[str], first: int) -> list[str]:
-        """Those of the parameters that one contraction reads, from an equation on; none where there is no more room."""
+    def _to_keep(self, paths: Iterable[str], here: Mapping[str, Site]) -> list[Site]:
+        """The sites of those parameters that one contraction reads, as a batch is traced. None where there is no more room, and
+        where the batch reads parameters in another order than that in which they are settled.
+        """
         kept = (array for each in self.halted.values() for result in each.results.values() for array in result.outputs)
-        sites = [self.sites[path] for path in paths if path in self.sites] if sum(a.nbytes for a in kept) < KEPT_BYTES else []
-        return [site.path for site in sites if site.uses == 1 and site.equation >= first]
+        if list(here) != [path for path in self.sites if path in here] or sum(array.nbytes for array in kept) >= KEPT_BYTES:
+            return []
+        return [here[path] for path in paths if path in here and here[path].uses == 1]
 
 
 def _same(leaves: Sequence[object], path: str, both: Sequence[Leaves]) -> bool:

@@ -111,7 +111,7 @@ def step(mode: Mode, eqn: JaxprEqn, lanes: Lanes, record: Record) -> tuple[list[
     if not any(isinstance(value, Tracked) for values in lanes for value in values):
         return [_bind(eqn, values) for values in lanes], record
     name = eqn.primitive.name
-    if name in AGAIN:  # of what is made more than once nothing is kept
+    if name in BODIES:  # which return the record as it came: nothing of them is kept
         own = {path: states for path, states in record.items() if not str(path).startswith((KEEP, KNOWN))}
         outputs, seen = NESTED[name](mode, eqn, lanes, own)
         return outputs, record | seen
@@ -331,7 +331,7 @@ def _slice_of(stack: object, part: object) -> object:
     return Tracked(part, stack.path, stack.layout.taken(0)) if isinstance(stack, Tracked) else part
 
 
-AGAIN = ("remat2", "checkpoint", "cond", "while", "scan")
+BODIES = ("cond", "while", "scan")
 NESTED = {
     "jit": _jit,
     "pjit": _jit,
