@@ -110,10 +110,11 @@ class Result(NamedTuple):
 
 class Halted(NamedTuple):
     """A run of a function on a batch that stopped before an equation. read: parameters as the run has them, of each lane.
-    results: of contractions after it, by path.
+    sites: as the batch is traced. results: of contractions after it, by path.
     """
 
     traced: Traced
+    sites: Mapping[str, Site]
     equation: int
     known: list[dict]
     read: list[dict[str, object]]
@@ -173,19 +174,20 @@ class Runs:
         lanes = [[*tracked(traced.paths, list(each.arrays.values()), self.sites), *arrays] for each in both]
         if not self.uses(traced).calls:
             return as_program(capturing, traced.jaxpr, lanes, record, keep=False)[1]
-        here, _ = sites_of(self.uses(traced))  # another batch may be traced otherwise
+        halted, results = self.halted.get(number), {}
+        again = halted is not None and halted.traced is traced
+        here = halted.sites if again else sites_of(self.uses(traced))[0]  # another batch may be traced otherwise
         reached = [here[site.path] for site in chosen if site.path in here]
         if not reached:
             return record
         first, last = min(site.equation for site in reached), max(site.last for site in reached)
         jaxpr, begin, known = traced.jaxpr.jaxpr, 0, begun(traced.jaxpr.jaxpr, traced.jaxpr.consts, lanes)
-        halted, results = self.halted.get(number), {}
-        if halted is not None and halted.traced is traced and halted.equation <= first and _goes_on(halted, both):
-            begin, stopped = halted.equation, halted.known
+        if again and halted.equation <= first and _goes_on(halted, both):
+            begin = halted.equation
             parameters = dict(zip(jaxpr.invars, traced.paths, strict=False))
             known = [
                 {v: now.get(v, value) if v in parameters else value for v, value in then.items()}
-                for now, then in zip(known, stopped, strict=True)
+                for now, then in zip(known, halted.known, strict=True)
             ]
             results = {path: each for path, each in halted.results.items() if _same(each.leaves, path, both)}
         made = {KNOWN + path: each.outputs for path, each in results.items()}
@@ -196,7 +198,7 @@ class Runs:
         record = finish(capturing, jaxpr, known, record, last)
         results |= {path: Result(record[KEEP + path], [each.arrays[path] for each in both]) for path in asked}
         left = {path: each for path, each in results.items() if each.outputs and here[path].equation >= first}
-        self.halted[number] = Halted(traced, first, stopped, [each.arrays for each in both], left)
+        self.halted[number] = Halted(traced, here, first, stopped, [each.arrays for each in both], left)
         return record
 
     def _to_keep(self, paths: Iterable[str], here: Mapping[str, Site]) -> list[Site]:

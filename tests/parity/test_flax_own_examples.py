@@ -1,6 +1,6 @@
 """Flax's own examples, as its source distribution has them: quantized, they run as with decoded weights.
 
-The folder is $QJAX_FLAX_EXAMPLES, examples/ of what `pip download --no-deps --no-binary :all: flax` fetches.
+The folder is $QJAX_FLAX_EXAMPLES, examples/ of what `pip download --no-deps --no-binary flax flax` fetches.
 """
 
 import dataclasses
@@ -198,3 +198,5 @@ def runs_as_decoded(model, recipe, arguments, rounded):
     _, params, rest = nnx.split(quantized, nnx.Param, ...)
     expected = nnx.merge(nnx.graphdef(model), qjax.dequantize_function(params), rest)(*arguments)
     same(quantized(*arguments), expected)
+    first = lambda run: jax.tree.leaves(run(*arguments))[0]  # noqa: E731
+    assert float(jnp.max(jnp.abs(first(quantized) - first(model)))) > 1e-5
