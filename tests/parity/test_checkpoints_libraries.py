@@ -19,7 +19,7 @@ from tests.gguf_files import rotated
 from tests.parity.peers import IGNORED, save_random_llama
 from tests.random_weights import weights_model
 
-pytestmark = [pytest.mark.peer, *IGNORED]
+pytestmark = [pytest.mark.peer, pytest.mark.usefixtures("float32_bitsandbytes"), *IGNORED]
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 

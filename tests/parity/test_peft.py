@@ -19,7 +19,7 @@ from qjax.models.parameters import flatten
 from qjax.train.merge import load_merge, save_merged
 from tests.parity.peers import IGNORED, save_random_llama
 
-pytestmark = [pytest.mark.peer, *IGNORED]
+pytestmark = [pytest.mark.peer, pytest.mark.usefixtures("float32_bitsandbytes"), *IGNORED]
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
