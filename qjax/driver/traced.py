@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict
 from jaxtyping import Array, PyTree
 
 from qjax.calibrate.capture import Batch, Captured, distinct_calls
@@ -223,8 +222,12 @@ class TracedPiece(Piece):
         dtype = self.source.arrays[site.path].dtype
         return as_kernel(stacked, site.view, dtype) if is_quantized(stacked) else site.view.to_kernel(stacked)
 
-    def _leaves(self, params: PyTree) -> Leaves:
-        return self.source._replace(arrays=self.whole(flatten_dict(params, sep="/"), run=True))
+    def tree(self, leaves: Mapping[str, object]) -> dict[str, object]:
+        """Matrices by name are what the function runs with."""
+        return dict(leaves)
+
+    def _leaves(self, params: Mapping[str, object]) -> Leaves:
+        return self.source._replace(arrays=self.whole(params, run=True))
 
     def capture(self, params, batches, needed, names, exact=None, *, keep_outputs=False, keep_results=()) -> Captured:
         """`tracing.capture` of the function with these matrices."""

@@ -130,6 +130,8 @@ class Runs:
 
     def __init__(self, fn: Callable, sites: Mapping[str, Site], uses: Callable[[Traced], Uses]):
         self.fn, self.sites, self.uses = fn, sites, uses
+        self.holders = {name: site for site in sites.values() for name in members(site)}
+        self.traces: dict[int, tuple[tuple, Traced, list[Array]]] = {}  # a batch's arguments, and what `trace` makes of them
         self.halted: dict[int, Halted] = {}
 
     def capture(
@@ -150,13 +152,14 @@ class Runs:
         seen, and parameters whose input token weights do not fit.
         """
         capturing = Capturing(tuple((name, STATISTICS[name]) for name in dict.fromkeys([*names, COUNT])))
-        chosen = [site for site in self.sites.values() if members(site).keys() & needed.keys()]
+        chosen = list({site.path: site for name, site in self.holders.items() if name in needed}.values())
         record: Record = {site.path: initial(capturing, site) for site in chosen}
         both = [leaves] if exact is None else [leaves, exact]
+        parameters = [tracked(list(each.arrays), list(each.arrays.values()), self.sites) for each in both]
         for number, batch in enumerate(batches):
             given = record | ({} if batch.weights is None else {WEIGHTS: batch.weights})
             try:
-                seen = self._run(number, batch, both, capturing, given, chosen, keep)
+                seen = self._run(number, batch, both, parameters, capturing, given, chosen, keep)
             except LocalError as error:
                 raise QjaxError(error.message.replace("PATH", str(error.path))) from None
             record = {path: seen[path] for path in record}
@@ -169,9 +172,19 @@ class Runs:
         check_statistics(values, needed, "", lambda few: Captured(self.capture(leaves, batches, few, ["abs_max"]), []))
         return values
 
-    def _run(self, number: int, batch: Batch, both: Sequence[Leaves], capturing, record: Record, chosen, keep) -> Record:
-        traced, arrays = trace(self.fn, both[0], batch.args, {})
-        lanes = [[*tracked(traced.paths, list(each.arrays.values()), self.sites), *arrays] for each in both]
+    def _traced(self, number: int, batch: Batch, leaves: Leaves) -> tuple[Traced, list[Array]]:
+        """A batch's trace and arrays: leaves change from capture to capture, their shapes and types do not."""
+        args, *made = self.traces.get(number, (None,))
+        if args is not batch.args:
+            made = trace(self.fn, leaves, batch.args, {})
+            self.traces[number] = batch.args, *made
+        return tuple(made)
+
+    def _run(
+        self, number: int, batch: Batch, both: Sequence[Leaves], parameters: Lanes, capturing, record: Record, chosen, keep
+    ) -> Record:
+        traced, arrays = self._traced(number, batch, both[0])
+        lanes = [[*each, *arrays] for each in parameters]
         if not self.uses(traced).calls:
             return as_program(capturing, traced.jaxpr, lanes, record, keep=False)[1]
         halted, results = self.halted.get(number), {}
@@ -184,9 +197,9 @@ class Runs:
         jaxpr, begin, known = traced.jaxpr.jaxpr, 0, begun(traced.jaxpr.jaxpr, traced.jaxpr.consts, lanes)
         if again and halted.equation <= first and _goes_on(halted, both):
             begin = halted.equation
-            parameters = dict(zip(jaxpr.invars, traced.paths, strict=False))
+            own = set(jaxpr.invars[: len(traced.paths)])
             known = [
-                {v: now.get(v, value) if v in parameters else value for v, value in then.items()}
+                {v: now.get(v, value) if v in own else value for v, value in then.items()}
                 for now, then in zip(known, halted.known, strict=True)
             ]
             results = {path: each for path, each in halted.results.items() if _same(each.leaves, path, both)}

@@ -9,6 +9,7 @@ them: none for an axis of size 1 that is not the parameter's. `layers` are fine 
 indices w[i].
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -76,6 +77,7 @@ class Layout(NamedTuple):
         return self._replace(axes=rest, layers=(*self.layers, *self.axes[axis]))
 
 
+@functools.lru_cache(maxsize=256)
 def whole(shape: tuple[int, ...]) -> Layout:
     """The layout of a parameter as it is."""
     return Layout(tuple(shape), tuple((axis,) for axis in range(len(shape))))
