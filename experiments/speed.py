@@ -48,6 +48,7 @@ RANDOM = {  # name: shape, windows that are scored
 TINY = {"random-tiny": ({"hidden": 64, "mlp": 128, "layers": 1, "heads": 2, "vocabulary": 512}, 2)}
 REAL, REAL_SCORED, REAL_WINDOWS = "smollm2", 8, 16
 WINDOW = 256  # tokens
+WIDE = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)  # sums as packed products have them
 LIBRARIES = {  # peer -> its packages
     "transformers float32": ("transformers", "torch"),
     "transformers bfloat16": ("transformers", "torch"),
@@ -80,9 +81,16 @@ def products(out: Path, rounds: int, shape: tuple[int, int], counts: tuple[int, 
     for count in counts:
         x = jax.random.normal(jax.random.key(1), (count, shape[0]))
         packed = kernel_benchmark.repeat(prepare_tree(kernel_benchmark.quantized(shape, "int4-g128"), x.dtype), 2)
-        ours = {f"int4-g128 product, {count} rows": kernel_benchmark.timing.products(qjax.matmul, x, packed)}
+        timed, narrow = kernel_benchmark.timing.products, x.astype(jnp.bfloat16)
+        ours = {
+            f"int4-g128 product, {count} rows": timed(qjax.matmul, x, packed),
+            f"int4-g128 product of bfloat16, {count} rows": timed(qjax.matmul, narrow, packed),
+        }
         dense = kernel_benchmark.repeat(weight, 2)
-        theirs = {"dense float32": kernel_benchmark.timing.products(jnp.matmul, x, dense)}
+        theirs = {
+            "dense float32": timed(jnp.matmul, x, dense),
+            "dense bfloat16": timed(WIDE, narrow, kernel_benchmark.repeat(weight.astype(jnp.bfloat16), 2)),
+        }
         if there(LIBRARIES["bitsandbytes nf4"]):
             theirs["bitsandbytes nf4"] = kernel_benchmark.torch_cases(x, weight, 2)["nf4-b64", "bitsandbytes"][0]
         take_turns(out, rounds, f"{shape[0]} x {shape[1]}", ours, theirs)

@@ -70,6 +70,23 @@ ONE_ROW = ("int4-g32", "int3-g64", "int8-channel-sym", "nf4-b32-dq", "fp8_e4m3-c
 NOT_IN_TPU_TESTS = ("int1-g32", "int6-g64", "nf4-b32-dq", "fp4_bnb-g32")  # test_kernels_tpu.py has the others
 
 
+@pytest.mark.parametrize("fmt", ["int4-g32", "nf4-g64", "int8-channel-sym"])
+def test_rows_of_bfloat16_meet_weights_of_it(fmt, small_chunks):
+    """With sums in float32, as exact as the dense product, backwards too; where "highest" is asked for they stay float32."""
+    q = weight_of(256, 64, fmt)
+    x = jax.random.normal(jax.random.key(1), (40, 256)).astype(jnp.bfloat16)
+    dense = qjax.dequantize(q).astype(jnp.bfloat16)
+    for packed, rows, weight, target in (
+        (xla.multiply, x, dense, exact(x, q)[0]),
+        (xla.multiply_transposed, x[:, :64], dense.T, np.asarray(x[:, :64], np.float64) @ np.asarray(qjax.dequantize(q)).T),
+    ):
+        errors = [np.sqrt(np.mean(np.square(np.asarray(y, np.float64) - target))) for y in (packed(rows, q), rows @ weight)]
+        assert errors[0] < 1.05 * errors[1]
+        for precision, found in ((None, True), ("highest", False)):
+            program = packed.lower(rows, q, precision=precision).as_text()
+            assert any("dot_general" in line and "bf16" in line for line in program.splitlines()) == found
+
+
 @pytest.mark.parametrize(
     ("module", "fmt"),
     [*((gpu, fmt) for fmt in FORMATS), *((tpu, fmt) for fmt in NOT_IN_TPU_TESTS)],

@@ -57,7 +57,8 @@ def matmul(
     of an int8-channel-sym weight, in integers (W8A8); its derivative is that of the product without the rounding
     (straight-through). A stack of weights (..., in, out) is decoded and multiplied as jnp.matmul does; under vmap or scan its
     weights come one by one. Sums are taken before their scale: x of magnitudes above 1e33 may overflow. On CPUs with fast
-    products of int8 some rows of x may be rounded to 16 bits a group, unless precision is "highest" (`integers`).
+    products of int8 some rows of x may be rounded to 16 bits a group, and rows of bfloat16 meet weights rounded to it (`xla`),
+    unless precision is "highest".
 
     Kernels read a layout of their own (KernelWeight), which a QTensor is brought into in every call: `qjax.prepare(q)` does it
     once, outside the hot loop.

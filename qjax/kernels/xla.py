@@ -5,8 +5,9 @@
 A chunk's weights stay in the cache between being decoded and being multiplied, and nothing is interleaved: code c of all units
 meets every count-th input. One row of x is multiplied a few inputs at a time instead, in one elementwise loop over the output
 columns that writes no decoded weight at all: on CPU about the time of the dense float32 product (`results/kernels/`), which has
-four to eight times the bytes to read. Everything is computed in float32, whatever the type of x, but where a processor has fast
-products of int8: `integers`.
+four to eight times the bytes to read. Sums are float32. Rows of bfloat16 meet weights rounded to bfloat16, which processors
+with instructions for it multiply at twice the rate of float32. A single row, and all of float32, meets float32 weights, but
+where a processor has fast products of int8: `integers`.
 """
 
 import functools
@@ -51,10 +52,12 @@ def multiply(x: Float[Array, "rows in"], q: QTensor, *, precision: PrecisionLike
 
 
 def _by_floats(x: Float[Array, "rows in"], q: QTensor, precision: PrecisionLike = None) -> Float[Array, "rows out"]:
+    wide, product = x.astype(_multiplied_in(x, precision)), _product(precision)
+
     def add(total, start, count, decoded):
-        inputs = jax.lax.dynamic_slice_in_dim(x, start, count, axis=1).astype(jnp.float32)
+        inputs = jax.lax.dynamic_slice_in_dim(wide, start, count, axis=1)
         for part, weights in zip(_split(inputs, q), decoded, strict=True):
-            total += jnp.matmul(part, weights, precision=precision)
+            total += product(part, weights.astype(wide.dtype))
         return total
 
     return _over_chunks(add, _zeros(x[:, :1], q.codes[:1]), q).astype(x.dtype)
@@ -63,6 +66,15 @@ def _by_floats(x: Float[Array, "rows in"], q: QTensor, precision: PrecisionLike 
 def _by_integers(x: Float[Array, "rows in"], q: QTensor) -> Float[Array, "rows out"]:
     """By `integers`; rows of NaN or infinity as floats have them."""
     return jax.lax.cond(jnp.all(jnp.isfinite(x)), lambda x, q: integers.multiply(x, q).astype(x.dtype), _by_floats, x, q)
+
+
+def _multiplied_in(x: Float[Array, "..."], precision: PrecisionLike) -> jnp.dtype:
+    """The type in which rows meet weights."""
+    return jnp.dtype(jnp.bfloat16 if x.dtype == jnp.bfloat16 and _may_round(precision) else jnp.float32)
+
+
+def _product(precision: PrecisionLike):
+    return functools.partial(jnp.matmul, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _may_round(precision: PrecisionLike) -> bool:
@@ -79,10 +91,10 @@ def _is_laid(array: Array) -> bool:
 @functools.partial(jax.jit, static_argnames="precision")
 def multiply_transposed(y: Float[Array, "rows out"], q: QTensor, *, precision: PrecisionLike = None) -> Float[Array, "rows in"]:
     """y W^T in y's type, the gradient with respect to x, for weights that are not refused."""
-    wide = y.astype(jnp.float32)
+    wide, product = y.astype(_multiplied_in(y, precision)), _product(precision)
 
     def put(result, start, count, decoded):
-        parts = jnp.stack([jnp.matmul(wide, weights.T, precision=precision) for weights in decoded], axis=-1)
+        parts = jnp.stack([product(wide, weights.astype(wide.dtype).T) for weights in decoded], axis=-1)
         inputs = parts.reshape(len(y), parts.shape[1] * parts.shape[2])[:, :count]
         return jax.lax.dynamic_update_slice_in_dim(result, inputs, start, axis=1)
 
