@@ -2,14 +2,17 @@
 
     python experiments/profile_calibration.py "gptq:int4-g64@qep" "awq:int4-g64"     blocks of SmolLM2-135M's shape
     python experiments/profile_calibration.py --programs --hidden 128 --mlp 384 --layers 1 "gptq:int4-g64"
+    python experiments/profile_calibration.py --traced 5 --hidden 128 --mlp 384 --layers 30 --windows 16 "gptq:int4-g64@qep"
 
 Prints, and writes nothing. The model is random. cold: the first run in this process, with all that it compiles; warm: the
 second. With several recipes a later one finds what an earlier one compiled. --programs: on a CPU, Python waits for every
-program, and the seconds of each in the warm run are told; `Python` is the rest.
+program, and the seconds of each in the warm run are told; `Python` is the rest. --traced: instead, in so many rounds, the
+seconds of quantizing the same decoder as any function, by tracing it, over those of the driver, which knows its blocks.
 """
 
 import argparse
 import functools
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -17,10 +20,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from random_models import random_model
 
 import qjax
+from qjax.driver.decoder import BATCH_TOKENS
+from qjax.driver.placement import one_order
+from qjax.models import walk
 
 CALL = "PjitFunction("  # what JAX's profiler calls the run of a compiled program, before its name
 
@@ -81,6 +88,25 @@ def _by_program(data: jax.profiler.ProfileData) -> dict[str, tuple[float, int]]:
     return found
 
 
+def traced_over_driver(model: qjax.Model, recipe: str, tokens: np.ndarray, rounds: int) -> list[float]:
+    """How often the driver's seconds a traced function takes, by round, after a run of each; on the same batches."""
+    parts = walk.parts(model.config, jnp.float32, halves=one_order({"": qjax.parse_recipe(recipe)})().inside)
+
+    def fn(params, x):
+        for part in parts:
+            x = walk.compiled(part.module)(walk.subtree(part, params), x, *walk.further_arguments(part, params))
+        return x
+
+    size = BATCH_TOKENS[jax.default_backend()] // tokens.shape[1]
+    batches = [(jnp.asarray(tokens[start : start + size]),) for start in range(0, len(tokens), size)]
+    weights = [jnp.ones(batch[0].shape) for batch in batches]
+    how = {"batches": batches, "weights": weights, "rules": ["^(embed|head)=none"]}
+    driver = functools.partial(_quantized, model, recipe, tokens)
+    traced = lambda: jax.tree.leaves(qjax.quantize_function(fn, model.params, recipe, **how)[0])  # noqa: E731
+    driver(), traced()
+    return [_seconds(traced) / _seconds(driver) for _ in range(rounds)]
+
+
 def told(recipe: str, found: Profile, most: int = 15) -> Iterable[str]:
     """Lines about a recipe."""
     compiled = f"{found.compiled} programs compiled in {found.compiling:.1f} s"
@@ -97,6 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Profile]:
     for name, value in shape.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--programs", action="store_true")
+    parser.add_argument("--traced", type=int, default=0, metavar="ROUNDS")
     asked = parser.parse_args(arguments)
     if asked.programs:  # before JAX's backend starts
         jax.config.update("jax_cpu_enable_async_dispatch", False)
@@ -108,7 +135,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Profile]:
     tokens = np.random.default_rng(0).integers(0, asked.vocabulary, (asked.windows, asked.window)).astype(np.int32)
     jax.block_until_ready(model.params)
     found = {}
-    for recipe in asked.recipes:
+    for recipe in asked.recipes if asked.traced else ():
+        ratios = traced_over_driver(model, recipe, tokens, asked.traced)
+        low, middle, high = min(ratios), statistics.median(ratios), max(ratios)
+        print(f"{recipe}: traced, {middle:.3f} ({low:.3f} to {high:.3f}) times the driver's time", flush=True)
+    for recipe in asked.recipes if not asked.traced else ():
         work = functools.partial(_quantized, model, recipe, tokens)
         found[recipe] = profile(work, by_program=asked.programs)
         print("\n".join(told(recipe, found[recipe])), flush=True)

@@ -381,11 +381,13 @@ def test_a_profile_of_calibration_names_its_programs():
     """From a shell: programs can be waited for only where JAX has not begun."""
     shape = {"hidden": 64, "mlp": 96, "layers": 1, "head-dim": 16, "vocabulary": 64, "windows": 2, "window": 32}
     sizes = [f"--{name}={value}" for name, value in shape.items()]
+    ratio = run("profile_calibration.py", "--traced", "1", *sizes, "gptq:int4-g32@qep")
+    assert re.fullmatch(r"gptq:int4-g32@qep: traced, [\d.]+ \([\d.]+ to [\d.]+\) times the driver's time\n", ratio)
     told = run("profile_calibration.py", "--programs", *sizes, "gptq:int4-g32@parallel")
     (compiled,) = re.findall(r"(\d+) programs compiled in", told)
     assert 10 < int(compiled) < 50
     runs = {name: int(number) for number, name in re.findall(r" s +(\d+)  (\w+)$", told, re.MULTILINE)}
-    assert runs["factorize"] == 3 and runs["_round_static"] == 7 and "capture" in runs
+    assert runs["factorize"] == 4 and runs["_round_static"] == 7 and "capture" in runs
 
 
 def test_points_of_scaling_differ_along_one_axis(load):

@@ -398,7 +398,7 @@ def test_modules_of_nnx_are_named():
         lambda: qjax.apply_flax(Net(), {}),
         lambda: qjax.dequantize_flax(Net(), {}),
     ):
-        with pytest.raises(qjax.QjaxError, match=r"expected a Linen module.*got Net, an NNX module, which cannot be taken yet"):
+        with pytest.raises(qjax.QjaxError, match=r"expected a Linen.*got Net, an NNX module, which qjax.quantize_nnx takes"):
             run()
     with pytest.raises(qjax.QjaxError, match=r"expected a Linen module .*got int$"):
         qjax.quantize_flax(7, {}, "nf4", batches=[(1,)])

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 import qjax
+from qjax.calibrate.capture import Batch
 from qjax.linear import Linear, is_quantized
 from qjax.tracing import capture
+from qjax.tracing.coverage import found_in
 from qjax.tracing.kernel import Kernel
-from qjax.tracing.trace import leaves_of
+from qjax.tracing.trace import leaves_of, trace
 from tests.traced_models import CASES, X, attention_einsums, experts, normal, ragged, rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:fewer calibration tokens")
@@ -20,6 +22,16 @@ GPTQ, OTHERS = "gptq:int4-g4@parallel", ("awq:int4-g4@parallel", "nf4-g4", "rtn:
 
 def product(p, x):
     return x @ p["w"]
+
+
+def by_hand(weight, x, recipe):
+    """The weight as a recipe's own function rounds it for these inputs; AWQ, which looks for scales, by a plain product's."""
+    if recipe.startswith("awq"):
+        return qjax.dequantize(qjax.quantize_function(product, {"w": weight}, recipe, batches=[(x,)])[0]["w"])
+    if recipe != GPTQ:
+        return qjax.dequantize(qjax.rtn(weight, recipe.removeprefix("rtn:"))[0])
+    rows = np.asarray(x, np.float64).reshape(-1, x.shape[-1])
+    return qjax.dequantize(qjax.gptq(weight, "int4-g4", hessian=jnp.float32(rows.T @ rows / len(rows)))[0])
 
 
 def matrices(params):
@@ -54,8 +66,7 @@ def test_every_layer_is_quantized_as_it_would_be_alone(name):
         got = matrices(params)
         assert got.keys() == expected.keys() == {record.path for record in report.layers if record.recipe != "none"}
         for path, (weight, x) in expected.items():
-            alone, _ = qjax.quantize_function(product, {"w": weight}, recipe, batches=[(x,)])
-            np.testing.assert_allclose(got[path], qjax.dequantize(alone["w"]), atol=1e-6, err_msg=f"{recipe} {path}")
+            np.testing.assert_allclose(got[path], by_hand(weight, x, recipe), atol=1e-6, err_msg=f"{recipe} {path}")
         if recipe == run:
             runs = jax.jit(with_gradient(functools.partial(qjax.apply_function, case.fn)))
             wanted = with_gradient(case.fn)(qjax.dequantize_function(params), X)
@@ -68,6 +79,65 @@ def test_every_layer_is_quantized_as_it_would_be_alone(name):
 def quantized():
     case = CASES["tunix"]
     return qjax.quantize_function(case.fn, case.params, "rtn:int4-g4", batches=[(X,)])[0]
+
+
+def normalised(p, x):
+    return jax.lax.pmean(x @ p["w"], "devices") / jax.lax.axis_size("devices")
+
+
+def test_a_trace_holds_where_it_was_made():
+    """Sizes of named axes are numbers in it; outside of them the function has no meaning."""
+    params = qjax.quantize_function(product, {"w": normal(0, 8, 8)}, "rtn:int4-g4", batches=[(normal(1, 3, 8),)])[0]
+    for size in (2, 4, 2):
+        x = normal(size, size, 3, 8)
+        run, plain = (
+            jax.vmap(functools.partial(fn, p), axis_name="devices")
+            for fn, p in (
+                (functools.partial(qjax.apply_function, normalised), params),
+                (normalised, qjax.dequantize_function(params)),
+            )
+        )
+        np.testing.assert_allclose(run(x), plain(x), atol=1e-5)
+    with pytest.raises(NameError, match="devices"):
+        qjax.apply_function(normalised, params, x[0])
+
+
+def test_flags_that_are_equal_are_told_apart(quantized):
+    scaled = lambda p, x, by: (attention_einsums(p, x), jnp.ones(2, jnp.int32) * by)  # noqa: E731
+    kinds = [qjax.apply_function(scaled, quantized, X, by)[1].dtype for by in (1, 1.0, True)]
+    assert kinds == [jnp.int32, jnp.float32, jnp.int32]
+
+
+def test_errors_inside_programs_name_the_parameter(quantized):
+    with pytest.raises(qjax.QjaxError, match=r"^q/w: a quantized parameter reaches sin"):
+        qjax.apply_function(lambda p, x: jax.jit(jnp.sin)(p["q"]["w"]), quantized, X)
+
+
+def test_other_batches_are_run_anew():
+    """A capture goes on from where another one stopped only with the same batch."""
+    layer = jax.jit(lambda w, x: jnp.tanh(x @ w))
+    fn = lambda p, x: layer(p["c"], layer(p["b"], layer(p["a"], x)))  # noqa: E731
+    leaves = leaves_of({name: normal(number, 8, 8) for number, name in enumerate("abc")})
+    sites = found_in(leaves, [trace(fn, leaves, (X[0],), {})[0]]).sites
+    runs, found = capture.Runs(fn, sites), {}
+    for x, path in ((X[0], "b"), (5 * X[0], "c")):
+        found = runs.capture(leaves, [Batch((x,))], {path: 8}, ["hessian"])
+    alone = capture.Runs(fn, sites).capture(leaves, [Batch((5 * X[0],))], {"c": 8}, ["hessian"])
+    np.testing.assert_array_equal(found["c"]["hessian"], alone["c"]["hessian"])
+
+
+@pytest.mark.filterwarnings("ignore:experts that hardly any")
+def test_experts_that_hardly_any_row_is_of_have_statistics_of_all():
+    """As the driver's mixtures do; their record says how many rows were theirs."""
+    fn = lambda p, x: jax.lax.ragged_dot(rows(x), p["experts"], sizes)  # noqa: E731
+    count = rows(X).shape[0]
+    sizes, weights = jnp.array([count - 2, 0, 2]), normal(5, 3, 8, 8)
+    params, report = qjax.quantize_function(fn, {"experts": weights}, GPTQ, batches=[(X,)])
+    assert [(layer.tokens, layer.routed) for layer in report.layers] == [(count - 2, count - 2), (count, 0), (2, 2)]
+    parts = (rows(X)[: count - 2], rows(X), rows(X)[count - 2 :])
+    for number, x in enumerate(parts):
+        found = qjax.dequantize(params["experts"])[number]
+        np.testing.assert_allclose(found, by_hand(weights[number], x, GPTQ), atol=1e-6)
 
 
 def test_results_are_the_same_under_every_transformation(quantized):

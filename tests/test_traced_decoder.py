@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 import qjax
+from qjax.calibrate.capture import Batch, capture_statistics
 from qjax.models import walk
 from qjax.tracing.trace import leaves_of
 from tests.conftest import tiny_config
@@ -58,3 +60,24 @@ def test_codes_statistics_and_logits_are_those_of_the_driver(order):
         np.testing.assert_array_equal(got[path].weight.scales, wanted[path].scales, err_msg=path)
     logits = qjax.apply_function(function(False), params, jnp.asarray(TOKENS))
     np.testing.assert_allclose(logits, qjax.apply(expected, TOKENS), rtol=0, atol=0 if EXACT else 1e-5)
+
+
+def test_statistics_are_those_of_the_driver():
+    model, weights, x = small_model(CONFIG), jnp.ones(TOKENS.shape), jnp.asarray(TOKENS)
+    found = qjax.capture_function(
+        function(False), model.params, batches=[(x,)], statistics=["hessian", "abs_max"], weights=[weights]
+    )
+    seen = set()
+    for part in walk.parts(CONFIG, jnp.float32, halves=False):
+        params, further = walk.params_of(part, model.params), walk.further_arguments(part, model.params)
+        kernels = {path: leaf for path, leaf in flatten_dict(params, sep="/").items() if part.prefix + path in found}
+        needed = {path: kernel.shape[0] for path, kernel in kernels.items()}
+        captured = capture_statistics(
+            part.module, params, [Batch((x, *further), weights)], needed, ["hessian", "abs_max"], keep_outputs=True
+        )
+        (x,), close = captured.outputs, functools.partial(np.testing.assert_allclose, rtol=0 if EXACT else 1e-5)
+        for path in needed:
+            for name in ("hessian", "abs_max"):
+                close(found[part.prefix + path][name], captured.statistics[path][name], err_msg=part.prefix + path)
+        seen |= {part.prefix + path for path in needed}
+    assert seen == found.keys() and len(seen) > 7 * CONFIG.layers

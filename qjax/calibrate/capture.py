@@ -161,17 +161,18 @@ def programs_of(module: nn.Module) -> Programs:
 
 def split_arguments(args: tuple) -> tuple[tuple, list]:
     """(static, arrays): arguments with arrays taken out, and the arrays, so that flags such as train=False stay Python
-    values.
+    values. static tells 1, 1.0 and True apart, which are equal.
     """
     leaves, tree = jax.tree.flatten(args, is_leaf=lambda leaf: leaf is None)
     is_array = [isinstance(leaf, (jax.Array, np.ndarray)) for leaf in leaves]
     others = tuple(None if array else leaf for leaf, array in zip(leaves, is_array, strict=True))
-    return (tree, tuple(is_array), others), [leaf for leaf, array in zip(leaves, is_array, strict=True) if array]
+    arrays = [leaf for leaf, array in zip(leaves, is_array, strict=True) if array]
+    return (tree, tuple(is_array), others, tuple(map(type, others))), arrays
 
 
 def merge_arguments(static: tuple, arrays: Sequence[Array]) -> tuple:
     """The inverse of `split_arguments`."""
-    tree, is_array, others = static
+    tree, is_array, others, _ = static
     arrays = iter(arrays)
     return jax.tree.unflatten(tree, [next(arrays) if array else other for array, other in zip(is_array, others, strict=True)])
 

@@ -126,7 +126,7 @@ def _require_linen(function: str, module: object) -> None:
         kind = "an NNX module" if type(module).__module__.startswith("flax.nnx") or hasattr(module, "iter_modules") else ""
         raise QjaxError(
             f"{function}: expected a Linen module (flax.linen), got {type(module).__name__}{kind and f', {kind}, '}"
-            f"{'which cannot be taken yet; quantize its kernels one by one with qjax.rtn or qjax.gptq' if kind else ''}"
+            f"{'which qjax.quantize_nnx takes' if kind else ''}"
         )
 
 

@@ -23,7 +23,7 @@ from qjax.linear import is_quantized
 from qjax.methods import Stage
 from qjax.recipe import Recipe
 from qjax.tracing.capture import Runs, members
-from qjax.tracing.coverage import Found, found_in, known_uses, refuse
+from qjax.tracing.coverage import Found, found_in, refuse
 from qjax.tracing.interpreter import APPLIED, plain, run, tracked
 from qjax.tracing.kernel import as_kernel
 from qjax.tracing.trace import Leaves, Traced, leaves_of, trace
@@ -87,7 +87,8 @@ def apply_function(fn: Callable, params: PyTree, *args: object, **kwargs: object
     """fn(params, *args, **kwargs) with parameters quantized by `quantize_function`; works under jit, grad, vmap and scan.
 
     fn is traced once for each shape of its arguments. Under jit nothing of this is left at run time; called without, equations
-    run one by one, as those of fn do. A custom derivative rule around a quantized parameter gives way to JAX's own.
+    run one by one, as those of fn do. A custom derivative rule around a quantized parameter gives way to JAX's own; products
+    with quantized parameters have no forward-mode derivative (jvp). Inside shard_map parameters are whole on every device.
     """
     leaves = leaves_of(params)
     if not any(map(is_quantized, leaves.arrays.values())):
@@ -117,7 +118,7 @@ def capture_function(
     found = _found("capture_function", fn, leaves, batches)
     needed = {name: site.view.matrix_shape[0] for site in found.sites.values() for name in members(site)}
     calibration = with_weights("capture_function", batches, weights)
-    values = Runs(fn, found.sites, known_uses).capture(leaves, calibration, needed, statistics)
+    values = Runs(fn, found.sites).capture(leaves, calibration, needed, statistics)
     return {path: _stack([values[name] for name in members(site)], site) for path, site in found.sites.items()}
 
 
@@ -196,7 +197,7 @@ class TracedPiece(Piece):
                 matrices[name] = stack[index] if index else stack
                 views[name] = KernelView(site.view.matrix_shape, (0,), (1,))
                 shared[name] = other
-        own = {"fn": fn, "source": leaves, "sites": found.sites, "runs": Runs(fn, found.sites, known_uses)}
+        own = {"fn": fn, "source": leaves, "sites": found.sites, "runs": Runs(fn, found.sites)}
         return cls(None, "", matrices, views, shared, **own)
 
     def whole(self, flat: Mapping[str, object], *, run: bool = False) -> dict[str, object]:

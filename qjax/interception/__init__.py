@@ -1,1 +1,1 @@
-"""The only places that know a module framework."""
+"""How layers of Flax Linen are met in their calls."""

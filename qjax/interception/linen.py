@@ -188,7 +188,7 @@ def _refuse_other_quantized(layer: nn.Module) -> None:
 def _cannot(layer: nn.Module, leaf: str) -> str:
     return (
         f"layer {_name(layer)}: a {type(layer).__name__} cannot run with a quantized {leaf}; "
-        "only kernels of Dense, DenseGeneral and Einsum (not of classes derived from them) can be quantized"
+        "its own code knows kernels of Dense, DenseGeneral and Einsum; leave it out with a rule 'PATTERN=none'"
     )
 
 

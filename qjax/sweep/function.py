@@ -39,7 +39,7 @@ from qjax.sweep.request import OWN_LOSS
 from qjax.sweep.runner import AS_IT_IS, Treatment, Watcher, treatments_of
 from qjax.sweep.worker import Job, Worker
 from qjax.tracing.kernel import Kernel
-from qjax.tracing.trace import Leaves, leaves_of
+from qjax.tracing.trace import Leaves, closed_over, leaves_of
 
 ASKS = ("cell", "perplexity", "provenance")  # measurements whose columns say what was asked, besides calibration
 
@@ -204,7 +204,7 @@ def _shape(sweep: FunctionSweep, args: tuple) -> tuple[str, tuple[int, ...]]:
             f"sweep_function: losses of shape {shape}, counted {traced.jaxpr.out_avals[1].shape}: expected (sequences, ...) of "
             "losses that are not averaged, and as many counted"
         )
-    return _digest((re.sub(" at 0x[0-9a-f]+", "", str(traced.jaxpr)), traced.jaxpr.consts)), shape
+    return _digest((re.sub(" at 0x[0-9a-f]+", "", str(traced.jaxpr)), closed_over(traced.jaxpr))), shape
 
 
 def _losses(sweep: FunctionSweep, params: PyTree, args: tuple) -> tuple[Array, Array]:

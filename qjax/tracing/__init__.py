@@ -1,1 +1,1 @@
-"""Any JAX function: its trace shows which parameters its contractions consume; no module framework is known here."""
+"""Any JAX function: its trace shows which parameters its contractions consume, whatever framework wrote them."""

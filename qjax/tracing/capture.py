@@ -7,6 +7,7 @@ function that is made of compiled calls keeps them as programs of their own; any
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -15,9 +16,11 @@ import numpy as np
 from jax.extend.core import Literal
 from jaxtyping import Array, Float
 
+from qjax.calibrate import experts
 from qjax.calibrate.capture import KEPT_BYTES, Batch, Captured, check_statistics, token_weights
 from qjax.calibrate.statistics import COUNT, STATISTICS, Statistic
 from qjax.errors import QjaxError
+from qjax.tracing.coverage import known_uses
 from qjax.tracing.interpreter import (
     KEEP,
     KNOWN,
@@ -39,14 +42,21 @@ from qjax.tracing.interpreter import (
 from qjax.tracing.kernel import experts_of
 from qjax.tracing.product import Product
 from qjax.tracing.trace import Leaves, Traced, trace
-from qjax.tracing.walk import Site, Uses, sites_of
+from qjax.tracing.walk import Site, sites_of
 
 
 @dataclasses.dataclass(frozen=True)
 class Capturing:
-    """The mode that also updates the statistics of parameters in the record."""
+    """The mode that also updates the statistics of parameters in the record. everyone: rows count for all experts, not only for
+    theirs.
+    """
 
     statistics: tuple[tuple[str, Statistic], ...]
+    everyone: bool = False
+
+    def of_everyone(self) -> "Capturing":
+        """The same, for rows of all experts."""
+        return dataclasses.replace(self, everyone=True)
 
     def contract(self, product: Product, lanes: Lanes, equation, record: Record):
         """Outputs, and the record with the first lane's input seen; the last lane's is what it is compared with."""
@@ -73,7 +83,7 @@ class Capturing:
         flat, exact = (each.reshape(*shape[:depth], -1, shape[-1]).astype(jnp.float32) for each in rows)
         if product.ragged:
             owner, experts = experts_of(sizes[0], len(flat)), jnp.arange(sizes[0].shape[0])
-            own = lambda expert: jnp.where(owner == expert, counts, 0)  # noqa: E731
+            own = lambda expert: counts if self.everyone else jnp.where(owner == expert, counts, 0)  # noqa: E731
             return jax.vmap(lambda state, expert: self._update(state, flat, exact, own(expert)))(states, experts)
         update = functools.partial(self._update, counts=counts)
         for _ in range(depth):
@@ -101,6 +111,13 @@ def members(site: Site) -> dict[str, tuple[int, ...]]:
     return {f"{site.path}[{index(place)}]": place for place in np.ndindex(site.view.stack_shape)}
 
 
+class Lane(NamedTuple):
+    """Parameters of one run of the function: by path, and as the interpreter takes them."""
+
+    arrays: Mapping[str, object]
+    values: list[object]
+
+
 class Result(NamedTuple):
     """What a contraction gave in a run, and the parameter that it was made with, of each lane."""
 
@@ -109,16 +126,19 @@ class Result(NamedTuple):
 
 
 class Halted(NamedTuple):
-    """A run of a function on a batch that stopped before an equation. read: parameters as the run has them, of each lane.
-    sites: as the batch is traced. results: of contractions after it, by path.
+    """A run of a function on a batch that stopped before an equation. arrays: of its arguments. sites: as the batch is traced.
+    known: by variable, and read: parameters as the run had them, of each lane; none before the first run. results: of
+    contractions after it, by path.
     """
 
+    args: tuple
     traced: Traced
+    arrays: list[Array]
     sites: Mapping[str, Site]
-    equation: int
-    known: list[dict]
-    read: list[dict[str, object]]
-    results: Mapping[str, Result]
+    equation: int = 0
+    known: Sequence[dict] = ()
+    read: Sequence[Mapping[str, object]] = ()
+    results: Mapping[str, Result] = MappingProxyType({})
 
 
 class Runs:
@@ -128,10 +148,9 @@ class Runs:
     so layer after layer is quantized without running all.
     """
 
-    def __init__(self, fn: Callable, sites: Mapping[str, Site], uses: Callable[[Traced], Uses]):
-        self.fn, self.sites, self.uses = fn, sites, uses
+    def __init__(self, fn: Callable, sites: Mapping[str, Site]):
+        self.fn, self.sites = fn, sites
         self.holders = {name: site for site in sites.values() for name in members(site)}
-        self.traces: dict[int, tuple[tuple, Traced, list[Array]]] = {}  # a batch's arguments, and what `trace` makes of them
         self.halted: dict[int, Halted] = {}
 
     def capture(
@@ -148,71 +167,76 @@ class Runs:
         leaves: of the function's parameters, arrays or Kernels; exact: those of the run without quantization, for statistics
         that compare with it. keep: matrices that stay as they are; of a function made of compiled calls, the products of those
         that are no part of a stack and contracted once are not made again by later captures, until one begins behind them, and
-        as long as KEPT_BYTES has room. Raises QjaxError that names matrices whose input is not finite or was not
-        seen, and parameters whose input token weights do not fit.
+        as long as KEPT_BYTES has room. Experts that hardly any row is of have statistics of all rows (`calibrate/experts.py`).
+        Raises QjaxError that names matrices whose input is not finite or was not seen, and parameters whose input token weights
+        do not fit.
         """
+        lanes = [
+            Lane(each.arrays, tracked(list(each.arrays), list(each.arrays.values()), self.sites))
+            for each in (leaves, exact)
+            if each is not None
+        ]
         capturing = Capturing(tuple((name, STATISTICS[name]) for name in dict.fromkeys([*names, COUNT])))
         chosen = list({site.path: site for name, site in self.holders.items() if name in needed}.values())
-        record: Record = {site.path: initial(capturing, site) for site in chosen}
-        both = [leaves] if exact is None else [leaves, exact]
-        parameters = [tracked(list(each.arrays), list(each.arrays.values()), self.sites) for each in both]
-        for number, batch in enumerate(batches):
-            given = record | ({} if batch.weights is None else {WEIGHTS: batch.weights})
-            try:
-                seen = self._run(number, batch, both, parameters, capturing, given, chosen, keep)
-            except LocalError as error:
-                raise QjaxError(error.message.replace("PATH", str(error.path))) from None
-            record = {path: seen[path] for path in record}
+        record = self._record(leaves, lanes, batches, capturing, chosen, keep)
+        finish = lambda state: {name: each.finalize(state[name]) for name, each in capturing.statistics}  # noqa: E731
         values = {}
         for site in chosen:
-            for name, place in members(site).items():
-                if name in needed:
-                    state = at(record[site.path], place)
-                    values[name] = {each: statistic.finalize(state[each]) for each, statistic in capturing.statistics}
+            places = {name: place for name, place in members(site).items() if name in needed}
+            values |= {name: finish(at(record[site.path], place)) for name, place in places.items()}
+            if site.ragged:
+                hardly = set(experts.hardly_reached(record[site.path]))
+                of_all = self._record(leaves, lanes, batches, capturing.of_everyone(), [site]) if hardly else {}
+                for number, name in enumerate(members(site)):
+                    if name in places:
+                        routed = {experts.ROUTED: values[name][COUNT]}
+                        values[name] |= (finish(at(of_all[site.path], places[name])) if number in hardly else {}) | routed
         check_statistics(values, needed, "", lambda few: Captured(self.capture(leaves, batches, few, ["abs_max"]), []))
         return values
 
-    def _traced(self, number: int, batch: Batch, leaves: Leaves) -> tuple[Traced, list[Array]]:
-        """A batch's trace and arrays: leaves change from capture to capture, their shapes and types do not."""
-        args, *made = self.traces.get(number, (None,))
-        if args is not batch.args:
-            made = trace(self.fn, leaves, batch.args, {})
-            self.traces[number] = batch.args, *made
-        return tuple(made)
+    def _record(self, leaves: Leaves, lanes: Sequence[Lane], batches: Sequence[Batch], capturing, chosen, keep=()) -> Record:
+        """States of the chosen sites after all batches."""
+        record: Record = {site.path: initial(capturing, site) for site in chosen}
+        for number, batch in enumerate(batches):
+            given = record | ({} if batch.weights is None else {WEIGHTS: batch.weights})
+            halted = self.halted.get(number)
+            if halted is None or halted.args is not batch.args:
+                traced, arrays = trace(self.fn, leaves, batch.args, {})
+                halted = Halted(batch.args, traced, arrays, sites_of(known_uses(traced))[0])
+            try:
+                seen, self.halted[number] = self._run(halted, lanes, capturing, given, chosen, keep)
+            except LocalError as error:
+                raise QjaxError(error.message.replace("PATH", str(error.path))) from None
+            record = {path: seen[path] for path in record}
+        return record
 
-    def _run(
-        self, number: int, batch: Batch, both: Sequence[Leaves], parameters: Lanes, capturing, record: Record, chosen, keep
-    ) -> Record:
-        traced, arrays = self._traced(number, batch, both[0])
-        lanes = [[*each, *arrays] for each in parameters]
-        if not self.uses(traced).calls:
-            return as_program(capturing, traced.jaxpr, lanes, record, keep=False)[1]
-        halted, results = self.halted.get(number), {}
-        again = halted is not None and halted.traced is traced
-        here = halted.sites if again else sites_of(self.uses(traced))[0]  # another batch may be traced otherwise
-        reached = [here[site.path] for site in chosen if site.path in here]
+    def _run(self, halted: Halted, lanes: Sequence[Lane], capturing, record: Record, chosen, keep) -> tuple[Record, Halted]:
+        """The record with what a batch adds, and where its run stopped; it goes on from where it did before, if it can."""
+        traced, here, values = halted.traced, halted.sites, [[*lane.values, *halted.arrays] for lane in lanes]
+        if not known_uses(traced).calls:
+            return as_program(capturing, traced.jaxpr, values, record, keep=False)[1], halted
+        reached = [here[site.path] for site in chosen if site.path in here]  # another batch may be traced otherwise
         if not reached:
-            return record
+            return record, halted
         first, last = min(site.equation for site in reached), max(site.last for site in reached)
-        jaxpr, begin, known = traced.jaxpr.jaxpr, 0, begun(traced.jaxpr.jaxpr, traced.jaxpr.consts, lanes)
-        if again and halted.equation <= first and _goes_on(halted, both):
-            begin = halted.equation
-            own = set(jaxpr.invars[: len(traced.paths)])
+        jaxpr, begin, known = traced.jaxpr.jaxpr, 0, begun(traced.jaxpr.jaxpr, traced.jaxpr.consts, values)
+        results = {}
+        if halted.equation <= first and _goes_on(halted, lanes):
+            begin, own = halted.equation, set(jaxpr.invars[: len(traced.paths)])
             known = [
                 {v: now.get(v, value) if v in own else value for v, value in then.items()}
                 for now, then in zip(known, halted.known, strict=True)
             ]
-            results = {path: each for path, each in halted.results.items() if _same(each.leaves, path, both)}
+            results = {path: each for path, each in halted.results.items() if _same(each.leaves, path, lanes)}
         made = {KNOWN + path: each.outputs for path, each in results.items()}
         advance(capturing, jaxpr, known, made, range(begin, first))
         stopped = [dict(values) for values in known]
         asked = [site.path for site in self._to_keep(keep, here) if site.path not in results and site.equation >= first]
         record = advance(capturing, jaxpr, known, record | made | {KEEP + path: () for path in asked}, range(first, last))
         record = finish(capturing, jaxpr, known, record, last)
-        results |= {path: Result(record[KEEP + path], [each.arrays[path] for each in both]) for path in asked}
+        results |= {path: Result(record[KEEP + path], [lane.arrays[path] for lane in lanes]) for path in asked}
         left = {path: each for path, each in results.items() if each.outputs and here[path].equation >= first}
-        self.halted[number] = Halted(traced, here, first, stopped, [each.arrays for each in both], left)
-        return record
+        return record, halted._replace(equation=first, known=stopped, read=[lane.arrays for lane in lanes], results=left)
 
     def _to_keep(self, paths: Iterable[str], here: Mapping[str, Site]) -> list[Site]:
         """The sites of those parameters that one contraction reads, as a batch is traced. None where there is no more room, and
@@ -224,15 +248,15 @@ class Runs:
         return [here[path] for path in paths if path in here and here[path].uses == 1]
 
 
-def _same(leaves: Sequence[object], path: str, both: Sequence[Leaves]) -> bool:
+def _same(leaves: Sequence[object], path: str, lanes: Sequence[Lane]) -> bool:
     """Whether the parameter is that of every lane."""
-    return len(leaves) == len(both) and all(leaf is each.arrays[path] for leaf, each in zip(leaves, both, strict=True))
+    return len(leaves) == len(lanes) and all(leaf is lane.arrays[path] for leaf, lane in zip(leaves, lanes, strict=True))
 
 
-def _goes_on(halted: Halted, both: Sequence[Leaves]) -> bool:
+def _goes_on(halted: Halted, lanes: Sequence[Lane]) -> bool:
     """Whether all parameters that were read before the run stopped are still the same."""
     jaxpr, traced = halted.traced.jaxpr.jaxpr, halted.traced
     read = {v for eqn in jaxpr.eqns[: halted.equation] for v in eqn.invars if not isinstance(v, Literal)}
     paths = [path for v, path in zip(jaxpr.invars, traced.paths, strict=False) if v in read]
     same = lambda then, now: all(then[path] is now.arrays[path] for path in paths)  # noqa: E731
-    return len(halted.read) == len(both) and all(map(same, halted.read, both))
+    return len(halted.read) == len(lanes) and all(map(same, halted.read, lanes))

@@ -21,7 +21,7 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from jaxtyping import Array, PyTree
 
-from qjax.tracing.kernel import Kernel, multiply, refused
+from qjax.tracing.kernel import Kernel, RefusedError, multiply
 from qjax.tracing.layout import Layout, rearranged, view_of, whole
 from qjax.tracing.product import Product, product_of
 
@@ -92,7 +92,7 @@ def finish(mode: Mode, jaxpr: Jaxpr, known: list[dict], record: Record, number: 
 def _read(values: dict, v: object) -> object:
     if not isinstance(v, Literal):
         return values[v]
-    return v.val if hasattr(v.val, "dtype") else np.asarray(v.val, v.aval.dtype)
+    return v.val if isinstance(v.val, jax.Array | np.ndarray) else np.asarray(v.val, v.aval.dtype)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -143,7 +143,7 @@ def plain(value: object, primitive: str) -> object:
     if not isinstance(value, Tracked):
         return value
     if isinstance(value.value, Kernel):
-        raise refused(str(value.path), primitive)
+        raise RefusedError(value.path, primitive)
     return value.value
 
 
@@ -193,6 +193,8 @@ def as_program(
         outputs, seen = _program(mode, closed.jaxpr, keep)(closed.consts, local, given)
     except LocalError as error:
         raise LocalError(path_of[error.path], error.message) from None
+    except RefusedError as error:
+        raise RefusedError(path_of[error.path], error.primitive) from None
     return [_renamed(values, path_of) for values in outputs], record | {path_of[i]: states for i, states in seen.items()}
 
 
@@ -364,8 +366,10 @@ def applied(product: Product, values: Sequence[object], eqn: JaxprEqn) -> Array:
     if not isinstance(weight.value, Kernel):
         return _bind(eqn, [plain(value, "") for value in values])[0]
     view = weight.value.view
+    if weight.value.shape[-2:] != view.matrix_shape:
+        raise RefusedError(weight.path, "a product with a part of it, as shard_map cuts it (in_specs=P() gives it whole)")
     if view_of(view.shape, product.layout, product.batch, product.summed) != view:
-        raise refused(str(weight.path), "a contraction other than the one it was quantized for")
+        raise RefusedError(weight.path, "a contraction other than the one it was quantized for")
     x = input_of(values)
     kind = eqn.outvars[0].aval.dtype
     wide = jnp.promote_types(x.dtype, kind)  # sums that are asked for in a wider type are not rounded before

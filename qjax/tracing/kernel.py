@@ -74,9 +74,13 @@ def experts_of(sizes: Int[Array, " experts"], rows: int) -> Int[Array, " rows"]:
     return jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(rows), side="right")
 
 
-def refused(path: str, primitive: str) -> QjaxError:
-    """The error for a quantized parameter that reaches what is not its contraction."""
-    return QjaxError(
-        f"{path}: a quantized parameter reaches {primitive}, not the contraction it was quantized for; quantize it for this "
-        "function and these arguments (qjax.coverage tells what they do with it), or leave it out with a rule 'PATTERN=none'"
-    )
+class RefusedError(QjaxError):
+    """A quantized parameter reaches what is not its contraction."""
+
+    def __init__(self, path: object, primitive: str):
+        super().__init__(
+            f"{path}: a quantized parameter reaches {primitive}, not the contraction it was quantized for; quantize it for "
+            "this function and these arguments (qjax.coverage tells what they do with it), or leave it out with a rule "
+            "'PATTERN=none'"
+        )
+        self.path, self.primitive = path, primitive

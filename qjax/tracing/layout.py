@@ -80,7 +80,7 @@ class Layout(NamedTuple):
 @functools.lru_cache(maxsize=256)
 def whole(shape: tuple[int, ...]) -> Layout:
     """The layout of a parameter as it is."""
-    return Layout(tuple(shape), tuple((axis,) for axis in range(len(shape))))
+    return Layout(shape, tuple((axis,) for axis in range(len(shape))))
 
 
 def _renumbered(axes: Axes, split: int) -> Axes:

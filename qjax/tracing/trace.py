@@ -73,12 +73,23 @@ def _paths(keys: Sequence[tuple[object, ...]]) -> list[str]:
     return ["/".join(map(name, each[:-1] if is_box(each) else each)) for each in keys]
 
 
+def closed_over(jaxpr: ClosedJaxpr) -> list[Array]:
+    """The arrays that a program closes over, and those that programs inside it do."""
+    found = list(getattr(jaxpr, "consts", ()))
+    for eqn in jaxpr.eqns:
+        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda value: hasattr(value, "eqns")):
+            found += closed_over(value) if hasattr(value, "eqns") else []
+    return found
+
+
 _traces: OrderedDict[tuple, Traced] = OrderedDict()
 _lock = threading.Lock()
+_context = jax.jit(lambda: ())  # JAX traces it anew, which gives another object, wherever other axes, meshes or settings hold
 
 
 def trace(fn: Callable, leaves: Leaves, args: tuple, kwargs: dict) -> tuple[Traced, list[Array]]:
-    """fn(params, *args, **kwargs) as traced, once for parameters and arguments of these shapes, and the arguments' arrays.
+    """fn(params, *args, **kwargs) as traced, once for parameters and arguments of these shapes where the same named axes, mesh
+    and settings of JAX hold, and the arguments' arrays.
 
     Arguments that are no arrays are part of the trace. Raises QjaxError for quantized leaves that are no Kernel: only these
     know the shape that fn expects.
@@ -91,8 +102,8 @@ def trace(fn: Callable, leaves: Leaves, args: tuple, kwargs: dict) -> tuple[Trac
     if wrong := [path for path, leaf in leaves.arrays.items() if is_quantized(leaf) and not isinstance(leaf, Kernel)]:
         raise QjaxError(f"{', '.join(wrong)}: quantized, but not by qjax.quantize_function, whose leaves know their shape")
     try:
-        settings = jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision
-        key = (fn, leaves.tree, leaves.others, static, tuple(map(_kind, (*values, *arrays))), settings)
+        others = leaves.others, tuple(map(type, leaves.others))
+        key = (fn, leaves.tree, others, static, tuple(map(_kind, (*values, *arrays))), _context.trace().jaxpr)
         hash(key)
     except TypeError:
         return _traced(fn, leaves, static, values, arrays), arrays

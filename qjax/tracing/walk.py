@@ -175,7 +175,7 @@ def _kept(seen: Sequence[_Seen], log: Uses, what: str) -> None:
 
 class Site(NamedTuple):
     """A parameter that contractions alone consume, all by one view. reads: keys of their inputs, in order. equation, last: of
-    the function's own, where the first and the last of them are.
+    the function's own, where the first and the last of them are. ragged: rows are of one expert of the stack each.
     """
 
     path: str
@@ -184,6 +184,7 @@ class Site(NamedTuple):
     equation: int
     last: int
     uses: int
+    ragged: bool
 
 
 def sites_of(uses: Uses) -> tuple[dict[str, Site], dict[str, str]]:
@@ -200,7 +201,7 @@ def sites_of(uses: Uses) -> tuple[dict[str, Site], dict[str, str]]:
             refused[path] = f"contracted in {len(views)} ways: {'; '.join(map(told_of, views))}"
         else:
             reads = tuple((use.read, use.indices) for use in found)
-            sites[path] = Site(path, found[0].view, reads, found[0].equation, found[-1].equation, len(found))
+            sites[path] = Site(path, found[0].view, reads, found[0].equation, found[-1].equation, len(found), found[0].ragged)
     return sites, refused
 
 
