@@ -66,10 +66,9 @@ def run(out: Path, *, tiny: bool = False, subjects: tuple[common.Subject, ...] =
     asking = dataclasses.replace(settings, tasks=True)
     less = dataclasses.replace(settings, calibration_windows=experiment.shorter_windows)
     for subject in subjects:
-        asked = experiment.integers(subject, experiment.asked, experiment.asked_bits)
-        recipes = [*experiment.integers(subject, experiment.methods, experiment.bits), experiment.codebook]
-        common.measure(out, subject, [recipe for recipe in recipes if recipe not in asked], settings)
-        common.measure(out, subject, asked, asking)
+        recipes = experiment.integers(subject, experiment.methods, experiment.bits)
+        common.measure(out, subject, [*recipes, experiment.codebook], settings)
+        common.measure(out, subject, experiment.integers(subject, experiment.asked, experiment.asked_bits), asking)
         recipes = experiment.integers(subject, experiment.shorter, experiment.shorter_bits)
         for each in (settings, less):
             common.measure(calibration, subject, recipes, each)
