@@ -24,6 +24,7 @@ from tests.family_files import (
     GPT2,
     GPT_NEO,
     GPT_NEOX,
+    GPT_OSS,
     GRANITE,
     LLAMA,
     MISTRAL,
@@ -344,6 +345,12 @@ def test_how_falcon_fuses_queries_keys_and_values(entries, heads, blocks):
         (QWEN3_MOE | {"decoder_sparse_step": 2}, "'decoder_sparse_step' is 2"),
         (QWEN3_MOE | {"num_experts": 0}, "'num_experts' is 0; a mixture has at least 1"),
         (QWEN3_MOE | {"num_experts_per_tok": 5}, "4 experts, 5 for a token"),
+        (GPT_OSS | {"hidden_act": "gelu"}, "'hidden_act' is 'gelu'; the decoder can only do 'silu'"),
+        (GPT_OSS | {"swiglu_limit": 5.0}, "'swiglu_limit' is 5.0; the decoder can only do 7.0"),
+        (GPT_OSS | {"experts_per_token": 2}, "'experts_per_token' is 2; the decoder can only do 3"),
+        (GPT_OSS | {"num_experts": 0, "num_local_experts": None}, "'num_experts' is 0; a mixture has at least 1"),
+        (GPT_OSS | {"layer_types": ["full_attention"]}, "'layer_types' names 1 layers; the model has 3"),
+        (GPT_OSS | {"rope_scaling": {"rope_type": "yarn"}}, "'factor' must be a number, got nothing"),
         (SMOLLM3 | {"no_rope_layers": [1, 2, 1]}, "'no_rope_layers' must be a 1 or a 0"),
         (GRANITE | {"residual_multiplier": 0}, "'residual_multiplier' is 0.0, expected a positive number"),
         (GPT_NEO | {"attention_types": [[["global"], 2]]}, "'attention_types' names 2 layers; the model has 3"),
@@ -436,6 +443,7 @@ def test_either_name_of_the_architecture_is_enough():
         COHERE | {"use_qk_norm": True, "logit_scale": 0.3, "attention_bias": True},
         FALCON | {"alibi": True, "parallel_attn": False, "multi_query": False, "bias": True},
         FALCON2 | {"num_ln_in_parallel_attn": 1},
+        GPT_OSS | {"rope_scaling": {"rope_type": "default"}, "attention_bias": False, "layer_types": ["full_attention"] * 3},
         GEMMA3 | {"layer_types": ["sliding_attention"] * 3, "rope_local_base_freq": 5e3, "final_logit_softcapping": 9.0},
     ],
 )
@@ -489,6 +497,29 @@ def test_names_and_shapes_of_llama():
     assert shapes["model.layers.0.mlp.down_proj.weight"] == (32, 48)
     assert shapes["model.norm.weight"] == (32,)
     assert len(shapes) == 3 + 3 * 9
+
+
+def test_gpt_oss():
+    """Where config.json is silent, it is as OpenAI's models are."""
+    config = read_config(GPT_OSS)
+    assert [kind.sliding_window for kind in config.kinds] == [16, None, 16]
+    assert (config.rope_theta, config.rope_scaling) == (150000.0, YarnScaling(32.0, 4096, truncate=False))
+    assert (config.attention_sinks, config.mlp_bias, config.qkv_bias, config.attention_output_bias) == (True,) * 4
+    tensors = named_tensors(GPT_OSS)
+    stem = "model.layers.1.mlp"
+    both = tensors[f"{stem}.experts.gate_up_proj"]
+    assert (both.shape, tensors[f"{stem}.experts.gate_up_proj_bias"].shape) == ((4, 32, 96), (4, 96))
+    assert (tensors[f"{stem}.experts.down_proj"].shape, tensors[f"{stem}.experts.down_proj_bias"].shape) == (
+        (4, 48, 32),
+        (4, 32),
+    )
+    assert (tensors[f"{stem}.router.weight"].shape, tensors[f"{stem}.router.bias"].shape) == ((4, 32), (4,))
+    assert tensors["model.layers.1.self_attn.sinks"].shape == (4,)
+    stored = np.random.default_rng(0).standard_normal(both.shape)
+    gate, up = (both.split(stored)[f"block_1/mlp/{name}/kernel"] for name in ("gate", "up"))
+    np.testing.assert_array_equal(gate, stored[..., ::2])
+    np.testing.assert_array_equal(up, stored[..., 1::2])
+    np.testing.assert_array_equal(both.join(both.split(stored)), stored)
 
 
 def test_names_and_shapes_of_gpt2():
