@@ -7,13 +7,19 @@ import numpy as np
 import pytest
 
 import qjax
+from qjax.checkpoints.export import export
 from qjax.checkpoints.huggingface import load_huggingface, save_huggingface
+from qjax.checkpoints.targets import TARGETS
+from qjax.cli.app import main
+from qjax.errors import QjaxError
+from qjax.lazy import is_lazy, materialised
 from qjax.models.attention import QUERY_PIECES, SMALLEST_PIECE, Attention
 from qjax.models.mixture import Mixture
 from qjax.models.mlp import LIMIT, SLOPE
-from qjax.models.model import apply
+from qjax.models.model import apply, runnable
 from qjax.models.parameters import flatten, unflatten
-from tests.conftest import GPT_OSS, tiny_config
+from tests import foreign, foreign_makers
+from tests.conftest import GPT_OSS, byte_tokenizer, tiny_config
 from tests.random_weights import small_model
 
 EXPERTS, CHOSEN = GPT_OSS["experts"], GPT_OSS["experts_per_token"]
@@ -147,3 +153,131 @@ def test_what_awq_folds_into_experts_changes_their_biases():
     assert not np.allclose(*changed)
     exact, found = (np.asarray(apply(each, TOKENS)) for each in (small_model(config), scaled))
     assert np.abs(found - exact).max() < 0.03 * np.abs(exact).max()
+
+
+# --- MXFP4 ---------------------------------------------------------------------------------------------------------------
+
+SETTINGS = {
+    "quant_method": "mxfp4",
+    "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"],
+}
+STEM = "model.layers.1.mlp.experts"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gpt_oss") / "a"
+    foreign.write(folder, SETTINGS, foreign_makers.experts(), foreign.gpt_oss(vocabulary_size=257))
+    (folder / "tokenizer.json").write_text(byte_tokenizer().to_json())
+    return folder
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_blocks_are_read_undecoded(lazy, tmp_path):
+    """Of scales from the least to the largest of normal float32 numbers; read at once or part by part."""
+    make = foreign_makers.experts(least=3, most=253)
+    expected = foreign.write(tmp_path / "a", SETTINGS, make, foreign.gpt_oss(vocabulary_size=64))
+    model = qjax.load(tmp_path / "a", lazy=lazy)
+    assert is_lazy(model.params) == lazy
+    assert model.recipe == "mxfp4 checkpoint: mxfp4_even"
+    for path, leaf in flatten(model.params).items():
+        if "/mlp/" in path and path.endswith("kernel"):
+            assert (str(leaf.format), leaf.bits_per_weight) == ("mxfp4_even", 4.25)
+    foreign.assert_stands_for(model._replace(params=materialised(model.params)), expected)
+    qjax.save(tmp_path / "b", model)
+    foreign.assert_stands_for(qjax.load(tmp_path / "b"), expected)
+
+
+def test_what_is_read_runs_and_is_written_decoded(folder, tmp_path):
+    model = qjax.load(folder)
+    logits = np.asarray(apply(model, TOKENS))
+    np.testing.assert_allclose(apply(runnable(model), TOKENS), logits, atol=1e-5 * np.abs(logits).max())
+    save_huggingface(tmp_path / "plain", model)
+    plain = load_huggingface(tmp_path / "plain")
+    assert plain.recipe == "none"
+    np.testing.assert_allclose(apply(plain, TOKENS), logits, atol=1e-5 * np.abs(logits).max())
+
+
+def test_commands(folder, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 40)
+    for words in (
+        ["info", folder],
+        ["eval", folder, "--data", f"text:{tmp_path / 'text.txt'}", "--convention", "windows-32"],
+        ["dequantize", folder, "--out", tmp_path / "plain"],
+        ["info", tmp_path / "plain"],
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(list(map(str, words)))
+        assert stopped.value.code in (0, None), capsys.readouterr().err
+    assert "mxfp4_even" in capsys.readouterr().out
+
+
+def test_further_rounding_and_other_libraries_are_refused(folder, tmp_path):
+    model = qjax.load(folder)
+    with pytest.raises(QjaxError, match="quantized already"):
+        qjax.quantize(model, "rtn:int4-g32")
+    for target in TARGETS:
+        with pytest.raises(QjaxError, match=f"{target} cannot hold .*gate_up_proj: experts that the family's files hold"):
+            export(tmp_path / "theirs", model, target)
+    with pytest.raises(QjaxError, match="no GGUF files of the family gpt_oss are written"):
+        export(tmp_path / "a.gguf", model, "gguf")
+    attention, _ = qjax.quantize(small_model(foreign.gpt_oss(vocabulary_size=61)), "rtn:int4-g32", rules=["mlp=none"])
+    export(tmp_path / "attention", attention, "compressed-tensors")
+    back = qjax.load(tmp_path / "attention")
+    np.testing.assert_array_equal(apply(back, TOKENS), apply(attention, TOKENS))
+
+
+def without(name):
+    return lambda tensors: tensors.pop(f"{STEM}.{name}")
+
+
+def changed(name, how):
+    return lambda tensors: tensors.update({f"{STEM}.{name}": how(tensors[f"{STEM}.{name}"])})
+
+
+def nan(scales):
+    scales = scales.copy()
+    scales[1, 2, 0] = 255
+    return scales
+
+
+BROKEN = {
+    "no blocks": (without("gate_up_proj_blocks"), {}, f"missing {STEM}.gate_up_proj_blocks"),
+    "no scales": (without("down_proj_scales"), {}, f"missing {STEM}.down_proj_scales"),
+    "no biases": (without("down_proj_bias"), {}, f"missing {STEM}.down_proj_bias"),
+    "neither": (lambda each: (without("down_proj_scales")(each), without("down_proj_blocks")(each)), {}, "missing"),
+    "other blocks": (
+        changed("gate_up_proj_blocks", lambda x: x[:, :, :1]),
+        {},
+        f"{STEM}.gate_up_proj_blocks has shape (4, 192, 1, 16), expected (4, 192, 2, 16)",
+    ),
+    "other scales": (changed("down_proj_scales", lambda x: x[..., None]), {}, "has shape (4, 64, 3, 1), expected (4, 64, 3)"),
+    "other types": (changed("down_proj_blocks", lambda x: x.astype(np.int8)), {}, "has type I8, expected U8"),
+    "sinks": (lambda each: each.pop("model.layers.0.self_attn.sinks"), {}, "missing model.layers.0.self_attn.sinks"),
+    "NaN": (changed("gate_up_proj_scales", nan), {}, f"{STEM}.gate_up_proj: NaN among the scales"),
+    "a setting": (lambda each: None, {"block_size": 16}, "MXFP4 with ['block_size'], which qjax does not know"),
+    "modules": (lambda each: None, {"modules_to_not_convert": [1]}, "'modules_to_not_convert' has [1]; expected names"),
+    "dequantize": (lambda each: None, {"dequantize": "yes"}, "'dequantize' must be bool, got 'yes'"),
+    "a method": (
+        lambda each: None,
+        {"quant_method": "mxfp6"},
+        "quantized by 'mxfp6', which qjax does not read",
+    ),
+    "inputs": (lambda each: None, {"hidden_size": 48}, "MXFP4 is of (experts, in, out), in a multiple of 32"),
+    "no entry": (lambda each: None, None, "(MXFP4: model.layers.0.mlp.experts.down_proj_blocks)"),
+    "another library": (lambda each: None, {"quant_method": "awq", "bits": 4}, "unexpected model.layers.0.mlp.experts"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_does_not_fit_is_refused_by_name(case, folder, tmp_path):
+    how, settings, part = BROKEN[case]
+    for file in ("config.json", "model.safetensors"):
+        (tmp_path / file).write_bytes((folder / file).read_bytes())
+    foreign.change(tmp_path, how)
+    outside = {key: settings[key] for key in (settings or {}) if key == "hidden_size"}
+    inside = {key: value for key, value in (settings or {}).items() if key not in outside}
+    foreign.edit(tmp_path, quantization_config=None if settings is None else SETTINGS | inside, **outside)
+    with pytest.raises(QjaxError) as error:
+        load_huggingface(tmp_path)
+    assert part in str(error.value) and "\n" not in str(error.value)

@@ -122,13 +122,13 @@ def way(name):
     return "sdpa" if "alibi" in name else "eager"
 
 
-def build(name):
+def build(name, **changes):
     """A random model of the transformers library, biases, norms and sinks random too; those of experts' first layers are
     beyond the limits of gpt-oss' activation.
     """
     family, options = FAMILIES[name]
     known = {key: value for key, value in SHAPE.items() if key not in UNKNOWN.get(family, ())}
-    config = getattr(transformers, f"{family}Config")(**known | options)
+    config = getattr(transformers, f"{family}Config")(**known | options | changes)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=way(name)).float().eval()
     with torch.no_grad():
