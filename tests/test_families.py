@@ -1,6 +1,7 @@
 """models/families.py and models/config_entries.py: config.json both ways, and the names of tensors."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -520,6 +521,50 @@ def test_gpt_oss():
     np.testing.assert_array_equal(gate, stored[..., ::2])
     np.testing.assert_array_equal(up, stored[..., 1::2])
     np.testing.assert_array_equal(both.join(both.split(stored)), stored)
+
+
+@pytest.mark.parametrize(("layers", "experts", "billions"), [(24, 32, 20.91), (36, 128, 116.83)])
+def test_openais_models(layers, experts, billions):
+    """As their files' config.json says it; as many parameters as the model card tells (2508.10925)."""
+    entries = {
+        "architectures": ["GptOssForCausalLM"],
+        "attention_bias": True,
+        "attention_dropout": 0.0,
+        "eos_token_id": 200002,
+        "experts_per_token": 4,
+        "head_dim": 64,
+        "hidden_act": "silu",
+        "hidden_size": 2880,
+        "initial_context_length": 4096,
+        "intermediate_size": 2880,
+        "layer_types": ["sliding_attention", "full_attention"] * (layers // 2),
+        "max_position_embeddings": 131072,
+        "model_type": "gpt_oss",
+        "num_attention_heads": 64,
+        "num_experts_per_tok": 4,
+        "num_hidden_layers": layers,
+        "num_key_value_heads": 8,
+        "num_local_experts": experts,
+        "pad_token_id": 199999,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "factor": 32.0,
+            "original_max_position_embeddings": 4096,
+            "rope_type": "yarn",
+            "truncate": False,
+        },
+        "rope_theta": 150000,
+        "sliding_window": 128,
+        "swiglu_limit": 7.0,
+        "tie_word_embeddings": False,
+        "vocab_size": 201088,
+    }
+    config = read_config(entries)
+    silent = ("rope_scaling", "rope_theta", "layer_types", "sliding_window", "head_dim", "num_key_value_heads")
+    assert read_config({key: value for key, value in entries.items() if key not in silent}) == config
+    assert round(sum(map(math.prod, parameter_shapes(config).values())) / 1e9, 2) == billions
 
 
 def test_names_and_shapes_of_gpt2():

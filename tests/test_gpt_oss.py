@@ -106,6 +106,19 @@ def test_nothing_is_ignored(model, name):
         assert np.abs(np.asarray(other) - exact).max() > 1e-2 * np.abs(exact).max()
 
 
+def test_a_quantized_cache_sees_sinks(model):
+    """As keys and values in 16 bits do: less of them is lost than what sinks make of the logits."""
+    exact = np.asarray(apply(model, TOKENS))
+    leaves = flatten(model.params)
+    ignored = {path: jnp.full_like(leaf, -1e9) if path.endswith("sinks") else leaf for path, leaf in leaves.items()}
+    kept = dataclasses.replace(CONFIG, cache_format="int8-token(residual=4)")
+    found, without = (
+        np.linalg.norm(np.asarray(apply(model._replace(config=kept, params=unflatten(each)), TOKENS)) - exact)
+        for each in (leaves, ignored)
+    )
+    assert found < 0.1 * np.linalg.norm(exact) < without
+
+
 def test_folders_hold_experts_as_one_tensor(model, tmp_path):
     """Bit for bit, read at once or part by part."""
     from safetensors.numpy import load_file
