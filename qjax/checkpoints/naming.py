@@ -54,7 +54,7 @@ def owner_of(name: str, modules: Mapping[str, object]) -> str | None:
     """The module whose name a tensor's begins with; of experts that are stored as one tensor, the name without _blocks or
     _scales.
     """
-    if (stack := re.sub(r"_(blocks|scales)$", "", name)) in modules:
+    if (stack := re.sub(r"_(blocks|scales)$", "", name)) != name and stack in modules:
         return stack
     while "." in name:
         name = name.rpartition(".")[0]
