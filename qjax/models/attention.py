@@ -135,7 +135,7 @@ class Attention(nn.Module):
             cache = Cache(_write(cache.keys, k, position[:, 0]), _write(cache.values, v, position[:, 0]))
             k, v = cache.keys, cache.values
         q, k, v = self.to_multiply((q, k, v))
-        mix, sinks = attend if c.cache is None else attend_kept, self.sinks()
+        mix, sinks = attend if c.cache is None else attend_kept, self.sink_logits()
         if layout is None:  # no key after the last query of a piece is visible in it
             size = max(-(-time // QUERY_PIECES), SMALLEST_PIECE)
             pieces = [(start, min(start + size, time)) for start in range(0, time, size)]
@@ -152,7 +152,7 @@ class Attention(nn.Module):
         mixed = nn.Dense(c.hidden_size, use_bias=c.attention_output_bias, dtype=self.dtype, name="o")(mixed)
         return mixed if cache is None else (mixed, cache)
 
-    def sinks(self) -> Float[Array, "kv_heads group 1 1"] | None:
+    def sink_logits(self) -> Float[Array, "kv_heads group 1 1"] | None:
         """The logits of heads that mix in no value, where the family has them."""
         c = self.config
         if not c.attention_sinks:

@@ -89,7 +89,8 @@ def stored_tensors(family: Family, shapes: Mapping[str, tuple[int, ...]], heads:
                 parts[name].append((path, shape))
                 stored_in_out = whole or (family.kernels_in_out and layer is not None)
                 transposed[name] = leaf in ("kernel", "matrix") and not stored_in_out
-                alternating |= {name} if whole else set()
+                if whole:
+                    alternating.add(name)
 
     def blocks(name: str, held: list[tuple[str, tuple[int, ...]]]) -> int:
         first, last = held[0][1][-1], held[-1][1][-1]
