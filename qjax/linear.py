@@ -177,7 +177,9 @@ def dense(leaf: Leaf, dtype: DTypeLike = jnp.float32) -> Linear | Float[Array, "
 
 
 def columns(leaf: Linear | QTensor, index: np.ndarray) -> Linear | QTensor:
-    """The layer of some outputs, see `qtensor.columns`; of a Linear without outliers and adapter."""
+    """The layer of some outputs, or a stack of them, see `qtensor.columns`; of a Linear without outliers and adapter."""
+    if len(leaf.shape) > 2:
+        return jax.vmap(functools.partial(columns, index=index))(leaf)
     if isinstance(leaf, Linear):
         return dataclasses.replace(leaf, weight=columns(leaf.weight, index))
     return qtensor.columns(leaf, index)

@@ -20,6 +20,7 @@ from qjax.cache import enable_compilation_cache
 from qjax.checkpoints.huggingface import save_huggingface
 from qjax.models.config import DecoderConfig, LayerKind
 from qjax.models.model import Model
+from qjax.models.scalings import YarnScaling
 from qjax.models.walk import Decoder
 
 enable_compilation_cache()  # as the command line does: most of a test's time is the compilation of what another compiled too
@@ -125,6 +126,21 @@ FALCON = GPT2 | {
     "shared_norm": True,
 }
 MIXTRAL = {"family": "mixtral", "norm_epsilon": 1e-5, "rope_theta": 1e6, "experts": 4, "experts_per_token": 2}
+STRETCHED = {"rope_theta": 150000.0, "rope_scaling": YarnScaling(4.0, 8, truncate=False)}
+GPT_OSS = {
+    "family": "gpt_oss",
+    "norm_epsilon": 1e-5,
+    "activation": "swiglu_oai",
+    "kinds": (LayerKind(sliding_window=5, **STRETCHED), LayerKind(**STRETCHED)),
+    "sliding_window": 5,
+    **STRETCHED,
+    "qkv_bias": True,
+    "attention_output_bias": True,
+    "mlp_bias": True,
+    "experts": 4,
+    "experts_per_token": 2,
+    "attention_sinks": True,
+}
 SMOLLM3 = {
     "family": "smollm3",
     "kinds": (LayerKind(rope_theta=2e6), LayerKind(sliding_window=5, positions="none", rope_theta=2e6)),
@@ -137,6 +153,7 @@ FURTHER_CHANGES = {  # of families that differ from those below in what few test
     "bloom": BLOOM,
     "falcon": FALCON,
     "smollm3": SMOLLM3,
+    "gpt_oss": GPT_OSS,
 }
 FAMILY_CHANGES = {  # family -> what makes `tiny_config` one of it
     "llama": {},

@@ -67,6 +67,7 @@ GLM4 = _llama_like("glm4", "Glm4", head_dim=8)
 COHERE = _llama_like("cohere", "Cohere")
 MIXTRAL = _llama_like("mixtral", "Mixtral", num_local_experts=3)
 QWEN3_MOE = _llama_like("qwen3_moe", "Qwen3Moe", num_experts=4, num_experts_per_tok=3, moe_intermediate_size=16)
+GPT_OSS = _llama_like("gpt_oss", "GptOss", num_local_experts=4, num_experts_per_tok=3, head_dim=8, sliding_window=16)
 GPT_NEO = {
     "model_type": "gpt_neo",
     "architectures": ["GPTNeoForCausalLM"],
@@ -120,4 +121,5 @@ EVERY = {  # family -> a config.json
     "falcon2": FALCON2,
     "mixtral": MIXTRAL,
     "qwen3_moe": QWEN3_MOE,
+    "gpt_oss": GPT_OSS,
 }

@@ -13,7 +13,7 @@ from qjax.linear import dequantize, is_quantized
 from qjax.models.families import FAMILIES
 from qjax.models.family import stored_tensors
 from qjax.models.parameters import flatten, parameter_shapes
-from tests.conftest import tiny_config
+from tests.conftest import GPT_OSS, tiny_config
 from tests.random_weights import small_model
 
 Maker = Callable[[str, np.ndarray], tuple[dict[str, np.ndarray], np.ndarray] | None]
@@ -24,11 +24,17 @@ def llama(**changes):
     return tiny_config(**{"hidden_size": 64, "mlp_size": 64, "kv_heads": 4, "head_dim": 16, "layers": 1} | changes)
 
 
+def gpt_oss(**changes):
+    """A gpt-oss whose experts fit MXFP4's blocks; gate and up have two, down has three."""
+    return tiny_config(**GPT_OSS | {"hidden_size": 64, "mlp_size": 96} | changes)
+
+
 def write(folder: Path, settings: dict, make: Maker, config=None, *, name: str = "quantization_config", head=False) -> dict:
     """Writes a folder whose linear layers `make` stores, and returns the (out, in) weights that it says they stand for.
 
-    make: (module, (out, in) weight) -> (tensors by what follows the module's name, weight), or None for a plain layer. name: of
-    the entry of config.json, or of a file of its own. head: whether the head is such a layer, too.
+    make: (module, (out, in) weight, (experts, out, in) of a stack) -> (tensors by what follows the module's name, weight), or
+    None for a plain layer. name: of the entry of config.json, or of a file of its own. head: whether the head is such a layer,
+    too.
     """
     config = config or llama()
     save_huggingface(folder, small_model(config))
@@ -38,11 +44,12 @@ def write(folder: Path, settings: dict, make: Maker, config=None, *, name: str =
         if not all(path.endswith("kernel") and (head or path != "head/output/kernel") for path, _ in stored.parts):
             continue
         weight = tensors[stored.name]
-        made = make(module, weight if stored.transposed else weight.T)
+        made = make(module, weight if stored.transposed else weight.swapaxes(-1, -2))
         if made is not None:
             del tensors[stored.name]
-            tensors |= {f"{module}.{suffix}": array for suffix, array in made[0].items()}
-            expected[stored.name] = made[1] if stored.transposed else made[1].T
+            joint = "." if weight.ndim == 2 else "_"
+            tensors |= {f"{module}{joint}{suffix}": array for suffix, array in made[0].items()}
+            expected[stored.name] = made[1] if stored.transposed else made[1].swapaxes(-1, -2)
     save(folder / "model.safetensors", tensors)
     if name.endswith(".json"):
         (folder / name).write_text(json.dumps(settings))

@@ -1,4 +1,4 @@
-"""Layers as AWQ, bitsandbytes, compressed-tensors, DeepSeek and ModelOpt store them, for `foreign.write`: random codes."""
+"""Layers as AWQ, bitsandbytes, compressed-tensors, DeepSeek, ModelOpt, OpenAI store them, for `foreign.write`: random codes."""
 
 import json
 import math
@@ -172,5 +172,25 @@ def fp4(seed: int = 0, *, kind: str = "nvfp4", whole: str = "weight_global_scale
         scales = scales / number if whole == "weight_global_scale" else scales * number
         tensors |= {"weight_scale": F8(stored), whole: number.reshape(1) if whole == "weight_global_scale" else number}
         return tensors, E2M1[codes] * scales.repeat(16, 1)
+
+    return make
+
+
+def experts(seed: int = 0, *, least: int = 121, most: int = 125) -> Maker:
+    """gpt-oss' experts in MXFP4, pair by pair, with scales of 2^(least - 127) to 2^(most - 128); other layers are plain."""
+    generator = np.random.default_rng(seed)
+
+    def make(module, weight):
+        if weight.ndim < 3:
+            return None
+        *outer, rows = weight.shape
+        codes = generator.integers(0, 16, weight.shape)
+        scales = generator.integers(least, most, (*outer, rows // 32))
+        blocks = np.zeros((*outer, rows // 32, 16), np.uint8)
+        for place in range(rows):
+            group, within = divmod(place, 32)
+            blocks[..., group, within // 2] += (codes[..., place] * 16 ** (within % 2)).astype(np.uint8)
+        values = E2M1[codes] * np.exp2(scales.repeat(32, axis=-1) - 127.0).astype(np.float32)
+        return {"blocks": blocks, "scales": scales.astype(np.uint8)}, values
 
     return make

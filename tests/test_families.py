@@ -1,6 +1,7 @@
 """models/families.py and models/config_entries.py: config.json both ways, and the names of tensors."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from tests.family_files import (
     GPT2,
     GPT_NEO,
     GPT_NEOX,
+    GPT_OSS,
     GRANITE,
     LLAMA,
     MISTRAL,
@@ -344,6 +346,12 @@ def test_how_falcon_fuses_queries_keys_and_values(entries, heads, blocks):
         (QWEN3_MOE | {"decoder_sparse_step": 2}, "'decoder_sparse_step' is 2"),
         (QWEN3_MOE | {"num_experts": 0}, "'num_experts' is 0; a mixture has at least 1"),
         (QWEN3_MOE | {"num_experts_per_tok": 5}, "4 experts, 5 for a token"),
+        (GPT_OSS | {"hidden_act": "gelu"}, "'hidden_act' is 'gelu'; the decoder can only do 'silu'"),
+        (GPT_OSS | {"swiglu_limit": 5.0}, "'swiglu_limit' is 5.0; the decoder can only do 7.0"),
+        (GPT_OSS | {"experts_per_token": 2}, "'experts_per_token' is 2; the decoder can only do 3"),
+        (GPT_OSS | {"num_experts": 0, "num_local_experts": None}, "'num_experts' is 0; a mixture has at least 1"),
+        (GPT_OSS | {"layer_types": ["full_attention"]}, "'layer_types' names 1 layers; the model has 3"),
+        (GPT_OSS | {"rope_scaling": {"rope_type": "yarn"}}, "'factor' must be a number, got nothing"),
         (SMOLLM3 | {"no_rope_layers": [1, 2, 1]}, "'no_rope_layers' must be a 1 or a 0"),
         (GRANITE | {"residual_multiplier": 0}, "'residual_multiplier' is 0.0, expected a positive number"),
         (GPT_NEO | {"attention_types": [[["global"], 2]]}, "'attention_types' names 2 layers; the model has 3"),
@@ -436,6 +444,7 @@ def test_either_name_of_the_architecture_is_enough():
         COHERE | {"use_qk_norm": True, "logit_scale": 0.3, "attention_bias": True},
         FALCON | {"alibi": True, "parallel_attn": False, "multi_query": False, "bias": True},
         FALCON2 | {"num_ln_in_parallel_attn": 1},
+        GPT_OSS | {"rope_scaling": {"rope_type": "default"}, "attention_bias": False, "layer_types": ["full_attention"] * 3},
         GEMMA3 | {"layer_types": ["sliding_attention"] * 3, "rope_local_base_freq": 5e3, "final_logit_softcapping": 9.0},
     ],
 )
@@ -489,6 +498,73 @@ def test_names_and_shapes_of_llama():
     assert shapes["model.layers.0.mlp.down_proj.weight"] == (32, 48)
     assert shapes["model.norm.weight"] == (32,)
     assert len(shapes) == 3 + 3 * 9
+
+
+def test_gpt_oss():
+    """Where config.json is silent, it is as OpenAI's models are."""
+    config = read_config(GPT_OSS)
+    assert [kind.sliding_window for kind in config.kinds] == [16, None, 16]
+    assert (config.rope_theta, config.rope_scaling) == (150000.0, YarnScaling(32.0, 4096, truncate=False))
+    assert (config.attention_sinks, config.mlp_bias, config.qkv_bias, config.attention_output_bias) == (True,) * 4
+    tensors = named_tensors(GPT_OSS)
+    stem = "model.layers.1.mlp"
+    both = tensors[f"{stem}.experts.gate_up_proj"]
+    assert (both.shape, tensors[f"{stem}.experts.gate_up_proj_bias"].shape) == ((4, 32, 96), (4, 96))
+    assert (tensors[f"{stem}.experts.down_proj"].shape, tensors[f"{stem}.experts.down_proj_bias"].shape) == (
+        (4, 48, 32),
+        (4, 32),
+    )
+    assert (tensors[f"{stem}.router.weight"].shape, tensors[f"{stem}.router.bias"].shape) == ((4, 32), (4,))
+    assert tensors["model.layers.1.self_attn.sinks"].shape == (4,)
+    stored = np.random.default_rng(0).standard_normal(both.shape)
+    gate, up = (both.split(stored)[f"block_1/mlp/{name}/kernel"] for name in ("gate", "up"))
+    np.testing.assert_array_equal(gate, stored[..., ::2])
+    np.testing.assert_array_equal(up, stored[..., 1::2])
+    np.testing.assert_array_equal(both.join(both.split(stored)), stored)
+
+
+@pytest.mark.parametrize(("layers", "experts", "billions"), [(24, 32, 20.91), (36, 128, 116.83)])
+def test_openais_models(layers, experts, billions):
+    """As their files' config.json says it; as many parameters as the model card tells (2508.10925)."""
+    entries = {
+        "architectures": ["GptOssForCausalLM"],
+        "attention_bias": True,
+        "attention_dropout": 0.0,
+        "eos_token_id": 200002,
+        "experts_per_token": 4,
+        "head_dim": 64,
+        "hidden_act": "silu",
+        "hidden_size": 2880,
+        "initial_context_length": 4096,
+        "intermediate_size": 2880,
+        "layer_types": ["sliding_attention", "full_attention"] * (layers // 2),
+        "max_position_embeddings": 131072,
+        "model_type": "gpt_oss",
+        "num_attention_heads": 64,
+        "num_experts_per_tok": 4,
+        "num_hidden_layers": layers,
+        "num_key_value_heads": 8,
+        "num_local_experts": experts,
+        "pad_token_id": 199999,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "factor": 32.0,
+            "original_max_position_embeddings": 4096,
+            "rope_type": "yarn",
+            "truncate": False,
+        },
+        "rope_theta": 150000,
+        "sliding_window": 128,
+        "swiglu_limit": 7.0,
+        "tie_word_embeddings": False,
+        "vocab_size": 201088,
+    }
+    config = read_config(entries)
+    silent = ("rope_scaling", "rope_theta", "layer_types", "sliding_window", "head_dim", "num_key_value_heads")
+    assert read_config({key: value for key, value in entries.items() if key not in silent}) == config
+    assert round(sum(map(math.prod, parameter_shapes(config).values())) / 1e9, 2) == billions
 
 
 def test_names_and_shapes_of_gpt2():

@@ -11,8 +11,22 @@ from qjax.models.families import FAMILIES
 from qjax.models.folding import FOLDS, fold_map, fold_members, folds
 from qjax.models.model import apply
 from qjax.models.parameters import flatten, unflatten
-from qjax.models.stacks import apart, stack_of, together
-from tests.conftest import BLOOM, COHERE, FALCON, GEMMA, GEMMA3, GPT2, GPT_NEOX, MIXTRAL, OLMO2, OPT, SMOLLM3, tiny_config
+from qjax.models.stacks import apart, stack_of, together, with_biases
+from tests.conftest import (
+    BLOOM,
+    COHERE,
+    FALCON,
+    GEMMA,
+    GEMMA3,
+    GPT2,
+    GPT_NEOX,
+    GPT_OSS,
+    MIXTRAL,
+    OLMO2,
+    OPT,
+    SMOLLM3,
+    tiny_config,
+)
 from tests.random_weights import small_model
 
 GEMMA2 = GEMMA3 | {"family": "gemma2", "kv_heads": 4, "qk_norm": "none", "attention_softcap": 8.0}
@@ -52,6 +66,8 @@ CASES = {
     "falcon": (FALCON, set()),
     "smollm3": (SMOLLM3, {"attention/q", "mlp/gate", "mlp/down"}),
     "mixtral": (MIXTRAL, {"attention/q", "mlp/down"}),
+    "mixtral, biases": (MIXTRAL | {"mlp_bias": True}, {"attention/q", "mlp/down"}),
+    "gpt_oss": (GPT_OSS | {"kv_heads": 4}, {"attention/q", "attention/o"}),
     "opt, gelu": (OPT | {"activation": "gelu"}, {"attention/q", "attention/o", "mlp/up"}),
 }
 LIKE_OTHERS = {  # in all that folds ask for
@@ -77,7 +93,7 @@ def test_logits_are_unchanged(name):
     for number in range(config.layers):
         prefix = f"block_{number}/"
         block = {path.removeprefix(prefix): leaf for path, leaf in leaves.items() if path.startswith(prefix)}
-        stacks = {path: len(leaf) for path, leaf in block.items() if leaf.ndim == 3}
+        stacks = with_biases({path: len(leaf) for path, leaf in block.items() if leaf.ndim == 3}, block)
         block = apart(block, stacks)
         for fold in itertools.chain(*(fold_members(each, stacks) for each in allowed)):
             inputs = len(block[f"{fold.layers[0]}/kernel"])

@@ -20,7 +20,7 @@ from qjax.models.model import apply, runnable
 from qjax.models.parameters import flatten, unflatten
 from qjax.models.rotation import rotate
 from qjax.recipe import parse_recipe
-from tests.conftest import BLOOM, COHERE, FALCON, GEMMA, GEMMA3, GPT2, GPT_NEOX, OLMO2, OPT, SMOLLM3, tiny_config
+from tests.conftest import BLOOM, COHERE, FALCON, GEMMA, GEMMA3, GPT2, GPT_NEOX, GPT_OSS, OLMO2, OPT, SMOLLM3, tiny_config
 from tests.oracles import rotation as oracle
 from tests.random_weights import small_model
 
@@ -105,11 +105,12 @@ CASES = {
     "falcon": FALCON,
     "bloom": BLOOM,
     "mixtral": {"family": "mixtral", "experts": 4, "experts_per_token": 2},
+    "gpt_oss": GPT_OSS,
     "granite": {"family": "granite", "embedding_scale": 3.0, "residual_scale": 0.4, "logit_scale": 0.5, "tied": True},
 }
 
 
-FIRST = {"qwen2", "gpt2", "cohere", "mixtral"}  # the others repeat what these show
+FIRST = {"qwen2", "gpt2", "cohere", "mixtral", "gpt_oss"}  # the others repeat what these show
 
 
 @pytest.mark.parametrize("name", [name if name in FIRST else pytest.param(name, marks=pytest.mark.slow) for name in CASES])

@@ -159,10 +159,11 @@ def test_packed_generation_is_the_simulated_one(model, name):
 
 
 @pytest.mark.parametrize(
-    "family", ["mistral", "falcon", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3_text", "smollm3"))]
+    "family",
+    ["mistral", "falcon", "gpt_oss", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3_text", "smollm3"))],
 )
 def test_families(family):
-    """Windows and heads that share keys, biases of scores, layers without positions; keys that are turned as they are read.
+    """Windows and heads that share keys, biases of scores, sinks, layers without positions, keys turned as they are read.
 
     Texts of more than 64 tokens attend in pieces.
     """

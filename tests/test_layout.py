@@ -9,7 +9,7 @@ from qjax.models.model import apply, empty_caches, hidden_states, hidden_states_
 
 from .conftest import FAMILY_CHANGES, FURTHER_CHANGES, random_model, tiny_config
 
-CHANGES = FAMILY_CHANGES | {name: FURTHER_CHANGES[name] for name in ("bloom", "falcon", "smollm3")}
+CHANGES = FAMILY_CHANGES | {name: FURTHER_CHANGES[name] for name in ("bloom", "falcon", "smollm3", "gpt_oss")}
 
 
 @pytest.fixture(scope="module", params=CHANGES)

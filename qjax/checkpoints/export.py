@@ -36,6 +36,7 @@ from qjax.scales import QuantizedScales, laid, of_shape
 
 GGUF = "gguf"
 LM_HEAD = "lm_head"
+STACKED = "experts that the family's files hold as one tensor, of which no codes are written"
 
 
 def export(
@@ -109,8 +110,8 @@ def _require_fit(to: str, target: Target, modules: Mapping[str, StoredTensor], l
     problems, nearest = [], {}
     for name, tensor in modules.items():
         parts = [leaves[path] for path, _ in tensor.parts]
-        shape = (parts[0].shape[0], sum(part.shape[1] for part in parts))
-        if reason := _refusal(target, parts, shape):
+        shape = (parts[0].shape[-2], sum(part.shape[-1] for part in parts))
+        if reason := STACKED if len(parts[0].shape) > 2 else _refusal(target, parts, shape):
             problems.append(f"{name}: {reason}")
             formats = [part.format for part in parts if is_quantized(part) and part.format is not None]
             fits = (target.nearest(each, shape) for each in formats)

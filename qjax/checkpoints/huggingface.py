@@ -156,8 +156,8 @@ def _check(
 ) -> None:
     """Names, shapes and types of all tensors against the configuration. repeated: a tied head's, which some files have too."""
     expected = {tensor.name: (tensor.shape, FLOATS) for tensor in tensors}
-    expected |= {f"{each.module.name}.{suffix}": told for each in quantized for suffix, told in each.stored.expected.items()}
-    free = {f"{each.module.name}.{suffix}" for each in quantized for suffix in each.stored.optional}
+    expected |= {each.name_of(suffix): told for each in quantized for suffix, told in each.stored.expected.items()}
+    free = {each.name_of(suffix) for each in quantized for suffix in each.stored.optional}
     if not quantizer and (whose := quantizer_of({name: header for name, header in headers.items() if name not in expected})):
         raise QjaxError(
             f"{folder}: the weights are not a model's own, though {CONFIG} does not say so ({whose}); give the checkpoint that "

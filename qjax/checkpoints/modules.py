@@ -33,12 +33,12 @@ Arrays = Mapping[str, np.ndarray]
 
 
 class Module(NamedTuple):
-    """A linear layer: its name in the file, (in, out) of its weight, and the headers of its tensors, its bias' left out, by
-    what follows the name: "qweight", "weight.absmax".
+    """A linear layer: its name in the file, (in, out) of its weight, (experts, in, out) of a stack, and the headers of its
+    tensors, its bias' left out, by what follows the name: "qweight", "weight.absmax".
     """
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     headers: Mapping[str, Header]
 
 

@@ -13,6 +13,7 @@ QUANTIZERS = (  # what ends the names of a quantizer's tensors, whose they are
     (r"\.(absmax|quant_map|quant_state\..*|nested_absmax)$", "bitsandbytes, 4 bits"),
     (r"\.(weight_packed|weight_scale|weight_scale_inv|weight_zero_point|input_scale)$", "compressed-tensors or FP8"),
     (r"\.lora_[AB]\.", "LoRA"),
+    (r"_(blocks|scales)$", "MXFP4"),
 )
 
 
@@ -50,7 +51,11 @@ def _shared_wrappers(names: Iterable[str]) -> str:
 
 
 def owner_of(name: str, modules: Mapping[str, object]) -> str | None:
-    """The module whose name a tensor's begins with."""
+    """The module whose name a tensor's begins with; of experts that are stored as one tensor, the name without _blocks or
+    _scales.
+    """
+    if (stack := re.sub(r"_(blocks|scales)$", "", name)) != name and stack in modules:
+        return stack
     while "." in name:
         name = name.rpartition(".")[0]
         if name in modules:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from qjax.checkpoints import autoround, awq, bitsandbytes, compressed_tensors, fp8, gptq, modelopt
+from qjax.checkpoints import autoround, awq, bitsandbytes, compressed_tensors, fp8, gptq, modelopt, mxfp4
 from qjax.checkpoints.modules import Codec, Module, Stored
 from qjax.checkpoints.naming import owner_of
 from qjax.checkpoints.tensors import FLOATS, Header, read_tensor
@@ -34,7 +34,9 @@ METHODS: dict[str, Callable[[dict], Codec]] = {
     "auto-round": autoround.codec,
     "fp8": fp8.codec,
     "modelopt": modelopt.codec,
+    "mxfp4": mxfp4.codec,
 }
+STACKS = ("mxfp4",)  # whose codecs know experts that are stored as one tensor
 
 
 class Quantizer(NamedTuple):
@@ -53,6 +55,10 @@ class Quantized:
     tensor: StoredTensor
     module: Module
     stored: Stored
+
+    def name_of(self, suffix: str) -> str:
+        """What the file calls one of the module's tensors."""
+        return f"{self.module.name}{'.' if len(self.module.shape) == 2 else '_'}{suffix}"
 
 
 def find_quantizer(folder: Path, config: dict) -> Quantizer | None:
@@ -76,11 +82,11 @@ def find_quantizer(folder: Path, config: dict) -> Quantizer | None:
 
 
 def module_names(tensors: Sequence[StoredTensor]) -> dict[str, StoredTensor]:
-    """The linear layers among a family's tensors, by their names in the file."""
+    """The linear layers, and stacks of them, among a family's tensors, by their names in the file."""
     return {
         tensor.name.removesuffix(".weight"): tensor
         for tensor in tensors
-        if all(path.endswith("/kernel") and len(shape) == 2 for path, shape in tensor.parts)
+        if all(path.endswith("/kernel") for path, _ in tensor.parts)
     }
 
 
@@ -95,10 +101,11 @@ def modules_with_codes(quantizer: Quantizer, tensors: Sequence[StoredTensor], he
             held[owner][name[len(owner) + 1 :]] = header
     found = []
     for name, tensor in modules.items():
-        rows = tensor.parts[0][1][0]
-        module = Module(name, (rows, sum(shape[1] for _, shape in tensor.parts)), held[name])
+        leading = tensor.parts[0][1][:-1]
+        module = Module(name, (*leading, sum(shape[-1] for _, shape in tensor.parts)), held[name])
+        known = len(leading) == 1 or quantizer.method in STACKS
         try:
-            stored = quantizer.codec(module) if module.headers else None
+            stored = quantizer.codec(module) if module.headers and known else None
         except QjaxError as error:
             raise QjaxError(f"{quantizer.where}: {error}") from error
         if stored is not None and _adds_nothing(module):
@@ -121,7 +128,7 @@ def read_module(quantized: Quantized) -> dict[str, Linear | QTensor]:
     file = next(iter(module.headers.values())).file
     for suffix, array in arrays.items():
         if suffix not in stored.raw and not np.isfinite(array).all():
-            raise QjaxError(f"{file}: NaN or infinite values in {module.name}.{suffix}; get an intact checkpoint")
+            raise QjaxError(f"{file}: NaN or infinite values in {quantized.name_of(suffix)}; get an intact checkpoint")
     try:
         return _cut(quantized.tensor, stored.make(arrays))
     except QjaxError as error:
@@ -148,6 +155,6 @@ def _cut(tensor: StoredTensor, leaf: Linear | QTensor) -> dict[str, Linear | QTe
     """The parts of a module's leaf by path."""
     if len(tensor.parts) == 1:
         return {tensor.parts[0][0]: leaf}
-    numbers = tensor._replace(parts=tuple((path, (1, shape[1])) for path, shape in tensor.parts), transposed=False)
-    places = numbers.split(np.arange(leaf.shape[1])[None])
+    numbers = tensor._replace(parts=tuple((path, (1, shape[-1])) for path, shape in tensor.parts), transposed=False)
+    places = numbers.split(np.arange(leaf.shape[-1])[None])
     return {path: columns(leaf, np.ravel(index)) for path, index in places.items()}

@@ -7,13 +7,15 @@ import dataclasses
 
 import numpy as np
 
-from qjax.checkpoints.modules import SCALE_TYPES, from_bits, pack
+from qjax.checkpoints.modules import SCALE_TYPES, from_bits
 from qjax.checkpoints.tensors import Header
 from qjax.errors import QjaxError
 from qjax.file_scales import Tiles
 from qjax.formats import Format, parse_format
 
 TILE = Tiles("float32").width
+PLACES = np.array([7, 8, 9, 10, 11, 12, 13, 14, 7, 6, 5, 4, 3, 2, 1, 0], np.uint8)  # of E2M1's codes, in the order of values
+PAIRS = (PLACES[:, None] << 4 | PLACES).reshape(-1)  # the same, two a byte
 
 
 def fp8_codes(stored: np.ndarray) -> np.ndarray:
@@ -27,9 +29,10 @@ def fp8_codes(stored: np.ndarray) -> np.ndarray:
 
 def fp4_codes(stored: np.ndarray, in_features: int) -> np.ndarray:
     """Packed codes (bytes, out) of E2M1 pairs (out, in / 2)."""
-    pairs = np.stack([stored & 15, stored >> 4], axis=-1).reshape(len(stored), -1)[:, :in_features]
-    codes = np.where(pairs > 7, 15 - pairs, 7 + pairs).astype(np.uint8)
-    return from_bits(pack(codes, 4), 4, in_features)
+    codes = PAIRS[stored]
+    if in_features % 2:
+        codes[:, -1] &= 15
+    return from_bits(codes, 4, in_features)
 
 
 def e8m0(stored: np.ndarray) -> np.ndarray:

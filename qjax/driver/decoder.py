@@ -57,7 +57,7 @@ from qjax.models.fingerprint import model_fingerprint
 from qjax.models.folding import fold_members, folds
 from qjax.models.model import Model, compute_dtype
 from qjax.models.rotation import STREAM, rotate
-from qjax.models.stacks import member, spread, stack_of
+from qjax.models.stacks import member, spread, stack_of, with_biases
 from qjax.recipe import Recipe
 
 BATCH_TOKENS = {"cpu": 2048, "gpu": 16384, "tpu": 16384}  # calibration tokens run at a time
@@ -310,6 +310,7 @@ def _piece(part: walk.Part, params, plans: Sequence[Plan], shared, stream: froze
     allowed = folds(part.module.config) if part.kind == "block" else ()
     allowed = [fold for fold in allowed if fold.source.split("/")[0] in params]
     allowed = tuple(each for fold in allowed for each in fold_members(fold, stacks))
+    stacks = with_biases(stacks, flat)  # which folds change too
     return Piece(part.module, part.prefix, params, views, leaders | alike, allowed, stacks, stream)
 
 

@@ -13,7 +13,7 @@ from qjax.linear import apply_linear
 
 class StackedDense(nn.Module):
     """y_e = x_e W_e for `count` layers, or x W_e where all are given the same x; the kernel is (count, in, out), or a stack of
-    quantized leaves in its place.
+    quantized leaves in its place. use_bias: with (count, out) biases, each layer's own.
 
     routed: the tokens that each layer is for. Every layer multiplies all tokens, whatever it is for, and whoever reads the
     output leaves out the others, as calibration does. products: as in `apply_linear`.
@@ -21,6 +21,7 @@ class StackedDense(nn.Module):
 
     count: int
     features: int
+    use_bias: bool = False
     dtype: DTypeLike = jnp.float32
     products: DTypeLike | None = None
 
@@ -33,7 +34,11 @@ class StackedDense(nn.Module):
             kernel = self.param("kernel", nn.initializers.lecun_normal(batch_axis=0), shape)
         axes = 0 if is_own(x, routed) else None
         apply = functools.partial(apply_linear, products=self.products)
-        return jax.vmap(apply, in_axes=(axes, 0))(x.astype(self.dtype), kernel)
+        y = jax.vmap(apply, in_axes=(axes, 0))(x.astype(self.dtype), kernel)
+        if not self.use_bias:
+            return y
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.count, self.features))
+        return y + bias.astype(y.dtype).reshape(self.count, *[1] * (y.ndim - 2), self.features)
 
 
 def is_own(x: Float[Array, "... in"], routed: Bool[Array, "count ..."]) -> bool:

@@ -1,7 +1,8 @@
 """Causal self-attention of a decoder in Flax Linen.
 
 Vaswani et al. 2017 (arXiv 1706.03762); grouped queries: Ainslie et al. 2023 (2305.13245); normalised queries and keys: Henry
-et al. 2020 (2010.04245); soft caps of scores: Gemma 2 (2408.00118). Where the configuration names a cache format, keys and
+et al. 2020 (2010.04245); soft caps of scores: Gemma 2 (2408.00118); sinks: Xiao et al. 2023 (2309.17453), learned as in gpt-oss
+(2508.10925). Where the configuration names a cache format, keys and
 values are seen as such a cache gives them back (`kv_cache.py`), in generation and elsewhere alike.
 """
 
@@ -35,13 +36,14 @@ def attend(
     visible: Bool[Array, "..."],
     softcap: float | None = None,
     bias: Float[Array, "..."] | None = None,
+    sinks: Float[Array, "kv_heads group 1 1"] | None = None,
 ) -> Float[Array, "batch kv_heads group time dim"]:
     """Mixtures of v for scaled queries; visible and the bias, which is added to scores, broadcast against (batch, kv_heads,
-    group, time, keys). Softmax and sums in float32.
+    group, time, keys). sinks: a logit of each head that joins the softmax and mixes in no value. Softmax and sums in float32.
 
     Queries that share a key head stand in one matrix: XLA's CPU matmul is twice as fast on (group * time, dim).
     """
-    return _mixed(_weights(_scores(q, k), visible, softcap, bias, v.dtype), v)
+    return _mixed(_weights(_scores(q, k), visible, softcap, bias, sinks, v.dtype), v)
 
 
 def attend_kept(
@@ -51,12 +53,13 @@ def attend_kept(
     visible: Bool[Array, "..."],
     softcap: float | None = None,
     bias: Float[Array, "..."] | None = None,
+    sinks: Float[Array, "kv_heads group 1 1"] | None = None,
 ) -> Float[Array, "batch kv_heads group time dim"]:
     """`attend` over keys and values of a quantized cache, each as its query sees it."""
     scores = _scores(q, keys.rounded)
     if keys.exact is not None:
         scores = jnp.where(keys.old, scores, _scores(q, keys.exact))
-    weights = _weights(scores, visible, softcap, bias, values.rounded.dtype)
+    weights = _weights(scores, visible, softcap, bias, sinks, values.rounded.dtype)
     if values.exact is None:
         return _mixed(weights, values.rounded)
     parts = (jnp.where(values.old, weights, 0), values.rounded), (jnp.where(values.old, 0, weights), values.exact)
@@ -69,13 +72,17 @@ def _scores(q, k) -> Float[Array, "batch kv_heads group time keys"]:
     return scores.reshape(batch, kv_heads, group, time, -1)
 
 
-def _weights(scores, visible, softcap, bias, dtype) -> Float[Array, "batch kv_heads group time keys"]:
+def _weights(scores, visible, softcap, bias, sinks, dtype) -> Float[Array, "batch kv_heads group time keys"]:
     if softcap is None and bias is None:  # a sum: XLA's CPU backend makes scores, mask, maximum and exp in one pass
         scores = scores + jnp.where(visible, 0, -jnp.inf)
     else:  # there, a sum's last bits differ
         scores = softcapped(scores, softcap)
         scores = jnp.where(visible, scores if bias is None else scores + bias, -jnp.inf)
-    return jax.nn.softmax(scores, axis=-1).astype(dtype)
+    if sinks is None:
+        return jax.nn.softmax(scores, axis=-1).astype(dtype)
+    largest = jax.lax.stop_gradient(jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sinks))
+    weights = jnp.exp(scores - largest)
+    return (weights / (jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sinks - largest))).astype(dtype)
 
 
 def _mixed(weights, v) -> Float[Array, "batch kv_heads group time dim"]:
@@ -128,22 +135,30 @@ class Attention(nn.Module):
             cache = Cache(_write(cache.keys, k, position[:, 0]), _write(cache.values, v, position[:, 0]))
             k, v = cache.keys, cache.values
         q, k, v = self.to_multiply((q, k, v))
-        mix = attend if c.cache is None else attend_kept
+        mix, sinks = attend if c.cache is None else attend_kept, self.sink_logits()
         if layout is None:  # no key after the last query of a piece is visible in it
             size = max(-(-time // QUERY_PIECES), SMALLEST_PIECE)
             pieces = [(start, min(start + size, time)) for start in range(0, time, size)]
             biases = [None if bias is None else bias[..., a:b, :b] for a, b in pieces]
             piece = (lambda each, a, b: each[:, :, :b]) if c.cache is None else Seen.piece
             parts = [
-                mix(q[..., a:b, :], piece(k, a, b), piece(v, a, b), visible[a:b, :b], c.attention_softcap, each)
+                mix(q[..., a:b, :], piece(k, a, b), piece(v, a, b), visible[a:b, :b], c.attention_softcap, each, sinks)
                 for (a, b), each in zip(pieces, biases, strict=True)
             ]
             mixed = jnp.concatenate(parts, axis=3)
         else:
-            mixed = mix(q, k, v, visible, c.attention_softcap, bias)
+            mixed = mix(q, k, v, visible, c.attention_softcap, bias, sinks)
         mixed = mixed.astype(self.dtype).transpose(0, 3, 1, 2, 4).reshape(batch, time, -1)
         mixed = nn.Dense(c.hidden_size, use_bias=c.attention_output_bias, dtype=self.dtype, name="o")(mixed)
         return mixed if cache is None else (mixed, cache)
+
+    def sink_logits(self) -> Float[Array, "kv_heads group 1 1"] | None:
+        """The logits of heads that mix in no value, where the family has them."""
+        c = self.config
+        if not c.attention_sinks:
+            return None
+        logits = self.param("sinks", nn.initializers.zeros_init(), (c.heads,))
+        return logits.astype(jnp.float32).reshape(c.kv_heads, -1, 1, 1)
 
     def to_multiply(self, arrays: PyTree) -> PyTree:
         """Numbers in the type of products; masks as they are."""

@@ -16,7 +16,7 @@ POSITIONS = ("rope", "learned", "alibi", "alibi_scaled", "none")
 
 CHOICES = {
     "norm": ("rms", "rms_offset", "layer", "layer_scale"),
-    "activation": ("silu", "gelu", "gelu_tanh", "relu"),
+    "activation": ("silu", "gelu", "gelu_tanh", "relu", "swiglu_oai"),
     "positions": POSITIONS,
     "norm_places": ("before", "both", "after"),
     "qk_norm": ("none", "head", "each_head", "width"),
@@ -58,14 +58,14 @@ class DecoderConfig:
     context: int
     norm: str = "rms"  # rms | rms_offset (the scale is 1 + offset) | layer | layer_scale (without a bias)
     norm_epsilon: float = 1e-5
-    activation: str = "silu"  # silu | gelu | gelu_tanh | relu
+    activation: str = "silu"  # silu | gelu | gelu_tanh | relu | swiglu_oai (gated, `mlp.py`)
     gated: bool = True  # gate/up/down (SwiGLU) or up/down
     positions: str = "rope"  # rope | learned | alibi | alibi_scaled (as Falcon has it) | none
     rope_theta: float = 10000.0
     rope_scaling: Scaling | None = None
     qkv_bias: bool = False
     attention_output_bias: bool = False
-    mlp_bias: bool = False
+    mlp_bias: bool = False  # of a mixture: of every expert, and of the router
     sliding_window: int | None = None  # a token sees itself and the window - 1 before it
     tied: bool = False  # the head multiplies with the embedding table
     bos_id: int | None = None
@@ -93,6 +93,7 @@ class DecoderConfig:
     normalised_shares: bool = True  # a token's experts' shares add up to 1
     head_bias: bool = False  # of a head of its own
     cache_format: str | None = None  # of keys and values that are kept (`cache_format.py`); in the compute type without one
+    attention_sinks: bool = False  # each head has a logit that joins the softmax and mixes in no value
 
     @property
     def cache(self) -> CacheFormat | None:
@@ -141,11 +142,13 @@ class DecoderConfig:
             raise QjaxError(f"model configuration: kinds are {len(self.kinds)} of {self.layers} layers, each a LayerKind")
         if self.shared_norm and not (self.parallel_residual and self.norm_places == "before"):
             raise QjaxError("model configuration: shared_norm needs parallel_residual, and norms before the branches")
-        if self.experts and not (0 < self.experts_per_token <= self.experts and self.gated and not self.mlp_bias):
+        if self.experts and not (0 < self.experts_per_token <= self.experts and self.gated):
             raise QjaxError(
                 f"model configuration: {self.experts} experts, {self.experts_per_token} for a token; expected 1 to all of "
-                "them, gated and without biases"
+                "them, gated"
             )
+        if self.activation == "swiglu_oai" and not self.gated:
+            raise QjaxError("model configuration: swiglu_oai is made of gate and up; expected an MLP that is gated")
         for each in (self, *self.kinds):
             _check_long(each.rope_scaling, self.context, self.rotary_dim)
         low, high = RANGES["eos_id"]

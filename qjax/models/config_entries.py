@@ -16,7 +16,7 @@ ACTIVATIONS = {  # config.json -> DecoderConfig
     "gelu_fast": "gelu_tanh",
     "relu": "relu",
 }
-ACTIVATION_NAMES = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu"}
+ACTIVATION_NAMES = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu", "swiglu_oai": "silu"}
 
 _REQUIRED = object()
 

@@ -14,6 +14,7 @@ from qjax.models.family import MEMBER, Family
 from qjax.models.family_alibi import BLOOM, FALCON, FALCON2
 from qjax.models.family_gemma import GEMMA, GEMMA2, GEMMA3
 from qjax.models.family_gpt import GPT2, GPT_NEO, GPT_NEOX, OPT
+from qjax.models.family_gpt_oss import GPT_OSS
 from qjax.models.family_llama import LLAMA, MISTRAL, QWEN2
 from qjax.models.family_mixtures import MIXTRAL, QWEN3_MOE
 from qjax.models.family_relatives import COHERE, GLM, GLM4, GRANITE, OLMO2, PHI3, QWEN3, SMOLLM3, STABLELM
@@ -25,7 +26,7 @@ FAMILIES = {
     for family in (
         *(LLAMA, MISTRAL, QWEN2, GPT2, GPT_NEOX, OPT, GEMMA, GEMMA2, GEMMA3),
         *(QWEN3, OLMO2, SMOLLM3, GRANITE, STABLELM, PHI3, GLM, GLM4, COHERE, GPT_NEO, FALCON, BLOOM, FALCON2),
-        *(MIXTRAL, QWEN3_MOE),
+        *(MIXTRAL, QWEN3_MOE, GPT_OSS),
     )
 }
 READ = {name: family for name, family in FAMILIES.items() if not family.model_type}  # by model_type

@@ -12,7 +12,8 @@ from qjax.models.stacks import member
 from qjax.models.walk import block_of
 
 MEMBER = "{e}"
-LEAF_NAMES = {**dict.fromkeys(("kernel", "matrix", "scale", "offset", "embedding"), "weight"), "bias": "bias"}
+LEAF_NAMES = {**dict.fromkeys(("kernel", "matrix", "scale", "offset", "embedding"), "weight"), "bias": "bias", "sinks": "sinks"}
+WHOLE_NAMES = {"kernel": "", "bias": "_bias"}  # what ends the names of a stack that is stored as it is
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -22,7 +23,9 @@ class Family:
     architectures: config.json's class names, the first is the one we write.
     read: config.json -> DecoderConfig; write: its inverse.
     modules: our module path -> theirs, {i} the layer, {e} one of those that we hold as a stack (`stacks.py`). Modules with the
-        same name there are stored as one tensor, side by side along the output axis in the table's order.
+        same name there are stored as one tensor, side by side along the output axis in the table's order. A stack without {e}
+        is stored as it is, (experts, in, out), under the name without `.weight`, its biases with `_bias` behind the name; the
+        outputs of those with the same name stand by turns.
     prefix: starts all names but the head's; some checkpoints leave it out.
     kernels_in_out: the blocks' kernels are stored (in, out), as ours, rather than (out, in).
     fused_by_head: modules stored as one tensor are so by heads of keys: (head, module, dim) along the output axis, where a
@@ -77,18 +80,25 @@ class StoredTensor(NamedTuple):
 
 def stored_tensors(family: Family, shapes: Mapping[str, tuple[int, ...]], heads: int) -> list[StoredTensor]:
     """What a checkpoint of the family must hold for parameters of these shapes (`parameters.parameter_shapes`)."""
-    parts, transposed = collections.defaultdict(list), {}
+    parts, transposed, alternating = collections.defaultdict(list), {}, set()
     for layer, ours, theirs in _modules(family, shapes):
+        whole = MEMBER not in ours and len(shapes.get(f"{ours}/kernel", ())) > 2
         for leaf, stored in LEAF_NAMES.items():
-            for path, name, shape in _held(f"{ours}/{leaf}", f"{theirs}.{stored}", shapes):
+            ending = WHOLE_NAMES.get(leaf) if whole else f".{stored}"
+            for path, name, shape in _held(f"{ours}/{leaf}", f"{theirs}{ending}", shapes):
                 parts[name].append((path, shape))
-                transposed[name] = leaf in ("kernel", "matrix") and not (family.kernels_in_out and layer is not None)
+                stored_in_out = whole or (family.kernels_in_out and layer is not None)
+                transposed[name] = leaf in ("kernel", "matrix") and not stored_in_out
+                if whole:
+                    alternating.add(name)
 
-    def blocks(held: list[tuple[str, tuple[int, ...]]]) -> int:
-        queries, values = held[0][1][-1], held[-1][1][-1]
-        return heads * values // queries if family.fused_by_head and len(held) > 1 else 1
+    def blocks(name: str, held: list[tuple[str, tuple[int, ...]]]) -> int:
+        first, last = held[0][1][-1], held[-1][1][-1]
+        if name in alternating:
+            return first
+        return heads * last // first if family.fused_by_head and len(held) > 1 else 1
 
-    return [StoredTensor(name, tuple(held), transposed[name], blocks(held)) for name, held in parts.items()]
+    return [StoredTensor(name, tuple(held), transposed[name], blocks(name, held)) for name, held in parts.items()]
 
 
 def stacks_in(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:

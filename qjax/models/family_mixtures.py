@@ -26,7 +26,8 @@ QWEN_MODULES = (
 )
 
 
-def _experts(config: dict, default: int, per_token: int) -> dict[str, int]:
+def experts_of(config: dict, default: int, per_token: int) -> dict[str, int]:
+    """The fields of DecoderConfig for how many experts there are; default, per_token: where config.json is silent."""
     count = entries.get(config, "num_local_experts", int, entries.get(config, "num_experts", int, default))
     if count < 1:
         raise QjaxError(f"'num_experts' is {count}; a mixture has at least 1")
@@ -39,7 +40,7 @@ def _read_mixtral(config: dict) -> DecoderConfig:
         family="mixtral",
         norm_epsilon=float(entries.get(config, "rms_norm_eps", float, 1e-5)),
         sliding_window=entries.window(config, None),
-        **_experts(config, 8, 2),
+        **experts_of(config, 8, 2),
         **rope_entries.rope(config, theta=1e6),
     )
 
@@ -62,7 +63,7 @@ def _read_qwen3_moe(config: dict) -> DecoderConfig:
         mlp_size=entries.get(config, "moe_intermediate_size", int, 768),
         qk_norm="head",
         normalised_shares=entries.get(config, "norm_topk_prob", bool, False),
-        **_experts(config, 128, 8),
+        **experts_of(config, 128, 8),
         **attention_bias(config),
         **read_windows(config),
     )

@@ -8,7 +8,8 @@ branch stands after the layers, and norms of queries and keys behind theirs: nei
     norm -> q, k, v;   norm -> gate, up            a norm of their own before them: not one that parallel branches share, or
                                                    that a router and many experts read
     v -> o             each value head feeds its own inputs of o: not where heads share values
-    up -> down         gated: activation(gate) * up;  not gated: relu(c x) = c relu(x), but no such thing holds for gelu or silu
+    up -> down         gated: activation(gate) * up, unless up is clamped;  not gated: relu(c x) = c relu(x), but no such thing
+                       holds for gelu or silu
 """
 
 from collections.abc import Callable, Mapping
@@ -45,7 +46,7 @@ FOLDS = (
     Fold(("attention/o",), "attention/v", lambda c: c.heads == c.kv_heads),
     Fold(("mlp/up",), "mlp_norm", lambda c: not c.gated and _mlp_norm(c)),
     Fold(("mlp/gate", "mlp/up"), "mlp_norm", lambda c: c.gated and _mlp_norm(c)),
-    Fold(("mlp/down",), "mlp/up", lambda c: c.gated or c.activation == "relu"),
+    Fold(("mlp/down",), "mlp/up", lambda c: c.activation != "swiglu_oai" if c.gated else c.activation == "relu"),
 )
 
 

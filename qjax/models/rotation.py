@@ -35,7 +35,7 @@ READS = {  # layers of a block that read the stream, and the norm before them
 }
 WRITES = ("attention/o", "mlp/down")
 NORMS = ("attention_norm", "mlp_norm", "norm")
-OTHERS = ("tokens", "positions", "output", "attention/q_norm", "attention/k_norm")
+OTHERS = ("tokens", "positions", "output", "attention", "attention/q_norm", "attention/k_norm")  # of attention: its sinks
 STREAM = frozenset(f"{layer}/kernel" for layer in (*READS, "output"))  # kernels that read it, by path within their part
 
 
@@ -114,7 +114,8 @@ class _Rotation:
             return self.reader(part, "norm", self.head(), kind, shape)
         if layer in READS:
             norm = "attention_norm" if self.config.shared_norm else READS[layer]
-            weight = self.read(f"{part}/{layer}/{'kernel' if kind == 'bias' else kind}")
+            matrix = "matrix" if layer == "mlp/router" else "kernel"
+            weight = self.read(f"{part}/{layer}/{matrix}")
             found = self.reader(part, norm, weight, kind, shape, f"{part}/{layer}/bias")
             return self.by_head(found) if layer == "attention/v" else found
         if layer in WRITES and kind == "kernel":
@@ -140,7 +141,7 @@ class _Rotation:
     def reader(self, part, norm, weight, kind, shape, bias="") -> Float[np.ndarray, "..."]:
         """Kernel, of experts each, or bias of a layer that reads the stream through a norm: Q^T diag(g) W, b + beta W."""
         if kind == "bias":
-            beta = self.read(f"{part}/{norm}/bias", (len(weight),))
+            beta = self.read(f"{part}/{norm}/bias", (weight.shape[-2],))
             return self.read(bias, shape) + beta @ weight
         return np.swapaxes(self.turned(np.swapaxes(self.gain(part, norm)[:, None] * weight, -1, -2)), -1, -2)
 

@@ -32,6 +32,12 @@ def stack_of(path: str) -> str:
     return re.sub(r"/\d+(/\w+)$", r"\1", path)
 
 
+def with_biases(stacks: Mapping[str, int], leaves: Mapping[str, object]) -> dict[str, int]:
+    """The stacks of kernels and, where the leaves have them, of their biases."""
+    beside = {re.sub(r"kernel$", "bias", path): count for path, count in stacks.items()}
+    return {**stacks, **{path: count for path, count in beside.items() if path in leaves}}
+
+
 def spread(values: Mapping[str, T], stacks: Mapping[str, int]) -> dict[str, T]:
     """The same value for each member, in the stack's place."""
     return {

@@ -64,6 +64,7 @@ FOREIGN = {  # kind -> (settings, maker of `tests.foreign`)
         {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16},
         functools.partial(foreign_makers.fp4, whole="weight_scale_2", packed="weight"),
     ),
+    "mxfp4": ({"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}, foreign_makers.experts),
 }
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "packed_v1"
 
@@ -146,7 +147,8 @@ def foreign_folder(kind: str) -> dict[str, bytes]:
     """Files of a small folder as another library quantized it."""
     settings, make = FOREIGN[kind]
     with tempfile.TemporaryDirectory() as folder:
-        foreign.write(Path(folder) / "a", settings, make(), foreign.llama(vocabulary_size=64))
+        config = (foreign.gpt_oss if kind == "mxfp4" else foreign.llama)(vocabulary_size=64)
+        foreign.write(Path(folder) / "a", settings, make(), config)
         return {path.name: path.read_bytes() for path in (Path(folder) / "a").iterdir()}
 
 

@@ -61,6 +61,14 @@ LONG = {
     "long_factor": [1.0, 2.0, 4.0, 8.0],
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
+GPT_OSS = {
+    "head_dim": 16,
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+    "sliding_window": 7,
+    "rope_parameters": YARN | {"rope_theta": 150000.0, "truncate": False},
+}
 FALCON_NEW = {"new_decoder_architecture": True, "num_kv_heads": 2}
 FAMILIES = {  # name -> (configuration class, its arguments beside SHAPE)
     "gemma2": ("Gemma2", GEMMA | {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0}),
@@ -80,6 +88,11 @@ FAMILIES = {  # name -> (configuration class, its arguments beside SHAPE)
     "mixtral": ("Mixtral", {"num_local_experts": 5, "sliding_window": 7}),
     "qwen3_moe": ("Qwen3Moe", {"head_dim": 16, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 40}),
     "qwen3_moe-shares": ("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 3, "norm_topk_prob": True}),
+    "gpt_oss": ("GptOss", GPT_OSS),
+    "gpt_oss-plain": (
+        "GptOss",
+        GPT_OSS | {"rope_parameters": PLAIN, "attention_bias": False},
+    ),
     "stablelm-parallel": ("StableLm", {"use_parallel_residual": True, "tie_word_embeddings": True}),
     "phi3": ("Phi3", {"sliding_window": 7}),
     "phi3-longrope": ("Phi3", {"original_max_position_embeddings": 44, "rope_parameters": LONG}),
@@ -109,17 +122,20 @@ def way(name):
     return "sdpa" if "alibi" in name else "eager"
 
 
-def build(name):
-    """A random model of the transformers library, biases and norms random too."""
+def build(name, **changes):
+    """A random model of the transformers library, biases, norms and sinks random too; those of experts' first layers are
+    beyond the limits of gpt-oss' activation.
+    """
     family, options = FAMILIES[name]
     known = {key: value for key, value in SHAPE.items() if key not in UNKNOWN.get(family, ())}
-    config = getattr(transformers, f"{family}Config")(**known | options)
+    config = getattr(transformers, f"{family}Config")(**known | options | changes)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=way(name)).float().eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            if "norm" in key or "ln_" in key or key.endswith("bias"):
-                parameter.add_(0.3 * torch.randn_like(parameter))
+            if "norm" in key or "ln_" in key or key.endswith(("bias", "sinks")):
+                size = 6.0 if key.endswith("gate_up_proj_bias") else 1.0 if key.endswith("sinks") else 0.3
+                parameter.add_(size * torch.randn_like(parameter))
     return model
 
 
