@@ -119,9 +119,9 @@ def share(folder: str, recipe: str, of: str, **where: str) -> float:
     return change(folder, recipe, **where) / change(folder, of, **where)
 
 
-def accuracy_noise(folder: str, recipe: str, task: str = "cloze") -> bool:
+def accuracy_noise(folder: str, recipe: str, task: str = "cloze", **where: str) -> bool:
     """Whether the 95 % interval of a change of accuracy holds zero."""
-    row = cell(folder, recipe).row
+    row = cell(folder, recipe, **where).row
     return row[f"accuracy_delta_low:{task}"] <= 0 <= row[f"accuracy_delta_high:{task}"]
 
 
