@@ -1,9 +1,10 @@
 """Folders that are written: whole or not at all, and never over what is read.
 
     .NAME.PLACE-PID.tmp  a file or folder that a process is writing or taking away; of a dead one, the next run sweeps it
-    .NAME.old            what had the name, between the two renamings of `take_name`
+    .NAME.qjax-old       what had the name, between the two renamings of `take_name`
 
-Whoever finds NAME missing takes .NAME.old (`standing`): a kill at any moment leaves the old folder or the new one to be loaded.
+Whoever finds NAME missing takes .NAME.qjax-old (`standing`): a kill at any moment leaves the old folder or the new one to be
+loaded.
 """
 
 import contextlib
@@ -156,7 +157,7 @@ def _is_left(path: Path, place: str, process: int) -> bool:
 
 
 def _old(target: Path) -> Path:
-    return target.parent / f".{target.name}.old"  # with_name refuses "." and "/"
+    return target.parent / f".{target.name}.qjax-old"  # with_name refuses "." and "/"
 
 
 def _probe(folder: Path) -> None:

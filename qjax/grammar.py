@@ -250,7 +250,25 @@ def split_rule(text: str) -> tuple[str, str]:
     except (re.error, OverflowError, RecursionError) as error:
         hint = ", in which any text is '.*'" if "*" in pattern else ""
         raise QjaxError(f"rule {text!r}: {pattern!r} is not a regular expression{hint}: {error}") from None
+    if _repeats_repeats(pattern):
+        raise QjaxError(f"rule {text!r}: {pattern!r} repeats what has repeats in it, which may take long; write it without")
     return pattern, recipe
+
+
+def _repeats_repeats(pattern: str) -> bool:
+    """Whether a group that holds a repeat is itself repeated: matching may then take time that doubles with every letter."""
+    bare, holds = re.sub(r"\\.|\[[^]]*]", "x", pattern), [False]  # of each open group
+    for number, letter in enumerate(bare):
+        if letter == "(":
+            holds.append(False)
+        elif letter == ")" and len(holds) > 1:
+            repeated, inside = bare[number + 1 : number + 2] in ("*", "+", "{"), holds.pop()
+            if repeated and inside:
+                return True
+            holds[-1] |= inside
+        elif letter in "*+{":
+            holds[-1] = True
+    return False
 
 
 def answered(text: str, parse: Callable[[str], T]) -> T:
@@ -269,11 +287,12 @@ def require_words(recipe: str) -> None:
         answered(recipe.strip(), _check_recipe)
 
 
-def _check_recipe(text: str) -> None:
+def _check_recipe(text: str) -> str:
     where, words = f"recipe {text!r}", split_recipe(text)
     read_stages(where, words.stages, _options)
     if words.order is not None:
         require_order(where, words.order)
+    return text
 
 
 def require_method(text: str) -> None:

@@ -146,6 +146,8 @@ def lines(path: str | Path, limit: int = JSON_BYTES, *, first: int = 1, start: i
 
 def _limited(file: BinaryIO, path: str | Path, limit: int) -> bytes:
     content = file.read(limit + 1)
+    if content is None:  # of what is read without waiting
+        raise QjaxError(f"{path} is a file of the kernel that has nothing to read yet; give a file of your own")
     if len(content) > limit:
         raise _too_large(path, limit)
     return content

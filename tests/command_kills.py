@@ -165,7 +165,7 @@ class Written:
         """After the next run."""
         held = self.held(Path("out"))
         assert self._expected.setdefault(number % 2, held) == held
-        assert not Path(".out.old").exists()
+        assert not Path(".out.qjax-old").exists()
 
     def held(self, folder: Path) -> dict[str, str]:
         """Digests of all files; of those that hold times the name."""

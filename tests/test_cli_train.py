@@ -227,11 +227,11 @@ def test_what_is_refused(adapter, folder, tmp_path, capsys):
 
 def test_a_base_is_known_between_two_renamings(tmp_path):
     """What a killed run put aside says too what it was trained on."""
-    folder = tmp_path / ".ad.old"
+    folder = tmp_path / ".ad.qjax-old"
     folder.mkdir()
     for name, content in seeds.adapter("llama").items():
         (folder / name).write_bytes(content)
     base = seeds.adapted("llama")
     assert load_merge(base, tmp_path / "ad")[0].config == base.config
-    with pytest.raises(QjaxError, match=r"ad\.old was trained on random"):
+    with pytest.raises(QjaxError, match=r"ad\.qjax-old was trained on random"):
         load_merge(weights_model(base.config, seed=1), tmp_path / "ad")

@@ -239,6 +239,18 @@ def test_wherever_one_is(tmp_path, monkeypatch):
     save(tmp_path / "out", OLD)
     monkeypatch.chdir(tmp_path / "out")
     assert which(".") is OLD and standing(Path("/")) == Path("/")
-    (tmp_path / "out").rename(tmp_path / ".out.old")
+    (tmp_path / "out").rename(tmp_path / ".out.qjax-old")
     check_names(models=[str(tmp_path / "out")])
     assert which(tmp_path / "out") is OLD
+
+
+def test_a_folder_of_ones_own_beside_stays(tmp_path):
+    """Names that others give are not those of what has been put aside."""
+    for name in (".out.old", ".out.tmp", "out.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "precious.txt").write_text("kept")
+    for overwrite in (False, True):
+        with new_folder(tmp_path / "out", overwrite=overwrite, replaces=["*"]) as folder:
+            (folder / "new.txt").write_text("new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.old", ".out.tmp", "out", "out.old"]
+    assert len(list(tmp_path.glob("*/precious.txt"))) + len(list(tmp_path.glob(".*/precious.txt"))) >= 3

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qjax.errors import QjaxError
+from qjax.evaluate import likelihood
 from qjax.evaluate.likelihood import Pair, bucket, cut, encode, likelihoods, make_pair, rolling_pairs
 from qjax.models.model import apply
 
@@ -118,3 +119,17 @@ def test_one_compilation_serves_every_recipe(model):
     packed = likelihoods(quantized, groups, packed=True)
     np.testing.assert_allclose(packed.value, found.value, rtol=1e-5)
     assert jax.default_backend() != "cpu" or found.value[0] != likelihoods(model, groups).value[0]
+
+
+def test_many_choices_are_several_rows(model, monkeypatch):
+    """Attention's memory grows with the square of a row."""
+    draw = np.random.default_rng(0)
+    context = draw.integers(0, 61, 12)
+    group = [Pair(np.concatenate([context, draw.integers(0, 61, 3)]), 3) for _ in range(40)]
+    whole = likelihoods(model, [group])
+    monkeypatch.setattr(likelihood, "LONGEST_ROW", 48)
+    rows = list(likelihood._rows(group, range(len(group))))
+    assert len(rows) == 4 and max(len(row.tokens) for row in rows) <= 48
+    found = likelihoods(model, [group])
+    np.testing.assert_allclose(found.value, whole.value, rtol=1e-5)
+    np.testing.assert_array_equal(found.greedy, whole.greedy)

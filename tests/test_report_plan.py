@@ -87,7 +87,11 @@ def test_broken_constants(rows, tmp_path):
         {**good, "peak_bytes": {}},
     ):
         path.write_text(json.dumps(broken))
-        with pytest.raises(QjaxError, match="holds no constants of a plan"):
+        with pytest.raises(QjaxError, match=r"holds no constants of a plan|is not a JSON object"):
+            read_constants(path)
+    for text in ('{"a":' * 3000 + "1" + "}" * 3000, '{"seconds": {"load": {"once": 1e999}}}', "x"):
+        path.write_text(text)
+        with pytest.raises(QjaxError, match=r"constants\.json (holds no constants|is not a JSON object)"):
             read_constants(path)
 
 

@@ -98,8 +98,9 @@ def test_faults_are_the_tokenizers(tmp_path, capfd, parts, said):
         {"normalizer": precompiled(2**32 - 4)},
         {"normalizer": precompiled(256, bytes(range(256)) + b"abc")},
         {"pre_tokenizer": SPLIT | {"pattern": {"Regex": "(([^ ]+)+)+$"}}},
+        {"decoder": {"type": "Strip", "content": "a", "start": 2**62, "stop": 2**62}},
     ],
-    ids=["table of 4 GiB", "nonsense table", "regular expression"],
+    ids=["table of 4 GiB", "nonsense table", "regular expression", "characters cut off"],
 )
 def test_what_the_child_dies_of_is_one_line(tmp_path, capfd, parts):
     started = time.process_time()

@@ -14,6 +14,7 @@ import qjax
 from qjax.errors import QjaxError, QjaxWarning
 from qjax.formats import parse_format
 from qjax.methods import names
+from qjax.models.parameters import flatten, unflatten
 from qjax.qtensor import dequantize
 from qjax.refining.descend import descend
 from qjax.rounding.hqq import hqq
@@ -190,3 +191,33 @@ def test_sizes_are_asked_for_once_and_forgotten_with_the_weight(monkeypatch):
     known = id(first)
     del first
     assert known not in unit._sizes
+
+
+@pytest.mark.parametrize("path", ["block_0/mlp/down/kernel", "block_0/mlp_norm/scale"])
+def test_casts_to_fp16_that_lose_numbers(path):
+    """A kernel or a norm, by values beyond its end, and by those that become 0; fewer digits are a warning."""
+    model = random_model(tiny_config(layers=1))
+    flat = flatten(model.params)
+
+    def cast(times):
+        return qjax.quantize(model._replace(params=unflatten(flat | {path: flat[path] * times})), "fp16")
+
+    for times in (1e9, 1e-9):
+        with pytest.raises(QjaxError, match=rf"{path}: fp16 cannot hold it, it ends at 65504 and at 6e-8: the largest"):
+            cast(times)
+    with pytest.warns(QjaxWarning, match=rf"{path}: fp16 is coarse for \d+% of it"):
+        cast(3e-6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cast(1.0)
+
+
+@pytest.mark.parametrize("recipe", ["rtn:int4-g8", "rtn:int4-g8-dq", "gptq:int4-g8", "awq:int4-g8", "rtn:nf4-g8", "rtn:bf16"])
+@pytest.mark.filterwarnings("ignore:fewer calibration tokens", "ignore:.*is coarse for")
+def test_weights_below_what_float32_computes_with_are_refused(recipe):
+    """XLA takes them for 0, and would report no error at all."""
+    weight = np.float32(np.random.default_rng(0).normal(size=(8, 4))) * np.float32(1e-41)
+    assert np.abs(weight).max() > 0
+    fn, x = lambda p, x: x @ p["w"], jax.random.normal(jax.random.key(0), (20, 8))
+    with pytest.raises(QjaxError, match="w: "):
+        qjax.quantize_function(fn, {"w": weight}, recipe, batches=[(x,)])

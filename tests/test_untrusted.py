@@ -7,10 +7,12 @@ import json
 import os
 import socket
 import time
+import types
 import zipfile
 
 import pytest
 
+from qjax import untrusted
 from qjax.checkpoints.huggingface import load_huggingface
 from qjax.checkpoints.parts import PROGRESS, PartWriter
 from qjax.driver.placement import parse_rule
@@ -367,3 +369,9 @@ def test_progress_of_an_interrupted_folder(tmp_path, content):
 def test_patterns_that_are_none(pattern):
     with refused("is not a regular expression"):
         parse_rule(f"{pattern}=none")
+
+
+def test_a_file_that_has_nothing_to_read_yet():
+    """As those of the kernel, which are regular and read without waiting."""
+    with pytest.raises(QjaxError, match=r"^/proc/kmsg is a file of the kernel that has nothing to read yet; give"):
+        untrusted._limited(types.SimpleNamespace(read=lambda size: None), "/proc/kmsg", 10)

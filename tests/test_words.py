@@ -7,7 +7,7 @@ import pytest
 import qjax
 from qjax.errors import QjaxError
 from qjax.formats import parse_format
-from qjax.grammar import METHODS, names, options_in_source, require_method, require_words
+from qjax.grammar import METHODS, names, options_in_source, require_method, require_words, split_rule
 from qjax.methods import options_of
 from qjax.recipe import parse_recipe
 from qjax.sweep.cells import expand
@@ -144,3 +144,24 @@ def test_options_of_a_method_from_outside():
     for wrong in ("mine(hessian=1):int4", "mine(sigma=1):int4"):
         with pytest.raises(QjaxError, match=r"allowed, with defaults: sigmas=3\.0"):
             require_words(wrong)
+
+
+@pytest.mark.parametrize("typed", ["W4A16", "W8A8", "Q4_K_M", "IQ4_XS", "int4wo", "bnb_nf4"])
+def test_what_is_meant_is_told_alike_before_and_after_a_method_is_imported(typed):
+    told = []
+    for check in (require_words, parse_recipe):
+        with pytest.raises(QjaxError, match=rf"^recipe '{typed}': .*'.+'") as error:
+            check(typed)
+        told.append(str(error.value).replace("rtn:", ""))  # the rounding that a format alone means
+    assert told[0] == told[1] and "None" not in told[0]
+
+
+@pytest.mark.parametrize("pattern", ["(.+)+z", "(.*)*x", r"((a|b+)c)*", "(?:x{2,})+"])
+def test_a_rule_that_may_match_without_end_is_refused(pattern):
+    with pytest.raises(QjaxError, match="repeats what has repeats in it, which may take long"):
+        split_rule(f"{pattern}=none")
+
+
+@pytest.mark.parametrize("pattern", ["block_(0|1)+/", "(mlp/)?up", r"[+*)]+", r"\(a+\)+", "(attention|mlp)/.*", "(a+)?b"])
+def test_a_rule_of_other_repeats_is_taken(pattern):
+    assert split_rule(f"{pattern}=none") == (pattern, "none")

@@ -67,7 +67,7 @@ def read_tensor(header: Header) -> np.ndarray:
 def _read_bytes(header: Header) -> np.ndarray:
     """The bytes of a tensor whose elements are bytes, from where the file's header says that they are."""
     with open_regular(header.file) as content:
-        size = int.from_bytes(content.read(8), "little")
+        size = int.from_bytes(content.read(8) or b"", "little")
         if size <= HEADER_BYTES:
             entry = json_object(content.read(size), str(header.file), HEADER_BYTES).get(header.name)
             offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
@@ -131,7 +131,7 @@ def dtype_of(header: Header) -> np.dtype:
 @contextmanager
 def _opened(file: Path):
     with open_regular(file) as content:
-        size = int.from_bytes(content.read(8), "little")
+        size = int.from_bytes(content.read(8) or b"", "little")
     if size > HEADER_BYTES:
         raise QjaxError(f"{file} is truncated or corrupt (a header of {size} bytes); copy or download it again")
     try:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from qjax import maps
@@ -108,6 +109,9 @@ def activated(
     index = jnp.flatnonzero(statistics["abs_max"] >= activation.threshold).astype(jnp.int32)
     kept = Outliers(index, exact[index].astype(jnp.float16)) if index.size else None
     return Linear(weight, inputs, parse_activation(ACTIVATIONS), None, kept)
+
+
+SMALLEST = np.finfo(np.float32).tiny  # smaller numbers are 0 where XLA computes
 
 
 class Prepared(NamedTuple):
@@ -292,6 +296,8 @@ def make_record(path: str, shape: tuple[int, int], kernel: object, rounded: Roun
         raise NotFiniteError(f"weights that are not finite cannot be quantized: {path}; start from an intact model")
     if broken := [key for key, value in (figures | losses).items() if not math.isfinite(value or 0.0)]:
         raise NotFiniteError(f"{path}: {', '.join(broken)} of {rounded.recipe} not finite; choose another recipe for it")
+    if figures["weight_error"] == 0 and 0 < (largest := np.abs(np.asarray(kernel, np.float32)).max()) < SMALLEST:
+        raise NotFiniteError(f"{path}: its largest |weight| is {largest:.1e}, with which XLA computes as 0; scale the layer")
     if figures["proxy_loss"]:
         figures["proxy_loss"] *= 4.0**rounded.exponent  # a Python number: float32 may not hold it
     check_scales(path, rounded.weight, rounded.leaf.weight if isinstance(rounded.leaf, Linear) else rounded.leaf)

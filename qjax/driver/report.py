@@ -11,6 +11,7 @@ from flax.traverse_util import flatten_dict
 from jaxtyping import Array, PyTree
 
 from qjax.driver.layer import LayerRecord
+from qjax.driver.scale_range import check_cast
 from qjax.errors import QjaxWarning
 from qjax.linear import is_quantized
 from qjax.methods import UNQUANTIZED
@@ -95,4 +96,6 @@ def cast_others(flat: Mapping[str, object], recipe: Recipe | None, done: Collect
         for p, leaf in flat.items()
         if p not in done and not is_quantized(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
     }
+    for path, leaf in floating.items():
+        check_cast(path, leaf, recipe.format)
     return {path: leaf.astype(FLOAT_DTYPES[recipe.format.grid]) for path, leaf in floating.items()}

@@ -1,4 +1,4 @@
-"""Whether the type of a format's scales holds those of a weight: float16 ends at 65504 and loses digits below 6e-5."""
+"""Whether the type of a format's scales, or of a cast, holds those of a weight: float16 ends at 65504, coarse below 6e-5."""
 
 import dataclasses
 import warnings
@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from qjax import grid
 from qjax.errors import QjaxWarning
+from qjax.formats import Format
 from qjax.numbers import NotFiniteError
 from qjax.qtensor import QTensor
 
@@ -19,6 +20,8 @@ def check_scales(path: str, weight: Float[Array, "in out"], q: QTensor) -> None:
 
     Looks at the scales alone where they are all well.
     """
+    if q.format.is_float:
+        check_cast(path, weight, q.format)
     found = None if q.scales is None else q.format.scale_codec.strained(q.scales, q.format.bits)
     if found is None or not any(part.any() for part in found):
         return
@@ -37,6 +40,24 @@ def check_scales(path: str, weight: Float[Array, "in out"], q: QTensor) -> None:
         QjaxWarning,
         stacklevel=2,
     )
+
+
+def check_cast(path: str, value: Float[Array, "..."], fmt: Format) -> None:
+    """Raises NotFiniteError where a cast loses a value: beyond the type's largest, or so small that it becomes 0; warns
+    (QjaxWarning) where it is coarse.
+    """
+    if fmt.grid != "fp16":  # the others have float32's range
+        return
+    sizes = np.abs(np.asarray(value, np.float64))
+    largest, limits = sizes.max(initial=0.0), np.finfo(np.float16)
+    energy = np.square(sizes / (largest or 1.0))
+    zero, whole = float(limits.smallest_subnormal) / 2, energy.sum() or 1.0
+    lost, coarse = (energy[sizes < bound].sum() / whole for bound in (zero, limits.tiny))
+    told = f"the largest of its values is {largest:.1e}; choose bf16 or fp32"
+    if largest > limits.max or lost >= SHARE:
+        raise NotFiniteError(f"{path}: fp16 cannot hold it, it ends at 65504 and at 6e-8: {told}")
+    if coarse >= SHARE:
+        warnings.warn(f"{path}: fp16 is coarse for {coarse:.0%} of it, as below 6e-5: {told}", QjaxWarning, stacklevel=2)
 
 
 def _share(groups: np.ndarray, energy: np.ndarray) -> float:

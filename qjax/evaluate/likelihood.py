@@ -28,6 +28,7 @@ from qjax.models.model import Model, hidden_batches, named, runnable, scores
 from qjax.models.tokenizer import Tokenizer
 from qjax.numbers import require_finite
 
+LONGEST_ROW = 4096  # tokens of several texts that share a beginning: what attention holds grows with their square
 WORTH_SHARING = 8  # tokens saved by sharing a beginning, fewer than which rows of their own are cheaper
 PICKS = 256  # scored tokens that go through the head at a time
 tree = jax.jit(tree_layout)
@@ -149,8 +150,13 @@ def likelihoods(
 
 
 def _rows(group: Sequence[Pair], numbers: Sequence[int]) -> Iterator[_Row]:
-    """The group in one row if its common beginning is worth it, else a row each."""
+    """The group in one row if its common beginning is worth it, else a row each; in several rows where one would be long."""
     shared = _common([pair.tokens[:-1] for pair in group])
+    if len(group) > 1 and shared + sum(len(pair.tokens) - 1 - shared for pair in group) > LONGEST_ROW:
+        middle = len(group) // 2
+        for part in (slice(middle), slice(middle, None)):
+            yield from _rows(group[part], numbers[part])
+        return
     if len(group) > 1 and shared * (len(group) - 1) < WORTH_SHARING:
         for pair, number in zip(group, numbers, strict=True):
             yield from _rows([pair], [number])

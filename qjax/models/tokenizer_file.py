@@ -25,8 +25,14 @@ def is_plain(content: dict) -> bool:
     """Whether a tokenizer.json consists of parts alone that need no trial in a process of their own."""
     parts = [(kind, part) for kind in PLAIN for part in _parts(content.get(kind))]
     return isinstance(content.get("model"), dict) and all(
-        part.get("type") in PLAIN[kind] and "Regex" not in _entry(part, "pattern") for kind, part in parts
+        part.get("type") in PLAIN[kind] and _is_harmless(part) for kind, part in parts
     )
+
+
+def _is_harmless(part: dict) -> bool:
+    """Whether a part of known code has no pattern that is code or empty, and cuts off few characters."""
+    pattern, cut = _entry(part, "pattern"), [part.get(name, 0) for name in ("start", "stop")]
+    return "Regex" not in pattern and pattern.get("String") != "" and all(size in range(PIECES) for size in cut)
 
 
 def faults(content: dict) -> list[str]:

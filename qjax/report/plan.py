@@ -7,7 +7,6 @@ the model and the tokens, as the algorithms have them (`terms`), so that constan
 file of constants names the machine kind; nothing is scaled to another.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from qjax.errors import QjaxError
 from qjax.files import expand
 from qjax.report.rendering import Row, Table, TableColumn, byte_unit, fixed, number, significant
 from qjax.report.scaling import latest
+from qjax.untrusted import read_json
 
 CONSTANTS = Path(__file__).with_name("constants.json")
 WINDOW = 256  # tokens, of the measured rows
@@ -108,7 +108,7 @@ def read_constants(path: Path | None = None) -> dict[str, object]:
             "12 minutes on a quiet machine, and --constants PATH names one that was made elsewhere"
         )
     try:
-        found = json.loads(path.read_text("utf-8"))
+        found = read_json(path)
         for cost, by_work in TERMS.items():
             for work, constants in found[cost].items():
                 values = [float(value) for value in (found[f"{cost}_miss"][work] or 0, *constants.values())]
@@ -117,7 +117,7 @@ def read_constants(path: Path | None = None) -> dict[str, object]:
         (_, _), (_, _) = (map(int, found[name]) for name in ("parameters", "tokens"))
         if found["seconds"].keys() != found["peak_bytes"].keys() or not isinstance(found["device"], str):
             raise ValueError(path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OverflowError, ValueError, KeyError, TypeError, AttributeError):
         raise QjaxError(f"{path} holds no constants of a plan, as `python experiments/scaling.py` writes them") from None
     return found
 
