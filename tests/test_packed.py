@@ -22,6 +22,7 @@ from qjax.checkpoints.packed import config_from_dict, config_to_dict, load_packe
 from qjax.errors import QjaxError
 from qjax.files import write_atomically
 from qjax.formats import parse_format
+from qjax.lazy import materialised
 from qjax.linear import Linear, LowRank, Outliers, dequantize, is_quantized, prepare
 from qjax.maps import MAPS, Divide, Permute, Scale, register_map
 from qjax.models.model import apply
@@ -472,7 +473,7 @@ def test_a_description_that_was_changed(folder, change):
 
 
 def test_weights_that_were_changed(folder):
-    """A code of another model of the same shape; a lazy model is not read, so it is not noticed there."""
+    """A code of another model of the same shape; of a lazy model when its file is first read."""
 
     def change(tensors):
         name = next(name for name in tensors if name.endswith(".codes"))
@@ -480,7 +481,9 @@ def test_weights_that_were_changed(folder):
 
     edit_weights(folder, change)
     expect_refusal(folder, "model.safetensors is not as qjax.json tells it")
-    load_packed(folder, lazy=True)
+    lazy = load_packed(folder, lazy=True)
+    with pytest.raises(QjaxError, match=r"model\.safetensors is not as qjax\.json tells it"):
+        materialised(lazy.params)
 
 
 def test_a_folder_of_version_2_has_no_digests(folder):

@@ -10,10 +10,11 @@
     layers.jsonl        where the driver wrote the folder: a row of every kernel
 
 Keys, shapes and types are checked against the description before anything is read, the digest of the description always, those
-of the files where all of them is read (not of a lazy model). Version 2 had no digests; version 1 knew no Linear, only an
+of the files before they are read. Version 2 had no digests; version 1 knew no Linear, only an
 input's scale: "input_scale": true beside a format, stored as .input_scale.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -132,7 +133,9 @@ def load_packed(folder: str | Path, *, lazy: bool = False) -> Model:
     if version == 1:
         headers = {name.replace(".input_scale", ".inputs[0].scale"): header for name, header in headers.items()}
     _check(folder, templates, headers)
-    arrays = read_arrays(headers, advice="quantize an intact model again", lazy=lazy, below=_indices(templates))
+    check = functools.cache(lambda file: _check_digests(folder, description, [file.name]) if version > 2 else None)
+    how = {"advice": "quantize an intact model again", "lazy": lazy, "below": _indices(templates), "before": check}
+    arrays = read_arrays(headers, **how)
     tokenizer = load_folder_tokenizer(folder, config)
     if version > 2:
         _check_digests(folder, description, [TOKENIZER, CHAT] if lazy else [TOKENIZER, CHAT, *files])

@@ -98,17 +98,27 @@ def _is_sound(array: np.ndarray, below: int | None) -> bool:
 
 
 def read_arrays(
-    headers: Mapping[str, Header], *, advice: str, lazy: bool = False, below: Mapping[str, int] = MappingProxyType({})
+    headers: Mapping[str, Header],
+    *,
+    advice: str,
+    lazy: bool = False,
+    below: Mapping[str, int] = MappingProxyType({}),
+    before: Callable[[Path], None] = lambda file: None,
 ) -> dict[str, jax.Array | Lazy]:
-    """The tensors as jax arrays by the headers' keys; lazy: when they are needed. below: of distinct indices, what they stay
-    below.
+    """The tensors as jax arrays by the headers' keys; lazy: when they are needed, each after before(its file). below: of
+    distinct indices, what they stay below.
 
     Raises QjaxError, which ends with the advice, for NaN, infinite and impossible values: of all tensors at once, or of a lazy
     one as it is read.
     """
     if lazy:
-        readers = {key: functools.partial(read_finite, header, advice, below.get(key)) for key, header in headers.items()}
-        return {key: Lazy(each.shape, dtype_of(each), _reading(readers[key]), each.file) for key, each in headers.items()}
+
+        def read(key: str) -> jax.Array:
+            before(headers[key].file)
+            return jnp.asarray(read_finite(headers[key], advice, below.get(key)))
+
+        readers = {key: functools.partial(read, key) for key in headers}
+        return {key: Lazy(each.shape, dtype_of(each), readers[key], each.file) for key, each in headers.items()}
     arrays, broken = {}, []
     for key, header in headers.items():
         array = read_tensor(header)
@@ -117,10 +127,6 @@ def read_arrays(
     if broken:
         raise QjaxError(f"{header.file.parent}: NaN, infinite or impossible values in {listing(broken)}; {advice}")
     return arrays
-
-
-def _reading(read: Callable[[], np.ndarray]) -> Callable[[], jax.Array]:
-    return lambda: jnp.asarray(read())
 
 
 def dtype_of(header: Header) -> np.dtype:
