@@ -368,7 +368,7 @@ def test_speeds_are_paired_and_measured_once(load, tmp_path, monkeypatch):
     assert len(rows) == len(pairs)
     assert all(row["ratio"] == row["peer_seconds"] / row["seconds"] for row in rows)
     assert undescribed(rows, CELLS) == []
-    assert "| int4-g128 product, 1 rows | dense float32 |" in (tmp_path / "speed.md").read_text()
+    assert re.search(r"\| int4-g128 product, 1 rows +\| dense float32 +\|", (tmp_path / "speed.md").read_text())
     assert script.run(tmp_path, tiny=True) == rows
 
     called = []
