@@ -272,9 +272,15 @@ def _source(thing: object) -> str:
     if isinstance(thing, Codebook):
         return str(thing)
     if isinstance(thing, Floats):  # a codec: its class, with what this one is made of
-        return f"{inspect.getsource(type(thing))}{thing}"
+        return f"{_text(type(thing))}{thing}"
     if isinstance(thing, Statistic):
-        return "".join([*map(inspect.getsource, thing[:-1]), str(thing.axes)])
+        return "".join([*map(_text, thing[:-1]), str(thing.axes)])
+    return _text(thing)
+
+
+def _text(thing: Callable) -> str:
+    if inspect.getfile(thing) == "<string>":  # of exec; Python 3.13 takes the command line's text (-c) for it
+        raise OSError("no file holds it")
     return inspect.getsource(thing)
 
 

@@ -76,7 +76,7 @@ def test_statistics_are_those_of_the_driver():
             part.module, params, [Batch((x, *further), weights)], needed, ["hessian", "abs_max"], keep_outputs=True
         )
         (x,) = captured.outputs
-        bound = {"rtol": 0} if EXACT else {"rtol": 1e-4, "atol": 1e-5}
+        bound = {"rtol": 0} if EXACT else {"rtol": 1e-5, "atol": 1e-6}
         close = functools.partial(np.testing.assert_allclose, **bound)
         for path in needed:
             for name in ("hessian", "abs_max"):

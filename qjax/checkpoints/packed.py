@@ -10,7 +10,7 @@
     layers.jsonl        where the driver wrote the folder: a row of every kernel
 
 Keys, shapes and types are checked against the description before anything is read, the digest of the description always, those
-of the files before they are read. Version 2 had no digests; version 1 knew no Linear, only an
+of the files with them, of a lazy model before each is first read. Version 2 had no digests; version 1 knew no Linear, only an
 input's scale: "input_scale": true beside a format, stored as .input_scale.
 """
 
@@ -134,8 +134,7 @@ def load_packed(folder: str | Path, *, lazy: bool = False) -> Model:
         headers = {name.replace(".input_scale", ".inputs[0].scale"): header for name, header in headers.items()}
     _check(folder, templates, headers)
     check = functools.cache(lambda file: _check_digests(folder, description, [file.name]) if version > 2 else None)
-    how = {"advice": "quantize an intact model again", "lazy": lazy, "below": _indices(templates), "before": check}
-    arrays = read_arrays(headers, **how)
+    arrays = read_arrays(headers, advice="quantize an intact model again", lazy=lazy, below=_indices(templates), before=check)
     tokenizer = load_folder_tokenizer(folder, config)
     if version > 2:
         _check_digests(folder, description, [TOKENIZER, CHAT] if lazy else [TOKENIZER, CHAT, *files])

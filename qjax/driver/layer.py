@@ -36,6 +36,8 @@ from qjax.rounding.parts.info import Info, change_loss, output_loss, relative
 from qjax.rounding.parts.unit import exponent_of, sizes
 from qjax.scales import times_power_of_two
 
+SMALLEST = np.finfo(np.float32).tiny  # smaller numbers are 0 where XLA computes
+
 
 class LayerRecord(NamedTuple):
     """What happened to one kernel; see `Info` for the figures. `recipe` is "none" for a kernel that was left alone.
@@ -109,9 +111,6 @@ def activated(
     index = jnp.flatnonzero(statistics["abs_max"] >= activation.threshold).astype(jnp.int32)
     kept = Outliers(index, exact[index].astype(jnp.float16)) if index.size else None
     return Linear(weight, inputs, parse_activation(ACTIVATIONS), None, kept)
-
-
-SMALLEST = np.finfo(np.float32).tiny  # smaller numbers are 0 where XLA computes
 
 
 class Prepared(NamedTuple):

@@ -12,6 +12,7 @@ from qjax.formats import Format
 from qjax.numbers import NotFiniteError
 from qjax.qtensor import QTensor
 
+PIECE = 2**20  # values looked at at a time
 SHARE = 0.01  # of the sum of squares of a weight, in groups whose scales are not held: less than that is let pass
 
 
@@ -48,16 +49,23 @@ def check_cast(path: str, value: Float[Array, "..."], fmt: Format) -> None:
     """
     if fmt.grid != "fp16":  # the others have float32's range
         return
-    sizes = np.abs(np.asarray(value, np.float64))
-    largest, limits = sizes.max(initial=0.0), np.finfo(np.float16)
-    energy = np.square(sizes / (largest or 1.0))
-    zero, whole = float(limits.smallest_subnormal) / 2, energy.sum() or 1.0
-    lost, coarse = (energy[sizes < bound].sum() / whole for bound in (zero, limits.tiny))
+    limits, flat = np.finfo(np.float16), np.asarray(value).reshape(-1)
+    pieces = [flat[start : start + PIECE] for start in range(0, flat.size, PIECE)]  # an embedding in float64 would be large
+    largest = max((float(np.abs(piece).max()) for piece in pieces), default=0.0)
+    bounds = (float(limits.smallest_subnormal) / 2, float(limits.tiny), np.inf)
+    energy = sum(_energy(piece, largest or 1.0, bounds) for piece in pieces)
+    lost, coarse, _ = energy / (energy[-1] or 1.0)
     told = f"the largest of its values is {largest:.1e}; choose bf16 or fp32"
-    if largest > limits.max or lost >= SHARE:
+    if largest > float(limits.max) or lost >= SHARE:
         raise NotFiniteError(f"{path}: fp16 cannot hold it, it ends at 65504 and at 6e-8: {told}")
     if coarse >= SHARE:
         warnings.warn(f"{path}: fp16 is coarse for {coarse:.0%} of it, as below 6e-5: {told}", QjaxWarning, stacklevel=2)
+
+
+def _energy(values: np.ndarray, unit: float, bounds: tuple[float, ...]) -> np.ndarray:
+    """Sums of squares, in the unit's square, of the values below each bound."""
+    sizes = np.abs(values.astype(np.float64))
+    return np.array([np.square(sizes[sizes < bound] / unit).sum() for bound in bounds])
 
 
 def _share(groups: np.ndarray, energy: np.ndarray) -> float:

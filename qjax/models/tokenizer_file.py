@@ -11,6 +11,7 @@ from qjax.untrusted import quoted
 LARGEST_ID = 2**31 - 1  # tokens are int32
 EXPANSION = 1_000  # characters that rules may make of one; those of real tokenizers make three
 PIECES = 64  # of a template, and of tokens of one of them
+CUT = 64  # characters that a plain decoder takes off
 PLAIN_BYTES = 2**18
 PLAIN = {  # types of known code: no regular expression of the file's, no table that the file brings along
     "model": ("BPE", "WordLevel"),
@@ -32,7 +33,7 @@ def is_plain(content: dict) -> bool:
 def _is_harmless(part: dict) -> bool:
     """Whether a part of known code has no pattern that is code or empty, and cuts off few characters."""
     pattern, cut = _entry(part, "pattern"), [part.get(name, 0) for name in ("start", "stop")]
-    return "Regex" not in pattern and pattern.get("String") != "" and all(size in range(PIECES) for size in cut)
+    return "Regex" not in pattern and pattern.get("String") != "" and all(size in range(CUT) for size in cut)
 
 
 def faults(content: dict) -> list[str]:
