@@ -296,9 +296,14 @@ def _check_recipe(text: str) -> str:
 
 
 def require_method(text: str) -> None:
-    """Raises QjaxError for a recipe without its format that has unknown words."""
+    """Raises QjaxError for a recipe without its format that has unknown words, or the recipe that was probably meant."""
     where, (stages, at, order) = f"method {text!r}", text.partition("@")
-    read_stages(where, split_stages(where, stages), _options)
+    try:
+        read_stages(where, split_stages(where, stages), _options)
+    except QjaxError:
+        if found := suggestion(text, _check_recipe, names(*FIRST)):
+            raise QjaxError(f"{where}: a method has no format, a recipe (--recipes) has; {found}") from None
+        raise
     if at:
         require_order(where, order)
 

@@ -36,11 +36,15 @@ UNPACKERS = {".gz": lambda file: gzip.GzipFile(fileobj=file), ".bz2": bz2.BZ2Fil
 
 
 def status(path: str | Path) -> os.stat_result | None:
-    """What stands at a path; None for nothing. Raises QjaxError for a path that cannot be one, or not be looked at."""
+    """What stands at a path; None for nothing. Raises QjaxError for a path that cannot be one, or not be looked at, and for a
+    link to nothing: who set it meant a file.
+    """
     try:
         return os.stat(path)  # noqa: PTH116 - Path.stat has no words for a NUL
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if not os.path.islink(path):  # noqa: PTH114
+            return None
+        raise QjaxError(f"{path} is a link to {os.readlink(path)}, where nothing is; mend or remove it") from error  # noqa: PTH115
     except (OSError, ValueError) as error:
         raise QjaxError(f"cannot read {path}: {_reason(error)}") from error
 

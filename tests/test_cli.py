@@ -169,6 +169,12 @@ def test_plan(checkpoint, tmp_path, capsys, monkeypatch):
         (["report", "TINY"], "holds no rows"),
         (["report", "no/such/folder"], "no such folder"),
         (["info", "--parameters", "0"], "at least 1"),
+        (["eval", "TINY", "--tasks", ""], "separated by commas"),
+        (["sweep", "TINY", "--measure", ""], "separated by commas"),
+        (["eval"], "Missing argument 'MODEL'"),
+        (["evel"], "No such command 'evel'. Did you mean 'eval'?"),
+        (["eval", "TINY", "--nope"], "No such option: --nope"),
+        (["sweep", "TINY", "--max-windows", "x"], "Invalid value for '--max-windows'"),
     ],
 )
 def test_mistakes_are_one_line(checkpoint, tmp_path, capsys, arguments, named):

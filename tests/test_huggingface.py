@@ -287,6 +287,13 @@ def test_weights_of_a_quantizer_whose_config_is_silent(ending, whose, folder):
     expect_refusal(folder, whose, f"model.layers.0.mlp.up_proj.{ending}", "give the checkpoint that was quantized")
 
 
+def test_weights_of_another_quantizer_than_the_one_named(folder):
+    names = {"model.layers.0.mlp.up_proj.SCB": np.ones(4, np.float32)}
+    edit_weights(folder, lambda tensors: tensors.update(names))
+    (folder / "quantize_config.json").write_text(json.dumps({"bits": 4, "group_size": 16, "desc_act": False}))
+    expect_refusal(folder, "though quantize_config.json says gptq (bitsandbytes, 8 bits: model.layers.0.mlp.up_proj.SCB)")
+
+
 def test_files_that_are_not_read_are_told_apart(folder, tmp_path):
     (folder / "tokenizer.json").rename(folder / "tokenizer.model")
     with pytest.warns(qjax.QjaxWarning, match=r"has tokenizer.model but no tokenizer.json.*save_pretrained"):
@@ -331,7 +338,7 @@ def test_a_tied_head_may_be_stored_too(tmp_path):
         (1, 70, (1, (70,))),
         (None, [70, 1], (None, (70, 1))),
         (1, "absent", (1, ())),
-        ([1, -2, True, "x", 2**40], [None, 3.0], (1, ())),
+        ([1, -2, 2**40], [None, -1], (1, ())),
     ],
 )
 def test_several_ends(config, generation, ends, folder, tmp_path):
@@ -345,6 +352,22 @@ def test_several_ends(config, generation, ends, folder, tmp_path):
     for name, write in {"packed": save, "huggingface": save_huggingface}.items():
         write(tmp_path / name, model)
         assert load(tmp_path / name, lazy=True).config == model.config
+
+
+@pytest.mark.parametrize("odd", ["2", 2.5, True, [1, "x"], {"a": 1}, [[1]]])
+def test_ends_that_are_no_numbers(odd, folder):
+    edit_config(folder, eos_token_id=odd)
+    expect_refusal(folder, "config.json: 'eos_token_id' must be the number of a token or a list of them")
+    edit_config(folder, eos_token_id=1)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": odd}))
+    expect_refusal(folder, "generation_config.json: 'eos_token_id' must be the number of a token or a list of them")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "model.safetensors"])
+def test_links_to_nothing(name, folder):
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(folder / "nowhere")
+    expect_refusal(folder, f"{name} is a link to", "where nothing is")
 
 
 def test_missing_folder(tmp_path):

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import nnx, serialization
 
 import qjax
 from qjax.activations import parse_activation
@@ -402,6 +402,21 @@ def test_modules_of_nnx_are_named():
             run()
     with pytest.raises(qjax.QjaxError, match=r"expected a Linen module .*got int$"):
         qjax.quantize_flax(7, {}, "nf4", batches=[(1,)])
+
+
+@pytest.mark.parametrize("recipe", ["rtn:int8-g4", "nf4-g4-dq", "rtn:int3-channel-sym/int8-token"])
+def test_quantized_parameters_go_through_flax_serialization(recipe, x):
+    module = Mixed()
+    params, _ = qjax.quantize_flax(module, initialise(module, x), recipe, batches=[(x,)])
+    fresh = module.init(jax.random.key(5), x)["params"]
+    like, _ = qjax.quantize_flax(module, fresh, recipe, batches=[(x,)])
+    written = serialization.to_bytes(params)
+    found = serialization.from_bytes(like, written)
+    assert jax.tree.structure(found) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, found, params)
+    other, _ = qjax.quantize_flax(module, fresh, "rtn:int2-g4", batches=[(x,)])
+    with pytest.raises(qjax.QjaxError, match="give the same recipe's leaves"):
+        serialization.from_bytes(other, written)
 
 
 def test_quantized_parameters_are_kept_by_orbax(x, tmp_path):

@@ -19,6 +19,7 @@ from qjax import files
 from qjax.activations import parse_activation
 from qjax.checkpoints.load import load
 from qjax.checkpoints.packed import config_from_dict, config_to_dict, load_packed, save
+from qjax.driver.decoder import quantize_to
 from qjax.errors import QjaxError
 from qjax.files import write_atomically
 from qjax.formats import parse_format
@@ -300,7 +301,8 @@ def test_folders_of_version_1(tmp_path):
     model = model._replace(params=unflatten(flatten(model.params) | {O_KERNEL: Linear(leaf.weight, leaf.inputs[:1])}))
     save(tmp_path, model)
     record = {"format": "int4-g16", "in_features": 32, "input_scale": True}
-    edit(tmp_path, lambda d: d.update(version=1) or d["quantized"].update({O_KERNEL: record}))
+    edit(tmp_path, lambda d: d.update(version=1) or [d.pop(name) for name in ("digest", "digests")])
+    edit(tmp_path, lambda d: d["quantized"].update({O_KERNEL: record}))
     edit_weights(tmp_path, lambda t: t.update({f"{O_KERNEL}.input_scale": t.pop(f"{O_KERNEL}.inputs[0].scale")}))
     assert_equal_models(load_packed(tmp_path), model)
 
@@ -486,8 +488,24 @@ def test_weights_that_were_changed(folder):
         materialised(lazy.params)
 
 
+def test_a_description_that_claims_to_be_older(folder):
+    """What a version without digests would not check is checked where they are there."""
+    edit(folder, lambda d: d.update(version=2))
+    expect_refusal(folder, "qjax.json is not as qjax wrote it")
+
+
+def test_rows_of_layers_belong_to_their_weights(tmp_path):
+    quantize_to(tmp_path / "a", weights_model(tiny_config()), "rtn:int4-g16")
+    load_packed(tmp_path / "a")
+    with (tmp_path / "a" / "layers.jsonl").open("a") as file:
+        file.write("{}\n")
+    expect_refusal(tmp_path / "a", "layers.jsonl is not as qjax.json tells it")
+    (tmp_path / "a" / "layers.jsonl").unlink()  # which nothing needs
+    load_packed(tmp_path / "a")
+
+
 def test_a_folder_of_version_2_has_no_digests(folder):
-    edit(folder, lambda d: d.update(version=2) or d.pop("digest") or d.pop("digests"))
+    edit(folder, lambda d: d.update(version=2) or [d.pop(name) for name in ("digest", "digests")])
     assert_equal_models(load_packed(folder), quantized_model("int4-g16", "nf4-g16-dq"))
 
 

@@ -122,6 +122,13 @@ def test_texts_and_tasks_of_pipes_and_devices(tmp_path):
             load_task(spec)
 
 
+@posix
+def test_rows_of_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "rows.jsonl")
+    with refused("rows.jsonl", "not a regular file"):
+        read_rows(tmp_path / "rows.jsonl")
+
+
 @pytest.mark.parametrize("path", ["a\0b", "x" * 5_000, "~\0", "/".join(["d" * 200] * 30), "\ud800"])
 def test_what_can_be_no_path(path):
     for read in (load_huggingface, lambda p: load_corpus(f"text:{p}"), lambda p: load_task(f"piqa:{p}"), read_bytes):
@@ -133,6 +140,11 @@ def test_status(tmp_path):
     (tmp_path / "file").write_text("")
     assert status(tmp_path / "file").st_size == 0
     assert status(tmp_path / "none") is status(tmp_path / "file" / "below") is None
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    assert status(tmp_path / "link").st_size == 0
+    (tmp_path / "file").unlink()
+    with refused(f"{tmp_path / 'link'} is a link to {tmp_path / 'file'}, where nothing is"):
+        status(tmp_path / "link")
 
 
 def test_sizes_are_limited(tmp_path):

@@ -118,9 +118,16 @@ def _with_ends(folder: Path, content: dict) -> dict:
     """config.json with the ends of text that generation_config.json adds: any of them ends one."""
     if not status(folder / GENERATION):
         return content
-    first, *others = ids_of(content, "eos_token_id")
-    more = [i for i in ids_of(read_json(folder / GENERATION), "eos_token_id") if i is not None]
+    first, *others = _ends(folder / CONFIG, content)
+    more = [i for i in _ends(folder / GENERATION, read_json(folder / GENERATION)) if i is not None]
     return {**content, "eos_token_id": [first, *others, *more]}
+
+
+def _ends(file: Path, content: dict) -> list[int | None]:
+    try:
+        return ids_of(content, "eos_token_id")
+    except QjaxError as error:
+        raise QjaxError(f"{file}: {error}") from error
 
 
 def weight_files(folder: Path, quantizer: Quantizer | None = None) -> list[Path]:
@@ -135,7 +142,8 @@ def weight_files(folder: Path, quantizer: Quantizer | None = None) -> list[Path]
         shards = sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else []
         if not shards or any(Path(shard).name != shard for shard in shards):
             raise QjaxError(f"{folder / INDEX}: expected a weight_map from tensors to files of this folder")
-        if missing := [shard for shard in shards if not status(folder / shard)]:
+        there = {path.name for path in folder.iterdir()}  # once, for an index may name many
+        if missing := [shard for shard in shards if shard not in there]:
             raise QjaxError(f"{folder} lacks {listing(missing)}, which {INDEX} names; copy or download them")
         return [folder / shard for shard in shards]
     if pickles := sorted({path.name for pattern in PICKLES for path in folder.glob(pattern)}):
@@ -158,10 +166,11 @@ def _check(
     expected = {tensor.name: (tensor.shape, FLOATS) for tensor in tensors}
     expected |= {each.name_of(suffix): told for each in quantized for suffix, told in each.stored.expected.items()}
     free = {each.name_of(suffix) for each in quantized for suffix in each.stored.optional}
-    if not quantizer and (whose := quantizer_of({name: header for name, header in headers.items() if name not in expected})):
+    if whose := quantizer_of(name for name in headers if name not in expected and name not in free):
+        said = f"{quantizer.where.name} says {quantizer.method}" if quantizer else f"{CONFIG} does not say so"
         raise QjaxError(
-            f"{folder}: the weights are not a model's own, though {CONFIG} does not say so ({whose}); give the checkpoint that "
-            "was quantized, or the model that an adapter was merged into"
+            f"{folder}: the weights are not a model's own, though {said} ({whose}); give the checkpoint that was quantized, or "
+            "the model that an adapter was merged into"
         )
     problems = [f"missing {name}" for name in expected if name not in headers]
     if repeated:

@@ -63,9 +63,10 @@ def owner_of(name: str, modules: Mapping[str, object]) -> str | None:
     return None
 
 
-def quantizer_of(headers: Mapping[str, Header]) -> str:
+def quantizer_of(names: Iterable[str]) -> str:
     """Whose quantized weights (or adapters) the tensors are, with one of their names; "" for none."""
+    names = list(names)
     for pattern, whose in QUANTIZERS:
-        if name := next((name for name in headers if re.search(pattern, name)), None):
+        if name := next((name for name in names if re.search(pattern, name)), None):
             return f"{whose}: {name}"
     return ""

@@ -39,7 +39,7 @@ from qjax.models.config import DecoderConfig
 from qjax.models.config_json import config_from_dict, config_to_dict
 from qjax.models.model import Model, require_model
 from qjax.models.parameters import check_parameters, flatten, parameter_shapes, unflatten
-from qjax.untrusted import quoted, read_json
+from qjax.untrusted import quoted, read_json, status
 
 DESCRIPTION, WEIGHTS, TOKENIZER, LAYERS = "qjax.json", "model.safetensors", "tokenizer.json", "layers.jsonl"
 REPLACED = (
@@ -133,11 +133,13 @@ def load_packed(folder: str | Path, *, lazy: bool = False) -> Model:
     if version == 1:
         headers = {name.replace(".input_scale", ".inputs[0].scale"): header for name, header in headers.items()}
     _check(folder, templates, headers)
-    check = functools.cache(lambda file: _check_digests(folder, description, [file.name]) if version > 2 else None)
+    told = version > 2 or "digests" in description or "digest" in description
+    check = functools.cache(lambda file: _check_digests(folder, description, [file.name]) if told else None)
     arrays = read_arrays(headers, advice="quantize an intact model again", lazy=lazy, below=_indices(templates), before=check)
     tokenizer = load_folder_tokenizer(folder, config)
-    if version > 2:
-        _check_digests(folder, description, [TOKENIZER, CHAT] if lazy else [TOKENIZER, CHAT, *files])
+    if told:
+        beside = [TOKENIZER, CHAT, *([LAYERS] if status(folder / LAYERS) else [])]
+        _check_digests(folder, description, beside if lazy else [*beside, *files])
     return Model(config, unflatten(filled(templates, arrays)), tokenizer, name, recipe)
 
 

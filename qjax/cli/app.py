@@ -34,6 +34,7 @@ from qjax.printable import printable
 
 OUR_FAULT = 1
 STOPPED = 128  # exit code after a signal, less its number
+USAGE = typer.BadParameter.__base__  # of all mistakes in a command line: Click's, or that of the Click within Typer
 STOPPING = ("SIGTERM", "SIGHUP")  # what ends a run as Ctrl-C does: a scheduler's time limit, a terminal that is closed
 
 app = typer.Typer(
@@ -76,7 +77,8 @@ def main(arguments: list[str] | None = None) -> None:
         with warnings.catch_warnings(), _stopped_by_signals() as received:
             warnings.showwarning = _print_warning
             try:
-                app(arguments)
+                code = app(arguments, standalone_mode=False)
+                sys.exit(code if isinstance(code, int) else 0)
             except KeyboardInterrupt:
                 sys.exit(STOPPED + signal.SIGINT)
     except SystemExit as stop:
@@ -87,6 +89,10 @@ def main(arguments: list[str] | None = None) -> None:
         raise
     except QjaxError as error:
         _end(f"error: {error}", 2)
+    except USAGE as error:
+        if told := error.format_message().rstrip("."):  # else it was the help
+            _end(f"error: {told} (see {error.ctx.command_path if error.ctx else 'qjax'} --help)", 2)
+        sys.exit(2)
     except OSError as error:
         _end(f"error: {error.filename or 'file'}: {error.strerror or error}", 2)
     except BaseException as error:  # also a panic of a library, which is no Exception

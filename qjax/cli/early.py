@@ -60,7 +60,7 @@ def _check_evaluation(convention: str | None, specs: Iterable[str], tasks: str |
         parse_convention(convention)
     for spec in specs:
         require_spec(spec)
-    if tasks:
+    if tasks is not None:
         require_tasks(split_names(tasks))
-    if measure:
+    if measure is not None:
         require_measurements(split_names(measure))

@@ -54,7 +54,7 @@ def evaluate(
     from qjax.evaluate.windows import parse_convention
 
     measured = parse_convention(convention)
-    asked = load_tasks(split_names(tasks) if tasks else (), max_questions or None)
+    asked = load_tasks(split_names(tasks) if tasks is not None else (), max_questions or None)
     corpora = load_corpora(data or ([] if asked or lm_eval else ["python-docs"]))
     loaded = load_model(model)._replace(compute=compute)
     if lm_eval:

@@ -110,12 +110,12 @@ def sweep(
     from qjax.sweep.runner import Sweep, cell_states, rules_in_order
 
     names, rules, measured = canonical(asked, order), rules_in_order(rule or (), order), parse_convention(convention)
-    measures = require_measurements(split_names(measure) if measure else ())
+    measures = require_measurements(split_names(measure) if measure is not None else ())
     if not dry_run:
         refuse_inputs(out, [model])
         prepare_output_folder(out)
     corpora = load_corpora(data)
-    asked = load_tasks(split_names(tasks) if tasks else (), max_questions or None)
+    asked = load_tasks(split_names(tasks) if tasks is not None else (), max_questions or None)
     launched = not dry_run and (workers > 1 if engine == "local" else engine != "none")
     if launched:
         _launch(context, workers, launcher, out)

@@ -10,6 +10,7 @@ Whoever writes holds the folder's lock, FOLDER/.lock, an empty file that stays t
 import contextlib
 import json
 import os
+import stat
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -39,7 +40,7 @@ class Reader:
         size = found.st_size if found else 0
         if size < self._end:  # another file, or somebody mended it
             self._end = self._lines = 0
-        if size == self._end:
+        if found is None or (size == self._end and stat.S_ISREG(found.st_mode)):  # others have no size
             return
         for number, line in untrusted.lines(self._path, first=self._lines + 1, start=self._end):
             try:
