@@ -7,8 +7,9 @@ Needs the libraries that it compares with (`pip install qjax[peer]`); what is no
 random Llamas of 1M and 15M parameters and on SmolLM2-135M (a GGUF file in --model-folder): losses of a text; GPTQ of the whole
 model, int4-g64, calibrated on windows of 256 tokens; and products with a packed weight. Everything of a task takes turns, ours
 and each library once a round, one way round and then the other, so that a ratio is of the same machine in the same state; a row
-is a ratio of one round. Our first run, which compiles, is not counted, nor is loading. Rounds that are there, of the same code,
-versions and device, are not measured again.
+is a ratio of one round. Our first run, which compiles, is not counted, nor is loading; tasks called cold are first runs, each
+in a process that finds nothing compiled. What rounding inputs to 8 bits costs is told against our own float32. Rounds that are
+there, of the same code, versions and device, are not measured again.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import datetime
 import functools
 import importlib.metadata
 import importlib.util
+import subprocess
 import sys
 import tempfile
 import time
@@ -30,7 +32,7 @@ import numpy as np
 
 import qjax
 from qjax.evaluate.perplexity import score
-from qjax.linear import prepare_tree
+from qjax.linear import Linear, apply_linear, prepare, prepare_tree
 from qjax.models.model import runnable
 from qjax.report.reports import write_reports
 from qjax.sweep.measurements.provenance import provenance
@@ -40,6 +42,7 @@ sys.path.insert(0, str(common.REPOSITORY))
 from tests.parity import peers
 
 Runs = Mapping[str, Callable[[], object]]  # name -> what takes the time, or returns the seconds that it measured itself
+W8A8 = "rtn:int8-channel-sym-max/int8-token"
 RECIPES = ("gptq:int4-g64@parallel", "gptq:int4-g64@qep", "gptq(refine=4):int4-g64@qep")
 RANDOM = {  # name: shape, windows that are scored
     "random-1M": ({"hidden": 128, "mlp": 384, "layers": 6, "heads": 4, "vocabulary": 1024}, 64),
@@ -82,9 +85,11 @@ def products(out: Path, rounds: int, shape: tuple[int, int], counts: tuple[int, 
         x = jax.random.normal(jax.random.key(1), (count, shape[0]))
         packed = kernel_benchmark.repeat(prepare_tree(kernel_benchmark.quantized(shape, "int4-g128"), x.dtype), 2)
         timed, narrow = kernel_benchmark.timing.products, x.astype(jnp.bfloat16)
+        rounded = [prepare(leaf) for leaf in eight(weight, 2)]
         ours = {
             f"int4-g128 product, {count} rows": timed(qjax.matmul, x, packed),
             f"int4-g128 product of bfloat16, {count} rows": timed(qjax.matmul, narrow, packed),
+            f"W8A8 product, {count} rows": timed(apply_linear, x, rounded),
         }
         dense = kernel_benchmark.repeat(weight, 2)
         theirs = {
@@ -94,6 +99,12 @@ def products(out: Path, rounds: int, shape: tuple[int, int], counts: tuple[int, 
         if there(LIBRARIES["bitsandbytes nf4"]):
             theirs["bitsandbytes nf4"] = kernel_benchmark.torch_cases(x, weight, 2)["nf4-b64", "bitsandbytes"][0]
         take_turns(out, rounds, f"{shape[0]} x {shape[1]}", ours, theirs)
+
+
+def eight(weight: jax.Array, copies: int) -> list[Linear]:
+    """The layer of a weight in 8 bits that rounds its input to 8 bits a token, so many times."""
+    recipe = qjax.parse_recipe(W8A8)
+    return [Linear(qjax.rtn(weight, recipe.format)[0], activation=recipe.activation) for _ in range(copies)]
 
 
 def whole_model(out: Path, rounds: int, name: str, folder: Path, scored: int, windows: int) -> None:
@@ -106,8 +117,13 @@ def whole_model(out: Path, rounds: int, name: str, folder: Path, scored: int, wi
         ours[f"losses in {dtype}"] = functools.partial(score, held, tokens[:scored], compute=dtype)
         theirs = peers.load_transformers(folder, dtype)
         losses[f"transformers {dtype}"] = functools.partial(peers.losses_transformers, theirs, tokens[:scored])
+    rounded = qjax.quantize(model, W8A8)[0]
+    for how, packed in {"decoded": False, "packed": True}.items():
+        held = runnable(rounded, packed=packed, compute="float32")
+        ours[f"losses of W8A8, {how}"] = functools.partial(score, held, tokens[:scored], compute="float32")
+    losses["qjax float32"] = ours["losses in float32"]
     take_turns(out, rounds, name, ours, losses)
-    del held, ours, losses
+    del held, ours, losses, rounded
 
     def quantize(recipe):
         jax.block_until_ready(qjax.quantize(model, recipe, calibration=tokens[:windows])[0].params)
@@ -115,6 +131,7 @@ def whole_model(out: Path, rounds: int, name: str, folder: Path, scored: int, wi
     gptq = {"llm-compressor": peers.gptq_model_llm_compressor, "GPTQModel": peers.gptq_model_gptqmodel}
     found = {peer: functools.partial(call, folder, tokens[:windows], group=64) for peer, call in gptq.items()}
     ours = {recipe: functools.partial(quantize, recipe) for recipe in RECIPES}
+    ours[f"{RECIPES[0]}, cold"] = functools.partial(cold, folder, windows, RECIPES[0])
     take_turns(out, rounds, name, ours, {peer: call for peer, call in found.items() if there(LIBRARIES[peer])}, warm=False)
 
 
@@ -137,6 +154,21 @@ def take_turns(out: Path, rounds: int, model: str, ours: Runs, theirs: Runs, *, 
             row |= {"seconds": seconds[task], "peer_seconds": seconds[peer], "ratio": seconds[peer] / seconds[task]}
             append_row(out / ROWS, {"key": f"speed: {made['device']}, {model}, {task}, {peer}, round {number}"} | row)
             print(f"{model}, {task}: {row['ratio']:.2f} times as fast as {peer} ({row['seconds']:.3f} s)", flush=True)
+
+
+def cold(folder: Path, windows: int, recipe: str) -> float:
+    """Seconds of a recipe's first run in a process that finds nothing compiled, without importing and loading."""
+    script = (
+        "import sys, time, jax, numpy as np, qjax\n"
+        "folder, windows, window, recipe = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]\n"
+        "model = qjax.load(folder)\n"
+        "tokens = np.random.default_rng(0).integers(0, model.config.vocabulary_size, (windows, window), np.int32)\n"
+        "started = time.perf_counter()\n"
+        "jax.block_until_ready(qjax.quantize(model, recipe, calibration=tokens)[0].params)\n"
+        "print(time.perf_counter() - started)\n"
+    )
+    words = [sys.executable, "-c", script, str(folder), str(windows), str(WINDOW), recipe]
+    return float(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
 
 
 def clock(call: Callable[[], object]) -> float:

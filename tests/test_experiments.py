@@ -362,7 +362,7 @@ def test_speeds_are_paired_and_measured_once(load, tmp_path, monkeypatch):
     script = load("speed")
     monkeypatch.setattr(script, "there", lambda packages: False)
     rows = script.run(tmp_path, tiny=True)
-    tasks = ("int4-g128 product, 1 rows", "int4-g128 product of bfloat16, 1 rows")
+    tasks = ("int4-g128 product, 1 rows", "int4-g128 product of bfloat16, 1 rows", "W8A8 product, 1 rows")
     pairs = [(n, task, peer) for n in (0, 1) for task in tasks for peer in ("dense float32", "dense bfloat16")]
     assert [(row["round"], row["task"], row["peer"]) for row in rows if row["model"] == "256 x 128"] == pairs
     assert len(rows) == len(pairs)
