@@ -50,6 +50,10 @@ class Experiment:
         *("kv:int8-g32", "kv:int4-g32", "kv:int2-g32", "kv:int4-g32(residual=32)", "kv:int2-g32(residual=32)"),
     )
     large: int = 8  # windows of large subjects
+    of_large: tuple[str, ...] = (  # whose inputs have outliers, smaller than 6, as they are
+        *(f"llm_int8(threshold=3):{INT8}", f"rtn:{INT8}/int8-g64", f"rtn:{INT8}/fp8_e4m3-token"),
+        f"hadamard+rtn:{INT8}/int8-token",
+    )
     factor: float = 40.0
     channels: int = 4
     seen: int = 4
@@ -59,7 +63,8 @@ class Experiment:
         """Those of 8 bits, SmoothQuant's by alpha, of 4 bits in the subject's usual group, of small floats, rotated, caches."""
         by_alpha = [f"smoothquant({option})+rtn:{INT8}/int8-token@parallel" for option in self.alphas]
         four = [each.format(int4=f"int4-g{subject.groups[1]}") for each in (*self.four, *self.smoothed)]
-        recipes = [*self.eight, *by_alpha, *four, *self.floats, *self.rotated, *self.caches]
+        of_large = self.of_large if subject.large else ()
+        recipes = [*self.eight, *by_alpha, *of_large, *four, *self.floats, *self.rotated, *self.caches]
         return [each for each in recipes if "hadamard" not in each or UNROTATED not in subject.model]
 
 
