@@ -11,8 +11,8 @@ from qjax.checkpoints.gguf.names import stored_pieces
 from qjax.models.config import LayerKind
 from qjax.models.model import Model
 from qjax.models.parameters import parameter_shapes
-from qjax.models.scalings import LinearScaling, Llama3Scaling, LongScaling
-from tests.conftest import FAMILY_CHANGES, FURTHER_CHANGES
+from qjax.models.scalings import LinearScaling, Llama3Scaling, LongScaling, YarnScaling
+from tests.conftest import FAMILY_CHANGES, FURTHER_CHANGES, GPT_OSS, MIXTRAL
 
 HALVES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,), **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2))}
 LARGEST = {"Q8_0": 127, "IQ4_NL": 127, "Q6_K": 2_000, "Q2_K": 30, **dict.fromkeys(("Q4_K", "Q5_K"), 500)}  # value, in scales
@@ -51,12 +51,19 @@ FURTHER = {
     "falcon, two norms": FALCON | {"family": "falcon2", "kv_heads": 2, "shared_norm": False},
     "bloom": FURTHER_CHANGES["bloom"],
 }
+MIXTURES = {
+    "llama, experts": MIXTRAL,
+    "qwen3moe": MIXTRAL | {"family": "qwen3_moe", "qk_norm": "head"},
+    "gpt-oss": GPT_OSS,
+}
 ARCHITECTURES = (  # architecture, and how it differs -> changes of `tiny_config`
     LLAMA_LIKE
     | FURTHER
+    | MIXTURES
     | {
         "mistral": FAMILY_CHANGES["mistral"] | {"sliding_window": None},
         "llama, scaled": {"rope_scaling": LLAMA3, "rope_theta": 500000.0, "context": 32768, "tied": True, "head_dim": 128},
+        "llama, yarn": {"rope_scaling": YarnScaling(4.0, 8, slow_turns=2.0)},
         "llama, linear": {"rope_scaling": LinearScaling(4.0), "qkv_bias": True, "attention_output_bias": True},
     }
 )

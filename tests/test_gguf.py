@@ -184,6 +184,10 @@ def test_what_a_file_asks_for_is_done_or_refused(model):
     assert read(**{"llama.expert_count": 0, "llama.vocab_size": 3})["vocab_size"] == 64
     linear = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
     assert read(**linear)["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+    yarn = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0, "llama.rope.scaling.yarn_beta_fast": 16.0}
+    yarn |= {"llama.rope.scaling.original_context_length": 8}
+    stretched = {"rope_type": "yarn", "factor": 4.0, "beta_fast": 16.0, "original_max_position_embeddings": 8}
+    assert read(**yarn)["rope_scaling"] == stretched
     ends = read(**{f"tokenizer.ggml.{name}_token_id": i for name, i in (("bos", 1), ("eos", 2), ("eot", 5))})
     assert ends["bos_token_id"] == 1 and ends["eos_token_id"] == [2, 5]
     assert read(**{"llama.attention.head_count_kv": np.array([2, 2], np.int32)})["num_key_value_heads"] == 2
@@ -195,12 +199,11 @@ def test_what_a_file_asks_for_is_done_or_refused(model):
         ({"llama.rope.scaling.type": np.array([1, 2])}, r"scaling.type is '\[1 2\]'; supported"),
         ({"general.architecture": "mamba"}, "'mamba' is not read; read are llama, qwen2"),
         ({"llama.attention.sliding_window": 512}, "not understood: llama.attention.sliding_window = 512"),
-        ({"llama.expert_count": 8}, "not understood: llama.expert_count = 8"),
-        ({"llama.rope.scaling.type": "yarn"}, "'yarn'; supported: none, linear"),
+        ({"llama.rope.scaling.type": "dynamic"}, "'dynamic'; supported: none, linear, yarn"),
+        (yarn | {"llama.rope.scaling.attn_factor": 2.0}, "attn_factor is 2.0; with yarn only 1 is supported"),
         ({"llama.attention.value_length": 8}, "different lengths"),
         ({"llama.attention.head_count_kv": np.array([2, 1], np.int32)}, "a number that all layers share"),
         ({"llama.block_count": "two"}, "'two', expected a number"),
-        ({"general.architecture": "gpt-oss"}, "the architecture 'gpt-oss' is not read"),
     ):
         with pytest.raises(QjaxError, match=said):
             read(**changes)

@@ -8,16 +8,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # or torch's threads spin a
 import numpy as np
 import pytest
 
+from qjax import quantize
 from qjax.checkpoints.export import export
 from qjax.checkpoints.load import load
 from qjax.linear import dequantize
 from qjax.models.model import apply
 from qjax.models.parameters import flatten, unflatten
 from qjax.rounding.nearest import rtn
-from tests.conftest import FAMILY_CHANGES, tiny_config
-from tests.gguf_files import rotated
+from tests.conftest import FAMILY_CHANGES, byte_tokenizer, tiny_config
+from tests.gguf_files import MIXTURES, rotated
 from tests.parity.peers import IGNORED, save_random_llama
-from tests.random_weights import weights_model
+from tests.random_weights import small_model, weights_model
 
 pytestmark = [pytest.mark.peer, pytest.mark.usefixtures("float32_bitsandbytes"), *IGNORED]
 torch = pytest.importorskip("torch")
@@ -166,3 +167,15 @@ def test_the_gguf_librarys_reader_and_transformers_read_what_is_exported_to_gguf
     assert_close(apply(model, TOKENS), logits(there), 1e-3)
     tokens = reader.get_field("tokenizer.ggml.tokens").contents()
     assert tokens[256] == "</s>" and len(tokens) == model.config.vocabulary_size
+
+
+def test_transformers_reads_a_mixture_that_is_exported_to_gguf(tmp_path):
+    """Qwen3-MoE alone: transformers knows no experts of Mixtral's files, and stops at YaRN's settings in gpt-oss'."""
+    pytest.importorskip("gguf")
+    sizes = {"hidden_size": 64, "mlp_size": 96, "head_dim": 16}
+    random = small_model(tiny_config(**MIXTURES["qwen3moe"] | sizes), byte_tokenizer(bos=True))
+    model, _ = quantize(random, "rtn:int8-g32-sym-max")
+    export(tmp_path / "a/m.gguf", model, "gguf")
+    options = {"gguf_file": "m.gguf", "dtype": torch.float32}
+    there = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a", **options).eval()
+    assert_close(apply(model, TOKENS), logits(there), 1e-4)

@@ -3,6 +3,8 @@
 Needs the package gguf (0.19), and for the real file QJAX_TEST_MODELS.
 """
 
+import re
+
 import numpy as np
 import pytest
 
@@ -12,10 +14,11 @@ from qjax.checkpoints.gguf.export import export_gguf
 from qjax.checkpoints.gguf.model import load_gguf
 from qjax.lazy import materialised
 from qjax.models.families import FAMILIES
-from qjax.models.family import stored_tensors
+from qjax.models.family import stacks_in, stored_tensors
 from qjax.models.parameters import flatten, parameter_shapes
+from qjax.models.stacks import apart
 from tests.conftest import tiny_config
-from tests.gguf_files import FURTHER, random_rows, rotated
+from tests.gguf_files import FURTHER, MIXTURES, random_rows, rotated
 from tests.paths import real_model
 from tests.random_weights import weights_model
 
@@ -65,6 +68,50 @@ def test_names_and_rows_of_an_architecture(case, tmp_path):
         expected = converted(architecture, stored.name, array, config)
         np.testing.assert_array_equal(found.pop(theirs), expected, err_msg=f"{stored.name} {theirs}")
     assert not found
+
+
+def merged(config, stored: str, array: np.ndarray) -> dict[str, np.ndarray]:
+    """A tensor of a mixture's folder under the names that the converter gives it, gate and up of gpt-oss apart."""
+    name = stored.replace("_proj_bias", "_proj.bias").replace(".sinks", ".sinks.weight")
+    if ".mlp.experts." not in name or config.family != "gpt_oss":
+        return {name: array}
+    name, array = (name, array) if name.endswith("bias") else (f"{name}.weight", array.swapaxes(-1, -2))
+    if "gate_up" not in name:
+        return {name: array}
+    turns = (array[:, start::2] for start in (0, 1))
+    return {name.replace("gate_up", each): turn for each, turn in zip(("gate", "up"), turns, strict=True)}
+
+
+@pytest.mark.parametrize("case", MIXTURES)
+def test_names_and_experts_of_a_mixture(case, tmp_path):
+    model, architecture = weights_model(tiny_config(**MIXTURES[case])), case.partition(",")[0]
+    export_gguf(tmp_path / "m.gguf", model)
+    found = {each.name: each.data for each in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
+    number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(number, model.config.layers)
+    config, leaves = model.config, flatten(model.params)
+    folder, stacks = FAMILIES[config.family], {}
+    leaves = {path: np.asarray(leaf) for path, leaf in apart(leaves, stacks_in(folder, parameter_shapes(config))).items()}
+    for stored in stored_tensors(folder, parameter_shapes(config), config.heads):
+        for name, array in merged(config, stored.name, stored.join(leaves)).items():
+            together = re.sub(r"model\.(.*)block_sparse_moe(\.experts)\.\d+", r"\1feed_forward\2", name)
+            stacks.setdefault(re.sub(r"experts\.\d+", "experts", together), []).append(array)
+    for name, arrays in stacks.items():
+        expected = np.stack(arrays) if len(arrays) > 1 else arrays[0]
+        if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
+            expected = rotated(expected, config.head_dim)
+        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        np.testing.assert_array_equal(found.pop(theirs), expected, err_msg=f"{name} {theirs}")
+    assert not found
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_K", "MXFP4"])
+def test_values_of_experts(kind):
+    rows = random_rows(kind, 3 * 5, 256, seed=2).reshape(3, 5, -1)
+    number = next(key for key, each in KINDS.items() if each.name == kind)
+    theirs = quants.dequantize(rows, gguf.GGMLQuantizationType(number))
+    ours = np.asarray(qtensor.dequantize(quantized(KINDS[number], rows))).swapaxes(1, 2)
+    np.testing.assert_array_equal(np.ascontiguousarray(ours).view(np.uint32), theirs.view(np.uint32))
 
 
 @pytest.mark.real

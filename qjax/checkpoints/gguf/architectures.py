@@ -4,6 +4,8 @@ say by the tensors that they hold. As llama.cpp's converter and its loader have 
 
 from collections.abc import Collection, Mapping
 
+from qjax.errors import QjaxError
+
 NAMES = {  # key of the architecture -> entry of config.json
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",
@@ -55,9 +57,13 @@ BLOOM_NAMES = {
     "attention.head_count_kv": "num_key_value_heads",
     "attention.layer_norm_epsilon": "layer_norm_epsilon",
 }
+EXPERTS = {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
+QWEN_EXPERTS = EXPERTS | {"expert_count": "num_experts"}
+EXPERT_SIZE = {"expert_feed_forward_length": "moe_intermediate_size"}
+DEFAULT_ROPE = {"rope_theta": 10000.0, "rope_scaling": {"rope_type": "default"}}  # llama.cpp's, not the family's
 GEMMA = {"hidden_activation": "gelu_pytorch_tanh"}
 FAMILIES = {  # architecture -> its model_type, what every file of it means without saying so, and its keys
-    "llama": ("llama", {}, NAMES),
+    "llama": ("llama", DEFAULT_ROPE, NAMES | EXPERTS),  # or Mixtral, by the number of experts
     "qwen2": ("qwen2", {}, NAMES),
     "qwen3": ("qwen3", {}, NAMES),
     "olmo2": ("olmo2", {}, NAMES),
@@ -74,7 +80,10 @@ FAMILIES = {  # architecture -> its model_type, what every file of it means with
     "glm4": ("glm4", {}, NAMES),
     "falcon": ("falcon", {"alibi": False, "bias": False, "parallel_attn": True}, FALCON_NAMES),
     "bloom": ("bloom", {}, BLOOM_NAMES),
+    "qwen3moe": ("qwen3_moe", {}, NAMES | QWEN_EXPERTS | EXPERT_SIZE),
+    "gpt-oss": ("gpt_oss", DEFAULT_ROPE, NAMES | WINDOW | EXPERTS | EXPERT_SIZE),
 }
+MIXTURES = ("llama", "qwen3moe", "gpt-oss")
 PARTIAL = ("gptneox", "phi3", "stablelm", "glm4")  # whose families rotate a share of a head where a config.json is silent
 
 
@@ -84,7 +93,7 @@ def told_by_tensors(name: str, tensors: Collection[str], config: Mapping[str, ob
     match name:
         case "llama":
             return {"attention_bias": True} if bias else {}
-        case "glm4":
+        case "glm4" | "gpt-oss":
             return {"attention_bias": bias}
         case "command-r":
             return {"attention_bias": bias, "use_qk_norm": norm}
@@ -98,3 +107,31 @@ def told_by_tensors(name: str, tensors: Collection[str], config: Mapping[str, ob
                 "multi_query": one_key,
             }
     return {}
+
+
+def told_by_experts(name: str, own: Mapping[str, object], config: Mapping[str, object]) -> dict[str, object]:
+    """Entries of a mixture's config.json that follow from others; {} of a model without experts. own: the architecture's keys.
+
+    Raises QjaxError for numbers of experts that cannot be, and shares that are not what llama.cpp computes.
+    """
+    if name not in MIXTURES:
+        return {}
+    keys = ("expert_count", "expert_used_count")
+    count, used = (config.get(FAMILIES[name][2][key], 0) for key in keys)
+    if name == "llama" and count == used == 0:
+        return {}
+    if not 1 <= used <= count:
+        said = f"{name}.{keys[0]} is {count} and {name}.{keys[1]} {used}"
+        raise QjaxError(f"{said}, expected at least 1 expert, of which 1 to all are used; get an intact file")
+    if name != "gpt-oss" and own.get("expert_weights_norm", True) is False:
+        raise QjaxError(
+            f"{name}.expert_weights_norm is False, but llama.cpp makes the shares of this architecture add up to 1; load the "
+            "folder that the file was made of"
+        )
+    if name == "llama":
+        return {"model_type": "mixtral"}
+    inner = config.get("intermediate_size", 0)
+    if name == "gpt-oss":
+        return {"intermediate_size": config.get("moe_intermediate_size", inner)}
+    size = config.get("moe_intermediate_size") or inner // used
+    return {"moe_intermediate_size": size, "intermediate_size": inner or size, "norm_topk_prob": True}

@@ -23,6 +23,7 @@ Exceptions: FP4's -0 becomes 0, and a scale of 2^-127 reads as 0.
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -191,9 +192,11 @@ def row_bytes(info: TensorInfo) -> int:
 
 
 def quantized(kind: Kind, rows: np.ndarray) -> QTensor:
-    """The (in, out) weight of uint8 rows (out, bytes), with their codes and scales. Raises QjaxError for scales that are not
-    finite.
+    """The (in, out) weight of uint8 rows (out, bytes), with their codes and scales, or a stack of them of (count, out, bytes).
+    Raises QjaxError for scales that are not finite.
     """
+    if rows.ndim > 2:
+        return jax.tree.map(lambda *parts: jnp.stack(parts), *[quantized(kind, each) for each in rows])
     fmt = parse_format(kind.format)
     codes, scales, minima = kind.split(rows.reshape(len(rows), -1, kind.nbytes))
     for part in (scales, minima):

@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from qjax.checkpoints.gguf.architectures import FAMILIES, PARTIAL, WINDOW, told_by_tensors
+from qjax.checkpoints.gguf.architectures import FAMILIES, PARTIAL, WINDOW, told_by_experts, told_by_tensors
 from qjax.checkpoints.gguf.container import TensorInfo
 from qjax.errors import QjaxError
 from qjax.files import listing
@@ -18,7 +18,8 @@ from qjax.untrusted import quoted
 
 # Layers of the models of 27 billions, whose scores are scaled by hidden / heads; those of others by the size of a head.
 LARGEST = {"gemma2": 46, "gemma3": 62}
-READ_HERE = ("attention.value_length", "rope.dimension_count", "vocab_size", "rope.scaling.type", "rope.scaling.factor")
+BETAS = {"rope.scaling.yarn_beta_fast": "beta_fast", "rope.scaling.yarn_beta_slow": "beta_slow"}
+READ_HERE = ("attention.value_length", "rope.dimension_count", "vocab_size", "rope.scaling.type", "rope.scaling.factor", *BETAS)
 ORIGINAL = "rope.scaling.original_context_length"
 AMPLITUDE = "rope.scaling.attn_factor"
 HARMLESS = (ORIGINAL, "rope.scaling.finetuned", "tensor_data_layout", AMPLITUDE)
@@ -47,6 +48,7 @@ def config_of(
     config = implied | {names[key]: value for key, value in said.items() if not (key in WINDOW and value == 0)}
     config |= told_by_tensors(name, tensors, config)
     config |= {"model_type": family, "vocab_size": _vocabulary(tensors), "tie_word_embeddings": "output.weight" not in tensors}
+    config |= told_by_experts(name, own, config)
     config |= _rotary(name, own, config, constants)
     if name in LARGEST and {"head_dim", "num_hidden_layers", "hidden_size", "num_attention_heads"} <= config.keys():
         by_heads = config["num_hidden_layers"] == LARGEST[name] and config["num_attention_heads"]
@@ -98,13 +100,27 @@ def _rotary(name: str, own: Mapping[str, object], config: Mapping[str, object], 
             "rope_type": "linear",
             "factor": _number("rope.scaling.factor", own.get("rope.scaling.factor")),
         }
+    elif kind == "yarn":
+        found["rope_scaling"] = _yarn(name, own)
     elif kind != "none":
-        raise QjaxError(f"{name}.rope.scaling.type is {quoted(kind)}; supported: none, linear, and the tensor {FREQUENCIES}")
+        raise QjaxError(
+            f"{name}.rope.scaling.type is {quoted(kind)}; supported: none, linear, yarn, and the tensor {FREQUENCIES}"
+        )
     if FREQUENCIES in constants:
         found["rope_scaling"] = llama3_scaling(constants[FREQUENCIES], config)
     if LONG in constants or SHORT in constants:
         found |= _long_scaling(name, own, config, constants)
     return found
+
+
+def _yarn(name: str, own: Mapping[str, object]) -> dict:
+    """YaRN's settings. gpt-oss was trained without the rounding of the ramp's ends, which files have no key for."""
+    if _says(own.get(AMPLITUDE, 1.0)):
+        raise QjaxError(f"{name}.{AMPLITUDE} is {quoted(own[AMPLITUDE])}; with yarn only 1 is supported")
+    said = {"factor": "rope.scaling.factor"} | {entry: key for key, entry in BETAS.items() if key in own}
+    said |= {"original_max_position_embeddings": ORIGINAL} if ORIGINAL in own else {}
+    found = {entry: _number(f"{name}.{key}", own.get(key)) for entry, key in said.items()}
+    return {"rope_type": "yarn"} | found | ({"truncate": False} if name == "gpt-oss" else {})
 
 
 def _long_scaling(name: str, own: Mapping, config: Mapping, constants: Mapping[str, np.ndarray]) -> dict:

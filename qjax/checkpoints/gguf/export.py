@@ -1,7 +1,7 @@
 """A model as a GGUF file: codes as they are (`joining.py`), names and rows as the architecture has them (`names.py`).
 
-Kernels whose codes no type of blocks holds are refused. Weights that are not quantized keep their type; norms and biases
-are float32, as llama.cpp wants them. Tensors are made one by one as the file is written.
+Kernels whose codes no type of blocks holds are refused. Those that are not quantized, and embeddings, keep their type; norms,
+biases and routers are float32, as llama.cpp wants them. Tensors are made one by one as the file is written.
 """
 
 import functools
@@ -17,7 +17,7 @@ from qjax.checkpoints.gguf.blocks import FLOATS, KINDS
 from qjax.checkpoints.gguf.container import TensorInfo
 from qjax.checkpoints.gguf.keys import architecture_of, model_keys, require_same
 from qjax.checkpoints.gguf.model import SUFFIX
-from qjax.checkpoints.gguf.names import Piece, stored_pieces
+from qjax.checkpoints.gguf.names import Piece, stored_pieces, stored_shape
 from qjax.checkpoints.gguf.tokens import tokenizer_values
 from qjax.checkpoints.gguf.writing import Entry, write_container
 from qjax.checkpoints.narrowing import in_float16
@@ -32,6 +32,7 @@ from qjax.qtensor import QTensor
 
 OWN = {dtype: number for number, (_, dtype) in FLOATS.items()}
 FLOAT32 = OWN[np.dtype(np.float32)]
+KEPT = ("/kernel", "/embedding")  # what is written in its own type
 FILE_TYPES = {  # general.file_type of files that are mostly of a type
     **{"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 12},
     **{"Q4_K": 15, "Q5_K": 17, "Q6_K": 18, "IQ4_NL": 25, "BF16": 32, "MXFP4": 38},
@@ -73,13 +74,14 @@ def _kinds(pieces: Mapping[str, tuple[Piece, ...]], leaves: Mapping[str, object]
     found, problems, nearest = {}, [], {}
     for name, parts in pieces.items():
         held = [leaves[part.path] for part in parts]
-        kinds = dict.fromkeys(FLOAT32 if name.endswith("_norm.weight") else _kind(leaf) for leaf in held)
+        kept = parts[0].path.endswith(KEPT)
+        kinds = dict.fromkeys(_kind(leaf) if kept else FLOAT32 for leaf in held)
         if len(kinds) > 1:
             problems.append(f"{name}: parts that are stored side by side are of different types")
         found[name] = next(iter(kinds))
         if isinstance(found[name], str):
             problems.append(f"{name}: {found[name]}")
-            fits = [joining.nearest(each.format, each.shape[0]) for each in held if is_quantized(each) and each.format]
+            fits = [joining.nearest(each.format, each.shape[-2]) for each in held if is_quantized(each) and each.format]
             nearest |= {str(fmt): fmt for fmt in fits if fmt is not None}
     if problems:
         advice = ", ".join(f"rtn:{fmt}, gptq:{fmt}" for fmt in nearest)
@@ -89,39 +91,36 @@ def _kinds(pieces: Mapping[str, tuple[Piece, ...]], leaves: Mapping[str, object]
 
 
 def _kind(leaf: object) -> int | str:
-    if isinstance(leaf, QTensor) and leaf.codes.ndim == 2:
+    if isinstance(leaf, QTensor) and leaf.codes.ndim in (2, 3):
         return joining.kind_of(leaf.format, leaf.in_features)
     if isinstance(leaf, Linear) and (more := besides(leaf, order=False)):
         return LEFT_OUT.format(", ".join(more))
     if is_quantized(leaf):
         return "it is no matrix"
-    return OWN.get(np.dtype(leaf.dtype), FLOAT32) if len(leaf.shape) > 1 else FLOAT32
+    return OWN.get(np.dtype(leaf.dtype), FLOAT32)
 
 
 def _entry(name: str, parts: tuple[Piece, ...], kind: int, leaves: Mapping[str, object]) -> Entry:
-    first = parts[0]
-    kernel = first.path.endswith("/kernel")
-    outputs = sum(part.shape[-1] if kernel or len(part.shape) == 1 else part.shape[0] for part in parts)
-    shape = (outputs, *(first.shape[:1] if kernel else first.shape[1:]))
-    row = shape[-1] if len(shape) > 1 else 1
+    shape = stored_shape(parts)
+    count, row = (math.prod(shape[:-1]), shape[-1]) if len(shape) > 1 else (shape[0], 1)
     size = row // KINDS[kind].weights * KINDS[kind].nbytes if kind in KINDS else row * FLOATS[kind][1].itemsize
 
     def make() -> np.ndarray:
-        stored = np.empty((outputs, size), np.uint8)
+        stored = np.empty((count, size), np.uint8)
         for part in parts:
-            rows = _rows(materialised(leaves[part.path]), part.path, kind)
-            stored[slice(None) if part.rows is None else part.rows] = rows
+            rows = _rows(materialised(leaves[part.path]), part, kind)
+            stored[slice(None) if part.rows is None else part.rows] = rows.reshape(-1, size)
         return stored
 
-    return Entry(name, shape, kind, outputs * size, make)
+    return Entry(name, shape, kind, count * size, make)
 
 
-def _rows(leaf: object, path: str, kind: int) -> np.ndarray:
-    """uint8 (rows, bytes) of a parameter, an output channel or a token each."""
+def _rows(leaf: object, part: Piece, kind: int) -> np.ndarray:
+    """The bytes of a parameter, an output channel or a token after the other."""
     if isinstance(leaf, QTensor):
         return joining.rows_of(kind, leaf)
     array = np.asarray(leaf).astype(FLOATS[kind][1])
-    if path.endswith("/offset"):  # of a norm that multiplies with 1 + offset: files hold the sum
+    if part.path.endswith("/offset"):  # of a norm that multiplies with 1 + offset: files hold the sum
         array = array + np.ones((), array.dtype)
-    array = array.T if path.endswith("/kernel") else array
-    return np.ascontiguousarray(array).view(np.uint8).reshape(len(array), -1)
+    array = array.swapaxes(-1, -2) if part.transposed else array
+    return np.ascontiguousarray(array).view(np.uint8)

@@ -6,6 +6,7 @@ bytes. Integers with zero points are not written: a block holds the float16 prod
 another number.
 """
 
+import jax
 import numpy as np
 
 from qjax.checkpoints.gguf.blocks import KINDS, MXFP4_CODES, Kind, Parts
@@ -15,6 +16,7 @@ from qjax.formats import Format, parse_format
 from qjax.qtensor import QTensor
 
 EXACT = {kind.format: number for number, kind in KINDS.items()}
+EXACT |= dict.fromkeys(("mxfp4_even", "mxfp4_ceil"), EXACT["mxfp4"])  # other rules of rounding, the same codes
 REPEATED = {4: 2, 5: 6, 8: 8}  # bits of symmetric integers -> Q4_0, Q5_0, Q8_0
 BLOCK = 32  # of these
 MXFP4_PLACES = np.array([np.argmax(code == MXFP4_CODES) for code in range(15)], np.uint8)
@@ -41,7 +43,12 @@ def nearest(fmt: Format, in_features: int) -> Format | None:
 
 
 def rows_of(number: int, q: QTensor) -> np.ndarray:
-    """uint8 (out, bytes): the weight as rows of blocks of a type that `kind_of` tells."""
+    """uint8 (out, bytes): the weight as rows of blocks of a type that `kind_of` tells, the members of a stack one after the
+    other.
+    """
+    if q.codes.ndim > 2:
+        parts, tree = jax.tree.flatten(q)
+        return np.concatenate([rows_of(number, tree.unflatten(each)) for each in zip(*map(np.asarray, parts), strict=True)])
     kind, (inputs, rows) = KINDS[number], q.shape
     codes = unpack(np.ascontiguousarray(np.asarray(q.codes).T), q.format.bits, inputs)
     scales = _numbers(q.scales, q, kind)

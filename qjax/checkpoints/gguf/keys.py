@@ -13,6 +13,7 @@ import numpy as np
 from qjax.checkpoints.gguf.architectures import FAMILIES
 from qjax.checkpoints.gguf.config import (
     AMPLITUDE,
+    BETAS,
     ENDS,
     FREQUENCIES,
     LLAMA3,
@@ -28,17 +29,21 @@ from qjax.checkpoints.target import RefusedError
 from qjax.models.config import DecoderConfig
 from qjax.models.families import read_config, write_config
 
-ARCHITECTURES = {family: name for name, (family, *_) in FAMILIES.items()} | {"mistral": "llama", "falcon2": "falcon"}
+ARCHITECTURES = {family: name for name, (family, *_) in FAMILIES.items()} | {
+    **dict.fromkeys(("mistral", "mixtral"), "llama"),
+    "falcon2": "falcon",
+}
 FIELDS = {  # of DecoderConfig, where a config.json of the family has no entry for a key
     "context_length": "context",
     "embedding_length": "hidden_size",
     "block_count": "layers",
     "feed_forward_length": "mlp_size",
+    "expert_feed_forward_length": "mlp_size",
     "attention.head_count": "heads",
     "attention.head_count_kv": "kv_heads",
     "rope.freq_base": "rope_theta",
 }
-FLOATS = r"(epsilon|freq_base|freq_base_swa|scale|softcapping|factor)$"  # of numbers that are no counts
+FLOATS = r"(epsilon|freq_base|freq_base_swa|scale|softcapping|factor|beta_fast|beta_slow)$"  # of numbers that are no counts
 
 
 def architecture_of(config: DecoderConfig) -> str:
@@ -75,6 +80,10 @@ def _scaling(config: DecoderConfig, content: Mapping) -> tuple[dict[str, object]
     kind = said.get("rope_type", said.get("type"))
     if kind == "linear":
         return {"rope.scaling.type": "linear", "rope.scaling.factor": said["factor"]}, {}
+    if kind == "yarn":
+        scaling = config.rope_scaling
+        keys = {"rope.scaling.type": "yarn", "rope.scaling.factor": scaling.factor, ORIGINAL: scaling.original_context}
+        return keys | dict(zip(BETAS, (scaling.fast_turns, scaling.slow_turns), strict=True)), {}
     if kind == "longrope":
         original, context = config.rope_scaling.original_context, config.rope_scaling.context
         keys = {ORIGINAL: original, AMPLITUDE: long_amplitude(context, original)}

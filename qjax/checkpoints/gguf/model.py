@@ -5,6 +5,7 @@ float32 where they are quantized: tables are looked up, not multiplied with, and
 tensor keeps its type.
 """
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
@@ -17,18 +18,19 @@ import numpy as np
 from qjax.checkpoints.gguf import blocks
 from qjax.checkpoints.gguf.config import CONSTANTS, config_of
 from qjax.checkpoints.gguf.container import Contents, TensorInfo, read_bytes_of, read_files
-from qjax.checkpoints.gguf.names import Piece, stored_pieces
+from qjax.checkpoints.gguf.names import Piece, experts_apart, stored_pieces, stored_shape
 from qjax.checkpoints.gguf.vocabulary import tokenizer_json
-from qjax.checkpoints.leaves import blank
+from qjax.checkpoints.leaves import template
 from qjax.errors import QjaxError
 from qjax.files import expand, listing
-from qjax.formats import UNQUANTIZED, parse_format
+from qjax.formats import UNQUANTIZED
 from qjax.lazy import Lazy
 from qjax.linear import is_quantized
 from qjax.models.config import DecoderConfig
 from qjax.models.families import read_config
 from qjax.models.model import Model
 from qjax.models.parameters import parameter_shapes, unflatten
+from qjax.models.stacks import spread, stack_of, together
 from qjax.models.tokenizer import Tokenizer, wrap_tokenizer
 from qjax.models.tokenizer_trial import parse_safely
 from qjax.qtensor import QTensor, dequantize
@@ -74,6 +76,8 @@ def _load(path: Path, contents: Contents, lazy: bool) -> Model:
     content = config_of(contents.values, tensors, constants)
     config = read_config(content)
     shapes = parameter_shapes(config)
+    stacks = experts_apart(tensors, shapes)
+    shapes = spread({path: shape[1:] if path in stacks else shape for path, shape in shapes.items()}, stacks)
     pieces = stored_pieces(config, shapes, str(contents.values["general.architecture"]))
     _check(pieces, tensors)
     tokenizer = _tokenizer(contents.values, config)
@@ -90,6 +94,7 @@ def _load(path: Path, contents: Contents, lazy: bool) -> Model:
             broken.append(name)
     if broken:
         raise QjaxError(f"NaN or infinite weights in {listing(broken)}; get an intact file")
+    leaves = together(leaves, stacks)
     formats = dict.fromkeys(str(leaf.format) for leaf in leaves.values() if is_quantized(leaf))
     recipe = f"gguf file: {listing(formats)}" if formats else UNQUANTIZED
     return Model(config, unflatten(leaves), tokenizer, path.stem, recipe)
@@ -106,7 +111,7 @@ def _check(pieces: Mapping[str, tuple[Piece, ...]], tensors: Mapping[str, Tensor
     for name, parts in pieces.items():
         if (info := tensors.get(name)) is None:
             continue
-        shape = _stored_shape(parts)
+        shape = stored_shape(parts)
         if info.shape != shape:
             problems.append(f"{name} has shape {info.shape}, expected {shape}")
             continue
@@ -115,17 +120,19 @@ def _check(pieces: Mapping[str, tuple[Piece, ...]], tensors: Mapping[str, Tensor
                 problems.append(f"{name} ends after the file")
         except QjaxError as error:
             problems.append(str(error))
+    problems += _mixed(pieces, tensors)
     if problems:
         raise QjaxError(f"the tensors do not fit the model that it describes: {listing(problems)}")
 
 
-def _stored_shape(parts: tuple[Piece, ...]) -> tuple[int, ...]:
-    first = parts[0]
-    if len(first.shape) == 1:
-        return (sum(part.shape[0] for part in parts),)
-    if _is_kernel(first.path):
-        return sum(part.shape[1] for part in parts), first.shape[0]
-    return first.shape
+def _mixed(pieces: Mapping[str, tuple[Piece, ...]], tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """Experts that files hold one by one, of different types."""
+    kinds = collections.defaultdict(dict)  # of a stack: type -> the first tensor of it
+    for name, (first, *_) in pieces.items():
+        if name in tensors and stack_of(first.path) != first.path:
+            kinds[stack_of(first.path)].setdefault(tensors[name].kind, name)
+    mixed = [" and ".join(names.values()) for names in kinds.values() if len(names) > 1]
+    return [f"{names} are of different types, expected one for all experts of a layer" for names in mixed]
 
 
 def _is_kernel(path: str) -> bool:
@@ -150,11 +157,11 @@ def _rows(info: TensorInfo) -> np.ndarray:
 
 
 def _leaf(info: TensorInfo, part: Piece, stored: np.ndarray) -> QTensor | jax.Array:
-    kernel = _is_kernel(part.path)
     try:
         if info.kind in blocks.FLOATS:
             array = _finite(stored.view(blocks.FLOATS[info.kind][1]).reshape(info.shape))
-        elif kernel:
+        elif _is_kernel(part.path):
+            stored = stored.reshape(*info.shape[:-1], -1)
             return blocks.quantized(blocks.KINDS[info.kind], stored if part.rows is None else stored[part.rows])
         else:
             array = _decoded(blocks.KINDS[info.kind], stored, info.shape)
@@ -163,7 +170,7 @@ def _leaf(info: TensorInfo, part: Piece, stored: np.ndarray) -> QTensor | jax.Ar
     array = array if part.rows is None else array[part.rows]
     if part.path.endswith("/offset"):  # of a norm that multiplies with 1 + offset: files hold the sum
         array = array - np.ones((), array.dtype)
-    return jnp.asarray(array.T if kernel else array)
+    return jnp.asarray(array.swapaxes(-1, -2) if part.transposed else array)
 
 
 def _finite(array: np.ndarray) -> np.ndarray:
@@ -195,8 +202,8 @@ def _lazy_leaf(info: TensorInfo, part: Piece, read: Callable[[], QTensor]) -> QT
         return Lazy(part.shape, blocks.FLOATS[info.kind][1], anew, info.file)
     if not _is_kernel(part.path):
         return Lazy(part.shape, np.dtype(np.float32), anew, info.file)
-    template = blank(parse_format(blocks.KINDS[info.kind].format), *part.shape)
-    arrays, structure = jax.tree.flatten(template)
+    record = {"format": blocks.KINDS[info.kind].format, "in_features": part.shape[-2]}
+    arrays, structure = jax.tree.flatten(template(record, part.shape))
     lazy = [
         Lazy(each.shape, np.dtype(each.dtype), functools.partial(lambda i: jax.tree.leaves(read())[i], i), info.file)
         for i, each in enumerate(arrays)
