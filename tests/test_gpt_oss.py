@@ -276,7 +276,11 @@ BROKEN = {
     ),
     "inputs": (lambda each: None, {"hidden_size": 48}, "MXFP4 is of (experts, in, out), in a multiple of 32"),
     "no entry": (lambda each: None, None, "(MXFP4: model.layers.0.mlp.experts.down_proj_blocks)"),
-    "another library": (lambda each: None, {"quant_method": "awq", "bits": 4}, "unexpected model.layers.0.mlp.experts"),
+    "another library": (
+        lambda each: None,
+        {"quant_method": "awq", "bits": 4},
+        "config.json says awq (MXFP4: model.layers.0.mlp.experts.down_proj_blocks)",
+    ),
 }
 
 

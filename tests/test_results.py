@@ -1,6 +1,7 @@
 """Committed results: every table is what its rows give, every figure can be drawn, every column is described.
 
-Tables are equal byte for byte, but for numbers in CSV files, which have all digits: the last ones are those of a version of NumPy.
+Tables are equal byte for byte, but for numbers in CSV files, which have all digits: the last ones are those of a version of
+NumPy.
 """
 
 import contextlib
@@ -54,7 +55,7 @@ def equal(name: str, committed: str, made: str) -> bool:
 
 
 def test_equal_but_for_last_digits():
-    table = "recipe,bits\n\"rtn, int4\",0.1\n"
+    table = 'recipe,bits\n"rtn, int4",0.1\n'
     assert equal("a.csv", table, table.replace("0.1", "0.10000000000000002"))
     assert not equal("a.md", table, table.replace("0.1", "0.10000000000000002"))
     for other in (table.replace("0.1", "0.1001"), table.replace("int4", "int3"), table + "x,1\n", table.replace("0.1", "nan")):
