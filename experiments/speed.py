@@ -32,7 +32,7 @@ import numpy as np
 
 import qjax
 from qjax.evaluate.perplexity import score
-from qjax.linear import Linear, apply_linear, prepare, prepare_tree
+from qjax.linear import Linear, apply_linear, prepare_tree
 from qjax.models.model import runnable
 from qjax.report.reports import write_reports
 from qjax.sweep.measurements.provenance import provenance
@@ -85,7 +85,7 @@ def products(out: Path, rounds: int, shape: tuple[int, int], counts: tuple[int, 
         x = jax.random.normal(jax.random.key(1), (count, shape[0]))
         packed = kernel_benchmark.repeat(prepare_tree(kernel_benchmark.quantized(shape, "int4-g128"), x.dtype), 2)
         timed, narrow = kernel_benchmark.timing.products, x.astype(jnp.bfloat16)
-        rounded = [prepare(leaf) for leaf in eight(weight, 2)]
+        rounded = prepare_tree(eight(weight, 2), x.dtype)
         ours = {
             f"int4-g128 product, {count} rows": timed(qjax.matmul, x, packed),
             f"int4-g128 product of bfloat16, {count} rows": timed(qjax.matmul, narrow, packed),

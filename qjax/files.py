@@ -5,7 +5,6 @@ Reading is in `untrusted.py`.
 """
 
 import contextlib
-import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -15,7 +14,11 @@ from qjax.place import place_mark
 
 
 def expand(path: str | Path) -> Path:
-    """The path with ~ as the home folder; a ~ that names no user stays as it is."""
+    """The path with ~ as the home folder; a ~ that names no user stays as it is. Raises QjaxError for an empty one, which would
+    be the folder one is in.
+    """
+    if not str(path):
+        raise QjaxError("an empty path names nothing; give one, or . for the folder you are in")
     try:
         return Path(os.path.expanduser(path))  # noqa: PTH111 - Path.expanduser raises
     except ValueError:  # no name of a user at all
@@ -107,15 +110,6 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def digest_of(path: Path) -> str:
-    """SHA-256 of a file's content. Raises QjaxError when it is missing or unreadable."""
-    try:
-        with path.open("rb") as content:
-            return hashlib.file_digest(content, "sha256").hexdigest()
-    except OSError as error:
-        raise QjaxError(f"cannot read {path}: {reason(error)}") from error
 
 
 def listing(items: Iterable[object], limit: int = 5) -> str:

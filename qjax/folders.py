@@ -20,6 +20,7 @@ from qjax.files import expand, sync, temporary_of, unwritable
 from qjax.place import is_gone, place_mark
 from qjax.untrusted import status
 
+OF_MODELS = ("qjax.json", "config.json")  # which say what a model's folder is
 DAY = 86400.0  # seconds after which what another machine was writing counts as left behind
 
 
@@ -61,6 +62,7 @@ def require_place(path: str | Path, *, overwrite: bool = False) -> Path:
     """
     path = expand(path)
     try:
+        status(path)  # or it is a link to nothing
         target = path.resolve()
         if target.exists() and not target.is_dir():
             raise QjaxError(f"cannot write {path}: it is a file; name a folder")
@@ -122,7 +124,7 @@ def prepare_output_folder(path: str | Path) -> Path:
     """A folder that files are added to, made where it is missing, after proof that it can be written."""
     path = expand(path)
     try:
-        if path.exists() and not path.is_dir():
+        if status(path) and not path.is_dir():
             raise QjaxError(f"cannot write {path}: it is a file; name a folder")
         path.mkdir(parents=True, exist_ok=True)
         _probe(path)
@@ -130,6 +132,16 @@ def prepare_output_folder(path: str | Path) -> Path:
     except (OSError, ValueError) as error:
         raise unwritable(path, error) from error
     return path
+
+
+def prepare_results_folder(path: str | Path) -> Path:
+    """`prepare_output_folder` for rows and what is made of them. Raises QjaxError for a model's folder, which has rows of its
+    own.
+    """
+    path = expand(path)
+    if status(path) and path.is_dir() and (held := next((name for name in OF_MODELS if status(path / name)), None)):
+        raise QjaxError(f"{path} holds a model ({held}); name another folder for results")
+    return prepare_output_folder(path)
 
 
 def refuse_inputs(output: str | Path, inputs: Iterable[str | Path]) -> None:

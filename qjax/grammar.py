@@ -245,14 +245,19 @@ def split_rule(text: str) -> tuple[str, str]:
     pattern, equals, recipe = text.partition("=")
     if not equals or not pattern or not recipe:
         raise QjaxError(f"rule {text!r}: expected PATTERN=RECIPE, for example 'mlp/down=rtn:int8-g128'")
+    require_pattern(f"rule {text!r}", pattern)
+    return pattern, recipe
+
+
+def require_pattern(where: str, pattern: str) -> None:
+    """Raises QjaxError, which begins with `where`, for what is no regular expression, or may take long to match."""
     try:
         re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
         hint = ", in which any text is '.*'" if "*" in pattern else ""
-        raise QjaxError(f"rule {text!r}: {pattern!r} is not a regular expression{hint}: {error}") from None
+        raise QjaxError(f"{where}: {pattern!r} is not a regular expression{hint}: {error}") from None
     if _repeats_repeats(pattern):
-        raise QjaxError(f"rule {text!r}: {pattern!r} repeats what has repeats in it, which may take long; write it without")
-    return pattern, recipe
+        raise QjaxError(f"{where}: {pattern!r} repeats what has repeats in it, which may take long; write it without")
 
 
 def _repeats_repeats(pattern: str) -> bool:
@@ -298,10 +303,12 @@ def _check_recipe(text: str) -> str:
 def require_method(text: str) -> None:
     """Raises QjaxError for a recipe without its format that has unknown words, or the recipe that was probably meant."""
     where, (stages, at, order) = f"method {text!r}", text.partition("@")
+    if re.search(r":(?![^(]*\))", stages):
+        raise QjaxError(f"{where}: a method has no format, a recipe (--recipes) has; give {stages.partition(':')[0]!r}")
     try:
         read_stages(where, split_stages(where, stages), _options)
     except QjaxError:
-        if found := suggestion(text, _check_recipe, names(*FIRST)):
+        if found := suggestion(stages, _check_recipe, names(*FIRST)):
             raise QjaxError(f"{where}: a method has no format, a recipe (--recipes) has; {found}") from None
         raise
     if at:

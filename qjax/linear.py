@@ -17,13 +17,11 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import serialization
 from jax.lax import PrecisionLike
-from jax.tree_util import keystr
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
-from qjax import maps, qtensor
+from qjax import flax_state, maps, qtensor
 from qjax.activations import Activation, multiply_rounded, parse_activation
 from qjax.errors import QjaxError
 from qjax.formats import Format
@@ -53,6 +51,7 @@ class LowRank:
     scaling: float = dataclasses.field(default=1.0, metadata={"static": True})
 
 
+@flax_state.registered
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Linear:
@@ -94,22 +93,6 @@ class Linear:
 
 
 Leaf = Linear | QTensor | KernelWeight | Array
-
-
-def _to_state(leaf: Linear | QTensor) -> dict[str, Array]:
-    return {keystr(path): array for path, array in jax.tree_util.tree_flatten_with_path(leaf)[0]}
-
-
-def _from_state(like: Linear | QTensor, state: dict[str, Array]) -> Linear | QTensor:
-    """Raises QjaxError for arrays of another leaf than this one."""
-    found = {name: (array.shape, array.dtype) for name, array in state.items()}
-    if found != (expected := {name: (array.shape, array.dtype) for name, array in _to_state(like).items()}):
-        raise QjaxError(f"the state of a quantized leaf holds {found}, expected {expected}; give the same recipe's leaves")
-    return jax.tree.unflatten(jax.tree.structure(like), [state[name] for name in expected])
-
-
-for _kind in (QTensor, Linear):  # for flax.serialization.to_bytes and from_bytes
-    serialization.register_serialization_state(_kind, _to_state, _from_state)
 
 
 def apply_linear(

@@ -18,7 +18,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree, UInt8
 
-from qjax import grid, packing
+from qjax import flax_state, grid, packing
 from qjax.errors import QjaxError
 from qjax.formats import Format
 from qjax.scales import laid
@@ -26,6 +26,7 @@ from qjax.scales import laid
 FLOAT_DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16}
 
 
+@flax_state.registered
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("codes", "scales", "zeros"),

@@ -9,6 +9,7 @@ import bz2
 import collections
 import contextlib
 import gzip
+import hashlib
 import itertools
 import json
 import math
@@ -42,9 +43,9 @@ def status(path: str | Path) -> os.stat_result | None:
     try:
         return os.stat(path)  # noqa: PTH116 - Path.stat has no words for a NUL
     except (FileNotFoundError, NotADirectoryError) as error:
-        if not os.path.islink(path):  # noqa: PTH114
-            return None
-        raise QjaxError(f"{path} is a link to {os.readlink(path)}, where nothing is; mend or remove it") from error  # noqa: PTH115
+        with contextlib.suppress(OSError, ValueError):  # no link
+            raise QjaxError(f"{path} is a link to {os.readlink(path)}, where nothing is; mend or remove it") from error  # noqa: PTH115
+        return None
     except (OSError, ValueError) as error:
         raise QjaxError(f"cannot read {path}: {_reason(error)}") from error
 
@@ -64,6 +65,7 @@ def open_regular(path: str | Path) -> Iterator[BinaryIO]:
     try:
         descriptor = os.open(path, flags)
     except (OSError, ValueError) as error:
+        status(path)
         raise QjaxError(f"cannot read {path}: {_reason(error)}") from error
     try:
         mode = os.fstat(descriptor).st_mode
@@ -84,6 +86,12 @@ def read_bytes(path: str | Path, limit: int = TEXT_BYTES) -> bytes:
         if os.fstat(file.fileno()).st_size > limit:
             raise _too_large(path, limit)
         return _limited(file, path, limit)
+
+
+def digest_of(path: str | Path) -> str:
+    """SHA-256 of a file's content. Raises QjaxError as `open_regular` does."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_unpacked(path: str | Path, limit: int = TEXT_BYTES) -> bytes:

@@ -21,10 +21,9 @@ from pathlib import Path
 
 from qjax.checkpoints.packed import DESCRIPTION, _digest
 from qjax.cli import app as cli
-from qjax.files import digest_of
 from qjax.folders import standing
 from qjax.sweep.store import ROWS, read_rows
-from qjax.untrusted import read_json
+from qjax.untrusted import digest_of, read_json
 
 from .sweep_torture import figures
 

@@ -14,6 +14,7 @@ from scipy.stats import spearmanr
 from qjax.evaluate.statistics import Difference, aggregate_draws
 from qjax.report.estimates import Estimate, cell_estimates
 from qjax.report.rendering import decimals, documents_of, loss_change, with_error
+from qjax.report.scaling import latest, scaling_table
 from qjax.report.tables import change_of_perplexity
 from qjax.sweep.store import ROWS, read_rows
 from tests.paths import REPOSITORY
@@ -371,6 +372,8 @@ def _markdown(headers: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
 
 BF16, F32 = "losses in bfloat16", "losses in float32"
 PARALLEL, QEP, REFINED = "gptq:int4-g64@parallel", "gptq:int4-g64@qep", "gptq(refine=4):int4-g64@qep"
+COLD, OURS, DENSE = f"{PARALLEL}, cold", "qjax float32", "dense float32"
+TIMED = ("random-1M", "random-15M", SMOLLM2)
 
 
 def faster(model: str, task: str, peer: str) -> tuple[float, float, float]:
@@ -380,10 +383,30 @@ def faster(model: str, task: str, peer: str) -> tuple[float, float, float]:
     return float(np.median(ratios)), min(ratios), max(ratios)
 
 
+def per_rows(product: str, peer: str = DENSE, rows: tuple[int, ...] = (1, 8, 64, 512)) -> tuple[float, ...]:
+    """How many times as fast a product is, by the rows of its input."""
+    return tuple(faster("4096 x 4096", f"{product}, {each} rows", peer)[0] for each in rows)
+
+
 def ours_seconds(model: str, task: str) -> float:
     """The median of our seconds."""
     rows = read_rows(RESULTS / "speed" / ROWS)
     return float(np.median([row["seconds"] for row in rows if (row["model"], row["task"]) == (model, task)]))
+
+
+# --- how cost grows -------------------------------------------------------------------------------------------------------
+
+
+def grown(axis: str) -> set[int]:
+    """The sizes along an axis, or the numbers of parameters."""
+    return {row[axis] for row in latest(read_rows(RESULTS / "scaling" / ROWS))}
+
+
+def grows(work: str, axis: str) -> float:
+    """The exponent of time."""
+    table = scaling_table(read_rows(RESULTS / "scaling" / ROWS))
+    (found,) = (row["seconds"] for row in table.rows if (row["work"], row["axis"]) == (work, axis))
+    return float(found.split()[0])
 
 
 # --- kernels --------------------------------------------------------------------------------------------------------------

@@ -19,6 +19,12 @@ def model():
     return weights_model(tiny_config(vocabulary_size=257), byte_tokenizer())
 
 
+@pytest.mark.parametrize("name", ["c4", "python-docs", "text:novel.txt"])
+def test_the_name_of_a_text_is_no_text(model, name):
+    with pytest.raises(QjaxError, match=rf"'{name}' names a text; give qjax.load_calibration\(model, '{name}'\)"):
+        as_calibration(model, name)
+
+
 def test_windows_of_the_joined_text_without_replacement(model):
     found = load_calibration(model, CORPUS, windows=20, window=16, seed=3)
     assert found.tokens.shape == (20, 16) and found.tokens.dtype == np.int32

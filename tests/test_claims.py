@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from qjax.calibrate.tokens import Calibration
-from qjax.errors import QjaxWarning
+from qjax.errors import QjaxError, QjaxWarning
 from qjax.numbers import NotFiniteError
 from qjax.place import this_place
 from qjax.sweep import claims, runner, store, worker
@@ -93,6 +93,12 @@ def test_a_claim_whose_heartbeat_stands_still_is_void_after_the_stated_time(tmp_
     assert "a" in looking.others()
     clock[0] += 2
     assert looking.others() == {} and not path.exists()
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf"), 1e300])
+def test_times_that_no_thread_can_wait(tmp_path, seconds):
+    with pytest.raises(QjaxError, match=r"stale_seconds .*: expected more than 0, to 1e"):
+        Claims(tmp_path, stale_seconds=seconds)
 
 
 def test_a_worker_beats_and_loses_what_is_taken_from_it(tmp_path):

@@ -18,7 +18,14 @@ from qjax.checkpoints.parts import PartWriter
 from qjax.cli.early import check_names
 from qjax.errors import QjaxError
 from qjax.files import temporary_of, write_atomically
-from qjax.folders import new_folder, prepare_output_folder, refuse_inputs, require_place, standing
+from qjax.folders import (
+    new_folder,
+    prepare_output_folder,
+    prepare_results_folder,
+    refuse_inputs,
+    require_place,
+    standing,
+)
 from qjax.models import walk
 from qjax.models.parameters import flatten
 from qjax.place import this_place
@@ -215,6 +222,25 @@ def test_what_cannot_be_replaced(tmp_path, monkeypatch):
                 require_place(tmp_path / name, overwrite=True)
     with pytest.raises(QjaxError, match=r"null (byte|character)"):
         require_place("a\0b")
+
+
+@pytest.mark.parametrize("name", ["qjax.json", "config.json"])
+def test_results_do_not_go_into_a_models_folder(name, tmp_path):
+    """Which has rows of its own, of its layers."""
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(QjaxError, match=rf"holds a model \({name}\); name another folder for results"):
+        prepare_results_folder(tmp_path)
+    assert prepare_results_folder(tmp_path / "results").is_dir()
+
+
+def test_links_to_nothing_and_empty_paths_are_no_place(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "below")
+    for prepare in (require_place, prepare_output_folder, prepare_results_folder):
+        with pytest.raises(QjaxError, match=r"is a link to .*, where nothing is"):
+            prepare(tmp_path / "link")
+        with pytest.raises(QjaxError, match="an empty path names nothing"):
+            prepare("")
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_an_output_that_is_an_input(tmp_path):

@@ -147,6 +147,26 @@ def test_quantized_kernels_keep_their_codes(model, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, qjax.load(tmp_path / "packed").params, load_gguf(path).params)
 
 
+def test_tensors_lie_apart_and_even(model, tmp_path):
+    path, tensors = tmp_path / "m.gguf", model_tensors(model)
+    good = file_bytes(model_values(model), tensors)
+    name, (_, shape, _) = list(tensors.items())[-1]
+    place = good.index(struct.pack("<Q", len(name)) + name.encode()) + 8 + len(name) + 4 + 8 * len(shape) + 4
+    (offset,) = struct.unpack_from("<Q", good, place)
+    for value, said in ((offset + 1, "begins at no multiple of 32 bytes"), (0, "begins within|do not fit")):
+        path.write_bytes(changed(good, place, "Q", value))
+        with pytest.raises(QjaxError, match=said):
+            load_gguf(path)
+
+
+def test_more_texts_than_any_vocabulary_has(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("qjax.checkpoints.gguf.container.TEXTS", 5)
+    values = model_values(model)
+    written(tmp_path / "m.gguf", values | {"some.texts": ["a"] * 6}, model_tensors(model))
+    with pytest.raises(QjaxError, match=r"it has lists of \d+ texts, expected at most 5"):
+        load_gguf(tmp_path / "m.gguf")
+
+
 def test_a_model_in_several_files(model, tmp_path):
     tensors = model_tensors(model)
     split = {"split.count": 2, "split.tensors.count": len(tensors)}
@@ -159,7 +179,7 @@ def test_a_model_in_several_files(model, tmp_path):
     for place in (tmp_path, *paths):
         assert_equal(qjax.load(place), model)
     written(paths[1], split | {"split.no": 1}, halves[0])
-    with pytest.raises(QjaxError, match="part 1 of the model, expected 1 with tensors of its own"):
+    with pytest.raises(QjaxError, match=r"00002.gguf has .*blk.0.*, as another part of the model has"):
         qjax.load(tmp_path)
 
 

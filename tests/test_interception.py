@@ -405,18 +405,24 @@ def test_modules_of_nnx_are_named():
 
 
 @pytest.mark.parametrize("recipe", ["rtn:int8-g4", "nf4-g4-dq", "rtn:int3-channel-sym/int8-token"])
-def test_quantized_parameters_go_through_flax_serialization(recipe, x):
-    module = Mixed()
+@pytest.mark.parametrize("module", [Mixed(), Scanned(), nn.Conv(6, (1,))], ids=["layers", "stack", "convolution"])
+def test_quantized_parameters_go_through_flax_serialization(module, recipe, x):
     params, _ = qjax.quantize_flax(module, initialise(module, x), recipe, batches=[(x,)])
     fresh = module.init(jax.random.key(5), x)["params"]
     like, _ = qjax.quantize_flax(module, fresh, recipe, batches=[(x,)])
-    written = serialization.to_bytes(params)
-    found = serialization.from_bytes(like, written)
+    found = serialization.from_bytes(like, serialization.to_bytes(params))
     assert jax.tree.structure(found) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, found, params)
-    other, _ = qjax.quantize_flax(module, fresh, "rtn:int2-g4", batches=[(x,)])
-    with pytest.raises(qjax.QjaxError, match="give the same recipe's leaves"):
-        serialization.from_bytes(other, written)
+
+
+@pytest.mark.parametrize("kept", ["nf4-g4", "rtn:int4-g4-sym-full", "rtn:int2-g4", None])
+def test_states_of_other_leaves_are_refused(kept, x):
+    """Also where all shapes are alike."""
+    params = initialise(Mixed(), x)
+    like, _ = qjax.quantize_flax(Mixed(), params, "rtn:int4-g4-sym-max", batches=[(x,)])
+    other = params if kept is None else qjax.quantize_flax(Mixed(), params, kept, batches=[(x,)])[0]
+    with pytest.raises(qjax.QjaxError, match=r"what was kept is another leaf than the target \(a QTensor\)"):
+        serialization.from_bytes(like, serialization.to_bytes(other))
 
 
 def test_quantized_parameters_are_kept_by_orbax(x, tmp_path):

@@ -34,7 +34,7 @@ def test_launchers_by_name():
         "slurm",
         {"timeout_min": 60, "slurm_partition": "gpu", "mem_gb": 1.5},
     )
-    for wrong in ("slrm", "slurm(60)", "local(a=1)", "slurm(", ""):
+    for wrong in ("slrm", "slurm(60)", "local(a=1)", "slurm(", "", "slurm(workers=3)", "ray(folder=a)"):
         with pytest.raises(QjaxError, match="launcher"):
             parse_launcher(wrong)
 
@@ -47,6 +47,9 @@ def test_workers_all_run_and_the_first_failure_is_told(tmp_path):
     with pytest.raises(WorkerError, match=r"worker 1 of 1 ended with exit code 3: no such model$") as failed:
         run_workers(saying(text), 1, tmp_path)
     assert failed.value.code == 3
+    text = "import sys; print('error: stopped; what was finished is kept, and so on', file=sys.stderr); sys.exit(3)"
+    with pytest.raises(WorkerError, match=r"with exit code 3: stopped$"):  # which is said once, of all
+        run_workers(saying(text), 1, tmp_path)
     with pytest.raises(WorkerError, match="was ended by signal 9: it said nothing") as failed:
         run_workers(saying("import os; os.kill(os.getpid(), 9)"), 1, tmp_path)
     assert failed.value.code == 128 + signal.SIGKILL

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import qjax
 from qjax.activations import parse_activation
+from qjax.errors import QjaxError
 from qjax.evaluate.generate import generate
 from qjax.linear import Linear
 from qjax.models import model as module
@@ -72,3 +74,21 @@ def test_what_layers_do_to_their_inputs_survives_being_made_to_run(tiny_model):
     np.testing.assert_array_equal(runnable(decoded).params["head"]["norm"]["scale"], tiny_model.params["head"]["norm"]["scale"])
     texts = [generate(model, [np.asarray(tokens[0])], 4, packed=True).tokens[0].tolist() for model in (decoded, held)]
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda name: qjax.quantize(name, "rtn:int4-g32"),
+        lambda name: qjax.perplexity(name, "python-docs"),
+        lambda name: qjax.divergence(qjax.load("bundled"), name, "python-docs"),
+        lambda name: qjax.accuracy(name, "cloze"),
+        lambda name: qjax.generate(name, "Hello"),
+        lambda name: qjax.load_calibration(name, "python-docs"),
+        qjax.inject_outliers,
+        lambda name: qjax.save("folder", name),
+    ],
+)
+def test_a_name_is_no_model(call):
+    with pytest.raises(QjaxError, match=r"expected a Model, got the name 'bundled'; give qjax.load\('bundled'\)"):
+        call("bundled")

@@ -17,9 +17,9 @@ from safetensors.numpy import load_file, save_file
 
 from qjax import files
 from qjax.activations import parse_activation
+from qjax.checkpoints.huggingface import save_huggingface
 from qjax.checkpoints.load import load
 from qjax.checkpoints.packed import config_from_dict, config_to_dict, load_packed, save
-from qjax.driver.decoder import quantize_to
 from qjax.errors import QjaxError
 from qjax.files import write_atomically
 from qjax.formats import parse_format
@@ -488,20 +488,34 @@ def test_weights_that_were_changed(folder):
         materialised(lazy.params)
 
 
+def test_values_that_are_not_finite_are_not_written(tmp_path):
+    """And a good folder is not given for them."""
+    model = quantized_model("int4-g16")
+    save(tmp_path / "model", model)
+    leaves = flatten(model.params)
+    leaves["head/norm/scale"] = leaves["head/norm/scale"].at[3].set(np.nan)
+    for write in (save, save_huggingface):
+        with pytest.raises(QjaxError, match=r"NaN or infinite values in .*norm.*, which are not written"):
+            write(tmp_path / "model", model._replace(params=unflatten(leaves)), overwrite=True)
+        assert_equal_models(load_packed(tmp_path / "model"), model)
+
+
+def test_rows_of_layers_are_not_read(folder):
+    """Whatever stands in their place."""
+    os.mkfifo(folder / "layers.jsonl")
+    load_packed(folder)
+
+
+def test_weights_that_are_a_pipe(folder):
+    (folder / "tokenizer.json").unlink(missing_ok=True)
+    os.mkfifo(folder / "tokenizer.json")
+    expect_refusal(folder, "not a regular file")
+
+
 def test_a_description_that_claims_to_be_older(folder):
     """What a version without digests would not check is checked where they are there."""
     edit(folder, lambda d: d.update(version=2))
     expect_refusal(folder, "qjax.json is not as qjax wrote it")
-
-
-def test_rows_of_layers_belong_to_their_weights(tmp_path):
-    quantize_to(tmp_path / "a", weights_model(tiny_config()), "rtn:int4-g16")
-    load_packed(tmp_path / "a")
-    with (tmp_path / "a" / "layers.jsonl").open("a") as file:
-        file.write("{}\n")
-    expect_refusal(tmp_path / "a", "layers.jsonl is not as qjax.json tells it")
-    (tmp_path / "a" / "layers.jsonl").unlink()  # which nothing needs
-    load_packed(tmp_path / "a")
 
 
 def test_a_folder_of_version_2_has_no_digests(folder):

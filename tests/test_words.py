@@ -134,6 +134,10 @@ def test_options_that_are_right_as_far_as_words_go():
         require_method("gptq@qpe")
     with pytest.raises(QjaxError, match=r"^method 'W4A16': a method has no format, .*'int4-g128-sym'"):
         require_method("W4A16")
+    with pytest.raises(QjaxError, match=r"^method 'W4A16@qep': a method has no format, .*'int4-g128-sym'"):
+        require_method("W4A16@qep")
+    with pytest.raises(QjaxError, match=r"^method 'rtn:int4': a method has no format, .* give 'rtn'$"):
+        require_method("rtn:int4")
     with pytest.raises(QjaxError, match=r"^method 'gptq\(dmap=1\)': gptq has no option 'dmap=1'"):
         require_method("gptq(dmap=1)")
 

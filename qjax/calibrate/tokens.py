@@ -15,10 +15,10 @@ from jaxtyping import Float, Int
 
 from qjax.calibrate.samples import tokens_of
 from qjax.errors import QjaxError
-from qjax.evaluate.corpora import Corpus, article_starts, load_corpus
+from qjax.evaluate.corpora import Corpus, article_starts, is_spec, load_corpus
 from qjax.evaluate.kept_tokens import encode_kept
 from qjax.evaluate.windows import within_share
-from qjax.models.model import Model
+from qjax.models.model import Model, require_model
 
 WINDOWS, WINDOW = 128, 2048
 
@@ -50,6 +50,7 @@ def load_calibration(
     window: tokens, cut to the model's context. Raises QjaxError for an unknown corpus, a model without tokenizer, and a text
     with fewer windows than asked for.
     """
+    require_model("load_calibration", model)
     corpus = load_corpus(corpus, "calibration") if isinstance(corpus, str) else corpus
     if model.tokenizer is None:
         raise QjaxError(f"{model.name} has no tokenizer.json, which calibrating on text needs; give tokens instead")
@@ -75,6 +76,8 @@ def as_calibration(model: Model, calibration: object) -> Calibration:
     """Tokens, samples (`samples.py`), a `Corpus` or a `Calibration`, checked against a model; raises QjaxError for wrong
     shapes, types and tokens.
     """
+    if isinstance(calibration, str) and is_spec(calibration):
+        raise QjaxError(f"calibration: {calibration!r} names a text; give qjax.load_calibration(model, {calibration!r})")
     if isinstance(calibration, Corpus):
         calibration = load_calibration(model, calibration)
     if not isinstance(calibration, Calibration):

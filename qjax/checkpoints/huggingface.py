@@ -166,7 +166,7 @@ def _check(
     expected = {tensor.name: (tensor.shape, FLOATS) for tensor in tensors}
     expected |= {each.name_of(suffix): told for each in quantized for suffix, told in each.stored.expected.items()}
     free = {each.name_of(suffix) for each in quantized for suffix in each.stored.optional}
-    if whose := quantizer_of(name for name in headers if name not in expected and name not in free):
+    if whose := quantizer_of([name for name in headers if name not in expected and name not in free]):
         said = f"{quantizer.where.name} says {quantizer.method}" if quantizer else f"{CONFIG} does not say so"
         raise QjaxError(
             f"{folder}: the weights are not a model's own, though {said} ({whose}); give the checkpoint that was quantized, or "

@@ -1,7 +1,7 @@
 """Names of tensors in files that other tools wrote: wrappers that are taken off, and what weights of a quantizer look like."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from qjax.checkpoints.tensors import Header
 from qjax.models.family import Family, StoredTensor
@@ -63,9 +63,8 @@ def owner_of(name: str, modules: Mapping[str, object]) -> str | None:
     return None
 
 
-def quantizer_of(names: Iterable[str]) -> str:
+def quantizer_of(names: Collection[str]) -> str:
     """Whose quantized weights (or adapters) the tensors are, with one of their names; "" for none."""
-    names = list(names)
     for pattern, whose in QUANTIZERS:
         if name := next((name for name in names if re.search(pattern, name)), None):
             return f"{whose}: {name}"

@@ -31,7 +31,7 @@ from qjax.checkpoints.huggingface import load_folder_tokenizer
 from qjax.checkpoints.leaves import TYPES, entry, template
 from qjax.checkpoints.tensors import FLOATS, Header, read_arrays, read_headers, write_tensors
 from qjax.errors import QjaxError
-from qjax.files import digest_of, expand, listing, write_atomically
+from qjax.files import expand, listing, write_atomically
 from qjax.folders import new_folder, standing
 from qjax.linear import Linear, is_quantized
 from qjax.maps import Permute
@@ -39,7 +39,7 @@ from qjax.models.config import DecoderConfig
 from qjax.models.config_json import config_from_dict, config_to_dict
 from qjax.models.model import Model, require_model
 from qjax.models.parameters import check_parameters, flatten, parameter_shapes, unflatten
-from qjax.untrusted import quoted, read_json, status
+from qjax.untrusted import digest_of, quoted, read_json
 
 DESCRIPTION, WEIGHTS, TOKENIZER, LAYERS = "qjax.json", "model.safetensors", "tokenizer.json", "layers.jsonl"
 REPLACED = (
@@ -133,13 +133,12 @@ def load_packed(folder: str | Path, *, lazy: bool = False) -> Model:
     if version == 1:
         headers = {name.replace(".input_scale", ".inputs[0].scale"): header for name, header in headers.items()}
     _check(folder, templates, headers)
-    told = version > 2 or "digests" in description or "digest" in description
+    told = version > 2 or "digest" in description
     check = functools.cache(lambda file: _check_digests(folder, description, [file.name]) if told else None)
     arrays = read_arrays(headers, advice="quantize an intact model again", lazy=lazy, below=_indices(templates), before=check)
     tokenizer = load_folder_tokenizer(folder, config)
     if told:
-        beside = [TOKENIZER, CHAT, *([LAYERS] if status(folder / LAYERS) else [])]
-        _check_digests(folder, description, beside if lazy else [*beside, *files])
+        _check_digests(folder, description, [TOKENIZER, CHAT] if lazy else [TOKENIZER, CHAT, *files])
     return Model(config, unflatten(filled(templates, arrays)), tokenizer, name, recipe)
 
 

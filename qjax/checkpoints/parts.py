@@ -22,12 +22,12 @@ from qjax import __version__
 from qjax.checkpoints import packed
 from qjax.checkpoints.tensors import read_arrays, read_headers, write_tensors
 from qjax.errors import QjaxError
-from qjax.files import digest_of, expand, listing, locked, unwritable, write_atomically
+from qjax.files import expand, listing, locked, unwritable, write_atomically
 from qjax.folders import prepare_output_folder, require_place, take_name
 from qjax.models.config import DecoderConfig
 from qjax.models.model import Model
 from qjax.models.parameters import check_parameters, parameter_shapes
-from qjax.untrusted import read_json
+from qjax.untrusted import digest_of, read_json
 
 PROGRESS, LOCK = "qjax-progress.json", "qjax.lock"
 

@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
             _end(f"error: {told} (see {error.ctx.command_path if error.ctx else 'qjax'} --help)", 2)
         sys.exit(2)
     except OSError as error:
-        _end(f"error: {error.filename or 'file'}: {error.strerror or error}", 2)
+        _end(f"error: {error.filename or 'file'}: {error.strerror or error}; see to that path, or give another", 2)
     except BaseException as error:  # also a panic of a library, which is no Exception
         if _is_memory(error):
             _end("error: memory does not suffice; give a smaller model, fewer or shorter windows, or a larger machine", 2)

@@ -34,9 +34,9 @@ def check_names(
     from qjax.grammar import require_method, require_order, require_words, split_rule
     from qjax.models.compute import require_compute
 
-    for recipe in split_names(recipes) if recipes is not None else ():
+    for recipe in split_names(recipes, "recipe"):
         require_words(recipe)
-    for method in split_names(methods) if methods is not None else ():
+    for method in split_names(methods, "--methods"):
         if method.lower().partition("-")[0] not in (*GRIDS, *ALIASES, UNQUANTIZED):
             require_method(method)
     if order is not None:
@@ -60,7 +60,5 @@ def _check_evaluation(convention: str | None, specs: Iterable[str], tasks: str |
         parse_convention(convention)
     for spec in specs:
         require_spec(spec)
-    if tasks is not None:
-        require_tasks(split_names(tasks))
-    if measure is not None:
-        require_measurements(split_names(measure))
+    require_tasks(split_names(tasks, "--tasks"))
+    require_measurements(split_names(measure, "--measure"))

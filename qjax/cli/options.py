@@ -70,8 +70,10 @@ Out = Annotated[Path, typer.Option("--out", help="Folder to write.", parser=expa
 Folder = Annotated[Path, typer.Argument(help="A folder with rows.jsonl.", parser=expand)]
 
 
-def split_names(text: str) -> list[str]:
-    """Names between commas; commas within parentheses belong to a name."""
+def split_names(text: str | None, option: str) -> list[str]:
+    """Names between commas; commas within parentheses belong to a name. None where the option was not given."""
+    if text is None:
+        return []
     parts, depth, current = [], 0, ""
     for letter in text + ",":
         if letter == "," and depth == 0:
@@ -81,14 +83,14 @@ def split_names(text: str) -> list[str]:
         depth += {"(": 1, ")": -1}.get(letter, 0)
         current += letter
     if depth or not all(parts):
-        raise QjaxError(f"{text!r}: expected names separated by commas, with every parenthesis closed")
+        raise QjaxError(f"{option} {text!r}: expected names separated by commas, with every parenthesis closed")
     return parts
 
 
 def split_numbers(text: str, option: str = "--bits", example: str = "8,4,3,2") -> list[int]:
     """Whole numbers between commas."""
     try:
-        return [int(part) for part in split_names(text)]
+        return [int(part) for part in split_names(text, option)]
     except ValueError:
         raise QjaxError(f"{option} {text!r}: expected whole numbers separated by commas, for example {example}") from None
 

@@ -48,7 +48,7 @@ def rerun(
     from qjax.sweep.rows import restated
 
     old = find_row(rows, row, str(folder))
-    named = split_names(tasks) if tasks is not None else []
+    named = split_names(tasks, "--tasks")
     enable_compilation_cache()
     with live_sweep() as watcher:
         places = {"model": model, "data": data, "calibration": calibration, "tasks": named, "baseline": baseline}

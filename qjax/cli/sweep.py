@@ -31,8 +31,8 @@ from qjax.cli.options import (
     split_seeds,
 )
 from qjax.cli.terminal import live_sweep, live_workers, print_states, print_tables
-from qjax.errors import QjaxError
-from qjax.folders import prepare_output_folder, refuse_inputs
+from qjax.errors import QjaxError, one_line
+from qjax.folders import prepare_results_folder, refuse_inputs
 
 if TYPE_CHECKING:
     from qjax.models.model import Model
@@ -86,7 +86,10 @@ def sweep(
         ),
     ] = "local",
     stale: Annotated[
-        float, typer.Option(min=0.1, help="Seconds after which a worker that gives no sign of life loses its cells to others.")
+        float,
+        typer.Option(
+            min=0.1, max=1e6, help="Seconds after which a worker that gives no sign of life loses its cells to others."
+        ),
     ] = 60.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cells and how far they are; measure nothing.")] = False,
 ) -> None:
@@ -110,12 +113,12 @@ def sweep(
     from qjax.sweep.runner import Sweep, cell_states, rules_in_order
 
     names, rules, measured = canonical(asked, order), rules_in_order(rule or (), order), parse_convention(convention)
-    measures = require_measurements(split_names(measure) if measure is not None else ())
+    measures = require_measurements(split_names(measure, "--measure"))
     if not dry_run:
         refuse_inputs(out, [model])
-        prepare_output_folder(out)
+        prepare_results_folder(out)
     corpora = load_corpora(data)
-    asked = load_tasks(split_names(tasks) if tasks is not None else (), max_questions or None)
+    asked = load_tasks(split_names(tasks, "--tasks"), max_questions or None)
     launched = not dry_run and (workers > 1 if engine == "local" else engine != "none")
     if launched:
         _launch(context, workers, launcher, out)
@@ -163,7 +166,7 @@ def _launch(context: typer.Context, workers: int, launcher: str, out: Path) -> N
         with live_workers(out) as show:
             run_workers(command, workers, out, launcher, on_wait=show)
     except WorkerError as error:
-        typer.echo(f"error: {error}; what was finished is kept, the same command goes on from there", err=True)
+        typer.echo(one_line(f"error: {error}; what was finished is kept"), err=True)
         raise typer.Exit(error.code) from None
 
 
@@ -174,8 +177,10 @@ def _recipes(recipes: str | None, methods: str | None, bits: str | None, group: 
     if recipes is not None and (methods, bits, group) != (None, None, None):
         raise QjaxError("--recipes says everything; give either it or --methods, --bits and --group")
     if recipes is not None:
-        return split_names(recipes)
-    return crossed(split_names(METHODS if methods is None else methods), split_numbers(BITS if bits is None else bits), group)
+        return split_names(recipes, "--recipes")
+    return crossed(
+        split_names(METHODS if methods is None else methods, "--methods"), split_numbers(BITS if bits is None else bits), group
+    )
 
 
 def sensitivity(
@@ -202,7 +207,7 @@ def sensitivity(
 
     names, measured = canonical([recipe], order), parse_convention(convention)
     refuse_inputs(out, [model])
-    prepare_output_folder(out)
+    prepare_results_folder(out)
     corpora = load_corpora(data)
     loaded = load_model(model)
     tokens = calibrations_for(loaded, (names, ()), calibration, data, calibration_windows, calibration_window, drawing)

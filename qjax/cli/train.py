@@ -131,7 +131,7 @@ def qat(
     stopped.
     """
     check_names(recipes=recipe, rules=rule, texts=(*data, calibration), models=(model, original))
-    wanted = QatConfig(tuple(split_names(learn)), loss, scale_rate)
+    wanted = QatConfig(tuple(split_names(learn, "--learn")), loss, scale_rate)
     config = TrainConfig(steps, batch, micro_batch, window, learning_rate, schedule, clip_norm=clip, seed=seed)
     refuse_inputs(out, [model])
     require_place(out, overwrite=overwrite)

@@ -22,7 +22,7 @@ from qjax.cli.options import (
 )
 from qjax.cli.terminal import console, live_sweep, progress_bars
 from qjax.errors import QjaxError
-from qjax.folders import prepare_output_folder, refuse_inputs
+from qjax.folders import prepare_results_folder, refuse_inputs
 
 if TYPE_CHECKING:
     from qjax.sweep.tune import Tuned
@@ -56,13 +56,13 @@ def tune(
     """
     from qjax.sweep.tune import named_recipes, parse_bound
 
-    bound, names = parse_bound(within, of), named_recipes(split_names(recipes))
+    bound, names = parse_bound(within, of), named_recipes(split_names(recipes, "--recipes"))
     task = None if of in ("perplexity", "kl") else of
     for recipe in names:
         check_names(recipes=recipe)
     check_names(rules=rule, convention=convention, tasks=task, texts=(data, calibration), models=(model,))
     refuse_inputs(out, [model])
-    prepare_output_folder(out)
+    prepare_results_folder(out)
     from qjax.driver.placement import in_our_words, parse_rule
     from qjax.evaluate.corpora import load_corpora
     from qjax.evaluate.tasks import load_tasks

@@ -55,7 +55,7 @@ from qjax.methods import UNQUANTIZED, Stage
 from qjax.models import walk
 from qjax.models.fingerprint import model_fingerprint
 from qjax.models.folding import fold_members, folds
-from qjax.models.model import Model, compute_dtype
+from qjax.models.model import Model, compute_dtype, require_model
 from qjax.models.rotation import STREAM, rotate
 from qjax.models.stacks import member, spread, stack_of, with_biases
 from qjax.recipe import Recipe
@@ -97,6 +97,7 @@ def quantize_together(
 
     One request may be in any order. Raises what `quantize` raises. Each report's seconds are its share: all by their number.
     """
+    require_model("quantize", model)
     started = time.perf_counter()
     asked = [_parsed(model, recipe, rules, order) for recipe, rules in requests]
     rotations = [rotation_of(*request) for request in asked]
@@ -149,6 +150,7 @@ def quantize_to(
     appears when it is whole, with layers.jsonl, a row of every kernel. Raises what `quantize` and `save` raise, and QjaxError
     for the folder that a lazy model is read from.
     """
+    require_model("quantize_to", model)
     started = time.perf_counter()
     refuse_inputs(folder, {leaf.file.parent for leaf in jax.tree.leaves(model.params) if is_lazy(leaf) and leaf.file})
     request = _parsed(model, recipe, rules, order)

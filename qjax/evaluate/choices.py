@@ -19,7 +19,7 @@ from qjax.evaluate.likelihood import likelihoods, make_pair
 from qjax.evaluate.questions import Task
 from qjax.evaluate.statistics import estimate
 from qjax.evaluate.tasks import load_task
-from qjax.models.model import Model
+from qjax.models.model import Model, require_model
 from qjax.numbers import NotFiniteError
 
 
@@ -61,6 +61,7 @@ def accuracy(
     Raises QjaxError for an unknown task, a malformed file, a model without tokenizer, a continuation that has no tokens, and
     likelihoods that are not finite.
     """
+    require_model("accuracy", model)
     if isinstance(task, str):
         task = load_task(task, max_questions)
     elif max_questions is not None:

@@ -111,10 +111,16 @@ def load_corpus(spec: str, split: Split = "test", *, render: Render | None = Non
     return Corpus(name, documents, separator=separator, lines=name in _OF_LINES)
 
 
+def is_spec(text: str) -> bool:
+    """Whether a text is the name of one."""
+    kind, colon, _ = text.partition(":")
+    return text in _NAMED or bool(colon and kind in _FILE_READERS)
+
+
 def require_spec(spec: str) -> None:
     """Raises QjaxError for what names no corpus, and for a file that does not exist; nothing is read."""
-    kind, colon, path = spec.partition(":")
-    if spec not in _NAMED and not (colon and kind in _FILE_READERS):
+    _, colon, path = spec.partition(":")
+    if not is_spec(spec):
         raise QjaxError(_unknown(spec))
     if colon and not status(expand(path)):
         raise QjaxError(f"corpus {spec!r}: no such file; expected the path of a text file")

@@ -24,7 +24,7 @@ from qjax.evaluate.perplexity import BATCH_TOKENS
 from qjax.evaluate.statistics import estimate
 from qjax.evaluate.windows import Convention, Windows, corpus_windows, parse_convention
 from qjax.models.compute import compute_name
-from qjax.models.model import LOGITS_AT_ONCE, Model, apply_head, hidden_batches, named, runnable
+from qjax.models.model import LOGITS_AT_ONCE, Model, apply_head, hidden_batches, named, require_model, runnable
 from qjax.numbers import require_finite
 
 
@@ -60,6 +60,8 @@ def divergence(
 
     Raises QjaxError for models of different configurations, divergences that are not finite, and whatever `perplexity` raises.
     """
+    require_model("divergence", model)
+    require_model("divergence", baseline)
     corpus = load_corpus(corpus) if isinstance(corpus, str) else corpus
     windows = corpus_windows(model, corpus, parse_convention(convention).clipped(model.config.context), max_windows, seed=seed)
     return measure_divergence(

@@ -18,7 +18,7 @@ from qjax.errors import QjaxError
 from qjax.evaluate.likelihood import bucket, encode, require_tokenizer
 from qjax.lazy import materialised
 from qjax.models.layout import cache_layout
-from qjax.models.model import Model, apply_head, empty_caches, hidden_states_cached, named, runnable
+from qjax.models.model import Model, apply_head, empty_caches, hidden_states_cached, named, require_model, runnable
 from qjax.numbers import require_finite
 
 NEW_TOKENS = 100
@@ -50,6 +50,7 @@ def generate_text(
 
     Raises QjaxError where prompt and new tokens do not fit the model's context, and for a model without tokenizer.
     """
+    require_model("generate_text", model)
     tokenizer = require_tokenizer(model)
     ids = encode(tokenizer, prompt)
     if not len(ids):
@@ -106,6 +107,7 @@ def generate(
     Raises QjaxError where prompt and new tokens do not fit the model's context, and for a temperature or logits that are not
     finite.
     """
+    require_model("generate", model)
     lengths = np.array([len(prompt) for prompt in prompts])
     limit = model.config.context
     if not 0 <= temperature < math.inf:

@@ -17,7 +17,7 @@ import numpy as np
 from qjax.evaluate.corpora import Corpus, load_corpus
 from qjax.evaluate.statistics import autocorrelation, jackknife
 from qjax.evaluate.windows import Convention, Windows, corpus_windows, parse_convention
-from qjax.models.model import Model, hidden_batches, losses, named, runnable
+from qjax.models.model import Model, hidden_batches, losses, named, require_model, runnable
 from qjax.numbers import require_finite
 
 # Tokens run at a time. On a CPU a small batch keeps the activations in its cache, which is twice as fast for small models.
@@ -64,6 +64,7 @@ def perplexity(
     reports windows. Raises QjaxError for an unknown convention, corpus or compute type, a model without tokenizer, a text
     shorter than a window, and losses that are not finite.
     """
+    require_model("perplexity", model)
     corpus = load_corpus(corpus) if isinstance(corpus, str) else corpus
     convention = parse_convention(convention).clipped(model.config.context)
     windows = corpus_windows(model, corpus, convention, max_windows, seed=seed)

@@ -15,12 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qjax.errors import QjaxError
 from qjax.evaluate.generate import generate, layout_of
 from qjax.lazy import materialised
 from qjax.linear import cast_tree
 from qjax.models import walk
 from qjax.models.compute import compute_of
-from qjax.models.model import Model, cached, computing, embedding_table, empty_caches, runnable, stages
+from qjax.models.model import Model, cached, computing, embedding_table, empty_caches, require_model, runnable, stages
 from qjax.qtensor import nbytes
 
 
@@ -50,14 +51,20 @@ def measure_speed(
     """Speed of a model on a prompt of random tokens. packed: kernels stay packed; else decoded to the compute type first.
     compute: as in `perplexity`.
 
-    The prompt is shortened to half of the model's context where that is less.
+    The prompt is shortened to half of the model's context where that is less. Raises QjaxError for fewer than 2 new tokens, of
+    which the first is the prompt's.
     """
+    require_model("measure_speed", model)
     # Leaves that are not packed are cast once, so that both ways differ in the kernels alone.
     dtype = compute_of(compute or model.compute).dtype
     model = runnable(model._replace(params=cast_tree(materialised(model.params), dtype)), packed, compute)
     limit = model.config.context
     prompt_tokens = min(prompt_tokens, max(1, limit // 2))
     new_tokens = min(new_tokens, limit - prompt_tokens)
+    if new_tokens < 2:
+        raise QjaxError(
+            f"measure_speed: {new_tokens} new tokens of {model.name}, expected at least 2, to time what follows the first"
+        )
     generator = np.random.default_rng(0)
     prompts = generator.integers(0, model.config.vocabulary_size, (batch, prompt_tokens)).astype(np.int32)
     runs = [generate(model, list(prompts), new_tokens, packed=True) for _ in range(repeats + 1)][1:]

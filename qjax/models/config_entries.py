@@ -65,9 +65,10 @@ def ids_of(config: dict, key: str) -> list[int | None]:
     one beyond all tokens is kept, for DecoderConfig to refuse. Raises QjaxError for what is no number.
     """
     value = config.get(key)
-    if odd := [i for i in (value if isinstance(value, list) else [value]) if i is not None and type(i) is not int]:
-        raise QjaxError(f"{key!r} must be the number of a token or a list of them, got {quoted(odd[0])}")
-    first, *others = value if isinstance(value, list) and value else [value]
+    ids = value if isinstance(value, list) else [value]
+    if not all(i is None or type(i) is int for i in ids):
+        raise QjaxError(f"{key!r} must be the number of a token or a list of them, got {quoted(value)}")
+    first, *others = ids or [None]
     known = [i for i in others if _is_token(i) and i <= RANGES["eos_id"][1]]
     return [first if _is_token(first) else None, *known]
 

@@ -13,7 +13,7 @@ from qjax.lazy import materialised
 from qjax.linear import is_quantized
 from qjax.maps import LARGEST, Divide
 from qjax.models.folding import Fold, fold_map, folds
-from qjax.models.model import Model
+from qjax.models.model import Model, require_model
 from qjax.models.parameters import flatten, unflatten
 from qjax.models.walk import block_name
 
@@ -24,6 +24,7 @@ def inject_outliers(model: Model, factor: float = 40.0, channels: int = 4, *, se
     Changed parameters are float32; the name says so. Raises QjaxError for a factor beyond `maps.LARGEST`, more channels than
     there are, a quantized model, and one in which no norm feeds linear layers alone.
     """
+    require_model("inject_outliers", model)
     config = model.config
     if not 1 / LARGEST <= factor <= LARGEST or not 1 <= channels <= config.hidden_size:
         raise QjaxError(

@@ -5,6 +5,7 @@ compiled stages. Each stage (embed, block, head) is compiled once per configurat
 """
 
 import functools
+import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -44,7 +45,9 @@ class Model(NamedTuple):
 
 
 def require_model(function: str, model: object) -> None:
-    """Raises QjaxError for what is no Model; parameters of a Flax module are told another way."""
+    """Raises QjaxError for what is no Model; names and parameters of a Flax module are told another way."""
+    if isinstance(model, str | os.PathLike):
+        raise QjaxError(f"{function}: expected a Model, got the name {str(model)!r}; give qjax.load({str(model)!r})")
     if not isinstance(model, Model):
         raise QjaxError(
             f"{function}: expected a Model, got {type(model).__name__}; parameters of a Flax module are kept by Orbax "

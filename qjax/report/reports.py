@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from qjax.errors import QjaxError
 from qjax.files import expand, write_atomically
-from qjax.folders import prepare_output_folder
+from qjax.folders import prepare_results_folder
 from qjax.report.accuracy import accuracy_table, tasks_of
 from qjax.report.captions import dots_caption, kernels_caption, lines_caption, tradeoff_caption
 from qjax.report.dots import dots_figure, has_dots
@@ -145,7 +145,7 @@ def write_reports(folder: str | Path, rows: Sequence[Row], *, width: str = "sing
     width: of the figures, "single" or "double" column. Returns the paths. Raises QjaxError when there are no rows or the folder
     cannot be written.
     """
-    folder = prepare_output_folder(folder)
+    folder = prepare_results_folder(folder)
     paths = [path for name, table in tables(rows) for path in write_table(folder, name, table)]
     paths += [path for name, figure in figures(rows, width) for path in save_figure(figure, folder, name)]
     for name, caption in captions(rows):

@@ -33,6 +33,7 @@ from qjax.untrusted import JSON_BYTES, json_object, open_regular
 
 CLAIMS, BROKEN = ".claims", "broken.jsonl"
 STALE_SECONDS = 60.0
+LONGEST_SECONDS = 1e6  # which a thread can wait
 BEATS = 10  # heartbeats in the time after which a claim is void
 
 
@@ -76,6 +77,8 @@ class Claims:
     """A worker's own claims in a folder, and its eye on those of others. All but `release` under the folder's lock."""
 
     def __init__(self, folder: Path, *, stale_seconds: float = STALE_SECONDS):
+        if not 0 < stale_seconds <= LONGEST_SECONDS:
+            raise QjaxError(f"stale_seconds {stale_seconds}: expected more than 0, to {LONGEST_SECONDS:g}")
         self._folder, self._stale = folder, stale_seconds
         self._path = folder / CLAIMS / f"{secrets.token_hex(8)}.json"
         self._broken = folder / CLAIMS / BROKEN

@@ -27,7 +27,7 @@ from qjax.driver.traced import apply_function, checked_batches, planned, quantiz
 from qjax.errors import QjaxError
 from qjax.evaluate.perplexity import PerplexityResult, summarise
 from qjax.evaluate.windows import Windows
-from qjax.folders import prepare_output_folder
+from qjax.folders import prepare_results_folder
 from qjax.linear import dense, is_quantized
 from qjax.numbers import as_json, require_finite
 from qjax.recipe import UNQUANTIZED
@@ -131,7 +131,7 @@ def sweep_function(
         columns = {column: value for each in asks for column, value in each(cell).items()}
         columns["compute_dtype"] = "its own"  # a function says what it computes in
         jobs.append(Job(cell, {"key": digest(columns)} | columns))
-    folder, watcher = prepare_output_folder(folder), watcher or Watcher()
+    folder, watcher = prepare_results_folder(folder), watcher or Watcher()
     claims = Claims(folder, stale_seconds=stale_seconds)
     try:
         measure = functools.partial(_measured, run=_compiled(sweep))

@@ -54,6 +54,8 @@ def parse_launcher(text: str) -> tuple[str, dict[str, object]]:
     if not found or found[1] not in ("none", *LAUNCHERS) or not all(equals for _, equals, _ in items):
         allowed = ", ".join((*LAUNCHERS, "none"))
         raise QjaxError(f"launcher {text!r}: expected {allowed}, with options as slurm(timeout_min=60,slurm_partition=gpu)")
+    if known := [name for name, _, _ in items if name.strip() in ("command", "workers", "folder")]:
+        raise QjaxError(f"launcher {text!r}: {known[0]} is no option of {found[1]}; workers are given by --workers")
     if items and found[1] in ("local", "none"):
         raise QjaxError(f"launcher {text!r}: {found[1]} takes no options")
     return found[1], {name.strip(): _value(value.strip()) for name, _, value in items}
@@ -90,7 +92,7 @@ def run_workers(
         at, end = failed[0]
         said = [line for line in end.said.splitlines() if line.strip()]
         last = next((line for line in reversed(said) if line.startswith("error: ")), said[-1] if said else "it said nothing")
-        what = f"worker {at + 1} of {workers} {_how(end.code)}: {last.removeprefix('error: ')}"
+        what = f"worker {at + 1} of {workers} {_how(end.code)}: {last.removeprefix('error: ').partition('; what was')[0]}"
         raise WorkerError(what, end.code if end.code > 0 else 128 - end.code)  # as a shell tells it
     if (folder / LOGS).exists():
         shutil.rmtree(folder / LOGS)

@@ -23,7 +23,7 @@ from qjax.evaluate.corpora import Corpus, load_corpus
 from qjax.evaluate.questions import Task
 from qjax.evaluate.windows import Convention, corpus_windows
 from qjax.files import expand
-from qjax.folders import prepare_output_folder
+from qjax.folders import prepare_results_folder
 from qjax.models.compute import require_compute
 from qjax.models.fingerprint import model_fingerprint
 from qjax.models.model import Model
@@ -137,10 +137,10 @@ def run_sweep(
     names it. Without the baseline's figures nothing goes on.
     """
     watcher, asked = watcher or Watcher(), asked_measurements(sweep)
-    if workers < 1 or not stale_seconds > 0:
-        raise QjaxError(f"workers {workers}, stale_seconds {stale_seconds}: expected at least 1, and more than 0")
+    if workers < 1:
+        raise QjaxError(f"workers {workers}: expected at least 1")
     jobs = [Job(cell, _head(cell, asked)) for cell in _cells(model, sweep)]
-    folder = prepare_output_folder(folder)
+    folder = prepare_results_folder(folder)
     measure = functools.partial(_measured, asked=asked, shared={})
     claims = Claims(folder, stale_seconds=stale_seconds)
     try:

@@ -76,7 +76,7 @@ class Tuned(NamedTuple):
 def parse_bound(text: str, of: str) -> Bound:
     """The bound named "1%" or "0.02"; raises QjaxError for what is none above 0, and a share of a divergence."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:[eE]-?\d+)?)\s*(%?)\s*", text)
-    if not found or not float(found[1]) > 0:
+    if not found or not 0 < float(found[1]) < math.inf:
         raise QjaxError(f"--within {text!r}: expected a share as 1%, or a number as 0.02, above 0")
     if found[2] and of == "kl":
         raise QjaxError(f"--within {text} --of kl: a divergence is 0 for the model as it is; give a number of nats, as 0.01")

@@ -11,12 +11,14 @@ from jax.lax import PrecisionLike
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from qjax import flax_state
 from qjax.errors import QjaxError
 from qjax.linear import Leaf, Linear, apply_linear, decode, dequantize, is_quantized
 from qjax.tracing.layout import View
 from qjax.tracing.product import Product
 
 
+@flax_state.registered
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Kernel(Linear):

@@ -5,6 +5,7 @@ import math
 from typing import Literal
 
 from qjax.errors import QjaxError
+from qjax.grammar import require_pattern
 
 LEARNS = {"weights": "weight", "scales": "scale", "zeros": "zero"}
 
@@ -64,6 +65,8 @@ class LoraConfig:
     rounds: int = 1  # of loftq
 
     def __post_init__(self):
+        for target in self.targets:
+            require_pattern("adapters", target)
         starts = ("gaussian", "loftq", "pissa")
         if self.rank < 1 or self.rounds < 1 or not (math.isfinite(self.alpha) and self.alpha > 0) or self.start not in starts:
             raise QjaxError(

@@ -27,7 +27,7 @@ from qjax.untrusted import open_regular, quoted, status
 MAGIC = b"GGUF"
 NUMBERS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
 STRING, ARRAY = 8, 9
-KEYS, TENSORS, AXES, NAME_BYTES = 2**16, 2**20, 4, 128  # at most
+KEYS, TENSORS, TEXTS, AXES, NAME_BYTES = 2**16, 2**17, 2**22, 4, 128  # at most; texts: in all lists of a file
 HEADER_BYTES = 2**28  # all before the data; the largest vocabularies take 2^24
 SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
 
@@ -84,8 +84,10 @@ def read_files(path: Path) -> Contents:
     parts = [read_contents(file) for file in files]
     tensors = {}
     for number, (file, part) in enumerate(zip(files, parts, strict=True)):
-        if (said := _integer(part.values.get("split.no"))) != number or tensors.keys() & part.tensors.keys():
-            raise QjaxError(f"{file} says that it is part {said} of the model, expected {number} with tensors of its own")
+        if (said := _integer(part.values.get("split.no"))) != number:
+            raise QjaxError(f"{file} says that it is part {said} of the model, expected {number}; get the right one")
+        if again := tensors.keys() & part.tensors.keys():
+            raise QjaxError(f"{file} has {listing(sorted(again))}, as another part of the model has; get the right one")
         tensors |= part.tensors
     if (said := _integer(parts[0].values.get("split.tensors.count"))) not in (None, len(tensors)):
         raise QjaxError(f"{path}: the files of the model have {len(tensors)} tensors, expected {said}; get the missing ones")
@@ -109,7 +111,7 @@ class _Cursor:
     """A file's bytes, one after the other, up to a limit. Raises _BrokenError where they end."""
 
     def __init__(self, content: mmap.mmap, size: int) -> None:
-        self._content, self._size, self.place = content, size, 0
+        self._content, self._size, self.place, self._texts = content, size, 0, 0
 
     def take(self, count: int) -> bytes:
         start, end = self.place, self.place + count
@@ -137,6 +139,9 @@ class _Cursor:
             return self._numbers(kind, count)
         if count * 8 > self._size - self.place:
             raise _BrokenError(f"a list of {count} texts at byte {self.place}, which it has no room for")
+        self._texts += count
+        if self._texts > TEXTS:
+            raise _BrokenError(f"it has lists of {self._texts} texts, expected at most {TEXTS}")
         return [self.text() for _ in range(count)]
 
     def _numbers(self, kind: int, count: int) -> np.ndarray:
@@ -166,6 +171,8 @@ def _contents(path: Path, cursor: _Cursor, size: int) -> Contents:
     alignment = values.get("general.alignment", 32)
     if type(alignment) is not int or not 1 <= alignment <= 2**20:
         raise _BrokenError(f"general.alignment is {quoted(alignment)}, expected a number of bytes")
+    if uneven := next((info.name for info in infos if info.start % alignment), None):
+        raise _BrokenError(f"{quoted(uneven)} begins at no multiple of {alignment} bytes, the file's alignment")
     data = -(-cursor.place // alignment) * alignment
     tensors = {info.name: info._replace(start=data + info.start, end=size) for info in infos}
     if len(tensors) != len(infos):

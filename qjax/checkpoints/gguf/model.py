@@ -8,6 +8,7 @@ tensor keeps its type.
 import collections
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -108,6 +109,7 @@ def _check(pieces: Mapping[str, tuple[Piece, ...]], tensors: Mapping[str, Tensor
     """Names, shapes, types and places of all tensors, before any is read. Raises QjaxError that lists what is wrong."""
     problems = [f"missing {name}" for name in pieces if name not in tensors]
     problems += [f"unexpected {name}" for name in tensors if name not in pieces]
+    places = []
     for name, parts in pieces.items():
         if (info := tensors.get(name)) is None:
             continue
@@ -118,8 +120,15 @@ def _check(pieces: Mapping[str, tuple[Piece, ...]], tensors: Mapping[str, Tensor
         try:
             if info.start + _bytes(info) > info.end:
                 problems.append(f"{name} ends after the file")
+            places.append((str(info.file), info.start, info.start + _bytes(info), name))
         except QjaxError as error:
             problems.append(str(error))
+    places.sort()
+    problems += [
+        f"{name} begins within {other}"
+        for (file, _, end, other), (same, start, _, name) in itertools.pairwise(places)
+        if same == file and start < end
+    ]
     problems += _mixed(pieces, tensors)
     if problems:
         raise QjaxError(f"the tensors do not fit the model that it describes: {listing(problems)}")
