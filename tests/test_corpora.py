@@ -112,9 +112,10 @@ def test_jsonl_documents_keep_unusual_line_separators(tmp_path):
         ("python-doc", "did you mean python-docs"),
         ("wikitext", "did you mean wikitext2"),
         ("txt:a", "did you mean text:PATH"),
+        ("", "expected one of python-docs"),
         ("zzz", "expected one of python-docs, wikitext2, ptb, c4, text:PATH, jsonl:PATH"),
         ("text:/no/such/file", "no such file"),
-        ("text:", "cannot read"),
+        ("text:", "did you mean text:PATH"),
     ],
 )
 def test_bad_spec_is_one_line_with_a_remedy(spec, said):

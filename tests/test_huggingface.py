@@ -494,10 +494,13 @@ def test_fp8_weights(folder):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_weights_that_are_not_finite(value, dtype, tmp_path):
-    leaves = flatten(weights_model(tiny_config(), dtype=dtype).params)
-    for path in ("block_0/mlp/up/kernel", "head/norm/scale"):
-        leaves[path] = leaves[path].at[(3,) * leaves[path].ndim].set(value)
-    save_huggingface(tmp_path, weights_model(tiny_config())._replace(params=unflatten(leaves)))
+    save_huggingface(tmp_path, weights_model(tiny_config(), dtype=dtype))
+
+    def broken(tensors):
+        for name in ("model.layers.0.mlp.up_proj.weight", "model.norm.weight"):
+            tensors[name][(3,) * tensors[name].ndim] = value
+
+    edit_weights(tmp_path, broken)
     expect_refusal(tmp_path, "NaN or infinite", "model.layers.0.mlp.up_proj.weight", "model.norm.weight")
 
 

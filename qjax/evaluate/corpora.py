@@ -97,8 +97,8 @@ def load_corpus(spec: str, split: Split = "test", *, render: Render | None = Non
     """
     if split not in ("test", "calibration"):
         raise QjaxError(f"split {split!r}: expected 'test' or 'calibration'")
-    kind, colon, path = spec.partition(":")
-    if colon and kind in _FILE_READERS:
+    kind, _, path = spec.partition(":")
+    if path and kind in _FILE_READERS:
         documents = _FILE_READERS[kind](expand(path), spec, render)
         name = f"{kind}:{Path(path).name}"
     elif spec in _NAMED:
@@ -113,8 +113,8 @@ def load_corpus(spec: str, split: Split = "test", *, render: Render | None = Non
 
 def is_spec(text: str) -> bool:
     """Whether a text is the name of one."""
-    kind, colon, _ = text.partition(":")
-    return text in _NAMED or bool(colon and kind in _FILE_READERS)
+    kind, _, path = text.partition(":")
+    return text in _NAMED or bool(path and kind in _FILE_READERS)
 
 
 def require_spec(spec: str) -> None:
@@ -162,7 +162,7 @@ def _unknown(spec: str) -> str:
     near = difflib.get_close_matches(kind, (*_NAMED, *_FILE_READERS), n=2, cutoff=0.5)
     names = [name if name in _NAMED else f"{name}:PATH" for name in near]
     hint = f" (did you mean {' or '.join(names)}?)" if names else ""
-    if not names and status(expand(spec)):
+    if not names and spec and status(expand(spec)):
         hint = f" (a file is given as text:{spec})"
     return f"unknown corpus {spec!r}{hint}: expected one of {', '.join(corpus_names())}"
 

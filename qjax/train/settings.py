@@ -5,7 +5,6 @@ import math
 from typing import Literal
 
 from qjax.errors import QjaxError
-from qjax.grammar import require_pattern
 
 LEARNS = {"weights": "weight", "scales": "scale", "zeros": "zero"}
 
@@ -65,6 +64,8 @@ class LoraConfig:
     rounds: int = 1  # of loftq
 
     def __post_init__(self):
+        from qjax.grammar import require_pattern  # which imports NumPy
+
         for target in self.targets:
             require_pattern("adapters", target)
         starts = ("gaussian", "loftq", "pissa")
