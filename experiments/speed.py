@@ -17,6 +17,7 @@ import datetime
 import functools
 import importlib.metadata
 import importlib.util
+import os
 import subprocess
 import sys
 import tempfile
@@ -140,7 +141,8 @@ def take_turns(out: Path, rounds: int, model: str, ours: Runs, theirs: Runs, *, 
     made, rows = provenance() | {"kind": "speed", "model": model}, read_rows(out / ROWS)
     here = [row for row in rows if made.items() <= row.items()]
     done = {(row["task"], row["peer"], row["round"]) for row in here}
-    missing = [n for n in range(rounds) if any((task, peer, n) not in done for task in ours for peer in theirs)]
+    pairs = [(task, peer) for task in ours for peer in theirs if ours[task] is not theirs[peer]]
+    missing = [n for n in range(rounds) if any((*pair, n) not in done for pair in pairs)]
     if not missing:
         return
     for call in (*ours.values(), *(theirs.values() if warm else ())):
@@ -149,7 +151,7 @@ def take_turns(out: Path, rounds: int, model: str, ours: Runs, theirs: Runs, *, 
         turns = [*ours.items(), *theirs.items()][:: -1 if number % 2 else 1]
         seconds = {name: clock(call) for name, call in turns}
         now = {"time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "round": number}
-        for task, peer in ((task, peer) for task in ours for peer in theirs if (task, peer, number) not in done):
+        for task, peer in (pair for pair in pairs if (*pair, number) not in done):
             row = made | now | {"task": task, "peer": peer, "library": versions(peer)}
             row |= {"seconds": seconds[task], "peer_seconds": seconds[peer], "ratio": seconds[peer] / seconds[task]}
             append_row(out / ROWS, {"key": f"speed: {made['device']}, {model}, {task}, {peer}, round {number}"} | row)
@@ -168,7 +170,8 @@ def cold(folder: Path, windows: int, recipe: str) -> float:
         "print(time.perf_counter() - started)\n"
     )
     words = [sys.executable, "-c", script, str(folder), str(windows), str(WINDOW), recipe]
-    return float(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+    empty = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    return float(subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True, env=empty).stdout)
 
 
 def clock(call: Callable[[], object]) -> float:

@@ -104,7 +104,8 @@ def parse_cache_format(text: str) -> CacheFormat:
         if name not in options or options[name] is not None:
             raise QjaxError(f"{where}: {item!r} is no option, or given twice; {EXPECTED}")
         options[name] = value
-    residual, keys = options["residual"] or (0 if group is None else RESIDUAL), options["keys"] or "after"
+    usual = {"residual": 0 if group is None else RESIDUAL, "keys": "after"}
+    residual, keys = (default if options[name] is None else options[name] for name, default in usual.items())
     turned = {None: False, "false": False, "true": True}.get(options["hadamard"])
     if not re.fullmatch(r"\d{1,7}", str(residual)) or keys not in KEYS or turned is None or (turned and keys == "before"):
         raise QjaxError(f"{where}: {EXPECTED}")

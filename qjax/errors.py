@@ -22,6 +22,9 @@ def one_line(text: str, longest: int = LONGEST) -> str:
     return f"{text[:head]} ... {text[head + 5 - longest :]}"
 
 
+KEPT = "what was finished is kept"  # at the end of a run that was stopped
+
+
 class QjaxError(Exception):
     """A user's mistake (bad path, unknown recipe, broken file). The message is one line (`one_line`) that says what was got,
     what was expected and what to do; the command line prints it without a traceback and exits with code 2.

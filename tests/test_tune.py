@@ -2,6 +2,7 @@
 
 import math
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -9,6 +10,7 @@ from qjax.checkpoints.huggingface import save_huggingface
 from qjax.checkpoints.load import load
 from qjax.cli import app as cli
 from qjax.errors import QjaxError
+from qjax.linear import cast_tree
 from qjax.sweep.store import ROWS, read_rows
 from qjax.sweep.tune import Bound, Loss, by_cost, holds, loss_of, named_recipes, parse_bound, tune
 from tests.conftest import byte_tokenizer, random_model, tiny_config
@@ -91,6 +93,10 @@ def test_the_cheapest_first():
         f"llm_int8:{int8}",
     ]
     assert by_cost(model, given) == [given[i] for i in (4, 5, 3, 2, 6, 0, 1)]
+    half = model._replace(params=cast_tree(model.params, jnp.bfloat16))
+    assert by_cost(half, ["none", "bf16", f"rtn:{int8}"])[0] == f"rtn:{int8}"
+    caches = ["none", "kv:int8-token", "kv:int4-token"]
+    assert by_cost(model, caches) == caches[::-1]
 
 
 @pytest.fixture(scope="module")
@@ -127,10 +133,28 @@ def test_the_command(checkpoint, tmp_path, capsys):
     assert load(str(tmp_path / "model")).recipe == "rtn:int8-channel"
     table = (tmp_path / "tune.md").read_text()
     assert tuned(between)[0] == 0 and (tmp_path / "tune.md").read_text() == table
+    (tmp_path / "model.json").write_text('{"key": "of another model"}')
+    code, _, said = tuned(between)
+    assert code == 2 and "holds rtn:int8-channel of another model, text of calibration or version; give another --out" in said
     code, _, said = tuned("10")
     assert code == 2 and "holds rtn:int8-channel, not rtn:int2-g16" in said
     code, _, said = tuned("1%")
     assert code == 2 and "give a number of nats" in said
+
+
+def test_what_is_wrong_with_the_last_recipe_is_told_before_the_first_is_measured(checkpoint, tmp_path, capsys):
+    text, other = checkpoint / "text.txt", tmp_path / "other.txt"
+    other.write_text(text.read_text()[::-1])
+    options = ("--convention", "windows-32", "--calibration-windows", 4, "--out", tmp_path, "--data", f"text:{text}")
+    wrong = {
+        ("smoothquant(alpha=1.5)+rtn:int8-channel", other): "alpha",
+        ("hadamard(block=17)+rtn:int8-channel", other): "block",
+        ("gptq:int8-channel", text): "measured and calibrated",
+    }
+    for (recipe, calibration), said in wrong.items():
+        words = ("--recipes", f"rtn:int2-g16,{recipe}", "--calibration", f"text:{calibration}")
+        code, _, told = run(capsys, "tune", checkpoint / "tiny", *words, *options)
+        assert code == 2 and said in told and not (tmp_path / ROWS).exists(), told
 
 
 def test_rules_are_no_part_of_what_losses_are_from(checkpoint, tmp_path, capsys):

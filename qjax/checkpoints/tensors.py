@@ -152,8 +152,8 @@ def _opened(file: Path):
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes a safetensors file atomically. Raises QjaxError when it cannot be written, and for values that are not finite."""
     arrays = {name: np.asarray(array, order="C") for name, array in tensors.items()}
-    held = {name: array for name, array in arrays.items() if array.dtype in map(DTYPES.get, FLOATS)}
-    if broken := [name for name, array in held.items() if not np.isfinite(array).all()]:
+    floats = [np.dtype(DTYPES[name]) for name in FLOATS]
+    if broken := [name for name, array in arrays.items() if array.dtype in floats and not np.isfinite(array).all()]:
         raise QjaxError(f"NaN or infinite values in {listing(broken)}, which are not written; start from an intact model")
 
     def write(temporary: Path) -> None:

@@ -29,7 +29,7 @@ from qjax.cli.results import compare, report, rerun
 from qjax.cli.sweep import sensitivity, sweep
 from qjax.cli.train import train
 from qjax.cli.tune import tune
-from qjax.errors import QjaxError, one_line
+from qjax.errors import KEPT, QjaxError, one_line
 from qjax.printable import printable
 
 OUR_FAULT = 1
@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
         if stop.code == STOPPED + signal.SIGINT:
             number = received[0] if received else signal.SIGINT
             how = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
-            _end(f"{how}; what was finished is kept, the same command goes on from there", STOPPED + number)
+            _end(f"{how}; {KEPT}, the same command goes on from there", STOPPED + number)
         raise
     except QjaxError as error:
         _end(f"error: {error}", 2)

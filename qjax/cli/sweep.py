@@ -31,7 +31,7 @@ from qjax.cli.options import (
     split_seeds,
 )
 from qjax.cli.terminal import live_sweep, live_workers, print_states, print_tables
-from qjax.errors import QjaxError, one_line
+from qjax.errors import KEPT, QjaxError, one_line
 from qjax.folders import prepare_results_folder, refuse_inputs
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def _launch(context: typer.Context, workers: int, launcher: str, out: Path) -> N
         with live_workers(out) as show:
             run_workers(command, workers, out, launcher, on_wait=show)
     except WorkerError as error:
-        typer.echo(one_line(f"error: {error}; what was finished is kept"), err=True)
+        typer.echo(one_line(f"error: {error}; {KEPT}"), err=True)
         raise typer.Exit(error.code) from None
 
 

@@ -1,5 +1,7 @@
 """The command that looks for the cheapest recipe within a bound."""
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,7 +24,9 @@ from qjax.cli.options import (
 )
 from qjax.cli.terminal import console, live_sweep, progress_bars
 from qjax.errors import QjaxError
+from qjax.files import write_atomically
 from qjax.folders import prepare_results_folder, refuse_inputs
+from qjax.untrusted import read_json, status
 
 if TYPE_CHECKING:
     from qjax.sweep.tune import Tuned
@@ -68,7 +72,7 @@ def tune(
     from qjax.evaluate.tasks import load_tasks
     from qjax.evaluate.windows import parse_convention
     from qjax.sweep.cells import canonical
-    from qjax.sweep.runner import Sweep, rules_in_order
+    from qjax.sweep.runner import Sweep, cell_states, rules_in_order
     from qjax.sweep.tune import by_cost
     from qjax.sweep.tune import tune as tune_recipes
 
@@ -88,17 +92,17 @@ def tune(
         divergence=of == "kl",
         calibration=asked,
     )
+    cell_states(loaded, dataclasses.replace(request, recipes=tuple(ordered)), out)  # what is wrong with any is told before work
     rows: dict[str, dict] = {}
     done = tune_recipes(ordered, _measure(loaded, request, out, of.partition(":")[0], bound, rows), bound)
     _tell(done, rows, out, loaded.name, of, bound)
     if done.accepted is None:
         raise typer.Exit(NONE_HOLDS)
-    _save(out / SAVED, model, done.accepted, rules, asked)
+    _save(out / SAVED, model, done.accepted, rules, asked, rows[done.accepted]["key"])
 
 
 def _measure(model, request, out, of, bound, rows):
     """recipe -> its loss, from rows in the folder where they are there; rows: filled with them."""
-    import dataclasses
     import math
 
     from qjax.numbers import NotFiniteError
@@ -148,15 +152,22 @@ def _tell(done: "Tuned", rows: dict[str, dict], out: Path, model: str, of: str, 
         typer.echo(f"no recipe is within {bound} of {of} with its whole interval; {done.nearest} comes nearest", err=True)
 
 
-def _save(folder: Path, model: str, recipe: str, rules, calibration) -> None:
+def _save(folder: Path, model: str, recipe: str, rules, calibration, key: str) -> None:
+    """Unless the model is there; what it was made of, the key of its row, stands beside it."""
     from qjax.checkpoints.load import load
     from qjax.driver.decoder import quantize_to
 
+    beside = folder.with_name(f"{folder.name}.json")
     if folder.exists():
         found = load(str(folder), lazy=True).recipe
         if found != "; ".join([recipe, *rules]):
             raise QjaxError(f"{folder}: holds {found}, not {recipe}; give another --out, or remove it")
+        if not status(beside) or read_json(beside) != {"key": key}:
+            raise QjaxError(
+                f"{folder}: holds {recipe} of another model, text of calibration or version; give another --out, or remove it"
+            )
     else:
+        write_atomically(beside, json.dumps({"key": key}))
         with progress_bars() as progress:
             bar = progress.add_task("quantizing", total=None)
             source = load(model, lazy=True)

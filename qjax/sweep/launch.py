@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from qjax.errors import QjaxError
+from qjax.errors import KEPT, QjaxError
 
 LOGS = ".workers"  # of SLURM's jobs, in the sweep's folder; they stay where one fails
 SAID = 4000  # bytes of the end of what a worker said that are kept
@@ -92,7 +92,7 @@ def run_workers(
         at, end = failed[0]
         said = [line for line in end.said.splitlines() if line.strip()]
         last = next((line for line in reversed(said) if line.startswith("error: ")), said[-1] if said else "it said nothing")
-        what = f"worker {at + 1} of {workers} {_how(end.code)}: {last.removeprefix('error: ').partition('; what was')[0]}"
+        what = f"worker {at + 1} of {workers} {_how(end.code)}: {last.removeprefix('error: ').partition(f'; {KEPT}')[0]}"
         raise WorkerError(what, end.code if end.code > 0 else 128 - end.code)  # as a shell tells it
     if (folder / LOGS).exists():
         shutil.rmtree(folder / LOGS)

@@ -133,20 +133,22 @@ def _figure(row: Row, name: str) -> float:
 
 
 def by_cost(model: "Model", recipes: Sequence[str], rules: Sequence[str] = ()) -> list[str]:
-    """Recipes from the cheapest to the dearest: exact bytes of the kernels' formats, then bits of their inputs."""
+    """Recipes from the cheapest to the dearest: exact bytes of the kernels, of formats or as they are, then bits of their
+    inputs, then those of a token in the cache.
+    """
     from flax.traverse_util import flatten_dict
 
-    from qjax.driver.placement import placement
+    from qjax.driver.placement import placement, with_cache
+    from qjax.recipe import parse_recipe
 
-    shapes = {path: leaf.shape for path, leaf in flatten_dict(model.params, sep="/").items() if path.endswith("/kernel")}
+    leaves = flatten_dict(model.params, sep="/")
 
-    def cost(recipe: str) -> tuple[int, int]:
+    def cost(recipe: str) -> tuple[float, ...]:
         size = inputs = 0
         for path, placed in placement(model, recipe, rules).items():
-            weights = math.prod(shapes[path])
-            stacked, kernel = math.prod(shapes[path][:-2]), shapes[path][-2:]
-            size += 4 * weights if placed is None else stacked * placed.format.nbytes(*kernel)
-            inputs += weights * (placed.activation.format.bits if placed and placed.activation else 16)
-        return size, inputs
+            shape = leaves[path].shape
+            size += leaves[path].nbytes if placed is None else math.prod(shape[:-2]) * placed.format.nbytes(*shape[-2:])
+            inputs += math.prod(shape) * (placed.activation.format.bits if placed and placed.activation else 16)
+        return size, inputs, with_cache(model, parse_recipe(recipe)).cache_bytes[0]
 
     return sorted(recipes, key=cost)
