@@ -16,11 +16,13 @@ from qjax.hadamard import hadamard, hadamard_transform, order_of
 from qjax.lazy import Lazy, materialised
 from qjax.linear import Linear, apply_linear, dense, dequantize
 from qjax.maps import Hadamard, random_hadamard
+from qjax.models.families import FAMILIES, read_config
 from qjax.models.model import apply, runnable
 from qjax.models.parameters import flatten, unflatten
 from qjax.models.rotation import rotate
 from qjax.recipe import parse_recipe
 from tests.conftest import BLOOM, COHERE, FALCON, GEMMA, GEMMA3, GPT2, GPT_NEOX, GPT_OSS, OLMO2, OPT, SMOLLM3, tiny_config
+from tests.family_files import EVERY
 from tests.oracles import rotation as oracle
 from tests.random_weights import small_model
 
@@ -123,6 +125,24 @@ def test_logits_are_unchanged(name):
     np.testing.assert_allclose(found, exact, atol=1e-5 * np.max(np.abs(exact)))
     leaf = "block_0/mlp/down/kernel"
     assert not np.allclose(flatten(model.params)[leaf], flatten(turned.params)[leaf])
+
+
+BEHIND = {"olmo2", "gemma2", "gemma3_text", "glm4"}  # families whose norms stand behind their branches
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_every_family_is_rotated_or_refused(family):
+    model = small_model(read_config(EVERY[family]))
+    if family in BEHIND:
+        with pytest.raises(QjaxError, match="norms stand behind its branches"):
+            rotate(model)
+        return
+    exact, found = (np.asarray(apply(each, TOKENS)) for each in (model, rotate(model, seed=1)))
+    np.testing.assert_allclose(found, exact, atol=1e-5 * np.max(np.abs(exact)))
+
+
+def test_no_family_is_forgotten():
+    assert EVERY.keys() == FAMILIES.keys()
 
 
 def test_folded_weights_are_the_definitions():
