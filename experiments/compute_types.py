@@ -20,6 +20,7 @@ from qjax.models.compute import NAMES
 
 MODELS = ("bundled", "stories260K", "smollm2")
 SETTINGS = common.Settings(max_windows=32, calibration_windows=8)
+TABLE = "compute_types.md"
 DOC = """# In which type should a model run?
 
 Mean loss in nats a token, ± a standard error over documents; *cost*: loss in bfloat16 less loss in float32 of one recipe;
@@ -53,8 +54,13 @@ def run(out: Path, *, tiny: bool = False, subjects: tuple[common.Subject, ...] =
         for name in NAMES:
             common.measure(out, subject, recipes, dataclasses.replace(experiment.settings, compute=name))
     rows = common.report(out)
-    (out / "compute_types.md").write_text(DOC + "".join(map(line, pairs(rows))), "utf-8")
+    (out / TABLE).write_text(table(rows), "utf-8")
     return rows
+
+
+def table(rows: Sequence[Mapping[str, object]]) -> str:
+    """The table of what both types give."""
+    return DOC + "".join(map(line, pairs(rows)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -394,6 +394,17 @@ def ours_seconds(model: str, task: str) -> float:
     return float(np.median([row["seconds"] for row in rows if (row["model"], row["task"]) == (model, task)]))
 
 
+# --- types to run in ------------------------------------------------------------------------------------------------------
+
+
+def of_bfloat16(figure: str) -> list[float]:
+    """A figure in bfloat16 less that in float32, of every recipe, model and text that has both."""
+    rows = read_rows(RESULTS / "compute_types" / ROWS)
+    held = {(row["model"], row["corpus"], row["recipe"], row["compute_dtype"]): row[figure] for row in rows}
+    exact = {cell[:3]: value for cell, value in held.items() if cell[3] == "float32"}
+    return [held[*cell, "bfloat16"] - value for cell, value in exact.items() if value is not None]
+
+
 # --- how cost grows -------------------------------------------------------------------------------------------------------
 
 

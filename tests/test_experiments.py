@@ -108,6 +108,11 @@ def test_tiny_twin(load, block, name, tmp_path):
     assert list(tmp_path.glob("*.png"))
 
 
+def test_the_committed_table_of_compute_types_is_that_of_the_rows(load):
+    script, folder = load("compute_types"), REPOSITORY / "results" / "compute_types"
+    assert (folder / script.TABLE).read_text() == script.table(read_rows(folder / ROWS))
+
+
 def test_compute_types_are_paired_by_recipe(load):
     """What bfloat16 costs every recipe alike moves no change; what it costs one alone does."""
     script = load("compute_types")
