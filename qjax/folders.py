@@ -18,7 +18,7 @@ from pathlib import Path
 from qjax.errors import QjaxError
 from qjax.files import expand, sync, temporary_of, unwritable
 from qjax.place import is_gone, place_mark
-from qjax.untrusted import status
+from qjax.untrusted import is_folder, status
 
 OF_MODELS = ("qjax.json", "config.json")  # which say what a model's folder is
 DAY = 86400.0  # seconds after which what another machine was writing counts as left behind
@@ -139,7 +139,7 @@ def prepare_results_folder(path: str | Path) -> Path:
     own.
     """
     path = expand(path)
-    if status(path) and path.is_dir() and (held := next((name for name in OF_MODELS if status(path / name)), None)):
+    if is_folder(path) and (held := next((name for name in OF_MODELS if status(path / name)), None)):
         raise QjaxError(f"{path} holds a model ({held}); name another folder for results")
     return prepare_output_folder(path)
 

@@ -30,6 +30,11 @@ def ends(monkeypatch, capsys):
     return run
 
 
+def test_mistakes_in_a_command_line_are_of_one_kind():
+    """Whichever Click is Typer's."""
+    assert cli.USAGE.__name__ == "UsageError"
+
+
 def raising(error):
     def happens():
         raise error

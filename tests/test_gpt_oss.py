@@ -279,7 +279,7 @@ BROKEN = {
     "another library": (
         lambda each: None,
         {"quant_method": "awq", "bits": 4},
-        "config.json says awq (MXFP4: model.layers.0.mlp.experts.down_proj_blocks)",
+        "unexpected model.layers.0.mlp.experts",
     ),
 }
 

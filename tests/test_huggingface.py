@@ -291,7 +291,8 @@ def test_weights_of_another_quantizer_than_the_one_named(folder):
     names = {"model.layers.0.mlp.up_proj.SCB": np.ones(4, np.float32)}
     edit_weights(folder, lambda tensors: tensors.update(names))
     (folder / "quantize_config.json").write_text(json.dumps({"bits": 4, "group_size": 16, "desc_act": False}))
-    expect_refusal(folder, "though quantize_config.json says gptq (bitsandbytes, 8 bits: model.layers.0.mlp.up_proj.SCB)")
+    parts = ("quantize_config.json, which says gptq", "as those of bitsandbytes, 8 bits: model.layers.0.mlp.up_proj.SCB")
+    expect_refusal(folder, *parts, "unexpected model.layers.0.mlp.up_proj.SCB")
 
 
 def test_files_that_are_not_read_are_told_apart(folder, tmp_path):

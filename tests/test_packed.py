@@ -20,6 +20,7 @@ from qjax.activations import parse_activation
 from qjax.checkpoints.huggingface import save_huggingface
 from qjax.checkpoints.load import load
 from qjax.checkpoints.packed import config_from_dict, config_to_dict, load_packed, save
+from qjax.driver.decoder import quantize_to
 from qjax.errors import QjaxError
 from qjax.files import write_atomically
 from qjax.formats import parse_format
@@ -500,16 +501,13 @@ def test_values_that_are_not_finite_are_not_written(tmp_path):
         assert_equal_models(load_packed(tmp_path / "model"), model)
 
 
-def test_rows_of_layers_are_not_read(folder):
-    """Whatever stands in their place."""
-    os.mkfifo(folder / "layers.jsonl")
-    load_packed(folder)
-
-
-def test_weights_that_are_a_pipe(folder):
-    (folder / "tokenizer.json").unlink(missing_ok=True)
-    os.mkfifo(folder / "tokenizer.json")
-    expect_refusal(folder, "not a regular file")
+def test_rows_of_layers_are_not_read(tmp_path):
+    """Whatever stands in their place, though the description has their digest."""
+    quantize_to(tmp_path / "model", weights_model(tiny_config()), "rtn:int4-g16")
+    assert "layers.jsonl" in read_json(tmp_path / "model" / "qjax.json")["digests"]
+    (tmp_path / "model" / "layers.jsonl").unlink()
+    os.mkfifo(tmp_path / "model" / "layers.jsonl")
+    assert load_packed(tmp_path / "model").recipe == "rtn:int4-g16"
 
 
 def test_a_description_that_claims_to_be_older(folder):

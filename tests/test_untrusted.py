@@ -29,6 +29,7 @@ from qjax.sweep.columns import column_of, misfits
 from qjax.sweep.store import read_rows
 from qjax.untrusted import (
     decode,
+    digest_of,
     json_object,
     lines,
     parse_json,
@@ -84,8 +85,9 @@ def test_only_regular_files_are_read(tmp_path):
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(tmp_path / "socket"))
         for path in (tmp_path / "pipe", "/dev/zero", "/dev/null"):
-            with refused("cannot read", "not a regular file"):
-                read_bytes(path)
+            for read in (read_bytes, digest_of):
+                with refused("cannot read", "not a regular file"):
+                    read(path)
         with refused("cannot read", "socket"):
             read_bytes(tmp_path / "socket")
     with refused("cannot read", "Is a directory"):

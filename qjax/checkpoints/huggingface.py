@@ -166,11 +166,11 @@ def _check(
     expected = {tensor.name: (tensor.shape, FLOATS) for tensor in tensors}
     expected |= {each.name_of(suffix): told for each in quantized for suffix, told in each.stored.expected.items()}
     free = {each.name_of(suffix) for each in quantized for suffix in each.stored.optional}
-    if whose := quantizer_of([name for name in headers if name not in expected and name not in free]):
-        said = f"{quantizer.where.name} says {quantizer.method}" if quantizer else f"{CONFIG} does not say so"
+    whose = quantizer_of([name for name in headers if name not in expected and name not in free])
+    if whose and not quantizer:
         raise QjaxError(
-            f"{folder}: the weights are not a model's own, though {said} ({whose}); give the checkpoint that was quantized, or "
-            "the model that an adapter was merged into"
+            f"{folder}: the weights are not a model's own, though {CONFIG} does not say so ({whose}); give the checkpoint that "
+            "was quantized, or the model that an adapter was merged into"
         )
     problems = [f"missing {name}" for name in expected if name not in headers]
     if repeated:
@@ -187,6 +187,8 @@ def _check(
         strange = [name for name in headers if name not in expected]
         found = f" (the file's names are as {strange[0]})" if strange and expected.keys() - headers.keys() else ""
         said = quantizer.where.name if quantizer else CONFIG
+        if whose:
+            said, found = f"{said}, which says {quantizer.method}", f"{found} (some are as those of {whose})"
         raise QjaxError(
             f"{folder}: the weights do not fit {said}: {listing(problems)}{found}; get the files that belong together"
         )

@@ -55,8 +55,9 @@ def tune(
 ) -> None:
     """Try recipes from the fewest bits on; stop at the first that loses no more than --within, and save the model.
 
-    The whole 95 % interval of the loss must be within it. Rows, a table of what was tried and the folder `model` go to --out;
-    the same command goes on where it was stopped. Exit code 3 where no recipe is within the bound: the nearest is named.
+    The whole 95 % interval of the loss must be within it. Rows, a table of what was tried, the folder `model` and what it
+    was made of go to --out; the same command goes on where it was stopped. Exit code 3 where no recipe is within the bound: the
+    nearest is named.
     """
     from qjax.sweep.tune import named_recipes, parse_bound
 

@@ -118,9 +118,10 @@ def _check(pieces: Mapping[str, tuple[Piece, ...]], tensors: Mapping[str, Tensor
             problems.append(f"{name} has shape {info.shape}, expected {shape}")
             continue
         try:
-            if info.start + _bytes(info) > info.end:
+            end = info.start + _bytes(info)
+            if end > info.end:
                 problems.append(f"{name} ends after the file")
-            places.append((str(info.file), info.start, info.start + _bytes(info), name))
+            places.append((str(info.file), info.start, end, name))
         except QjaxError as error:
             problems.append(str(error))
     places.sort()
