@@ -145,8 +145,8 @@ class Hadamard:
     def on_statistic(self, value, axes):
         if axes == 1:
             raise QjaxError(
-                "hadamard mixes inputs: statistics of single inputs, which awq, smoothquant and static activation formats "
-                "read, are not known behind it; put it last of the transforms, and a dynamic format behind the slash"
+                "hadamard mixes inputs: statistics of single inputs, which awq and smoothquant read, are not known behind it; "
+                "put it last of the transforms"
             )
         return value if axes == 0 else self.on_input(self.on_input(value).T).T
 

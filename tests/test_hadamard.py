@@ -275,7 +275,8 @@ def test_bad_options():
             quantize(model, recipe)
     with pytest.raises(QjaxError, match="seeds 0, 1"):
         quantize(model, "hadamard:int4-g16", rules=["down=hadamard(seed=1):int8-g16"])
-    assert "mixes inputs" in problem_of(parse_recipe("hadamard+rtn:int8-channel/int8-tensor"), (32, 8))
+    assert "mixes inputs" in problem_of(parse_recipe("hadamard+awq:int8-channel"), (32, 8))
+    assert problem_of(parse_recipe("hadamard+rtn:int8-channel/int8-tensor"), (32, 8)) is None
     assert problem_of(parse_recipe("hadamard+gptq:int4-g16/int4-token"), (32, 8)) is None
 
 

@@ -23,9 +23,10 @@ from jaxtyping import Array, Float, PyTree
 
 from qjax.calibrate import experts
 from qjax.calibrate.experts import ROUTED
-from qjax.calibrate.statistics import COUNT, STATISTICS, Statistic
+from qjax.calibrate.statistics import COUNT, STATISTICS, Statistic, first_through, through_maps
 from qjax.errors import QjaxError
 from qjax.interception.linen import recorded
+from qjax.maps import InputMap
 from qjax.models.stacks import member, stack_of
 from qjax.numbers import NotFiniteError
 
@@ -199,22 +200,28 @@ def capture_statistics(
     keep_outputs: bool = False,
     keep_results: Sequence[str] = (),
     stacks: Mapping[str, int] = MappingProxyType({}),
+    through: Mapping[str, tuple[InputMap, ...]] = MappingProxyType({}),
 ) -> Captured:
     """Statistics `names` of the inputs of the layers at the paths in `needed` (path -> in_features), over all batches.
 
     exact: parameters and batches of the run without quantization, for statistics that compare with it. prefix: of paths in
     messages. keep_results: layers, by path, of which to hand back what they return, for as many batches as KEPT_BYTES has room
     for. stacks: those of the paths that hold several layers, and how many; the statistics are then of each, under its own path
-    (`models/stacks.py`), from the tokens that are routed to it, or from all (`experts.py`). Raises QjaxError that names layers
-    whose input is not finite, was not seen, or cannot be captured.
+    (`models/stacks.py`), from the tokens that are routed to it, or from all (`experts.py`). through: maps of all the paths'
+    inputs, which the statistics are of; arrays of a stack's have a leading axis. Raises QjaxError that names layers whose input
+    is not finite, was not seen, or cannot be captured.
     """
-    wanted = Wanted(tuple((name, STATISTICS[name]) for name in dict.fromkeys([*names, COUNT])), tuple(needed))
-    given = (module, params, batches, needed, exact, prefix)
-    states, kept = _states(wanted, *given, stacks=stacks, keep=Keep(keep_outputs, tuple(keep_results)))
+    known = {name: STATISTICS[name] for name in dict.fromkeys([*names, COUNT])}
+    wanted = Wanted(tuple((name, through_maps(each) if through else each) for name, each in known.items()), tuple(needed))
+    first = {path: {name: each.init(size) for name, each in known.items()} for path, size in needed.items()}
+    first |= {path: experts.stacked(first[path], count) for path, count in stacks.items() if path in needed}
+    first |= {path: first_through(maps, first[path]) for path, maps in through.items()}
+    given = (module, params, batches, first, exact, prefix)
+    states, kept = _states(wanted, *given, keep=Keep(keep_outputs, tuple(keep_results)))
     values = _values(wanted, states, stacks)
     hardly = {path: experts.hardly_reached(state) for path, state in states.items() if path in stacks}
     if again := tuple(path for path, numbers in hardly.items() if len(numbers)):
-        states, _ = _states(wanted._replace(paths=again, everyone=True), *given, stacks=stacks)
+        states, _ = _states(wanted._replace(paths=again, everyone=True), *given)
         for path in again:
             for number in hardly[path]:
                 values[member(path, number)] |= experts.finish(wanted.statistics, states[path], number)
@@ -224,16 +231,13 @@ def capture_statistics(
 
 
 def _states(
-    wanted: Wanted, module, params, batches, needed, exact, prefix, *, stacks, keep=NOTHING_KEPT
+    wanted: Wanted, module, params, batches, first, exact, prefix, *, keep=NOTHING_KEPT
 ) -> tuple[dict[str, dict], list[Keep]]:
-    """States of the statistics after all batches, and what is kept of each."""
+    """States of the statistics after all batches, from their first ones, and what is kept of each batch."""
     run = programs_of(module).capture
     references = batches if exact is None else list(exact[1])
-    states, kept, room = {}, [], KEPT_BYTES - _size([batch.known for batch in (*batches, *references)])
-    for path in wanted.paths:
-        count = stacks.get(path)
-        initial = {name: each.init(needed[path]) for name, each in wanted.statistics}
-        states[path] = initial if count is None else experts.stacked(initial, count)
+    states = {path: first[path] for path in wanted.paths}
+    kept, room = [], KEPT_BYTES - _size([batch.known for batch in (*batches, *references)])
     for batch, other in zip(batches, references, strict=True):
         static, arrays = split_arguments(batch.args)
         exact_run = None if exact is None else (exact[0], split_arguments(other.args)[1], dict(other.known))

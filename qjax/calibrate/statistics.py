@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from qjax.errors import QjaxError
-from qjax.maps import InputMap
+from qjax.maps import InputMap, on_input
 from qjax.ranges import BINS, count_magnitudes
 
 
@@ -33,6 +33,30 @@ class Statistic(NamedTuple):
     update: Callable[[object, Array, Array, Array], object]
     finalize: Callable[[object], Array]
     axes: int | None
+
+
+class Through(NamedTuple):
+    """The state of a statistic of inputs through maps, which it holds."""
+
+    maps: tuple[InputMap, ...]
+    state: object
+
+
+@functools.cache
+def through_maps(statistic: Statistic) -> Statistic:
+    """The statistic of inputs through maps; its first state is `first_through` of that of the statistic."""
+    if statistic.axes == 0:
+        return statistic
+
+    def update(s, x, exact, w):
+        return s._replace(state=statistic.update(s.state, on_input(s.maps, x), on_input(s.maps, exact), w))
+
+    return statistic._replace(update=update, finalize=lambda s: statistic.finalize(s.state), axes=None)
+
+
+def first_through(maps: tuple[InputMap, ...], states: Mapping[str, object]) -> dict[str, object]:
+    """The first states of statistics, by name, of inputs through maps."""
+    return {name: state if STATISTICS[name].axes == 0 else Through(maps, state) for name, state in states.items()}
 
 
 class Mean(NamedTuple):
@@ -161,8 +185,8 @@ def mapped_value(name: str, value: Array, inputs: Sequence[InputMap]) -> Array:
     axes = STATISTICS[name].axes
     if inputs and axes is None:
         raise QjaxError(
-            f"{name} of a mapped input cannot be made from those of the input; take a static scale by the largest value "
-            "(/int8-tensor), or an order that captures inputs behind a folded transform (@sequential, @qep)"
+            f"{name} of a mapped input cannot be made from those of the input; a search tries maps with a static scale by the "
+            "largest value (/int8-tensor) alone"
         )
     for each in inputs:
         value = each.on_statistic(value, axes)

@@ -17,7 +17,7 @@ from jaxtyping import Array, PyTree
 
 from qjax.calibrate.capture import Batch, Captured, Known
 from qjax.calibrate.order import Order
-from qjax.driver.layer import LayerRecord, Rounded, checked_block, make_record, placed, prepare_kernel, round_kernels
+from qjax.driver.layer import LayerRecord, Mapped, Rounded, checked_block, make_record, placed, prepare_kernel, round_kernels
 from qjax.driver.piece import Piece
 from qjax.driver.placement import Plan
 from qjax.driver.transform import transform
@@ -68,6 +68,17 @@ class _Run:
         exact = (reference, self.exact) if compared else None
         kept = {"keep_outputs": keep_outputs, "keep_results": keep_results}
         return piece.capture(floating, self.batches, needed, sorted(statistics), exact, **kept)
+
+    def behind(self, plan: Plan, paths: Sequence[str], found: Mapping[str, Mapped], floating) -> dict[str, dict[str, Array]]:
+        """What static activation formats are made from, by path: statistics of inputs through maps that `floating` lacks."""
+        piece, through, names = self.piece, {}, set()
+        for path in paths:
+            asked = plan[path].activation.statistics if plan[path] and plan[path].activation else ()
+            if asked and path in found and not (found[path].folded and self.order.inside):
+                through[path] = found[path].inputs
+                names |= set(asked)
+        needed = {piece.kernel_of(path): piece.views[path].matrix_shape[0] for path in through}
+        return piece.capture(floating, self.batches, needed, sorted(names), through=through).statistics if through else {}
 
     def after(self, captured: Captured) -> "_Run":
         """The run that goes on from what capturing left of each batch."""
@@ -135,12 +146,13 @@ def _by_plan(run: _Run, plan: Plan, reading: Plan, before: Captured, shared_memo
             captured = run.capture([reading], group, floating, reference=reference, keep_results=settled)
             statistics, run = captured.statistics, run.after(captured)
             settled = [path for path in group if path in reading and not refined]
+        behind = run.behind(plan, group, found, piece.tree(current) if order.inside else piece.params)
         started = time.perf_counter()
         prepared = {}
         for path in (path for path in group if plan[path] is not None):
             weight = piece.matrix(path, base[path], memo)
             known = statistics.get(piece.shared.get(path), {}) if path in reading else {}
-            prepared[path] = prepare_kernel(weight, plan[path], known, found.get(path), order, memo)
+            prepared[path] = prepare_kernel(weight, plan[path], known, found.get(path), order, memo, behind.get(path))
         rounded |= round_kernels(prepared, order, memo)
         for path in group:
             if path not in refined:

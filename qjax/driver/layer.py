@@ -133,8 +133,9 @@ def prepare_kernel(
     mapped: Mapped | None,
     order: Order,
     memo: Memo,
+    behind: Mapping[str, Array] | None = None,
 ) -> Prepared:
-    """Corrects and maps one weight; statistics are of its input as captured."""
+    """Corrects and maps one weight; statistics are of its input as captured. behind: those captured of the mapped input."""
     later, original = dataclasses.replace(recipe, transforms=()), weight  # what transforms read need not be known behind them
     needed = (*later.statistics, *read_by(output_loss))  # its loss is told of every layer
     known = {name: value for name, value in statistics.items() if name in needed}
@@ -145,7 +146,9 @@ def prepare_kernel(
         if not mapped.folded:
             weight = maps.on_weight(mapped.inputs, weight)
         if not mapped.folded or not order.inside:  # else the input was captured with the scale folded into it
-            known = {name: memo.get(_mapped, value, mapped.inputs, name=name) for name, value in known.items()}
+            behind = behind or {}
+            known = {name: memo.get(_mapped, v, mapped.inputs, name=name) for name, v in known.items() if name not in behind}
+            known |= behind
     return Prepared(weight, original, recipe, known, statistics, mapped)
 
 
@@ -262,12 +265,10 @@ def problem_of(recipe: Recipe, shape: tuple[int, int]) -> str | None:
         known = {name: STATISTICS[name].finalize(STATISTICS[name].init(shape[0])) for name in recipe.statistics}
         error = jnp.sum(weight)
         site = Site((weight,), known, Memo(), lambda weights: error, lambda by=None: [weight], lambda by: error)
-        static = recipe.activation.statistics if recipe.activation else ()
         for number, stage in enumerate(recipe.transforms, start=1):
-            later = (*captures_of((*recipe.transforms[number:], recipe.rounding, *recipe.refiners)), *static)
             by = stage([weight], recipe.format, site=site)
             if hasattr(by, "on_statistic") and not isinstance(by, type):
-                for name in later:
+                for name in captures_of((*recipe.transforms[number:], recipe.rounding, *recipe.refiners)):
                     by.on_statistic(known[name], STATISTICS[name].axes or 0)
         return round_weight(weight, recipe, known)[0].codes
 

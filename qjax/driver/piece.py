@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -11,9 +12,10 @@ from jaxtyping import Array, Float, PyTree
 from qjax.calibrate.capture import Batch, Captured, capture_statistics, outputs_of
 from qjax.interception.contraction import KernelView
 from qjax.interception.linen import quantized_kernels
+from qjax.maps import InputMap
 from qjax.methods import Memo
 from qjax.models.folding import Fold
-from qjax.models.stacks import apart, stack_of, together
+from qjax.models.stacks import apart, spread, stack_of, together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +66,13 @@ class Piece:
         *,
         keep_outputs: bool = False,
         keep_results: Sequence[str] = (),
+        through: Mapping[str, tuple[InputMap, ...]] = MappingProxyType({}),
     ) -> Captured:
-        """`capture_statistics` of the piece with these parameters."""
+        """`capture_statistics` of the piece with these parameters. through: maps of all layers in `needed`, by the layer."""
         how = {"prefix": self.prefix, "keep_outputs": keep_outputs, "keep_results": keep_results, "stacks": self.stacks}
+        if through:
+            stacks = {path: count for path, count in self.stacks.items() if path in needed}
+            how["through"] = together(spread(dict.fromkeys(stacks, ()), stacks) | through, stacks)
         return capture_statistics(self.module, params, batches, needed, names, exact, **how)
 
     def apply(self, params: PyTree, *args: object) -> object:

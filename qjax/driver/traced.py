@@ -230,10 +230,14 @@ class TracedPiece(Piece):
     def _leaves(self, params: Mapping[str, object]) -> Leaves:
         return self.source._replace(arrays=self.whole(params, run=True))
 
-    def capture(self, params, batches, needed, names, exact=None, *, keep_outputs=False, keep_results=()) -> Captured:
+    def capture(
+        self, params, batches, needed, names, exact=None, *, keep_outputs=False, keep_results=(), through=None
+    ) -> Captured:
         """`tracing.capture` of the function with these matrices."""
-        compared = None if exact is None else self._leaves(exact[0])
-        return Captured(self.runs.capture(self._leaves(params), batches, needed, names, compared, keep_results), [])
+        compared, through = None if exact is None else self._leaves(exact[0]), through or {}
+        sites = {self.runs.holders[name].path: self.runs.holders[name] for name in through}
+        stacked = {path: _stack([through.get(name, ()) for name in members(site)], site) for path, site in sites.items()}
+        return Captured(self.runs.capture(self._leaves(params), batches, needed, names, compared, keep_results, stacked), [])
 
     def apply(self, params: PyTree, *args: object) -> object:
         """What the function makes of the arguments with these matrices."""

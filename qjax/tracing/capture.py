@@ -18,8 +18,9 @@ from jaxtyping import Array, Float
 
 from qjax.calibrate import experts
 from qjax.calibrate.capture import KEPT_BYTES, Batch, Captured, check_statistics, token_weights
-from qjax.calibrate.statistics import COUNT, STATISTICS, Statistic
+from qjax.calibrate.statistics import COUNT, STATISTICS, Statistic, first_through, through_maps
 from qjax.errors import QjaxError
+from qjax.maps import InputMap
 from qjax.tracing.coverage import known_uses
 from qjax.tracing.interpreter import (
     KEEP,
@@ -94,13 +95,14 @@ class Capturing:
         return {name: each.update(state[name], x, exact, counts) for name, each in self.statistics}
 
 
-def initial(capturing: Capturing, site: Site) -> dict:
-    """Statistics of a site before any token, for each matrix of its stack."""
+def initial(statistics: Mapping[str, Statistic], site: Site, maps: tuple[InputMap, ...] | None) -> dict:
+    """Statistics of a site before any token, for each matrix of its stack; of its inputs through maps, where there are any."""
     size, stack = site.view.matrix_shape[0], site.view.stack_shape
-    return {
+    states = {
         name: jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*stack, *leaf.shape)), each.init(size))
-        for name, each in capturing.statistics
+        for name, each in statistics.items()
     }
+    return states if maps is None else first_through(maps, states)
 
 
 def members(site: Site) -> dict[str, tuple[int, ...]]:
@@ -161,6 +163,7 @@ class Runs:
         names: Iterable[str],
         exact: Leaves | None = None,
         keep: Sequence[str] = (),
+        through: Mapping[str, tuple[InputMap, ...]] = MappingProxyType({}),
     ) -> dict[str, dict[str, Array]]:
         """Statistics `names` of the inputs of matrices in `needed` (name -> in), over all batches.
 
@@ -168,6 +171,7 @@ class Runs:
         that compare with it. keep: matrices that stay as they are; of a function made of compiled calls, the products of those
         that are no part of a stack and contracted once are not made again by later captures, until one begins behind them, and
         as long as KEPT_BYTES has room. Experts that hardly any row is of have statistics of all rows (`calibrate/experts.py`).
+        through: maps of all the inputs, which the statistics are of, by parameter; arrays of a stack's have its leading axes.
         Raises QjaxError that names matrices whose input is not finite or was not seen, and parameters whose input token weights
         do not fit.
         """
@@ -176,9 +180,11 @@ class Runs:
             for each in (leaves, exact)
             if each is not None
         ]
-        capturing = Capturing(tuple((name, STATISTICS[name]) for name in dict.fromkeys([*names, COUNT])))
+        known = {name: STATISTICS[name] for name in dict.fromkeys([*names, COUNT])}
+        capturing = Capturing(tuple((name, through_maps(each) if through else each) for name, each in known.items()))
         chosen = list({site.path: site for name, site in self.holders.items() if name in needed}.values())
-        record = self._record(leaves, lanes, batches, capturing, chosen, keep)
+        first = {site.path: initial(known, site, through.get(site.path)) for site in chosen}
+        record = self._record(leaves, lanes, batches, capturing, first, keep)
         finish = lambda state: {name: each.finalize(state[name]) for name, each in capturing.statistics}  # noqa: E731
         values = {}
         for site in chosen:
@@ -186,7 +192,8 @@ class Runs:
             values |= {name: finish(at(record[site.path], place)) for name, place in places.items()}
             if site.ragged:
                 hardly = set(experts.hardly_reached(record[site.path]))
-                of_all = self._record(leaves, lanes, batches, capturing.of_everyone(), [site]) if hardly else {}
+                own = {site.path: first[site.path]}
+                of_all = self._record(leaves, lanes, batches, capturing.of_everyone(), own) if hardly else {}
                 for number, name in enumerate(members(site)):
                     if name in places:
                         routed = {experts.ROUTED: values[name][COUNT]}
@@ -194,9 +201,9 @@ class Runs:
         check_statistics(values, needed, "", lambda few: Captured(self.capture(leaves, batches, few, ["abs_max"]), []))
         return values
 
-    def _record(self, leaves: Leaves, lanes: Sequence[Lane], batches: Sequence[Batch], capturing, chosen, keep=()) -> Record:
-        """States of the chosen sites after all batches."""
-        record: Record = {site.path: initial(capturing, site) for site in chosen}
+    def _record(self, leaves: Leaves, lanes: Sequence[Lane], batches: Sequence[Batch], capturing, first, keep=()) -> Record:
+        """States of sites after all batches, from their first ones, by path."""
+        record, chosen = dict(first), [self.sites[path] for path in first]
         for number, batch in enumerate(batches):
             given = record | ({} if batch.weights is None else {WEIGHTS: batch.weights})
             halted = self.halted.get(number)
