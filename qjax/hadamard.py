@@ -3,11 +3,12 @@
     H_2n     [[H_n, H_n], [H_n, -H_n]]     Sylvester 1867
     H_q+1    Paley 1933 (I): q a power of a prime, q = 3 mod 4
     H_2q+2   Paley 1933 (II): the same, q = 1 mod 4
+    H_4n     Williamson 1944: [[A, B, C, D], [-B, A, -D, C], [-C, D, A, -B], [-D, -C, B, A]] of symmetric circulant matrices
+             with A^2 + B^2 + C^2 + D^2 = 4 n I, found by search: 92, 116, 172
 
 Both of Paley's are made of the quadratic character of the field of q elements: chi(a) is 1 where a is a square, -1 where it is
-not, 0 for 0. With powers of primes these are 12, 20, 28, 36, 44, 52, 60, 76, 84, 100, 108, 124, 140, 148, 344 (so 11008 is 32
-times 344, where others use 172 of Williamson's kind) and so on. Matrices are computed in numpy, once, without JAX;
-`hadamard_transform` goes through the powers of two by sums and differences alone.
+not, 0 for 0. With powers of primes these are 12, 20, 28, 36, 44, 52, 60, 76, 84, 100, 108, 124, 140, 148 and so on. Matrices
+are computed in numpy, once, without JAX; `hadamard_transform` goes through the powers of two by sums and differences alone.
 """
 
 import functools
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
     import jax
 
 LARGEST_BASE = 1024  # of what is multiplied with as a matrix
+WILLIAMSON = {  # the first half of the first row of A, B, C and D, whose second half mirrors it
+    92: ("+--++-+-+-++", "+--+-+-+++++", "+++---++--++", "+--+--+++---"),
+    116: ("+-+-++---+--+++", "+-+-+----++-++-", "+--+-++---+++++", "+++-++-++++---+"),
+    172: ("+++++-++----+-++--++-+", "+++---++--+-+-+-++----", "++-+-++++-+--+--+++--+", "+-++-----++++-+-+++-++"),
+}
 
 
 @functools.cache
@@ -32,7 +38,7 @@ def order_of(size: int) -> tuple[int, int] | None:
     while base % 2 == 0:
         base //= 2
     while base <= min(size, LARGEST_BASE):
-        if base == 1 or _paley(base) is not None:
+        if base == 1 or base in WILLIAMSON or _paley(base) is not None:
             return base, size // base
         base *= 2
         if size % base:
@@ -86,6 +92,8 @@ def base_matrix(order: int) -> Int[np.ndarray, "order order"]:
     """The matrix of a base, which no other base goes into."""
     if order == 1:
         return np.ones((1, 1), np.int8)
+    if order in WILLIAMSON:
+        return _williamson(order)
     kind, q = _paley(order)
     table = _character_of_differences(q)
     if kind == 1:
@@ -93,6 +101,12 @@ def base_matrix(order: int) -> Int[np.ndarray, "order order"]:
         return (skew + np.eye(order, dtype=int)).astype(np.int8)
     symmetric = np.block([[np.zeros((1, 1), int), np.ones((1, q), int)], [np.ones((q, 1), int), table]])
     return (np.kron(symmetric, [[1, 1], [1, -1]]) + np.kron(np.eye(q + 1, dtype=int), [[1, -1], [-1, -1]])).astype(np.int8)
+
+
+def _williamson(order: int) -> Int[np.ndarray, "order order"]:
+    n, rows = order // 4, ([1 if sign == "+" else -1 for sign in half] for half in WILLIAMSON[order])
+    a, b, c, d = (np.array([np.roll([*row, *row[:0:-1]], by) for by in range(n)], np.int8) for row in rows)
+    return np.block([[a, b, c, d], [-b, a, -d, c], [-c, d, a, -b], [-d, -c, b, a]])
 
 
 def _paley(order: int) -> tuple[int, int] | None:

@@ -5,6 +5,7 @@ import pytest
 
 import qjax
 from qjax.errors import QjaxError
+from qjax.models.parameters import flatten
 from tests.conftest import COHERE, GEMMA, GPT2, MIXTRAL, tiny_config
 from tests.random_weights import small_model
 
@@ -18,6 +19,8 @@ def test_the_model_computes_the_same(changes):
     injected = qjax.inject_outliers(model, 40, 3)
     np.testing.assert_allclose(qjax.apply(injected, TOKENS), exact, atol=2e-5 * np.max(np.abs(exact)))
     assert injected.name == "random-outliers" and injected.params["head"] is not None
+    if "offset" not in "".join(flatten(model.params)):  # 1 + offset is rounded
+        np.testing.assert_array_equal(qjax.apply(qjax.inject_outliers(model, 64, 3), TOKENS), exact)
 
 
 def test_inputs_show_them():

@@ -59,7 +59,7 @@ def qlora(
     target: Annotated[
         list[str] | None, typer.Option(help="Kernels with an adapter, as q_proj; may be repeated; all by default.")
     ] = None,
-    start: Annotated[str, typer.Option(help="gaussian, loftq or pissa: how adapters begin.")] = "gaussian",
+    start: Annotated[str, typer.Option(help="gaussian, loftq, qera or pissa: how adapters begin.")] = "gaussian",
     batch: Batch = 8,
     micro_batch: MicroBatch = 1,
     window: Window = 512,

@@ -7,11 +7,15 @@ Only A (in, rank) and B (rank, out) are trained, in float32. Starts, with R_t = 
 
     gaussian   A uniform in +-1/sqrt(in), B = 0: as PEFT's default
     loftq      W'_t+1 = quantize(W - s A_t B_t), s A_t B_t = R_t (Li et al. 2023, 2310.08659)
+    qera       argmin over A, B of E ||x (W - W' - s A B)||^2, x the layer's inputs in calibration (QERA's "exact", Zhang et al.
+               2024, 2410.06040; CLoQ, Deng et al. 2025, 2501.18475, where W' is GPTQ's)
     pissa      A, B of W itself, W' = quantize(W - s A B) (Meng et al. 2024, 2404.02948)
 
-so that with the last two W' + s A B is nearer to W than W' alone. They change the base, which is returned with the adapters.
+so that with the last three W' + s A B is nearer to W than W' alone. loftq and pissa change the base, which is returned with
+the adapters.
 """
 
+import dataclasses
 import functools
 import math
 import re
@@ -23,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from qjax.calibrate.inputs import input_statistics
 from qjax.driver import patterns
 from qjax.driver.decoder import quantize
 from qjax.driver.placement import abridge, kernels_of
@@ -37,6 +42,8 @@ from qjax.models.walk import in_blocks
 from qjax.train import forward
 from qjax.train.loop import Loss, train
 from qjax.train.settings import LoraConfig, TrainConfig
+
+DAMP = 0.01  # of a hessian, relative to its mean diagonal
 
 
 def targets_of(model: Model, config: LoraConfig) -> list[str]:
@@ -71,6 +78,20 @@ def factors(weight: Float[Array, "in out"], config: LoraConfig) -> LowRank:
     return LowRank(u[:, : config.rank] * root, root[:, None] * v[: config.rank], config.scaling)
 
 
+@functools.partial(jax.jit, static_argnums=2)
+def factors_for_inputs(weight: Float[Array, "in out"], hessian: Float[Array, "in in"], config: LoraConfig) -> LowRank:
+    """The adapter with the least E ||x (weight - s A B)||^2, where hessian is E x x^T, damped: of R weight, with R^T R the
+    hessian, it is the nearest.
+    """
+    diagonal = jnp.diagonal(hessian)
+    mean = jnp.where(jnp.any(diagonal > 0), jnp.mean(diagonal), 1.0)
+    values, vectors = jnp.linalg.eigh(hessian + DAMP * mean * jnp.eye(len(hessian)))
+    root = jnp.sqrt(jnp.maximum(values, DAMP * mean))[:, None]
+    product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    found = factors(root * product(vectors.T, weight), config)
+    return dataclasses.replace(found, a=product(vectors, found.a / root))
+
+
 def start(
     model: Model, config: LoraConfig, key: jax.Array, *, recipe: str | None = None, **options: object
 ) -> tuple[Model, dict[str, LowRank]]:
@@ -90,19 +111,45 @@ def start(
         raise QjaxError(
             f"adapters: the start {config.start} needs weights that are not quantized; {model.name} is {model.recipe}"
         )
-    if config.start == "loftq" and recipe is None:
-        raise QjaxError("adapters: the start loftq makes up for what a recipe takes; give a recipe, or another start")
+    if config.start in ("loftq", "qera") and recipe is None:
+        raise QjaxError(f"adapters: the start {config.start} makes up for what a recipe takes; give a recipe, or another start")
+    calibration = options.get("calibration")
+    if config.start == "qera" and calibration is None:
+        raise QjaxError("adapters: the start qera needs calibration data; give calibration tokens (--calibration TEXT)")
     leaves = flatten(model.params)
     weights = {path: jnp.asarray(np.asarray(leaves[path]), jnp.float32) for path in paths}
     if config.start == "pissa":
         adapters = {path: factors(weight, config) for path, weight in weights.items()}
-        return quantized(_less(model, weights, adapters)), adapters
+        base = quantized(_less(model, weights, adapters))
+        _require_same(model, base, config.start)
+        return base, adapters
     base, adapters = quantized(model), {}
+    _require_same(model, base, config.start)
+    if config.start == "qera":
+        held = flatten(base.params)
+        for given in input_statistics(model, calibration, ("hessian",)):
+            for path in (path for path in given.readers if path in weights):
+                change = weights[path] - _float(held[path])
+                adapters[path] = factors_for_inputs(change, given.statistics["hessian"], config)
+        if outside := [path for path in paths if path not in adapters]:
+            raise QjaxError(f"adapters: the start qera is for layers of blocks; {listing(outside)} is none, name others")
+        return base, {path: adapters[path] for path in paths}
     for turn in range(config.rounds):
         base = quantized(_less(model, weights, adapters)) if turn else base
         held = flatten(base.params)
         adapters = {path: factors(weight - _float(held[path]), config) for path, weight in weights.items()}
     return base, adapters
+
+
+def _require_same(model: Model, base: Model, name: str) -> None:
+    """Raises QjaxError where more than kernels differ, so that what a kernel lacks is not known from it alone."""
+    held, kernels = flatten(base.params), set(kernels_of(model))
+    for path, leaf in flatten(model.params).items():
+        if path not in kernels and not (leaf is held[path] or np.array_equal(np.asarray(leaf), np.asarray(held[path]))):
+            raise QjaxError(
+                f"adapters: {base.recipe} changes {path} too, by a transform; the start {name} is for recipes that change "
+                "kernels alone: leave the transform out, or start gaussian"
+            )
 
 
 def _quantized(model: Model, recipe: str | None, options: Mapping[str, object]) -> Model:

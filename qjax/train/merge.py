@@ -44,7 +44,7 @@ def load_merge(base: Model, adapter: Path, target: Model | None = None) -> tuple
     """(the base with its adapter, what is to be written: that, or `target` with the adapter). Both may be lazy.
 
     Raises QjaxError for an adapter of another base, and for a target that the adapter does not belong to: of an adapter that
-    makes up for its base (loftq, pissa) any, and one of another residual stream (a rotation's).
+    makes up for its base (loftq, qera, pissa) any, and one of another residual stream (a rotation's).
     """
     adapter = standing(adapter)
     adapters = load_adapter(adapter, base.config)
@@ -55,7 +55,7 @@ def load_merge(base: Model, adapter: Path, target: Model | None = None) -> tuple
                 f"{adapter} was trained on {told.get('name')} ({told.get('recipe')}), not on {base.name} ({base.recipe}); give "
                 "that base, and another model to merge into with --base"
             )
-        if target is not None and told.get("start") in ("loftq", "pissa"):
+        if target is not None and told.get("start") in ("loftq", "qera", "pissa"):
             raise QjaxError(
                 f"{adapter} began as {told['start']}, as part of what {base.name} lacks; added to {target.name} it would count "
                 "twice: leave --base out"

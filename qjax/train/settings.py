@@ -60,7 +60,7 @@ class LoraConfig:
     alpha: float = 16.0
     targets: tuple[str, ...] = ()
     rslora: bool = False
-    start: Literal["gaussian", "loftq", "pissa"] = "gaussian"
+    start: Literal["gaussian", "loftq", "qera", "pissa"] = "gaussian"
     rounds: int = 1  # of loftq
 
     def __post_init__(self):
@@ -68,7 +68,7 @@ class LoraConfig:
 
         for target in self.targets:
             require_pattern("adapters", target)
-        starts = ("gaussian", "loftq", "pissa")
+        starts = ("gaussian", "loftq", "qera", "pissa")
         if self.rank < 1 or self.rounds < 1 or not (math.isfinite(self.alpha) and self.alpha > 0) or self.start not in starts:
             raise QjaxError(
                 f"adapters: got rank={self.rank}, alpha={self.alpha}, start={self.start!r}, rounds={self.rounds}; expected a "

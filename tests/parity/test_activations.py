@@ -70,6 +70,29 @@ def test_dynamic_integers_of_torchao(name, kind):
     assert np.max(np.abs(ours - values)) < 1.01 * float(scale.max())
 
 
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("int8-token-sym", {"strategy": "token"}),
+        ("int4-token-sym", {"strategy": "token", "num_bits": 4}),
+        ("int8-token-affine", {"strategy": "token", "symmetric": False}),
+        ("int8-g16-sym", {"strategy": "group", "group_size": 16}),
+        ("fp8_e4m3-token", {"strategy": "token", "type": "float"}),
+    ],
+)
+def test_dynamic_inputs_of_compressed_tensors(name, asked):
+    """Whose W8A8 it is: scales equal to a rounding, values equal but for ties."""
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    helpers = pytest.importorskip("compressed_tensors.quantization.utils.helpers")
+    args = quantization.QuantizationArgs(**{"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True} | asked)
+    x = torch.from_numpy(inputs(True))[None]  # (batch, tokens, in)
+    scale, zero = helpers.compute_dynamic_scales_and_zp(x, args, torch.nn.Module())
+    there = quantization.fake_quantize(x, scale, zero, args).numpy()[0]
+    ours = np.asarray(round_activation(jnp.asarray(x[0].numpy()), parse_activation(name)))
+    assert np.isclose(ours, there, rtol=1e-5, atol=1e-6).mean() > 0.98
+    assert np.max(np.abs(ours - there)) < 1.01 * float(scale.max())
+
+
 @pytest.mark.parametrize(("name", "element"), [("mxfp8", "float8_e4m3fn"), ("mxfp4", "float4_e2m1fn_x2")])
 def test_microscaling_of_torchao(name, element):
     mx = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor")
