@@ -146,6 +146,20 @@ def test_a_base_that_a_start_made_is_kept(folder, tmp_path, monkeypatch):
         load_merge(base, tmp_path / "ad", model)
 
 
+def test_adapters_that_begin_by_calibration(folder, tmp_path, capsys):
+    """--start qera reads a text whatever the recipe; the base is the recipe's own, and no other is merged into."""
+    begin = ("train", "qlora", folder / "tiny", *data(folder), *SMALL, "--recipe", "int4-g16", "--rank", "2", "--start", "qera")
+    assert "--start qera reads calibration data; name a text with --calibration" in fails(
+        capsys, *begin, "--out", tmp_path / "a"
+    )
+    few = ("--calibration", f"text:{folder / 'text.txt'}", "--calibration-windows", "4", "--calibration-window", "16")
+    succeeds(capsys, *begin, *few, "--out", tmp_path / "a")
+    assert load(tmp_path / "a/base").recipe == "rtn:int4-g16"
+    merging = ("merge", tmp_path / "a/base", tmp_path / "a", "--out", tmp_path / "plain")
+    assert "began as qera" in fails(capsys, *merging, "--base", folder / "tiny")
+    succeeds(capsys, *merging)
+
+
 def test_an_adapter_stays_in_its_residual_stream(adapter, folder):
     model = load(folder / "tiny")
     assert load_merge(load(adapter / "base"), adapter, model)[1].name == "tiny"

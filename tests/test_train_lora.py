@@ -10,6 +10,7 @@ import pytest
 
 from qjax.driver.decoder import quantize
 from qjax.errors import QjaxError
+from qjax.interception.linen import recorded
 from qjax.linear import Linear, LowRank, dequantize, dequantize_tree
 from qjax.models.adapters import adapters_of, attach, detached
 from qjax.models.config import LayerKind
@@ -20,6 +21,7 @@ from qjax.qtensor import QTensor, nbytes
 from qjax.train import forward, loop, lora
 from qjax.train.lora import LoraConfig
 from tests.conftest import GEMMA3, MIXTRAL, random_model, tiny_config
+from tests.random_weights import small_model
 
 CONFIG = LoraConfig(rank=3, alpha=6.0)
 KEY = jax.random.key(0)
@@ -151,6 +153,45 @@ def test_starts():
     assert errors["loftq", 1] == pytest.approx(np.sqrt((singular[8:] ** 2).sum()), rel=1e-4)  # Eckart and Young
 
 
+def test_what_the_inputs_make_of_an_error():
+    """qera: the least E ||x (W - W' - s A B)||^2, by singular values in float64; less than loftq's, and less of the loss."""
+    model, recipe, path = small_model(tiny_config(layers=1)), "int2-g16", "block_0/mlp/down/kernel"
+    tokens = np.random.default_rng(0).integers(0, 257, (8, 32)).astype(np.int32)
+    bases, errors, losses = {}, {}, {}
+    with recorded() as recording:
+        Decoder(model.config).apply({"params": model.params}, tokens)
+    x = np.asarray(recording.inputs[path][0], np.float64).reshape(-1, 48)
+    for name in ("gaussian", "loftq", "qera"):
+        config = LoraConfig(rank=8, alpha=4.0, start=name)
+        bases[name], adapters = lora.start(model, config, KEY, recipe=recipe, calibration=tokens)
+        assert len(adapters) == 7 and adapters[path].scaling == 0.5
+        adapted = flatten(attach(bases[name], adapters).params)[path]
+        change = np.asarray(flatten(model.params)[path] - dequantize(adapted), np.float64)
+        errors[name] = np.square(x @ change).sum()
+        losses[name] = np.square(np.asarray(apply(attach(bases[name], adapters), tokens) - apply(model, tokens))).mean()
+    assert losses["qera"] < losses["loftq"] < losses["gaussian"]
+    leaves = [flatten(bases[name].params)[path] for name in ("gaussian", "qera")]
+    np.testing.assert_array_equal(leaves[0].codes, leaves[1].codes)  # of the base nothing changes
+    hessian = x.T @ x / len(x)
+    root = np.linalg.cholesky(hessian + lora.DAMP * np.mean(np.diag(hessian)) * np.eye(48)).T
+    lost = np.asarray(flatten(model.params)[path] - dequantize(leaves[1]), np.float64)
+    least = (np.linalg.svd(root @ lost, compute_uv=False)[8:] ** 2).sum() * len(x)
+    assert 0.9 * least < errors["qera"] < 1.001 * least  # which counts the damping too
+    assert errors["qera"] < errors["loftq"] < errors["gaussian"]
+
+
+def test_starts_that_do_not_go_with_a_recipe():
+    model, tokens = random_model(tiny_config(layers=1)), TOKENS
+    for name in ("loftq", "qera", "pissa"):
+        with pytest.raises(QjaxError, match=f"changes .*norm/scale too, by a transform; the start {name} is for recipes"):
+            lora.start(model, LoraConfig(rank=2, start=name), KEY, recipe="hadamard+rtn:int4-g16", calibration=tokens)
+    with pytest.raises(QjaxError, match="qera needs calibration data"):
+        lora.start(model, LoraConfig(rank=2, start="qera"), KEY, recipe="int4-g16")
+    config = LoraConfig(rank=2, start="qera", targets=("lm_head", "q_proj"))
+    with pytest.raises(QjaxError, match="qera is for layers of blocks; head/output/kernel is none"):
+        lora.start(model, config, KEY, recipe="int4-g16", calibration=np.tile(tokens, (3, 1)))
+
+
 def test_targets(base):
     def paths(*targets):
         return lora.targets_of(base, LoraConfig(targets=targets))
@@ -177,8 +218,9 @@ def test_experts_take_no_adapter():
 
 
 def test_what_is_refused(base):
-    with pytest.raises(QjaxError, match="loftq makes up for what a recipe takes; give a recipe"):
-        lora.start(random_model(tiny_config()), LoraConfig(rank=2, start="loftq"), KEY)
+    for name in ("loftq", "qera"):
+        with pytest.raises(QjaxError, match=f"{name} makes up for what a recipe takes; give a recipe"):
+            lora.start(random_model(tiny_config()), LoraConfig(rank=2, start=name), KEY)
     with pytest.raises(QjaxError, match="the start loftq needs weights that are not quantized"):
         lora.start(base, LoraConfig(rank=2, start="loftq"), KEY)
     with pytest.raises(QjaxError, match="a rank of 64 is more than"):

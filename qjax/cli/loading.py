@@ -24,18 +24,32 @@ def load_model(name: str, *, lazy: bool = False) -> "Model":
 
 
 def calibration_for(
-    model: "Model", asked: tuple, name: str | None, data: list[str], windows: int, window: int, seed: int
+    model: "Model",
+    asked: tuple,
+    name: str | None,
+    data: list[str],
+    windows: int,
+    window: int,
+    seed: int,
+    needing: str | None = None,
 ) -> "Calibration | None":
     """`calibrations_for` of one seed."""
-    found = calibrations_for(model, asked, name, data, windows, window, (seed,))
+    found = calibrations_for(model, asked, name, data, windows, window, (seed,), needing)
     return found and found[0]
 
 
 def calibrations_for(
-    model: "Model", asked: tuple, name: str | None, data: list[str], windows: int, window: int, seeds: Sequence[int]
+    model: "Model",
+    asked: tuple,
+    name: str | None,
+    data: list[str],
+    windows: int,
+    window: int,
+    seeds: Sequence[int],
+    needing: str | None = None,
 ) -> "tuple[Calibration, ...] | None":
-    """Calibration tokens of each seed where a recipe or rule of `asked` reads any; the text defaults to the first named one of
-    `data`.
+    """Calibration tokens of each seed where a recipe or rule of `asked` reads any, or what is named `needing` does; the text
+    defaults to the first named one of `data`.
     """
     from qjax.calibrate.tokens import load_calibration
     from qjax.driver.placement import parse_rule
@@ -43,11 +57,11 @@ def calibrations_for(
     from qjax.recipe import parse_recipe
 
     recipes = [*map(parse_recipe, asked[0]), *(parse_rule(rule).recipe for rule in asked[1])]
-    if not any(recipe and recipe.reads_data for recipe in recipes):
+    needing = next((str(recipe) for recipe in recipes if recipe and recipe.reads_data), needing)
+    if needing is None:
         return None
     named = [spec for spec in data if ":" not in spec]
     if name is None and not named:
-        needing = next(str(recipe) for recipe in recipes if recipe and recipe.reads_data)
         raise QjaxError(f"{needing} reads calibration data; name a text with --calibration, for example text:PATH or c4")
     corpus = load_corpus(name or named[0], "calibration")
     return tuple(load_calibration(model, corpus, windows=windows, window=window, seed=seed) for seed in seeds)

@@ -88,7 +88,8 @@ def qlora(
     from qjax.train.run import qlora as run_qlora
 
     loaded, tokens = _inputs(model, data)
-    recipe, options = _quantizing(loaded, model, recipe, rule, calibration, calibration_windows, calibration_window, seed)
+    how, needing = (calibration, calibration_windows, calibration_window, seed), "--start qera" if start == "qera" else None
+    recipe, options = _quantizing(loaded, model, recipe, rule, how, needing)
     with live_training(steps) as show:
         run = Run(out, config, devices, save_every, overwrite, show)
         base = run_qlora(run, loaded, tokens, wanted, recipe=recipe, options=options)
@@ -140,7 +141,8 @@ def qat(
 
     loaded, tokens = _inputs(model, data)
     before = None if original is None else load_model(original)
-    recipe, options = _quantizing(loaded, model, recipe, rule, calibration, calibration_windows, calibration_window, seed)
+    how = (calibration, calibration_windows, calibration_window, seed)
+    recipe, options = _quantizing(loaded, model, recipe, rule, how)
     with live_training(steps) as show:
         run = Run(out, config, devices, save_every, overwrite, show)
         trained = run_qat(run, loaded, tokens, wanted, recipe=recipe, original=before, options=options)
@@ -163,12 +165,10 @@ def _quantizing(
     model: str,
     recipe: str | None,
     rule: list[str] | None,
-    calibration: str | None,
-    windows: int,
-    window: int,
-    seed: int,
+    calibration: tuple[str | None, int, int, int],
+    needing: str | None = None,
 ) -> tuple[str | None, dict[str, object]]:
-    """The recipe in canonical form, and the options of `quantize`."""
+    """The recipe in canonical form, and the options of `quantize`. calibration: its text, windows, window and seed."""
     from qjax.sweep.cells import canonical
     from qjax.sweep.runner import rules_in_order
 
@@ -177,5 +177,6 @@ def _quantizing(
             raise QjaxError("--rule says what --recipe leaves to it; give a recipe")
         return None, {}
     (name,), rules = canonical([recipe]), rules_in_order(rule or (), None)
-    read = calibration_for(loaded, ([name], rules), calibration, own_text(model), windows, window, seed)
+    text, *draw = calibration
+    read = calibration_for(loaded, ([name], rules), text, own_text(model), *draw, needing)
     return name, {"calibration": read, "rules": rules}
