@@ -45,6 +45,7 @@ INTEGER_OPTIONS = "-sym-max-fp32"  # of a weight's format
 OPTIONS = {"": INTEGER_OPTIONS, "sym": "-sym-fp32", "affine": "-fp32"}  # of integers, by what a name says
 CALIBRATION = re.compile(r"max|mse|p\d+(\.\d+)?")
 LLM_INT8 = re.compile(r"llm_int8(?:\(threshold=(\d+(?:\.\d*)?(?:e[-+]?\d+)?)\))?")
+SMALLEST, LARGEST = (float(getattr(jnp.finfo(jnp.float32), name)) for name in ("tiny", "max"))
 THRESHOLD = 6.0  # Dettmers et al. 2022
 
 
@@ -125,10 +126,10 @@ def parse_activation(text: str) -> Activation:
 
 def llm_int8(*, threshold: float = 6.0, outliers: Literal["batch", "calibration"] = "batch") -> Activation:
     """Inputs by int8-token, but those with a value as large as the threshold, in the call or in calibration, in 16 bits."""
-    if not threshold > 0:
+    if not SMALLEST <= threshold <= LARGEST:
         raise QjaxError(
-            f"llm_int8: threshold={threshold}; expected a number above 0: inputs as large stay in 16 bits. For none that do "
-            "write FORMAT/int8-token"
+            f"llm_int8: threshold={threshold}; expected a number above 0 that float32 holds: inputs as large stay in 16 bits. "
+            "For none that do write FORMAT/int8-token"
         )
     if outliers not in ("batch", "calibration"):
         raise QjaxError(f"llm_int8: outliers={outliers!r}; expected batch or calibration")

@@ -53,7 +53,18 @@ def test_every_expert_has_an_input_of_its_own():
 
 def test_what_cannot_be_injected():
     model = small_model(tiny_config(vocabulary_size=61))
-    for factor, channels in ((0, 1), (-40, 1), (float("inf"), 1), (float("nan"), 1), (1e-40, 1), (40, 0), (40, 10**6)):
+    for factor, channels in (
+        (0, 1),
+        (-40, 1),
+        (float("inf"), 1),
+        (float("nan"), 1),
+        (1e-40, 1),
+        (40, 0),
+        (40, 10**6),
+        ("40", 4),
+        (40, 2.5),
+        (None, 4),
+    ):
         with pytest.raises(QjaxError, match="to 10000 and 1 to"):
             qjax.inject_outliers(model, factor, channels)
     with pytest.raises(QjaxError, match="in no block of the family 'cohere'"):

@@ -112,6 +112,8 @@ def test_names():
     ("recipe", "told"),
     [
         ("llm_int8(threshold=0):int8-channel", "threshold=0.0; expected a number above 0"),
+        ("llm_int8(threshold=1e-60):int8-channel", "threshold=1e-60; expected a number above 0"),
+        ("llm_int8(threshold=1e60):int8-channel", "threshold=1e\\+60; expected a number above 0"),
         ("llm_int8(outliers=none):int8-channel", "is one of batch, calibration"),
         ("llm_int8:int8-channel/int8-token", "several things are said of the layers' inputs"),
         ("rtn:int8-channel/llm_int8", "several things are said of the layers' inputs"),

@@ -53,14 +53,13 @@ def evaluate(
     from qjax.evaluate.tasks import load_tasks
     from qjax.evaluate.windows import parse_convention
 
-    measured = parse_convention(convention)
+    measured, harness = parse_convention(convention), split_names(lm_eval, "--lm-eval")
     asked = load_tasks(split_names(tasks, "--tasks"), max_questions or None)
-    corpora = load_corpora(data or ([] if asked or lm_eval else ["python-docs"]))
+    corpora = load_corpora(data or ([] if asked or harness else ["python-docs"]))
     loaded = load_model(model)._replace(compute=compute)
-    if lm_eval:
+    if harness:
         from qjax.evaluate.lm_eval import evaluate as evaluate_harness
 
-        harness = split_names(lm_eval, "--lm-eval")
         found = evaluate_harness(loaded, harness, folder=lm_eval_folder, limit=max_questions or None, packed=packed)
         for task, figures in found.items():
             shown = ", ".join(f"{name.removesuffix(',none')} {value:.4f}" for name, value in figures.items() if "," in name)

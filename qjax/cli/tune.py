@@ -62,6 +62,8 @@ def tune(
     from qjax.sweep.tune import named_recipes, parse_bound
 
     bound, names = parse_bound(within, of), named_recipes(split_names(recipes, "--recipes"))
+    if len(split_names(of, "--of")) > 1:
+        raise QjaxError(f"--of {of!r}: expected one measure: perplexity, kl or a task")
     task = None if of in ("perplexity", "kl") else of
     for recipe in names:
         check_names(recipes=recipe)

@@ -5,6 +5,8 @@ it, as large models come to have by themselves (Dettmers et al. 2022, arXiv 2208
 a small model shows what rounding the inputs of a large one costs.
 """
 
+from numbers import Integral, Real
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -26,10 +28,11 @@ def inject_outliers(model: Model, factor: float = 40.0, channels: int = 4, *, se
     """
     require_model("inject_outliers", model)
     config = model.config
-    if not 1 / LARGEST <= factor <= LARGEST or not 1 <= channels <= config.hidden_size:
+    counts = isinstance(factor, Real) and isinstance(channels, Integral) and not isinstance(channels, bool)
+    if not counts or not 1 / LARGEST <= factor <= LARGEST or not 1 <= channels <= config.hidden_size:
         raise QjaxError(
-            f"inject_outliers: factor {factor}, channels {channels}; expected a factor of {1 / LARGEST:g} to {LARGEST:g} and 1 "
-            f"to {config.hidden_size} channels"
+            f"inject_outliers: factor {factor!r}, channels {channels!r}; expected a factor of {1 / LARGEST:g} to {LARGEST:g} "
+            f"and 1 to {config.hidden_size} channels"
         )
     leaves = flatten(materialised(model.params))
     if any(map(is_quantized, leaves.values())):
