@@ -21,7 +21,7 @@ import common
 
 SETTINGS = common.Settings(max_windows=32, divergence=True, calibration_windows=16)
 INT8 = "int8-channel-sym-max"
-UNROTATED = "stories260K"  # 172 inputs, of which no Hadamard matrix is known, nor any of 16 or 32 in a block
+UNDIVIDED = "stories260K"  # has layers with 172 inputs, which no block of 16 or 32 divides
 MODELS = ("bundled", "stories260K", "smollm2")
 
 
@@ -29,7 +29,8 @@ MODELS = ("bundled", "stories260K", "smollm2")
 class Experiment:
     """What is measured. factor, channels: of injected outliers; seen: windows whose inputs are looked at."""
 
-    eight: tuple[str, ...] = (f"rtn:{INT8}", f"rtn:{INT8}/int8-token", f"rtn:{INT8}/int8-tensor@parallel", f"llm_int8:{INT8}")
+    eight: tuple[str, ...] = (f"rtn:{INT8}", f"rtn:{INT8}/int8-token", f"llm_int8:{INT8}")
+    static: tuple[str, ...] = tuple(f"{each}rtn:{INT8}/int8-tensor@parallel" for each in ("", "smoothquant+", "hadamard+"))
     alphas: tuple[str, ...] = ("alpha=0.25", "alpha=0.5", "alpha=0.75", "search=true")
     four: tuple[str, ...] = ("rtn:{int4}", "rtn:{int4}/int8-token", "rtn:{int4}/int4-token")
     smoothed: tuple[str, ...] = (
@@ -40,6 +41,7 @@ class Experiment:
     floats: tuple[str, ...] = (
         *("rtn:mxfp8/mxfp8", "rtn:mxfp4/mxfp4", "hadamard(block=32)+rtn:mxfp4/mxfp4"),
         *("rtn:nvfp4/nvfp4@parallel", "rtn:nvfp4", "hadamard(block=16)+rtn:nvfp4"),
+        "hadamard(block=16)+rtn:nvfp4/nvfp4@parallel",
     )
     rotated: tuple[str, ...] = (
         *("rtn:int4-channel", "rtn:int4-channel/int4-token", "hadamard+rtn:int4-channel/int4-token"),
@@ -64,11 +66,13 @@ class Experiment:
         by_alpha = [f"smoothquant({option})+rtn:{INT8}/int8-token@parallel" for option in self.alphas]
         four = [each.format(int4=f"int4-g{subject.groups[1]}") for each in (*self.four, *self.smoothed)]
         of_large = self.of_large if subject.large else ()
-        recipes = [*self.eight, *by_alpha, *of_large, *four, *self.floats, *self.rotated, *self.caches]
-        return [each for each in recipes if "hadamard" not in each or UNROTATED not in subject.model]
+        recipes = [*self.eight, *self.static, *by_alpha, *of_large, *four, *self.floats, *self.rotated, *self.caches]
+        return [each for each in recipes if "(block=" not in each or UNDIVIDED not in subject.model]
 
 
-TINY = Experiment((f"rtn:{INT8}/int8-token",), ("alpha=0.5",), (), (), (), (), ("kv:int8-token",), seen=1, settings=common.TINY)
+TINY = Experiment(
+    (f"rtn:{INT8}/int8-token",), (), ("alpha=0.5",), (), (), (), (), ("kv:int8-token",), seen=1, settings=common.TINY
+)
 
 
 def run(out: Path, *, tiny: bool = False, subjects: tuple[common.Subject, ...] = common.BUNDLED) -> list[dict[str, object]]:
