@@ -120,9 +120,15 @@ def test_inputs_in_another_order(tmp_path):
 
 def test_layers_stored_side_by_side(tmp_path):
     model = quantized(tiny_config(**GPT_NEOX | {"layers": 1, "mlp_size": 64}), {"block": "int4-g16"})
-    for to in ("gptq_v2", "compressed-tensors", "awq"):
+    for to, head in (("gptq_v2", "lm_head"), ("compressed-tensors", "embed_out")):  # as modules are called, and as files do
         export(tmp_path / to, model, to)
+        assert f"{head}.weight" in load_file(tmp_path / to / "model.safetensors")
         assert_equal(model, load(tmp_path / to))
+    with pytest.raises(QjaxError, match="awq: what reads it divides what gpt_neox's activations give by scales"):
+        export(tmp_path / "d", model, "awq")
+    phi3 = quantized(tiny_config(family="phi3", layers=1, mlp_size=64), {"block": "int4-g16"})
+    export(tmp_path / "awq", phi3, "awq")
+    assert_equal(phi3, load(tmp_path / "awq"))
     blocks = quantized(tiny_config(**GPT_NEOX | {"layers": 1}), {"block": "nf4-b32"})
     export(tmp_path / "b", blocks, "bitsandbytes")
     assert_equal(blocks, load(tmp_path / "b"))

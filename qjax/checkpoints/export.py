@@ -19,7 +19,7 @@ from qjax.checkpoints.narrowing import in_float16
 from qjax.checkpoints.quantized import module_names
 from qjax.checkpoints.shards import SHARD_BYTES, write_shards
 from qjax.checkpoints.target import LEFT_OUT, Codes, RefusedError, Target, besides
-from qjax.checkpoints.targets import FLOAT16, LINEAR_ONLY, TARGETS
+from qjax.checkpoints.targets import BY_MODULE, FLOAT16, LINEAR_ONLY, SCALED_ACTIVATIONS, TARGETS
 from qjax.errors import QjaxError
 from qjax.files import listing, write_atomically
 from qjax.folders import new_folder
@@ -27,7 +27,7 @@ from qjax.formats import Format, default_scales
 from qjax.lazy import materialised
 from qjax.linear import Linear, is_quantized
 from qjax.models.families import FAMILIES, write_config
-from qjax.models.family import Family, StoredTensor, head_name, stacks_in, stored_tensors
+from qjax.models.family import LM_HEAD, Family, StoredTensor, head_name, stacks_in, stored_tensors
 from qjax.models.model import Model, require_model
 from qjax.models.parameters import check_parameters, flatten, parameter_shapes
 from qjax.models.stacks import apart
@@ -35,7 +35,6 @@ from qjax.qtensor import QTensor, unpack_codes, unpack_parameters
 from qjax.scales import QuantizedScales, laid, of_shape
 
 GGUF = "gguf"
-LM_HEAD = "lm_head"
 STACKED = "experts that the family's files hold as one tensor, of which no codes are written"
 
 
@@ -76,6 +75,11 @@ def export(
             f"{to} cannot hold layers of {family.name}, which transformers keeps as Conv1D and the library leaves alone; gptq, "
             "bitsandbytes and gguf can"
         )
+    if family.name in SCALED_ACTIVATIONS and to == "awq":
+        raise RefusedError(
+            f"awq: what reads it divides what {family.name}'s activations give by scales that this model has none of; gptq, "
+            "compressed-tensors, bitsandbytes and gguf can hold it"
+        )
     _require_fit(to, target, modules, leaves)
     left = _left(family, stored, modules)
     formats = {name: _described(leaves[tensor.parts[0][0]]) for name, tensor in modules.items()}
@@ -85,10 +89,11 @@ def export(
 
     def make(unit: str) -> Mapping[str, np.ndarray]:
         tensor, module = units[unit], unit.removesuffix(".weight")
+        name = LM_HEAD if unit == head_name(family) and to in BY_MODULE else module
         held = {path: materialised(leaves[path]) for path, _ in tensor.parts}
         if module in modules:
-            return {f"{module}.{suffix}": array for suffix, array in target.store(_codes(tensor, held, dtype)).items()}
-        return {unit: tensor.join({path: np.asarray(leaf) for path, leaf in held.items()})}
+            return {f"{name}.{suffix}": array for suffix, array in target.store(_codes(tensor, held, dtype)).items()}
+        return {unit.replace(module, name): tensor.join({path: np.asarray(leaf) for path, leaf in held.items()})}
 
     sizes = {name: sum(leaves[path].nbytes for path, _ in tensor.parts) for name, tensor in units.items()}
     with new_folder(folder, overwrite=overwrite, replaces=REPLACED) as new:
@@ -122,9 +127,7 @@ def _require_fit(to: str, target: Target, modules: Mapping[str, StoredTensor], l
 
 
 def _left(family: Family, stored: Iterable[StoredTensor], modules: Collection[str]) -> list[str]:
-    """The modules that stay as they are, routers and a tied head with them. transformers calls every head lm_head, whatever
-    files do.
-    """
+    """The modules that stay as they are, routers and a tied head with them; the head by both of its names."""
     head = head_name(family).removesuffix(".weight")
     linear = [each.name.removesuffix(".weight") for each in stored if each.parts[0][0].endswith(("/kernel", "/matrix"))]
     left = [name for name in linear if name not in modules]

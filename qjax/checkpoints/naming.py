@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 
 from qjax.checkpoints.tensors import Header
-from qjax.models.family import Family, StoredTensor
+from qjax.models.family import LM_HEAD, Family, StoredTensor, head_name
 
 WRAPPERS = ("base_model.model.", "_orig_mod.", "module.", "language_model.")  # of PEFT, torch.compile, DDP, multimodal models
 QUANTIZERS = (  # what ends the names of a quantizer's tensors, whose they are
@@ -20,15 +20,17 @@ QUANTIZERS = (  # what ends the names of a quantizer's tensors, whose they are
 def canonical(
     family: Family, tensors: Iterable[StoredTensor], headers: Mapping[str, Header], modules: Mapping[str, object]
 ) -> dict[str, Header]:
-    """Headers under their full names, without constants: where a checkpoint leaves the family's prefix out, and where all names
-    begin with wrappers that, taken off, leave names of the family. modules: those that may hold tensors of a quantizer.
+    """Headers under their full names, without constants: where a checkpoint leaves the family's prefix out, has the head's name
+    in transformers, and where all names begin with wrappers that, taken off, leave names of the family. modules: those that
+    may hold tensors of a quantizer.
     """
-    known = {tensor.name for tensor in tensors}
+    known, head = {tensor.name for tensor in tensors}, head_name(family).removesuffix(".weight")
 
     def is_known(name: str) -> bool:
         return name in known or owner_of(name, modules) is not None
 
     def full(name: str, among: Iterable[str]) -> str:
+        name = head + name.removeprefix(LM_HEAD) if name.startswith(f"{LM_HEAD}.") else name
         long = family.prefix + name
         return long if is_known(long) and long not in among else name
 

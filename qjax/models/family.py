@@ -127,6 +127,9 @@ def _modules(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[
             yield layer, ours.replace("{i}", str(layer)), theirs.replace("{i}", str(layer))
 
 
+LM_HEAD = "lm_head"  # what transformers calls every head once it runs, whatever files do
+
+
 def head_name(family: Family) -> str:
     """The stored name of the head's weight, which a tied checkpoint may repeat."""
     return family.modules["head/output"] + ".weight"

@@ -122,6 +122,32 @@ def test_gptqmodel_runs_what_is_exported_to_awq(source, tmp_path, monkeypatch):
     assert_close(apply(model, TOKENS), logits(there.model.eval()), 1e-2)  # it computes in float16
 
 
+def side_by_side(family):
+    changes = FAMILY_CHANGES.get(family, {"family": family}) | {"hidden_size": 128, "mlp_size": 128, "head_dim": 32}
+    return in_format(small_model(tiny_config(**changes)), "int4-g32")
+
+
+def test_gptqmodel_runs_gpt_neox(source, tmp_path, monkeypatch):
+    """Whose head has another name in files than in transformers, by whose names this library reads."""
+    gptqmodel = pytest.importorskip("gptqmodel")
+    monkeypatch.chdir(tmp_path)  # it writes logs/
+    model = side_by_side("gpt_neox")
+    export(tmp_path / "a", model, "gptq_v2", beside=source)
+    there = gptqmodel.GPTQModel.load(
+        str(tmp_path / "a"), device="cpu", backend=gptqmodel.BACKEND.GPTQ_TORCH, dtype=torch.float16
+    )
+    assert_close(apply(model, TOKENS), logits(there.model.eval()), 1e-2)  # it computes in float16
+
+
+def test_transformers_runs_phi3_in_awq(tmp_path):
+    """GPTQModel's own loader knows no gate_up_proj."""
+    pytest.importorskip("gptqmodel")
+    model = side_by_side("phi3")
+    export(tmp_path / "a", model, "awq")
+    there = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.float16, device_map="cpu")
+    assert_close(apply(model, TOKENS), logits(there.eval()), 3e-2)  # its kernel for CPUs multiplies in bfloat16
+
+
 @pytest.mark.parametrize(("fmt", "to"), [("nf4-g64", "bitsandbytes"), ("int4-g32-sym", "compressed-tensors")])
 @pytest.mark.parametrize("family", ["gpt_neox", "phi3"])
 def test_layers_stored_side_by_side(family, fmt, to, tmp_path):
