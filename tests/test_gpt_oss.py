@@ -246,10 +246,13 @@ def changed(name, how):
     return lambda tensors: tensors.update({f"{STEM}.{name}": how(tensors[f"{STEM}.{name}"])})
 
 
-def nan(scales):
-    scales = scales.copy()
-    scales[1, 2, 0] = 255
-    return scales
+def one_scale(byte):
+    def change(scales):
+        scales = scales.copy()
+        scales[1, 2, 0] = byte
+        return scales
+
+    return change
 
 
 BROKEN = {
@@ -265,7 +268,8 @@ BROKEN = {
     "other scales": (changed("down_proj_scales", lambda x: x[..., None]), {}, "has shape (4, 64, 3, 1), expected (4, 64, 3)"),
     "other types": (changed("down_proj_blocks", lambda x: x.astype(np.int8)), {}, "has type I8, expected U8"),
     "sinks": (lambda each: each.pop("model.layers.0.self_attn.sinks"), {}, "missing model.layers.0.self_attn.sinks"),
-    "NaN": (changed("gate_up_proj_scales", nan), {}, f"{STEM}.gate_up_proj: NaN among the scales"),
+    "NaN": (changed("gate_up_proj_scales", one_scale(255)), {}, f"{STEM}.gate_up_proj: NaN or 2^126 and more among the scales"),
+    "overflow": (changed("down_proj_scales", one_scale(253)), {}, f"{STEM}.down_proj: NaN or 2^126 and more among the scales"),
     "a setting": (lambda each: None, {"block_size": 16}, "MXFP4 with ['block_size'], which qjax does not know"),
     "modules": (lambda each: None, {"modules_to_not_convert": [1]}, "'modules_to_not_convert' has [1]; expected names"),
     "dequantize": (lambda each: None, {"dequantize": "yes"}, "'dequantize' must be bool, got 'yes'"),
