@@ -184,10 +184,7 @@ def mapped_value(name: str, value: Array, inputs: Sequence[InputMap]) -> Array:
     """A statistic of inputs through maps. Raises QjaxError for one that they do not determine."""
     axes = STATISTICS[name].axes
     if inputs and axes is None:
-        raise QjaxError(
-            f"{name} of a mapped input cannot be made from those of the input; a search tries maps with a static scale by the "
-            "largest value (/int8-tensor) alone"
-        )
+        raise QjaxError(f"{name} of a mapped input cannot be made from those of the input; put what reads it before the map")
     for each in inputs:
         value = each.on_statistic(value, axes)
     return value

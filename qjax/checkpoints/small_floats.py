@@ -36,8 +36,8 @@ def fp4_codes(stored: np.ndarray, in_features: int) -> np.ndarray:
 
 
 def e8m0(stored: np.ndarray) -> np.ndarray:
-    """Scales (groups, out) of bytes (out, groups). Raises QjaxError for NaN and for 2^126 and 2^127, by which E2M1's 4 and 6 are
-    no float32 numbers.
+    """Scales (groups, out) of bytes (out, groups). Raises QjaxError for NaN, 2^126 and 2^127, by which E2M1's 4 and 6 are no
+    float32 numbers.
     """
     if (stored > 252).any():
         raise QjaxError("NaN or 2^126 and more among the scales, with which weights overflow; get an intact checkpoint")

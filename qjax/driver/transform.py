@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from qjax import maps
 from qjax.calibrate.capture import Batch, module_outputs
-from qjax.calibrate.statistics import given_to, mapped
+from qjax.calibrate.statistics import STATISTICS, given_to, mapped
 from qjax.driver.layer import Mapped, activated, round_weight
 from qjax.driver.piece import Piece
 from qjax.errors import QjaxError
@@ -162,6 +162,11 @@ def _trial(piece, paths, flat, weights, found, recipe, statistics, batches) -> C
                 f"{piece.prefix + paths[0]}: no map is tried on one expert of a mixture; leave search out for these layers"
             )
         needed = recipe.activation.statistics if recipe.activation else ()
+        if missing := [name for name in needed if STATISTICS[name].axes is None or name not in statistics]:
+            raise QjaxError(
+                f"{recipe}: a search of maps does not know {', '.join(missing)} of the inputs behind them; search first of the "
+                "transforms, with a static scale by the largest value (/int8-tensor) or a dynamic format, or leave search out"
+            )
         known = mapped({name: statistics[name] for name in needed}, by)
         leaves = {}
         for path, weight in zip(paths, map(by.on_weight, weights), strict=True):
