@@ -5,8 +5,9 @@
 
 Questions: how much of the perplexity that refined GPTQ leaves does quantization-aware training recover, how much do adapters on
 the frozen codes? Is QLoRA on NF4, fine-tuned on Shakespeare, as good as LoRA on the float base (within 1 %)? Large models are
-asked the last question alone. Trained is on the text's calibration part (of Shakespeare its first nine tenths), measured on
-what was held out. Models are kept in runs/training; trainings go on where they were stopped.
+asked the last question alone, and once more with adapters of a larger rank and more text, on a base whose NF4 codes are GPTQ's
+and adapters that begin by QERA, both calibrated on what is trained on. Trained is on the text's calibration part (of Shakespeare
+its first nine tenths), measured on what was held out. Models are kept in runs/training; trainings go on where they were stopped.
 """
 
 import dataclasses
@@ -58,6 +59,20 @@ class Experiment:
     max_windows: int | None = 256
 
 
+LONGER = TrainConfig(steps=200, batch=2, micro_batch=2, window=256, learning_rate=5e-4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibrated:
+    """How large models are fine-tuned once more."""
+
+    base: str = "gptq(clip=mse)+descend:nf4-g64-dq@parallel"
+    start: str = "qera"
+    rank: int = 64
+    train: TrainConfig = LONGER
+    windows: int = 32  # of MOST tokens that it is calibrated on
+
+
 FEW = TrainConfig(steps=2, batch=2, window=32)
 TINY = Experiment(((2, 2),), "rtn", 128, FEW, QatConfig(), FEW, 2, "nf4", FEW, FEW, 4, 2)
 
@@ -105,11 +120,22 @@ def _fine_tuning(out: Path, models: Path, subject: common.Subject, experiment: E
     cut = text.index("\n\n", 9 * len(text) // 10)
     tokens, measured = training_tokens(model, [Corpus(path.stem, [text[:cut]])]), Corpus(path.stem, [text[cut:]])
     _add(out, experiment, "none", model, measured)
-    for name, recipe in (("LoRA", None), ("QLoRA", experiment.base)):
-        place = models / f"{model.name}-{name}-{path.stem}"
+    rank = experiment.rank
+    runs = [("LoRA", None, config, LoraConfig(rank, rank), {}), ("QLoRA", experiment.base, config, LoraConfig(rank, rank), {})]
+    if subject.large:
+        more, text = Calibrated(), Corpus(path.stem, [text[:cut]])
+        rank, given = more.rank, qjax.load_calibration(model, text, windows=more.windows, window=MOST)
+        runs += [
+            (f"LoRA, rank {rank}", None, more.train, LoraConfig(rank, rank), {}),
+            (f"QLoRA, rank {rank}", more.base, more.train, LoraConfig(rank, rank, start=more.start), {"calibration": given}),
+        ]
+    for name, recipe, config, adapters, options in runs:
+        made = str(qjax.parse_recipe(recipe)) if recipe else "none"
+        if _is_there(out, _asked(experiment, name, model, made, measured, config)["key"]):
+            continue
+        place = models / f"{model.name}-{name.replace(', ', '-').replace(' ', '-')}-{path.stem}"
         if not place.exists():
-            adapters = LoraConfig(experiment.rank, experiment.rank)
-            qlora(Run(place, config, save_every=50), model, tokens, adapters, recipe=recipe)
+            qlora(Run(place, config, save_every=50), model, tokens, adapters, recipe=recipe, options=options)
         base = qjax.load(place / "base") if recipe else model
         adapted = attach(base, load_adapter(place, base.config))
         _add(out, experiment, name, adapted, measured, place, config)
@@ -117,6 +143,25 @@ def _fine_tuning(out: Path, models: Path, subject: common.Subject, experiment: E
 
 def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def _asked(experiment: Experiment, treatment: str, model: qjax.Model, recipe: str, corpus: Corpus, config) -> dict:
+    """What a row says before it is measured, with its key. recipe: of the model, or of the base that it is to have."""
+    asked = {
+        "kind": "training",
+        "model": model.name,
+        "model_recipe": recipe,
+        "treatment": treatment,
+        "corpus": corpus.name,
+        "corpus_fingerprint": corpus.fingerprint,
+        "steps": config.steps if config else 0,
+        "training_tokens": config.steps * config.batch * min(config.window, model.config.context) if config else 0,
+    }
+    return {"key": _digest([asked, dataclasses.asdict(experiment)]), **asked}
+
+
+def _is_there(out: Path, key: str) -> bool:
+    return key in {row["key"] for row in common.read_rows(out / common.ROWS)}
 
 
 def _add(
@@ -129,18 +174,8 @@ def _add(
     config: TrainConfig | None = None,
 ) -> None:
     """Measures a model, unless its row is there."""
-    asked = {
-        "kind": "training",
-        "model": model.name,
-        "model_recipe": model.recipe,
-        "treatment": treatment,
-        "corpus": corpus.name,
-        "corpus_fingerprint": corpus.fingerprint,
-        "steps": config.steps if config else 0,
-        "training_tokens": config.steps * config.batch * min(config.window, model.config.context) if config else 0,
-    }
-    key = _digest([asked, dataclasses.asdict(experiment)])
-    if key in {row["key"] for row in common.read_rows(out / common.ROWS)}:
+    asked = _asked(experiment, treatment, model, model.recipe, corpus, config)
+    if _is_there(out, asked["key"]):
         return
     as_it_is = ("none", model.name, corpus.fingerprint)
     rows = {(row["treatment"], row["model"], row["corpus_fingerprint"]): row for row in common.read_rows(out / common.ROWS)}
@@ -153,7 +188,7 @@ def _add(
         "size_bytes": size,
         "training_seconds": asked["training_tokens"] / rate,
     }
-    common.add_row(out, as_json({"key": key, **asked, **figures(found, rows.get(as_it_is)), **added, **provenance()}))
+    common.add_row(out, as_json({**asked, **figures(found, rows.get(as_it_is)), **added, **provenance()}))
 
 
 if __name__ == "__main__":

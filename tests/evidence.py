@@ -298,6 +298,7 @@ def taken_off(method: str, bits: int) -> float:
 
 OUTLIERS = "bundled-outliers"
 W8A8, W4A4 = "rtn:int8-channel-sym-max/int8-token", "rtn:int4-channel/int4-token"
+STATIC = "rtn:int8-channel-sym-max/int8-tensor@parallel"
 
 
 def acts(recipe: str, model: str = BUNDLED, text: str = "") -> tuple[float, float]:
