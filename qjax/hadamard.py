@@ -33,17 +33,15 @@ WILLIAMSON = {  # the first half of the first row of A, B, C and D, whose second
 
 @functools.cache
 def order_of(size: int) -> tuple[int, int] | None:
-    """(base, power of two) with base * power = size, and the smallest base that there is a matrix of; None for no such."""
-    base = size
-    while base % 2 == 0:
-        base //= 2
-    while base <= min(size, LARGEST_BASE):
-        if base == 1 or base in WILLIAMSON or _paley(base) is not None:
-            return base, size // base
-        base *= 2
-        if size % base:
-            return None
-    return None
+    """(base, power of two) with base * power = size, and the smallest base that there is a matrix of; None for no such.
+
+    Williamson's are taken where there is no other: saved weights are rotated by 344 of Paley's, not by twice 172.
+    """
+    odd = size // (size & -size)
+    bases = [odd << k for k in range((size // odd).bit_length()) if odd << k <= LARGEST_BASE]
+    paley = (base for base in bases if base == 1 or _paley(base) is not None)
+    base = next(paley, None) or next((base for base in bases if base in WILLIAMSON), None)
+    return None if base is None else (base, size // base)
 
 
 def require_order(size: int, what: str) -> None:

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from qjax import methods
+from qjax.calibrate import tokens as calibration_tokens
 from qjax.calibrate.order import Order
 from qjax.calibrate.tokens import Calibration
-from qjax.driver import decoder as driver
 from qjax.driver.decoder import quantize
 from qjax.driver.flow import quantize_piece
 from qjax.driver.piece import Piece
@@ -149,7 +149,7 @@ def test_batches_do_not_matter(case, monkeypatch):
     recipe = Recipe((), Stage("fake"), parse_format("fp32"), Stage("sequential"))
     results = []
     for at_once in (2048, 33):
-        monkeypatch.setitem(driver.BATCH_TOKENS, jax.default_backend(), at_once)
+        monkeypatch.setitem(calibration_tokens.BATCH_TOKENS, jax.default_backend(), at_once)
         quantized, report = quantize(
             case.model, recipe, calibration=Calibration(case.tokens, case.weights), rules=["head=none"]
         )
@@ -193,7 +193,7 @@ def test_a_later_transform_is_given_mapped_weights(case):
 
 def test_windows_that_fill_up_a_batch_do_not_count(case, monkeypatch):
     """Five windows in batches of three: the sixth is no text."""
-    monkeypatch.setitem(driver.BATCH_TOKENS, jax.default_backend(), 3 * case.tokens.shape[1])
+    monkeypatch.setitem(calibration_tokens.BATCH_TOKENS, jax.default_backend(), 3 * case.tokens.shape[1])
     recipe = Recipe((), Stage("fake"), parse_format("fp32"), Stage("parallel"))
     rules = ["attention|mlp/down|head|block_1=none"]
     quantized, report = quantize(case.model, recipe, calibration=Calibration(case.tokens), rules=rules)

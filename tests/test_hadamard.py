@@ -43,6 +43,13 @@ def test_matrices(size):
         np.testing.assert_allclose(hadamard_transform(jnp.asarray(x, jnp.float32)), found, atol=1e-5)
 
 
+def test_matrices_of_saved_models_stay_what_they_are():
+    """Paley's where there is one; of 92, 116 and 172 and what no other base gives Williamson's."""
+    assert [order_of(size) for size in (344, 11008, 368, 464)] == [(344, 1), (344, 32), (368, 1), (464, 1)]
+    assert [order_of(size) for size in (172, 184, 116)] == [(172, 1), (92, 2), (116, 1)]
+    assert order_of(64) == (1, 64) and order_of(576) == (36, 16) and order_of(6) is None
+
+
 def test_sizes_of_real_models():
     """Llama, Mistral, Qwen, SmolLM, GPT-2: hidden sizes and those of MLPs."""
     sizes = (576, 768, 896, 960, 1536, 2560, 3584, 4864, 8960, 11008, 13824, 14336, 18944, 28672)

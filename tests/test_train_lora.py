@@ -8,8 +8,10 @@ import numpy as np
 import optax
 import pytest
 
+from qjax.calibrate.tokens import Calibration
 from qjax.driver.decoder import quantize
 from qjax.errors import QjaxError
+from qjax.evaluate.inputs import input_outliers
 from qjax.interception.linen import recorded
 from qjax.linear import Linear, LowRank, dequantize, dequantize_tree
 from qjax.models.adapters import adapters_of, attach, detached
@@ -183,13 +185,45 @@ def test_what_the_inputs_make_of_an_error():
 def test_starts_that_do_not_go_with_a_recipe():
     model, tokens = random_model(tiny_config(layers=1)), TOKENS
     for name in ("loftq", "qera", "pissa"):
-        with pytest.raises(QjaxError, match=f"changes .*norm/scale too, by a transform; the start {name} is for recipes"):
-            lora.start(model, LoraConfig(rank=2, start=name), KEY, recipe="hadamard+rtn:int4-g16", calibration=tokens)
+        asked, rules = LoraConfig(rank=2, start=name), ["mlp/down=awq:int4-g16@parallel"]
+        for given in ({"recipe": "hadamard+rtn:int4-g16"}, {"recipe": "int4-g16", "rules": rules}):
+            with pytest.raises(QjaxError, match=f"other layers may take that in; the start {name} knows kernels one by one"):
+                lora.start(model, asked, KEY, calibration=tokens, **given)
+    for name in ("loftq", "qera"):
+        with pytest.raises(QjaxError, match="what a recipe takes of these kernels, none takes nothing"):
+            lora.start(model, LoraConfig(rank=2, start=name), KEY, recipe="none", calibration=tokens)
     with pytest.raises(QjaxError, match="qera needs calibration data"):
         lora.start(model, LoraConfig(rank=2, start="qera"), KEY, recipe="int4-g16")
     config = LoraConfig(rank=2, start="qera", targets=("lm_head", "q_proj"))
     with pytest.raises(QjaxError, match="qera is for layers of blocks; head/output/kernel is none"):
         lora.start(model, config, KEY, recipe="int4-g16", calibration=np.tile(tokens, (3, 1)))
+
+
+def test_kernels_that_nothing_is_taken_of_begin_as_others_do():
+    """Adapters of zeros alone have no gradient."""
+    model, tokens = random_model(tiny_config(layers=1)), np.tile(TOKENS, (6, 1))
+    for name in ("loftq", "qera"):
+        config, path = LoraConfig(rank=2, start=name, rounds=2), "block_0/mlp/down/kernel"
+        _, adapters = lora.start(model, config, KEY, recipe="int4-g16", rules=["down=none"], calibration=tokens)
+        assert adapters[path].a.any() and not adapters[path].b.any()
+        assert all(each.b.any() for other, each in adapters.items() if other != path)
+        _, adapters = lora.start(model, config, KEY, recipe="bf16", calibration=tokens)
+        assert all(each.b.any() for each in adapters.values())
+
+
+def test_tokens_that_do_not_count_are_no_inputs():
+    model = small_model(tiny_config(layers=1))
+    tokens = np.random.default_rng(0).integers(0, 257, (4, 20)).astype(np.int32)
+    weights = np.ones(tokens.shape, np.float32)
+    weights[:, 15:] = 0
+    found = []
+    for padding in (0, 60):
+        given = Calibration(np.where(weights > 0, tokens, padding), weights)
+        _, adapters = lora.start(model, LoraConfig(rank=2, start="qera"), KEY, recipe="int4-g16", calibration=given)
+        found.append([*map(lora.product, adapters.values())])
+        rows, alone = input_outliers(model, given), input_outliers(model, tokens[:, :15])
+        assert [row["largest"] for row in rows] == [row["largest"] for row in alone]
+    jax.tree.map(np.testing.assert_array_equal, *found)
 
 
 def test_targets(base):
@@ -219,7 +253,7 @@ def test_experts_take_no_adapter():
 
 def test_what_is_refused(base):
     for name in ("loftq", "qera"):
-        with pytest.raises(QjaxError, match=f"{name} makes up for what a recipe takes; give a recipe"):
+        with pytest.raises(QjaxError, match=f"{name} makes up for what a recipe takes of these kernels, None takes nothing"):
             lora.start(random_model(tiny_config()), LoraConfig(rank=2, start=name), KEY)
     with pytest.raises(QjaxError, match="the start loftq needs weights that are not quantized"):
         lora.start(base, LoraConfig(rank=2, start="loftq"), KEY)

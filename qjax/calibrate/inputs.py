@@ -3,17 +3,14 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from jaxtyping import Array
 
 from qjax.calibrate.capture import Batch, capture_statistics, sharing
-from qjax.calibrate.tokens import as_calibration
+from qjax.calibrate.tokens import as_calibration, weighted_batches
 from qjax.models import walk
 from qjax.models.model import Model, computing, runnable
 from qjax.models.stacks import member
-
-TOKENS = 2048  # run at a time
 
 
 class Inputs(NamedTuple):
@@ -29,14 +26,12 @@ def input_statistics(model: Model, calibration: object, names: Iterable[str]) ->
 
     calibration: as `quantize` takes it. Raises QjaxError for tokens that are none, and inputs that are not finite.
     """
-    tokens = as_calibration(model, calibration).tokens
-    model = runnable(model)
-    size = max(1, TOKENS // tokens.shape[1])
-    states = [jnp.asarray(tokens[start : start + size]) for start in range(0, len(tokens), size)]
+    states, weights = map(list, zip(*weighted_batches(as_calibration(model, calibration)), strict=True))
+    model, names = runnable(model), tuple(names)
     for part in walk.body(model.config, *computing(model)):
         params = walk.params_of(part, model.params)
         if part.kind == "block":
-            yield from _inputs_of(part, params, [Batch((x,)) for x in states], tuple(names))
+            yield from _inputs_of(part, params, [Batch((x,), w) for x, w in zip(states, weights, strict=True)], names)
         walk.advance(part.module, params, states)
 
 

@@ -42,10 +42,15 @@ class Through(NamedTuple):
     state: object
 
 
+def is_mapped(statistic: Statistic) -> bool:
+    """Whether maps of the inputs change it."""
+    return statistic.axes != 0
+
+
 @functools.cache
 def through_maps(statistic: Statistic) -> Statistic:
-    """The statistic of inputs through maps; its first state is `first_through` of that of the statistic."""
-    if statistic.axes == 0:
+    """The statistic of inputs through maps; its first state is Through(maps, that of the statistic) where `is_mapped`."""
+    if not is_mapped(statistic):
         return statistic
 
     def update(s, x, exact, w):
@@ -56,7 +61,7 @@ def through_maps(statistic: Statistic) -> Statistic:
 
 def first_through(maps: tuple[InputMap, ...], states: Mapping[str, object]) -> dict[str, object]:
     """The first states of statistics, by name, of inputs through maps."""
-    return {name: state if STATISTICS[name].axes == 0 else Through(maps, state) for name, state in states.items()}
+    return {name: Through(maps, state) if is_mapped(STATISTICS[name]) else state for name, state in states.items()}
 
 
 class Mean(NamedTuple):

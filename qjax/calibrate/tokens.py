@@ -6,12 +6,13 @@ draws 128 windows of 2048 tokens from C4; so does the default here, with windows
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from qjax.calibrate.samples import tokens_of
 from qjax.errors import QjaxError
@@ -21,6 +22,7 @@ from qjax.evaluate.windows import within_share
 from qjax.models.model import Model, require_model
 
 WINDOWS, WINDOW = 128, 2048
+BATCH_TOKENS = {"cpu": 2048, "gpu": 16384, "tpu": 16384}  # calibration tokens run at a time
 
 
 class Calibration(NamedTuple):
@@ -40,6 +42,17 @@ class Calibration(NamedTuple):
         if self.weights is not None:
             total.update(np.asarray(self.weights, np.float32).tobytes())
         return total.hexdigest()[:16]
+
+
+def weighted_batches(calibration: Calibration) -> Iterator[tuple[Array, Array]]:
+    """(tokens, weights), all of one shape: the last is filled up with windows that do not count."""
+    tokens, weights = calibration.tokens, calibration.weights
+    weights = np.ones(tokens.shape, np.float32) if weights is None else weights
+    size = min(len(tokens), max(1, BATCH_TOKENS[jax.default_backend()] // tokens.shape[1]))
+    padding = ((0, -len(tokens) % size), (0, 0))
+    tokens, weights = np.pad(tokens, padding), np.pad(weights, padding)
+    for start in range(0, len(tokens), size):
+        yield jnp.asarray(tokens[start : start + size]), jnp.asarray(weights[start : start + size])
 
 
 def load_calibration(

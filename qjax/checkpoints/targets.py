@@ -149,7 +149,7 @@ def _ct_weights(fmt: Format) -> tuple:
 
 
 FLOAT16 = ("gptq", "gptq_v2", "awq")  # targets whose scales are of that type
-BY_MODULE = FLOAT16  # whose libraries read tensors by the names of modules as they run
+BY_MODULE = ("gptq", "gptq_v2", "awq")  # whose libraries read tensors by the names of modules as they run
 LINEAR_ONLY = ("compressed-tensors", "awq")  # whose libraries quantize torch.nn.Linear and no Conv1D
 SCALED_ACTIVATIONS = ("bloom", "falcon", "gpt_neox")  # families whose activations AWQ's readers divide by scales of their own
 TARGETS: dict[str, Target] = {

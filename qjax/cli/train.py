@@ -1,6 +1,6 @@
 """The commands that train: `qjax train qlora` and `qjax train qat`."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -88,8 +88,9 @@ def qlora(
     from qjax.train.run import qlora as run_qlora
 
     loaded, tokens = _inputs(model, data)
-    how, needing = (calibration, calibration_windows, calibration_window, seed), "--start qera" if start == "qera" else None
-    recipe, options = _quantizing(loaded, model, recipe, rule, how, needing)
+    draw = _Draw(calibration, calibration_windows, calibration_window, seed)
+    needing = "--start qera" if start == "qera" else None
+    recipe, options = _quantizing(loaded, model, recipe, rule, draw, needing)
     with live_training(steps) as show:
         run = Run(out, config, devices, save_every, overwrite, show)
         base = run_qlora(run, loaded, tokens, wanted, recipe=recipe, options=options)
@@ -141,12 +142,21 @@ def qat(
 
     loaded, tokens = _inputs(model, data)
     before = None if original is None else load_model(original)
-    how = (calibration, calibration_windows, calibration_window, seed)
-    recipe, options = _quantizing(loaded, model, recipe, rule, how)
+    draw = _Draw(calibration, calibration_windows, calibration_window, seed)
+    recipe, options = _quantizing(loaded, model, recipe, rule, draw)
     with live_training(steps) as show:
         run = Run(out, config, devices, save_every, overwrite, show)
         trained = run_qat(run, loaded, tokens, wanted, recipe=recipe, original=before, options=options)
     typer.echo(printable(f"{out}: {trained.name} ({trained.recipe})"))
+
+
+class _Draw(NamedTuple):
+    """Of a text, what is calibrated on."""
+
+    text: str | None
+    windows: int
+    window: int
+    seed: int
 
 
 def _inputs(model: str, data: list[str]) -> "tuple[Model, object]":
@@ -165,10 +175,10 @@ def _quantizing(
     model: str,
     recipe: str | None,
     rule: list[str] | None,
-    calibration: tuple[str | None, int, int, int],
+    draw: _Draw,
     needing: str | None = None,
 ) -> tuple[str | None, dict[str, object]]:
-    """The recipe in canonical form, and the options of `quantize`. calibration: its text, windows, window and seed."""
+    """The recipe in canonical form, and the options of `quantize`. needing: what reads calibration data besides the recipe."""
     from qjax.sweep.cells import canonical
     from qjax.sweep.runner import rules_in_order
 
@@ -177,6 +187,6 @@ def _quantizing(
             raise QjaxError("--rule says what --recipe leaves to it; give a recipe")
         return None, {}
     (name,), rules = canonical([recipe]), rules_in_order(rule or (), None)
-    text, *draw = calibration
-    read = calibration_for(loaded, ([name], rules), text, own_text(model), *draw, needing)
+    drawn = (draw.windows, draw.window, draw.seed)
+    read = calibration_for(loaded, ([name], rules), draw.text, own_text(model), *drawn, needing)
     return name, {"calibration": read, "rules": rules}

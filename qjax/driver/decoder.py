@@ -21,14 +21,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array
 
 from qjax.calibrate.capture import Batch, Known, advance, sharing
 from qjax.calibrate.order import Order
-from qjax.calibrate.tokens import Calibration, as_calibration
+from qjax.calibrate.tokens import Calibration, as_calibration, weighted_batches
 from qjax.checkpoints.packed import load_packed
 from qjax.checkpoints.parts import PartWriter
 from qjax.driver.flow import Quantized, quantize_piece
@@ -59,8 +58,6 @@ from qjax.models.model import Model, compute_dtype, require_model
 from qjax.models.rotation import STREAM, rotate
 from qjax.models.stacks import member, spread, stack_of, with_biases
 from qjax.recipe import Recipe
-
-BATCH_TOKENS = {"cpu": 2048, "gpu": 16384, "tpu": 16384}  # calibration tokens run at a time
 
 
 def quantize(
@@ -258,7 +255,7 @@ def _parts(
     already. Blocks come in halves where layers see what becomes of those before them in their block, so that none runs twice.
     """
     config, order = without_cache(model.config), work.order
-    weighted = list(_batches(work.calibration)) if work.calibration else []
+    weighted = list(weighted_batches(work.calibration)) if work.calibration else []
     weights = [weight for _, weight in weighted]
     current = [tokens for tokens, _ in weighted]
     compares = order.alpha or (order.prefix and work.refines_blocks)
@@ -325,17 +322,6 @@ def _as_done(leaves: dict[str, object], records: Sequence[LayerRecord], on_layer
 
 def _reads_data(plan: Plan) -> bool:
     return any(recipe and recipe.reads_data for recipe in plan.values())
-
-
-def _batches(calibration: Calibration) -> Iterable[tuple[Array, Array]]:
-    """(tokens, weights), all of one shape: the last is filled up with windows that do not count."""
-    tokens, weights = calibration.tokens, calibration.weights
-    weights = np.ones(tokens.shape, np.float32) if weights is None else weights
-    size = min(len(tokens), max(1, BATCH_TOKENS[jax.default_backend()] // tokens.shape[1]))
-    padding = ((0, -len(tokens) % size), (0, 0))
-    tokens, weights = np.pad(tokens, padding), np.pad(weights, padding)
-    for start in range(0, len(tokens), size):
-        yield jnp.asarray(tokens[start : start + size]), jnp.asarray(weights[start : start + size])
 
 
 def kernel_shapes(model: Model) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:

@@ -69,8 +69,8 @@ class _Run:
         kept = {"keep_outputs": keep_outputs, "keep_results": keep_results}
         return piece.capture(floating, self.batches, needed, sorted(statistics), exact, **kept)
 
-    def behind(self, plan: Plan, paths: Sequence[str], found: Mapping[str, Mapped], floating) -> dict[str, dict[str, Array]]:
-        """What static activation formats are made from, by path: statistics of inputs through maps that `floating` lacks."""
+    def of_mapped(self, plan: Plan, paths: Sequence[str], found: Mapping[str, Mapped], floating) -> dict[str, dict[str, Array]]:
+        """What activation formats read of calibration, by path: statistics of inputs through maps that `floating` lacks."""
         piece, through, names = self.piece, {}, set()
         for path in paths:
             asked = plan[path].activation.statistics if plan[path] and plan[path].activation else ()
@@ -146,13 +146,13 @@ def _by_plan(run: _Run, plan: Plan, reading: Plan, before: Captured, shared_memo
             captured = run.capture([reading], group, floating, reference=reference, keep_results=settled)
             statistics, run = captured.statistics, run.after(captured)
             settled = [path for path in group if path in reading and not refined]
-        behind = run.behind(plan, group, found, piece.tree(current) if order.inside else piece.params)
+        of_mapped = run.of_mapped(plan, group, found, piece.tree(current) if order.inside else piece.params)
         started = time.perf_counter()
         prepared = {}
         for path in (path for path in group if plan[path] is not None):
             weight = piece.matrix(path, base[path], memo)
             known = statistics.get(piece.shared.get(path), {}) if path in reading else {}
-            prepared[path] = prepare_kernel(weight, plan[path], known, found.get(path), order, memo, behind.get(path))
+            prepared[path] = prepare_kernel(weight, plan[path], known, found.get(path), order, memo, of_mapped.get(path, {}))
         rounded |= round_kernels(prepared, order, memo)
         for path in group:
             if path not in refined:

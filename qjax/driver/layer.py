@@ -133,9 +133,9 @@ def prepare_kernel(
     mapped: Mapped | None,
     order: Order,
     memo: Memo,
-    behind: Mapping[str, Array] | None = None,
+    of_mapped: Mapping[str, Array] = MappingProxyType({}),
 ) -> Prepared:
-    """Corrects and maps one weight; statistics are of its input as captured. behind: those captured of the mapped input."""
+    """Corrects and maps one weight; statistics are of its input as captured, of_mapped of the mapped input."""
     later, original = dataclasses.replace(recipe, transforms=()), weight  # what transforms read need not be known behind them
     needed = (*later.statistics, *read_by(output_loss))  # its loss is told of every layer
     known = {name: value for name, value in statistics.items() if name in needed}
@@ -146,9 +146,8 @@ def prepare_kernel(
         if not mapped.folded:
             weight = maps.on_weight(mapped.inputs, weight)
         if not mapped.folded or not order.inside:  # else the input was captured with the scale folded into it
-            behind = behind or {}
-            known = {name: memo.get(_mapped, v, mapped.inputs, name=name) for name, v in known.items() if name not in behind}
-            known |= behind
+            known = {name: memo.get(_mapped, v, mapped.inputs, name=name) for name, v in known.items() if name not in of_mapped}
+            known |= of_mapped
     return Prepared(weight, original, recipe, known, statistics, mapped)
 
 

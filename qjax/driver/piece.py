@@ -17,6 +17,8 @@ from qjax.methods import Memo
 from qjax.models.folding import Fold
 from qjax.models.stacks import apart, spread, stack_of, together
 
+NO_MAPS: Mapping[str, tuple[InputMap, ...]] = MappingProxyType({})
+
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
@@ -66,11 +68,11 @@ class Piece:
         *,
         keep_outputs: bool = False,
         keep_results: Sequence[str] = (),
-        through: Mapping[str, tuple[InputMap, ...]] = MappingProxyType({}),
+        through: Mapping[str, tuple[InputMap, ...]] = NO_MAPS,
     ) -> Captured:
         """`capture_statistics` of the piece with these parameters. through: maps of all layers in `needed`, by the layer."""
         how = {"prefix": self.prefix, "keep_outputs": keep_outputs, "keep_results": keep_results, "stacks": self.stacks}
-        if through:
+        if through:  # members of a stack that have none stand out, and `together` says so
             stacks = {path: count for path, count in self.stacks.items() if path in needed}
             how["through"] = together(spread(dict.fromkeys(stacks, ()), stacks) | through, stacks)
         return capture_statistics(self.module, params, batches, needed, names, exact, **how)

@@ -14,7 +14,7 @@ from qjax.calibrate.statistics import STATISTICS
 from qjax.calibrate.tokens import as_weights
 from qjax.driver.flow import quantize_piece
 from qjax.driver.layer import LayerRecord
-from qjax.driver.piece import Piece
+from qjax.driver.piece import NO_MAPS, Piece
 from qjax.driver.placement import Plan, Rule, one_order, parsed, place
 from qjax.driver.report import Report, cast_others, make_report, warn_of_few_tokens
 from qjax.errors import QjaxError, code_of_others
@@ -231,10 +231,10 @@ class TracedPiece(Piece):
         return self.source._replace(arrays=self.whole(params, run=True))
 
     def capture(
-        self, params, batches, needed, names, exact=None, *, keep_outputs=False, keep_results=(), through=None
+        self, params, batches, needed, names, exact=None, *, keep_outputs=False, keep_results=(), through=NO_MAPS
     ) -> Captured:
         """`tracing.capture` of the function with these matrices."""
-        compared, through = None if exact is None else self._leaves(exact[0]), through or {}
+        compared = None if exact is None else self._leaves(exact[0])
         sites = {self.runs.holders[name].path: self.runs.holders[name] for name in through}
         stacked = {path: _stack([through.get(name, ()) for name in members(site)], site) for path, site in sites.items()}
         return Captured(self.runs.capture(self._leaves(params), batches, needed, names, compared, keep_results, stacked), [])

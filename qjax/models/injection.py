@@ -28,7 +28,7 @@ def inject_outliers(model: Model, factor: float = 40.0, channels: int = 4, *, se
     """
     require_model("inject_outliers", model)
     config = model.config
-    counts = isinstance(factor, Real) and isinstance(channels, Integral) and not isinstance(channels, bool)
+    counts = isinstance(factor, Real) and isinstance(channels, Integral) and bool not in (type(factor), type(channels))
     if not counts or not 1 / LARGEST <= factor <= LARGEST or not 1 <= channels <= config.hidden_size:
         raise QjaxError(
             f"inject_outliers: factor {factor!r}, channels {channels!r}; expected a factor of {1 / LARGEST:g} to {LARGEST:g} "

@@ -30,7 +30,7 @@ from jaxtyping import Array, Float, Int
 from qjax.calibrate.inputs import input_statistics
 from qjax.driver import patterns
 from qjax.driver.decoder import quantize
-from qjax.driver.placement import abridge, kernels_of
+from qjax.driver.placement import abridge, kernels_of, placement
 from qjax.errors import QjaxError
 from qjax.files import listing
 from qjax.linear import LowRank, dequantize, is_quantized
@@ -86,7 +86,7 @@ def factors_for_inputs(weight: Float[Array, "in out"], hessian: Float[Array, "in
     diagonal = jnp.diagonal(hessian)
     mean = jnp.where(jnp.any(diagonal > 0), jnp.mean(diagonal), 1.0)
     values, vectors = jnp.linalg.eigh(hessian + DAMP * mean * jnp.eye(len(hessian)))
-    root = jnp.sqrt(jnp.maximum(values, DAMP * mean))[:, None]
+    root = jnp.sqrt(jnp.maximum(values, DAMP * mean))[:, None]  # eigh's rounding may leave less than the damping
     product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
     found = factors(root * product(vectors.T, weight), config)
     return dataclasses.replace(found, a=product(vectors, found.a / root))
@@ -96,60 +96,72 @@ def start(
     model: Model, config: LoraConfig, key: jax.Array, *, recipe: str | None = None, **options: object
 ) -> tuple[Model, dict[str, LowRank]]:
     """The frozen base and the adapters before training. recipe: what the model, unquantized then, is quantized with; None: the
-    base is the model as it is. options: of `quantize`.
+    base is the model as it is. options: of `quantize`. A kernel that the recipe leaves as it is begins as gaussian.
 
-    Raises QjaxError for starts that need the unquantized weights where there are none, and for loftq where nothing is rounded.
+    Raises QjaxError for starts that need the unquantized weights where there are none, for recipes that a start does not go
+    with, and for qera without calibration data.
     """
     paths = targets_of(model, config)
     shapes = {path: flatten(model.params)[path].shape for path in paths}
     if small := [f"{path} {tuple(shape)}" for path, shape in shapes.items() if min(shape) < config.rank]:
         raise QjaxError(f"adapters: a rank of {config.rank} is more than {listing(small)} have; take a lower one")
     quantized = functools.partial(_quantized, recipe=recipe, options=options)
+    adapters = _gaussian(model, paths, config, key)
     if config.start == "gaussian":
-        return quantized(model), _gaussian(model, paths, config, key)
-    if any(is_quantized(leaf) for leaf in flatten(model.params).values()):
-        raise QjaxError(
-            f"adapters: the start {config.start} needs weights that are not quantized; {model.name} is {model.recipe}"
-        )
-    if config.start in ("loftq", "qera") and recipe is None:
-        raise QjaxError(f"adapters: the start {config.start} makes up for what a recipe takes; give a recipe, or another start")
-    calibration = options.get("calibration")
-    if config.start == "qera" and calibration is None:
-        raise QjaxError("adapters: the start qera needs calibration data; give calibration tokens (--calibration TEXT)")
+        return quantized(model), adapters
+    _require_fit(model, config.start, paths, recipe, options)
     leaves = flatten(model.params)
     weights = {path: jnp.asarray(np.asarray(leaves[path]), jnp.float32) for path in paths}
     if config.start == "pissa":
         adapters = {path: factors(weight, config) for path, weight in weights.items()}
-        base = quantized(_less(model, weights, adapters))
-        _require_same(model, base, config.start)
-        return base, adapters
-    base, adapters = quantized(model), {}
-    _require_same(model, base, config.start)
+        return quantized(_less(model, weights, adapters)), adapters
+    base = quantized(model)
     if config.start == "qera":
-        held = flatten(base.params)
-        for given in input_statistics(model, calibration, ("hessian",)):
-            for path in (path for path in given.readers if path in weights):
-                change = weights[path] - _float(held[path])
-                adapters[path] = factors_for_inputs(change, given.statistics["hessian"], config)
-        if outside := [path for path in paths if path not in adapters]:
-            raise QjaxError(f"adapters: the start qera is for layers of blocks; {listing(outside)} is none, name others")
-        return base, {path: adapters[path] for path in paths}
+        return base, adapters | _for_inputs(model, weights, base, config, options["calibration"])
     for turn in range(config.rounds):
         base = quantized(_less(model, weights, adapters)) if turn else base
-        held = flatten(base.params)
-        adapters = {path: factors(weight - _float(held[path]), config) for path, weight in weights.items()}
+        lacking = _lacking(weights, base)
+        adapters |= {path: factors(change, config) for path, change in lacking.items()}
     return base, adapters
 
 
-def _require_same(model: Model, base: Model, name: str) -> None:
-    """Raises QjaxError where more than kernels differ, so that what a kernel lacks is not known from it alone."""
-    held, kernels = flatten(base.params), set(kernels_of(model))
-    for path, leaf in flatten(model.params).items():
-        if path not in kernels and not (leaf is held[path] or np.array_equal(np.asarray(leaf), np.asarray(held[path]))):
-            raise QjaxError(
-                f"adapters: {base.recipe} changes {path} too, by a transform; the start {name} is for recipes that change "
-                "kernels alone: leave the transform out, or start gaussian"
-            )
+def _require_fit(model: Model, name: str, paths: list[str], recipe: str | None, options: Mapping[str, object]) -> None:
+    """Raises QjaxError for a start by weights that the model or the recipe has no room for."""
+    if any(is_quantized(leaf) for leaf in flatten(model.params).values()):
+        raise QjaxError(f"adapters: the start {name} needs weights that are not quantized; {model.name} is {model.recipe}")
+    placed = placement(model, recipe, options.get("rules", ()))
+    if name in ("loftq", "qera") and not any(placed[path] for path in paths):
+        raise QjaxError(
+            f"adapters: the start {name} makes up for what a recipe takes of these kernels, {recipe} takes nothing; give "
+            "another recipe, or another start"
+        )
+    if moved := [path for path, chosen in placed.items() if chosen and chosen.transforms]:
+        raise QjaxError(
+            f"adapters: {placed[moved[0]]} transforms {abridge(moved)}, and other layers may take that in; the start {name} "
+            "knows kernels one by one: leave transforms out, or start gaussian"
+        )
+    if name == "qera" and options.get("calibration") is None:
+        raise QjaxError("adapters: the start qera needs calibration data; give calibration tokens (--calibration TEXT)")
+    if name == "qera" and (outside := [path for path in paths if not in_blocks(path)]):
+        raise QjaxError(f"adapters: the start qera is for layers of blocks; {listing(outside)} is none, name others")
+
+
+def _lacking(weights: Mapping[str, Array], base: Model) -> dict[str, Array]:
+    """What the base's kernels lack of the weights, of those that lack anything."""
+    held = flatten(base.params)
+    changes = {path: weight - _float(held[path]) for path, weight in weights.items()}
+    return {path: change for path, change in changes.items() if jnp.any(change)}
+
+
+def _for_inputs(
+    model: Model, weights: Mapping[str, Array], base: Model, config: LoraConfig, calibration: object
+) -> dict[str, LowRank]:
+    """What brings the base's layers nearest to the model's, on the inputs that they have in the model."""
+    lacking, found = _lacking(weights, base), {}
+    for given in input_statistics(model, calibration, ("hessian",)):
+        for path in (path for path in given.readers if path in lacking):
+            found[path] = factors_for_inputs(lacking[path], given.statistics["hessian"], config)
+    return found
 
 
 def _quantized(model: Model, recipe: str | None, options: Mapping[str, object]) -> Model:
