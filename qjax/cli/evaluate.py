@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qjax.cli.early import check_names
-from qjax.cli.loading import calibration_for, load_model, own_text
+from qjax.cli.loading import Draw, calibration_for, load_model, own_text
 from qjax.cli.options import (
     LARGEST_SEED,
     CalibrationName,
@@ -103,7 +103,8 @@ def generate(
     asked_of = ([] if recipe is None else canonical([recipe]), ())
     loaded = load_model(model)._replace(compute=compute)
     if recipe is not None:
-        read = calibration_for(loaded, asked_of, calibration, own_text(model), calibration_windows, calibration_window, seed)
+        draw = Draw(calibration, calibration_windows, calibration_window)
+        read = calibration_for(loaded, asked_of, draw, own_text(model), seed)
         loaded, _ = quantize_model(loaded, recipe, calibration=read)
     typer.echo(prompt, nl=False)
     shown = ""

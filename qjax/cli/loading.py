@@ -1,7 +1,7 @@
 """Models and calibration as the commands name them. Only the commands import it."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import typer
 
@@ -23,30 +23,24 @@ def load_model(name: str, *, lazy: bool = False) -> "Model":
     return load(name, lazy=lazy)
 
 
+class Draw(NamedTuple):
+    """What is calibrated on as the options say it: a text, how many windows of how many tokens."""
+
+    text: str | None
+    windows: int
+    window: int
+
+
 def calibration_for(
-    model: "Model",
-    asked: tuple,
-    name: str | None,
-    data: list[str],
-    windows: int,
-    window: int,
-    seed: int,
-    needing: str | None = None,
+    model: "Model", asked: tuple, draw: Draw, data: list[str], seed: int, needing: str | None = None
 ) -> "Calibration | None":
     """`calibrations_for` of one seed."""
-    found = calibrations_for(model, asked, name, data, windows, window, (seed,), needing)
+    found = calibrations_for(model, asked, draw, data, (seed,), needing)
     return found and found[0]
 
 
 def calibrations_for(
-    model: "Model",
-    asked: tuple,
-    name: str | None,
-    data: list[str],
-    windows: int,
-    window: int,
-    seeds: Sequence[int],
-    needing: str | None = None,
+    model: "Model", asked: tuple, draw: Draw, data: list[str], seeds: Sequence[int], needing: str | None = None
 ) -> "tuple[Calibration, ...] | None":
     """Calibration tokens of each seed where a recipe or rule of `asked` reads any, or what is named `needing` does; the text
     defaults to the first named one of `data`.
@@ -57,14 +51,14 @@ def calibrations_for(
     from qjax.recipe import parse_recipe
 
     recipes = [*map(parse_recipe, asked[0]), *(parse_rule(rule).recipe for rule in asked[1])]
-    needing = next((str(recipe) for recipe in recipes if recipe and recipe.reads_data), needing)
-    if needing is None:
+    reading = next((str(recipe) for recipe in recipes if recipe and recipe.reads_data), needing)
+    if reading is None:
         return None
     named = [spec for spec in data if ":" not in spec]
-    if name is None and not named:
-        raise QjaxError(f"{needing} reads calibration data; name a text with --calibration, for example text:PATH or c4")
-    corpus = load_corpus(name or named[0], "calibration")
-    return tuple(load_calibration(model, corpus, windows=windows, window=window, seed=seed) for seed in seeds)
+    if draw.text is None and not named:
+        raise QjaxError(f"{reading} reads calibration data; name a text with --calibration, for example text:PATH or c4")
+    corpus = load_corpus(draw.text or named[0], "calibration")
+    return tuple(load_calibration(model, corpus, windows=draw.windows, window=draw.window, seed=seed) for seed in seeds)
 
 
 def default_windows(model: str, data: list[str], asked: int | None) -> int | None:

@@ -7,7 +7,7 @@ import typer
 
 from qjax.cli.early import check_names
 from qjax.cli.export import TYPES, ShardSize, folder_of
-from qjax.cli.loading import calibration_for, load_model, own_text
+from qjax.cli.loading import Draw, calibration_for, load_model, own_text
 from qjax.cli.options import (
     CalibrationName,
     CalibrationWindow,
@@ -69,7 +69,8 @@ def merge(
     corpora = load_corpora(data) if data else ()
     model, target = load_model(base, lazy=True), None if into is None else load_model(into, lazy=True)
     adapted, merged = load_merge(model, adapter, target)
-    read = calibration_for(merged, (recipes, ()), calibration, own_text(base), calibration_windows, calibration_window, seed)
+    draw = Draw(calibration, calibration_windows, calibration_window)
+    read = calibration_for(merged, (recipes, ()), draw, own_text(base), seed)
     done = save_merged(
         out,
         merged,

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from qjax.cli.early import check_names
-from qjax.cli.loading import calibration_for, load_model, own_text
+from qjax.cli.loading import Draw, calibration_for, load_model, own_text
 from qjax.cli.options import (
     CalibrationName,
     CalibrationWindow,
@@ -54,7 +54,8 @@ def quantize(
     loaded = load_model(model, lazy=True)
     total = len(placement(loaded, recipe, rules))
     asked_of = ([recipe], rules)
-    tokens = calibration_for(loaded, asked_of, calibration, own_text(model), calibration_windows, calibration_window, seed)
+    draw = Draw(calibration, calibration_windows, calibration_window)
+    tokens = calibration_for(loaded, asked_of, draw, own_text(model), seed)
     with progress_bars() as progress:
         task = progress.add_task("quantizing", total=total)
         quantized, done = quantize_to(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qjax.cli.early import check_names
-from qjax.cli.loading import calibrations_for, default_windows, load_model
+from qjax.cli.loading import Draw, calibrations_for, default_windows, load_model
 from qjax.cli.options import (
     MODEL_HELP,
     CalibrationName,
@@ -127,7 +127,8 @@ def sweep(
         names = [UNQUANTIZED]  # there is nothing left to quantize
     against = None if baseline is None else load_model(baseline)
     max_windows = default_windows(model, data, max_windows)
-    tokens = calibrations_for(loaded, (names, rules), calibration, data, calibration_windows, calibration_window, drawing)
+    draw = Draw(calibration, calibration_windows, calibration_window)
+    tokens = calibrations_for(loaded, (names, rules), draw, data, drawing)
     request = Sweep(
         tuple(names),
         corpora,
@@ -210,7 +211,8 @@ def sensitivity(
     prepare_results_folder(out)
     corpora = load_corpora(data)
     loaded = load_model(model)
-    tokens = calibrations_for(loaded, (names, ()), calibration, data, calibration_windows, calibration_window, drawing)
+    draw = Draw(calibration, calibration_windows, calibration_window)
+    tokens = calibrations_for(loaded, (names, ()), draw, data, drawing)
     max_windows = default_windows(model, data, max_windows)
     request = Sweep(tuple(names), corpora, measured, max_windows or None, seeds=drawing, calibration=tokens, one_block=True)
     _run(loaded, request, out)

@@ -1,11 +1,11 @@
 """The commands that train: `qjax train qlora` and `qjax train qat`."""
 
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qjax.cli.early import check_names
-from qjax.cli.loading import calibration_for, load_model, own_text
+from qjax.cli.loading import Draw, calibration_for, load_model, own_text
 from qjax.cli.options import (
     CalibrationName,
     CalibrationWindow,
@@ -88,9 +88,9 @@ def qlora(
     from qjax.train.run import qlora as run_qlora
 
     loaded, tokens = _inputs(model, data)
-    draw = _Draw(calibration, calibration_windows, calibration_window, seed)
+    draw = Draw(calibration, calibration_windows, calibration_window)
     needing = "--start qera" if start == "qera" else None
-    recipe, options = _quantizing(loaded, model, recipe, rule, draw, needing)
+    recipe, options = _quantizing(loaded, model, recipe, rule, draw, seed, needing)
     with live_training(steps) as show:
         run = Run(out, config, devices, save_every, overwrite, show)
         base = run_qlora(run, loaded, tokens, wanted, recipe=recipe, options=options)
@@ -142,21 +142,12 @@ def qat(
 
     loaded, tokens = _inputs(model, data)
     before = None if original is None else load_model(original)
-    draw = _Draw(calibration, calibration_windows, calibration_window, seed)
-    recipe, options = _quantizing(loaded, model, recipe, rule, draw)
+    draw = Draw(calibration, calibration_windows, calibration_window)
+    recipe, options = _quantizing(loaded, model, recipe, rule, draw, seed)
     with live_training(steps) as show:
         run = Run(out, config, devices, save_every, overwrite, show)
         trained = run_qat(run, loaded, tokens, wanted, recipe=recipe, original=before, options=options)
     typer.echo(printable(f"{out}: {trained.name} ({trained.recipe})"))
-
-
-class _Draw(NamedTuple):
-    """Of a text, what is calibrated on."""
-
-    text: str | None
-    windows: int
-    window: int
-    seed: int
 
 
 def _inputs(model: str, data: list[str]) -> "tuple[Model, object]":
@@ -175,7 +166,8 @@ def _quantizing(
     model: str,
     recipe: str | None,
     rule: list[str] | None,
-    draw: _Draw,
+    draw: Draw,
+    seed: int,
     needing: str | None = None,
 ) -> tuple[str | None, dict[str, object]]:
     """The recipe in canonical form, and the options of `quantize`. needing: what reads calibration data besides the recipe."""
@@ -187,6 +179,5 @@ def _quantizing(
             raise QjaxError("--rule says what --recipe leaves to it; give a recipe")
         return None, {}
     (name,), rules = canonical([recipe]), rules_in_order(rule or (), None)
-    drawn = (draw.windows, draw.window, draw.seed)
-    read = calibration_for(loaded, ([name], rules), draw.text, own_text(model), *drawn, needing)
+    read = calibration_for(loaded, ([name], rules), draw, own_text(model), seed, needing)
     return name, {"calibration": read, "rules": rules}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qjax.cli.early import check_names
-from qjax.cli.loading import calibration_for, default_windows, load_model
+from qjax.cli.loading import Draw, calibration_for, default_windows, load_model
 from qjax.cli.options import (
     CalibrationName,
     CalibrationWindow,
@@ -82,7 +82,8 @@ def tune(
     measured, loaded = parse_convention(convention), load_model(model)
     rules = rules_in_order(map(str, in_our_words(loaded, map(parse_rule, rule or ()))), None)  # as the saved folder has them
     ordered = by_cost(loaded, canonical(names), rules)
-    asked = calibration_for(loaded, (ordered, rules), calibration, [data], calibration_windows, calibration_window, seed)
+    draw = Draw(calibration, calibration_windows, calibration_window)
+    asked = calibration_for(loaded, (ordered, rules), draw, [data], seed)
     max_windows = default_windows(model, [data], max_windows)
     request = Sweep(
         (),
