@@ -16,7 +16,7 @@ from qjax.models.stacks import member
 class Inputs(NamedTuple):
     """One input of layers in a block: its readers by path in the model, and statistics by name."""
 
-    block: str
+    block: int
     readers: tuple[str, ...]
     statistics: Mapping[str, Array]
 
