@@ -126,6 +126,12 @@ def accuracy_noise(folder: str, recipe: str, task: str = "cloze", **where: str) 
     return row[f"accuracy_delta_low:{task}"] <= 0 <= row[f"accuracy_delta_high:{task}"]
 
 
+def leads(folder: str, grid: str) -> tuple[int, int]:
+    """Of how many cases NF4's lead over integers in 4 bits of a grid is told from zero, and of how many in all."""
+    found = [fewer(folder, f"{m}:nf4-g{g}-dq", f"{m}:int4-g{g}{grid}-dq") for m in ("rtn", "gptq") for g in (64, 128)]
+    return sum(found), len(found)
+
+
 # --- widths ---------------------------------------------------------------------------------------------------------------
 
 WIDE = ("rtn", "gptq(clip=mse)", "awq", "awq+gptq(clip=mse)")
