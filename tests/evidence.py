@@ -451,6 +451,9 @@ def trained(treatment: str, bits: int | None = None, corpus: str = "python-docs"
     return found[0]
 
 
+WIDER = "QLoRA, rank 64"  # and without the Q, of what SmolLM2 is trained with once more
+
+
 def tuned(treatment: str, model: str = BUNDLED) -> float:
     """Perplexity of a model on Shakespeare."""
     return trained(treatment, corpus="tinyshakespeare", model=model)["perplexity"]
