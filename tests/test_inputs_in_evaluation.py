@@ -25,8 +25,10 @@ RECIPES = (
     pytest.param("rtn:int4-g16/int5-g16-affine", marks=pytest.mark.slow),
     pytest.param("rtn:int4-g16/mxfp4", marks=pytest.mark.slow),
     "rtn:int8-channel-sym-max/int8-tensor-p99@parallel",
-    "hadamard(block=16)+rtn:nvfp4/nvfp4@parallel",
-    "llm_int8(threshold=2,outliers=calibration):int8-channel-sym-max@parallel",  # the others are those of a whole batch
+    pytest.param("hadamard(block=16)+rtn:nvfp4/nvfp4@parallel", marks=pytest.mark.slow),
+    pytest.param(  # its other outliers are those of a whole batch
+        "llm_int8(threshold=2,outliers=calibration):int8-channel-sym-max@parallel", marks=pytest.mark.slow
+    ),
     "rtn:int8-channel-sym-max/int4-token kv:int4-g8",
 )
 

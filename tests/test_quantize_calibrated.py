@@ -11,9 +11,8 @@ import pytest
 
 import qjax
 from qjax.calibrate import capture
-from qjax.calibrate.tokens import Calibration
+from qjax.calibrate.tokens import BATCH_TOKENS, Calibration
 from qjax.checkpoints.packed import load_packed, save
-from qjax.driver import decoder as driver
 from qjax.driver.decoder import quantize_together
 from qjax.errors import QjaxError, QjaxWarning
 from qjax.linear import Linear, dequantize_tree
@@ -198,7 +197,7 @@ def test_v_that_is_left_alone_takes_no_scale(tmp_path):
 @pytest.mark.parametrize(("order", "most"), [("parallel", 2), ("block", 1), ("sequential", 1), ("qep", 2)])
 def test_hidden_states_are_held_as_often_as_the_driver_says(model, order, most, monkeypatch):
     """Of all batches, `most` times, and of one batch more while a block runs, besides the results that layers keep."""
-    monkeypatch.setitem(driver.BATCH_TOKENS, jax.default_backend(), 64)
+    monkeypatch.setitem(BATCH_TOKENS, jax.default_backend(), 64)
     monkeypatch.setattr(capture, "KEPT_BYTES", 0)
     batches, shape, seen = 8, (2, 32, 32), []
 

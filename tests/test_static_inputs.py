@@ -23,11 +23,11 @@ WEIGHTS = "int8-channel-sym-max"
 DOWN, UP = "block_0/mlp/down/kernel", "block_0/mlp/up/kernel"
 CASES = (
     ("hadamard", "int8-tensor"),
-    ("hadamard", "nvfp4"),
+    pytest.param("hadamard", "nvfp4", marks=pytest.mark.slow),
     ("hadamard(block=16)", "nvfp4"),
     ("hadamard(online=true)", "int8-tensor-mse"),
     ("smoothquant", "int8-tensor-p99"),
-    ("smoothquant+hadamard(block=16)", "int8-tensor"),
+    pytest.param("smoothquant+hadamard(block=16)", "int8-tensor", marks=pytest.mark.slow),
 )
 
 
