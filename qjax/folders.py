@@ -144,11 +144,15 @@ def prepare_results_folder(path: str | Path) -> Path:
     return prepare_output_folder(path)
 
 
-def refuse_inputs(output: str | Path, inputs: Iterable[str | Path]) -> None:
-    """Raises QjaxError where the folder to be written is one of the folders that are read, by whatever path."""
+def refuse_inputs(output: str | Path, inputs: Iterable[str | Path], *, inside: bool = False) -> None:
+    """Raises QjaxError where the folder to be written is one of the folders that are read, by whatever path; inside: or holds
+    one of them.
+    """
     output = expand(output)
     for each in map(expand, inputs):
-        if output.exists() and each.exists() and output.samefile(each):
+        if not (output.exists() and each.exists()):
+            continue
+        if output.samefile(each) or (inside and output.resolve() in each.resolve().parents):
             raise QjaxError(f"{output} is what is read ({each}), and writing it would destroy that; name another folder")
 
 

@@ -21,9 +21,10 @@ from qjax.models.rotation import rotate
 from qjax.train import loop, run
 from qjax.train.lora import LoraConfig
 from qjax.train.merge import load_merge
-from tests.conftest import byte_tokenizer, random_model, tiny_config
+from qjax.train.settings import QatConfig
+from tests.conftest import MIXTRAL, byte_tokenizer, random_model, tiny_config
 from tests.fuzz import seeds
-from tests.random_weights import weights_model
+from tests.random_weights import small_model, weights_model
 from tests.test_cli import TEXT, fails, succeeds
 
 pytest.importorskip("orbax.checkpoint")
@@ -158,6 +159,60 @@ def test_adapters_that_begin_by_calibration(folder, tmp_path, capsys):
     merging = ("merge", tmp_path / "a/base", tmp_path / "a", "--out", tmp_path / "plain")
     assert "began as qera" in fails(capsys, *merging, "--base", folder / "tiny")
     succeeds(capsys, *merging)
+
+
+def test_an_adapter_stays_behind_its_transform(adapter, folder, tmp_path, capsys):
+    """Scales that went into norms divide what the adapter was given."""
+    model = load(folder / "tiny")
+    for recipe in ("smoothquant+rtn:int8-g16@parallel", "awq:int8-g16@parallel"):
+        base, _ = quantize(model, recipe, calibration=np.tile(TOKENS, (4, 1)))
+        with pytest.raises(QjaxError, match=f"differs from .* by {recipe.partition('+')[0].partition(':')[0]}, which may"):
+            load_merge(base, bare(adapter, tmp_path / recipe[:3]), model)
+        told = base._replace(recipe="a file of another library")
+        with pytest.raises(QjaxError, match=r"differs from .* by block_0/.*norm/scale, which may"):
+            load_merge(told, bare(adapter, tmp_path / f"{recipe[:3]}2"), model)
+
+
+def bare(adapter, folder):
+    """A copy of an adapter that does not say what it was trained on."""
+    folder.mkdir()
+    for path in adapter.glob("adapter_[cm]*"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def test_what_is_trained_on_is_not_written_over(adapter, folder, capsys):
+    begin = ("train", "qlora", adapter / "base", *data(folder), *SMALL, "--rank", "2", "--out", adapter, "--overwrite")
+    assert "is what is read" in fails(capsys, *begin)
+    assert load(adapter / "base").recipe
+
+
+def test_another_calibration_is_another_run(folder, tmp_path):
+    """Of a start that it is part of."""
+    model, tokens = load(folder / "tiny"), run.training_tokens(load(folder / "tiny"), [run.Corpus("a", [TEXT])])
+
+    def stop(told):
+        raise KeyboardInterrupt
+
+    def go(seed, on_step):
+        asked = run.Run(tmp_path / "ad", loop.TrainConfig(steps=2, batch=4, window=16), save_every=1, on_step=on_step)
+        calibration = np.random.default_rng(seed).integers(0, 256, (4, 24)).astype(np.int32)
+        run.qlora(asked, model, tokens, LoraConfig(2, start="qera"), recipe="int4-g16", options={"calibration": calibration})
+
+    with pytest.raises(KeyboardInterrupt):
+        go(0, stop)
+    with pytest.raises(QjaxError, match=r"another run \(calibration differ"):
+        go(1, stop)
+    go(0, lambda told: None)
+
+
+def test_experts_are_refused_before_work(folder, tmp_path):
+    model = small_model(tiny_config(**MIXTRAL, layers=1), byte_tokenizer())
+    tokens = run.training_tokens(model, [run.Corpus("a", [TEXT])])
+    asked = run.Run(tmp_path / "q", loop.TrainConfig(steps=1, batch=4, window=16))
+    with pytest.raises(QjaxError, match=r"hold experts, which are not trained.*'mlp/\(gate"):
+        run.qat(asked, model, tokens, QatConfig(), recipe="int4-g16")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_adapter_stays_in_its_residual_stream(adapter, folder):

@@ -82,7 +82,7 @@ def qlora(
     check_names(recipes=recipe, rules=rule, texts=(*data, calibration), models=(model,))
     wanted = LoraConfig(rank, alpha, tuple(target or ()), rslora, start)
     config = TrainConfig(steps, batch, micro_batch, window, learning_rate, schedule, clip_norm=clip, seed=seed)
-    refuse_inputs(out, [model])
+    refuse_inputs(out, [model], inside=True)
     require_place(out, overwrite=overwrite)
     from qjax.train.run import Run
     from qjax.train.run import qlora as run_qlora
@@ -135,7 +135,7 @@ def qat(
     check_names(recipes=recipe, rules=rule, texts=(*data, calibration), models=(model, original))
     wanted = QatConfig(tuple(split_names(learn, "--learn")), loss, scale_rate)
     config = TrainConfig(steps, batch, micro_batch, window, learning_rate, schedule, clip_norm=clip, seed=seed)
-    refuse_inputs(out, [model])
+    refuse_inputs(out, [model, *([original] if original else [])], inside=True)
     require_place(out, overwrite=overwrite)
     from qjax.train.run import Run
     from qjax.train.run import qat as run_qat

@@ -344,9 +344,10 @@ def _not_finite(step: int, value: float, norm: float, folder: Path | None, manag
     # A checkpoint of `step` finished steps holds the very numbers that this loss is of: the one before it is good.
     before = [] if manager is None else [saved for saved in manager.all_steps() if saved < step]
     good = f"the last good checkpoint is {folder / 'steps' / str(max(before))}" if before else "there is no good checkpoint"
+    remedy = "lower the learning rate" + ("" if folder is None else f", for which {folder} is to be removed")
     if math.isfinite(value) and math.isfinite(norm):
-        return NotFiniteError(f"training: what step {step + 1} made is not finite; {good}; lower the learning rate")
+        return NotFiniteError(f"training: what step {step + 1} made is not finite; {good}; {remedy}")
     return NotFiniteError(
-        f"training: at step {step + 1} the loss is {value}, the norm of its gradient {norm}; {good}; lower the learning rate, "
+        f"training: at step {step + 1} the loss is {value}, the norm of its gradient {norm}; {good}; {remedy}, "
         "or look for broken weights"
     )

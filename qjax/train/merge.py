@@ -5,6 +5,7 @@ before it was quantized. Nothing is quantized again unless a recipe is named.
 """
 
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from qjax.driver.decoder import quantize
 from qjax.errors import QjaxError, QjaxWarning
 from qjax.files import listing, write_atomically
 from qjax.folders import standing
+from qjax.grammar import names
 from qjax.lazy import materialised
 from qjax.linear import dequantize, dequantize_tree, is_quantized, without_activations
 from qjax.models.adapters import attach
@@ -31,6 +33,7 @@ from qjax.models.walk import TABLE
 from qjax.untrusted import read_json, status
 
 TRAINED_ON = "adapter_base.json"  # beside an adapter that qjax trained: name, recipe and fingerprint of its base, its start
+CAST = 0.02  # relative distance of norms from which one is more than the other in another type
 OTHER = 0.5  # relative distance of embeddings from which two models are not one before and after quantization
 
 
@@ -44,7 +47,8 @@ def load_merge(base: Model, adapter: Path, target: Model | None = None) -> tuple
     """(the base with its adapter, what is to be written: that, or `target` with the adapter). Both may be lazy.
 
     Raises QjaxError for an adapter of another base, and for a target that the adapter does not belong to: of an adapter that
-    makes up for its base (loftq, qera, pissa) any, and one of another residual stream (a rotation's).
+    makes up for its base (loftq, qera, pissa) any, of a base that a transform changed one without it, and one of another
+    residual stream (a rotation's).
     """
     adapter = standing(adapter)
     adapters = load_adapter(adapter, base.config)
@@ -65,8 +69,27 @@ def load_merge(base: Model, adapter: Path, target: Model | None = None) -> tuple
             f"the embeddings of {target.name} are others than those of {base.name} ({base.recipe}), which a rotation may have "
             "changed; merge into the base itself: leave --base out"
         )
+    if target is not None and (name := _transform_of(base, target)):
+        raise QjaxError(
+            f"{base.name} ({base.recipe}) differs from {target.name} by {name}, which may have changed what its layers are "
+            "given; merge into the base itself: leave --base out"
+        )
     adapted = attach(base, adapters)
     return adapted, adapted if target is None else attach(target, adapters)
+
+
+def _transform_of(base: Model, target: Model) -> str:
+    """The transform that a base's recipe names, or its norm that is another than the target's; "" for neither."""
+    named = re.search(rf"\b({'|'.join(map(re.escape, names('transform')))})\b", base.recipe)
+    ours, theirs = flatten(base.params), flatten(target.params)
+    norms = (path for path in ours if path.endswith("norm/scale") and path in theirs)
+    return named[1] if named else next((path for path in norms if not _near(ours[path], theirs[path])), "")
+
+
+def _near(ours: object, theirs: object) -> bool:
+    """Whether one array is the other, but for casts."""
+    a, b = (np.asarray(materialised(each), np.float32) for each in (ours, theirs))
+    return a.shape == b.shape and bool(np.linalg.norm(a - b) <= CAST * np.linalg.norm(b))
 
 
 def _same_stream(base: Model, target: Model) -> bool:

@@ -9,7 +9,7 @@
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,9 +17,11 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
+from qjax.calibrate.tokens import as_calibration
 from qjax.checkpoints import packed, peft
 from qjax.checkpoints.load import load
 from qjax.driver.decoder import quantize
+from qjax.driver.placement import abridge, placement
 from qjax.errors import QjaxError
 from qjax.evaluate.corpora import Corpus
 from qjax.files import write_atomically
@@ -27,6 +29,7 @@ from qjax.folders import new_folder, prepare_output_folder, require_place
 from qjax.lazy import is_lazy, materialised
 from qjax.models.fingerprint import model_fingerprint
 from qjax.models.model import Model
+from qjax.models.parameters import flatten
 from qjax.report.reports import save_figure
 from qjax.report.training import loss_figure
 from qjax.train.log import ROWS, step_log, step_rows
@@ -77,6 +80,8 @@ def qlora(
     place, loaded = _place(run, model, tokens), _loaded(model)
     base, adapters = start(loaded, config, jax.random.key(run.config.seed), recipe=recipe, **(options or {}))
     identity = {"base": model_fingerprint(base), "adapters": dataclasses.asdict(config)}
+    if config.start == "qera":
+        identity["calibration"] = as_calibration(base, options["calibration"]).fingerprint
     trained = train_adapters(base, adapters, tokens, in_context(run.config, base), **_told(run, place, identity))
     made = recipe is not None or config.start == "pissa"  # a base that stands nowhere else
     with _whole(run, place) as new:
@@ -111,6 +116,7 @@ def qat(
         raise QjaxError(f"{model.name}: the loss kl is from the model before it was quantized; give that (--float)")
     place, loaded = _place(run, model, tokens), _loaded(model)
     if recipe is not None:
+        _refuse_experts(model, recipe, (options or {}).get("rules", ()))
         original, loaded = loaded, quantize(loaded, recipe, **(options or {}))[0]
     before = None if original is None else model_fingerprint(original)
     identity = {"base": model_fingerprint(loaded), "float": before, "learning": dataclasses.asdict(config)}
@@ -121,6 +127,16 @@ def qat(
     with _whole(run, place) as new:
         packed.save(new, trained)
     return load(run.folder, lazy=True)
+
+
+def _refuse_experts(model: Model, recipe: str, rules: Iterable[object]) -> None:
+    """What `train_quantized` would say of experts, before anything is quantized."""
+    leaves, placed = flatten(model.params), placement(model, recipe, rules)
+    if experts := [path for path, chosen in placed.items() if chosen is not None and len(leaves[path].shape) > 2]:
+        raise QjaxError(
+            f"{abridge(experts)} hold experts, which are not trained; leave them as they are, with the rule "
+            "'mlp/(gate|up|down)=none'"
+        )
 
 
 def _loaded(model: Model) -> Model:
