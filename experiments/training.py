@@ -6,8 +6,9 @@
 Questions: how much of the perplexity that refined GPTQ leaves does quantization-aware training recover, how much do adapters on
 the frozen codes? Is QLoRA on NF4, fine-tuned on Shakespeare, as good as LoRA on the float base (within 1 %)? Large models are
 asked the last question alone, and once more with adapters of a larger rank and more text, on a base whose NF4 codes are GPTQ's
-and adapters that begin by QERA, both calibrated on what is trained on. Trained is on the text's calibration part (of Shakespeare
-its first nine tenths), measured on what was held out. Models are kept in runs/training; trainings go on where they were stopped.
+and adapters that begin by QERA, both calibrated on what is trained on. Trained is on the text's calibration part (of
+Shakespeare its first nine tenths), measured on what was held out. Models are kept in runs/training; trainings go on where they
+were stopped.
 """
 
 import dataclasses
