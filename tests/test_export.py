@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from qjax.checkpoints.export import export
 from qjax.checkpoints.huggingface import save_huggingface
@@ -124,6 +124,11 @@ def test_layers_stored_side_by_side(tmp_path):
         export(tmp_path / to, model, to)
         assert f"{head}.weight" in load_file(tmp_path / to / "model.safetensors")
         assert_equal(model, load(tmp_path / to))
+    path = tmp_path / "gptq_v2/model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"embed_out.weight": tensors["lm_head.weight"]}, path)
+    with pytest.raises(QjaxError, match=r"unexpected lm_head\.weight"):  # not one of two heads without a word
+        load(tmp_path / "gptq_v2")
     with pytest.raises(QjaxError, match="awq: what reads it divides what gpt_neox's activations give by scales"):
         export(tmp_path / "d", model, "awq")
     phi3 = quantized(tiny_config(family="phi3", layers=1, mlp_size=64), {"block": "int4-g16"})

@@ -30,7 +30,8 @@ def canonical(
         return name in known or owner_of(name, modules) is not None
 
     def full(name: str, among: Iterable[str]) -> str:
-        name = head + name.removeprefix(LM_HEAD) if name.startswith(f"{LM_HEAD}.") else name
+        stored = re.sub(rf"^{LM_HEAD}\.", f"{head}.", name)
+        name = name if stored in among else stored
         long = family.prefix + name
         return long if is_known(long) and long not in among else name
 
