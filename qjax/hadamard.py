@@ -5,6 +5,7 @@
     H_2q+2   Paley 1933 (II): the same, q = 1 mod 4
     H_4n     Williamson 1944: [[A, B, C, D], [-B, A, -D, C], [-C, D, A, -B], [-D, -C, B, A]] of symmetric circulant matrices
              with A^2 + B^2 + C^2 + D^2 = 4 n I, found by search: 92, 116, 172
+    H_12n    such A, B, C and D in the array of Baumert and Hall 1965: 156
 
 Both of Paley's are made of the quadratic character of the field of q elements: chi(a) is 1 where a is a square, -1 where it is
 not, 0 for 0. With powers of primes these are 12, 20, 28, 36, 44, 52, 60, 76, 84, 100, 108, 124, 140, 148 and so on. Matrices
@@ -27,8 +28,13 @@ LARGEST_BASE = 1024  # of what is multiplied with as a matrix
 WILLIAMSON = {  # the first half of the first row of A, B, C and D, whose second half mirrors it
     92: ("+--++-+-+-++", "+--+-+-+++++", "+++---++--++", "+--+--+++---"),
     116: ("+-+-++---+--+++", "+-+-+----++-++-", "+--+-++---+++++", "+++-++-++++---+"),
+    156: ("++++-+-", "++---+-", "++---+-", "+---+-+"),
     172: ("+++++-++----+-++--++-+", "+++---++--+-+-+-++----", "++-+-++++-+--+--+++--+", "+-++-----++++-+-+++-++"),
 }
+BAUMERT_HALL = (  # small letters: minus
+    *("AAABbCcdBCdd", "AaBabdDcbdcc", "AbaAdDbBcdCc", "BAaaDDDCCbbc", "BdDDAAACcBcB", "BCdDAaCadCBb"),
+    *("DcBbAcaABCDd", "cdcdCAaadBbb", "DcbbbCCdAAAD", "dbCCCBBdAaDa", "CbcCDbdbAdaA", "cddCcbBBDAaa"),
+)
 
 
 @functools.cache
@@ -102,9 +108,13 @@ def base_matrix(order: int) -> Int[np.ndarray, "order order"]:
 
 
 def _williamson(order: int) -> Int[np.ndarray, "order order"]:
-    n, rows = order // 4, ([1 if sign == "+" else -1 for sign in half] for half in WILLIAMSON[order])
+    rows = [[1 if sign == "+" else -1 for sign in half] for half in WILLIAMSON[order]]
+    n = 2 * len(rows[0]) - 1
     a, b, c, d = (np.array([np.roll([*row, *row[:0:-1]], by) for by in range(n)], np.int8) for row in rows)
-    return np.block([[a, b, c, d], [-b, a, -d, c], [-c, d, a, -b], [-d, -c, b, a]])
+    if order == 4 * n:
+        return np.block([[a, b, c, d], [-b, a, -d, c], [-c, d, a, -b], [-d, -c, b, a]])
+    blocks = dict(zip("ABCDabcd", (a, b, c, d, -a, -b, -c, -d), strict=True))
+    return np.block([[blocks[letter] for letter in row] for row in BAUMERT_HALL])
 
 
 def _paley(order: int) -> tuple[int, int] | None:

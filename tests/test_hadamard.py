@@ -20,13 +20,15 @@ from qjax.models.families import FAMILIES, read_config
 from qjax.models.model import apply, runnable
 from qjax.models.parameters import flatten, unflatten
 from qjax.models.rotation import rotate
+from qjax.models.walk import Decoder
 from qjax.recipe import parse_recipe
 from tests.conftest import BLOOM, COHERE, FALCON, GEMMA, GEMMA3, GPT2, GPT_NEOX, GPT_OSS, OLMO2, OPT, SMOLLM3, tiny_config
 from tests.family_files import EVERY
+from tests.float64 import in_float64
 from tests.oracles import rotation as oracle
 from tests.random_weights import small_model
 
-KNOWN = (1, 2, 4, 12, 20, 24, 28, 36, 44, 48, 52, 60, 64, 84, 92, 96, 100, 108, 116, 140, 148, 172, 344)
+KNOWN = (1, 2, 4, 12, 20, 24, 28, 36, 44, 48, 52, 60, 64, 84, 92, 96, 100, 108, 116, 140, 148, 156, 172, 344)
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 61, (2, 12)))
 
 
@@ -44,9 +46,9 @@ def test_matrices(size):
 
 
 def test_matrices_of_saved_models_stay_what_they_are():
-    """Paley's where there is one; of 92, 116 and 172 and what no other base gives Williamson's."""
-    assert [order_of(size) for size in (344, 11008, 368, 464)] == [(344, 1), (344, 32), (368, 1), (464, 1)]
-    assert [order_of(size) for size in (172, 184, 116)] == [(172, 1), (92, 2), (116, 1)]
+    """Paley's where there is one; of 92, 116, 156 and 172 and what no other base gives Williamson's."""
+    assert [order_of(size) for size in (344, 11008, 368, 312)] == [(344, 1), (344, 32), (368, 1), (312, 1)]
+    assert [order_of(size) for size in (172, 184, 116, 156)] == [(172, 1), (92, 2), (116, 1), (156, 1)]
     assert order_of(64) == (1, 64) and order_of(576) == (36, 16) and order_of(6) is None
 
 
@@ -127,7 +129,7 @@ FIRST = {"qwen2", "gpt2", "cohere", "mixtral", "gpt_oss"}  # the others repeat w
 
 @pytest.mark.parametrize("name", [name if name in FIRST else pytest.param(name, marks=pytest.mark.slow) for name in CASES])
 def test_logits_are_unchanged(name):
-    """Float32, for every structure that is not refused."""
+    """In float32 and in float64, for every structure that is not refused."""
     model = small_model(tiny_config(vocabulary_size=61, layers=1 if "kinds" not in CASES[name] else 2, **CASES[name]))
     turned = rotate(model, seed=1)
     assert not turned.config.tied and turned.config.norm in ("rms", "rms_offset")
@@ -135,6 +137,8 @@ def test_logits_are_unchanged(name):
     np.testing.assert_allclose(found, exact, atol=1e-5 * np.max(np.abs(exact)))
     leaf = "block_0/mlp/down/kernel"
     assert not np.allclose(flatten(model.params)[leaf], flatten(turned.params)[leaf])
+    exact, found = rotated_in_float64(model)
+    np.testing.assert_allclose(found, exact, atol=1e-9)
 
 
 BEHIND = {"olmo2", "gemma2", "gemma3_text", "glm4"}  # families whose norms stand behind their branches
@@ -149,6 +153,18 @@ def test_every_family_is_rotated_or_refused(family):
         return
     exact, found = (np.asarray(apply(each, TOKENS)) for each in (model, rotate(model, seed=1)))
     np.testing.assert_allclose(found, exact, atol=1e-5 * np.max(np.abs(exact)))
+    exact_64, found_64 = rotated_in_float64(model)
+    np.testing.assert_allclose(exact_64, exact, atol=1e-5 * np.max(np.abs(exact)))
+    np.testing.assert_allclose(found_64, exact_64, atol=1e-9)
+
+
+def rotated_in_float64(model):
+    """The logits of the model and of what it is rotated, parameters and all in float64."""
+    model = model._replace(params=jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), model.params))
+    with jax.enable_x64(True):
+        turned = rotate(model, seed=1)
+    assert {leaf.dtype for leaf in jax.tree.leaves(turned.params)} == {np.dtype(np.float64)}
+    return [in_float64(Decoder(each.config).apply, {"params": each.params}, np.int32(TOKENS)) for each in (model, turned)]
 
 
 def test_no_family_is_forgotten():

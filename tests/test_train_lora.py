@@ -222,7 +222,7 @@ def test_tokens_that_do_not_count_are_no_inputs():
         _, adapters = lora.start(model, LoraConfig(rank=2, start="qera"), KEY, recipe="int4-g16", calibration=given)
         found.append([*map(lora.product, adapters.values())])
         rows, alone = input_outliers(model, given), input_outliers(model, tokens[:, :15])
-        assert [row["largest"] for row in rows] == [row["largest"] for row in alone]
+        assert [row["largest"] for row in rows] == pytest.approx([row["largest"] for row in alone], rel=1e-6)
     jax.tree.map(np.testing.assert_array_equal, *found)
 
 
