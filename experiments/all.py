@@ -21,7 +21,7 @@ SMALL = (
     *("paper_shapes", "bitwidth_sweep"),
 )
 EXPERIMENTS = (
-    *(*SMALL, "kernel_benchmark", "real_models", "activations", "training", "compute_types"),
+    *(*SMALL, "kernel_benchmark", "real_models", "real_models_calibration", "activations", "training", "compute_types"),
     *("speed", "scaling"),
 )
 MADE = """from qjax.sweep.measurements.provenance import provenance

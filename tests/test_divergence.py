@@ -9,8 +9,12 @@ from qjax.driver.decoder import quantize
 from qjax.errors import QjaxError
 from qjax.evaluate.corpora import Corpus
 from qjax.evaluate.divergence import divergence, summarise
+from qjax.evaluate.perplexity import batches_of
+from qjax.evaluate.states import States
 from qjax.evaluate.windows import corpus_windows, parse_convention
-from qjax.models.model import apply
+from qjax.models.model import apply, hidden_states
+from qjax.sweep.runner import Sweep, run_sweep
+from qjax.sweep.store import ROWS
 
 from .conftest import random_model, tiny_config
 
@@ -84,3 +88,34 @@ def test_other_vocabularies_are_refused(tiny_model):
     other = random_model(tiny_config(vocabulary_size=256), tiny_model.tokenizer)
     with pytest.raises(QjaxError, match="one vocabulary"):
         divergence(other, tiny_model, CORPUS, "windows-32")
+
+
+def test_a_sweep_runs_each_model_once(tiny_model, quantized, tmp_path, monkeypatch):
+    """Perplexity's hidden states serve the divergence, the baseline's that of every model; to the last bit."""
+    runs = []
+
+    def counted(model, tokens, *rest):
+        runs.append(len(tokens))
+        return hidden_states(model, tokens, *rest)
+
+    convention = parse_convention("windows-32")
+    batch = len(batches_of(corpus_windows(tiny_model, CORPUS, convention).tokens)[0])
+    monkeypatch.setattr("qjax.models.model.hidden_states", counted)
+    sweep = Sweep(("rtn:int3-g16", "rtn:int2-g16"), (CORPUS,), convention, divergence=True)
+    rows = run_sweep(tiny_model, sweep, tmp_path)
+    count = len(corpus_windows(tiny_model, CORPUS, convention).tokens)
+    assert sum(runs) == 3 * (batch + -(-count // batch) * batch)  # three models, of each a batch more that compiles
+    found = divergence(quantized, tiny_model, CORPUS, convention)
+    assert (rows[1]["kl"], rows[1]["rms_dp"], rows[0]["kl"]) == (found.kl, found.rms_dp, 0.0)
+    runs.clear()
+    (tmp_path / ROWS).write_text("".join((tmp_path / ROWS).read_text().splitlines(keepends=True)[:2]))  # as if interrupted
+    assert run_sweep(tiny_model, sweep, tmp_path)[2]["kl"] == rows[2]["kl"]
+
+
+def test_states_that_are_too_many_are_computed_again(tiny_model):
+    states, batches = States(most=10), [(tiny_model, np.zeros(size)) for size in (4, 6)]
+    assert list(states.through("few", iter(batches))) == batches == list(states.through("few", iter(())))
+    for again in (batches, batches[1:]):
+        assert list(states.through("more", iter(again))) == again
+    states.drop("few")
+    assert list(states.through("more", iter(batches))) == batches == list(states.through("more", iter(())))

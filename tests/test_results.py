@@ -83,7 +83,7 @@ def test_every_column_is_described(folder: Path):
 def test_every_folder_is_described(folder: Path):
     """In a line of the list, and in a README of its own that names the command."""
     assert f"| [`{folder.name}/`]({folder.name}/) | " in README.read_text()
-    script = {"kernels": "kernel_benchmark", "real_models_calibration": "real_models"}.get(folder.name, folder.name)
+    script = {"kernels": "kernel_benchmark"}.get(folder.name, folder.name)
     assert f"`python experiments/{script}.py`" in (folder / "README.md").read_text()
 
 

@@ -20,7 +20,8 @@ import numpy as np
 
 from qjax.errors import QjaxError
 from qjax.evaluate.corpora import Corpus, load_corpus
-from qjax.evaluate.perplexity import BATCH_TOKENS
+from qjax.evaluate.perplexity import batches_of
+from qjax.evaluate.states import Through
 from qjax.evaluate.statistics import estimate
 from qjax.evaluate.windows import Convention, Windows, corpus_windows, parse_convention
 from qjax.models.compute import compute_name
@@ -78,23 +79,24 @@ def measure_divergence(
     compute: str | None = None,
     batch_tokens: int | None = None,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
+    through: Through = iter,
+    through_baseline: Through = iter,
 ) -> Divergence:
-    """`divergence` on windows that are cut already."""
+    """`divergence` on windows that are cut already. through, through_baseline: what the hidden states of the two go through
+    (`perplexity.score`).
+    """
     if model.config.vocabulary_size != baseline.config.vocabulary_size or model.config.context != baseline.config.context:
         raise QjaxError(f"divergence of {model.name} from {baseline.name}: expected models of one vocabulary and context")
     model = runnable(model, packed, compute)
     baseline = runnable(baseline, compute=compute_name(model.compute))
-    total, length = windows.tokens.shape
-    batch = min(max(1, (batch_tokens or BATCH_TOKENS[jax.default_backend()]) // length), total)
-    tokens = np.pad(windows.tokens, ((0, -total % batch), (0, 0)), mode="edge")  # as in `perplexity.score`
-    pieces = [jnp.asarray(tokens[start : start + batch]) for start in range(0, len(tokens), batch)]
+    pieces, total, found = batches_of(windows.tokens, batch_tokens), len(windows.tokens), []
     ours, theirs = (hidden_batches(each, ((piece,) for piece in pieces)) for each in (model, baseline))
-    found = []
+    ours, theirs = through(ours), through_baseline(theirs)
     for piece, one, other in zip(pieces, ours, theirs, strict=True):
         found.append(_compare(one, other, piece[:, 1:]))
         if len(found) > 1:
             found[-2] = np.asarray(found[-2])  # waits for the batch before this one, so that one is always in flight
-        on_batch(min(len(found) * batch, total), total)
+        on_batch(min(len(found) * len(piece), total), total)
     kl, same, change = np.concatenate([np.asarray(part) for part in found], axis=1)[:, :total].astype(np.float64)
     scored = windows.scored[:, 1:]
     pair = f"{named(model)} against {named(baseline)}"

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.evaluate.corpora import Corpus, load_corpus
+from qjax.evaluate.states import Through
 from qjax.evaluate.statistics import autocorrelation, jackknife
 from qjax.evaluate.windows import Convention, Windows, corpus_windows, parse_convention
 from qjax.models.model import Model, hidden_batches, losses, named, require_model, runnable
@@ -80,15 +81,17 @@ def measure(
     packed: bool = False,
     compute: str | None = None,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
+    through: Through = iter,
 ) -> PerplexityResult:
     """`perplexity` of windows that `corpus_windows` cut, for callers that measure many models on the same ones.
 
-    Raises NotFiniteError for a scored token's loss that is NaN or infinite, and for a perplexity beyond all numbers.
+    through: as in `score`. Raises NotFiniteError for a scored token's loss that is NaN or infinite, and for a perplexity beyond
+    all numbers.
     """
     model = runnable(model, packed, compute)
     score(model, windows.tokens[: _batch_size(windows.tokens)], packed=packed)  # compiles; the clock measures evaluation alone
     started = time.perf_counter()
-    token_nll = score(model, windows.tokens, packed=packed, on_batch=on_batch)
+    token_nll = score(model, windows.tokens, packed=packed, on_batch=on_batch, through=through)
     seconds = time.perf_counter() - started
     of = f"{corpus.name}, {convention}"
     require_finite(token_nll[windows.scored], f"losses on {of}", model=named(model))
@@ -104,17 +107,18 @@ def score(
     packed: bool = False,
     compute: str | None = None,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
+    through: Through = iter,
 ) -> np.ndarray:
     """-ln p of every token given those before it: (windows, window) int32 -> float32 of the same shape, column 0 is 0.
 
-    All windows go through one part of a lazy model after the other (`hidden_batches`).
+    All windows go through one part of a lazy model after the other (`hidden_batches`). through: what their hidden states go
+    through, `States.through` where other measurements read them too.
     """
     model = runnable(model, packed, compute)
-    total, batch = len(tokens), _batch_size(tokens)
-    padded = np.pad(tokens, ((0, -total % batch), (0, 0)), mode="edge")  # other tokens might have other outliers (LLM.int8())
-    pieces = [jnp.asarray(padded[start : start + batch]) for start in range(0, len(padded), batch)]
-    rows = []
-    for piece, (head, x) in zip(pieces, hidden_batches(model, ((piece,) for piece in pieces)), strict=True):
+    pieces, rows = batches_of(tokens), []
+    total, batch = len(tokens), len(pieces[0])
+    found = through(hidden_batches(model, ((piece,) for piece in pieces)))
+    for piece, (head, x) in zip(pieces, found, strict=True):
         rows.append(losses(head, x[:, :-1], piece[:, 1:]))
         if len(rows) > 1:
             rows[-2] = np.asarray(rows[-2])  # waits for the batch before this one, so that one is always in flight
@@ -123,9 +127,16 @@ def score(
     return np.pad(nll, ((0, 0), (1, 0)))
 
 
-def _batch_size(tokens: np.ndarray) -> int:
+def batches_of(tokens: np.ndarray, batch_tokens: int | None = None) -> list[jax.Array]:
+    """Windows (windows, window) in batches (batch, window), as they are run; the last one is filled up with the last window."""
+    batch = _batch_size(tokens, batch_tokens)
+    padded = np.pad(tokens, ((0, -len(tokens) % batch), (0, 0)), mode="edge")  # others might have other outliers (LLM.int8())
+    return [jnp.asarray(padded[start : start + batch]) for start in range(0, len(padded), batch)]
+
+
+def _batch_size(tokens: np.ndarray, batch_tokens: int | None = None) -> int:
     total, length = tokens.shape
-    return min(max(1, BATCH_TOKENS[jax.default_backend()] // length), total)
+    return min(max(1, (batch_tokens or BATCH_TOKENS[jax.default_backend()]) // length), total)
 
 
 def summarise(

@@ -30,11 +30,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from qjax.errors import QjaxError
+from qjax.formats import UNQUANTIZED
 from qjax.registry import forget, forgotten_in_scope, forgotten_on_change
 
 if TYPE_CHECKING:
     from qjax.driver.report import Report
     from qjax.evaluate.corpora import Corpus
+    from qjax.evaluate.states import States
     from qjax.evaluate.windows import Convention, Windows
     from qjax.models.model import Model
     from qjax.sweep.runner import Sweep, Treatment
@@ -85,6 +87,17 @@ class Cell(NamedTuple):
     row: Row = types.MappingProxyType({})  # the columns found so far
     before: Row | None = None  # the baseline's row; None in that row
     on_batch: Callable[[int, int], None] = lambda done, total: None
+    states: "States | None" = None  # hidden states that measurements leave for each other
+
+    @property
+    def of_states(self) -> tuple:
+        """The name of this cell's states."""
+        return self.fingerprint, str(self.treatment), self.corpus.fingerprint
+
+    @property
+    def of_baseline(self) -> tuple:
+        """The name of those of what differences are from."""
+        return self.baseline_fingerprint, UNQUANTIZED, self.corpus.fingerprint
 
     @property
     def place(self) -> tuple:

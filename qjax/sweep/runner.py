@@ -21,6 +21,7 @@ from qjax.driver.placement import calibration_order, in_our_words, parse_rule, p
 from qjax.errors import QjaxError, QjaxWarning
 from qjax.evaluate.corpora import Corpus, load_corpus
 from qjax.evaluate.questions import Task
+from qjax.evaluate.states import States
 from qjax.evaluate.windows import Convention, corpus_windows
 from qjax.files import expand
 from qjax.folders import prepare_results_folder
@@ -141,7 +142,7 @@ def run_sweep(
         raise QjaxError(f"workers {workers}: expected at least 1")
     jobs = [Job(cell, _head(cell, asked)) for cell in _cells(model, sweep)]
     folder = prepare_results_folder(folder)
-    measure = functools.partial(_measured, asked=asked, shared={})
+    measure = functools.partial(_with_states, asked=asked, shared={}, states=States())
     claims = Claims(folder, stale_seconds=stale_seconds)
     try:
         return Worker(folder, jobs, measure, watcher, claims, workers).run()
@@ -166,6 +167,15 @@ def _head(cell: Cell, asked: Sequence[Measurement]) -> dict[str, object]:
     columns = {name: value for each in asked if each.asks for name, value in each.asks(cell).items()}
     windows = hashlib.sha256(b"".join(field.tobytes() for field in (cell.windows.tokens, cell.windows.documents)))
     return {"key": digest(columns, windows.hexdigest())} | columns
+
+
+def _with_states(cell: Cell, head: dict[str, object], states: States, **how: object) -> dict[str, object]:
+    """The row of a cell, after which the baseline's states alone are kept."""
+    try:
+        return _measured(cell._replace(states=states), head, **how)
+    finally:
+        if cell.of_states != cell.of_baseline:
+            states.drop(cell.of_states)
 
 
 def _measured(cell: Cell, head: dict[str, object], asked: Sequence[Measurement], shared: dict) -> dict[str, object]:

@@ -1,5 +1,7 @@
 """Divergence of the next token's distribution from the baseline's (`qjax/evaluate/divergence.py`)."""
 
+import functools
+
 from qjax.sweep.columns import BASELINE, Cell, Column, Measurement
 
 PER, MEAN, DIFFERENCE = "fraction", "standard error of that, over documents", {"given": BASELINE}
@@ -19,10 +21,13 @@ COLUMNS = (
 
 
 def measure(cell: Cell) -> dict[str, object]:
-    """On the windows that perplexity measures."""
+    """On the windows that perplexity measures, of the hidden states that it found."""
     from qjax.evaluate.divergence import measure_divergence
 
-    found = measure_divergence(cell.model, cell.baseline, cell.windows, on_batch=cell.on_batch)
+    through, through_baseline = (functools.partial(cell.states.through, each) for each in (cell.of_states, cell.of_baseline))
+    found = measure_divergence(
+        cell.model, cell.baseline, cell.windows, on_batch=cell.on_batch, through=through, through_baseline=through_baseline
+    )
     kept = ("kl", "kl_stderr", "kl_median", "kl_p99", "rms_dp", "rms_dp_stderr")
     agreement = {"top1_agreement": found.top1, "top1_agreement_stderr": found.top1_stderr}
     return {name: getattr(found, name) for name in kept} | agreement

@@ -1,5 +1,6 @@
 """Perplexity on one text in one convention, and its paired difference from the baseline."""
 
+import functools
 import math
 from typing import TYPE_CHECKING
 
@@ -55,9 +56,10 @@ def measure(cell: Cell) -> dict[str, object]:
     """Of the cell's windows."""
     from qjax.evaluate import perplexity
 
-    return figures(
-        perplexity.measure(cell.model, cell.windows, cell.convention, cell.corpus, on_batch=cell.on_batch), cell.before
-    )
+    cell.states.drop(cell.of_states)  # the clock measures that they are computed
+    through = functools.partial(cell.states.through, cell.of_states) if "divergence" in cell.sweep.measures else iter
+    result = perplexity.measure(cell.model, cell.windows, cell.convention, cell.corpus, on_batch=cell.on_batch, through=through)
+    return figures(result, cell.before)
 
 
 def figures(result: "PerplexityResult", before: Row | None) -> dict[str, object]:
