@@ -83,6 +83,7 @@ def test_long_and_empty_choices(model):
     assert len(accuracy(model, task, max_questions=3).answers) == 3
 
 
+@pytest.mark.slow
 def test_the_bundled_model_knows_its_documents():
     """Chance is 25 %; two bits take nearly all of it away."""
     model, task = load("bundled"), load_task("cloze", 60)

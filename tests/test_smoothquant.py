@@ -67,6 +67,7 @@ def test_experts_are_smoothed_one_by_one():
         qjax.quantize(model, "smoothquant(search=true)+rtn:int8-channel/int8-token@parallel", calibration=enough)
 
 
+@pytest.mark.slow
 def test_smoothing_keeps_what_outliers_would_cost():
     """In integers of 4 bits, with alpha searched and given, in both kinds of order, weights by GPTQ too."""
     model, tokens = outlying_model(), np.random.default_rng(0).integers(0, 256, (4, 32)).astype(np.int32)

@@ -24,7 +24,7 @@ DOWN, UP = "block_0/mlp/down/kernel", "block_0/mlp/up/kernel"
 CASES = (
     ("hadamard", "int8-tensor"),
     pytest.param("hadamard", "nvfp4", marks=pytest.mark.slow),
-    ("hadamard(block=16)", "nvfp4"),
+    pytest.param("hadamard(block=16)", "nvfp4", marks=pytest.mark.slow),
     ("hadamard(online=true)", "int8-tensor-mse"),
     ("smoothquant", "int8-tensor-p99"),
     pytest.param("smoothquant+hadamard(block=16)", "int8-tensor", marks=pytest.mark.slow),
@@ -88,7 +88,10 @@ def test_outliers_of_calibration_are_those_of_mapped_inputs(model):
         assert held == list(np.flatnonzero(largest >= 3.5))
 
 
-@pytest.mark.parametrize("transform", ["hadamard(online=true)", "smoothquant+hadamard(block=16)"])
+ONLINE = pytest.param("hadamard(online=true)", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("transform", [ONLINE, "smoothquant+hadamard(block=16)"])
 def test_experts(transform):
     """Each by the largest of its own tokens' mapped inputs; as many as one that is a model of its own."""
     model = small_model(tiny_config(vocabulary_size=61, layers=1, **MIXTRAL))
