@@ -72,6 +72,7 @@ class Calibrated:
     rank: int = 64
     train: TrainConfig = LONGER
     windows: int = 32  # of MOST tokens that it is calibrated on
+    max_windows: int | None = 256  # that are measured
 
 
 FEW = TrainConfig(steps=2, batch=2, window=32)
@@ -122,31 +123,39 @@ def _fine_tuning(out: Path, models: Path, subject: common.Subject, experiment: E
     tokens, measured = training_tokens(model, [Corpus(path.stem, [text[:cut]])]), Corpus(path.stem, [text[cut:]])
     _add(out, experiment, "none", model, measured)
     rank = experiment.rank
-    runs = [("LoRA", None, config, LoraConfig(rank, rank), {}), ("QLoRA", experiment.base, config, LoraConfig(rank, rank), {})]
+    lora = LoraConfig(rank, rank)
+    runs = [(experiment, "LoRA", None, config, lora, {}), (experiment, "QLoRA", experiment.base, config, lora, {})]
     if subject.large:
         more, text = Calibrated(), Corpus(path.stem, [text[:cut]])
         rank, given = more.rank, qjax.load_calibration(model, text, windows=more.windows, window=MOST)
         runs += [
-            (f"LoRA, rank {rank}", None, more.train, LoraConfig(rank, rank), {}),
-            (f"QLoRA, rank {rank}", more.base, more.train, LoraConfig(rank, rank, start=more.start), {"calibration": given}),
+            (more, f"LoRA, rank {rank}", None, more.train, LoraConfig(rank, rank), {}),
+            (
+                more,
+                f"QLoRA, rank {rank}",
+                more.base,
+                more.train,
+                LoraConfig(rank, rank, start=more.start),
+                {"calibration": given},
+            ),
         ]
-    for name, recipe, config, adapters, options in runs:
+    for settings, name, recipe, config, adapters, options in runs:
         made = str(qjax.parse_recipe(recipe)) if recipe else "none"
-        if _is_there(out, _asked(experiment, name, model, made, measured, config)["key"]):
+        if _is_there(out, _asked(settings, name, model, made, measured, config)["key"]):
             continue
         place = models / f"{model.name}-{name.replace(', ', '-').replace(' ', '-')}-{path.stem}"
         if not place.exists():
             qlora(Run(place, config, save_every=50), model, tokens, adapters, recipe=recipe, options=options)
         base = qjax.load(place / "base") if recipe else model
         adapted = attach(base, load_adapter(place, base.config))
-        _add(out, experiment, name, adapted, measured, place, config)
+        _add(out, settings, name, adapted, measured, place, config)
 
 
 def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
-def _asked(experiment: Experiment, treatment: str, model: qjax.Model, recipe: str, corpus: Corpus, config) -> dict:
+def _asked(settings: Experiment | Calibrated, treatment: str, model: qjax.Model, recipe: str, corpus: Corpus, config) -> dict:
     """What a row says before it is measured, with its key. recipe: of the model, or of the base that it is to have."""
     asked = {
         "kind": "training",
@@ -158,7 +167,7 @@ def _asked(experiment: Experiment, treatment: str, model: qjax.Model, recipe: st
         "steps": config.steps if config else 0,
         "training_tokens": config.steps * config.batch * min(config.window, model.config.context) if config else 0,
     }
-    return {"key": _digest([asked, dataclasses.asdict(experiment)]), **asked}
+    return {"key": _digest([asked, dataclasses.asdict(settings)]), **asked}
 
 
 def _is_there(out: Path, key: str) -> bool:
@@ -167,7 +176,7 @@ def _is_there(out: Path, key: str) -> bool:
 
 def _add(
     out: Path,
-    experiment: Experiment,
+    settings: Experiment | Calibrated,
     treatment: str,
     model: qjax.Model,
     corpus: Corpus,
@@ -175,12 +184,12 @@ def _add(
     config: TrainConfig | None = None,
 ) -> None:
     """Measures a model, unless its row is there."""
-    asked = _asked(experiment, treatment, model, model.recipe, corpus, config)
+    asked = _asked(settings, treatment, model, model.recipe, corpus, config)
     if _is_there(out, asked["key"]):
         return
     as_it_is = ("none", model.name, corpus.fingerprint)
     rows = {(row["treatment"], row["model"], row["corpus_fingerprint"]): row for row in common.read_rows(out / common.ROWS)}
-    found = qjax.perplexity(model, corpus, f"windows-{min(model.config.context, MOST)}", max_windows=experiment.max_windows)
+    found = qjax.perplexity(model, corpus, f"windows-{min(model.config.context, MOST)}", max_windows=settings.max_windows)
     rate = step_rows(place / ROWS)[-1]["tokens_per_second"] if place else 1.0
     bits, size = stored_size(model.params) if model.recipe != "none" else (None, qjax.nbytes(model.params))
     added = {
