@@ -322,6 +322,45 @@ def taken_back(recipe: str, of: str = W4A4, model: str = BUNDLED) -> float:
     return 100 * (1 - acts(recipe, model)[0] / acts(of, model)[0])
 
 
+# --- real models ----------------------------------------------------------------------------------------------------------
+
+SMOLLM2, GEMMA = "SmolLM2-135M-Instruct.Q4_1", "gemma-3-270m.Q4_K_M"
+GROUPS = {SMOLLM2: "g64", GEMMA: "g128"}
+
+
+def real(model: str, method: str, bits: int) -> str:
+    """A recipe as a real model has it: in its own groups, in those of 64 at 2 bits."""
+    return method_in(method, f"int{bits}-{'g64' if bits == 2 else GROUPS[model]}", "@parallel")
+
+
+def costs_of(model: str, bits: int, *methods: str) -> list[float]:
+    """Changes of perplexity and their standard errors, one after the other."""
+    return [figure for method in methods for figure in both("real_models", real(model, method, bits), model=model)]
+
+
+def lost(model: str, bits: int, *methods: str) -> list[float]:
+    """Points of the mean accuracy that are lost."""
+    rows = [cell("real_models", real(model, method, bits), model=model).row for method in methods]
+    return [-100 * row["accuracy_mean_delta"] for row in rows]
+
+
+def told(model: str, bits: int, method: str) -> bool:
+    """Whether the change of perplexity is told from zero."""
+    return not is_noise(cell("real_models", real(model, method, bits), model=model))
+
+
+def less(model: str, bits: int, method: str, *others: str) -> bool:
+    """Whether a method loses less than each of the others, told apart."""
+    return all(fewer("real_models", real(model, method, bits), real(model, other, bits), model=model) for other in others)
+
+
+def seen_by_tasks(model: str, bits: int) -> dict[str, int]:
+    """Of the methods how many change the accuracy of a task, told from zero, by task."""
+    recipes = [real(model, method, bits) for method in METHODS]
+    noise = functools.partial(accuracy_noise, "real_models", model=model)
+    return {task: sum(not noise(recipe, task) for recipe in recipes) for task in ("arc_easy", "piqa", "hellaswag")}
+
+
 # --- tables of the README -------------------------------------------------------------------------------------------------
 
 METHODS = {  # of the README's table, in words
@@ -331,22 +370,26 @@ METHODS = {  # of the README's table, in words
     "awq+gptq(clip=mse)": "both, with range search, `awq+gptq(clip=mse)`",
     "gptq(clip=mse)+descend": "GPTQ, searched and refined, `gptq(clip=mse)+descend`",
 }
-SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1"
 ACCURACY = tuple(f"{method}:int{bits}-g128" for bits in (4, 3, 2) for method in ("rtn", "gptq(clip=mse)"))
 
 
 def cost_table() -> str:
-    """Changes of perplexity by method and width, on the bundled model and on SmolLM2."""
-    places = [("quickstart", {}, bits, "g128", "") for bits in (4, 3, 2)]
-    places += [("real_models", {"model": SMOLLM2}, bits, "g64", "@parallel") for bits in (4, 3)]
-    headers = ("", *(f"{'SmolLM2' if order else 'bundled'}, `int{bits}-{group}`" for _, _, bits, group, order in places))
-    sizes = [cell(folder, f"rtn:int{bits}-{group}", **where).row for folder, where, bits, group, _ in places]
+    """Changes of perplexity by method and width, on the bundled model, SmolLM2 and Gemma 3."""
+    places = [("quickstart", "bundled", {}, f"int{bits}-g128", "") for bits in (4, 3, 2)]
+    real = (("SmolLM2", SMOLLM2, "int4-g64"), ("SmolLM2", SMOLLM2, "int3-g64"), ("Gemma 3", GEMMA, "int4-g128"))
+    places += [("real_models", name, {"model": model}, fmt, "@parallel") for name, model, fmt in real]
+    headers = ("", *(f"{name}, `{fmt}`" for _, name, _, fmt, _ in places))
+    sizes = [cell(folder, f"rtn:{fmt}", **where).row for folder, _, where, fmt, _ in places]
     lines = [("bits per weight", *(decimals(2)(row, "bits_per_weight") for row in sizes))]
     for method, words in METHODS.items():
-        recipes = (f"{method}:int{bits}-{group}{order if method != 'rtn' else ''}" for _, _, bits, group, order in places)
-        rows = [cell(folder, recipe, **where).row for (folder, where, *_), recipe in zip(places, recipes, strict=True)]
-        lines.append((words, *(change_of_perplexity(row, "perplexity_ratio") for row in rows)))
+        cells = (cell(folder, method_in(method, fmt, order), **where) for folder, _, where, fmt, order in places)
+        lines.append((words, *(change_of_perplexity(found.row, "perplexity_ratio") for found in cells)))
     return _markdown(headers, lines)
+
+
+def method_in(method: str, fmt: str, order: str) -> str:
+    """A recipe, in an order where the method reads data."""
+    return f"{method}:{fmt}{order if method != 'rtn' else ''}"
 
 
 def accuracy_table() -> str:

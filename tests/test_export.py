@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +16,15 @@ from qjax.checkpoints.leaves import blank
 from qjax.checkpoints.load import load
 from qjax.checkpoints.modules import from_bits, leaf_of, pack
 from qjax.cli.app import main
-from qjax.errors import QjaxError
+from qjax.driver.decoder import quantize
+from qjax.errors import QjaxError, QjaxWarning
 from qjax.formats import parse_format
 from qjax.linear import Linear, dequantize, without_activations
 from qjax.maps import Scale
 from qjax.models.parameters import flatten, unflatten
 from qjax.scales import QuantizedScales, laid
 from tests import foreign, foreign_makers
-from tests.conftest import FAMILY_CHANGES, GPT_NEOX, byte_tokenizer, tiny_config
+from tests.conftest import FALCON, FAMILY_CHANGES, GPT_NEOX, MIXTRAL, byte_tokenizer, tiny_config
 from tests.random_weights import small_model
 
 
@@ -129,10 +131,9 @@ def test_layers_stored_side_by_side(tmp_path):
     save_file(tensors | {"embed_out.weight": tensors["lm_head.weight"]}, path)
     with pytest.raises(QjaxError, match=r"unexpected lm_head\.weight"):  # not one of two heads without a word
         load(tmp_path / "gptq_v2")
-    with pytest.raises(QjaxError, match="awq: what reads it divides what gpt_neox's activations give by scales"):
-        export(tmp_path / "d", model, "awq")
     phi3 = quantized(tiny_config(family="phi3", layers=1, mlp_size=64), {"block": "int4-g16"})
-    export(tmp_path / "awq", phi3, "awq")
+    with pytest.warns(QjaxWarning, match="awq of phi3: GPTQModel 7 looks for its gate_up_proj by other names"):
+        export(tmp_path / "awq", phi3, "awq")
     assert_equal(phi3, load(tmp_path / "awq"))
     blocks = quantized(tiny_config(**GPT_NEOX | {"layers": 1}), {"block": "nf4-b32"})
     export(tmp_path / "b", blocks, "bitsandbytes")
@@ -142,9 +143,23 @@ def test_layers_stored_side_by_side(tmp_path):
         export(tmp_path / "c", nested, "bitsandbytes")
     settings = json.loads((tmp_path / "b/config.json").read_text())["quantization_config"]
     assert settings["llm_int8_skip_modules"] == ["embed_out", "lm_head"]  # as transformers calls it
-    gpt2 = quantized(tiny_config(**FAMILY_CHANGES["gpt2"]), {"block": "int4-g32"})
-    with pytest.raises(QjaxError, match="awq cannot hold layers of gpt2, which transformers keeps as Conv1D"):
-        export(tmp_path / "c", gpt2, "awq")
+
+
+@pytest.mark.parametrize(
+    ("changes", "targets", "reason"),
+    [
+        (FAMILY_CHANGES["gpt2"], ("awq", "compressed-tensors"), "of gpt2: transformers keeps them as Conv1D"),
+        (GPT_NEOX, ("awq",), "of gpt_neox: what reads them divides what activations give by scales"),
+        (FALCON, ("bitsandbytes", "compressed-tensors"), "of falcon: transformers multiplies with their weights itself"),
+        (MIXTRAL, ("bitsandbytes",), "of mixtral: transformers keeps experts as one tensor"),
+    ],
+)
+def test_what_no_library_would_run_is_refused(changes, targets, reason, tmp_path):
+    model, _ = quantize(small_model(tiny_config(**changes | {"layers": 1})), "int4-g32")
+    for to in targets:
+        with pytest.raises(QjaxError, match=f"{to} cannot hold layers {reason}"):
+            export(tmp_path / "c", model, to)
+    assert not (tmp_path / "c").exists()
 
 
 @pytest.mark.parametrize(
@@ -190,6 +205,18 @@ def test_what_a_layer_does_besides_is_refused(tmp_path):
         changed = model._replace(params=unflatten(leaves | {path: Linear(leaves[path], **parts)}))
         with pytest.raises(QjaxError, match=f"the layer does more to its input: {named}"):
             export(tmp_path / "a", changed, "gptq")
+
+
+def test_awq_beside_shared_values(tmp_path):
+    """Whose scale for `o` no layer before takes: the rule that the refusal names leaves it out."""
+    model, tokens = small_model(foreign.llama(kv_heads=2)), np.arange(64, dtype=np.int32).reshape(2, 32)
+    found, _ = quantize(model, "awq:int4-g32@parallel", calibration=tokens)
+    with pytest.raises(QjaxError, match=r"o_proj: .* Scale; .* with the rule") as refusal:
+        export(tmp_path / "a", found, "awq")
+    rule = re.search(r"rule '(attention/o=.*)'", str(refusal.value))[1]
+    found, _ = quantize(model, "awq:int4-g32@parallel", calibration=tokens, rules=[rule])
+    export(tmp_path / "a", found, "awq")
+    assert_equal(found, load(tmp_path / "a"))
 
 
 def run(arguments, code=0):

@@ -113,6 +113,15 @@ def test_qwen2_window(entries, window):
     assert read_config(QWEN2 | {"use_sliding_window": True, "sliding_window": 16} | entries).sliding_window == window
 
 
+def test_windows_of_qwens_mixtures_are_in_every_layer():
+    """Whatever max_window_layers says, which transformers asks in their dense relatives alone."""
+    asked = EVERY["qwen3_moe"] | {"sliding_window": 8, "max_window_layers": 1}
+    config = read_config(asked | {"use_sliding_window": True})
+    assert config.sliding_window == 8 and config.kinds == ()
+    assert read_config(write_config(config)) == config
+    assert read_config(asked).sliding_window is None
+
+
 @pytest.mark.parametrize(
     ("entries", "windows"),
     [

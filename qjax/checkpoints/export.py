@@ -6,6 +6,7 @@ Whatever a target cannot hold is refused before anything is written, with the ne
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
@@ -19,13 +20,14 @@ from qjax.checkpoints.narrowing import in_float16
 from qjax.checkpoints.quantized import module_names
 from qjax.checkpoints.shards import SHARD_BYTES, write_shards
 from qjax.checkpoints.target import LEFT_OUT, Codes, RefusedError, Target, besides
-from qjax.checkpoints.targets import BY_MODULE, FLOAT16, LINEAR_ONLY, SCALED_ACTIVATIONS, TARGETS
-from qjax.errors import QjaxError
+from qjax.checkpoints.targets import BY_MODULE, FLOAT16, TARGETS, not_run, renamed
+from qjax.errors import QjaxError, QjaxWarning
 from qjax.files import listing, write_atomically
 from qjax.folders import new_folder
 from qjax.formats import Format, default_scales
 from qjax.lazy import materialised
 from qjax.linear import Linear, is_quantized
+from qjax.maps import Scale
 from qjax.models.families import FAMILIES, write_config
 from qjax.models.family import LM_HEAD, Family, StoredTensor, head_name, stacks_in, stored_tensors
 from qjax.models.model import Model, require_model
@@ -70,16 +72,10 @@ def export(
     modules = {
         name: tensor for name, tensor in module_names(stored).items() if any(is_quantized(leaves[p]) for p, _ in tensor.parts)
     }
-    if family.kernels_in_out and to in LINEAR_ONLY:
-        raise RefusedError(
-            f"{to} cannot hold layers of {family.name}, which transformers keeps as Conv1D and the library leaves alone; gptq, "
-            "bitsandbytes and gguf can"
-        )
-    if family.name in SCALED_ACTIVATIONS and to == "awq":
-        raise RefusedError(
-            f"awq: what reads it divides what {family.name}'s activations give by scales that this model has none of; gptq, "
-            "compressed-tensors, bitsandbytes and gguf can hold it"
-        )
+    if reason := not_run(to, family):
+        raise RefusedError(f"{to} cannot hold layers of {family.name}: {reason}")
+    if reason := renamed(to, family):
+        warnings.warn(QjaxWarning(reason), stacklevel=2)
     _require_fit(to, target, modules, leaves)
     left = _left(family, stored, modules)
     formats = {name: _described(leaves[tensor.parts[0][0]]) for name, tensor in modules.items()}
@@ -112,7 +108,7 @@ def _require_fit(to: str, target: Target, modules: Mapping[str, StoredTensor], l
     """Raises QjaxError that lists what the target cannot hold."""
     if not modules:
         raise QjaxError(f"export to {to}: no layer is quantized; quantize the model first, or write it with save_huggingface")
-    problems, nearest = [], {}
+    problems, nearest, scaled = [], {}, {}
     for name, tensor in modules.items():
         parts = [leaves[path] for path, _ in tensor.parts]
         shape = (parts[0].shape[-2], sum(part.shape[-1] for part in parts))
@@ -121,8 +117,12 @@ def _require_fit(to: str, target: Target, modules: Mapping[str, StoredTensor], l
             formats = [part.format for part in parts if is_quantized(part) and part.format is not None]
             fits = (target.nearest(each, shape) for each in formats)
             nearest |= {str(fmt): fmt for fmt in (_by_columns(each) if len(parts) > 1 else each for each in fits)}
+            if any(isinstance(each, Scale) for part in parts for each in getattr(part, "inputs", ())):
+                scaled |= {path.split("/", 1)[1].removesuffix("/kernel"): None for path, _ in tensor.parts}
     if problems:
         advice = f"; the nearest recipes that fit: {', '.join(map(_recipes, nearest.values()))}" if nearest else ""
+        if scaled and nearest:  # by awq or smoothquant, where no layer before takes the scales
+            advice += f"; or the same recipe with the rule '{'|'.join(scaled)}=rtn(clip=mse):{next(iter(nearest))}'"
         raise RefusedError(f"{to} cannot hold {listing(problems)}{advice}")
 
 

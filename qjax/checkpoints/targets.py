@@ -20,6 +20,7 @@ from qjax.checkpoints.target import Codes, Formats, Target, group_of, integers_r
 from qjax.checkpoints.target_awq import AWQ
 from qjax.checkpoints.target_bitsandbytes import BITSANDBYTES
 from qjax.formats import Format
+from qjax.models.family import Family
 
 # --- GPTQ ----------------------------------------------------------------------------------------------------------------
 
@@ -150,8 +151,7 @@ def _ct_weights(fmt: Format) -> tuple:
 
 FLOAT16 = ("gptq", "gptq_v2", "awq")  # targets whose scales are of that type
 BY_MODULE = ("gptq", "gptq_v2", "awq")  # whose libraries read tensors by the names of modules as they run
-LINEAR_ONLY = ("compressed-tensors", "awq")  # whose libraries quantize torch.nn.Linear and no Conv1D
-SCALED_ACTIVATIONS = ("bloom", "falcon", "gpt_neox")  # families whose activations AWQ's readers divide by scales of their own
+RENAMED = {"mixtral": "experts", "phi3": "gate_up_proj", "glm": "gate_up_proj", "glm4": "gate_up_proj"}  # by GPTQModel's models
 TARGETS: dict[str, Target] = {
     "gptq": _gptq("gptq", 1),
     "gptq_v2": _gptq("gptq_v2", 2),
@@ -164,3 +164,28 @@ TARGETS: dict[str, Target] = {
     "awq": AWQ,
     "bitsandbytes": BITSANDBYTES,
 }
+
+
+def not_run(to: str, family: Family) -> str | None:
+    """Why the library of a target does not run a family's layers, and what can hold them; None where it does."""
+    falcon, experts = family.name.startswith("falcon"), any("mlp/up/{e}" in name for name in family.modules)
+    if to in ("compressed-tensors", "awq") and family.kernels_in_out:
+        return "transformers keeps them as Conv1D and the library leaves them alone; gptq, bitsandbytes and gguf can"
+    if to in ("compressed-tensors", "bitsandbytes") and falcon:
+        return "transformers multiplies with their weights itself, before the library has decoded them; gptq can"
+    if to == "bitsandbytes" and experts:
+        return "transformers keeps experts as one tensor, which the library leaves alone; gptq and compressed-tensors can"
+    if to == "awq" and (falcon or family.name in ("bloom", "gpt_neox")):
+        others = "gptq" if falcon else "gptq, compressed-tensors, bitsandbytes and gguf"
+        return f"what reads them divides what activations give by scales that this model has none of; {others} can"
+    return None
+
+
+def renamed(to: str, family: Family) -> str | None:
+    """What to know of a family in a target's files where the library that reads most of them does not find its layers."""
+    if to not in BY_MODULE or family.name not in RENAMED:
+        return None
+    return (
+        f"{to} of {family.name}: GPTQModel 7 looks for its {RENAMED[family.name]} by other names than the family's files have, "
+        "and fails, or computes with weights that it has not read; what reads the files' own names is not concerned"
+    )

@@ -4,7 +4,7 @@ from qjax.errors import QjaxError
 from qjax.models import config_entries as entries
 from qjax.models import rope_entries
 from qjax.models.config import DecoderConfig
-from qjax.models.family_llama import LLAMA_MODULES, llama_like, read_llama_like, read_windows, write_llama_like, write_windows
+from qjax.models.family_llama import LLAMA_MODULES, llama_like, read_llama_like, write_llama_like
 from qjax.models.family_relatives import QK_NORMS, attention_bias
 
 WITHOUT_MLP = {ours: theirs for ours, theirs in LLAMA_MODULES.items() if "/mlp/" not in ours}
@@ -57,15 +57,16 @@ def _write_mixtral(config: DecoderConfig) -> dict:
 def _read_qwen3_moe(config: dict) -> DecoderConfig:
     entries.require(config, "decoder_sparse_step", 1, 1)
     entries.require(config, "mlp_only_layers", [], [])
+    window = entries.window(config, 4096) if entries.get(config, "use_sliding_window", bool, False) else None
     return read_llama_like(
         config,
         family="qwen3_moe",
         mlp_size=entries.get(config, "moe_intermediate_size", int, 768),
         qk_norm="head",
         normalised_shares=entries.get(config, "norm_topk_prob", bool, False),
+        sliding_window=window,  # in every layer, whatever max_window_layers says
         **experts_of(config, 128, 8),
         **attention_bias(config),
-        **read_windows(config),
     )
 
 
@@ -79,7 +80,8 @@ def _write_qwen3_moe(config: DecoderConfig) -> dict:
         norm_topk_prob=config.normalised_shares,
         decoder_sparse_step=1,
         mlp_only_layers=[],
-        **write_windows(config),
+        use_sliding_window=config.sliding_window is not None,
+        sliding_window=config.sliding_window,
     )
 
 

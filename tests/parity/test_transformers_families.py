@@ -88,6 +88,10 @@ FAMILIES = {  # name -> (configuration class, its arguments beside SHAPE)
     "mixtral": ("Mixtral", {"num_local_experts": 5, "sliding_window": 7}),
     "qwen3_moe": ("Qwen3Moe", {"head_dim": 16, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 40}),
     "qwen3_moe-shares": ("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 3, "norm_topk_prob": True}),
+    "qwen3_moe-window": (
+        "Qwen3Moe",
+        {"num_experts": 4, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+    ),
     "gpt_oss": ("GptOss", GPT_OSS),
     "gpt_oss-plain": (
         "GptOss",
