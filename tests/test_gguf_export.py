@@ -26,7 +26,7 @@ from qjax.models.parameters import flatten, parameter_shapes
 from qjax.models.tokenizer import load_tokenizer, wrap_tokenizer
 from qjax.models.tokenizer_trial import parse
 from tests import foreign, test_export
-from tests.conftest import FAMILY_CHANGES, byte_tokenizer, tiny_config
+from tests.conftest import FAMILY_CHANGES, FURTHER_CHANGES, GPT_OSS, byte_tokenizer, tiny_config
 from tests.fuzz import seeds
 from tests.gguf_files import ARCHITECTURES, FURTHER, random_rows
 from tests.paths import real_data
@@ -69,6 +69,7 @@ def test_a_model_comes_back(case, tmp_path):
     export(tmp_path / "a.gguf", original, "gguf")
     found = load_gguf(tmp_path / "a.gguf")
     assert found.recipe == "none" and found.tokenizer is None
+    assert read_contents(tmp_path / "a.gguf").values["tokenizer.ggml.model"] == "none"  # without it llama.cpp loads no file
     family = "llama" if case == "mistral" else config.family
     epsilon = np.float32(config.norm_epsilon).item()  # as files hold it
     assert dataclasses.replace(found.config, rope_scaling=config.rope_scaling) == dataclasses.replace(
@@ -87,7 +88,8 @@ BLOCKS = {  # of llama.cpp's files, as its gguf/constants.py lists them
     "phi3": ENDS | {"attn_qkv", "ffn_norm"},
     "stablelm": ENDS | APART | {"ffn_gate", "ffn_norm"},
     "stablelm, parallel": ENDS | APART | {"ffn_gate"},
-    "command-r": ENDS | APART | {"ffn_gate", "attn_q_norm", "attn_k_norm"},
+    "command-r": ENDS | APART | {"ffn_gate"},
+    "command-r, 64 layers": ENDS | APART | {"ffn_gate", "attn_q_norm", "attn_k_norm"},
     "glm4": ENDS | APART | {"post_attention_norm", "ffn_norm", "post_ffw_norm"},
     "falcon": ENDS | {"attn_qkv"},
     "falcon, two norms": ENDS | {"attn_qkv", "attn_norm_2"},
@@ -137,7 +139,7 @@ def test_codes_come_back(tmp_path):
 
 def test_norms_are_float32(tmp_path):
     """Those too that have a scale for each head, which are matrices."""
-    config = tiny_config(**FURTHER["command-r"])
+    config = tiny_config(**FURTHER["command-r, 64 layers"])
     model = weights_model(config)
     export(tmp_path / "a.gguf", model._replace(params=jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params)), "gguf")
     kinds = {name: info.kind for name, info in read_contents(tmp_path / "a.gguf").tensors.items()}
@@ -193,6 +195,27 @@ def test_what_an_architecture_has_no_key_for_is_refused(changes, said, tmp_path)
         export(tmp_path / "a.gguf", weights_model(tiny_config(**changes)), "gguf")
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (FURTHER_CHANGES["cohere"], "command-r with qk_norm each_head, not none"),
+        (FURTHER["command-r"] | {"layers": 64}, "command-r with qk_norm none, not each_head"),
+        (
+            FURTHER["command-r"] | {"qkv_bias": True, "tied": False},
+            "tied False, not True, qkv_bias True, not False",
+        ),
+        (FAMILY_CHANGES["gpt_neox"] | {"tied": True}, "gptneox with tied True, not False"),
+        (FAMILY_CHANGES["gemma"] | {"tied": False}, "gemma with tied False, not True"),
+        (GPT_OSS | {"qkv_bias": False}, "gpt-oss with qkv_bias False, not True"),
+    ],
+)
+def test_what_llama_cpp_does_not_load_is_refused(changes, said, tmp_path):
+    """Of tensors that its loader asks for whatever the keys say; `parity/test_llama_cpp.py` asks it."""
+    with pytest.raises(QjaxError, match=f"llama.cpp does not load models of the architecture .*{said}"):
+        export(tmp_path / "a.gguf", weights_model(tiny_config(**changes)), "gguf")
+    assert not list(tmp_path.iterdir())
+
+
 def test_where_a_file_is_written(tmp_path):
     model = weights_model(tiny_config())
     with pytest.raises(QjaxError, match=r"name a file that ends in \.gguf"):
@@ -214,7 +237,7 @@ def assert_same_ids(tokenizer, values, rows, text):
     np.testing.assert_array_equal(found.encode(text, special_tokens=True), tokenizer.encode(text, special_tokens=True))
 
 
-@pytest.mark.parametrize("cut", ["gpt-2", "smollm", "qwen2", "llama-bpe", "gpt-4o"])
+@pytest.mark.parametrize("cut", ["gpt-2", "smollm", "qwen2", "llama-bpe", "gpt-4o", "olmo"])
 def test_tokenizers_of_bytes(cut):
     letters = sorted("abcdefghijklmnopqrstuvwxyzHWITDVEL0123456789'Ġ.,/Ċč!$=()")
     tokens = ["<s>", "</s>", *letters, "ll", "'ll", "12", "123", "ĠI"]
@@ -235,6 +258,15 @@ def test_tokenizers_of_pieces():
     text = real_data("text/tinystories_val.txt").read_text()[:5_000]
     assert found["tokenizer.ggml.model"] == "llama"
     assert_same_ids(original, found, 520, text)
+
+
+def test_the_tokenizer_of_pythia():
+    """GPT-2's way to cut text that is composed first, as OLMo's: the name that llama.cpp has for both."""
+    original = load_tokenizer(real_data("tokenizers/neox/20B_tokenizer.json"))
+    found = tokenizer_values(original, 50304)
+    assert found["tokenizer.ggml.pre"] == "olmo"
+    back, text = parse(tokenizer_json(found)), real_data("text/tinystories_val.txt").read_text()[:5_000] + "e\u0301  x\n   y"
+    np.testing.assert_array_equal(back.encode(text).ids, original.encode(text))
 
 
 def test_a_tokenizer_that_no_file_has_a_word_for_is_left_out():

@@ -15,10 +15,11 @@ import numpy as np
 from qjax.checkpoints.gguf import joining
 from qjax.checkpoints.gguf.blocks import FLOATS, KINDS
 from qjax.checkpoints.gguf.container import TensorInfo
-from qjax.checkpoints.gguf.keys import architecture_of, model_keys, require_same
+from qjax.checkpoints.gguf.keys import architecture_of, model_keys, require_loadable, require_same
 from qjax.checkpoints.gguf.model import SUFFIX
 from qjax.checkpoints.gguf.names import Piece, stored_pieces, stored_shape
 from qjax.checkpoints.gguf.tokens import tokenizer_values
+from qjax.checkpoints.gguf.vocabulary import NO_TOKENIZER
 from qjax.checkpoints.gguf.writing import Entry, write_container
 from qjax.checkpoints.narrowing import in_float16
 from qjax.checkpoints.target import LEFT_OUT, RefusedError, besides
@@ -43,10 +44,11 @@ NAMES = {number: name for number, (name, *_) in (FLOATS | KINDS).items()}
 def export_gguf(path: str | Path, model: Model, *, overwrite: bool = False, chat_template: str | None = None) -> None:
     """Writes a file that llama.cpp and `load_gguf` read, which appears when it is whole.
 
-    Raises QjaxError for a family that has no such files, for what its architecture has no keys for, and lists layers that no
-    type of blocks holds, with the nearest recipe that fits.
+    Raises QjaxError for a family that has no such files, for what its architecture has no keys for or llama.cpp does not load,
+    and lists layers that no type of blocks holds, with the nearest recipe that fits.
     """
     path, architecture = require_file(path, SUFFIX, overwrite=overwrite), architecture_of(model.config)
+    require_loadable(model.config)
     shapes = parameter_shapes(model.config)
     leaves = {path: in_float16(leaf) for path, leaf in flatten(model.params).items()}
     check_parameters(leaves, shapes)
@@ -62,8 +64,8 @@ def export_gguf(path: str | Path, model: Model, *, overwrite: bool = False, chat
         mostly[NAMES[each.kind]] += math.prod(each.shape) * each.name.startswith("blk.")
     own = {"general.name": model.name, "general.quantization_version": 2}
     own["general.file_type"] = FILE_TYPES[mostly.most_common(1)[0][0]]
-    if model.tokenizer is not None:
-        own |= tokenizer_values(model.tokenizer, model.config.vocabulary_size)
+    found = tokenizer_values(model.tokenizer, model.config.vocabulary_size) if model.tokenizer is not None else {}
+    own |= found or {"tokenizer.ggml.model": NO_TOKENIZER}
     if chat_template is not None:
         own["tokenizer.chat_template"] = chat_template
     write_atomically(path, functools.partial(write_container, values=values | own, entries=entries))

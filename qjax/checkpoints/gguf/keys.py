@@ -43,6 +43,13 @@ FIELDS = {  # of DecoderConfig, where a config.json of the family has no entry f
     "attention.head_count_kv": "kv_heads",
     "rope.freq_base": "rope_theta",
 }
+WANTED = {  # architecture -> what llama.cpp loads alone, though a file could say otherwise: of DecoderConfig
+    **{name: {"tied": False} for name in ("gptneox", "olmo2", "stablelm")},
+    **{name: {"tied": True} for name in ("gemma", "gemma2")},
+    "command-r": {"tied": True, "qkv_bias": False},
+    "gpt-oss": {"tied": False, "qkv_bias": True},
+}
+NORMED = 64  # layers of Command R+: llama.cpp wants norms of queries and keys from there on, and none before
 FLOATS = r"(epsilon|freq_base|freq_base_swa|scale|softcapping|factor|beta_fast|beta_slow)$"  # of numbers that are no counts
 
 
@@ -53,6 +60,18 @@ def architecture_of(config: DecoderConfig) -> str:
             f"no GGUF files of the family {config.family} are written; families with such files: {', '.join(ARCHITECTURES)}"
         )
     return ARCHITECTURES[config.family]
+
+
+def require_loadable(config: DecoderConfig) -> None:
+    """Raises RefusedError for what llama.cpp has no layer for: it counts an architecture's tensors, and stops at others."""
+    name = architecture_of(config)
+    wanted = WANTED.get(name, {})
+    if name == "command-r":
+        wanted = wanted | {"qk_norm": "each_head" if config.layers >= NORMED else "none"}
+    wrong = [f"{key} {found}, not {value}" for key, value in wanted.items() if (found := getattr(config, key)) != value]
+    if wrong:
+        said = f"llama.cpp does not load models of the architecture {name} with {', '.join(wrong)}"
+        raise RefusedError(f"{said}; export it to another target, or save a folder")
 
 
 def model_keys(config: DecoderConfig) -> tuple[dict[str, object], dict[str, np.ndarray]]:

@@ -16,7 +16,7 @@ from qjax.errors import QjaxError, QjaxWarning
 from qjax.models.tokenizer import Tokenizer
 
 NORMAL, UNKNOWN, UNUSED, BYTE = 1, 2, 5, 6
-CUTS = ("gpt-2", "smollm", "llama-bpe", "smaug-bpe", "qwen2", "stablelm2", "gpt-4o")  # one of every kind
+CUTS = ("gpt-2", "smollm", "llama-bpe", "smaug-bpe", "qwen2", "stablelm2", "gpt-4o", "olmo")  # one of every kind
 SAMPLE = (
     "Hello world, it's I'LL DON'T we've 1234567 3.14159 camelCase HTMLParser e\u0301 Ünïcödé 漢字かな мир مرحبا 😀 "
     "foo_bar // a/b/ ...!!\n\n\r\n\tend  two   three \u00a0x $99 (x)=[y];\n  def f(x):\n    return x*2\n"
@@ -48,7 +48,8 @@ def tokenizer_values(tokenizer: Tokenizer, rows: int) -> dict[str, object]:
                 return base | more
     warnings.warn(
         f"the tokenizer is left out of the file: one of the kind {model['type']} that cuts text as this one does, and puts "
-        "what this one puts before and behind it, has no name in GGUF files; llama.cpp cannot read texts without it",
+        "what this one puts before and behind it, has no name in GGUF files; llama.cpp then takes token ids alone, and its "
+        "server does not start",
         QjaxWarning,
         stacklevel=2,
     )

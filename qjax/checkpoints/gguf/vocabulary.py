@@ -32,7 +32,8 @@ CUTS = {  # tokenizer.ggml.pre -> a regular expression, or GPT-2's own, after di
     **dict.fromkeys(("gpt-4o", "llama4"), CASED),
 }
 WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3")  # a word that is a token is that token, whatever merges say
-COMPOSED = ("qwen2", "deepseek-r1-qwen", "megrez")  # text in NFC
+COMPOSED = ("qwen2", "deepseek-r1-qwen", "megrez", "olmo")  # text in NFC, which llama.cpp leaves as it is
+NO_TOKENIZER = "none"  # llama.cpp's word; it loads no file that says nothing of a tokenizer
 CONTROL, USER_DEFINED = 3, 4  # types of tokens
 SPACE = "▁"
 CHARACTERS = 512  # of a token that is cut in two
@@ -43,9 +44,9 @@ def tokenizer_json(values: Mapping[str, object]) -> bytes | None:
 
     Raises QjaxError for what is malformed.
     """
-    if "tokenizer.ggml.model" not in values:
+    model, cut = str(values.get("tokenizer.ggml.model", NO_TOKENIZER)), str(values.get("tokenizer.ggml.pre", "default"))
+    if model == NO_TOKENIZER:
         return None
-    model, cut = str(values["tokenizer.ggml.model"]), str(values.get("tokenizer.ggml.pre", "default"))
     if model not in ("gpt2", "llama") or (model == "gpt2" and cut not in CUTS):
         what = f"{quoted(model)}" + (f" that cuts text by {quoted(cut)}" if model == "gpt2" else "")
         warnings.warn(
