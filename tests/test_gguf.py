@@ -213,12 +213,18 @@ def test_what_a_file_asks_for_is_done_or_refused(model):
     assert read(**{"llama.attention.head_count_kv": np.array([2, 2], np.int32)})["num_key_value_heads"] == 2
     lists = {key: np.array([8, 8]) for key in ("attention.key_length", "attention.value_length", "rope.dimension_count")}
     assert read(**{f"llama.{key}": value for key, value in lists.items()})["head_dim"] == 8
+    usual = {"attention.causal": True, "residual_scale": 1.0, "rope.scaling.attn_factor": 1.0, "attention.clamp_kqv": 0.0}
+    assert read(**{f"llama.{key}": value for key, value in usual.items()}) == read()
     for changes, said in (
         ({"llama.attention.value_length": np.array([8, 4])}, r"value_length is array\(\[8, 4\]\), expected a number that all"),
         ({"llama.rope.dimension_count": np.array([8, 4])}, "dimension_count is .* expected a number that all"),
         ({"llama.rope.scaling.type": np.array([1, 2])}, r"scaling.type is '\[1 2\]'; supported"),
         ({"general.architecture": "mamba"}, "'mamba' is not read; read are llama, qwen2"),
         ({"llama.attention.sliding_window": 512}, "not understood: llama.attention.sliding_window = 512"),
+        ({"llama.attention.causal": False}, "not understood: llama.attention.causal = False"),
+        ({"llama.attention.scale": 1.0}, r"not understood: llama.attention.scale = 1\.0"),
+        ({"llama.use_parallel_residual": True}, "not understood: llama.use_parallel_residual = True"),
+        ({"llama.rope.scaling.attn_factor": 1.5}, r"not understood: llama.rope.scaling.attn_factor = 1\.5"),
         ({"llama.rope.scaling.type": "dynamic"}, "'dynamic'; supported: none, linear, yarn"),
         (yarn | {"llama.rope.scaling.attn_factor": 2.0}, "attn_factor is 2.0; with yarn only 1 is supported"),
         ({"llama.attention.value_length": 8}, "different lengths"),

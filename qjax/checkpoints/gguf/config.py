@@ -22,7 +22,12 @@ BETAS = {"rope.scaling.yarn_beta_fast": "beta_fast", "rope.scaling.yarn_beta_slo
 READ_HERE = ("attention.value_length", "rope.dimension_count", "vocab_size", "rope.scaling.type", "rope.scaling.factor", *BETAS)
 ORIGINAL = "rope.scaling.original_context_length"
 AMPLITUDE = "rope.scaling.attn_factor"
-HARMLESS = (ORIGINAL, "rope.scaling.finetuned", "tensor_data_layout", AMPLITUDE)
+HARMLESS = (ORIGINAL, "rope.scaling.finetuned", "tensor_data_layout")
+CAUSAL = "attention.causal"
+FACTORS = (  # keys that at 1 ask for nothing
+    *("residual_scale", "embedding_scale", "logit_scale", "expert_weights_scale", AMPLITUDE),
+    *("expert_group_count", "expert_group_used_count", "expert_gating_func", "moe_every_n_layers"),
+)
 FREQUENCIES = "rope_freqs.weight"  # a tensor of factors: Llama 3's scaling, as numbers
 LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"  # longrope's
 CONSTANTS = (FREQUENCIES, LONG, SHORT)
@@ -41,7 +46,10 @@ def config_of(
         raise QjaxError(f"the architecture {quoted(name)} is not read; read are {', '.join(FAMILIES)}")
     own = {key.removeprefix(f"{name}."): value for key, value in values.items() if key.startswith(f"{name}.")}
     family, implied, names = FAMILIES[name]
-    unknown = [f"{name}.{key} = {quoted(own[key])}" for key in own.keys() - {*names, *READ_HERE, *HARMLESS} if _says(own[key])]
+    known = {*names, *READ_HERE, *HARMLESS}
+    if str(own.get("rope.scaling.type")) == "yarn" or LONG in constants:
+        known.add(AMPLITUDE)
+    unknown = [f"{name}.{key} = {quoted(own[key])}" for key in own.keys() - known if _asks(key, own[key])]
     if unknown:
         raise QjaxError(f"keys that are not understood: {listing(sorted(unknown))}; convert the model anew, without them")
     said = {key: _number(f"{name}.{key}", value) for key, value in own.items() if key in names}
@@ -60,9 +68,11 @@ def config_of(
     return config | {"bos_token_id": ids["bos"], "eos_token_id": ends or None}
 
 
-def _says(value: object) -> bool:
-    """Whether a value could ask for anything."""
-    return isinstance(value, np.ndarray | list) or value not in (0, False, "", 1.0)
+def _asks(key: str, value: object) -> bool:
+    """Whether a value could ask for anything but the usual."""
+    if isinstance(value, np.ndarray | list) or key == CAUSAL:
+        return value is not True
+    return value not in (0, False, "") and not (key in FACTORS and type(value) is not bool and value == 1)
 
 
 def _number(key: str, value: object) -> object:
@@ -115,7 +125,7 @@ def _rotary(name: str, own: Mapping[str, object], config: Mapping[str, object], 
 
 def _yarn(name: str, own: Mapping[str, object]) -> dict:
     """YaRN's settings. gpt-oss was trained without the rounding of the ramp's ends, which files have no key for."""
-    if _says(own.get(AMPLITUDE, 1.0)):
+    if _asks(AMPLITUDE, own.get(AMPLITUDE, 1.0)):
         raise QjaxError(f"{name}.{AMPLITUDE} is {quoted(own[AMPLITUDE])}; with yarn only 1 is supported")
     said = {"factor": "rope.scaling.factor"} | {entry: key for key, entry in BETAS.items() if key in own}
     said |= {"original_max_position_embeddings": ORIGINAL} if ORIGINAL in own else {}
