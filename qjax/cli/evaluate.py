@@ -98,10 +98,12 @@ def generate(
     check_names(recipes=recipe, compute=compute, texts=(calibration,), models=(model,))
     from qjax.driver.decoder import quantize as quantize_model
     from qjax.evaluate.generate import generate_text
+    from qjax.evaluate.likelihood import require_tokenizer
     from qjax.sweep.cells import canonical
 
     asked_of = ([] if recipe is None else canonical([recipe]), ())
     loaded = load_model(model)._replace(compute=compute)
+    require_tokenizer(loaded)  # before anything is shown
     if recipe is not None:
         draw = Draw(calibration, calibration_windows, calibration_window)
         read = calibration_for(loaded, asked_of, draw, own_text(model), seed)

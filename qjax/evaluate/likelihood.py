@@ -97,7 +97,7 @@ def cut(model: Model, context: np.ndarray, continuation: np.ndarray, shown: str 
 def require_tokenizer(model: Model) -> Tokenizer:
     """The model's tokenizer; raises QjaxError where it has none."""
     if model.tokenizer is None:
-        raise QjaxError(f"{model.name} has no tokenizer.json, which tasks need")
+        raise QjaxError(f"{model.name} has no tokenizer.json, by which texts are read; put it into the model's folder")
     return model.tokenizer
 
 
