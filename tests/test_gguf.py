@@ -178,6 +178,15 @@ def test_a_model_in_several_files(model, tmp_path):
     written(paths[1], split | {"split.no": 1}, halves[1])
     for place in (tmp_path, *paths):
         assert_equal(qjax.load(place), model)
+    mine = [tmp_path / "mine" / path.name for path in paths]
+    mine[0].parent.mkdir()
+    for link, path in zip(mine, paths, strict=True):
+        link.symlink_to(path)
+    assert_equal(qjax.load(mine[0]), model)  # the user's own links
+    mine[0].unlink()
+    mine[0].write_bytes(paths[0].read_bytes())
+    with pytest.raises(QjaxError, match=r"00002.gguf is a link to .*; links out of a model's folder are not followed"):
+        qjax.load(mine[0])
     written(paths[1], split | {"split.no": 1}, halves[0])
     with pytest.raises(QjaxError, match=r"00002.gguf has .*blk.0.*, as another part of the model has"):
         qjax.load(tmp_path)
