@@ -18,6 +18,7 @@ from qjax.checkpoints.gguf.config import HARMLESS, READ_HERE, config_of, llama3_
 from qjax.checkpoints.gguf.model import load_gguf
 from qjax.checkpoints.gguf.vocabulary import tokenizer_json
 from qjax.checkpoints.leaves import blank
+from qjax.cli.app import main
 from qjax.errors import QjaxError
 from qjax.kernels import xla
 from qjax.lazy import is_lazy, materialised
@@ -165,6 +166,21 @@ def test_more_texts_than_any_vocabulary_has(model, tmp_path, monkeypatch):
     written(tmp_path / "m.gguf", values | {"some.texts": ["a"] * 6}, model_tensors(model))
     with pytest.raises(QjaxError, match=r"it has lists of \d+ texts, expected at most 5"):
         load_gguf(tmp_path / "m.gguf")
+
+
+def test_the_sizes_that_info_tells(model, tmp_path, capsys):
+    """Of the file, and of what qjax holds in memory, where the file's embedding is decoded."""
+    tensors = model_tensors(model)
+    for name in ("token_embd.weight", "blk.0.attn_q.weight"):
+        shape = tensors[name][1]
+        tensors[name] = ("Q8_0", shape, random_rows("Q8_0", shape[0], shape[1]).tobytes())
+    file = written(tmp_path / "m.gguf", model_values(model), tensors)
+    with pytest.raises(SystemExit):
+        main(["info", str(file)])
+    held = sum(leaf.nbytes for leaf in flatten(qjax.load(file).params).values())
+    size = file.stat().st_size
+    said = f"8.500 bits per quantized weight, {size:,} bytes in its files; as qjax holds it in memory, {held:,} bytes"
+    assert said in capsys.readouterr().out and held > size + 64 * 64 * 2
 
 
 def test_a_model_in_several_files(model, tmp_path):
