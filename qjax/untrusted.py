@@ -1,8 +1,9 @@
 """Bytes that somebody else made: the one way in which qjax reads files that are not part of it.
 
-Only regular files are opened (a device has no end, a FIFO may never begin), nothing is read beyond a limit, before or after
-decompression, and JSON is parsed with limits on depth, digits and size, without repeated keys and without numbers that are
-not finite. Whatever is wrong is a QjaxError that names the file and what to do.
+Only regular files are opened (a device has no end, a FIFO may never begin), in a model's folder none through a link out of it
+(`refuse_links_out`), nothing is read beyond a limit, before or after decompression, and JSON is parsed with limits on depth,
+digits and size, without repeated keys and without numbers that are not finite. Whatever is wrong is a QjaxError that names the
+file and what to do.
 """
 
 import bz2
@@ -16,12 +17,12 @@ import math
 import os
 import stat
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from qjax.errors import QjaxError
-from qjax.files import reason
+from qjax.files import listing, reason
 
 TEXT_BYTES = 2**28  # of a file of texts or questions, decompressed
 ARCHIVE_BYTES, MEMBERS = 2**25, 10**4  # of a zip archive, whose table of contents alone takes some ten times its bytes
@@ -54,6 +55,33 @@ def is_folder(path: str | Path) -> bool:
     """Whether a folder stands at a path. Raises what `status` does."""
     found = status(path)
     return found is not None and stat.S_ISDIR(found.st_mode)
+
+
+def refuse_links_out(folder: Path, files: Iterable[Path] | None = None) -> None:
+    """Raises QjaxError that lists the files of a model's folder, or those of them that are asked about, which are links to
+    files elsewhere: who made the folder would choose what is read here, and written on.
+
+    Links within the folder are its own, and of a snapshot in the hub's cache those to the blobs of its repository. Raises
+    QjaxError also for a folder that cannot be read.
+    """
+    try:
+        files = sorted(folder.iterdir() if files is None else files)
+    except OSError as error:
+        raise QjaxError(f"cannot read {folder}: {_reason(error)}") from error
+    homes = [home := folder.resolve()]
+    if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--"):
+        homes.append(home.parent.parent / "blobs")
+    out = []
+    for path in files:
+        if not path.is_symlink() or not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises; nothing else is ever read
+            continue
+        if not any(map(path.resolve().is_relative_to, homes)):
+            out.append(f"{path} is a link to {path.resolve()}")
+    if out:
+        raise QjaxError(
+            f"{listing(out)}; links out of a model's folder are not followed: copy the file into it, or give the folder that "
+            "the file is in"
+        )
 
 
 @contextlib.contextmanager

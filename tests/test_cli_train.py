@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from qjax.checkpoints.companions import GENERATION
 from qjax.checkpoints.huggingface import save_huggingface
 from qjax.checkpoints.load import load
 from qjax.checkpoints.packed import save
@@ -38,8 +39,14 @@ def folder(tmp_path_factory):
     """A tied tiny model, a text, and in `ad` what training adapters by the command gives."""
     folder = tmp_path_factory.mktemp("train")
     save_huggingface(folder / "tiny", random_model(tiny_config(tied=True, layers=1), byte_tokenizer()))
+    (folder / "tiny" / GENERATION).write_text('{"temperature": 0.6}')
     (folder / "text.txt").write_text(TEXT)
     return folder
+
+
+def has_companions(*folders):
+    """Whether they have what the tiny model's folder has beside its weights."""
+    return all((folder / GENERATION).read_text() == '{"temperature": 0.6}' for folder in folders)
 
 
 def data(folder):
@@ -57,11 +64,12 @@ def adapter(folder):
         if told.step == 3:
             raise KeyboardInterrupt
 
-    asked = run.Run(folder / "ad", settings, save_every=1, on_step=kill)
+    beside = {"beside": folder / "tiny"}
+    asked = run.Run(folder / "ad", settings, save_every=1, on_step=kill, **beside)
     with pytest.raises(KeyboardInterrupt):
         run.qlora(asked, model, tokens, config, recipe="nf4-g16")
     assert not (folder / "ad").exists()
-    run.qlora(run.Run(folder / "ad", settings, save_every=1), model, tokens, config, recipe="nf4-g16")
+    run.qlora(run.Run(folder / "ad", settings, save_every=1, **beside), model, tokens, config, recipe="nf4-g16")
     return folder / "ad"
 
 
@@ -82,6 +90,7 @@ def test_a_killed_training_goes_on_from_the_command(adapter, folder, capsys):
         folder / "b",
     )
     assert "adapters of rank 3 for tiny (rtn:nf4-g16)" in printed
+    assert has_companions(adapter / "base", folder / "b" / "base")
     first, second = (load_file(each / "adapter_model.safetensors") for each in (adapter, folder / "b"))
     assert first.keys() == second.keys() and len(first) == 14
     for name, array in first.items():
@@ -100,6 +109,7 @@ def adapted(adapter):
 def test_the_merged_folder_is_base_and_adapter(adapter, adapted, folder, capsys):
     out = folder / "merged"
     printed = succeeds(capsys, "merge", adapter / "base", adapter, "--out", out, "--dtype", "fp32", *data(folder))
+    assert has_companions(out)
     losses = [line.split(": ")[-1] for line in printed.splitlines() if "nats a token" in line]
     assert len(losses) == 2 and losses[0] == losses[1]
     merged, before = load(out), flatten(load(folder / "tiny").params)
@@ -239,14 +249,14 @@ def test_another_teacher_is_another_run(folder, tmp_path, monkeypatch):
 
 def test_requantizing_is_asked_for_and_told(adapter, folder, capsys):
     printed = succeeds(capsys, "merge", adapter / "base", adapter, "--requantize", "rtn:int8-g16", "--out", folder / "again")
-    assert "in rtn:int8-g16" in printed
+    assert "in rtn:int8-g16" in printed and has_companions(folder / "again")
     assert sum(map(is_quantized, flatten(load(folder / "again").params).values())) == 7
 
 
 def test_quantization_aware_training(folder, capsys):
     """From a folder that is quantized, by divergence from the model it was; the result runs as any other."""
     model = load(folder / "tiny")
-    save(folder / "int3", quantize(model, "rtn:int3-g16")[0])
+    save(folder / "int3", quantize(model, "rtn:int3-g16")[0], beside=folder / "tiny")
     more = (
         "--float",
         folder / "tiny",
@@ -260,7 +270,7 @@ def test_quantization_aware_training(folder, capsys):
         folder / "qat",
     )
     printed = succeeds(capsys, "train", "qat", folder / "int3", *data(folder), *SMALL, *more)
-    assert "rtn:int3-g16, trained" in printed
+    assert "rtn:int3-g16, trained" in printed and has_companions(folder / "qat")
     rows = [json.loads(line) for line in (folder / "qat" / "training.jsonl").read_text().splitlines()]
     assert rows[-1]["loss"] < rows[0]["loss"]
     before, after = (flatten(load(folder / name).params)["block_0/mlp/up/kernel"] for name in ("int3", "qat"))

@@ -18,6 +18,7 @@ from qjax.checkpoints.gguf.config import HARMLESS, READ_HERE, config_of, llama3_
 from qjax.checkpoints.gguf.model import load_gguf
 from qjax.checkpoints.gguf.vocabulary import tokenizer_json
 from qjax.checkpoints.leaves import blank
+from qjax.cli.app import main
 from qjax.errors import QjaxError
 from qjax.kernels import xla
 from qjax.lazy import is_lazy, materialised
@@ -167,6 +168,21 @@ def test_more_texts_than_any_vocabulary_has(model, tmp_path, monkeypatch):
         load_gguf(tmp_path / "m.gguf")
 
 
+def test_the_sizes_that_info_tells(model, tmp_path, capsys):
+    """Of the file, and of what qjax holds in memory, where the file's embedding is decoded."""
+    tensors = model_tensors(model)
+    for name in ("token_embd.weight", "blk.0.attn_q.weight"):
+        shape = tensors[name][1]
+        tensors[name] = ("Q8_0", shape, random_rows("Q8_0", shape[0], shape[1]).tobytes())
+    file = written(tmp_path / "m.gguf", model_values(model), tensors)
+    with pytest.raises(SystemExit):
+        main(["info", str(file)])
+    held = sum(leaf.nbytes for leaf in flatten(qjax.load(file).params).values())
+    size = file.stat().st_size
+    said = f"8.500 bits per quantized weight, {size:,} bytes in its files; as qjax holds it in memory, {held:,} bytes"
+    assert said in capsys.readouterr().out and held > size + 64 * 64 * 2
+
+
 def test_a_model_in_several_files(model, tmp_path):
     tensors = model_tensors(model)
     split = {"split.count": 2, "split.tensors.count": len(tensors)}
@@ -178,6 +194,15 @@ def test_a_model_in_several_files(model, tmp_path):
     written(paths[1], split | {"split.no": 1}, halves[1])
     for place in (tmp_path, *paths):
         assert_equal(qjax.load(place), model)
+    mine = [tmp_path / "mine" / path.name for path in paths]
+    mine[0].parent.mkdir()
+    for link, path in zip(mine, paths, strict=True):
+        link.symlink_to(path)
+    assert_equal(qjax.load(mine[0]), model)  # the user's own links
+    mine[0].unlink()
+    mine[0].write_bytes(paths[0].read_bytes())
+    with pytest.raises(QjaxError, match=r"00002.gguf is a link to .*; links out of a model's folder are not followed"):
+        qjax.load(mine[0])
     written(paths[1], split | {"split.no": 1}, halves[0])
     with pytest.raises(QjaxError, match=r"00002.gguf has .*blk.0.*, as another part of the model has"):
         qjax.load(tmp_path)

@@ -14,8 +14,9 @@ import jax
 import numpy as np
 
 from qjax.checkpoints.chat_template import folder_template
+from qjax.checkpoints.companions import write_companions
 from qjax.checkpoints.gguf.export import export_gguf
-from qjax.checkpoints.huggingface import CONFIG, REPLACED, checkpoint_dtype, write_companions
+from qjax.checkpoints.huggingface import CONFIG, REPLACED, checkpoint_dtype
 from qjax.checkpoints.narrowing import in_float16
 from qjax.checkpoints.quantized import module_names
 from qjax.checkpoints.shards import SHARD_BYTES, write_shards
@@ -35,6 +36,7 @@ from qjax.models.parameters import check_parameters, flatten, parameter_shapes
 from qjax.models.stacks import apart
 from qjax.qtensor import QTensor, unpack_codes, unpack_parameters
 from qjax.scales import QuantizedScales, laid, of_shape
+from qjax.untrusted import refuse_links_out
 
 GGUF = "gguf"
 STACKED = "experts that the family's files hold as one tensor, of which no codes are written"
@@ -59,6 +61,8 @@ def export(
     require_model("export", model)
     require_target(to)
     if to == GGUF:
+        if beside:
+            refuse_links_out(beside)
         template = folder_template(beside) if beside else model.tokenizer and model.tokenizer.chat_template
         export_gguf(folder, model, overwrite=overwrite, chat_template=template)
         return

@@ -19,6 +19,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from qjax.checkpoints.chat_template import CHAT, TOKENIZER_CONFIG, folder_template
+from qjax.checkpoints.companions import COMPANIONS, GENERATION, TOKENIZER, write_companions
 from qjax.checkpoints.naming import canonical, quantizer_of
 from qjax.checkpoints.quantized import (
     LEGACY,
@@ -46,31 +47,26 @@ from qjax.models.parameters import check_parameters, flatten, parameter_shapes, 
 from qjax.models.stacks import apart, member, together
 from qjax.models.tokenizer import Tokenizer, load_tokenizer
 from qjax.models.walk import TABLE
-from qjax.untrusted import is_folder, read_bytes, read_json, status
+from qjax.untrusted import is_folder, read_json, refuse_links_out, status
 
 CONFIG = "config.json"
-GENERATION = "generation_config.json"
-TOKENIZER = "tokenizer.json"
-REPLACED = ("qjax.json", GENERATION, CONFIG, INDEX, "model*.safetensors", "tokenizer*.json", CHAT, "layers.jsonl")
+REPLACED = ("qjax.json", CONFIG, INDEX, "model*.safetensors", "tokenizer*.json", *COMPANIONS, "layers.jsonl")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 NO_GGUF = "no Hugging Face folder; qjax.load reads it"
 OTHER_TOKENIZERS = ("tokenizer.model", "spiece.model", "vocab.json", "tokenizer.tiktoken")
-COMPANIONS = (
-    *(GENERATION, TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", CHAT),
-    *("vocab.json", "merges.txt", "tokenizer.model"),
-)
 HUB_FILES = [
     *(CONFIG, GENERATION, WEIGHTS, INDEX, "model-*.safetensors", "gptq_model*.safetensors"),
     *(TOKENIZER, TOKENIZER_CONFIG, CHAT, *LEGACY),
 ]
 
 
-def load_huggingface(folder: str | Path, *, lazy: bool = False) -> Model:
+def load_huggingface(folder: str | Path, *, lazy: bool = False, trusted: bool = False) -> Model:
     """The model in a folder; its parameters are jax arrays in the checkpoint's type, its name the folder's.
 
     lazy: parameters are read from the files, which must stay, whenever they are needed (`lazy.py`). The tokenizer is None
-    where there is no tokenizer.json. Raises QjaxError, one line that names the file or all tensors at fault, for whatever is
-    missing, corrupt, misshapen, not finite or not supported.
+    where there is no tokenizer.json. trusted: its files may be links to anywhere, as those of qjax itself may be installed.
+    Raises QjaxError, one line that names the file or all tensors at fault, for whatever is missing, corrupt, misshapen, not
+    finite or not supported, and for links out of the folder.
     """
     asked = expand(folder)
     folder = standing(asked)
@@ -81,6 +77,8 @@ def load_huggingface(folder: str | Path, *, lazy: bool = False) -> Model:
     if not status(folder / CONFIG):
         files = f"; its GGUF files are {NO_GGUF}" if any(folder.glob("*.gguf")) else ""
         raise QjaxError(f"{folder} has no {CONFIG}: it is not a Hugging Face checkpoint folder{files}")
+    if not trusted:
+        refuse_links_out(folder)
     content = _with_ends(folder, read_json(folder / CONFIG))
     try:
         config = read_config(content)
@@ -341,21 +339,6 @@ def save_huggingface(
         write_atomically(new / CONFIG, json.dumps(config, indent=1) + "\n")
 
 
-def write_companions(new: Path, model: Model, beside: Path | None) -> None:
-    """The tokenizer's and generation's files: of the folder `beside`, or what the model knows of them."""
-    if model.tokenizer is not None:
-        write_atomically(new / TOKENIZER, model.tokenizer.to_json())
-        write_atomically(new / TOKENIZER_CONFIG, json.dumps(_tokenizer_config(model.tokenizer), indent=1) + "\n")
-        if model.tokenizer.chat_template:
-            write_atomically(new / CHAT, model.tokenizer.chat_template)
-    if model.config.other_eos_ids:
-        ends = [i for i in (model.config.eos_id, *model.config.other_eos_ids) if i is not None]
-        write_atomically(new / GENERATION, json.dumps({"eos_token_id": ends}, indent=1) + "\n")
-    for name in COMPANIONS if beside else ():
-        if status(beside / name):
-            write_atomically(new / name, read_bytes(beside / name))
-
-
 def checkpoint_dtype(leaves: Mapping[str, object]) -> DTypeLike:
     """The type of the unquantized weights: the token embedding's, or the first plain leaf's; float32 if there is none."""
     plain = {path: leaf for path, leaf in leaves.items() if not is_quantized(leaf)}
@@ -375,10 +358,3 @@ def _cast(path: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
 def _to_numpy(leaf: object, dtype: DTypeLike) -> np.ndarray:
     leaf = materialised(leaf)
     return np.asarray(dequantize(leaf, dtype) if is_quantized(leaf) else leaf)
-
-
-def _tokenizer_config(tokenizer: Tokenizer) -> dict[str, str]:
-    """What the transformers library needs to read tokenizer.json as it is."""
-    names = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
-    tokens = {name: tokenizer.inner.id_to_token(i) for name, i in names.items() if i is not None}
-    return {"tokenizer_class": "PreTrainedTokenizerFast", **{name: token for name, token in tokens.items() if token}}

@@ -27,7 +27,7 @@ def load(name: str | Path, *, lazy: bool = False) -> Model:
         with importlib.resources.as_file(importlib.resources.files("qjax.models") / BUNDLED) as folder:
             if not folder.is_dir():
                 raise QjaxError("this copy of qjax has no bundled model; install qjax anew or name another model")
-            return load_huggingface(folder)._replace(name=BUNDLED)
+            return load_huggingface(folder, trusted=True)._replace(name=BUNDLED)
     try:
         return _load(name, lazy)
     except OSError as error:  # a folder that may not be entered, a name too long for a file

@@ -6,7 +6,7 @@
                         may be several files instead, which qjax.json lists: `parts.py` writes one for each part of a model
     qjax.json           version, name, recipe, config, the record of every quantized leaf (`leaves.py`), `digests` of the files
                         beside it (SHA-256), and a `digest` of all this, so that no part of it is changed unnoticed
-    tokenizer.json      where the model has one
+    tokenizer.json, ... where the model has one, and the other files of `companions.py` where its own folder had them
     layers.jsonl        where the driver wrote the folder: a row of every kernel
 
 Keys, shapes and types are checked against the description before anything is read, the digest of the description always, those
@@ -27,6 +27,7 @@ from jax.tree_util import keystr
 
 from qjax.checkpoints import leaves as records_of
 from qjax.checkpoints.chat_template import CHAT
+from qjax.checkpoints.companions import COMPANIONS, TOKENIZER, read_companions
 from qjax.checkpoints.huggingface import load_folder_tokenizer
 from qjax.checkpoints.leaves import TYPES, entry, template
 from qjax.checkpoints.tensors import FLOATS, Header, read_arrays, read_headers, write_tensors
@@ -39,20 +40,21 @@ from qjax.models.config import DecoderConfig
 from qjax.models.config_json import config_from_dict, config_to_dict
 from qjax.models.model import Model, require_model
 from qjax.models.parameters import check_parameters, flatten, parameter_shapes, unflatten
-from qjax.untrusted import digest_of, quoted, read_json
+from qjax.untrusted import digest_of, quoted, read_json, refuse_links_out
 
-DESCRIPTION, WEIGHTS, TOKENIZER, LAYERS = "qjax.json", "model.safetensors", "tokenizer.json", "layers.jsonl"
+DESCRIPTION, WEIGHTS, LAYERS = "qjax.json", "model.safetensors", "layers.jsonl"
 REPLACED = (
-    *(DESCRIPTION, "config.json", "generation_config.json", "model.safetensors.index.json"),
-    *("model*.safetensors", "tokenizer*.json", CHAT, LAYERS),
+    *(DESCRIPTION, "config.json", "model.safetensors.index.json"),
+    *("model*.safetensors", "tokenizer*.json", *COMPANIONS, LAYERS),
 )
 VERSION = 3
 
 
-def save(folder: str | Path, model: Model, *, overwrite: bool = False) -> None:
+def save(folder: str | Path, model: Model, *, overwrite: bool = False, beside: Path | None = None) -> None:
     """Writes the model, packed, into `folder`, which appears when it is whole.
 
-    Raises QjaxError for a folder that is not empty (unless `overwrite`) or cannot be written (read-only, full).
+    beside: a folder whose tokenizer's and generation's files are copied as they are. Raises QjaxError for a folder that is
+    not empty (unless `overwrite`) or cannot be written (read-only, full).
     """
     require_model("save", model)
     leaves = flatten(model.params)
@@ -60,23 +62,29 @@ def save(folder: str | Path, model: Model, *, overwrite: bool = False) -> None:
     quantized = describe(leaves)
     with new_folder(folder, overwrite=overwrite, replaces=REPLACED) as new:
         write_tensors(new / WEIGHTS, {name: np.asarray(array) for name, array in stored(leaves).items()})
-        write_description(new, model, quantized, {WEIGHTS: digest_of(new / WEIGHTS)})
+        write_description(new, model, quantized, {WEIGHTS: digest_of(new / WEIGHTS)}, beside=beside)
 
 
 def write_description(
-    folder: Path, model: Model, quantized: Mapping[str, dict], weights: Mapping[str, str], layers: str | None = None
+    folder: Path,
+    model: Model,
+    quantized: Mapping[str, dict],
+    weights: Mapping[str, str],
+    layers: str | None = None,
+    beside: Path | None = None,
 ) -> None:
-    """tokenizer.json, layers.jsonl where its content is given, and, last, qjax.json of a folder whose weights are there.
+    """tokenizer.json and other companions, layers.jsonl where its content is given, and, last, qjax.json of a folder whose
+    weights are there.
 
-    quantized: `describe` of the leaves. weights: digests of the files with weights, by name.
+    quantized: `describe` of the leaves. weights: digests of the files with weights, by name. beside: see `save`.
     """
     tokenizer = model.tokenizer
     template = tokenizer and tokenizer.chat_template
-    others = {TOKENIZER: tokenizer and tokenizer.to_json(), CHAT: template, LAYERS: layers}
+    own = {TOKENIZER: tokenizer and tokenizer.to_json(), CHAT: template, LAYERS: layers}
+    others = {name: content for name, content in own.items() if content is not None} | read_companions(beside)
     for name, content in others.items():
-        if content is not None:
-            write_atomically(folder / name, content)
-    digests = {name: digest_of(folder / name) for name, content in others.items() if content is not None}
+        write_atomically(folder / name, content)
+    digests = {name: digest_of(folder / name) for name in others}
     description = {
         "version": VERSION,
         "name": model.name,
@@ -111,11 +119,13 @@ def describe(leaves: Mapping[str, object]) -> dict[str, dict]:
 
 
 def load_packed(folder: str | Path, *, lazy: bool = False) -> Model:
-    """The model that `save` wrote, bit-equal. Raises QjaxError, one line, for whatever is missing or malformed.
+    """The model that `save` wrote, bit-equal. Raises QjaxError, one line, for whatever is missing or malformed, and
+    for links out of the folder.
 
     lazy: arrays are read from the files, which must stay, whenever they are needed (`lazy.py`).
     """
     folder = standing(expand(folder))
+    refuse_links_out(folder)
     description = read_json(folder / DESCRIPTION)
     try:
         if type(version := description.get("version")) is not int or not 1 <= version <= VERSION:
@@ -138,7 +148,7 @@ def load_packed(folder: str | Path, *, lazy: bool = False) -> Model:
     arrays = read_arrays(headers, advice="quantize an intact model again", lazy=lazy, below=_indices(templates), before=check)
     tokenizer = load_folder_tokenizer(folder, config)
     if told:
-        _check_digests(folder, description, [TOKENIZER, CHAT] if lazy else [TOKENIZER, CHAT, *files])
+        _check_digests(folder, description, COMPANIONS if lazy else [*COMPANIONS, *files])
     return Model(config, unflatten(filled(templates, arrays)), tokenizer, name, recipe)
 
 

@@ -104,10 +104,10 @@ class PartWriter:
         held = {path: leaf for path, leaf in templates.items() if packed.stored({path: leaf}).keys() <= headers.keys()}
         return packed.filled(held, read_arrays(headers, advice="write the part again", lazy=True))
 
-    def finish(self, model: Model, layers: str | None = None) -> Path:
+    def finish(self, model: Model, layers: str | None = None, beside: Path | None = None) -> Path:
         """Describes the folder and gives it its name, which is returned. model: its name, recipe and tokenizer; its parameters
-        are not looked at. layers: the content of layers.jsonl. Raises QjaxError where parameters of the configuration are
-        missing.
+        are not looked at. layers: the content of layers.jsonl. beside: see `packed.save`. Raises QjaxError where parameters of
+        the configuration are missing.
         """
         parts = self._progress["parts"]
         check_parameters(
@@ -115,7 +115,7 @@ class PartWriter:
         )
         quantized = {path: entry for part in parts.values() for path, entry in part["quantized"].items()}
         digests = {self._file(name).name: part["digest"] for name, part in parts.items()}
-        packed.write_description(self._folder, model._replace(config=self._config), quantized, digests, layers)
+        packed.write_description(self._folder, model._replace(config=self._config), quantized, digests, layers, beside)
         try:
             take_name(self._folder, self._target, (*packed.REPLACED, PROGRESS, LOCK))
             _tidy(self._target)

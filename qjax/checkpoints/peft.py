@@ -33,7 +33,7 @@ from qjax.models.config import DecoderConfig
 from qjax.models.families import FAMILIES
 from qjax.models.family import StoredTensor, stored_tensors
 from qjax.models.parameters import parameter_shapes
-from qjax.untrusted import is_folder, quoted, read_json, status
+from qjax.untrusted import is_folder, quoted, read_json, refuse_links_out, status
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 REPLACED = ("adapter_*.json", "adapter_*.safetensors")
@@ -63,6 +63,7 @@ def load_adapter(folder: str | Path, config: DecoderConfig) -> dict[str, LowRank
     folder = standing(expand(folder))
     if not is_folder(folder) or not status(folder / CONFIG):
         raise QjaxError(f"{folder} has no {CONFIG}; give the folder that PEFT, or qjax train qlora, wrote")
+    refuse_links_out(folder)
     settings = read_json(folder / CONFIG)
     _refuse_unread(folder / CONFIG, settings)
     if not status(folder / WEIGHTS):

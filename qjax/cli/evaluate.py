@@ -150,7 +150,7 @@ def info(
         console().print(to_rich(_plan(model, tokens, constants)))
         return
     from qjax.driver.decoder import kernel_shapes
-    from qjax.driver.report import stored_size
+    from qjax.driver.report import files_size, stored_size
 
     loaded = load_model(model, lazy=True)
     console().print(to_rich(memory_table(*kernel_shapes(loaded), title=model)))
@@ -159,7 +159,9 @@ def info(
     typer.echo(printable(f"cache of keys and values: {each:,.10g} bytes a token in {kept}"))
     if loaded.recipe != "none":
         bits, size = stored_size(loaded.params)
-        typer.echo(printable(f"as it is stored, {loaded.recipe}: {bits:.3f} bits per quantized weight, {size:,} bytes"))
+        disk = files_size(loaded.params)
+        stored = f"as it is stored, {loaded.recipe}: {bits:.3f} bits per quantized weight, {disk:,} bytes in its files"
+        typer.echo(printable(f"{stored}; as qjax holds it in memory, {size:,} bytes"))
 
 
 def _plan(model: str, tokens: int, constants: Path | None) -> "Table":

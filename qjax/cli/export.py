@@ -10,7 +10,7 @@ from qjax.cli.loading import load_model
 from qjax.cli.options import ModelName, Out, Overwrite
 from qjax.errors import QjaxError
 from qjax.files import expand
-from qjax.folders import refuse_inputs, require_file, require_place
+from qjax.folders import refuse_inputs, require_file, require_place, standing
 
 ShardSize = Annotated[float, typer.Option(min=1e-6, max=1e6, help="GB of a file at most; more are written with an index.")]
 GGUF = "gguf"
@@ -94,5 +94,5 @@ def folder_of(model: str) -> Path | None:
     """The folder that a model is read from, where it is one here."""
     from qjax.untrusted import is_folder
 
-    folder = expand(model)
+    folder = standing(expand(model))
     return folder if is_folder(folder) else None

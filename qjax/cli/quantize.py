@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from qjax.cli.early import check_names
+from qjax.cli.export import folder_of
 from qjax.cli.loading import Draw, calibration_for, load_model, own_text
 from qjax.cli.options import (
     CalibrationName,
@@ -36,8 +37,8 @@ def quantize(
 ) -> None:
     """Quantize a model and save it packed; `qjax eval` and qjax.load read the folder back bit-equal.
 
-    layers.jsonl beside the weights has a row for every kernel. Blocks are written as they are done: the same command goes on
-    where it was stopped.
+    layers.jsonl beside the weights has a row for every kernel; files of the tokenizer and of generation are copied. Blocks are
+    written as they are done: the same command goes on where it was stopped.
     """
     check_names(recipes=recipe, order=order, rules=rule, texts=(calibration,), models=(model,))
     from qjax.driver.decoder import quantize_to
@@ -59,7 +60,14 @@ def quantize(
     with progress_bars() as progress:
         task = progress.add_task("quantizing", total=total)
         quantized, done = quantize_to(
-            out, loaded, recipe, calibration=tokens, rules=rules, overwrite=overwrite, on_layer=lambda _: progress.advance(task)
+            out,
+            loaded,
+            recipe,
+            calibration=tokens,
+            rules=rules,
+            overwrite=overwrite,
+            beside=folder_of(model),
+            on_layer=lambda _: progress.advance(task),
         )
     if report:
         console().print(to_rich(layers_table(done.layers)))

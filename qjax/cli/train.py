@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qjax.cli.early import check_names
+from qjax.cli.export import folder_of
 from qjax.cli.loading import Draw, calibration_for, load_model, own_text
 from qjax.cli.options import (
     CalibrationName,
@@ -92,7 +93,7 @@ def qlora(
     needing = "--start qera" if start == "qera" else None
     recipe, options = _quantizing(loaded, model, recipe, rule, draw, seed, needing)
     with live_training(steps) as show:
-        run = Run(out, config, devices, save_every, overwrite, show)
+        run = Run(out, config, devices, save_every, overwrite, show, folder_of(model))
         base = run_qlora(run, loaded, tokens, wanted, recipe=recipe, options=options)
     typer.echo(printable(f"{out}: adapters of rank {rank} for {base.name} ({base.recipe})"))
 
@@ -145,7 +146,7 @@ def qat(
     draw = Draw(calibration, calibration_windows, calibration_window)
     recipe, options = _quantizing(loaded, model, recipe, rule, draw, seed)
     with live_training(steps) as show:
-        run = Run(out, config, devices, save_every, overwrite, show)
+        run = Run(out, config, devices, save_every, overwrite, show, folder_of(model))
         trained = run_qat(run, loaded, tokens, wanted, recipe=recipe, original=before, options=options)
     typer.echo(printable(f"{out}: {trained.name} ({trained.recipe})"))
 

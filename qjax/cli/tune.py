@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qjax.cli.early import check_names
+from qjax.cli.export import folder_of
 from qjax.cli.loading import Draw, calibration_for, default_windows, load_model
 from qjax.cli.options import (
     CalibrationName,
@@ -175,5 +176,6 @@ def _save(folder: Path, model: str, recipe: str, rules, calibration, key: str) -
         with progress_bars() as progress:
             bar = progress.add_task("quantizing", total=None)
             source = load(model, lazy=True)
-            quantize_to(folder, source, recipe, calibration=calibration, rules=rules, on_layer=lambda _: progress.advance(bar))
+            options = {"calibration": calibration, "rules": rules, "beside": folder_of(model)}
+            quantize_to(folder, source, recipe, **options, on_layer=lambda _: progress.advance(bar))
     typer.echo(f"{folder}: {recipe}")

@@ -138,14 +138,16 @@ def quantize_to(
     rules: Iterable[str | Rule] = (),
     order: str | None = None,
     overwrite: bool = False,
+    beside: Path | None = None,
     on_layer: Callable[[LayerRecord], None] = lambda record: None,
 ) -> tuple[Model, Report]:
     """`quantize` into a packed folder, part by part: no more than one part is held, of a lazy model (`load(name, lazy=True)`)
     not even the weights of another. Returns the model in the folder, lazy, and the report.
 
     What is done is on disk in .NAME.partial, from where the same call goes on after a kill, to the same bits; the folder
-    appears when it is whole, with layers.jsonl, a row of every kernel. Raises what `quantize` and `save` raise, and QjaxError
-    for the folder that a lazy model is read from.
+    appears when it is whole, with layers.jsonl, a row of every kernel. beside: a folder whose tokenizer's and generation's
+    files are copied as they are. Raises what `quantize` and `save` raise, and QjaxError for the folder that a lazy model is
+    read from.
     """
     require_model("quantize_to", model)
     started = time.perf_counter()
@@ -180,7 +182,7 @@ def quantize_to(
             made.append(found._replace(leaves={}))
         records = _records(work.plans[0], made)
         layers = "".join(json.dumps(row) + "\n" for row in rows_of(records))
-        writer.finish(model._replace(recipe=_name(model, *request)), layers)
+        writer.finish(model._replace(recipe=_name(model, *request)), layers, beside)
     result = load_packed(folder, lazy=True)
     warn_of_few_tokens(records, 2)
     return result, make_report(result.params, records, time.perf_counter() - started)

@@ -126,5 +126,5 @@ def save_merged(
         save_huggingface(folder, merged, dtype=dtype, **options)
         return load(folder, lazy=True)
     plain = merged._replace(params=dequantize_tree(materialised(merged.params), jnp.dtype(dtype)), recipe="none")
-    save(folder, quantize(plain, recipe, calibration=calibration)[0], overwrite=overwrite)
+    save(folder, quantize(plain, recipe, calibration=calibration)[0], overwrite=overwrite, beside=beside)
     return load(folder, lazy=True)

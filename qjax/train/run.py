@@ -44,7 +44,9 @@ WRITTEN = (*peft.REPLACED, *packed.REPLACED, "base", ROWS, f"{FIGURE}.*")
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A training into `folder`. devices: that share a batch. save_every: steps between checkpoints."""
+    """A training into `folder`. devices: that share a batch. save_every: steps between checkpoints. beside: a folder whose
+    tokenizer's and generation's files are copied beside weights that are written.
+    """
 
     folder: Path
     config: TrainConfig
@@ -52,6 +54,7 @@ class Run:
     save_every: int = 100
     overwrite: bool = False
     on_step: Callable[[Told], None] = lambda told: None
+    beside: Path | None = None
 
 
 def training_tokens(model: Model, corpora: Sequence[Corpus]) -> Int[np.ndarray, " length"]:
@@ -89,7 +92,7 @@ def qlora(
         peft.save_adapter(new, base.config, trained, base=name)
         write_base(new, base, config.start)
         if made:
-            packed.save(new / "base", base)
+            packed.save(new / "base", base, beside=run.beside)
     return base
 
 
@@ -125,7 +128,7 @@ def qat(
     told = _told(run, place, identity)
     trained = train_quantized(loaded, tokens, in_context(run.config, loaded), config, original=original, **told)
     with _whole(run, place) as new:
-        packed.save(new, trained)
+        packed.save(new, trained, beside=run.beside)
     return load(run.folder, lazy=True)
 
 

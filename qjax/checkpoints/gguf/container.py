@@ -22,7 +22,7 @@ import numpy as np
 
 from qjax.errors import QjaxError
 from qjax.files import listing
-from qjax.untrusted import open_regular, quoted, status
+from qjax.untrusted import open_regular, quoted, refuse_links_out, status
 
 MAGIC = b"GGUF"
 NUMBERS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
@@ -67,7 +67,8 @@ def read_contents(path: Path) -> Contents:
 
 def read_files(path: Path) -> Contents:
     """`read_contents` of a file and, where it is one of several that a model was split into, of the others beside it; the
-    values are the first's. Raises QjaxError, also where some of them are missing or do not belong together.
+    values are the first's. Raises QjaxError, also where some of them are missing, are links to elsewhere, or do not
+    belong together.
     """
     found = read_contents(path)
     count = _integer(found.values.get("split.count"))
@@ -81,6 +82,8 @@ def read_files(path: Path) -> Contents:
     files = [path.with_name(f"{match[1]}-{number:05}-of-{count:05}.gguf") for number in range(1, min(count, 10**5) + 1)]
     if missing := [file.name for file in files if not status(file)]:
         raise QjaxError(f"{path.parent} lacks {listing(missing)} of a model in {count} files; copy or download them")
+    given = path.resolve().parent  # of a link to one of several files the others may be links to those beside it
+    refuse_links_out(path.parent, [file for file in files if file.resolve().parent != given])
     parts = [read_contents(file) for file in files]
     tensors = {}
     for number, (file, part) in enumerate(zip(files, parts, strict=True)):

@@ -35,7 +35,7 @@ from qjax.models.stacks import spread, stack_of, together
 from qjax.models.tokenizer import Tokenizer, wrap_tokenizer
 from qjax.models.tokenizer_trial import parse_safely
 from qjax.qtensor import QTensor, dequantize
-from qjax.untrusted import is_folder, status
+from qjax.untrusted import is_folder, refuse_links_out, status
 
 SUFFIX = ".gguf"
 DECODED = 2**23  # weights of a table at a time
@@ -44,7 +44,7 @@ DECODED = 2**23  # weights of a table at a time
 def gguf_file(place: Path) -> Path | None:
     """The GGUF file at a place: itself, or the one model in a folder that holds no other kind of weights; None for neither.
 
-    Raises QjaxError for a folder of several models.
+    Raises QjaxError for a folder of several models, and for links out of it.
     """
     if not is_folder(place):
         return place if place.suffix.lower() == SUFFIX and status(place) else None
@@ -54,6 +54,7 @@ def gguf_file(place: Path) -> Path | None:
     models = [path for path in files if path.name.find("-00001-of-") >= 0 or "-of-" not in path.name]
     if len(models) > 1:
         raise QjaxError(f"{place} holds several models, {listing(path.name for path in models)}; name one of the files")
+    refuse_links_out(place, files)
     return models[0] if models else None
 
 
