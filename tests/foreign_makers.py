@@ -155,8 +155,15 @@ def fp8(seed: int = 0, *, kind: str = "channel", name: str = "weight_scale", dty
     return make
 
 
-def fp4(seed: int = 0, *, kind: str = "nvfp4", whole: str = "weight_global_scale", packed: str = "weight_packed") -> Maker:
-    """E2M1 pairs with E4M3 scales, divided by one number or (weight_scale_2) times one, or with E8M0 scales."""
+def fp4(
+    seed: int = 0,
+    *,
+    kind: str = "nvfp4",
+    whole: str = "weight_global_scale",
+    packed: str = "weight_packed",
+    more: dict[str, np.ndarray] | None = None,
+) -> Maker:
+    """E2M1 pairs with E4M3 scales, divided by one number or (weight_scale_2) times one, or with E8M0 scales; more tensors."""
     generator = np.random.default_rng(seed)
 
     def make(module, weight):
@@ -171,7 +178,7 @@ def fp4(seed: int = 0, *, kind: str = "nvfp4", whole: str = "weight_global_scale
         scales = stored.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
         scales = scales / number if whole == "weight_global_scale" else scales * number
         tensors |= {"weight_scale": F8(stored), whole: number.reshape(1) if whole == "weight_global_scale" else number}
-        return tensors, E2M1[codes] * scales.repeat(16, 1)
+        return tensors | (more or {}), E2M1[codes] * scales.repeat(16, 1)
 
     return make
 

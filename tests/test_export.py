@@ -327,6 +327,60 @@ def test_a_command_leaves_out_what_layers_do_to_their_inputs(tmp_path, capsys):
     assert flatten(without_activations(load(tmp_path / "a").params))["block_0/mlp/up/kernel"].activation is None
 
 
+FP8_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 16}
+BESIDES = {  # name -> (settings, the file they are in, maker, more tensors, what is left out)
+    "compressed-tensors": (
+        {
+            "quant_method": "compressed-tensors",
+            "config_groups": {"a": {"targets": ["Linear"], "weights": INT4, "input_activations": INT4 | {"symmetric": False}}},
+            "kv_cache_scheme": FP8_CACHE,
+        },
+        "quantization_config",
+        foreign_makers.integers(),
+        {"model.layers.0.self_attn.k_scale": np.float32([1]), "model.layers.0.self_attn.v_scale": np.float32([1])},
+        "kv_cache_scheme, input_activations, k_scale, v_scale",
+    ),
+    "a cache alone": (
+        {"quant_method": "compressed-tensors", "config_groups": {}, "kv_cache_scheme": FP8_CACHE},
+        "quantization_config",
+        lambda module, weight: None,
+        {"model.layers.0.self_attn.k_scale": np.float32([1]), "model.layers.0.self_attn.v_scale": np.float32([1])},
+        "kv_cache_scheme, k_scale, v_scale",
+    ),
+    "modelopt": (
+        {"quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head"]}},
+        "hf_quant_config.json",
+        lambda module, weight: foreign_makers.fp4(
+            whole="weight_scale_2",
+            packed="weight",
+            more={"input_scale": np.float32(2e-3)} | ({"k_scale": np.float32(1)} if module.endswith("k_proj") else {}),
+        )(module, weight),
+        {},
+        "kv_cache_quant_algo, input_scale, k_scale",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("default::qjax.errors.QjaxWarning")
+@pytest.mark.parametrize("name", BESIDES)
+def test_weights_are_written_without_what_a_folder_says_of_inputs_and_caches(name, tmp_path, capsys):
+    settings, where, make, more, said = BESIDES[name]
+    expected = foreign.write(tmp_path / "a", settings, make, name=where)
+    if more:
+        foreign.change(tmp_path / "a", lambda tensors: tensors.update(more))
+    with pytest.raises(QjaxError, match=r"which qjax cannot do; .*; `qjax dequantize` writes the weights without it"):
+        load(tmp_path / "a")
+    run(["dequantize", str(tmp_path / "a"), "--dtype", "fp32", "--out", str(tmp_path / "b")])
+    told = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+    assert len(told) == 1 and told[0].endswith(f"left out is what it says of inputs, outputs or the cache: {said}")
+    tensors = load_file(tmp_path / "b/model.safetensors")
+    assert not any(tensor.endswith("_scale") for tensor in tensors)
+    for tensor, value in expected.items():
+        np.testing.assert_array_equal(tensors[tensor], value)
+    assert load(tmp_path / "b").recipe == "none"
+
+
 def test_info_of_what_another_library_quantized(tmp_path, capsys):
     settings = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True}
     foreign.write(tmp_path / "a", settings, foreign.gptq(group=32, symmetric=True))

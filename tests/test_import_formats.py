@@ -7,7 +7,7 @@ from qjax.checkpoints.huggingface import load_huggingface
 from qjax.checkpoints.load import load
 from qjax.checkpoints.packed import save
 from qjax.errors import QjaxError, QjaxWarning
-from qjax.linear import Linear, is_quantized
+from qjax.linear import Linear, apply_linear, is_quantized
 from qjax.models.fingerprint import model_fingerprint
 from qjax.models.parameters import flatten
 from tests import foreign
@@ -38,6 +38,9 @@ TOKEN, TENSOR = (
     {"num_bits": 8, "symmetric": True, "strategy": s, "dynamic": d} for s, d in (("token", True), ("tensor", False))
 )
 FLOAT8 = {"num_bits": 8, "type": "float", "group_size": None}
+NVFP4 = {"type": "float", "strategy": "tensor_group"}
+W4A4 = {"num_bits": 4, **NVFP4, "group_size": 16, "dynamic": "local"}
+MODELOPT = {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16}
 CASES = {  # name -> (settings, maker, format of a kernel, activation format)
     "awq": ({"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm"}, makers.awq(), "int4-g16", None),
     "awq of old": ({"w_bit": 4, "q_group_size": 32, "version": "GEMM"}, makers.awq(group=32), "int4-g32", None),
@@ -107,10 +110,16 @@ CASES = {  # name -> (settings, maker, format of a kernel, activation format)
         "fp8_e4m3-tensor",
     ),
     "nvfp4": (
-        ct(group(type="float", strategy="tensor_group"), format="nvfp4-pack-quantized"),
+        ct(group(**NVFP4), format="nvfp4-pack-quantized"),
         makers.fp4(),
         "fp4_e2m1-g16-e4m3_div",
         None,
+    ),
+    "nvfp4, and inputs": (
+        ct(group(inputs=W4A4, **NVFP4), format="nvfp4-pack-quantized"),
+        makers.fp4(more={"input_global_scale": np.float32([500.3])}),
+        "fp4_e2m1-g16-e4m3_div",
+        "nvfp4",
     ),
     "mxfp4": (
         ct(group(type="float", group_size=32), format="mxfp4-pack-quantized"),
@@ -131,10 +140,16 @@ CASES = {  # name -> (settings, maker, format of a kernel, activation format)
         None,
     ),
     "modelopt": (
-        {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16},
+        MODELOPT,
         makers.fp4(whole="weight_scale_2", packed="weight"),
         "nvfp4",
         None,
+    ),
+    "modelopt, and inputs": (
+        MODELOPT,
+        makers.fp4(whole="weight_scale_2", packed="weight", more={"input_scale": np.float32(0.0021)}),
+        "nvfp4",
+        "nvfp4",
     ),
 }
 
@@ -187,6 +202,37 @@ def test_fp8_in_tiles_with_ragged_edges(settings, make, activation, tmp_path):
     scale_bytes = 2 if "dtype" in make else 4
     assert leaf.format.nbytes(160, 136) == leaf.weight.nbytes == 160 * 136 + 4 * scale_bytes
     assert model_fingerprint(load(tmp_path / "a", lazy=True)) == model_fingerprint(model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "make", "name", "number"),
+    [
+        (
+            ct(group(inputs=W4A4, **NVFP4)),
+            makers.fp4(more={"input_global_scale": np.float32([500.3])}),
+            "quantization_config",
+            500.3,
+        ),
+        (
+            {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": None}},
+            makers.fp4(whole="weight_scale_2", packed="weight", more={"input_scale": np.float32(1 / 500.3)}),
+            "hf_quant_config.json",
+            500.3,
+        ),
+    ],
+)
+def test_nvfp4_inputs_are_rounded_as_the_file_says(settings, make, name, number, tmp_path):
+    """Groups of 16: an E4M3 scale of `number` * largest / 6, divided by that number, and E2M1; beyond calibration too."""
+    expected = foreign.write(tmp_path / "a", settings, make, name=name)["model.layers.0.mlp.up_proj.weight"]
+    x = (np.random.default_rng(1).standard_t(3, (9, 64)) * 1.5).astype(np.float32)
+    assert np.abs(x).max() > 448 * 6 / number
+    groups = x.reshape(9, -1, 16).astype(np.float64)
+    scales = np.minimum(np.abs(groups).max(-1, keepdims=True) / 6 * number, 448)
+    scales = scales.astype(makers.ml_dtypes.float8_e4m3fn).astype(np.float64) / number
+    codes = np.clip(groups / scales, -6, 6).astype(makers.ml_dtypes.float4_e2m1fn).astype(np.float64)
+    y = (codes * scales).reshape(x.shape) @ expected.T.astype(np.float64)
+    here = apply_linear(x, flatten(load(tmp_path / "a").params)["block_0/mlp/up/kernel"], precision="highest")
+    np.testing.assert_allclose(here, y, rtol=1e-5, atol=1e-5 * np.abs(y).max())
 
 
 def test_int8_warns_of_inputs_that_are_left_alone(tmp_path):
@@ -251,14 +297,13 @@ def test_blocks_that_cross_columns_cannot_be_cut(tmp_path):
         load_huggingface(tmp_path / "a")
 
 
-W4A4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "dynamic": "local"}
 REFUSED = {
     "kv cache": (ct(group(), kv_cache_scheme={"num_bits": 8}), "'kv_cache_scheme' is {'num_bits': 8}, which qjax cannot do"),
     "rotations": (ct(group(), transform_config={"config_groups": {"u": {}}}), "'transform_config'"),
     "sparsity": (ct(group(), sparsity_config={"format": "sparse-24-bitmask"}), "'sparsity_config' has the format"),
     "marlin": (ct(group(), format="marlin-24"), "'format' is 'marlin-24'; supported: pack-quantized"),
     "status": (ct(group(), quantization_status="frozen"), "'quantization_status' is 'frozen'"),
-    "nvfp4 inputs": (ct(group(inputs=W4A4, type="float", strategy="tensor_group")), "group_0: 'input_activations' are"),
+    "nvfp4 inputs": (ct(group(inputs=W4A4 | {"dynamic": True}, **NVFP4)), "group_0: 'input_activations' are"),
     "asym inputs": (ct(group(inputs=TOKEN | {"symmetric": False})), "'input_activations' are"),
     "no bits": (ct(group(num_bits=9)), "int of 2 to 8 bits"),
     "no group": (ct(group(targets=["re:.*mlp.*"])), "no group of 'config_groups' is for model.layers.0.self_attn.q_proj"),
@@ -310,11 +355,25 @@ def test_what_cannot_be_done_is_refused_by_name(case, packed_folder):
         (BNB, makers.bitsandbytes(), "weight.absmax", np.zeros(3, np.float32), "weight.absmax has shape (3,), expected (64,)"),
         (BNB, makers.bitsandbytes(), "weight.quant_state.bitsandbytes__nf4", np.zeros(3, np.uint8), "is not a JSON object"),
         (
-            ct(group(type="float", strategy="tensor_group")),
+            ct(group(**NVFP4)),
             makers.fp4(),
             "weight_global_scale",
             np.zeros(1, np.float32),
             "weight_global_scale is 0.0, expected a number above 0",
+        ),
+        (
+            ct(group(inputs=W4A4, **NVFP4)),
+            makers.fp4(more={"input_global_scale": np.float32([500.3])}),
+            "input_global_scale",
+            np.zeros(1, np.float32),
+            "input_global_scale is 0.0, expected a number above 0",
+        ),
+        (
+            MODELOPT | {"quant_algo": "W4A16_NVFP4"},
+            makers.fp4(whole="weight_scale_2", packed="weight"),
+            "input_scale",
+            np.float32(1),
+            "unexpected model.layers.0.mlp.up_proj.input_scale",
         ),
         (ct(group()), makers.integers(), "weight_shape", np.array([64, 32]), "weight_shape is [64, 32], expected [64, 64]"),
         (

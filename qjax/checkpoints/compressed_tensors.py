@@ -8,6 +8,7 @@
                weight_g_idx       (in)                     the group of every input, where groups are no runs (actorder "group")
     FP8        weight, weight_scale                        by tensor, channel, group, or tiles of 128 x 128
     NVFP4      weight_packed      uint8 (out, in / 2), weight_scale E4M3, divided by weight_global_scale
+               input_global_scale one, where inputs are NVFP4 too: 448 * 6 / the largest input of calibration
     MXFP4      weight_packed      uint8 (out, in / 2), weight_scale E8M0 bytes; MXFP8 with weight
 
 A module's scheme is that of the target that is its name, else of the first pattern, else of its class, Linear. What it says of
@@ -24,6 +25,7 @@ from qjax.activations import Activation, parse_activation
 from qjax.checkpoints.leaves import blank
 from qjax.checkpoints.modules import (
     SCALE_TYPES,
+    WITHOUT,
     Arrays,
     Codec,
     Expected,
@@ -37,6 +39,7 @@ from qjax.checkpoints.modules import (
     matches,
     order_of_groups,
     pack,
+    positive,
     read_early,
     scaled,
     unpack,
@@ -52,7 +55,8 @@ FORMATS = (
     *("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision", "dense"),
     *("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized", "mxfp8"),
 )
-REFUSED = ("kv_cache_scheme", "transform_config")
+CACHE = "kv_cache_scheme"
+REFUSED = (CACHE, "transform_config")
 CLASS = "Linear"
 
 
@@ -80,7 +84,8 @@ def codec(config: dict) -> Codec:
     """The codec of a quantization_config. Raises QjaxError that names the entry that is malformed or cannot be done."""
     for name in REFUSED:
         if config.get(name):
-            raise QjaxError(f"{name!r} is {quoted(config[name])}, which qjax cannot do; supported: none")
+            weights = WITHOUT if name == CACHE else ""
+            raise QjaxError(f"{name!r} is {quoted(config[name])}, which qjax cannot do; supported: none{weights}")
     sparsity = get(config, "sparsity_config", dict, None) or {}
     if sparsity.get("format", "dense") != "dense":
         raise QjaxError(f"'sparsity_config' has the format {quoted(sparsity['format'])}; supported: dense")
@@ -110,7 +115,7 @@ def _scheme(name: str, values: object) -> Scheme:
     if not isinstance(values, dict):
         raise QjaxError(f"'config_groups' has {quoted(values)} for {quoted(name)}; expected a scheme")
     if values.get("output_activations"):
-        raise QjaxError(f"{name}: 'output_activations' are {quoted(values['output_activations'])}; supported: none")
+        raise QjaxError(f"{name}: 'output_activations' are {quoted(values['output_activations'])}; supported: none{WITHOUT}")
     try:
         weights, inputs = get(values, "weights", dict), get(values, "input_activations", dict, None)
         return Scheme(tuple(map(str, get(values, "targets", list))), _weights(weights), _activation(inputs))
@@ -151,14 +156,17 @@ def _activation(values: dict | None) -> Activation | None:
     strategy, dynamic = get(values, "strategy", str, "tensor"), values.get("dynamic", False) is True
     name = {("token", True): "token", ("tensor", False): "tensor", ("group", True): f"g{size}"}.get((strategy, dynamic))
     grid = f"int{bits}" if kind == "int" else {8: "fp8_e4m3", 4: "fp4_e2m1"}.get(bits)
-    if name and grid and get(values, "symmetric", bool, True):
+    symmetric, nvfp4 = get(values, "symmetric", bool, True), ("float", 4, "tensor_group", 16, "local")
+    if symmetric and (kind, bits, strategy, size, values.get("dynamic")) == nvfp4:
+        return parse_activation("nvfp4")
+    if name and grid and symmetric:
         if (kind, bits, strategy, size) == ("float", 4, "group", 32):
             return parse_activation("mxfp4_even")
         if kind == "int" or (bits == 8 and size != 32):
             return parse_activation(f"{grid}-{name}" + ("-sym" if kind == "int" and dynamic else ""))
     raise QjaxError(
         f"'input_activations' are {quoted(values)}, which qjax cannot do; supported: symmetric int or FP8, dynamic by "
-        "token or group or static by tensor, and MXFP4"
+        f"token or group or static by tensor, MXFP4, and NVFP4 with local scales{WITHOUT}"
     )
 
 
@@ -192,13 +200,16 @@ def _finished(module: Module, scheme: Scheme, expected: dict, fmt: Format, parts
     """The module of which `parts` makes (packed codes, scales, zeros) from arrays; with what its activation format needs."""
     rows, columns = module.shape
     static = scheme.activation is not None and scheme.activation.is_static
+    divides = static and scheme.activation.format.scale_codec.together  # NVFP4's number is the reciprocal of ours
+    name = "input_global_scale" if divides else "input_scale"
     if static:
-        given = module.headers.get("input_scale")
-        expected["input_scale"] = (given.shape if given and math.prod(given.shape) == 1 else (1,), tuple(SCALE_TYPES))
+        given = module.headers.get(name)
+        expected[name] = (given.shape if given and math.prod(given.shape) == 1 else (1,), tuple(SCALE_TYPES))
     scale = jax.ShapeDtypeStruct((), np.float32) if static else None
 
     def make(arrays: Arrays):
-        given = arrays["input_scale"].astype(np.float32).reshape(()) if static else None
+        given = arrays[name].astype(np.float32).reshape(()) if static else None
+        given = 1 / positive(name, given) if divides else given
         return leaf_of(*parts(arrays), fmt, rows, order, scheme.activation, given)
 
     leaf = layer_of(blank(fmt, rows, columns), order, scheme.activation, scale)
@@ -307,9 +318,7 @@ def _fp4(module: Module, scheme: Scheme) -> Stored:
         codes, stored = fp4_codes(arrays["weight_packed"], rows), arrays["weight_scale"]
         if not nested:
             return codes, e8m0(stored), None
-        divisor = arrays["weight_global_scale"].reshape(())
-        if not divisor > 0:
-            raise QjaxError(f"weight_global_scale is {divisor}, expected a number above 0; get an intact checkpoint")
+        divisor = positive("weight_global_scale", arrays["weight_global_scale"].reshape(()))
         return codes, ScaledFloats(e4m3(stored), divisor), None
 
     return _finished(module, scheme, expected, fmt, parts)

@@ -30,6 +30,7 @@ from qjax.checkpoints.quantized import (
     module_names,
     modules_with_codes,
     read_module,
+    tensors_of_weights,
 )
 from qjax.checkpoints.shards import INDEX, SHARD_BYTES, WEIGHTS, write_shards
 from qjax.checkpoints.tensors import FLOATS, Header, dtype_of, read_finite, read_headers, read_tensor
@@ -60,13 +61,14 @@ HUB_FILES = [
 ]
 
 
-def load_huggingface(folder: str | Path, *, lazy: bool = False, trusted: bool = False) -> Model:
+def load_huggingface(folder: str | Path, *, lazy: bool = False, weights_alone: bool = False, trusted: bool = False) -> Model:
     """The model in a folder; its parameters are jax arrays in the checkpoint's type, its name the folder's.
 
-    lazy: parameters are read from the files, which must stay, whenever they are needed (`lazy.py`). The tokenizer is None
-    where there is no tokenizer.json. trusted: its files may be links to anywhere, as those of qjax itself may be installed.
-    Raises QjaxError, one line that names the file or all tensors at fault, for whatever is missing, corrupt, misshapen, not
-    finite or not supported, and for links out of the folder.
+    lazy: parameters are read from the files, which must stay, whenever they are needed (`lazy.py`). weights_alone: what a
+    quantized folder says of inputs and caches is left out, with a warning that names it. trusted: its files may be links to
+    anywhere, as those of qjax itself may be installed. The tokenizer is None where there is no tokenizer.json. Raises
+    QjaxError, one line that names the file or all tensors at fault, for whatever is missing, corrupt, misshapen, not finite or
+    not supported, and for links out of the folder.
     """
     asked = expand(folder)
     folder = standing(asked)
@@ -84,11 +86,13 @@ def load_huggingface(folder: str | Path, *, lazy: bool = False, trusted: bool = 
         config = read_config(content)
     except QjaxError as error:
         raise QjaxError(f"{folder / CONFIG}: {error}") from error
-    family, quantizer = FAMILIES[config.family], find_quantizer(folder, content)
+    family, quantizer = FAMILIES[config.family], find_quantizer(folder, content, weights_alone=weights_alone)
     shapes = parameter_shapes(config)
     tensors, stacks = stored_tensors(family, shapes, config.heads), stacks_in(family, shapes)
     headers = read_headers(weight_files(folder, quantizer))
     headers = canonical(family, tensors, headers, module_names(tensors) if quantizer else {})
+    if quantizer and weights_alone:
+        headers = tensors_of_weights(quantizer, headers)
     quantized = modules_with_codes(quantizer, tensors, headers) if quantizer else []
     tensors = [tensor for tensor in tensors if all(tensor is not each.tensor for each in quantized)]
     _check(folder, tensors, quantized, headers, config.tied and head_name(family), quantizer)

@@ -26,6 +26,7 @@ from qjax.qtensor import QTensor
 from qjax.untrusted import quoted
 
 SCALE_TYPES = {"F16": "fp16", "BF16": "bf16", "F32": "fp32"}  # safetensors' names -> ours
+WITHOUT = "; `qjax dequantize` writes the weights without it"  # of what a file says besides weights
 PATTERN_LENGTH, PATTERN_REPEATS = 256, 4  # of a pattern in somebody else's file: no name takes it long to match
 
 Expected = Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]]  # what follows the module's name -> (shape, types)
@@ -144,6 +145,13 @@ def order_of_groups(g_idx: np.ndarray, group: int) -> np.ndarray | None:
             f"g_idx puts {counts.min()} to {counts.max()} inputs in a group, expected {group} in each of {runs[-1] + 1}"
         )
     return order
+
+
+def positive(name: str, number: np.ndarray) -> np.ndarray:
+    """A scale of the file, shape (). Raises QjaxError unless it is above 0."""
+    if not number > 0:
+        raise QjaxError(f"{name} is {number}, expected a number above 0; get an intact checkpoint")
+    return number
 
 
 def scaled(fmt: Format, scales: Header | None) -> Format:

@@ -2,10 +2,13 @@
 
 A codec (`modules.py`) is made from the entry quantization_config of config.json, or from the file that stood in its place
 earlier. A module that is stored beside others (query, key and value of GPT-NeoX) is cut into columns, its codes undecoded.
+What a folder says of inputs and of the cache of keys and values can be left out: its weights are the same without.
 """
 
 import dataclasses
 import functools
+import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +20,7 @@ from qjax.checkpoints import autoround, awq, bitsandbytes, compressed_tensors, f
 from qjax.checkpoints.modules import Codec, Module, Stored
 from qjax.checkpoints.naming import owner_of
 from qjax.checkpoints.tensors import FLOATS, Header, read_tensor
-from qjax.errors import QjaxError
+from qjax.errors import QjaxError, QjaxWarning
 from qjax.lazy import Lazy
 from qjax.linear import Linear, columns
 from qjax.models.family import StoredTensor
@@ -37,15 +40,20 @@ METHODS: dict[str, Callable[[dict], Codec]] = {
     "mxfp4": mxfp4.codec,
 }
 STACKS = ("mxfp4",)  # whose codecs know experts that are stored as one tensor
+BESIDES = ("input_activations", "output_activations", "kv_cache_scheme", "kv_cache_quant_algo")  # settings, not of weights
+BESIDE = re.compile(r"\.(?P<name>(input|output|[qkv])_(scale|global_scale|zero_point))")  # ends of names of their tensors
 
 
 class Quantizer(NamedTuple):
-    """A library's way to store weights, as a folder's configuration has it. where: which file says so."""
+    """A library's way to store weights, as a folder's configuration has it. where: which file says so; left_out: what it says
+    besides `settings`.
+    """
 
     method: str
     codec: Codec
     where: Path
     settings: dict
+    left_out: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,8 +69,10 @@ class Quantized:
         return f"{self.module.name}{'.' if len(self.module.shape) == 2 else '_'}{suffix}"
 
 
-def find_quantizer(folder: Path, config: dict) -> Quantizer | None:
-    """Whose codes a folder holds; None for a model's own weights. Raises QjaxError for a library or setting not known."""
+def find_quantizer(folder: Path, config: dict, *, weights_alone: bool = False) -> Quantizer | None:
+    """Whose codes a folder holds; None for a model's own weights. weights_alone: settings of all else are left out. Raises
+    QjaxError for a library or setting not known.
+    """
     where, settings = folder / CONFIG, config.get("quantization_config")
     method = settings.get("quant_method") if isinstance(settings, dict) else None
     if not settings:
@@ -75,10 +85,35 @@ def find_quantizer(folder: Path, config: dict) -> Quantizer | None:
         raise QjaxError(
             f"{where}: the weights are quantized by {quoted(method)}, which qjax does not read; supported: {', '.join(METHODS)}"
         )
+    settings, left_out = _of_weights(settings) if weights_alone else (settings, [])
     try:
-        return Quantizer(method.lower(), METHODS[method.lower()](settings), where, settings)
+        return Quantizer(method.lower(), METHODS[method.lower()](settings), where, settings, tuple(left_out))
     except QjaxError as error:
         raise QjaxError(f"{where}: {error}") from error
+
+
+def _of_weights(settings: Mapping[str, object], levels: int = 3) -> tuple[dict[str, object], list[str]]:
+    """What settings say of weights, and the names of what else they say; levels: of entries within entries."""
+    left_out = [name for name in BESIDES if settings.get(name)]
+    kept = {name: value for name, value in settings.items() if name not in BESIDES}
+    for name, value in kept.items():
+        if isinstance(value, dict) and levels > 1:
+            kept[name], more = _of_weights(value, levels - 1)
+            left_out += more
+    return kept, left_out
+
+
+def tensors_of_weights(quantizer: Quantizer, headers: Mapping[str, Header]) -> dict[str, Header]:
+    """The tensors of weights; a warning names what else the folder, and its quantizer's settings, hold."""
+    others = {name: found["name"] for name in headers if (found := BESIDE.fullmatch(name, name.rfind(".")))}
+    if left_out := dict.fromkeys([*quantizer.left_out, *others.values()]):
+        warnings.warn(
+            f"{quantizer.where}: only weights are read; left out is what it says of inputs, outputs or the cache: "
+            f"{', '.join(left_out)}",
+            QjaxWarning,
+            stacklevel=2,
+        )
+    return {name: header for name, header in headers.items() if name not in others}
 
 
 def module_names(tensors: Sequence[StoredTensor]) -> dict[str, StoredTensor]:

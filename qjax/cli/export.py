@@ -29,7 +29,7 @@ def dequantize(
     """Write any quantized model as a plain Hugging Face folder: the values that its codes stand for.
 
     Files of the tokenizer and of generation are copied. What layers do to their inputs (an activation format) no such folder
-    can say: it is left out, with a word on it.
+    can say, nor how a cache is rounded: it is left out, with a word on it.
     """
     check_names(models=(model,))
     if dtype not in TYPES:
@@ -41,7 +41,7 @@ def dequantize(
     from qjax.linear import without_activations
     from qjax.models.parameters import flatten
 
-    loaded = load_model(model, lazy=True)
+    loaded = load_model(model, lazy=True, weights_alone=True)
     formats = dict.fromkeys(
         str(each.activation) for each in flatten(loaded.params).values() if getattr(each, "activation", None)
     )

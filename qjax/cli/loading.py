@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 DEFAULT_WINDOWS = 128  # of the bundled text: paired differences to 0.2 % at 4 bits, 0.01 % at 8
 
 
-def load_model(name: str, *, lazy: bool = False) -> "Model":
-    """The named model, with compiled programs kept between runs."""
+def load_model(name: str, *, lazy: bool = False, weights_alone: bool = False) -> "Model":
+    """The named model, with compiled programs kept between runs; see `qjax.load`."""
     from qjax.cache import enable_compilation_cache
     from qjax.checkpoints.load import load
 
     enable_compilation_cache()
-    return load(name, lazy=lazy)
+    return load(name, lazy=lazy, weights_alone=weights_alone)
 
 
 class Draw(NamedTuple):

@@ -39,7 +39,8 @@ GROUP = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", 
 FLOAT8 = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
 GROUPS = {"a": {"targets": ["re:.*mlp.*", "Linear"], "weights": GROUP, "input_activations": None}}
 TILES = {"weights": {"num_bits": 8, "type": "float", "strategy": "channel"}, "targets": ["Linear"], "input_activations": FLOAT8}
-NVFP4 = {"weights": {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}, "targets": ["Linear"]}
+FLOAT4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+NVFP4 = {"weights": FLOAT4, "targets": ["Linear"], "input_activations": FLOAT4 | {"dynamic": "local"}}
 FOREIGN = {  # kind -> (settings, maker of `tests.foreign`)
     "gptq": (
         {"quant_method": "gptq", "bits": 3, "group_size": 16, "sym": True, "desc_act": True, "dynamic": {"-:.*gate": {}}},
@@ -55,14 +56,17 @@ FOREIGN = {  # kind -> (settings, maker of `tests.foreign`)
         functools.partial(foreign_makers.integers, symmetric=False, ordered=True),
     ),
     "fp8": ({"quant_method": "compressed-tensors", "config_groups": {"a": TILES}}, foreign_makers.fp8),
-    "nvfp4": ({"quant_method": "compressed-tensors", "config_groups": {"a": NVFP4}}, foreign_makers.fp4),
+    "nvfp4": (
+        {"quant_method": "compressed-tensors", "config_groups": {"a": NVFP4}},
+        functools.partial(foreign_makers.fp4, more={"input_global_scale": np.float32([500])}),
+    ),
     "auto-round": (
         {"quant_method": "auto-round", "bits": 4, "group_size": 16, "sym": False, "extra_config": {"lm_head": {"bits": 16}}},
         foreign.gptq,
     ),
     "modelopt": (
         {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16},
-        functools.partial(foreign_makers.fp4, whole="weight_scale_2", packed="weight"),
+        functools.partial(foreign_makers.fp4, whole="weight_scale_2", packed="weight", more={"input_scale": np.float32(2e-3)}),
     ),
     "mxfp4": ({"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}, foreign_makers.experts),
 }

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from qjax.checkpoints.load import load
-from qjax.linear import dequantize
+from qjax.linear import apply_linear, dequantize
 from qjax.models.parameters import flatten
 from tests import foreign
 from tests.foreign_makers import F8
@@ -180,6 +180,52 @@ def test_compressed_tensors(name, dtype, tmp_path):
     for theirs, path in (("mlp.up_proj", "mlp/up"), ("self_attn.o_proj", "attention/o"), ("mlp.down_proj", "mlp/down")):
         here = np.asarray(dequantize(leaves[f"block_0/{path}/kernel"])).T
         np.testing.assert_array_equal(here.astype(narrow).astype(np.float32), expected[f"model.layers.0.{theirs}.weight"])
+
+
+def test_nvfp4_of_weights_and_inputs(tmp_path):
+    """Its simulated layer, with inputs beyond those of calibration too."""
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationStatus, preset_name_to_scheme
+    from compressed_tensors.quantization.lifecycle.forward import set_forward_quantized
+    from compressed_tensors.quantization.utils import generate_gparam
+    from llmcompressor.observers import Observer
+
+    scheme, kind = preset_name_to_scheme("NVFP4", ["Linear"]), "nvfp4-pack-quantized"
+    compressor, generator = BaseCompressor.get_value_from_registry(kind), np.random.default_rng(0)
+    x = torch.from_numpy(generator.standard_t(4, (16, 160)).astype(np.float32))
+    least, largest = torch.aminmax(x[:, :8])
+    layers = {}
+
+    def make(module, weight):
+        linear = torch.nn.Linear(*weight.shape[::-1], bias=False).requires_grad_(False)
+        linear.weight.data = torch.from_numpy(weights(weight.shape, generator))
+        observer = Observer.load_from_registry("memoryless_minmax", base_name="weight", args=scheme.weights)
+        found = observer(linear.weight).get_qparams()
+        state = {"weight_scale": found["scale"], "weight_global_scale": found["global_scale"]}
+        state["input_global_scale"] = generate_gparam(least, largest)
+        for name, tensor in state.items():
+            linear.register_buffer(name, tensor)
+        linear.quantization_scheme, linear.quantization_status = scheme, QuantizationStatus.FROZEN
+        set_forward_quantized(linear)
+        layers[module] = linear
+        stored = compressor.compress({"weight": linear.weight.data, "weight_zero_point": found["zero_point"], **state}, scheme)
+        stored.pop("weight_zero_point", None)
+        return {suffix: numpy_of(tensor) for suffix, tensor in stored.items()}, weight
+
+    settings = {
+        "quant_method": "compressed-tensors",
+        "format": kind,
+        "config_groups": {"group_0": scheme.model_dump(mode="json")},
+    }
+    foreign.write(tmp_path / "a", settings, make, foreign.llama(hidden_size=160, mlp_size=192, head_dim=40))
+    leaf = flatten(load(tmp_path / "a").params)["block_0/mlp/up/kernel"]
+    assert str(leaf.activation) == "nvfp4" and x.abs().max() > 1.2 * max(-least, largest)
+    there = float_of(layers["model.layers.0.mlp.up_proj"](x))
+    here = np.asarray(apply_linear(x.numpy(), leaf, precision="highest"))
+    np.testing.assert_allclose(here, there, rtol=1e-5, atol=1e-5 * np.abs(there).max())
+    alone = np.asarray(apply_linear(x.numpy(), leaf.weight, precision="highest"))
+    assert np.abs(alone - there).max() > 0.01 * np.abs(there).max()  # the inputs' rounding is not lost in the tolerance
 
 
 # AutoRound, and transformers' FP8
