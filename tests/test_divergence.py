@@ -45,7 +45,7 @@ def test_definitions(tiny_model, quantized, convention):
 def test_a_model_does_not_diverge_from_itself(tiny_model):
     found = divergence(tiny_model, tiny_model, CORPUS, "windows-32")
     assert 0 <= found.kl <= 1e-6 and found.kl_p99 <= 1e-6
-    assert (found.top1, found.rms_dp, found.rms_dp_stderr) == (1.0, 0.0, 0.0)
+    assert found.top1 == 1.0 and max(found.rms_dp, found.rms_dp_stderr) <= 1e-9  # sums in another order
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 70, 10**6])

@@ -25,8 +25,10 @@ from qjax.evaluate.states import Through
 from qjax.evaluate.statistics import estimate
 from qjax.evaluate.windows import Convention, Windows, corpus_windows, parse_convention
 from qjax.models.compute import compute_name
-from qjax.models.model import LOGITS_AT_ONCE, Model, apply_head, hidden_batches, named, require_model, runnable
+from qjax.models.model import Model, apply_head, hidden_batches, named, require_model, runnable
 from qjax.numbers import require_finite
+
+LOGITS_AT_ONCE = 2**26  # elements of each model's: fewer would read a large table of embeddings once for every few tokens
 
 
 class Divergence(NamedTuple):
@@ -121,11 +123,16 @@ def _compare(ours: tuple[Model, jax.Array], theirs: tuple[Model, jax.Array], tar
 
 @jax.jit
 def _distances(ours: jax.Array, theirs: jax.Array, targets: jax.Array) -> jax.Array:
-    q, p = jax.nn.log_softmax(ours, axis=-1), jax.nn.log_softmax(theirs, axis=-1)
-    kl = jnp.sum(jnp.exp(p) * (p - q), axis=-1)
-    same = jnp.argmax(ours, axis=-1) == jnp.argmax(theirs, axis=-1)
-    q, p = (jnp.exp(jnp.take_along_axis(each, targets[..., None], axis=-1)[..., 0]) for each in (q, p))
-    return jnp.stack([kl, same.astype(kl.dtype), q - p])
+    """Of logits (batch, time, vocabulary) in as few passes as there can be: XLA's argmax alone takes as long as all else."""
+    tops = [jnp.max(logits, axis=-1, keepdims=True) for logits in (ours, theirs)]
+    q, p = (logits - top for logits, top in zip((ours, theirs), tops, strict=True))
+    weight = jnp.exp(p)
+    of_q, of_p = jnp.sum(jnp.exp(q), axis=-1), jnp.sum(weight, axis=-1)
+    kl = jnp.sum(weight * (p - q), axis=-1) / of_p + jnp.log(of_q) - jnp.log(of_p)
+    words = jax.lax.broadcasted_iota(jnp.int32, ours.shape, ours.ndim - 1)
+    likeliest = [jnp.min(jnp.where(each == 0, words, ours.shape[-1]), axis=-1) for each in (q, p)]
+    true = [jnp.exp(jnp.take_along_axis(each, targets[..., None], axis=-1)[..., 0]) for each in (q, p)]
+    return jnp.stack([kl, (likeliest[0] == likeliest[1]).astype(kl.dtype), true[0] / of_q - true[1] / of_p])
 
 
 def summarise(
