@@ -90,7 +90,7 @@ FAMILIES = {  # name -> (configuration class, its arguments beside SHAPE)
     "qwen3_moe-shares": ("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 3, "norm_topk_prob": True}),
     "qwen3_moe-window": (
         "Qwen3Moe",
-        {"num_experts": 4, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+        {"num_experts": 4, "num_experts_per_tok": 2, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
     ),
     "gpt_oss": ("GptOss", GPT_OSS),
     "gpt_oss-plain": (
