@@ -96,7 +96,7 @@ def panels_figure(panels: Sequence[Panel], width: str, *, shared: bool = False) 
         if direct:
             figure.get_layout_engine().set(rect=(0, 0, 1 - longest / page, 1))
         else:
-            _legend(figure, looks, grid[len(panels) :])
+            _legend(figure, looks, grid[len(panels) :], page / columns)
         lay_out(figure)
         for axes, panel in zip(grid, panels, strict=False):
             ends = [_draw(axes, line, panel.joined) for line in panel.lines]
@@ -124,18 +124,18 @@ def _name_axes(figure: "Figure", grid: Sequence["Axes"], panels: Sequence[Panel]
         axes.set_axis_off()
 
 
-def _legend(figure: "Figure", looks: dict[str, Look], empty: Sequence["Axes"]) -> None:
-    """Where a panel is missing; else above the panels, in as many columns as fit."""
+def _legend(figure: "Figure", looks: dict[str, Look], empty: Sequence["Axes"], room: float) -> None:
+    """Where a panel is missing and names fit into its room, points; else above the panels, in as many columns as fit."""
     from matplotlib.lines import Line2D
 
     handles = [
         Line2D([], [], color=look.colour, marker=look.marker, markerfacecolor=look.face, markeredgewidth=0.8, label=plain(name))
         for name, look in looks.items()
     ]
-    if len(empty):
+    wide = np.array([text_size(figure, name)[0] + HANDLE for name in looks])
+    if len(empty) and max(wide) < room:
         empty[0].legend(handles=handles, loc="center left", borderaxespad=0)
         return
-    wide = np.array([text_size(figure, name)[0] + HANDLE for name in looks])
     page = figure.get_figwidth() * POINT
     order = np.arange(len(wide))
     columns, beside = _columns(wide, page), np.argsort(-wide, kind="stable")  # as they come; or long names beside short ones
