@@ -69,11 +69,12 @@ def refuse_links_out(folder: Path, files: Iterable[Path] | None = None) -> None:
     except OSError as error:
         raise QjaxError(f"cannot read {folder}: {_reason(error)}") from error
     homes = [home := folder.resolve()]
-    if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--"):
-        homes.append(home.parent.parent / "blobs")
+    for each in home.parents:
+        if each.name == "snapshots" and each.parent.name.startswith("models--"):
+            homes.append(each.parent / "blobs")
     out = []
     for path in files:
-        if not path.is_symlink() or not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises; nothing else is ever read
+        if not os.path.islink(path) or not os.path.isfile(path):  # noqa: PTH113, PTH114 - Path's raise; nothing else is ever read
             continue
         if not any(map(path.resolve().is_relative_to, homes)):
             out.append(f"{path} is a link to {path.resolve()}")

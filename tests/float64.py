@@ -10,6 +10,7 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
+HALVES = (jnp.bfloat16, jnp.float16)
 INNER = ("jaxpr", "call_jaxpr")  # parameters of primitives that call a program: what is compiled or differentiated apart
 TYPES = ("dtype", "new_dtype", "preferred_element_type")  # parameters that name an element type
 
@@ -30,7 +31,7 @@ def _single(x: object) -> np.ndarray:
 
 def _double(x: object) -> object:
     dtype = getattr(x, "dtype", None)
-    assert dtype not in (jnp.bfloat16, jnp.float16), "a rounding in between"
+    assert dtype not in HALVES, "a rounding in between"
     return jnp.asarray(x, jnp.float64) if dtype == np.float32 or isinstance(x, float) else x
 
 
@@ -40,7 +41,9 @@ def _evaluated(program: jax.extend.core.ClosedJaxpr, arguments: Sequence[object]
     values.update(zip(jaxpr.invars, arguments, strict=True))
     for equation in jaxpr.eqns:
         given = [_double(each.val) if hasattr(each, "val") else values[each] for each in equation.invars]
-        values.update(zip(equation.outvars, _applied(equation, given), strict=True))
+        found = _applied(equation, given)
+        assert all(each.dtype not in HALVES for each in found if hasattr(each, "dtype")), "a rounding in between"
+        values.update(zip(equation.outvars, found, strict=True))
     return [_double(each.val) if hasattr(each, "val") else values[each] for each in jaxpr.outvars]
 
 

@@ -110,6 +110,7 @@ def test_a_sweep_runs_each_model_once(tiny_model, quantized, tmp_path, monkeypat
     runs.clear()
     (tmp_path / ROWS).write_text("".join((tmp_path / ROWS).read_text().splitlines(keepends=True)[:2]))  # as if interrupted
     assert run_sweep(tiny_model, sweep, tmp_path)[2]["kl"] == rows[2]["kl"]
+    assert sum(runs) == batch + 2 * -(-count // batch) * batch  # the model, with what compiles, and the baseline
 
 
 def test_states_that_are_too_many_are_computed_again(tiny_model):

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from qjax.checkpoints.companions import read_companions
+from qjax.checkpoints.companions import COMPANIONS, read_companions
 from qjax.checkpoints.export import export
 from qjax.checkpoints.gguf.model import load_gguf
 from qjax.checkpoints.huggingface import load_huggingface, save_huggingface
 from qjax.checkpoints.load import load
 from qjax.checkpoints.packed import load_packed, save
 from qjax.checkpoints.peft import load_adapter, save_adapter
+from qjax.driver.decoder import quantize_to
 from qjax.errors import QjaxError
 from tests.conftest import byte_tokenizer, tiny_config
 from tests.random_weights import weights_model
@@ -62,6 +63,8 @@ def test_every_file_of_every_folder(kind, folders):
         file, secret = folders / kind / name, folders / "elsewhere" / name
         moved(file, secret)
         for read in READERS[kind]:
+            if read is read_companions and name not in COMPANIONS:
+                continue  # it reads no other
             with pytest.raises(QjaxError) as error:
                 read(folders / kind)
             assert str(error.value) == f"{file} is a link to {secret}; {OUT}"
@@ -112,6 +115,10 @@ def test_a_snapshot_in_the_hubs_cache(folders):
     assert load(snapshot).config == CONFIG
     (folders / "mine").symlink_to(snapshot)
     assert load(folders / "mine").config == CONFIG
+    (snapshot / "Q8").mkdir()  # a repository with a folder for each quantization
+    (folders / "gguf" / "m.gguf").rename(snapshot.parents[1] / "blobs" / "m")
+    (snapshot / "Q8" / "m.gguf").symlink_to("../../../blobs/m")
+    assert load(snapshot / "Q8").config.vocabulary_size == CONFIG.vocabulary_size
     for other in ("models--c--d/blobs/0", "models--a--b/refs/0"):
         (folders / "hub" / other).parent.mkdir(parents=True)
         (folders / "hub" / other).write_text("secret")
@@ -127,6 +134,14 @@ def test_a_files_own_path_may_be_a_link(folders):
     assert load(folders / "elsewhere" / "mine.gguf").config == load_gguf(folders / "gguf" / "m.gguf").config
     with pytest.raises(QjaxError, match=r"mine.gguf is a link to"):
         load(folders / "elsewhere")
+
+
+def test_what_is_to_be_copied_is_looked_at_before_work(folders, model, tmp_path):
+    (folders / "huggingface" / "tokenizer.model").symlink_to(folders / "packed" / "qjax.json")
+    layers = []
+    with pytest.raises(QjaxError, match=r"tokenizer.model is a link to"):
+        quantize_to(tmp_path / "q", model, "rtn:int8-g16", beside=folders / "huggingface", on_layer=layers.append)
+    assert not layers
 
 
 def test_no_folder(tmp_path):

@@ -28,7 +28,7 @@ def read_companions(folder: Path | None) -> dict[str, bytes]:
     if folder is None:
         return {}
     folder = standing(folder)
-    refuse_links_out(folder)
+    refuse_links_out(folder, [folder / name for name in COMPANIONS])
     return {name: read_bytes(folder / name) for name in COMPANIONS if status(folder / name)}
 
 

@@ -23,8 +23,8 @@ from qjax.checkpoints.shards import SHARD_BYTES, write_shards
 from qjax.checkpoints.target import LEFT_OUT, Codes, RefusedError, Target, besides
 from qjax.checkpoints.targets import BY_MODULE, FLOAT16, TARGETS, not_run, renamed
 from qjax.errors import QjaxError, QjaxWarning
-from qjax.files import listing, write_atomically
-from qjax.folders import new_folder
+from qjax.files import expand, listing, write_atomically
+from qjax.folders import new_folder, standing
 from qjax.formats import Format, default_scales
 from qjax.lazy import materialised
 from qjax.linear import Linear, is_quantized
@@ -60,6 +60,7 @@ def export(
     """
     require_model("export", model)
     require_target(to)
+    beside = beside and standing(expand(beside))
     if to == GGUF:
         if beside:
             refuse_links_out(beside)
@@ -125,7 +126,8 @@ def _require_fit(to: str, target: Target, modules: Mapping[str, StoredTensor], l
                 scaled |= {path.split("/", 1)[1].removesuffix("/kernel"): None for path, _ in tensor.parts}
     if problems:
         advice = f"; the nearest recipes that fit: {', '.join(map(_recipes, nearest.values()))}" if nearest else ""
-        if scaled and nearest:  # by awq or smoothquant, where no layer before takes the scales
+        alone = all(problem.endswith(LEFT_OUT.format(Scale.__name__)) for problem in problems)
+        if alone and len(nearest) == 1:  # by awq or smoothquant, where no layer before takes the scales
             advice += f"; or the same recipe with the rule '{'|'.join(scaled)}=rtn(clip=mse):{next(iter(nearest))}'"
         raise RefusedError(f"{to} cannot hold {listing(problems)}{advice}")
 

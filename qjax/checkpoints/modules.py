@@ -148,8 +148,8 @@ def order_of_groups(g_idx: np.ndarray, group: int) -> np.ndarray | None:
 
 
 def positive(name: str, number: np.ndarray) -> np.ndarray:
-    """A scale of the file, shape (). Raises QjaxError unless it is above 0."""
-    if not number > 0:
+    """A scale of the file, shape (). Raises QjaxError unless it is above 0, and so far that float32 holds its inverse."""
+    if not number >= np.finfo(np.float32).tiny:
         raise QjaxError(f"{name} is {number}, expected a number above 0; get an intact checkpoint")
     return number
 

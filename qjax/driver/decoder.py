@@ -28,6 +28,7 @@ from jaxtyping import Array
 from qjax.calibrate.capture import Batch, Known, advance, sharing
 from qjax.calibrate.order import Order
 from qjax.calibrate.tokens import Calibration, as_calibration, weighted_batches
+from qjax.checkpoints.companions import read_companions
 from qjax.checkpoints.packed import load_packed
 from qjax.checkpoints.parts import PartWriter
 from qjax.driver.flow import Quantized, quantize_piece
@@ -150,6 +151,7 @@ def quantize_to(
     read from.
     """
     require_model("quantize_to", model)
+    read_companions(beside)  # what cannot be read is an error before anything is computed
     started = time.perf_counter()
     refuse_inputs(folder, {leaf.file.parent for leaf in jax.tree.leaves(model.params) if is_lazy(leaf) and leaf.file})
     request = _parsed(model, recipe, rules, order)

@@ -191,8 +191,9 @@ def hidden_batches(
     parameters are held at a time, and the hidden states of as many batches as fit HELD_STATES.
     """
     if not is_lazy(model.params):
+        head = _head_alone(model)  # who keeps what is yielded keeps no more
         for args in batches:
-            yield model, hidden_states(model, *args)
+            yield head, hidden_states(model, *args)
         return
     *body, last = walk.parts(model.config, *computing(model))
     for group in _groups(batches, HELD_STATES // model.config.hidden_size):
@@ -203,6 +204,13 @@ def hidden_batches(
         head = model._replace(params=walk.loaded(last, model.params))
         while states:
             yield head, states.pop(0)
+
+
+def _head_alone(model: Model) -> Model:
+    """The model with the parameters that its head reads."""
+    part = walk.head(model.config)
+    tied = {"embed": {"tokens": model.params["embed"]["tokens"]}} if model.config.tied else {}
+    return model._replace(params={part.name: model.params[part.name], **tied})
 
 
 def _groups(batches: Iterable[tuple[Array, ...]], tokens: int) -> Iterator[list[tuple[Array, ...]]]:

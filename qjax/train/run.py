@@ -19,6 +19,7 @@ from jaxtyping import Int
 
 from qjax.calibrate.tokens import as_calibration
 from qjax.checkpoints import packed, peft
+from qjax.checkpoints.companions import read_companions
 from qjax.checkpoints.load import load
 from qjax.driver.decoder import quantize
 from qjax.driver.placement import abridge, placement
@@ -153,6 +154,7 @@ def _place(run: Run, model: Model, tokens: Int[np.ndarray, " length"]) -> Path:
     config = in_context(run.config, model)
     batch_at(tokens, config, 0)
     mesh_of(run.devices, config.batch, config.micro_batch)
+    read_companions(run.beside)
     target = require_place(run.folder, overwrite=run.overwrite)
     return target.with_name(f".{target.name}.training")
 
