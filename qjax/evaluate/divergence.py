@@ -24,11 +24,13 @@ from qjax.evaluate.perplexity import batches_of
 from qjax.evaluate.states import Through
 from qjax.evaluate.statistics import estimate
 from qjax.evaluate.windows import Convention, Windows, corpus_windows, parse_convention
+from qjax.models import vocabulary
 from qjax.models.compute import compute_name
-from qjax.models.model import Model, apply_head, hidden_batches, named, require_model, runnable
+from qjax.models.model import Model, head_of, hidden_batches, named, require_model, runnable
 from qjax.numbers import require_finite
 
-LOGITS_AT_ONCE = 2**26  # elements of each model's: fewer would read a large table of embeddings once for every few tokens
+LOGITS_AT_ONCE = 2**22  # elements of each model's, which fit into a CPU's cache
+WHOLE_LOGITS = 2**26  # where a head has all words or none: fewer would read a large one once for every few tokens
 
 
 class Divergence(NamedTuple):
@@ -111,28 +113,15 @@ def _compare(ours: tuple[Model, jax.Array], theirs: tuple[Model, jax.Array], tar
 
     ours, theirs: a model whose head is in memory, and hidden states (batch, time + 1, hidden) before it.
     """
-    (model, x), (baseline, y) = ((each, states[:, :-1]) for each, states in (ours, theirs))
-    batch, time = targets.shape
-    step = max(1, LOGITS_AT_ONCE // (model.config.vocabulary_size * batch))
-    parts = []
-    for start in range(0, time, step):  # a few tokens at a time: the logits would be the largest array
-        piece = slice(start, min(start + step, time))
-        parts.append(_distances(apply_head(model, x[:, piece]), apply_head(baseline, y[:, piece]), targets[:, piece]))
-    return jnp.concatenate(parts, axis=2)
-
-
-@jax.jit
-def _distances(ours: jax.Array, theirs: jax.Array, targets: jax.Array) -> jax.Array:
-    """Of logits (batch, time, vocabulary) in as few passes as there can be: XLA's argmax alone takes as long as all else."""
-    tops = [jnp.max(logits, axis=-1, keepdims=True) for logits in (ours, theirs)]
-    q, p = (logits - top for logits, top in zip((ours, theirs), tops, strict=True))
-    weight = jnp.exp(p)
-    of_q, of_p = jnp.sum(jnp.exp(q), axis=-1), jnp.sum(weight, axis=-1)
-    kl = jnp.sum(weight * (p - q), axis=-1) / of_p + jnp.log(of_q) - jnp.log(of_p)
-    words = jax.lax.broadcasted_iota(jnp.int32, ours.shape, ours.ndim - 1)
-    likeliest = [jnp.min(jnp.where(each == 0, words, ours.shape[-1]), axis=-1) for each in (q, p)]
-    true = [jnp.exp(jnp.take_along_axis(each, targets[..., None], axis=-1)[..., 0]) for each in (q, p)]
-    return jnp.stack([kl, (likeliest[0] == likeliest[1]).astype(kl.dtype), true[0] / of_q - true[1] / of_p])
+    heads = tuple(head_of(model) for model, _ in (ours, theirs))
+    states = [x[:, :-1].reshape(targets.size, -1) for _, x in (ours, theirs)]
+    words = max(vocabulary.words_at_once(head, targets.size, LOGITS_AT_ONCE) for head in heads)
+    tokens = targets.size if all(head.in_pieces for head in heads) else max(1, WHOLE_LOGITS // words)
+    flat, parts = targets.reshape(-1), []
+    for start in range(0, targets.size, tokens):
+        piece = slice(start, start + tokens)
+        parts.append(vocabulary.distances(heads, tuple(x[piece] for x in states), flat[piece], words=words))
+    return jnp.concatenate(parts, axis=1).reshape(3, *targets.shape)
 
 
 def summarise(

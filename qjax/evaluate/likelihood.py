@@ -31,6 +31,7 @@ from qjax.numbers import require_finite
 LONGEST_ROW = 4096  # tokens of several texts that share a beginning: what attention holds grows with their square
 WORTH_SHARING = 8  # tokens saved by sharing a beginning, fewer than which rows of their own are cheaper
 PICKS = 256  # scored tokens that go through the head at a time
+FEW_PICKS = 64  # the last ones of a batch are filled up to a multiple of this
 tree = jax.jit(tree_layout)
 
 
@@ -132,7 +133,7 @@ def likelihoods(
     shares = model.config.cache is None or model.config.cache.group is None  # groups of tokens are one text's own
     groups = groups if shares else [[pair] for group in groups for pair in group]
     rows = [row for group in groups for row in _rows(group, [next(numbers) for _ in group])]
-    rows.sort(key=lambda row: len(row.tokens))
+    rows.sort(key=lambda row: len(row.tokens), reverse=True)
     batch_tokens = batch_tokens or BATCH_TOKENS[jax.default_backend()]
     batches = list(_batches(rows, batch_tokens))
     inputs = (_inputs(batch, length, max(1, batch_tokens // length)) for length, batch in batches)
@@ -197,10 +198,13 @@ def bucket(length: int) -> int:
 
 
 def _batches(rows: Sequence[_Row], batch_tokens: int) -> Iterator[tuple[int, list[_Row]]]:
-    for length, group in itertools.groupby(rows, key=lambda row: bucket(len(row.tokens))):
-        members, size = list(group), max(1, batch_tokens // length)
-        for start in range(0, len(members), size):
-            yield length, members[start : start + size]
+    """(length, rows) of each batch, of rows from the longest on: one as full as the others, but for the last."""
+    start = 0
+    while start < len(rows):
+        length = bucket(len(rows[start].tokens))
+        size = max(1, batch_tokens // length)
+        yield length, list(rows[start : start + size])
+        start += size
 
 
 def _inputs(rows: Sequence[_Row], length: int, size: int) -> tuple[jax.Array, Layout]:
@@ -215,12 +219,12 @@ def _inputs(rows: Sequence[_Row], length: int, size: int) -> tuple[jax.Array, La
 
 
 def _score(model: Model, x: jax.Array, rows: Sequence[_Row], length: int) -> list[tuple]:
-    """(pairs, ln p, likeliest) of PICKS scored tokens each, from the hidden states of one batch."""
+    """(pairs, ln p, likeliest) of up to PICKS scored tokens each, from the hidden states of one batch."""
     scored = np.array([(i * length + place, target, pair) for i, row in enumerate(rows) for place, target, pair in row.scored])
     results = []
     for start in range(0, len(scored), PICKS):
         piece = scored[start : start + PICKS]
-        padded = np.pad(piece, ((0, PICKS - len(piece)), (0, 0))).astype(np.int32)
+        padded = np.pad(piece, ((0, -len(piece) % FEW_PICKS), (0, 0))).astype(np.int32)
         results.append((piece[:, 2], *scores(model, x, jnp.asarray(padded[:, 0]), jnp.asarray(padded[:, 1]))))
     return results
 

@@ -98,11 +98,6 @@ def stages(config: DecoderConfig, dtype: DTypeLike, products: DTypeLike | None =
     module = walk.head(config, dtype, products).module
     head = walk.compiled(module)
 
-    def words(tokens: int) -> int:
-        """So many words of the vocabulary at a time, in pieces of one size but the last."""
-        pieces = -(-config.vocabulary_size // max(1, LOGITS_AT_ONCE // tokens))
-        return -(-config.vocabulary_size // pieces)
-
     @jax.jit
     def losses(params, x, table, targets):
         def piece_losses(piece):  # hidden (batch, time, hidden), targets (batch, time)
@@ -114,10 +109,11 @@ def stages(config: DecoderConfig, dtype: DTypeLike, products: DTypeLike | None =
         pieces = -(-tokens // max(1, LOGITS_AT_ONCE // config.vocabulary_size))
         if pieces <= 1:
             return piece_losses((x, targets))
-        if vocabulary.in_pieces(params):
-            flat = x.reshape(tokens, -1), table, targets.reshape(-1)
-            found = vocabulary.over_pieces(module, params, *flat, words=words(tokens))
-            return (found.total - found.logit).reshape(targets.shape)
+        bound = vocabulary.BoundHead(module, params, table)
+        if bound.in_pieces:
+            words = vocabulary.words_at_once(bound, tokens, LOGITS_AT_ONCE)
+            found = vocabulary.over_pieces(bound, x.reshape(tokens, -1), targets.reshape(-1), words=words)
+            return (found.log_sum - found.logit).reshape(targets.shape)
 
         def split(array):  # (batch, time, ...) -> (pieces, 1, tokens of a piece, ...), the last one padded
             flat = array.reshape(tokens, *array.shape[2:])
@@ -129,12 +125,10 @@ def stages(config: DecoderConfig, dtype: DTypeLike, products: DTypeLike | None =
     @jax.jit
     def scores(params, x, table, places, targets):
         x = x.reshape(-1, x.shape[-1])[places]
-        if words(len(places)) < config.vocabulary_size and vocabulary.in_pieces(params):
-            found = vocabulary.over_pieces(module, params, x, table, targets, words=words(len(places)), likeliest=True)
-            return found.logit - found.total, found.likeliest == targets
-        logits = head(params, x[None], table)[0]  # (places, vocabulary)
-        likelihood = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
-        return likelihood, jnp.argmax(logits, axis=-1) == targets
+        bound = vocabulary.BoundHead(module, params, table)
+        words = vocabulary.words_at_once(bound, len(places), LOGITS_AT_ONCE)
+        found = vocabulary.over_pieces(bound, x, targets, words=words, likeliest=True)
+        return found.logit - found.log_sum, found.likeliest == targets
 
     return Stages(head, losses, scores)
 
@@ -154,6 +148,12 @@ def cached(block: nn.Module) -> Callable[..., tuple[Array, Cache]]:
 def computing(model: Model) -> Compute:
     """What a model runs in."""
     return compute_of(model.compute)
+
+
+def head_of(model: Model) -> vocabulary.BoundHead:
+    """The model's head with what it reads."""
+    part = walk.head(model.config, *computing(model))
+    return vocabulary.BoundHead(part.module, walk.params_of(part, model.params), embedding_table(model))
 
 
 def embedding_table(model: Model) -> Float[Array, "vocabulary hidden"] | None:
