@@ -1,4 +1,4 @@
-"""qjax.models.vocabulary: likelihoods by a piece of the vocabulary at a time are those of all logits."""
+"""qjax.models.vocabulary: likelihoods and distances by a piece of the vocabulary at a time are those of all logits."""
 
 import itertools
 
@@ -9,7 +9,8 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from qjax.models import model as module
-from qjax.models.model import apply_head, losses, scores
+from qjax.models.model import apply_head, head_of, losses, scores
+from qjax.models.vocabulary import distances, words_at_once
 from tests.conftest import random_model, tiny_config
 
 VOCABULARY, TOKENS = 257, 33
@@ -77,3 +78,40 @@ def test_words_of_no_probability_are_none(bounded):
     bounded(64 * TOKENS)
     np.testing.assert_allclose(losses(model, x, targets), expected, rtol=1e-5)
     assert np.all(np.isfinite(expected))
+
+
+@pytest.mark.parametrize("head", [*HEADS, "words of no probability"])
+def test_distances_by_pieces_are_their_definition(head):
+    """In float64, at logits whose largest one moves from piece to piece."""
+    models = [random_model(tiny_config(**HEADS.get(head, HEADS["bias"])), seed=seed) for seed in (0, 1)]
+    if head == "words of no probability":
+        for model, ruled_out in zip(models, (90, 100), strict=True):  # Q leaves out no word that P has
+            model.params["head"]["output"]["bias"] = jnp.zeros(VOCABULARY).at[:ruled_out].set(-jnp.inf)
+    states = tuple(4 * jax.random.normal(jax.random.key(seed), (TOKENS, models[0].config.hidden_size)) for seed in (2, 3))
+    q, p = (np.asarray(apply_head(model, x[None])[0], np.float64) for model, x in zip(models, states, strict=True))
+    targets = np.where(np.arange(TOKENS) % 2, p.argmax(-1), 200)
+    same = p.argmax(-1) == q.argmax(-1)
+    of_q, of_p = (np.exp(logits) / np.exp(logits).sum(-1, keepdims=True) for logits in (q, p))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        kl = np.where(of_p > 0, of_p * np.log(of_p / of_q), 0).sum(-1)
+    change = (of_q - of_p)[np.arange(TOKENS), targets]
+    assert len(set(p.argmax(-1) // 64)) > 2
+    heads = tuple(map(head_of, models))
+    for words in (1, 64, 200, VOCABULARY):
+        found = distances(heads, states, jnp.asarray(targets), words=words)
+        np.testing.assert_allclose(found, [kl, same, change], rtol=2e-5, atol=2e-6)
+    itself = distances(heads[:1] * 2, states[:1] * 2, jnp.asarray(targets), words=64)
+    np.testing.assert_allclose(itself, np.outer([0, 1, 0], np.ones(TOKENS)), atol=1e-6)
+
+
+def test_words_at_a_time():
+    head = head_of(random_model(tiny_config()))
+    assert [words_at_once(head, 10, elements) for elements in (1, 10, 1290, 1300, 2560, 2570, 10**6)] == [
+        1,
+        1,
+        129,
+        129,
+        129,
+        257,
+        257,
+    ]

@@ -91,7 +91,7 @@ def distances(
 
         KL = S / Z_p - ln Z_p + ln Z_q,   S = sum_v exp(p_v') (p_v' - q_v'),   Z_p = sum_v exp(p_v'),   l' = l - its largest
 
-    by logits of `words` words at a time, which are finite.
+    by logits of `words` words at a time, which are finite or -inf; where P's is -inf a word adds nothing.
     """
 
     def step(carry, start, count):
@@ -101,7 +101,8 @@ def distances(
         q, p = (ours - found.largest[:, None] for ours, found in zip(logits, after, strict=True))
         fall_q, fall_p = (old.largest - new.largest for old, new in zip(before, after, strict=True))
         gap = jnp.exp(fall_p) * (gap + before[1].total * (fall_p - fall_q))  # the sum so far, from the new largest logits
-        return after, gap + jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+        weight = jnp.exp(p)
+        return after, gap + jnp.sum(jnp.where(weight > 0, weight * (p - q), 0.0), axis=-1)
 
     nothing = _nothing(targets)
     (q, p), gap = _fold(step, ((nothing, nothing), nothing.total), heads[0].words, words)
