@@ -9,7 +9,7 @@ from qjax.cli.early import check_names
 from qjax.cli.loading import Draw, calibration_for, load_model, own_text
 from qjax.cli.options import (
     LARGEST_SEED,
-    CalibrationName,
+    CalibrationAlone,
     CalibrationWindow,
     CalibrationWindows,
     ComputeName,
@@ -87,7 +87,7 @@ def generate(
         float, typer.Option(min=0.0, help="0 takes the likeliest token; 1 draws from the distribution.")
     ] = 0.0,
     recipe: Annotated[str | None, typer.Option(help="Quantize the model with this first, for example rtn:int3-g128.")] = None,
-    calibration: CalibrationName = None,
+    calibration: CalibrationAlone = None,
     calibration_windows: CalibrationWindows = 128,
     calibration_window: CalibrationWindow = 2048,
     packed: Packed = False,

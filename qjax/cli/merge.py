@@ -9,7 +9,7 @@ from qjax.cli.early import check_names
 from qjax.cli.export import TYPES, ShardSize, folder_of
 from qjax.cli.loading import Draw, calibration_for, load_model, own_text
 from qjax.cli.options import (
-    CalibrationName,
+    CalibrationAlone,
     CalibrationWindow,
     CalibrationWindows,
     ConventionName,
@@ -43,7 +43,7 @@ def merge(
     data: Annotated[list[str], typer.Option("--data", help="Text to tell the losses on; may be repeated.")] = [],  # noqa: B006
     convention: ConventionName = "windows-2048",
     max_windows: MaxWindows = None,
-    calibration: CalibrationName = None,
+    calibration: CalibrationAlone = None,
     calibration_windows: CalibrationWindows = 128,
     calibration_window: CalibrationWindow = 2048,
     seed: Seed = 0,

@@ -41,14 +41,16 @@ Tasks = Annotated[
 MaxQuestions = Annotated[
     int | None, typer.Option("--max-questions", min=0, help="Ask the first N questions of a task; 0: all.")
 ]
-CalibrationName = Annotated[
-    str | None,
-    typer.Option(
-        "--calibration",
-        help="Text that gptq, awq and so on calibrate on, as --data.",
-        show_default="the calibration part of --data",
-    ),
-]
+
+
+def _calibration(texts: str, default: str) -> object:
+    """The type of --calibration."""
+    option = typer.Option("--calibration", help=f"Text that gptq, awq and so on calibrate on, {texts}.", show_default=default)
+    return Annotated[str | None, option]
+
+
+CalibrationName = _calibration("as --data", "the calibration part of --data")
+CalibrationAlone = _calibration("for example c4 or text:PATH", "python-docs of the bundled model, else none")
 CalibrationWindows = Annotated[int, typer.Option(min=1, help="Windows of the calibration text, drawn by --seed.")]
 CalibrationWindow = Annotated[int, typer.Option(min=1, help="Tokens of a calibration window, cut to the model's context.")]
 OrderName = Annotated[

@@ -8,7 +8,7 @@ from qjax.cli.early import check_names
 from qjax.cli.export import folder_of
 from qjax.cli.loading import Draw, calibration_for, load_model, own_text
 from qjax.cli.options import (
-    CalibrationName,
+    CalibrationAlone,
     CalibrationWindow,
     CalibrationWindows,
     ModelName,
@@ -27,7 +27,7 @@ def quantize(
     recipe: RecipeName,
     out: Out,
     rule: Rules = None,
-    calibration: CalibrationName = None,
+    calibration: CalibrationAlone = None,
     calibration_windows: CalibrationWindows = 128,
     calibration_window: CalibrationWindow = 2048,
     order: OrderName = None,

@@ -8,7 +8,7 @@ from qjax.cli.early import check_names
 from qjax.cli.export import folder_of
 from qjax.cli.loading import Draw, calibration_for, load_model, own_text
 from qjax.cli.options import (
-    CalibrationName,
+    CalibrationAlone,
     CalibrationWindow,
     CalibrationWindows,
     ModelName,
@@ -69,7 +69,7 @@ def qlora(
     clip: Clip = 1.0,
     devices: Devices = 1,
     save_every: SaveEvery = 100,
-    calibration: CalibrationName = None,
+    calibration: CalibrationAlone = None,
     calibration_windows: CalibrationWindows = 128,
     calibration_window: CalibrationWindow = 2048,
     seed: Seed = 0,
@@ -122,7 +122,7 @@ def qat(
     clip: Clip = 1.0,
     devices: Devices = 1,
     save_every: SaveEvery = 100,
-    calibration: CalibrationName = None,
+    calibration: CalibrationAlone = None,
     calibration_windows: CalibrationWindows = 128,
     calibration_window: CalibrationWindow = 2048,
     seed: Seed = 0,
