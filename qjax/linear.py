@@ -6,8 +6,8 @@ maps: exact maps of the input (`maps.py`). A: the activation format (`activation
 quantized weight. o: inputs whose rows stay in 16 bits (LLM.int8(): Dettmers et al. 2022, arXiv 2208.07339); A and W' see
 0 there. a b: a low-rank adapter of the input as it comes (LoRA: Hu et al. 2021, 2106.09685).
 
-A weight for which nothing more is said is a bare QTensor. To run a model its leaves are decoded once (`dense`) or laid out for
-the device's kernels (`prepare`): whatever else a layer does to its input is kept.
+A weight for which nothing more is said is a bare QTensor; a table of embeddings is a Table. To run a model its leaves are
+decoded once (`dense`) or laid out for the device's kernels (`prepare`): whatever else a layer does to its input is kept.
 """
 
 import dataclasses
@@ -92,7 +92,36 @@ class Linear:
         return 8 * self.weight.nbytes / math.prod(self.shape) * self.nbytes / self.weight.nbytes
 
 
-Leaf = Linear | QTensor | KernelWeight | Array
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A quantized table (rows, columns), of embeddings: row i is output i of `weight` (columns, rows)."""
+
+    weight: QTensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns) of the table that this stands for."""
+        columns, rows = self.weight.shape
+        return rows, columns
+
+    @property
+    def format(self) -> Format:
+        """Format of the codes."""
+        return self.weight.format
+
+    @property
+    def nbytes(self) -> int:
+        """Exact bytes of codes, scales and zero points."""
+        return self.weight.nbytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Exact bits per weight, everything included."""
+        return self.weight.bits_per_weight
+
+
+Leaf = Linear | QTensor | KernelWeight | Table | Array
 
 
 def apply_linear(
@@ -145,7 +174,8 @@ def _product(x: Array, weight: Array, precision: PrecisionLike, products: DTypeL
 @functools.partial(jax.jit, static_argnames="dtype")
 def dequantize(leaf: Leaf, dtype: DTypeLike = jnp.float32) -> Float[Array, "*batch in out"]:
     """The (..., in, out) weight for the input as it comes, in floating point: codes, maps, outlier rows and adapter together;
-    what an activation format does is no part of a weight. Values are computed in float32, then cast to `dtype`.
+    what an activation format does is no part of a weight. Of a Table its rows. Values are computed in float32, then cast to
+    `dtype`.
     """
     if not isinstance(leaf, Linear):
         return decode(leaf, dtype)
@@ -161,8 +191,10 @@ def dequantize(leaf: Leaf, dtype: DTypeLike = jnp.float32) -> Float[Array, "*bat
     return weight.astype(dtype)
 
 
-def decode(weight: QTensor | KernelWeight | Array, dtype: DTypeLike = jnp.float32) -> Float[Array, "*batch in out"]:
-    """The weight of a leaf alone, in floating point."""
+def decode(weight: QTensor | KernelWeight | Table | Array, dtype: DTypeLike = jnp.float32) -> Float[Array, "*batch in out"]:
+    """The weight of a leaf alone, in floating point; of a Table its rows."""
+    if isinstance(weight, Table):
+        return qtensor.dequantize(weight.weight, dtype).T
     if isinstance(weight, QTensor):
         return qtensor.dequantize(weight, dtype)
     return layout.dequantize(weight, dtype) if isinstance(weight, KernelWeight) else weight.astype(dtype)
@@ -195,7 +227,7 @@ def prepare(leaf: Linear | QTensor) -> Linear | KernelWeight:
 
 def is_quantized(leaf: object) -> bool:
     """True for what stands for a weight and is no array: use as `is_leaf` when mapping over a tree of parameters."""
-    return isinstance(leaf, Linear | QTensor | KernelWeight)
+    return isinstance(leaf, Linear | QTensor | KernelWeight | Table)
 
 
 def dequantize_tree(tree: PyTree, dtype: DTypeLike | None = jnp.float32) -> PyTree:
@@ -225,10 +257,13 @@ def cast_tree(tree: PyTree, dtype: DTypeLike) -> PyTree:
 def prepare_tree(tree: PyTree, dtype: DTypeLike) -> PyTree:
     """A tree to run packed: quantized weights laid out, once, for the kernels of JAX's default device and inputs of `dtype`.
 
-    Where `auto` would not take a kernel (on CPU never) a leaf stays as it is; so do stacks of weights.
+    Where `auto` would not take a kernel (on CPU never) a leaf stays as it is; so do stacks of weights. Tables, of which
+    rows are taken, are decoded.
     """
 
     def convert(leaf):
+        if isinstance(leaf, Table):
+            return decode(leaf, dtype)
         weight = leaf.weight if isinstance(leaf, Linear) else leaf
         fits = isinstance(weight, QTensor) and len(weight.shape) == 2 and choose("auto", dtype, weight) in KERNELS
         return prepare(leaf) if fits else leaf

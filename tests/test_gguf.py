@@ -118,7 +118,7 @@ def test_names_of_tensors(model):
 
 
 def test_quantized_kernels_keep_their_codes(model, tmp_path):
-    """q is moved back as it is, unread: rows of the file are columns here. The embedding is decoded. Lazy or not."""
+    """q is moved back as it is, unread: rows of the file are columns here. So does the table of embeddings. Lazy or not."""
     tensors = model_tensors(model)
     kinds = {"blk.0.attn_q.weight": "Q4_1", "blk.1.attn_v.weight": "MXFP4", "token_embd.weight": "Q8_0"}
     rows = {name: random_rows(kind, tensors[name][1][0], 64, seed) for seed, (name, kind) in enumerate(kinds.items())}
@@ -137,9 +137,10 @@ def test_quantized_kernels_keep_their_codes(model, tmp_path):
     assert str(q.format) == "int4-g32-m16" and q.nbytes == rows["blk.0.attn_q.weight"].nbytes
     np.testing.assert_array_equal(rotated(np.asarray(qtensor.dequantize(q)).T, 16), of("blk.0.attn_q.weight").T)
     np.testing.assert_array_equal(qtensor.dequantize(found["block_1/attention/v/kernel"]), of("blk.1.attn_v.weight"))
-    np.testing.assert_array_equal(found["embed/tokens/embedding"], of("token_embd.weight").T)
-    assert found["embed/tokens/embedding"].dtype == jnp.float32 and found["head/output/kernel"].dtype == jnp.float16
-    assert sum(map(is_quantized, found.values())) == 2
+    table = found["embed/tokens/embedding"]
+    np.testing.assert_array_equal(qjax.dequantize(table), of("token_embd.weight").T)
+    assert table.nbytes == rows["token_embd.weight"].nbytes and found["head/output/kernel"].dtype == jnp.float16
+    assert sum(map(is_quantized, found.values())) == 3
     lazy = load_gguf(path, lazy=True)
     assert all(map(is_lazy, flatten(lazy.params).values()))
     assert str(flatten(lazy.params)["block_0/attention/q/kernel"].format) == "int4-g32-m16"
@@ -169,7 +170,7 @@ def test_more_texts_than_any_vocabulary_has(model, tmp_path, monkeypatch):
 
 
 def test_the_sizes_that_info_tells(model, tmp_path, capsys):
-    """Of the file, and of what qjax holds in memory, where the file's embedding is decoded."""
+    """Of the file, which holds a tokenizer and names too, and of what qjax holds in memory."""
     tensors = model_tensors(model)
     for name in ("token_embd.weight", "blk.0.attn_q.weight"):
         shape = tensors[name][1]
@@ -180,7 +181,7 @@ def test_the_sizes_that_info_tells(model, tmp_path, capsys):
     held = sum(leaf.nbytes for leaf in flatten(qjax.load(file).params).values())
     size = file.stat().st_size
     said = f"8.500 bits per quantized weight, {size:,} bytes in its files; as qjax holds it in memory, {held:,} bytes"
-    assert said in capsys.readouterr().out and held > size + 64 * 64 * 2
+    assert said in capsys.readouterr().out and size / 2 < held < size
 
 
 def test_a_model_in_several_files(model, tmp_path):

@@ -1,6 +1,7 @@
 """Leaves of a parameter tree as JSON says them, and back as templates: their structure, with shapes and types for arrays.
 
     a QTensor      {"format": "int4-g128", "in_features": 4096}
+    a Table        the same, of the (columns, rows) weight, and "table": true
     a Linear       the same, or {"weight": "bfloat16[4096, 1024]"} where its weight is an array, and what else it does,
                    "linear": {"inputs": [{"map": "Scale", "arrays": {"scale": "float16[4096]"}}], "activation": "int8-token"}
 
@@ -20,7 +21,7 @@ from qjax.activations import parse_activation
 from qjax.errors import QjaxError
 from qjax.formats import Format, parse_format
 from qjax.lazy import Lazy, is_array
-from qjax.linear import Linear, LowRank, Outliers, apply_linear
+from qjax.linear import Linear, LowRank, Outliers, Table, apply_linear
 from qjax.maps import MAPS
 from qjax.qtensor import FLOAT_DTYPES, QTensor, from_codes
 from qjax.untrusted import quoted
@@ -28,10 +29,12 @@ from qjax.untrusted import quoted
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8", "int32": "I32"}  # safetensors' names
 
 
-def describe(leaf: Linear | QTensor) -> dict:
+def describe(leaf: Linear | QTensor | Table) -> dict:
     """The record of a leaf, of a stack that of its members. Raises QjaxError for what no folder can hold."""
     if len(leaf.shape) == 3:
         return describe(jax.tree.map(lambda array: Lazy(array.shape[1:], np.dtype(array.dtype), None), leaf))
+    if isinstance(leaf, Table):
+        return {**describe(leaf.weight), "table": True}
     if isinstance(leaf, Linear):
         weight = {"weight": _spell(leaf.weight)} if is_array(leaf.weight) else describe(leaf.weight)
         return {**weight, "linear": _describe_layer(leaf)}
@@ -66,12 +69,14 @@ def _describe_part(part: object) -> dict:
     return {"arrays": arrays, "static": static} if static else {"arrays": arrays}
 
 
-def template(record: object, shape: tuple[int, ...]) -> Linear | QTensor:
-    """The leaf that a record of an (in, out) kernel, or a stack of them, describes, with ShapeDtypeStructs for arrays; nothing
-    is computed.
+def template(record: object, shape: tuple[int, ...]) -> Linear | QTensor | Table:
+    """The leaf that a record of an (in, out) kernel, a stack of them, or a table describes, with ShapeDtypeStructs for arrays;
+    nothing is computed.
 
     Raises QjaxError for a malformed record, and parts that do not fit each other.
     """
+    if isinstance(record, dict) and record.get("table") is True and len(shape) == 2:
+        return Table(_described_qtensor(record, shape[::-1]))
     if len(shape) == 3:
         stacked = lambda array: jax.ShapeDtypeStruct((shape[0], *array.shape), array.dtype)  # noqa: E731
         return jax.tree.map(stacked, template(record, shape[1:]))

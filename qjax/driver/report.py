@@ -58,8 +58,8 @@ def stored_size(params: PyTree) -> tuple[float, int]:
 
 
 def files_size(params: PyTree) -> int:
-    """Bytes of the files that lazy parameters are read from; 0 of what is in memory. A file may hold in less what qjax decodes,
-    as a GGUF file's embedding.
+    """Bytes of the files that lazy parameters are read from; 0 of what is in memory. They hold more than
+    weights, and what is decoded in fewer bytes.
     """
     return sum(file.stat().st_size for file in {leaf.file for leaf in jax.tree.leaves(params) if is_lazy(leaf) and leaf.file})
 

@@ -25,7 +25,7 @@ from jaxtyping import PyTree
 from qjax.errors import QjaxError, code_of_others
 from qjax.interception.contraction import Contraction, KernelView, einsum_contraction, general_contraction
 from qjax.interception.stacked import StackedDense
-from qjax.linear import apply_linear, is_quantized
+from qjax.linear import Table, apply_linear, decode, is_quantized
 
 SERVED = (nn.Dense, nn.DenseGeneral, nn.Einsum)
 ADVICE = (
@@ -43,8 +43,8 @@ class Linears(NamedTuple):
 
 
 def quantized_kernels(products: DTypeLike | None = None):
-    """Context in which linear layers whose kernel is a Linear, QTensor or KernelWeight apply it. products: a type that what is
-    multiplied is cast to, as in `apply_linear`, also of an nn.Dense whose kernel is an array.
+    """Context in which linear layers whose kernel is a Linear, QTensor or KernelWeight apply it, and an nn.Embed reads a Table.
+    products: a type that what is multiplied is cast to, as in `apply_linear`, also of an nn.Dense whose kernel is an array.
 
     Raises QjaxError, naming the layer, for a quantized leaf in a layer that is not exactly nn.Dense, nn.DenseGeneral without
     batch axes or nn.Einsum without axes shared by input, kernel and output.
@@ -157,7 +157,14 @@ def linear_layers(module: nn.Module, params: PyTree, *args: object, **kwargs: ob
 def _run_quantized(call, args, kwargs, context, products=None):
     layer = context.module
     if layer.scope is None or not layer.has_variable("params", "kernel"):
-        _refuse_other_quantized(layer)
+        held = layer.variables.get("params", {}) if layer.scope is not None else {}
+        if (
+            type(layer) is nn.Embed
+            and isinstance(held.get("embedding"), Table)
+            and context.method_name in ("setup", "__call__")
+        ):
+            return _embedded(layer, held["embedding"], *args, **kwargs)
+        _refuse_other_quantized(layer, held)
         return call(*args, **kwargs)
     kernel = layer.get_variable("params", "kernel")
     lowered = products is not None and type(layer) is nn.Dense and context.method_name == "__call__"
@@ -178,8 +185,12 @@ def _run_quantized(call, args, kwargs, context, products=None):
     return y if bias is None else y + bias.reshape(plan.bias_shape)
 
 
-def _refuse_other_quantized(layer: nn.Module) -> None:
-    held = layer.variables.get("params", {}) if layer.scope is not None else {}
+def _embedded(layer: nn.Embed, table: Table, inputs: jax.Array | None = None) -> jax.Array | None:
+    """The rows of a table for tokens; None in the layer's own setup, which would take the table for an array."""
+    return None if inputs is None else decode(table, layer.dtype or layer.param_dtype)[inputs]
+
+
+def _refuse_other_quantized(layer: nn.Module, held: Mapping[str, object]) -> None:
     bad = [name for name, leaf in held.items() if is_quantized(leaf)]
     if bad:
         raise QjaxError(_cannot(layer, ", ".join(bad)))
@@ -187,7 +198,7 @@ def _refuse_other_quantized(layer: nn.Module) -> None:
 
 def _cannot(layer: nn.Module, leaf: str) -> str:
     return (
-        f"layer {_name(layer)}: a {type(layer).__name__} cannot run with a quantized {leaf}; "
+        f"layer {_name(layer)}: {type(layer).__name__} cannot run with a quantized {leaf}; "
         "its own code knows kernels of Dense, DenseGeneral and Einsum; leave it out with a rule 'PATTERN=none'"
     )
 

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from qjax.linear import Table, apply_linear
 from qjax.models.attention import Attention, softcapped
 from qjax.models.config import DecoderConfig
 from qjax.models.layout import Cache, Layout
@@ -103,7 +104,9 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """Hidden states -> float32 logits (batch, time, vocabulary); `table` is the embedding (vocabulary, hidden) when tied."""
+    """Hidden states -> float32 logits (batch, time, vocabulary); `table` is the embedding (vocabulary, hidden) when tied, which
+    may be quantized.
+    """
 
     config: DecoderConfig
     dtype: DTypeLike = jnp.float32
@@ -111,11 +114,13 @@ class Head(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch time hidden"], table: Float[Array, "vocabulary hidden"] | None = None
+        self, x: Float[Array, "batch time hidden"], table: Float[Array, "vocabulary hidden"] | Table | None = None
     ) -> Float[Array, "batch time vocabulary"]:
         c = self.config
         x = make_norm(c, self.dtype, "norm")(x)
-        if c.tied:
+        if isinstance(table, Table):
+            logits = apply_linear(x, table.weight).astype(jnp.float32)
+        elif c.tied:
             x, table = (each.astype(self.products or self.dtype) for each in (x, table))
             logits = jnp.einsum("btd,vd->btv", x, table, preferred_element_type=jnp.float32)
         else:

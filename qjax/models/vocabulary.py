@@ -17,18 +17,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from qjax.interception.linen import quantized_kernels
-from qjax.linear import is_quantized
+from qjax.linear import Table, is_quantized
 from qjax.models.decoder import Head
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("params", "table"), meta_fields=("module",))
 @dataclasses.dataclass(frozen=True)
 class BoundHead:
-    """A head with its parameters and, where it is tied, the table of embeddings."""
+    """A head with its parameters and, where it is tied, the table of embeddings (vocabulary, hidden)."""
 
     module: Head
     params: PyTree
-    table: Float[Array, "vocabulary hidden"] | None
+    table: Float[Array, "vocabulary hidden"] | Table | None
 
     @property
     def words(self) -> int:
@@ -38,7 +38,7 @@ class BoundHead:
     @property
     def in_pieces(self) -> bool:
         """Whether its words can be taken a piece at a time: not of what stands for a kernel."""
-        return not any(map(is_quantized, jax.tree.leaves(self.params, is_leaf=is_quantized)))
+        return not any(map(is_quantized, jax.tree.leaves((self.params, self.table), is_leaf=is_quantized)))
 
 
 class Found(NamedTuple):

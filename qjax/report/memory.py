@@ -21,7 +21,7 @@ BASELINES = (("fp32", "FP32", 4), ("fp16", "FP16 / BF16", 2))
 
 def memory_table(
     shapes: Sequence[tuple[int, int]],
-    others: Iterable[tuple[int, int]] = (),
+    others: Iterable[tuple[int, int | Fraction]] = (),
     *,
     title: str = "",
     formats: Sequence[str] = MEMORY_FORMATS,
@@ -35,7 +35,7 @@ def memory_table(
         raise QjaxError(f"memory of {title or 'a model'}: it has no linear kernels to quantize")
     weights = sum(rows * columns for rows, columns in shapes)
     others = tuple(others)
-    rest, rest_bytes = sum(count for count, _ in others), sum(count * each for count, each in others)
+    rest, rest_bytes = sum(count for count, _ in others), round(sum(count * each for count, each in others))
     measured = [_row(name, precision, each * (weights + rest), weights + rest, 8 * each) for name, precision, each in BASELINES]
     for fmt in map(parse_format, formats):
         kernels = sum(fmt.nbytes(*shape) for shape in shapes)

@@ -123,11 +123,17 @@ def logits_of(stack: Stack, tree: PyTree, x: Float[Array, "batch time hidden"]) 
     return run(head, tree["head"], x, table)
 
 
+def _with_table(tree: PyTree) -> PyTree:
+    """The tree with its embeddings decoded: once, where logits are made of a few tokens at a time."""
+    return {**tree, "embed": jax.tree.map(_to_run, tree["embed"], is_leaf=_is_leaf)}
+
+
 # --- losses --------------------------------------------------------------------------------------------------------------
 
 
 def next_token_loss(stack: Stack, tree: PyTree, tokens: Int[Array, "batch time_plus_1"]) -> Float[Array, ""]:
     """Mean negative log-likelihood of tokens[:, 1:], in nats."""
+    tree = _with_table(tree)
 
     def losses(x, targets):  # (1, n, hidden), (1, n)
         logits = logits_of(stack, tree, x)
@@ -140,6 +146,7 @@ def divergence_loss(
     stack: Stack, tree: PyTree, teacher: Stack, teacher_tree: PyTree, tokens: Int[Array, "batch time_plus_1"]
 ) -> Float[Array, ""]:
     """Mean KL(teacher || model) of the next token at tokens[:, :-1], in nats."""
+    tree, teacher_tree = _with_table(tree), _with_table(teacher_tree)
 
     def losses(x, theirs):
         log_p = jax.nn.log_softmax(logits_of(stack, tree, x))

@@ -26,7 +26,7 @@ from qjax.checkpoints.target import LEFT_OUT, RefusedError, besides
 from qjax.files import listing, write_atomically
 from qjax.folders import require_file
 from qjax.lazy import materialised
-from qjax.linear import Linear, is_quantized
+from qjax.linear import Linear, Table, is_quantized
 from qjax.models.model import Model
 from qjax.models.parameters import check_parameters, flatten, parameter_shapes
 from qjax.qtensor import QTensor
@@ -93,6 +93,7 @@ def _kinds(pieces: Mapping[str, tuple[Piece, ...]], leaves: Mapping[str, object]
 
 
 def _kind(leaf: object) -> int | str:
+    leaf = leaf.weight if isinstance(leaf, Table) else leaf
     if isinstance(leaf, QTensor) and leaf.codes.ndim in (2, 3):
         return joining.kind_of(leaf.format, leaf.in_features)
     if isinstance(leaf, Linear) and (more := besides(leaf, order=False)):
@@ -119,6 +120,7 @@ def _entry(name: str, parts: tuple[Piece, ...], kind: int, leaves: Mapping[str, 
 
 def _rows(leaf: object, part: Piece, kind: int) -> np.ndarray:
     """The bytes of a parameter, an output channel or a token after the other."""
+    leaf = leaf.weight if isinstance(leaf, Table) else leaf
     if isinstance(leaf, QTensor):
         return joining.rows_of(kind, leaf)
     array = np.asarray(leaf).astype(FLOATS[kind][1])

@@ -1,8 +1,7 @@
-"""A GGUF file as a Model: kernels keep the file's codes, scales and minima (`blocks.py`).
+"""A GGUF file as a Model: kernels and the table of embeddings keep the file's codes, scales and minima (`blocks.py`).
 
-Everything is checked against the file's size before a tensor is read. Embeddings and whatever else is no kernel are decoded to
-float32 where they are quantized: tables are looked up, not multiplied with, and leaves of theirs hold no codes. Of floats each
-tensor keeps its type.
+Everything is checked against the file's size before a tensor is read. What is neither is decoded to float32 where it is
+quantized. Of floats each tensor keeps its type.
 """
 
 import collections
@@ -26,7 +25,7 @@ from qjax.errors import QjaxError
 from qjax.files import expand, listing
 from qjax.formats import UNQUANTIZED
 from qjax.lazy import Lazy
-from qjax.linear import is_quantized
+from qjax.linear import Table, is_quantized
 from qjax.models.config import DecoderConfig
 from qjax.models.families import read_config
 from qjax.models.model import Model
@@ -34,6 +33,7 @@ from qjax.models.parameters import parameter_shapes, unflatten
 from qjax.models.stacks import spread, stack_of, together
 from qjax.models.tokenizer import Tokenizer, wrap_tokenizer
 from qjax.models.tokenizer_trial import parse_safely
+from qjax.models.walk import TABLE
 from qjax.qtensor import QTensor, dequantize
 from qjax.untrusted import is_folder, refuse_links_out, status
 
@@ -97,7 +97,8 @@ def _load(path: Path, contents: Contents, lazy: bool) -> Model:
     if broken:
         raise QjaxError(f"NaN or infinite weights in {listing(broken)}; get an intact file")
     leaves = together(leaves, stacks)
-    formats = dict.fromkeys(str(leaf.format) for leaf in leaves.values() if is_quantized(leaf))
+    kernels = (leaf for path, leaf in leaves.items() if is_quantized(leaf) and path != TABLE)
+    formats = dict.fromkeys(str(leaf.format) for leaf in kernels)
     recipe = f"gguf file: {listing(formats)}" if formats else UNQUANTIZED
     return Model(config, unflatten(leaves), tokenizer, path.stem, recipe)
 
@@ -146,8 +147,8 @@ def _mixed(pieces: Mapping[str, tuple[Piece, ...]], tensors: Mapping[str, Tensor
     return [f"{names} are of different types, expected one for all experts of a layer" for names in mixed]
 
 
-def _is_kernel(path: str) -> bool:
-    return path.endswith("/kernel")
+def _keeps_codes(path: str) -> bool:
+    return path.endswith("/kernel") or path == TABLE
 
 
 def _bytes(info: TensorInfo) -> int:
@@ -167,13 +168,14 @@ def _rows(info: TensorInfo) -> np.ndarray:
     return read_bytes_of(info, _bytes(info)).reshape(-1, blocks.row_bytes(info))
 
 
-def _leaf(info: TensorInfo, part: Piece, stored: np.ndarray) -> QTensor | jax.Array:
+def _leaf(info: TensorInfo, part: Piece, stored: np.ndarray) -> QTensor | Table | jax.Array:
     try:
         if info.kind in blocks.FLOATS:
             array = _finite(stored.view(blocks.FLOATS[info.kind][1]).reshape(info.shape))
-        elif _is_kernel(part.path):
+        elif _keeps_codes(part.path):
             stored = stored.reshape(*info.shape[:-1], -1)
-            return blocks.quantized(blocks.KINDS[info.kind], stored if part.rows is None else stored[part.rows])
+            codes = blocks.quantized(blocks.KINDS[info.kind], stored if part.rows is None else stored[part.rows])
+            return Table(codes) if part.path == TABLE else codes
         else:
             array = _decoded(blocks.KINDS[info.kind], stored, info.shape)
     except QjaxError as error:
@@ -205,15 +207,16 @@ def _floats(info: TensorInfo) -> np.ndarray:
     return _finite(_rows(info).view(blocks.FLOATS[info.kind][1]).astype(np.float32))
 
 
-def _lazy_leaf(info: TensorInfo, part: Piece, read: Callable[[], QTensor]) -> QTensor | Lazy:
+def _lazy_leaf(info: TensorInfo, part: Piece, read: Callable[[], QTensor | Table]) -> QTensor | Table | Lazy:
     def anew():
         return _leaf(info, part, _rows(info))
 
     if info.kind in blocks.FLOATS:
         return Lazy(part.shape, blocks.FLOATS[info.kind][1], anew, info.file)
-    if not _is_kernel(part.path):
+    if not _keeps_codes(part.path):
         return Lazy(part.shape, np.dtype(np.float32), anew, info.file)
-    record = {"format": blocks.KINDS[info.kind].format, "in_features": part.shape[-2]}
+    table = part.path == TABLE
+    record = {"format": blocks.KINDS[info.kind].format, "in_features": part.shape[-1 if table else -2], "table": table}
     arrays, structure = jax.tree.flatten(template(record, part.shape))
     lazy = [
         Lazy(each.shape, np.dtype(each.dtype), functools.partial(lambda i: jax.tree.leaves(read())[i], i), info.file)

@@ -1,0 +1,164 @@
+"""A table of embeddings that keeps its codes (`linear.Table`), as GGUF files have: everything takes the model as if the table
+were decoded.
+"""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import qjax
+from qjax.checkpoints.export import export
+from qjax.checkpoints.gguf.export import export_gguf
+from qjax.checkpoints.gguf.model import load_gguf
+from qjax.checkpoints.huggingface import save_huggingface
+from qjax.driver.decoder import kernel_shapes
+from qjax.driver.report import stored_size
+from qjax.errors import QjaxError
+from qjax.evaluate.corpora import Corpus
+from qjax.evaluate.generate import generate
+from qjax.interception.linen import quantized_kernels
+from qjax.lazy import is_lazy
+from qjax.linear import Table, is_quantized
+from qjax.models.fingerprint import model_fingerprint
+from qjax.models.model import apply
+from qjax.models.parameters import flatten, unflatten
+from qjax.models.walk import TABLE
+from qjax.train.lora import start
+from qjax.train.qat import faked, problem
+from qjax.train.settings import QatConfig
+from tests.conftest import tiny_config
+from tests.random_weights import weights_model
+
+TEXT = Corpus("dickens", ("It was the best of times, it was the worst of times. " * 12,), "f")
+TOKENS = np.arange(24).reshape(2, 12) * 7 % 257
+
+
+def pair(tiny_model, tied: bool, fmt: str = "int8-g32-sym-max"):
+    """A model whose table is quantized, and the same with the table decoded."""
+    model = weights_model(tiny_config(tied=tied))._replace(tokenizer=tiny_model.tokenizer)
+    table = Table(qjax.rtn(flatten(model.params)[TABLE].T, fmt)[0])
+    with_table = lambda table: model._replace(params=unflatten(flatten(model.params) | {TABLE: table}))  # noqa: E731
+    return with_table(table), with_table(qjax.dequantize(table))
+
+
+@pytest.fixture(params=[True, False], ids=["tied", "untied"])
+def both(request, tiny_model):
+    return pair(tiny_model, request.param)
+
+
+def assert_same(found, expected):
+    jax.tree.map(np.testing.assert_array_equal, flatten(found.params), flatten(expected.params))
+
+
+def test_what_it_is(tiny_model):
+    coded, plain = pair(tiny_model, tied=True)
+    table, shape = flatten(coded.params)[TABLE], flatten(plain.params)[TABLE].shape
+    assert is_quantized(table) and table.shape == shape and str(table.format) == "int8-g32-sym-max"
+    assert table.nbytes == table.weight.nbytes < 4 * np.prod(shape) and 8 < table.bits_per_weight < 9
+    assert qjax.dequantize(table, jnp.bfloat16).dtype == jnp.bfloat16
+    others = dict(zip(*np.unique([count for count, _ in kernel_shapes(coded)[1]], return_counts=True), strict=True))
+    assert kernel_shapes(coded)[0] == kernel_shapes(plain)[0] and others[np.prod(shape)] == 1
+    assert sum(count * each for count, each in kernel_shapes(coded)[1]) == stored_size(coded.params)[1] - sum(
+        4 * a * b for a, b in kernel_shapes(coded)[0]
+    )
+    assert model_fingerprint(coded) != model_fingerprint(plain)
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_it_runs_as_if_decoded(both, compute, packed):
+    coded, plain = both
+    how = {"compute": compute, "packed": packed}
+    assert qjax.perplexity(coded, TEXT, "windows-32", **how).value == qjax.perplexity(plain, TEXT, "windows-32", **how).value
+    found = qjax.divergence(coded, plain, TEXT, "windows-32", **how)
+    assert found.top1 == 1 and found.kl < 1e-6
+    drawn = [generate(model, [TOKENS[0, :5]], 8, packed=packed).tokens[0].tolist() for model in both]
+    assert drawn[0] == drawn[1]
+
+
+def test_it_runs_as_it_is(both):
+    coded, plain = both
+    np.testing.assert_allclose(apply(coded, TOKENS), apply(plain, TOKENS), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("recipe", ["rtn:int4-g16", "gptq:int4-g16@qep", "awq:int4-g16@parallel", "fp16"])
+def test_kernels_are_quantized_beside_it(both, recipe):
+    calibration = TOKENS if recipe != "fp16" else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", qjax.QjaxWarning)  # of few tokens
+        (coded, ours), (plain, theirs) = (qjax.quantize(model, recipe, calibration=calibration) for model in both)
+    assert isinstance(flatten(coded.params)[TABLE], Table)
+    assert ours.size_bytes < theirs.size_bytes
+    assert ours.bits_per_weight == theirs.bits_per_weight
+    plain_leaves = flatten(plain.params)
+    for path, leaf in flatten(coded.params).items():
+        if path != TABLE:
+            jax.tree.map(np.testing.assert_array_equal, leaf, plain_leaves[path])
+
+
+def test_folders_keep_it(both, tmp_path):
+    coded, plain = both
+    qjax.save(tmp_path / "packed", coded)
+    assert_same(qjax.load(tmp_path / "packed"), coded)
+    assert model_fingerprint(qjax.load(tmp_path / "packed")) == model_fingerprint(coded)
+    lazy = qjax.load(tmp_path / "packed", lazy=True)
+    assert is_lazy(flatten(lazy.params)[TABLE])
+    assert qjax.perplexity(lazy, TEXT, "windows-32").value == qjax.perplexity(plain, TEXT, "windows-32").value
+    save_huggingface(tmp_path / "plain", lazy, dtype="float32")
+    assert_same(qjax.load(tmp_path / "plain"), plain)
+
+
+def test_files_for_other_tools(both, tmp_path):
+    """A GGUF file has its codes, others the numbers that they stand for."""
+    coded, plain = both
+    export_gguf(tmp_path / "m.gguf", coded)
+    assert_same(load_gguf(tmp_path / "m.gguf"), coded)
+    quantized = [qjax.quantize(model, "rtn:int4-g16-sym-full")[0] for model in both]
+    for name, model in zip("ab", quantized, strict=True):
+        export(tmp_path / name, model, to="compressed-tensors")
+    found, expected = (qjax.load(tmp_path / name) for name in "ab")
+    assert_same(found, expected)
+    np.testing.assert_array_equal(flatten(found.params)[TABLE], flatten(plain.params)[TABLE])
+
+
+def test_what_a_gguf_file_cannot_hold_is_refused(tiny_model, tmp_path):
+    coded, _ = pair(tiny_model, tied=False, fmt="int3-g32")
+    with pytest.raises(QjaxError, match=r"gguf cannot hold token_embd.weight: .*int3-g32"):
+        export_gguf(tmp_path / "m.gguf", coded)
+
+
+def test_adapters_are_trained_beside_it(both):
+    config, tokens = qjax.TrainConfig(steps=2, window=16, batch=2), np.tile(TOKENS.reshape(-1), 8)
+    tuned = []
+    for model in both:
+        base, adapters = start(qjax.quantize(model, "nf4-g16")[0], qjax.LoraConfig(rank=2), jax.random.key(0))
+        tuned.append(qjax.train_adapters(base, adapters, tokens, config))
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-6), *tuned)
+
+
+def test_weights_are_trained_beside_it(both):
+    """And a teacher may have one."""
+    losses = []
+    for model in both:
+        asked = problem(faked(qjax.quantize(model, "rtn:int4-g16")[0]), QatConfig(loss="kl"), model)
+        losses.append(float(asked.loss(asked.trained, asked.frozen, jnp.asarray(TOKENS))))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0] > 0
+
+
+def test_any_embed_reads_one(tiny_model):
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, tokens, attend=False):
+            embed = nn.Embed(96, 64, name="table")
+            return embed.attend(embed(tokens)) if attend else embed(tokens)
+
+    table = Table(qjax.rtn(jax.random.normal(jax.random.key(0), (64, 96)), "int4-g16")[0])
+    params = {"params": {"table": {"embedding": table}}}
+    with quantized_kernels():
+        np.testing.assert_array_equal(Net().apply(params, jnp.asarray([[5, 95]])), qjax.dequantize(table)[np.array([[5, 95]])])
+        with pytest.raises(QjaxError, match="Embed cannot run with a quantized embedding"):
+            Net().apply(params, jnp.asarray([[5, 95]]), attend=True)
