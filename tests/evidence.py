@@ -5,6 +5,7 @@ Changes are in percent of the unquantized model's perplexity, accuracies and fli
 
 import csv
 import functools
+import math
 import re
 from collections.abc import Iterable, Sequence
 
@@ -124,6 +125,14 @@ def accuracy_noise(folder: str, recipe: str, task: str = "cloze", **where: str) 
     """Whether the 95 % interval of a change of accuracy holds zero."""
     row = cell(folder, recipe, **where).row
     return row[f"accuracy_delta_low:{task}"] <= 0 <= row[f"accuracy_delta_high:{task}"]
+
+
+def answers_told(better: str, worse: str, task: str = "cloze") -> bool:
+    """Whether of two recipes of accuracy/ one answers more questions right, told apart, paired by question and draw."""
+    rows = [[_of_draw("accuracy", seed, BUNDLED, "")[name].row for name in (better, worse)] for seed in range(3)]
+    right = [[np.equal(row[f"answers:{task}"], row[f"gold:{task}"]).astype(float) for row in pair] for pair in rows]
+    changes = np.array([[ours - theirs] for ours, theirs in right])[:, 0]
+    return aggregate_draws(-changes, np.ones(changes.shape[1]), np.array(rows[0][0][f"documents:{task}"])).change.high < 0
 
 
 def leads(folder: str, grid: str) -> tuple[int, int]:
@@ -261,6 +270,25 @@ def alone(place: str, method: str) -> float:
     return change("sensitivity", placed(place, method))
 
 
+BLOCKS = [f"^block_{number}/" for number in range(6)]
+
+
+def compounded(places: Iterable[str], method: str) -> float:
+    """The change of perplexity that those of the places alone make one after the other, %."""
+    return 100 * (math.exp(sum(math.log1p(alone(place, method) / 100) for place in places)) - 1)
+
+
+def adds_up_to_less(places: Iterable[str], method: str) -> bool:
+    """Whether the losses of the places alone are together less than that of all, with the interval below zero."""
+    rows = []
+    for seed in range(cell("sensitivity", THREE[method]).draws or 1):
+        found = _of_draw("sensitivity", seed, BUNDLED, "")
+        parts = [loss_change(found[placed(place, method)].row, found[BASELINE].row) for place in places]
+        rows.append(np.sum(parts, axis=0) - loss_change(found[THREE[method]].row, found[BASELINE].row))
+    base = found[BASELINE].row
+    return aggregate_draws(np.array(rows), np.array(base["window_tokens"]), documents_of(base)).change.high < 0
+
+
 def a_weight(kind: str, method: str) -> float:
     """The change for each weight of a kind, as if all weights were as those."""
     return alone(kind, method) / SIZES[kind]
@@ -315,6 +343,12 @@ def acts(recipe: str, model: str = BUNDLED, text: str = "") -> tuple[float, floa
 def times_less(recipe: str, than: str = W8A8, model: str = OUTLIERS) -> float:
     """How many times a recipe's cost is in another's."""
     return acts(than, model)[0] / acts(recipe, model)[0]
+
+
+def tallest(model: str) -> float:
+    """How far the largest channel of an input stands above the median one, of all inputs of a model."""
+    rows = [row for row in read_rows(RESULTS / "activations" / ROWS) if row.get("kind") == "inputs" and row["model"] == model]
+    return max(row["times_median"] for row in rows)
 
 
 def taken_back(recipe: str, of: str = W4A4, model: str = BUNDLED) -> float:
@@ -380,7 +414,7 @@ def cost_table() -> str:
     places += [("real_models", name, {"model": model}, fmt, "@parallel") for name, model, fmt in real]
     headers = ("", *(f"{name}, `{fmt}`" for _, name, _, fmt, _ in places))
     sizes = [cell(folder, f"rtn:{fmt}", **where).row for folder, _, where, fmt, _ in places]
-    lines = [("bits per weight", *(decimals(2)(row, "bits_per_weight") for row in sizes))]
+    lines = [("bits per weight (AWQ: up to 0.01 more)", *(decimals(2)(row, "bits_per_weight") for row in sizes))]
     for method, words in METHODS.items():
         cells = (cell(folder, method_in(method, fmt, order), **where) for folder, _, where, fmt, order in places)
         lines.append((words, *(change_of_perplexity(found.row, "perplexity_ratio") for found in cells)))
@@ -444,6 +478,13 @@ def ours_seconds(model: str, task: str) -> float:
     return float(np.median([row["seconds"] for row in rows if (row["model"], row["task"]) == (model, task)]))
 
 
+def longer(model: str, task: str, other: str) -> float:
+    """How much longer our task takes than another in the same round, the median over rounds, %."""
+    rows = [row for row in read_rows(RESULTS / "speed" / ROWS) if row["model"] == model]
+    seconds = {name: {row["round"]: row["seconds"] for row in rows if row["task"] == name} for name in (task, other)}
+    return 100 * (float(np.median([seconds[task][each] / seconds[other][each] for each in seconds[task]])) - 1)
+
+
 # --- types to run in ------------------------------------------------------------------------------------------------------
 
 
@@ -463,11 +504,12 @@ def grown(axis: str) -> set[int]:
     return {row[axis] for row in latest(read_rows(RESULTS / "scaling" / ROWS))}
 
 
-def grows(work: str, axis: str) -> float:
-    """The exponent of time."""
+def grows(work: str, axis: str) -> tuple[float, float]:
+    """The exponent of time and its standard error."""
     table = scaling_table(read_rows(RESULTS / "scaling" / ROWS))
     (found,) = (row["seconds"] for row in table.rows if (row["work"], row["axis"]) == (work, axis))
-    return float(found.split()[0])
+    exponent, _, stderr = found.split()[:3]
+    return float(exponent), float(stderr)
 
 
 # --- kernels --------------------------------------------------------------------------------------------------------------
@@ -500,6 +542,15 @@ WIDER = "QLoRA, rank 64"  # and without the Q, of what SmolLM2 is trained with o
 def tuned(treatment: str, model: str = BUNDLED) -> float:
     """Perplexity of a model on Shakespeare."""
     return trained(treatment, corpus="tinyshakespeare", model=model)["perplexity"]
+
+
+def apart(treatment: str, other: str, model: str) -> tuple[float, float, bool]:
+    """How much larger the perplexity on Shakespeare is after one training than another, %, its standard error, and whether
+    the 95 % interval holds zero.
+    """
+    ours, theirs = (trained(each, corpus="tinyshakespeare", model=model) for each in (treatment, other))
+    found = aggregate_draws(np.array([loss_change(ours, theirs)]), np.array(ours["window_tokens"]), documents_of(ours)).change
+    return 100 * math.expm1(found.value), 100 * math.exp(found.value) * found.stderr, found.low <= 0 <= found.high
 
 
 def recovered(treatment: str, bits: int) -> float:
