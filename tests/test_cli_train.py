@@ -1,6 +1,7 @@
 """`qjax train` and `qjax merge`: whole runs on a tiny model, what they write, and what they refuse."""
 
 import json
+import warnings
 
 import jax.numpy as jnp
 import numpy as np
@@ -186,8 +187,9 @@ def test_an_adapter_stays_behind_its_transform(adapter, folder, tmp_path, capsys
 def bare(adapter, folder):
     """A copy of an adapter that does not say what it was trained on."""
     folder.mkdir()
-    for path in adapter.glob("adapter_[cm]*"):
-        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "adapter_model.safetensors").write_bytes((adapter / "adapter_model.safetensors").read_bytes())
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": None}))
     return folder
 
 
@@ -314,3 +316,17 @@ def test_a_base_is_known_between_two_renamings(tmp_path):
     assert load_merge(base, tmp_path / "ad")[0].config == base.config
     with pytest.raises(QjaxError, match=r"ad\.qjax-old was trained on random"):
         load_merge(weights_model(base.config, seed=1), tmp_path / "ad")
+
+
+def test_an_adapter_that_names_another_base(adapter, folder, tmp_path):
+    """As PEFT does, which does not say more of it."""
+    copy, base = bare(adapter, tmp_path / "copy"), load(folder / "tiny")
+    settings = json.loads((copy / "adapter_config.json").read_text())
+    for named, warned in (("someone/other", True), ("someone/TINY", False), (None, False)):
+        (copy / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": named}))
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            load_merge(base, copy)
+        assert [str(each.message) for each in found] == [
+            f"{copy} names other as its base and is put on tiny, whose layers are of the same sizes; make sure that it is that model"
+        ] * warned

@@ -93,6 +93,12 @@ def load_adapter(folder: str | Path, config: DecoderConfig) -> dict[str, LowRank
     return found
 
 
+def base_name(folder: str | Path) -> str:
+    """The last part of what an adapter says its base is, a hub's name or a folder; "" where it says nothing."""
+    named = read_json(standing(expand(folder)) / CONFIG).get("base_model_name_or_path")
+    return Path(named).name if isinstance(named, str) else ""
+
+
 def _refuse_unread(file: Path, settings: Mapping[str, object]) -> None:
     if settings.get("peft_type") != "LORA":
         raise QjaxError(f"{file}: peft_type is {quoted(settings.get('peft_type'))}, only LORA is read; merge it with PEFT")

@@ -16,7 +16,7 @@ from qjax.calibrate.tokens import Calibration
 from qjax.checkpoints.huggingface import save_huggingface
 from qjax.checkpoints.load import load
 from qjax.checkpoints.packed import save
-from qjax.checkpoints.peft import load_adapter
+from qjax.checkpoints.peft import base_name, load_adapter
 from qjax.checkpoints.shards import SHARD_BYTES
 from qjax.driver.decoder import quantize
 from qjax.errors import QjaxError, QjaxWarning
@@ -46,7 +46,8 @@ def write_base(folder: Path, base: Model, start: str) -> None:
 def load_merge(base: Model, adapter: Path, target: Model | None = None) -> tuple[Model, Model]:
     """(the base with its adapter, what is to be written: that, or `target` with the adapter). Both may be lazy.
 
-    Raises QjaxError for an adapter of another base, and for a target that the adapter does not belong to: of an adapter that
+    Warns (QjaxWarning) where PEFT, which knows no fingerprints, names a base of another name. Raises QjaxError for an adapter of
+    another base, and for a target that the adapter does not belong to: of an adapter that
     makes up for its base (loftq, qera, pissa) any, of a base that a transform changed one without it, and one of another
     residual stream (a rotation's).
     """
@@ -64,6 +65,13 @@ def load_merge(base: Model, adapter: Path, target: Model | None = None) -> tuple
                 f"{adapter} began as {told['start']}, as part of what {base.name} lacks; added to {target.name} it would count "
                 "twice: leave --base out"
             )
+    elif (name := base_name(adapter)) and name.lower() != base.name.lower():
+        warnings.warn(
+            f"{adapter} names {name} as its base and is put on {base.name}, whose layers are of the same sizes; make sure that it "
+            "is that model",
+            QjaxWarning,
+            stacklevel=2,
+        )
     if target is not None and not _same_stream(base, target):
         raise QjaxError(
             f"the embeddings of {target.name} are others than those of {base.name} ({base.recipe}), which a rotation may have "
