@@ -46,10 +46,9 @@ def write_base(folder: Path, base: Model, start: str) -> None:
 def load_merge(base: Model, adapter: Path, target: Model | None = None) -> tuple[Model, Model]:
     """(the base with its adapter, what is to be written: that, or `target` with the adapter). Both may be lazy.
 
-    Warns (QjaxWarning) where PEFT, which knows no fingerprints, names a base of another name. Raises QjaxError for an adapter of
-    another base, and for a target that the adapter does not belong to: of an adapter that
-    makes up for its base (loftq, qera, pissa) any, of a base that a transform changed one without it, and one of another
-    residual stream (a rotation's).
+    Warns (QjaxWarning) where an adapter of PEFT's, which has no fingerprint, names another base. Raises QjaxError for one of
+    another base, and for a target that the adapter does not belong to: of an adapter that makes up for its base (loftq, qera,
+    pissa) any, of a base that a transform changed one without it, and one of another residual stream (a rotation's).
     """
     adapter = standing(adapter)
     adapters = load_adapter(adapter, base.config)
@@ -67,8 +66,8 @@ def load_merge(base: Model, adapter: Path, target: Model | None = None) -> tuple
             )
     elif (name := base_name(adapter)) and name.lower() != base.name.lower():
         warnings.warn(
-            f"{adapter} names {name} as its base and is put on {base.name}, whose layers are of the same sizes; make sure that it "
-            "is that model",
+            f"{adapter} names {name} as its base, and is put on {base.name}, whose layers have the same sizes; make sure that "
+            "it is that model",
             QjaxWarning,
             stacklevel=2,
         )
