@@ -8,6 +8,7 @@ operations of independent branches run at a time, so that the sum is not the pro
 """
 
 import collections
+import functools
 import re
 import statistics
 import tempfile
@@ -20,7 +21,8 @@ import jax.numpy as jnp
 
 from qjax.models import walk
 from qjax.models.config import DecoderConfig
-from qjax.models.model import stages
+from qjax.models.model import LOGITS_AT_ONCE, losses_of
+from qjax.models.vocabulary import BoundHead
 
 
 def _config(vocabulary: int, hidden: int, mlp: int, heads: int, kv_heads: int, window: int) -> DecoderConfig:
@@ -43,9 +45,10 @@ def programs(config: DecoderConfig, windows: int) -> dict[str, tuple[Callable, t
     table = embed.module.init(jax.random.key(1), tokens)["params"]["tokens"]["embedding"]
     x = table[tokens]
     of_block, of_head = block.module.init(jax.random.key(2), x)["params"], head.init(jax.random.key(3), x, table)["params"]
+    of_losses = jax.jit(functools.partial(losses_of, at_once=LOGITS_AT_ONCE))
     jitted = {
         "block": (walk.compiled(block.module), (of_block, x)),
-        "head and loss": (stages(config, jnp.float32).losses, (of_head, x[:, :-1], table, tokens[:, 1:])),
+        "head and loss": (of_losses, (BoundHead(head, of_head, table), x[:, :-1], tokens[:, 1:])),
     }
     return {name: (run.lower(*args).compile(), args) for name, (run, args) in jitted.items()}
 

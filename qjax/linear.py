@@ -263,7 +263,7 @@ def prepare_tree(tree: PyTree, dtype: DTypeLike) -> PyTree:
 
     def convert(leaf):
         if isinstance(leaf, Table):
-            return decode(leaf, dtype)
+            return dequantize(leaf, dtype)
         weight = leaf.weight if isinstance(leaf, Linear) else leaf
         fits = isinstance(weight, QTensor) and len(weight.shape) == 2 and choose("auto", dtype, weight) in KERNELS
         return prepare(leaf) if fits else leaf

@@ -131,7 +131,7 @@ def answers_told(better: str, worse: str, task: str = "cloze") -> bool:
     """Whether of two recipes of accuracy/ one answers more questions right, told apart, paired by question and draw."""
     rows = [[_of_draw("accuracy", seed, BUNDLED, "")[name].row for name in (better, worse)] for seed in range(3)]
     right = [[np.equal(row[f"answers:{task}"], row[f"gold:{task}"]).astype(float) for row in pair] for pair in rows]
-    changes = np.array([[ours - theirs] for ours, theirs in right])[:, 0]
+    changes = np.array([ours - theirs for ours, theirs in right])
     return aggregate_draws(-changes, np.ones(changes.shape[1]), np.array(rows[0][0][f"documents:{task}"])).change.high < 0
 
 

@@ -2,13 +2,14 @@
 
 import math
 
+import jax
 import numpy as np
 import pytest
 
 from qjax.driver.decoder import quantize
 from qjax.errors import QjaxError
 from qjax.evaluate.corpora import Corpus
-from qjax.evaluate.divergence import divergence, summarise
+from qjax.evaluate.divergence import LOGITS_AT_ONCE, divergence, summarise
 from qjax.evaluate.perplexity import batches_of
 from qjax.evaluate.states import States
 from qjax.evaluate.windows import corpus_windows, parse_convention
@@ -57,7 +58,7 @@ def test_the_batch_and_its_padding_do_not_matter(tiny_model, quantized, batch_to
 
 def test_pieces_of_the_vocabulary_do_not_matter(tiny_model, quantized, monkeypatch):
     expected = divergence(quantized, tiny_model, CORPUS, "windows-32", max_windows=3)
-    monkeypatch.setattr("qjax.evaluate.divergence.LOGITS_AT_ONCE", 257 * 3 * 7)
+    monkeypatch.setitem(LOGITS_AT_ONCE, jax.default_backend(), 257 * 3 * 7)
     np.testing.assert_allclose(divergence(quantized, tiny_model, CORPUS, "windows-32", max_windows=3), expected, rtol=1e-5)
     packed = divergence(quantized, tiny_model, CORPUS, "windows-32", max_windows=3, packed=True)
     np.testing.assert_allclose(packed, expected, rtol=1e-4)

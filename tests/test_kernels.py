@@ -14,7 +14,7 @@ from qjax.kernels import matmul as matmul_module
 from qjax.kernels.matmul import choose
 from qjax.linear import apply_linear, prepare_tree
 from qjax.maps import Scale
-from qjax.models.model import runnable, stages
+from qjax.models.model import runnable
 
 from .conftest import random_model, tiny_config
 
@@ -337,7 +337,6 @@ def test_dispatch_to_kernels(accelerator):
 @pytest.mark.usefixtures("accelerator")
 def test_a_model_runs_on_kernels():
     """The decoder with laid-out kernels gives what the decoded kernels give."""
-    stages.cache_clear()
     model, _ = qjax.quantize(random_model(tiny_config()), None, rules="mlp/down=rtn:int4-g16")
     tokens = jnp.arange(10).reshape(2, 5) % model.config.vocabulary_size
     run = runnable(model, packed=True)
@@ -345,7 +344,6 @@ def test_a_model_runs_on_kernels():
     assert sum(isinstance(leaf, layout.KernelWeight) for leaf in leaves) == model.config.layers
     expected = qjax.apply(runnable(model), tokens)
     assert float(jnp.max(jnp.abs(qjax.apply(run, tokens) - expected))) < 3e-2 * float(jnp.max(jnp.abs(expected)))
-    stages.cache_clear()
 
 
 def test_devices_that_kernels_do_not_serve(monkeypatch):

@@ -356,7 +356,7 @@ def test_broken_description(folder, content):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(version=4), "version 4 is not supported, expected 1 to 3"),
+        (lambda d: d.update(version=5), "version 5 is not supported, expected 1 to 4"),
         (lambda d: d.pop("version"), "version None"),
         (lambda d: d.pop("config"), "'config' must be dict, got nothing"),
         (lambda d: d.pop("name"), "'name' must be str"),

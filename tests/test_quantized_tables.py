@@ -15,6 +15,7 @@ from qjax.checkpoints.export import export
 from qjax.checkpoints.gguf.export import export_gguf
 from qjax.checkpoints.gguf.model import load_gguf
 from qjax.checkpoints.huggingface import save_huggingface
+from qjax.checkpoints.packed import templates_of
 from qjax.driver.decoder import kernel_shapes
 from qjax.driver.report import stored_size
 from qjax.errors import QjaxError
@@ -60,11 +61,10 @@ def test_what_it_is(tiny_model):
     assert is_quantized(table) and table.shape == shape and str(table.format) == "int8-g32-sym-max"
     assert table.nbytes == table.weight.nbytes < 4 * np.prod(shape) and 8 < table.bits_per_weight < 9
     assert qjax.dequantize(table, jnp.bfloat16).dtype == jnp.bfloat16
-    others = dict(zip(*np.unique([count for count, _ in kernel_shapes(coded)[1]], return_counts=True), strict=True))
-    assert kernel_shapes(coded)[0] == kernel_shapes(plain)[0] and others[np.prod(shape)] == 1
-    assert sum(count * each for count, each in kernel_shapes(coded)[1]) == stored_size(coded.params)[1] - sum(
-        4 * a * b for a, b in kernel_shapes(coded)[0]
-    )
+    kernels, others = kernel_shapes(coded)
+    assert kernels == kernel_shapes(plain)[0] and [count for count, _ in others].count(np.prod(shape)) == 1
+    bits, size = stored_size(coded.params)
+    assert bits == 0 and sum(count * each for count, each in others) == size - sum(4 * a * b for a, b in kernels)
     assert model_fingerprint(coded) != model_fingerprint(plain)
 
 
@@ -126,9 +126,49 @@ def test_files_for_other_tools(both, tmp_path):
 
 
 def test_what_a_gguf_file_cannot_hold_is_refused(tiny_model, tmp_path):
+    """Without advice: no recipe quantizes a table."""
     coded, _ = pair(tiny_model, tied=False, fmt="int3-g32")
-    with pytest.raises(QjaxError, match=r"gguf cannot hold token_embd.weight: .*int3-g32"):
+    with pytest.raises(QjaxError, match=r"gguf cannot hold token_embd.weight: int3-g32 is no type of blocks$"):
         export_gguf(tmp_path / "m.gguf", coded)
+
+
+def test_scales_of_another_type_that_float16_holds(tiny_model, tmp_path):
+    coded, plain = pair(tiny_model, tied=True, fmt="int8-g32-sym-max-bf16")
+    export_gguf(tmp_path / "m.gguf", coded)
+    np.testing.assert_array_equal(
+        *(qjax.dequantize_tree(flatten(each.params)[TABLE]) for each in (load_gguf(tmp_path / "m.gguf"), plain))
+    )
+
+
+def test_what_changes_embeddings_decodes_it(both):
+    """A rotation, a start that changes the base, injected outliers: bit by bit as of the decoded table."""
+    assert_same(*map(qjax.rotate, both))
+    assert_same(*(qjax.inject_outliers(model, 8.0, 2) for model in both))
+    recipe = "hadamard+rtn:int4-g16"
+    assert_same(*(qjax.quantize(model, recipe)[0] for model in both))
+    started = [start(model, qjax.LoraConfig(rank=2, start="pissa"), jax.random.key(0)) for model in both]
+    jax.tree.map(np.testing.assert_array_equal, started[0][1], started[1][1])
+
+
+def test_tokens_out_of_range_are_as_of_any_table(both):
+    found, expected = (apply(model, jnp.asarray([[5, 300]])) for model in both)
+    np.testing.assert_array_equal(np.isnan(found), np.isnan(expected))
+    assert np.isnan(found[0, 1]).all()
+
+
+@pytest.mark.parametrize(
+    ("path", "record", "said"),
+    [
+        (TABLE, {"format": "int8-g32", "in_features": 32}, "in_features is 32, expected 257"),
+        (TABLE, {"format": "int8-g32", "in_features": 257}, "the table of embeddings alone is a table"),
+        (TABLE, {"format": "int8-g32", "in_features": 32, "table": True, "linear": {}}, "a table has a format and in_features"),
+        (TABLE, {"format": "int8-g32", "in_features": 31, "table": True}, "in_features is 31, expected 32"),
+        ("block_0/attention/q/kernel", {"format": "int8-g32", "in_features": 32, "table": True}, "alone is a table"),
+    ],
+)
+def test_records_that_are_none(path, record, said):
+    with pytest.raises(QjaxError, match=said):
+        templates_of(tiny_config(), {path: record})
 
 
 def test_adapters_are_trained_beside_it(both):

@@ -22,7 +22,7 @@ from qjax.evaluate.corpora import Corpus
 from qjax.evaluate.windows import parse_convention
 from qjax.models import walk
 from qjax.models.fingerprint import model_fingerprint
-from qjax.models.model import compute_dtype, computing, stages
+from qjax.models.model import compute_dtype, losses_of
 from qjax.numbers import NotFiniteError
 from qjax.recipe import method_name, parse_recipe
 from qjax.report.reports import write_reports
@@ -148,7 +148,7 @@ def test_two_runs_agree_to_the_last_bit(tiny_model, tmp_path):
 
 def test_all_cells_share_one_compiled_forward_pass(tiny_model, tmp_path):
     embed, block, *_ = (walk.compiled(part.module) for part in walk.parts(tiny_model.config, compute_dtype()))
-    programs = (embed, block, stages(tiny_model.config, *computing(tiny_model)).losses)
+    programs = (embed, block, losses_of)
     for program in programs:
         program.clear_cache()
     run_sweep(tiny_model, plan("rtn:int4-g16"), tmp_path / "a")

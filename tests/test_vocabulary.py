@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
+from qjax.linear import Linear, Table
 from qjax.models import model as module
 from qjax.models.model import apply_head, head_of, losses, scores
-from qjax.models.vocabulary import distances, words_at_once
+from qjax.models.vocabulary import distances, over_pieces, words_at_once
+from qjax.rounding.nearest import rtn
 from tests.conftest import random_model, tiny_config
 
 VOCABULARY, TOKENS = 257, 33
@@ -25,9 +27,7 @@ HEADS = {
 @pytest.fixture
 def bounded(monkeypatch):
     """Sets how many logits are held at a time."""
-    module.stages.cache_clear()
-    yield lambda bound: monkeypatch.setattr(module, "LOGITS_AT_ONCE", bound)
-    module.stages.cache_clear()
+    return lambda bound: monkeypatch.setattr(module, "LOGITS_AT_ONCE", bound)
 
 
 def largest_array(function, *args) -> int:
@@ -74,10 +74,56 @@ def test_words_of_no_probability_are_none(bounded):
     x = jax.random.normal(jax.random.key(0), (1, TOKENS, model.config.hidden_size))
     targets = jnp.full((1, TOKENS), 200)
     expected = losses(model, x, targets)
-    module.stages.cache_clear()
     bounded(64 * TOKENS)
     np.testing.assert_allclose(losses(model, x, targets), expected, rtol=1e-5)
     assert np.all(np.isfinite(expected))
+
+
+def test_the_first_of_equally_likely_words():
+    """Within a piece and in another."""
+    model = random_model(tiny_config(head_bias=True))
+    output = model.params["head"]["output"]
+    output["kernel"], output["bias"] = 0 * output["kernel"], jnp.zeros(VOCABULARY).at[jnp.array([70, 75, 200])].set(1.0)
+    x, targets = jnp.ones((1, VOCABULARY, model.config.hidden_size)), jnp.arange(VOCABULARY)
+    found = over_pieces(head_of(model), x[0], targets, words=64, likeliest=True)
+    np.testing.assert_array_equal(found.likeliest, 70)
+    assert np.flatnonzero(scores(model, x, targets, targets)[1]).tolist() == [70]
+
+
+QUANTIZED = {
+    "packed": lambda kernel: rtn(kernel, "int4-g16")[0],
+    "rounds its input": lambda kernel: Linear(rtn(kernel, "int4-g16")[0], activation="int8-token"),
+    "decoded, rounds its input": lambda kernel: Linear(kernel, activation="int8-token"),
+    "table": None,
+}
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+@pytest.mark.parametrize("beside", ["float", "itself"])
+def test_heads_that_are_not_cut(kind, beside):
+    """They have all words at once, also beside a head that could be cut."""
+    plain = random_model(tiny_config(tied=kind == "table"))
+    if kind == "table":
+        table = Table(rtn(plain.params["embed"]["tokens"]["embedding"].T, "int8-g32")[0])
+        model = plain._replace(params=plain.params | {"embed": {"tokens": {"embedding": table}}})
+    else:
+        head = plain.params["head"]
+        kernel = QUANTIZED[kind](head["output"]["kernel"])
+        model = plain._replace(params=plain.params | {"head": head | {"output": {"kernel": kernel}}})
+    x = jax.random.normal(jax.random.key(0), (1, TOKENS, plain.config.hidden_size))
+    targets = jnp.arange(TOKENS) * 7
+    logits = apply_head(model, x)[0]
+    likelihood, likeliest = scores(model, x, jnp.arange(TOKENS), targets)
+    np.testing.assert_allclose(likelihood, jax.nn.log_softmax(logits)[jnp.arange(TOKENS), targets], rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(likeliest, logits.argmax(-1) == targets)
+    other = plain if beside == "float" else model
+    p, q = (jax.nn.log_softmax(each) for each in (apply_head(other, x)[0], logits))
+    heads = (head_of(model), head_of(other))
+    words = max(words_at_once(each, TOKENS, 10) for each in heads)
+    assert words == VOCABULARY
+    kl, same, _ = distances(heads, (x[0], x[0]), targets, words=words)
+    np.testing.assert_allclose(kl, (jnp.exp(p) * (p - q)).sum(-1), rtol=1e-3, atol=2e-6)
+    np.testing.assert_array_equal(same, p.argmax(-1) == q.argmax(-1))
 
 
 @pytest.mark.parametrize("head", [*HEADS, "words of no probability"])

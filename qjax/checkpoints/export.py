@@ -26,13 +26,13 @@ from qjax.errors import QjaxError, QjaxWarning
 from qjax.files import expand, listing, write_atomically
 from qjax.folders import new_folder, standing
 from qjax.formats import Format, default_scales
-from qjax.lazy import map_lazily, materialised
-from qjax.linear import Linear, Table, decode, is_quantized
+from qjax.lazy import materialised
+from qjax.linear import Linear, is_quantized
 from qjax.maps import Scale
 from qjax.models.families import FAMILIES, write_config
 from qjax.models.family import LM_HEAD, Family, StoredTensor, head_name, stacks_in, stored_tensors
 from qjax.models.model import Model, require_model
-from qjax.models.parameters import check_parameters, flatten, parameter_shapes
+from qjax.models.parameters import check_parameters, flatten, parameter_shapes, with_plain_tables
 from qjax.models.stacks import apart
 from qjax.qtensor import QTensor, unpack_codes, unpack_parameters
 from qjax.scales import QuantizedScales, laid, of_shape
@@ -69,8 +69,8 @@ def export(
         return
     config, shapes, leaves = write_config(model.config), parameter_shapes(model.config), flatten(model.params)
     check_parameters(leaves, shapes)
+    leaves = with_plain_tables(leaves)  # which no target holds in codes
     target = TARGETS[to]
-    leaves = {path: _plain(leaf) if isinstance(leaf, Table) else leaf for path, leaf in leaves.items()}
     leaves = {path: in_float16(leaf) if to in FLOAT16 else leaf for path, leaf in leaves.items()}
     family, dtype = FAMILIES[model.config.family], np.dtype(checkpoint_dtype(leaves)).name
     leaves = apart(leaves, stacks_in(family, shapes))
@@ -102,11 +102,6 @@ def export(
         write_shards(new, sizes, make, shard_bytes)
         write_companions(new, model, beside)
         write_atomically(new / CONFIG, json.dumps(config, indent=1) + "\n")
-
-
-def _plain(table: Table) -> object:
-    """A table of embeddings in float32, which no target holds in codes."""
-    return map_lazily(decode, table, dtype=np.dtype(np.float32), is_leaf=is_quantized)
 
 
 def require_target(to: str) -> None:

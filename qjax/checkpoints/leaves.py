@@ -75,7 +75,9 @@ def template(record: object, shape: tuple[int, ...]) -> Linear | QTensor | Table
 
     Raises QjaxError for a malformed record, and parts that do not fit each other.
     """
-    if isinstance(record, dict) and record.get("table") is True and len(shape) == 2:
+    if isinstance(record, dict) and record.get("table") is True:
+        if len(shape) != 2 or not record.keys() <= {"table", "format", "in_features"}:
+            raise QjaxError(f"a table has a format and in_features, got {quoted(record)} for {list(shape)}")
         return Table(_described_qtensor(record, shape[::-1]))
     if len(shape) == 3:
         stacked = lambda array: jax.ShapeDtypeStruct((shape[0], *array.shape), array.dtype)  # noqa: E731

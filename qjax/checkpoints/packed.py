@@ -10,8 +10,8 @@
     layers.jsonl        where the driver wrote the folder: a row of every kernel
 
 Keys, shapes and types are checked against the description before anything is read, the digest of the description always, those
-of the files with them, of a lazy model before each is first read. Version 2 had no digests; version 1 knew no Linear, only an
-input's scale: "input_scale": true beside a format, stored as .input_scale.
+of the files with them, of a lazy model before each is first read. Version 3 knew no tables, version 2 had no digests; version
+1 knew no Linear, only an input's scale: "input_scale": true beside a format, stored as .input_scale.
 """
 
 import functools
@@ -34,12 +34,13 @@ from qjax.checkpoints.tensors import FLOATS, Header, read_arrays, read_headers, 
 from qjax.errors import QjaxError
 from qjax.files import expand, listing, write_atomically
 from qjax.folders import new_folder, standing
-from qjax.linear import Linear, is_quantized
+from qjax.linear import Linear, Table, is_quantized
 from qjax.maps import Permute
 from qjax.models.config import DecoderConfig
 from qjax.models.config_json import config_from_dict, config_to_dict
 from qjax.models.model import Model, require_model
 from qjax.models.parameters import check_parameters, flatten, parameter_shapes, unflatten
+from qjax.models.walk import TABLE
 from qjax.untrusted import digest_of, quoted, read_json, refuse_links_out
 
 DESCRIPTION, WEIGHTS, LAYERS = "qjax.json", "model.safetensors", "layers.jsonl"
@@ -47,7 +48,7 @@ REPLACED = (
     *(DESCRIPTION, "config.json", "model.safetensors.index.json"),
     *("model*.safetensors", "tokenizer*.json", *COMPANIONS, LAYERS),
 )
-VERSION = 3
+VERSION = 4
 
 
 def save(folder: str | Path, model: Model, *, overwrite: bool = False, beside: Path | None = None) -> None:
@@ -208,6 +209,8 @@ def templates_of(config: DecoderConfig, records: dict) -> dict[str, object]:
             templates[path] = template(record, shape)
         except QjaxError as error:
             raise QjaxError(f"{path}: {error}") from error
+        if isinstance(templates[path], Table) != (path == TABLE):
+            raise QjaxError(f"'quantized' has {quoted(path)} as {quoted(record)}; the table of embeddings alone is a table")
     return templates
 
 

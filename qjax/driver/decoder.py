@@ -19,7 +19,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from fractions import Fraction
 from pathlib import Path
 
 import jax
@@ -330,11 +329,11 @@ def _reads_data(plan: Plan) -> bool:
     return any(recipe and recipe.reads_data for recipe in plan.values())
 
 
-def kernel_shapes(model: Model) -> tuple[list[tuple[int, int]], list[tuple[int, int | Fraction]]]:
+def kernel_shapes(model: Model) -> tuple[list[tuple[int, int]], list[tuple[int, float]]]:
     """(in, out) of the kernels that are quantized, or would be by default, and (elements, bytes of one) of every other leaf."""
     flat = flatten_dict(model.params, sep="/")
     linear = {path for path, leaf in flat.items() if path.endswith("/kernel") and (is_quantized(leaf) or walk.in_blocks(path))}
     stacks = {path: flat[path].shape[0] for path in linear if len(flat[path].shape) > 2}
     shapes = spread({path: leaf.shape[-2:] for path, leaf in flat.items() if path in linear}, stacks)
     counts = [(math.prod(leaf.shape), leaf.nbytes) for path, leaf in flat.items() if path not in linear]
-    return list(shapes.values()), [(count, Fraction(size, count)) for count, size in counts]
+    return list(shapes.values()), [(count, size / count) for count, size in counts]

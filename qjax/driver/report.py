@@ -14,7 +14,7 @@ from qjax.driver.layer import LayerRecord
 from qjax.driver.scale_range import check_cast
 from qjax.errors import QjaxWarning
 from qjax.lazy import is_lazy
-from qjax.linear import is_quantized
+from qjax.linear import Table, is_quantized
 from qjax.methods import UNQUANTIZED
 from qjax.models.stacks import stack_of
 from qjax.numbers import as_json
@@ -50,16 +50,18 @@ def _kernel(flat: Mapping[str, object], path: str) -> object:
 
 
 def stored_size(params: PyTree) -> tuple[float, int]:
-    """Bits of a quantized weight, in the mean, and bytes of all parameters, as they are held; may be lazy."""
+    """Bits of a weight of quantized kernels, in the mean (0 without any), and bytes of all parameters, as they are held; may be
+    lazy.
+    """
     leaves = jax.tree.leaves(params, is_leaf=is_quantized)
-    quantized = [leaf for leaf in leaves if is_quantized(leaf)]
+    quantized = [leaf for leaf in leaves if is_quantized(leaf) and not isinstance(leaf, Table)]
     weights = sum(math.prod(leaf.shape) for leaf in quantized)
     return 8 * sum(leaf.nbytes for leaf in quantized) / max(weights, 1), sum(leaf.nbytes for leaf in leaves)
 
 
 def files_size(params: PyTree) -> int:
-    """Bytes of the files that lazy parameters are read from; 0 of what is in memory. They hold more than
-    weights, and what is decoded in fewer bytes.
+    """Bytes of the files that lazy parameters are read from; 0 of what is in memory. Files hold tokenizers and names too, and
+    a GGUF file's vectors may be quantized there.
     """
     return sum(file.stat().st_size for file in {leaf.file for leaf in jax.tree.leaves(params) if is_lazy(leaf) and leaf.file})
 

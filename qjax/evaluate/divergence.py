@@ -29,7 +29,7 @@ from qjax.models.compute import compute_name
 from qjax.models.model import Model, head_of, hidden_batches, named, require_model, runnable
 from qjax.numbers import require_finite
 
-LOGITS_AT_ONCE = 2**22  # elements of each model's, which fit into a CPU's cache
+LOGITS_AT_ONCE = {"cpu": 2**22, "gpu": 2**28, "tpu": 2**28}  # of each model's: on a CPU they fit into its cache
 WHOLE_LOGITS = 2**26  # where a head has all words or none: fewer would read a large one once for every few tokens
 
 
@@ -115,7 +115,8 @@ def _compare(ours: tuple[Model, jax.Array], theirs: tuple[Model, jax.Array], tar
     """
     heads = tuple(head_of(model) for model, _ in (ours, theirs))
     states = [x[:, :-1].reshape(targets.size, -1) for _, x in (ours, theirs)]
-    words = max(vocabulary.words_at_once(head, targets.size, LOGITS_AT_ONCE) for head in heads)
+    at_once = LOGITS_AT_ONCE[jax.default_backend()]
+    words = max(vocabulary.words_at_once(head, targets.size, at_once) for head in heads)
     tokens = targets.size if all(head.in_pieces for head in heads) else max(1, WHOLE_LOGITS // words)
     flat, parts = targets.reshape(-1), []
     for start in range(0, targets.size, tokens):

@@ -21,7 +21,7 @@ from qjax.lazy import materialised
 from qjax.linear import cast_tree
 from qjax.models import walk
 from qjax.models.compute import compute_of
-from qjax.models.model import Model, cached, computing, embedding_table, empty_caches, require_model, runnable, stages
+from qjax.models.model import Model, cached, computing, empty_caches, head_of, require_model, runnable
 from qjax.qtensor import nbytes
 
 
@@ -84,15 +84,15 @@ def measure_speed(
 
 def _working_bytes(model: Model, batch: int, prompt_tokens: int, new_tokens: int) -> int:
     """Bytes of the cache and of the largest compiled stage's working memory in the prefill."""
-    run, dtype = stages(model.config, *computing(model)), computing(model).dtype
+    head, dtype = head_of(model), computing(model).dtype
     caches = empty_caches(model, batch, prompt_tokens + new_tokens)
     layout = layout_of(jnp.zeros(batch, jnp.int32), prompt_tokens, prompt_tokens + new_tokens)
     x = jax.ShapeDtypeStruct((batch, prompt_tokens, model.config.hidden_size), dtype)
     last = jax.ShapeDtypeStruct((batch, 1, model.config.hidden_size), dtype)
-    *_, block, head = walk.parts(model.config, *computing(model))
+    *_, block = walk.body(model.config, *computing(model))
     lowered = (
         cached(block.module).lower(walk.params_of(block, model.params), x, layout, caches[0]),
-        run.head.lower(walk.params_of(head, model.params), last, embedding_table(model)),
+        walk.compiled(head.module).lower(head.params, last, head.table),
     )
     plans = [each.compile().memory_analysis() for each in lowered]
     return nbytes(caches) + max(plan.temp_size_in_bytes + plan.output_size_in_bytes for plan in plans)

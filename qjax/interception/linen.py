@@ -187,7 +187,7 @@ def _run_quantized(call, args, kwargs, context, products=None):
 
 def _embedded(layer: nn.Embed, table: Table, inputs: jax.Array | None = None) -> jax.Array | None:
     """The rows of a table for tokens; None in the layer's own setup, which would take the table for an array."""
-    return None if inputs is None else decode(table, layer.dtype or layer.param_dtype)[inputs]
+    return None if inputs is None else jnp.take(decode(table, layer.dtype or layer.param_dtype), inputs, axis=0)
 
 
 def _refuse_other_quantized(layer: nn.Module, held: Mapping[str, object]) -> None:

@@ -16,7 +16,7 @@ from qjax.linear import is_quantized
 from qjax.maps import LARGEST, Divide
 from qjax.models.folding import Fold, fold_map, folds
 from qjax.models.model import Model, require_model
-from qjax.models.parameters import flatten, unflatten
+from qjax.models.parameters import flatten, unflatten, with_plain_tables
 from qjax.models.walk import block_name
 
 
@@ -34,7 +34,7 @@ def inject_outliers(model: Model, factor: float = 40.0, channels: int = 4, *, se
             f"inject_outliers: factor {factor!r}, channels {channels!r}; expected a factor of {1 / LARGEST:g} to {LARGEST:g} "
             f"and 1 to {config.hidden_size} channels"
         )
-    leaves = flatten(materialised(model.params))
+    leaves = with_plain_tables(flatten(materialised(model.params)))
     if any(map(is_quantized, leaves.values())):
         raise QjaxError(f"inject_outliers: {model.name} is quantized ({model.recipe}); start from the unquantized model")
     places = np.random.default_rng(seed).choice(config.hidden_size, channels, replace=False)

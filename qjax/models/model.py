@@ -1,7 +1,7 @@
 """A model as a value (configuration, parameters, tokenizer) and its forward pass.
 
 Parameters stay in the type they were stored in, so bytes are exact; they are cast to the compute type (`compute.py`) inside the
-compiled stages. Each stage (embed, block, head) is compiled once per configuration and kernel formats and serves every layer.
+compiled parts. Each part (embed, block, head) is compiled once per configuration and kernel formats and serves every layer.
 """
 
 import functools
@@ -55,14 +55,6 @@ def require_model(function: str, model: object) -> None:
         )
 
 
-class Stages(NamedTuple):
-    """Compiled functions of a part's parameters and values; `head` also takes the embedding table when the model ties it."""
-
-    head: object  # (params, hidden, table or None) -> logits (batch, time, vocabulary) float32
-    losses: object  # (params, hidden, table or None, targets (batch, time)) -> -ln p of the targets, float32
-    scores: object  # (params, hidden, table or None, flat places, their targets) -> ln p of each, whether it is the likeliest
-
-
 def named(model: Model) -> str:
     """A model in messages: its name, and what it was quantized with."""
     return model.name if model.recipe == "none" else f"{model.name} ({model.recipe})"
@@ -74,7 +66,8 @@ def compute_dtype() -> DTypeLike:
 
 
 def runnable(model: Model, packed: bool = False, compute: str | None = None) -> Model:
-    """The model with its kernels decoded to the compute type, once; packed: laid out for the device's kernels instead.
+    """The model with its kernels decoded to the compute type, once; packed: laid out for the device's kernels instead. A
+    quantized table of embeddings is decoded either way.
 
     What its layers do to their inputs, activation formats for example, they do either way. compute: None leaves the model's.
     Raises QjaxError for a type that is none.
@@ -90,47 +83,6 @@ def runnable(model: Model, packed: bool = False, compute: str | None = None) -> 
 
     leaves = flatten_dict(model.params)
     return model._replace(params=unflatten_dict({path: convert(path, leaf) for path, leaf in leaves.items()}))
-
-
-@functools.lru_cache(maxsize=8)
-def stages(config: DecoderConfig, dtype: DTypeLike, products: DTypeLike | None = None) -> Stages:
-    """What runs besides the parts themselves (`walk.run`), of a configuration and a compute type."""
-    module = walk.head(config, dtype, products).module
-    head = walk.compiled(module)
-
-    @jax.jit
-    def losses(params, x, table, targets):
-        def piece_losses(piece):  # hidden (batch, time, hidden), targets (batch, time)
-            logits = head(params, piece[0], table)
-            return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, piece[1][..., None], axis=-1)[..., 0]
-
-        # The logits of a whole batch would be the largest array of the program.
-        tokens = targets.size
-        pieces = -(-tokens // max(1, LOGITS_AT_ONCE // config.vocabulary_size))
-        if pieces <= 1:
-            return piece_losses((x, targets))
-        bound = vocabulary.BoundHead(module, params, table)
-        if bound.in_pieces:
-            words = vocabulary.words_at_once(bound, tokens, LOGITS_AT_ONCE)
-            found = vocabulary.over_pieces(bound, x.reshape(tokens, -1), targets.reshape(-1), words=words)
-            return (found.log_sum - found.logit).reshape(targets.shape)
-
-        def split(array):  # (batch, time, ...) -> (pieces, 1, tokens of a piece, ...), the last one padded
-            flat = array.reshape(tokens, *array.shape[2:])
-            padding = [(0, -tokens % pieces)] + [(0, 0)] * (flat.ndim - 1)
-            return jnp.pad(flat, padding).reshape(pieces, 1, -1, *flat.shape[1:])
-
-        return jax.lax.map(piece_losses, (split(x), split(targets))).reshape(-1)[:tokens].reshape(targets.shape)
-
-    @jax.jit
-    def scores(params, x, table, places, targets):
-        x = x.reshape(-1, x.shape[-1])[places]
-        bound = vocabulary.BoundHead(module, params, table)
-        words = vocabulary.words_at_once(bound, len(places), LOGITS_AT_ONCE)
-        found = vocabulary.over_pieces(bound, x, targets, words=words, likeliest=True)
-        return found.logit - found.log_sum, found.likeliest == targets
-
-    return Stages(head, losses, scores)
 
 
 @functools.lru_cache(maxsize=16)
@@ -153,19 +105,7 @@ def computing(model: Model) -> Compute:
 def head_of(model: Model) -> vocabulary.BoundHead:
     """The model's head with what it reads."""
     part = walk.head(model.config, *computing(model))
-    return vocabulary.BoundHead(part.module, walk.params_of(part, model.params), embedding_table(model))
-
-
-def embedding_table(model: Model) -> Float[Array, "vocabulary hidden"] | None:
-    """What a tied head multiplies with; None for a model with a head of its own."""
-    (table,) = walk.further_arguments(walk.head(model.config), model.params)
-    return table
-
-
-def _head_arguments(
-    model: Model, x: Float[Array, "batch time hidden"]
-) -> tuple[PyTree, Float[Array, "batch time hidden"], Float[Array, "vocabulary hidden"] | None]:
-    return walk.params_of(walk.head(model.config), model.params), x, embedding_table(model)
+    return vocabulary.BoundHead(part.module, walk.params_of(part, model.params), *walk.further_arguments(part, model.params))
 
 
 def hidden_states(
@@ -273,16 +213,55 @@ def apply(model: Model, tokens: Int[Array, "batch time"]) -> Float[Array, "batch
 
 def apply_head(model: Model, x: Float[Array, "batch time hidden"]) -> Float[Array, "batch time vocabulary"]:
     """Float32 logits of hidden states."""
-    return stages(model.config, *computing(model)).head(*_head_arguments(model, x))
+    return logits_of(head_of(model), x)
+
+
+def logits_of(head: vocabulary.BoundHead, x: Float[Array, "batch time hidden"]) -> Float[Array, "batch time vocabulary"]:
+    """Float32 logits of hidden states."""
+    return walk.compiled(head.module)(head.params, x, head.table)
 
 
 def scores(
     model: Model, x: Float[Array, "batch time hidden"], places: Int[Array, " n"], targets: Int[Array, " n"]
 ) -> tuple[Float[Array, " n"], Bool[Array, " n"]]:
     """ln p of target tokens at `places` (indices into batch * time), and whether each is the likeliest token there."""
-    return stages(model.config, *computing(model)).scores(*_head_arguments(model, x), places, targets)
+    return _scores(head_of(model), x.reshape(-1, x.shape[-1])[places], targets, LOGITS_AT_ONCE)
+
+
+@functools.partial(jax.jit, static_argnames="at_once")
+def _scores(head: vocabulary.BoundHead, x: Float[Array, "n hidden"], targets: Int[Array, " n"], at_once: int):
+    words = vocabulary.words_at_once(head, len(x), at_once)
+    found = vocabulary.over_pieces(head, x, targets, words=words, likeliest=True)
+    return found.logit - found.log_sum, found.likeliest == targets
 
 
 def losses(model: Model, x: Float[Array, "batch time hidden"], targets: Int[Array, "batch time"]) -> Float[Array, "batch time"]:
     """-ln p of the target tokens (batch, time) at hidden states (batch, time, hidden), in nats, float32."""
-    return stages(model.config, *computing(model)).losses(*_head_arguments(model, x), targets)
+    return losses_of(head_of(model), x, targets, LOGITS_AT_ONCE)
+
+
+@functools.partial(jax.jit, static_argnames="at_once")
+def losses_of(
+    head: vocabulary.BoundHead, x: Float[Array, "batch time hidden"], targets: Int[Array, "batch time"], at_once: int
+) -> Float[Array, "batch time"]:
+    """`losses` by so many logits at once: those of a whole batch would be the largest array of the program."""
+
+    def piece_losses(piece):  # hidden (batch, time, hidden), targets (batch, time)
+        logits = logits_of(head, piece[0])
+        return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, piece[1][..., None], axis=-1)[..., 0]
+
+    tokens = targets.size
+    pieces = -(-tokens // max(1, at_once // head.words))
+    if pieces <= 1:
+        return piece_losses((x, targets))
+    if head.in_pieces:
+        words = vocabulary.words_at_once(head, tokens, at_once)
+        found = vocabulary.over_pieces(head, x.reshape(tokens, -1), targets.reshape(-1), words=words)
+        return (found.log_sum - found.logit).reshape(targets.shape)
+
+    def split(array):  # (batch, time, ...) -> (pieces, 1, tokens of a piece, ...), the last one padded
+        flat = array.reshape(tokens, *array.shape[2:])
+        padding = [(0, -tokens % pieces)] + [(0, 0)] * (flat.ndim - 1)
+        return jnp.pad(flat, padding).reshape(pieces, 1, -1, *flat.shape[1:])
+
+    return jax.lax.map(piece_losses, (split(x), split(targets))).reshape(-1)[:tokens].reshape(targets.shape)

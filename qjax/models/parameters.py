@@ -5,13 +5,14 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
 from jaxtyping import PyTree
 
 from qjax.errors import QjaxError
 from qjax.files import listing
-from qjax.lazy import is_array
-from qjax.linear import is_quantized
+from qjax.lazy import is_array, map_lazily
+from qjax.linear import Table, dequantize, is_quantized
 from qjax.models.config import DecoderConfig
 from qjax.models.walk import parts
 
@@ -29,7 +30,7 @@ def parameter_shapes(config: DecoderConfig) -> Mapping[str, tuple[int, ...]]:
 
 
 def flatten(params: PyTree) -> dict[str, object]:
-    """Leaves (arrays, QTensors and Linears) of nested dicts by their path."""
+    """Leaves (arrays, and what stands for them) of nested dicts by their path."""
     return traverse_util.flatten_dict(params, sep="/")
 
 
@@ -38,8 +39,14 @@ def unflatten(leaves: Mapping[str, object]) -> PyTree:
     return traverse_util.unflatten_dict(leaves, sep="/")
 
 
+def with_plain_tables(leaves: Mapping[str, object]) -> dict[str, object]:
+    """The leaves with tables of embeddings in float32; those that are lazy stay so."""
+    plain = functools.partial(map_lazily, dequantize, dtype=np.dtype(np.float32), is_leaf=is_quantized)
+    return {path: plain(leaf) if isinstance(leaf, Table) else leaf for path, leaf in leaves.items()}
+
+
 def check_parameters(leaves: Mapping[str, object], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises QjaxError unless the leaves are the arrays, QTensors and Linears, of these shapes, that a decoder has."""
+    """Raises QjaxError unless the leaves are the arrays, and what stands for them, of these shapes, that a decoder has."""
     problems = [f"missing {path}" for path in shapes if path not in leaves]
     problems += [f"unexpected {path}" for path in leaves if path not in shapes]
     for path, leaf in leaves.items():

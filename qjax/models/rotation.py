@@ -26,7 +26,7 @@ from qjax.lazy import Lazy, is_lazy, materialised
 from qjax.linear import is_quantized
 from qjax.models.config import DecoderConfig
 from qjax.models.model import Model, require_model
-from qjax.models.parameters import flatten, parameter_shapes, unflatten
+from qjax.models.parameters import flatten, parameter_shapes, unflatten, with_plain_tables
 from qjax.models.walk import TABLE
 
 READS = {  # layers of a block that read the stream, and the norm before them
@@ -46,7 +46,7 @@ def rotate(model: Model, *, seed: int = 0) -> Model:
     which no Hadamard matrix is known.
     """
     require_model("rotate", model)
-    leaves, config = flatten(model.params), rotated_config(model.config)
+    leaves, config = with_plain_tables(flatten(model.params)), rotated_config(model.config)
     if quantized := [path for path, leaf in leaves.items() if is_quantized(leaf)]:
         raise QjaxError(f"rotate: {model.name} is quantized already ({quantized[0]}); start from the unquantized model")
     shapes = parameter_shapes(config)

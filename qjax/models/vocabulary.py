@@ -146,7 +146,7 @@ def _logits(head: BoundHead, x: Float[Array, "tokens hidden"], start, count: int
         return array if count == head.words else jax.lax.dynamic_slice_in_dim(array, start, count, axis)
 
     module = head.module
-    output = {name: piece(array, array.ndim - 1) for name, array in head.params.get("output", {}).items()}
+    output = {name: piece(array, -1) for name, array in head.params.get("output", {}).items()}
     held = {**head.params, **({"output": output} if output else {})}
     with quantized_kernels(module.products):
         part = Head(dataclasses.replace(module.config, vocabulary_size=count), module.dtype, module.products)

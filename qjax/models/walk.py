@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from qjax.interception.linen import quantized_kernels
 from qjax.lazy import materialised
+from qjax.linear import Table
 from qjax.models.config import DecoderConfig
 from qjax.models.decoder import Block, Embed, Head, branches
 
@@ -92,7 +93,7 @@ def params_of(part: Part, params: PyTree) -> PyTree:
     return materialised(subtree(part, params))
 
 
-def further_arguments(part: Part, params: PyTree) -> tuple[Float[Array, "vocabulary hidden"] | None, ...]:
+def further_arguments(part: Part, params: PyTree) -> tuple[Float[Array, "vocabulary hidden"] | Table | None, ...]:
     """What a part takes besides hidden states: (table,) for the head, the embedding's where it is tied, else None."""
     if part.kind != "head":
         return ()

@@ -21,7 +21,7 @@ BASELINES = (("fp32", "FP32", 4), ("fp16", "FP16 / BF16", 2))
 
 def memory_table(
     shapes: Sequence[tuple[int, int]],
-    others: Iterable[tuple[int, int | Fraction]] = (),
+    others: Iterable[tuple[int, float]] = (),
     *,
     title: str = "",
     formats: Sequence[str] = MEMORY_FORMATS,
@@ -64,7 +64,7 @@ def parameters_table(parameters: float, *, formats: Sequence[str] = MEMORY_FORMA
     return _table(title, measured, (f"Bits per weight are those of a {shape} matrix; real models keep embeddings at 16 bits.",))
 
 
-def memory_row(model: str, shapes: Iterable[tuple[int, int]], others: Iterable[tuple[int, int]] = ()) -> dict[str, object]:
+def memory_row(model: str, shapes: Iterable[tuple[int, int]], others: Iterable[tuple[int, float]] = ()) -> dict[str, object]:
     """What a folder of results keeps of a model that is not measured: a row of the kind "memory", see `memory_table`."""
     return {
         "key": f"memory: {model}",

@@ -64,10 +64,9 @@ def load_merge(base: Model, adapter: Path, target: Model | None = None) -> tuple
                 f"{adapter} began as {told['start']}, as part of what {base.name} lacks; added to {target.name} it would count "
                 "twice: leave --base out"
             )
-    elif (name := base_name(adapter)) and name.lower() != base.name.lower():
+    elif (name := base_name(adapter)) and not Path(base.name).name.lower().startswith(name.lower()):
         warnings.warn(
-            f"{adapter} names {name} as its base, and is put on {base.name}, whose layers have the same sizes; make sure that "
-            "it is that model",
+            f"{adapter} names {name} as its base, and is put on {base.name}; make sure that it is that model",
             QjaxWarning,
             stacklevel=2,
         )

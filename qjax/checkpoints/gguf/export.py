@@ -29,6 +29,7 @@ from qjax.lazy import materialised
 from qjax.linear import Linear, Table, is_quantized
 from qjax.models.model import Model
 from qjax.models.parameters import check_parameters, flatten, parameter_shapes
+from qjax.models.walk import TABLE
 from qjax.qtensor import QTensor
 
 OWN = {dtype: number for number, (_, dtype) in FLOATS.items()}
@@ -50,8 +51,9 @@ def export_gguf(path: str | Path, model: Model, *, overwrite: bool = False, chat
     path, architecture = require_file(path, SUFFIX, overwrite=overwrite), architecture_of(model.config)
     require_loadable(model.config)
     shapes = parameter_shapes(model.config)
-    leaves = {path: in_float16(leaf) for path, leaf in flatten(model.params).items()}
+    leaves = flatten(model.params)
     check_parameters(leaves, shapes)
+    leaves = {path: in_float16(leaf.weight if isinstance(leaf, Table) else leaf) for path, leaf in leaves.items()}
     pieces = stored_pieces(model.config, shapes, architecture)
     kinds = _kinds(pieces, leaves)
     values, constants = model_keys(model.config)
@@ -83,7 +85,8 @@ def _kinds(pieces: Mapping[str, tuple[Piece, ...]], leaves: Mapping[str, object]
         found[name] = next(iter(kinds))
         if isinstance(found[name], str):
             problems.append(f"{name}: {found[name]}")
-            fits = [joining.nearest(each.format, each.shape[-2]) for each in held if is_quantized(each) and each.format]
+            held = [each for each in held if is_quantized(each) and each.format and parts[0].path != TABLE]  # no recipe's
+            fits = [joining.nearest(each.format, each.shape[-2]) for each in held]
             nearest |= {str(fmt): fmt for fmt in fits if fmt is not None}
     if problems:
         advice = ", ".join(f"rtn:{fmt}, gptq:{fmt}" for fmt in nearest)
@@ -93,7 +96,6 @@ def _kinds(pieces: Mapping[str, tuple[Piece, ...]], leaves: Mapping[str, object]
 
 
 def _kind(leaf: object) -> int | str:
-    leaf = leaf.weight if isinstance(leaf, Table) else leaf
     if isinstance(leaf, QTensor) and leaf.codes.ndim in (2, 3):
         return joining.kind_of(leaf.format, leaf.in_features)
     if isinstance(leaf, Linear) and (more := besides(leaf, order=False)):
@@ -120,7 +122,6 @@ def _entry(name: str, parts: tuple[Piece, ...], kind: int, leaves: Mapping[str, 
 
 def _rows(leaf: object, part: Piece, kind: int) -> np.ndarray:
     """The bytes of a parameter, an output channel or a token after the other."""
-    leaf = leaf.weight if isinstance(leaf, Table) else leaf
     if isinstance(leaf, QTensor):
         return joining.rows_of(kind, leaf)
     array = np.asarray(leaf).astype(FLOATS[kind][1])
