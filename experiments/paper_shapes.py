@@ -1,4 +1,4 @@
-"""Which findings of the GPTQ, AWQ and QLoRA papers hold on models a thousand times smaller? (`qjax/report/paper_shapes.py`)
+"""Which findings of the GPTQ, AWQ and QLoRA papers hold on models of a million parameters? (`qjax/report/paper_shapes.py`)
 
     python experiments/paper_shapes.py                 writes results/paper_shapes/, eight minutes on 2 cores
     python experiments/paper_shapes.py --tiny --out X  a few windows and formats, for tests

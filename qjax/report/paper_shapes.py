@@ -7,7 +7,7 @@ figures of the draws say what they add. A finding holds where its interval is in
 is open in between, or where the interval of a cost that another is divided by holds 0. The intervals of a table are so wide
 that one wrong verdict among them all has a probability of 5 % (Holm 1979); what an interval of 95 % would say is told as such.
 The papers' numbers are computed from their
-tables, of models up to a thousand times larger; the ranges leave room beside what their smallest models and their claims say.
+tables, of models a hundred and more times larger; the ranges leave room beside what their smallest models and their claims say.
 The settings are theirs:
 GPTQ's paper has no act-order and sees the quantized blocks before; its code on LLaMA has act-order and sees the layers
 before (with act-order our groups are static, its were not); AWQ sees the unquantized model.
