@@ -75,9 +75,10 @@ def calibration_tokens(folder: str, recipe: str, **where: str) -> int:
     return row["calibration_windows"] * row["calibration_window_tokens"]
 
 
-def logged() -> float:
-    """Minutes that the last run of the log that was whole took."""
-    return float(re.findall(r"^all: (\d+) min, 0 failed$", (RESULTS / "all.log").read_text("utf-8"), re.MULTILINE)[-1])
+def logged(name: str = "bitwidth_sweep") -> float:
+    """Minutes of the last run of the log whose last experiment this was, and of which none failed."""
+    pattern = rf"^{name}: \d+ s\nall: (\d+) min, 0 failed$"
+    return float(re.findall(pattern, (RESULTS / "all.log").read_text("utf-8"), re.MULTILINE)[-1])
 
 
 @functools.cache
@@ -388,6 +389,14 @@ def less(model: str, bits: int, method: str, *others: str) -> bool:
     return all(fewer("real_models", real(model, method, bits), real(model, other, bits), model=model) for other in others)
 
 
+def best_at_2(model: str) -> tuple[float, str]:
+    """The least perplexity at 2 bits, and its recipe."""
+    found = {
+        recipe: cell.row["perplexity"] for recipe, cell in cells("real_models", model=model).items() if cell.row["bits"] == 2
+    }
+    return min((value, recipe) for recipe, value in found.items())
+
+
 def seen_by_tasks(model: str, bits: int) -> dict[str, int]:
     """Of the methods how many change the accuracy of a task, told from zero, by task."""
     recipes = [real(model, method, bits) for method in METHODS]
@@ -410,7 +419,9 @@ ACCURACY = tuple(f"{method}:int{bits}-g128" for bits in (4, 3, 2) for method in 
 def cost_table() -> str:
     """Changes of perplexity by method and width, on the bundled model, SmolLM2 and Gemma 3."""
     places = [("quickstart", "bundled", {}, f"int{bits}-g128", "") for bits in (4, 3, 2)]
-    real = (("SmolLM2", SMOLLM2, "int4-g64"), ("SmolLM2", SMOLLM2, "int3-g64"), ("Gemma 3", GEMMA, "int4-g128"))
+    real = [("SmolLM2", SMOLLM2, f"int{bits}-g64") for bits in (4, 3)] + [
+        ("Gemma 3", GEMMA, f"int{bits}-g128") for bits in (4, 3)
+    ]
     places += [("real_models", name, {"model": model}, fmt, "@parallel") for name, model, fmt in real]
     headers = ("", *(f"{name}, `{fmt}`" for _, name, _, fmt, _ in places))
     sizes = [cell(folder, f"rtn:{fmt}", **where).row for folder, _, where, fmt, _ in places]
