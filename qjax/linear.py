@@ -92,6 +92,7 @@ class Linear:
         return 8 * self.weight.nbytes / math.prod(self.shape) * self.nbytes / self.weight.nbytes
 
 
+@flax_state.registered
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Table:

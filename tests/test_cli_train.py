@@ -322,11 +322,19 @@ def test_an_adapter_that_names_another_base(adapter, folder, tmp_path):
     """As PEFT does, which does not say more of it."""
     copy, base = bare(adapter, tmp_path / "copy"), load(folder / "tiny")
     settings = json.loads((copy / "adapter_config.json").read_text())
-    for named, warned in (("someone/other", True), ("someone/TINY", False), (None, False)):
+    cases = [("tiny", "someone/other", True), ("tiny", "someone/TINY", False), ("tiny", None, False)]
+    cases += [
+        ("me/tiny", "tiny", False),
+        ("tiny.Q4_K_M", "tiny", False),
+        ("tiny-bf16", "tiny", False),
+        ("tiny-chat", "tiny", True),
+    ]
+    for name, named, warned in cases:
         (copy / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": named}))
         with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always")
-            load_merge(base, copy)
-        assert [str(each.message) for each in found] == [
-            f"{copy} names other as its base, and is put on tiny; make sure that it is that model"
-        ] * warned
+            load_merge(base._replace(name=name), copy)
+        said = (
+            f"{copy} names {named and named.split('/')[-1]} as its base, and is put on {name}; make sure that it is that model"
+        )
+        assert [str(each.message) for each in found] == [said] * warned

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax import serialization
 
 import qjax
 from qjax.checkpoints.export import export
@@ -66,6 +67,12 @@ def test_what_it_is(tiny_model):
     bits, size = stored_size(coded.params)
     assert bits == 0 and sum(count * each for count, each in others) == size - sum(4 * a * b for a, b in kernels)
     assert model_fingerprint(coded) != model_fingerprint(plain)
+
+
+def test_flax_keeps_it(both):
+    coded, _ = both
+    blank = jax.tree.map(jnp.zeros_like, coded.params)
+    assert_same(coded._replace(params=serialization.from_bytes(blank, serialization.to_bytes(coded.params))), coded)
 
 
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])

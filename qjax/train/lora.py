@@ -127,7 +127,8 @@ def start(
 
 def _require_fit(model: Model, name: str, paths: list[str], recipe: str | None, options: Mapping[str, object]) -> None:
     """Raises QjaxError for a start by weights that the model or the recipe has no room for."""
-    if any(is_quantized(flatten(model.params)[path]) for path in paths):
+    leaves = flatten(model.params)
+    if any(is_quantized(leaves[path]) for path in paths):
         raise QjaxError(f"adapters: the start {name} needs weights that are not quantized; {model.name} is {model.recipe}")
     placed = placement(model, recipe, options.get("rules", ()))
     if name in ("loftq", "qera") and not any(placed[path] for path in paths):

@@ -64,7 +64,7 @@ def load_merge(base: Model, adapter: Path, target: Model | None = None) -> tuple
                 f"{adapter} began as {told['start']}, as part of what {base.name} lacks; added to {target.name} it would count "
                 "twice: leave --base out"
             )
-    elif (name := base_name(adapter)) and not Path(base.name).name.lower().startswith(name.lower()):
+    elif (name := base_name(adapter)) and not _is_named(base, name):
         warnings.warn(
             f"{adapter} names {name} as its base, and is put on {base.name}; make sure that it is that model",
             QjaxWarning,
@@ -82,6 +82,11 @@ def load_merge(base: Model, adapter: Path, target: Model | None = None) -> tuple
         )
     adapted = attach(base, adapters)
     return adapted, adapted if target is None else attach(target, adapters)
+
+
+def _is_named(model: Model, name: str) -> bool:
+    """Whether a model's name, a hub's or that of a folder or GGUF file, is this one, but for the type of a file's weights."""
+    return bool(re.fullmatch(rf"{re.escape(name)}([.-](i?q\d\w*|b?f16|f32|mxfp4))?", Path(model.name).name, re.IGNORECASE))
 
 
 def _transform_of(base: Model, target: Model) -> str:
