@@ -25,7 +25,7 @@ import numpy as np
 from random_models import random_model
 
 import qjax
-from qjax.driver.decoder import BATCH_TOKENS
+from qjax.calibrate.tokens import BATCH_TOKENS
 from qjax.driver.placement import one_order
 from qjax.models import walk
 
