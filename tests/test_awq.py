@@ -218,3 +218,30 @@ def test_statistics_of_another_shape_are_refused():
     for wrong in (jnp.ones(1), jnp.ones(8)):
         with pytest.raises(QjaxError, match=r"abs_mean"):
             awq(jnp.asarray(weights[0]), "int4-g8", **(known | {"abs_mean": wrong}))
+
+
+@pytest.mark.parametrize("name", ["int4-g8", "int2-channel-sym", "nf4-g16", "int8-g8"])
+def test_a_first_look_leaves_out_none_that_is_best(name, monkeypatch):
+    """The errors that are told are those without the look, to the bit, and the least is among them; the others are worse."""
+    weights, x = case()
+    fmt, known = parse_format(name), statistics(x)
+    weights = tuple(map(jnp.asarray, weights))
+    candidates = transform._candidates(weights, known["abs_mean"], fmt, "both", 20)
+    errors = transform._hessian_errors.__wrapped__
+    plain = np.asarray(errors(weights, candidates, known["hessian"], fmt))
+    monkeypatch.setattr(transform, "WORTH_A_LOOK", 1)
+    looked = np.asarray(errors(weights, candidates, known["hessian"], fmt))
+    told = np.isfinite(looked)
+    np.testing.assert_array_equal(looked[told], plain[told])
+    assert told[0] and np.sum(~told) > 0 and np.argmin(looked) == np.argmin(plain)
+    assert np.min(plain[~told]) > np.min(plain) * (1 + transform.MARGIN / 2)
+    broken = np.asarray(errors(weights, candidates.at[3].set(jnp.nan), known["hessian"], fmt))
+    np.testing.assert_array_equal(np.isnan(broken), np.arange(len(candidates)) == 3)
+
+
+def test_exact_weights_are_looked_at_too(monkeypatch):
+    """Errors of 0: nothing is far from the least."""
+    monkeypatch.setattr(transform, "WORTH_A_LOOK", 1)
+    weights = (jnp.zeros((IN, 4)),)
+    found = transform._hessian_errors.__wrapped__(weights, jnp.ones((3, IN)), jnp.eye(IN), parse_format("int4-g8"))
+    np.testing.assert_array_equal(found, np.zeros(3))

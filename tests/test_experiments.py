@@ -391,6 +391,12 @@ def test_speeds_are_paired_and_measured_once(load, tmp_path, monkeypatch):
     assert [row["peer_seconds"] for row in found] == [3.0] * 3  # as it measured itself
 
 
+def test_every_script_can_be_loaded(load):
+    """Those too whose own tests are slow."""
+    for script in sorted(SCRIPTS.glob("*.py")):
+        assert callable(getattr(load(script.stem), "main", print)), script
+
+
 @pytest.mark.slow
 def test_a_profile_of_calibration_names_its_programs():
     """From a shell: programs can be waited for only where JAX has not begun."""

@@ -11,7 +11,7 @@ from qjax.errors import QjaxError
 from qjax.format_table import EXAMPLES
 from qjax.formats import parse_format
 from qjax.qtensor import dequantize
-from qjax.rounding.nearest import rtn, search_shrink
+from qjax.rounding.nearest import nearest_values, rtn, search_shrink
 from tests.oracles import nearest as oracle
 
 unpack_codes = jax.jit(qtensor.unpack_codes)
@@ -59,6 +59,15 @@ def test_equals_the_oracle(name):
     assert float(info.weight_error) == pytest.approx(relative_error(q, weight), rel=1e-5)
     assert q.shape == ODD
     assert q.nbytes == fmt.nbytes(*ODD)
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16", "fp16", *QUANTIZED, *MORE])
+def test_values_are_those_of_the_codes(name):
+    """To the bit, compiled, but for scales that are a product: what a search compares is what rounding gives."""
+    fmt = parse_format(name)
+    values = jax.jit(nearest_values, static_argnames="fmt")(jnp.asarray(weights(ODD)), fmt)
+    expected = jax.jit(dequantize)(rtn(jnp.asarray(weights(ODD)), fmt)[0])
+    np.testing.assert_allclose(values, expected, rtol=3e-7 if fmt.scale_codec.together else 0)
 
 
 @pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])

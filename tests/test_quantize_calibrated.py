@@ -19,6 +19,7 @@ from qjax.linear import Linear, dequantize_tree
 from qjax.models import walk
 from qjax.models.parameters import flatten, unflatten
 from qjax.qtensor import QTensor
+from qjax.transforms import awq
 from tests.conftest import FAMILY_CHANGES, tiny_config
 from tests.random_weights import small_model
 
@@ -437,3 +438,16 @@ def test_flax_weights_and_bad_input(net):
         qjax.quantize_flax(module, params, "gptq:int4-g8", batches=[(batches[0][0].at[0, 0].set(jnp.nan), False, 1.0)])
     with pytest.warns(QjaxWarning, match=r"left/kernel \(4 tokens, 16 inputs\).*again/kernel \(8 tokens, 16 inputs\)"):
         qjax.quantize_flax(module, params, "gptq:int4-g8@parallel", batches=[(batches[0][0][:4], False, 1.0)])
+
+
+def test_recipes_share_the_search_of_a_scale(model, monkeypatch):
+    """Those of one format, whatever rounding follows."""
+    searched = []
+    search = awq._search_by_hessian
+    monkeypatch.setattr(awq, "_search_by_hessian", lambda *arrays, **how: searched.append(how) or search(*arrays, **how))
+    alone, _ = qjax.quantize(model, "awq:int4-g16@parallel", calibration=TOKENS)
+    once = len(searched)
+    requests = [(f"{recipe}@parallel", ()) for recipe in ("awq:int4-g16", "awq+gptq:int4-g16", "awq:int3-g16")]
+    together = quantize_together(model, requests, calibration=TOKENS)
+    assert len(searched) == 3 * once > 0
+    assert_same_bits(together[0][0], alone)

@@ -131,3 +131,14 @@ def test_groups_of_zeros_keep_their_range():
         groups = grid.to_groups(jnp.zeros((IN, OUT)), fmt)
         np.testing.assert_array_equal(search_shrink(groups, None, fmt), 1)
         np.testing.assert_array_equal(search_shrink_hessian(groups, jnp.eye(IN), fmt), 1)
+
+
+@pytest.mark.parametrize("name", ["int3-g8", "int2-g10", "int4-channel-sym", "nf4-g8"])
+def test_a_loop_in_larger_turns_finds_the_same(name, monkeypatch):
+    fmt, weight = parse_format(name), jnp.asarray(weights())
+    hessian = jnp.asarray(random_hessian(IN, 100))
+    plain = search_shrink_hessian(grid.to_groups(weight, fmt), hessian, fmt)
+    for turn in (2, 16):
+        monkeypatch.setattr(ranges, "WORTH_UNROLLING", 1)
+        monkeypatch.setattr(ranges, "UNROLLED", turn)
+        np.testing.assert_array_equal(search_shrink_hessian(grid.to_groups(weight, fmt), hessian, fmt), plain)

@@ -65,7 +65,7 @@ def _stored(inputs: Sequence[InputMap]) -> Mapped:
 
 def _find_maps(piece, paths, flat, recipe, statistics, batches, memo) -> tuple[InputMap, ...]:
     """The maps that the recipe's transforms, one after the other, give the kernels at `paths`."""
-    weights, found = [piece.matrix(path, flat[path]) for path in paths], ()
+    weights, found = [piece.matrix(path, flat[path], memo) for path in paths], ()
     for number, stage in enumerate(recipe.transforms):
         site = Site(
             tuple(weights),

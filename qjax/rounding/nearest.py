@@ -100,6 +100,21 @@ def round_groups(weight: Float[Array, "in out"], parameters: grid.Parameters, fm
     return from_codes(codes, parameters, fmt), Info(error / nonzero(total), clipped / weight.size)
 
 
+def nearest_values(weight: Float[Array, "in out"], fmt: Format) -> Float[Array, "in out"]:
+    """What a float32 weight of ordinary size, rounded to nearest, stands for: for searches, which need no codes. It is that to
+    the bit, but for scales that are quantized together.
+    """
+    if fmt.is_float:
+        return _cast(weight, fmt)[0].codes.astype(jnp.float32)
+    groups = grid.to_groups(weight, fmt)
+    parameters = grid.find_parameters(groups, fmt)
+    scale, decoded, zero = (
+        None if x is None else x[:, None] for x in (parameters.scale, parameters.decoded_scale, parameters.zero)
+    )
+    values = grid.decode(grid.encode(groups, scale, zero, fmt), decoded, zero, fmt)
+    return grid.from_groups(values, fmt, *weight.shape)
+
+
 def _cast(weight: Float[Array, "in out"], fmt: Format) -> tuple[QTensor, Info]:
     """The weight in another floating-point type, as it is where the type holds it and clipped to its range elsewhere."""
     dtype = FLOAT_DTYPES[fmt.grid]

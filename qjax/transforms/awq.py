@@ -29,13 +29,15 @@ from qjax.errors import QjaxError
 from qjax.formats import Format, parse_format
 from qjax.linear import Linear, dequantize
 from qjax.maps import LARGEST, Divide, InputMap
-from qjax.rounding.nearest import Clip, check_shapes, rtn
+from qjax.rounding.nearest import Clip, check_shapes, nearest_values, rtn
 from qjax.rounding.parts.info import Info, change_loss, output_loss, relative
 from qjax.rounding.parts.unit import exponent_of
 from qjax.scales import times_power_of_two
 
 Scaling = Literal["reference", "duo", "both"]
 Loss = Literal["hessian", "module"]
+MARGIN = 2.0**-6  # of the least error; bfloat16 tells those of SmolLM2's layers to 2^-12, at worst 2^-7
+WORTH_A_LOOK = 512  # inputs from which on two programs are worth their compilation
 SMALL = 2.0**-12  # of the largest |W|: what is added to a group's is AutoAWQ's 1e-6, but no more than this
 
 
@@ -51,6 +53,7 @@ def awq_scale(
     ratios: int = 20,
     rounded: Callable[[InputMap | None], Sequence[Array]] | None = None,
     guard: bool = True,
+    shared: Callable | None = None,
 ) -> Divide:
     """The map, with a scale (in,) float32, of the input that weights (in, out_k) share: it is divided, and the rows of the
     weights are multiplied before rounding.
@@ -58,7 +61,7 @@ def awq_scale(
     abs_mean (in,): mean |x|. hessian (in, in): mean of x x^T, for loss="hessian". module: for loss="module", the error of the
     parent module's output with these weights in place. rounded: what the weights become by the rounding that follows, as they
     are, rounded(None), or with their input mapped, which is undone, rounded(map); with guard, the scale found must lose less
-    than none.
+    than none. shared: calls a function of arrays, once for all who ask for the same.
     Weights, statistics or a module's error that are not finite give a scale that is not. Raises QjaxError for an unknown loss
     or scaling, and a missing statistic.
     """
@@ -76,17 +79,16 @@ def awq_scale(
         raise QjaxError(f"awq: abs_mean has shape {abs_mean.shape}, weights (in, out) = {shapes} go with (in,)")
     for weight in weights:
         check_shapes("awq", weight, hessian)
-    exponent = exponent_of(*weights)  # of them all: their errors are summed
-    weights = [times_power_of_two(weight.astype(jnp.float32), -exponent) for weight in weights]
-    candidates = _candidates(weights, abs_mean, fmt, scaling, ratios)
-    if loss == "hessian":
-        errors = [_hessian_errors(weight, candidates, hessian, fmt) for weight in weights]
+    options = {"fmt": fmt, "scaling": scaling, "ratios": ratios}
+    if loss == "module":
+        found, known = _search(
+            weights, abs_mean, lambda candidates: _module_errors(weights, candidates, module, fmt), **options
+        )
     else:
-        rounding = lambda scale: [times_power_of_two(_scaled_rounding(weight, scale, fmt), exponent) for weight in weights]  # noqa: E731
-        errors = [jnp.stack([module(rounding(scale)) for scale in candidates])]
-    found, known = _best(candidates, errors, abs_mean)
+        found, known = (shared or _call)(_search_by_hessian, abs_mean, hessian, *weights, **options)
     if rounded is None or not guard:
         return Divide(jnp.where(known, found, jnp.nan))
+    exponent, weights = exponent_of(*weights), _in_unit(weights)
 
     def error(new):
         if loss == "module":
@@ -97,11 +99,31 @@ def awq_scale(
     return Divide(_kept(found, known, error(rounded(Divide(found))), error(rounded(None))))
 
 
+def _call(function, *arrays, **options):
+    return function(*arrays, **options)
+
+
+def _in_unit(weights: Sequence[Float[Array, "in out"]]) -> list[Float[Array, "in out"]]:
+    """Weights of ordinary size, by one factor for them all: their errors are summed."""
+    exponent = exponent_of(*weights)
+    return [times_power_of_two(weight.astype(jnp.float32), -exponent) for weight in weights]
+
+
+def _search_by_hessian(abs_mean, hessian, *weights, fmt, scaling, ratios):
+    errors = functools.partial(_hessian_errors, tuple(_in_unit(weights)), hessian=hessian, fmt=fmt)
+    return _search(weights, abs_mean, errors, fmt, scaling, ratios)
+
+
+def _search(weights, abs_mean, errors, fmt, scaling, ratios) -> tuple[Float[Array, " in"], Bool[Array, ""]]:
+    """The candidate of the least error, and whether it was found among numbers; errors(candidates): of each."""
+    candidates = _candidates(_in_unit(weights), abs_mean, fmt, scaling, ratios)
+    return _best(candidates, errors(candidates), abs_mean)
+
+
 @jax.jit
 def _best(candidates, errors, abs_mean) -> tuple[Float[Array, " in"], Bool[Array, ""]]:
-    """The candidate with the least sum of errors, and whether it was found among numbers; the first is that of no scale."""
-    total = sum(errors)
-    return candidates[jnp.argmin(total)], jnp.isfinite(total[0]) & jnp.all(jnp.isfinite(abs_mean))
+    """The first candidate is that of no scale."""
+    return candidates[jnp.argmin(errors)], jnp.isfinite(errors[0]) & jnp.all(jnp.isfinite(abs_mean))
 
 
 @jax.jit
@@ -181,12 +203,39 @@ def _relative_magnitude(weight: Float[Array, "in out"], fmt: Format) -> Float[Ar
     return grid.from_groups(relative, along_input, *weight.shape)
 
 
+@functools.partial(jax.jit, static_argnames="fmt")
 def _scaled_rounding(weight: Float[Array, "in out"], scale: Float[Array, " in"], fmt: Format) -> Float[Array, "in out"]:
-    """The weight that diag(s) W, rounded to nearest, stands for."""
-    rounded, _ = rtn.__wrapped__(weight * scale[:, None], fmt)  # the weight is in its unit
-    return dequantize(rounded) / scale[:, None]
+    """The weight, in its unit, that diag(s) W, rounded to nearest, stands for."""
+    return nearest_values(weight * scale[:, None], fmt) / scale[:, None]
+
+
+def _module_errors(weights, candidates, module, fmt) -> Float[Array, " candidates"]:
+    exponent, weights = exponent_of(*weights), _in_unit(weights)
+
+    def error(scale):
+        return module([times_power_of_two(_scaled_rounding(weight, scale, fmt), exponent) for weight in weights])
+
+    return jnp.stack([error(scale) for scale in candidates])
 
 
 @functools.partial(jax.jit, static_argnames="fmt")
-def _hessian_errors(weight, candidates, hessian, fmt) -> Float[Array, " candidates"]:
-    return jax.lax.map(lambda scale: output_loss(_scaled_rounding(weight, scale, fmt) - weight, hessian), candidates)
+def _hessian_errors(weights, candidates, hessian, fmt) -> Float[Array, " candidates"]:
+    """Summed over the weights; infinite where a first look, in bfloat16, is more than MARGIN from the least."""
+
+    def changes(scale):
+        return [_scaled_rounding(weight, scale, fmt) - weight for weight in weights]
+
+    def error(scale):
+        return sum(output_loss(change, hessian) for change in changes(scale))
+
+    if len(hessian) < WORTH_A_LOOK:
+        return jax.lax.map(error, candidates)
+    half = hessian.astype(jnp.bfloat16)
+
+    def look(change):
+        return jnp.sum(change * jnp.matmul(half, change.astype(half.dtype), preferred_element_type=jnp.float32))
+
+    seen = jax.lax.map(lambda scale: sum(map(look, changes(scale))), candidates)
+    least = jnp.min(seen)
+    far = (seen > least + MARGIN * jnp.abs(least)).at[0].set(False)  # none where one is nan
+    return jax.lax.map(lambda each: jax.lax.cond(each[0], lambda _: jnp.inf, error, each[1]), (far, candidates))
