@@ -128,6 +128,12 @@ def accuracy_noise(folder: str, recipe: str, task: str = "cloze", **where: str) 
     return row[f"accuracy_delta_low:{task}"] <= 0 <= row[f"accuracy_delta_high:{task}"]
 
 
+def flips(folder: str, recipe: str, task: str = "cloze", **where: str) -> tuple[float, float]:
+    """The share of answers that go from right to wrong or back, and its standard error, %."""
+    found = cell(folder, recipe, **where)
+    return found.flips[task], found.flips_stderr[task]
+
+
 def answers_told(better: str, worse: str, task: str = "cloze") -> bool:
     """Whether of two recipes of accuracy/ one answers more questions right, told apart, paired by question and draw."""
     rows = [[_of_draw("accuracy", seed, BUNDLED, "")[name].row for name in (better, worse)] for seed in range(3)]
@@ -448,7 +454,8 @@ def accuracy_table() -> str:
             (
                 *(f"`{recipe}`", with_error(found.accuracy["cloze"], _stderr(found.row))),
                 f"{'≈ ' * accuracy_noise('accuracy', recipe)}{change}",
-                *(f"{found.flips['cloze']:.1f}", with_error(found.kl, found.row["kl_stderr"])),
+                with_error(*flips("accuracy", recipe)),
+                with_error(found.kl, found.row["kl_stderr"]),
             )
         )
     return _markdown(("recipe", "accuracy (%)", "change (points)", "flips (%)", "KL (nats a token)"), lines)

@@ -35,7 +35,7 @@ def accuracy_table(rows: Sequence[Row]) -> Table:
         columns += [
             TableColumn(f"accuracy:{task}", f"{task}\n(%)", _percent, error=f"accuracy_stderr:{task}", rank=2 * rank),
             TableColumn(f"accuracy_delta:{task}", f"{task} change\n(points)", _change, error=f"accuracy_delta_stderr:{task}"),
-            TableColumn(f"flips:{task}", f"{task} flips\n(%)", _flips, rank=2 * rank + 1),
+            TableColumn(f"flips:{task}", f"{task} flips\n(%)", _flips, error=f"flips_stderr:{task}", rank=2 * rank + 1),
         ]
         if any(isinstance(row.get(f"accuracy_norm:{task}"), (int, float)) for row in rows):
             error = f"accuracy_norm_stderr:{task}"
@@ -101,4 +101,4 @@ def mean_reach(row: Row) -> float:
 
 
 def _flips(row: Row, key: str) -> str:
-    return MISSING if is_baseline(row) else f"{100 * number(row, key):.1f}"
+    return MISSING if is_baseline(row) else _percent(row, key)

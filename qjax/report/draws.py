@@ -6,9 +6,10 @@ Every table and figure shows such rows, so that there is one line a recipe and o
     its error   of documents and draws together: the loss of every window is averaged over draws, documents are left out one by
                 one, and what draws differ by is added (`evaluate/statistics.py`: formulas and simulation)
     nll, perplexity, accuracy, accuracy_delta    in the same way, questions in the place of windows
+    flips       mean over draws; of one draw too, their error is added here (flips_stderr), as that of accuracy_delta
     kl and other columns with a standard error   mean over draws, the error of one draw taken as that over documents, which is
                 too large rather than too small: rows do not keep what each window adds
-    sizes, times, flips and other figures        mean over draws
+    sizes, times and other figures               mean over draws
 
 What differs between draws and is no figure (seed, key, answers) is left out. Recipes that read no data have one row, whatever
 seeds it was measured with, and its error. Added columns:
@@ -21,7 +22,7 @@ seeds it was measured with, and its error. Added columns:
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -85,13 +86,16 @@ def drew(group: Sequence[Row]) -> bool:
 
 
 def _merged(group: Sequence[Row], baseline: Row) -> Row:
+    if any(row is baseline for row in group):
+        return baseline
+    flips = _errors_of_flips(group, baseline)
     if len(group) == 1:
-        return group[0]
+        return group[0] | flips
     found = {name: value for name, value in group[0].items() if all(name in row and row[name] == value for row in group)}
     found |= {name: mean for name in group[0] if (mean := mean_of(group, name)) is not None}
     found |= _typical_errors(group, found)
     found |= _losses(group, baseline)
-    return found | _accuracies(group, baseline) | {DRAWS: len(group), "draw_seeds": [row.get("seed") for row in group]}
+    return found | flips | _accuracies(group, baseline) | {DRAWS: len(group), "draw_seeds": [row.get("seed") for row in group]}
 
 
 def mean_of(group: Sequence[Row], name: str) -> float | None:
@@ -187,16 +191,31 @@ def _over_tasks(parts: Sequence[Part]) -> Part:
     return Part(Difference(value, stderr, value - reach, value + reach), values, both)
 
 
-def _accuracies(group: Sequence[Row], baseline: Row) -> dict[str, float]:
-    """Accuracies of every task with their changes, and the means over tasks."""
+def _answered(group: Sequence[Row], baseline: Row) -> Iterator[tuple[str, np.ndarray, np.ndarray, Sequence[int] | None]]:
+    """(suffix:TASK, right answers, the baseline's, documents) of what all rows were asked, by both kinds of answers."""
     tasks = [name.partition(":")[2] for name in baseline if name.startswith("answers:")]
-    parts: dict[str, Part] = {}
     for task, suffix in ((task, suffix) for task in tasks for suffix in ("", "_norm")):
         if all(row.get(f"answers{suffix}:{task}") for row in (baseline, *group)):
-            ours, before = right_answers(group, task, suffix), right_answers([baseline], task, suffix)
-            documents = baseline.get(f"documents:{task}") or None
-            parts[f"accuracy{suffix}:{task}"] = _accuracy(ours, documents)
-            parts[f"accuracy{suffix}_delta:{task}"] = accuracy_change(ours, before, documents)
+            right = (right_answers(rows, task, suffix) for rows in (group, [baseline]))
+            yield f"{suffix}:{task}", *right, baseline.get(f"documents:{task}") or None
+
+
+def _errors_of_flips(group: Sequence[Row], baseline: Row) -> dict[str, float]:
+    """Of the share of questions whose answer is right in one of two models alone."""
+    columns = {}
+    for name, ours, before, documents in _answered(group, baseline):
+        flipped = accuracy_change(np.abs(ours - before), np.zeros_like(before), documents)
+        suffix, task = name.split(":", 1)
+        columns[f"flips{suffix}_stderr:{task}"] = with_draws(*flipped).change.stderr
+    return columns
+
+
+def _accuracies(group: Sequence[Row], baseline: Row) -> dict[str, float]:
+    """Accuracies of every task with their changes, and the means over tasks."""
+    parts: dict[str, Part] = {}
+    for name, ours, before, documents in _answered(group, baseline):
+        parts[f"accuracy{name}"] = _accuracy(ours, documents)
+        parts[f"accuracy{name.replace(':', '_delta:', 1)}"] = accuracy_change(ours, before, documents)
     for name in ("accuracy", "accuracy_delta"):
         if every := [part for column, part in parts.items() if column.startswith(f"{name}:")]:
             parts[name.replace("accuracy", "accuracy_mean")] = _over_tasks(every)

@@ -28,6 +28,7 @@ class Estimate(NamedTuple):
     accuracy: dict[str, float]
     accuracy_change: dict[str, float]
     flips: dict[str, float]
+    flips_stderr: dict[str, float]
     kl: float
     row: Row
 
@@ -53,9 +54,8 @@ def cell_estimates(rows: Iterable[Row]) -> dict[tuple[str, ...], Estimate]:
 def _estimate(row: Row) -> Estimate:
     low, high = (100 * math.expm1(min(number(row, f"nll_delta_{end}"), 700.0)) for end in ("low", "high"))
     tasks = tasks_of([row])
-    percent = {
-        name: {task: 100 * number(row, f"{name}:{task}") for task in tasks} for name in ("accuracy", "accuracy_delta", "flips")
-    }
+    names = ("accuracy", "accuracy_delta", "flips", "flips_stderr")
+    percent = {name: {task: 100 * number(row, f"{name}:{task}") for task in tasks} for name in names}
     return Estimate(
         number(row, "perplexity"),
         number(row, "perplexity_stderr"),
