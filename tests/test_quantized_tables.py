@@ -18,6 +18,7 @@ from qjax.checkpoints.gguf.model import load_gguf
 from qjax.checkpoints.huggingface import save_huggingface
 from qjax.checkpoints.packed import templates_of
 from qjax.driver.decoder import kernel_shapes
+from qjax.driver.placement import placement
 from qjax.driver.report import stored_size
 from qjax.errors import QjaxError
 from qjax.evaluate.corpora import Corpus
@@ -133,7 +134,7 @@ def test_files_for_other_tools(both, tmp_path):
 
 
 def test_what_a_gguf_file_cannot_hold_is_refused(tiny_model, tmp_path):
-    """Without advice: no recipe quantizes a table."""
+    """Without advice: no recipe for kernels quantizes a table."""
     coded, _ = pair(tiny_model, tied=False, fmt="int3-g32")
     with pytest.raises(QjaxError, match=r"gguf cannot hold token_embd.weight: int3-g32 is no type of blocks$"):
         export_gguf(tmp_path / "m.gguf", coded)
@@ -209,3 +210,55 @@ def test_any_embed_reads_one(tiny_model):
         np.testing.assert_array_equal(Net().apply(params, jnp.asarray([[5, 95]])), qjax.dequantize(table)[np.array([[5, 95]])])
         with pytest.raises(QjaxError, match="Embed cannot run with a quantized embedding"):
             Net().apply(params, jnp.asarray([[5, 95]]), attend=True)
+
+
+@pytest.mark.parametrize("rule", ["embed=rtn:int4-g16", "embed_tokens=rtn:int4-g16"])
+@pytest.mark.parametrize("order", ["parallel", "qep"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_rule_quantizes_it(tiny_model, tied, order, rule, tmp_path):
+    """Its rows along the hidden axis; kernels are as without the rule where calibration does not see the quantized table."""
+    model = weights_model(tiny_config(tied=tied))._replace(tokenizer=tiny_model.tokenizer)
+    recipe, calibration = f"gptq:int4-g16@{order}", np.tile(TOKENS, (40, 1))
+    found, report = qjax.quantize(model, recipe, calibration=calibration, rules=[rule])
+    plain, without = qjax.quantize(model, recipe, calibration=calibration)
+    table = flatten(found.params)[TABLE]
+    expected = qjax.rtn(flatten(model.params)[TABLE].T, "int4-g16")[0]
+    assert isinstance(table, Table) and str(table.format) == "int4-g16"
+    np.testing.assert_array_equal(qjax.dequantize(table), qjax.dequantize(expected).T)
+    spelled = "embed" if rule.startswith("embed=") else "embed/tokens/embedding"
+    assert found.recipe == f"{plain.recipe}; {spelled}=rtn:int4-g16"
+    assert report.bits_per_weight == without.bits_per_weight and report.model_bits_per_weight < without.model_bits_per_weight
+    record = next(each for each in report.layers if each.path == TABLE)
+    assert (record.in_features, record.out_features) == table.weight.shape and record.weight_error > 0
+    same = [np.array_equal(*(qjax.dequantize(flatten(each.params)["block_0/mlp/up/kernel"]) for each in (found, plain)))]
+    assert same == [order == "parallel"]
+    written, _ = qjax.quantize_to(tmp_path / "packed", model, recipe, calibration=calibration, rules=[rule])
+    assert_same(qjax.load(tmp_path / "packed"), found)
+    assert np.isfinite(qjax.perplexity(written, TEXT, "windows-32").value)
+
+
+def test_rules_of_tables_and_of_kernels(tiny_model):
+    model = weights_model(tiny_config(tied=False))
+    by = lambda *rules, recipe="rtn:int4-g16": placement(model, recipe, rules)  # noqa: E731
+    assert TABLE not in by() and TABLE not in by(".*=rtn:int8-g16")
+    assert (
+        str(by("embed|head=rtn:int8-g16")["head/output/kernel"]) == str(by("embed|head=rtn:int8-g16")[TABLE]) == "rtn:int8-g16"
+    )
+    assert str(by("embed=rtn:int8-g16", "embed=rtn:int2-g16")[TABLE]) == "rtn:int8-g16"
+    kept = flatten(qjax.quantize(model, "fp16", rules=["embed=none"])[0].params)
+    assert kept[TABLE].dtype == jnp.float32 and kept["head/output/kernel"].dtype == jnp.float16
+    cast = flatten(qjax.quantize(model, "rtn:int4-g16", rules=["embed=bf16"])[0].params)
+    assert cast[TABLE].dtype == jnp.bfloat16 and cast["head/output/kernel"].dtype == jnp.float32
+    for refused in ("gptq:int8-g16", "awq:int8-g16", "rtn:int8-g16/int8-token", "hadamard+rtn:int8-g16"):
+        with pytest.raises(QjaxError, match=r"is looked up, .*take a rounding that reads no data, as embed=rtn:int8-g16"):
+            by(f"embed={refused}")
+    coded, _ = pair(tiny_model, tied=True)
+    with pytest.raises(QjaxError, match="quantized already"):
+        placement(coded, "rtn:int4-g16", ["embed=rtn:int8-g16"])
+
+
+def test_a_rotated_model_has_a_rotated_table():
+    model = weights_model(tiny_config(tied=True))
+    found = flatten(qjax.quantize(model, "hadamard+rtn:int8-g16", rules=["embed=rtn:int8-g16"])[0].params)
+    turned = flatten(qjax.rotate(model).params)
+    np.testing.assert_array_equal(qjax.dequantize(found[TABLE]), qjax.dequantize(qjax.rtn(turned[TABLE].T, "int8-g16")[0]).T)

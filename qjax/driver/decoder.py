@@ -4,8 +4,8 @@ hadamard rotates the residual stream before anything else is done. A cache forma
 whoever runs the model: calibration sees keys and values as they are.
 
 By default the linear layers inside the blocks are quantized; embeddings, norms and the head stay as they are, unless a
-rule names an untied head. The casts fp32, bf16 and fp16 are storage types of the whole model: every floating-point leaf is
-cast.
+rule names an untied head or the table of embeddings. The casts fp32, bf16 and fp16 are storage types of the whole model: every
+floating-point leaf is cast.
 
 A decoder is quantized block by block. Beyond the model and its result this holds the float32 weights, Hessians and factors of
 one block, one batch of its activations, and hidden states of all calibration tokens: a block's inputs in the orders `block`
@@ -51,7 +51,7 @@ from qjax.errors import QjaxError
 from qjax.folders import refuse_inputs
 from qjax.interception.contraction import KernelView
 from qjax.lazy import is_lazy, materialised
-from qjax.linear import dense, is_quantized
+from qjax.linear import Table, dense, is_quantized
 from qjax.methods import UNQUANTIZED, Stage
 from qjax.models import walk
 from qjax.models.fingerprint import model_fingerprint
@@ -59,6 +59,7 @@ from qjax.models.folding import fold_members, folds
 from qjax.models.model import Model, compute_dtype, require_model
 from qjax.models.rotation import STREAM, rotate
 from qjax.models.stacks import member, spread, stack_of, with_biases
+from qjax.qtensor import QTensor
 from qjax.recipe import Recipe
 
 
@@ -283,7 +284,10 @@ def _parts(
             piece = _piece(part, params, plans, shared.get(part.module, {}), STREAM if work.rotated else frozenset())
             layers = [spread(plan, piece.stacks) for plan in plans]
             found = quantize_piece(piece, layers, order, batches, references, work.on_layer, keep_outputs=keep)
-        yield part, [each._replace(floating={}, outputs=[], known=(), exact=()) for each in found]
+        yield (
+            part,
+            [each._replace(leaves=_stored(part, each.leaves), floating={}, outputs=[], known=(), exact=()) for each in found],
+        )
         del batches, references  # what holds hidden states, so that each makes room for the next
         if later:
             if found[0].outputs:
@@ -292,6 +296,12 @@ def _parts(
                 _advance(part.module, found[0].floating if order.prefix else params, current, found[0].known)
             _advance(part.module, params, exact, found[0].exact)
         del found  # floating kernels live no longer than their part
+
+
+def _stored(part: walk.Part, leaves: dict[str, object]) -> dict[str, object]:
+    """A part's leaves with codes of a table as the table."""
+    codes = {path: leaf for path, leaf in leaves.items() if part.prefix + path == walk.TABLE and isinstance(leaf, QTensor)}
+    return leaves | {path: Table(leaf) for path, leaf in codes.items()}
 
 
 def _advance(module, params, states: list[Array], known: Sequence[Known]) -> None:
@@ -308,7 +318,9 @@ def _within(part: walk.Part, plan: Plan) -> Plan:
 def _piece(part: walk.Part, params, plans: Sequence[Plan], shared, stream: frozenset[str]) -> Piece:
     flat = flatten_dict(params, sep="/")
     stacks = {path: flat[path].shape[0] for path in plans[0] if len(flat[path].shape) > 2}
-    views = spread({path: KernelView(flat[path].shape[-2:], (0,), (1,)) for path in plans[0]}, stacks)
+    axes = {path: (1, 0) if part.prefix + path == walk.TABLE else (0, 1) for path in plans[0]}
+    views = {path: KernelView(flat[path].shape[-2:], (given,), (made,)) for path, (given, made) in axes.items()}
+    views = spread(views, stacks)
     leaders = spread(shared, stacks)
     alike = {member(path, n): member(shared[path], n) for path in stacks if path in shared for n in range(stacks[path])}
     allowed = folds(part.module.config) if part.kind == "block" else ()

@@ -74,7 +74,9 @@ def nothing_found(patterns: Iterable[str], kernels: Sequence[str], theirs: Mappi
     patterns = list(patterns)
     if theirs and any(re.search(TIED_OR_NO_KERNEL, pattern) for pattern in patterns):
         tied = "" if any(path.startswith("head/") for path in kernels) else ", nor has a head that is tied to the embedding"
-        return f"; embeddings and norms have no kernel and stay as they are{tied}"
+        return (
+            f"; embeddings and norms have no kernel and stay as they are{tied} (but for 'embed=RECIPE', of the table of tokens)"
+        )
     known = [*map(_kind, kernels), *(name.rsplit(".", 1)[-1] for name in theirs.values())]
     known += [part for path in kernels for part in path.split("/")[:-1]]
     words = [re.split(r"[./\\]", pattern.strip("^$./*"))[-1] for pattern in patterns]

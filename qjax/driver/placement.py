@@ -5,6 +5,9 @@ A rule is "PATTERN=RECIPE": a regular expression searched in a kernel's path ("b
 the kernels that are stored there (`patterns.py`). The first rule that matches decides; where
 none does, the default decides. A rule that matches nothing is an error, and so is one that matches only leaves that
 cannot be quantized: nothing is skipped silently.
+
+A decoder's table of embeddings is no kernel, and stays as it is unless a pattern names it, with "embed" in it or as Hugging
+Face does: "embed=rtn:int8-g64", by a rounding that reads no data. A tied head multiplies with what its codes stand for.
 """
 
 import dataclasses
@@ -107,9 +110,22 @@ def kernels_of(model: Model) -> list[str]:
 
 def in_our_words(model: Model, rules: Iterable[Rule]) -> tuple[Rule, ...]:
     """The rules with the pattern that they are known by: Hugging Face's names by our paths (`patterns.meant`)."""
-    kernels = kernels_of(model)
-    theirs = module_names(model.config.family, kernels)
-    return tuple(rule._replace(pattern=patterns.meant(rule.pattern, kernels, theirs)) for rule in rules)
+    paths = [*kernels_of(model), walk.TABLE]
+    theirs = module_names(model.config.family, paths)
+    return tuple(rule._replace(pattern=patterns.meant(rule.pattern, paths, theirs)) for rule in rules)
+
+
+def _apart(rules: Sequence[Rule], kernels: Sequence[str]) -> tuple[list[Rule], list[Rule]]:
+    """(rules of kernels, rules that name the table of embeddings); a rule may be of both."""
+    naming = [rule for rule in rules if "embed" in rule.pattern and re.search(rule.pattern, walk.TABLE)]
+    only = [rule for rule in naming if not any(re.search(rule.pattern, path) for path in kernels)]
+    for recipe in (rule.recipe for rule in naming if rule.recipe):
+        if recipe.reads_data or recipe.transforms or recipe.activation:
+            raise QjaxError(
+                f"{recipe}: a table of embeddings is looked up, so that it has no inputs to calibrate on, to map or to round; "
+                f"take a rounding that reads no data, as embed=rtn:{recipe.format}"
+            )
+    return [rule for rule in rules if rule not in only], naming
 
 
 def placement(model: Model, recipe: str | Recipe | None, rules: Iterable[str | Rule] = ()) -> dict[str, Recipe | None]:
@@ -123,9 +139,12 @@ def placement(model: Model, recipe: str | Recipe | None, rules: Iterable[str | R
     recipe = recipe and recipe.of_weights
     flat = flatten_dict(model.params, sep="/")
     kernels = kernels_of(model)
+    rules, of_table = _apart(in_our_words(model, rules), kernels)
     everywhere = recipe is not None and recipe.is_cast
     scope = kernels if everywhere else list(filter(walk.in_blocks, kernels))
     placed = place(kernels, recipe, rules, scope, module_names(model.config.family, kernels))
+    if of_table:
+        placed = {walk.TABLE: of_table[0].recipe, **placed}
     again = [path for path, chosen in placed.items() if chosen is not None and is_quantized(flat[path])]
     if again:
         raise QjaxError(

@@ -38,7 +38,8 @@ def make_report(params: PyTree, records: Sequence[LayerRecord], seconds: float) 
     weights = sum(math.prod(leaf.shape) for leaf in leaves)
     size = sum(leaf.nbytes for leaf in leaves)
     flat = flatten_dict(params, sep="/")
-    chosen = [each for each in records if each.recipe != UNQUANTIZED or is_quantized(_kernel(flat, each.path))] or records
+    kernels = [each for each in records if not isinstance(_kernel(flat, each.path), Table)]
+    chosen = [each for each in kernels if each.recipe != UNQUANTIZED or is_quantized(_kernel(flat, each.path))] or kernels
     counts = [record.in_features * record.out_features for record in chosen]
     bits = sum(record.bits_per_weight * count for record, count in zip(chosen, counts, strict=True)) / sum(counts)
     return Report(tuple(records), bits, 8 * size / weights, size, seconds)

@@ -147,6 +147,11 @@ def block_of(path: str) -> int | None:
     return int(found[1]) if found else None
 
 
+def matrix_shape(path: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    """(in, out) of what a quantized leaf holds: a kernel's last two axes; a table's rows are outputs."""
+    return shape[::-1] if path == TABLE else shape[-2:]
+
+
 def in_blocks(path: str) -> bool:
     """Whether a parameter belongs to a block."""
     return block_of(path) is not None

@@ -28,7 +28,7 @@ from qjax.folders import prepare_results_folder
 from qjax.models.compute import require_compute
 from qjax.models.fingerprint import model_fingerprint
 from qjax.models.model import Model
-from qjax.models.walk import block_name
+from qjax.models.walk import block_name, matrix_shape
 from qjax.numbers import NotFiniteError, as_json
 from qjax.recipe import UNQUANTIZED, parse_recipe
 from qjax.sweep.cells import canonical, name_in_order
@@ -308,6 +308,6 @@ def _check_recipes(model: Model, treatments: Sequence[Treatment]) -> None:
     kernels, find_problem = flatten_dict(model.params, sep="/"), functools.cache(problem_of)
     for treatment in treatments:
         for path, recipe in placement(model, treatment.recipe, treatment.rules).items():
-            problem = recipe and not recipe.is_cast and find_problem(recipe, kernels[path].shape[-2:])
+            problem = recipe and not recipe.is_cast and find_problem(recipe, matrix_shape(path, kernels[path].shape))
             if problem:
                 raise QjaxError(f"{path}: {problem}")

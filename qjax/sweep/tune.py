@@ -139,6 +139,7 @@ def by_cost(model: "Model", recipes: Sequence[str], rules: Sequence[str] = ()) -
     from flax.traverse_util import flatten_dict
 
     from qjax.driver.placement import placement, with_cache
+    from qjax.models.walk import matrix_shape
     from qjax.recipe import parse_recipe
 
     leaves = flatten_dict(model.params, sep="/")
@@ -147,7 +148,11 @@ def by_cost(model: "Model", recipes: Sequence[str], rules: Sequence[str] = ()) -
         size = inputs = 0
         for path, placed in placement(model, recipe, rules).items():
             shape = leaves[path].shape
-            size += leaves[path].nbytes if placed is None else math.prod(shape[:-2]) * placed.format.nbytes(*shape[-2:])
+            size += (
+                leaves[path].nbytes
+                if placed is None
+                else math.prod(shape[:-2]) * placed.format.nbytes(*matrix_shape(path, shape))
+            )
             inputs += math.prod(shape) * (placed.activation.format.bits if placed and placed.activation else 16)
         return size, inputs, with_cache(model, parse_recipe(recipe)).cache_bytes[0]
 
