@@ -22,7 +22,7 @@ SMALL = (
 )
 EXPERIMENTS = (
     *(*SMALL, "kernel_benchmark", "real_models", "real_models_calibration", "activations", "training", "compute_types"),
-    *("speed", "scaling"),
+    *("embeddings", "speed", "scaling"),
 )
 MADE = """from qjax.sweep.measurements.provenance import provenance
 print("{device}, {versions}, code {code}".format(**provenance()))"""  # in a process that lets the device go

@@ -21,6 +21,7 @@ import pytest
 import qjax
 from qjax.driver.decoder import kernel_shapes
 from qjax.driver.placement import place
+from qjax.models.walk import TABLE
 from qjax.report.plan import STAGES, TERMS, llama_shapes, read_constants
 from qjax.sweep.cells import canonical
 from qjax.sweep.store import ROWS, read_rows
@@ -46,6 +47,7 @@ SUFFIXES = {  # experiment -> tables that it is about; "": of perplexity
     "real_models_calibration": {"divergence"},
     "activations": {"", "inputs"},
     "compute_types": {"", "compute_types"},
+    "embeddings": {"", "sensitivity"},
 }
 ELSEWHERE = ("formats_at_4_bits", "order")  # have tests of their own
 DEAR = (
@@ -57,6 +59,7 @@ DEAR = (
     "real_models",
     "real_models_calibration",
     "compute_types",
+    "embeddings",
 )  # many cells of what the others do too
 TWINS = [pytest.param(name, marks=[pytest.mark.slow] if name in DEAR else []) for name in SUFFIXES if name not in ELSEWHERE]
 FEWEST = {
@@ -174,6 +177,7 @@ def test_full_experiment_asks_for_what_exists(load, name, tmp_path, monkeypatch)
     """Recipes and rules of the full experiment parse, and none is calibrated on what is measured."""
     script, common, asked = load(name), load("common"), []
     kernels = [f"block_0/{path}/kernel" for path in (*(f"attention/{p}" for p in "qkvo"), "mlp/gate", "mlp/up", "mlp/down")]
+    kernels.append(TABLE)  # which a rule may name
 
     def measure(out, subject, recipes, settings, *, calibration=None, rules=(), one_block=False):
         asked.extend(canonical(recipes))

@@ -31,7 +31,10 @@ ConventionName = Annotated[
 ]
 Rules = Annotated[
     list[str] | None,
-    typer.Option("--rule", help="PATTERN=RECIPE (or =none): recipe of the kernels whose path matches; may be repeated."),
+    typer.Option(
+        "--rule",
+        help="PATTERN=RECIPE (or =none): recipe of the kernels whose path matches, or of the embeddings; may be repeated.",
+    ),
 ]
 MaxWindows = Annotated[int | None, typer.Option("--max-windows", min=0, help="Measure N windows, spread out; 0: all.")]
 Tasks = Annotated[
