@@ -104,7 +104,7 @@ GIVENS: dict[str, Given] = {
     "rounded": Given((), lambda site, options: site.rounded, ("transform",)),
     "trial": Given((), lambda site, options: site.trial, ("transform",)),
     "stream": Given((), lambda site, options: site.stream, ("transform",)),
-    "shared": Given((), lambda site, options: site.memo.get, ("transform",)),
+    "once": Given((), lambda site, options: site.memo.get, ("transform",)),
 }
 
 

@@ -227,21 +227,38 @@ def test_a_first_look_leaves_out_none_that_is_best(name, monkeypatch):
     fmt, known = parse_format(name), statistics(x)
     weights = tuple(map(jnp.asarray, weights))
     candidates = transform._candidates(weights, known["abs_mean"], fmt, "both", 20)
-    errors = transform._hessian_errors.__wrapped__
-    plain = np.asarray(errors(weights, candidates, known["hessian"], fmt))
+    errors = functools.partial(transform._hessian_errors.__wrapped__, known["hessian"], weights, fmt=fmt)
+    plain = np.asarray(errors(candidates))
     monkeypatch.setattr(transform, "WORTH_A_LOOK", 1)
-    looked = np.asarray(errors(weights, candidates, known["hessian"], fmt))
+    looked = np.asarray(errors(candidates))
     told = np.isfinite(looked)
     np.testing.assert_array_equal(looked[told], plain[told])
     assert told[0] and np.sum(~told) > 0 and np.argmin(looked) == np.argmin(plain)
     assert np.min(plain[~told]) > np.min(plain) * (1 + transform.MARGIN / 2)
-    broken = np.asarray(errors(weights, candidates.at[3].set(jnp.nan), known["hessian"], fmt))
+    broken = np.asarray(errors(candidates.at[3].set(jnp.nan)))
     np.testing.assert_array_equal(np.isnan(broken), np.arange(len(candidates)) == 3)
 
 
-def test_exact_weights_are_looked_at_too(monkeypatch):
-    """Errors of 0: nothing is far from the least."""
+@pytest.mark.parametrize("name", ["int4-g128", "int2-g64"])
+def test_wide_layers_get_the_scale_that_they_would_without_the_look(name, monkeypatch):
+    """Compiled, as users have it."""
+    generator = np.random.default_rng(1)
+    weights = [jnp.asarray(generator.standard_t(5, (576, out)), jnp.float32) for out in (16, 8)]
+    known = statistics(generator.standard_normal((700, 576)).astype(np.float32) * np.exp(generator.standard_normal(576)))
+    looked = awq_scale(weights, name, **known)
+    monkeypatch.setattr(transform, "WORTH_A_LOOK", 10**6)
+    transform._hessian_errors.clear_cache()
+    np.testing.assert_array_equal(awq_scale(weights, name, **known), looked)
+    transform._hessian_errors.clear_cache()
+    assert np.ptp(looked) > 0
+
+
+def test_where_errors_cancel_or_are_none_all_are_told(monkeypatch):
+    """A quadratic form that is not positive tells nothing in bfloat16; errors of 0 are not far from the least."""
     monkeypatch.setattr(transform, "WORTH_A_LOOK", 1)
-    weights = (jnp.zeros((IN, 4)),)
-    found = transform._hessian_errors.__wrapped__(weights, jnp.ones((3, IN)), jnp.eye(IN), parse_format("int4-g8"))
+    errors, fmt = transform._hessian_errors.__wrapped__, parse_format("int4-g8")
+    found = errors(jnp.eye(IN), (jnp.zeros((IN, 4)),), jnp.ones((3, IN)), fmt)
     np.testing.assert_array_equal(found, np.zeros(3))
+    weights, _ = case()
+    scales = jnp.asarray(np.exp(np.random.default_rng(0).standard_normal((5, IN))), jnp.float32)
+    assert np.isfinite(errors(-jnp.eye(IN), tuple(map(jnp.asarray, weights)), scales, fmt)).all()

@@ -398,7 +398,7 @@ def test_speeds_are_paired_and_measured_once(load, tmp_path, monkeypatch):
 def test_every_script_can_be_loaded(load):
     """Those too whose own tests are slow."""
     for script in sorted(SCRIPTS.glob("*.py")):
-        assert callable(getattr(load(script.stem), "main", print)), script
+        load(script.stem)
 
 
 @pytest.mark.slow

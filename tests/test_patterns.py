@@ -95,7 +95,7 @@ def test_equal_rules_are_equal_cells():
         ({}, "down_prj=none", "did you mean down_proj"),
         ({}, "mlp/dwon=none", r"did you mean down\?"),
         ({"tied": True}, "lm_head=none", "a head that is tied to the embedding"),
-        ({}, "input_layernorm=none", "embeddings and norms have no kernel.*but for 'embed=RECIPE'"),
+        ({}, "input_layernorm=none", "embeddings and norms have no kernel"),
     ],
 )
 def test_what_matches_nothing_is_told_why(changes, rule, said):

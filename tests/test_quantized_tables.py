@@ -17,7 +17,7 @@ from qjax.checkpoints.gguf.export import export_gguf
 from qjax.checkpoints.gguf.model import load_gguf
 from qjax.checkpoints.huggingface import save_huggingface
 from qjax.checkpoints.packed import templates_of
-from qjax.driver.decoder import kernel_shapes
+from qjax.driver.decoder import kernel_shapes, quantize_together
 from qjax.driver.placement import placement
 from qjax.driver.report import stored_size
 from qjax.errors import QjaxError
@@ -134,10 +134,13 @@ def test_files_for_other_tools(both, tmp_path):
 
 
 def test_what_a_gguf_file_cannot_hold_is_refused(tiny_model, tmp_path):
-    """Without advice: no recipe for kernels quantizes a table."""
     coded, _ = pair(tiny_model, tied=False, fmt="int3-g32")
-    with pytest.raises(QjaxError, match=r"gguf cannot hold token_embd.weight: int3-g32 is no type of blocks$"):
+    said = r"gguf cannot hold token_embd.weight: int3-g32 is no type of blocks; the nearest recipes that fit: rule embed=rtn:"
+    with pytest.raises(QjaxError, match=said) as caught:
         export_gguf(tmp_path / "m.gguf", coded)
+    advised = str(caught.value).rpartition("rule ")[2]
+    model = weights_model(tiny_config(tied=False))._replace(tokenizer=tiny_model.tokenizer)
+    export_gguf(tmp_path / "m.gguf", qjax.quantize(model, None, rules=[advised])[0])
 
 
 def test_scales_of_another_type_that_float16_holds(tiny_model, tmp_path):
@@ -225,8 +228,7 @@ def test_a_rule_quantizes_it(tiny_model, tied, order, rule, tmp_path):
     expected = qjax.rtn(flatten(model.params)[TABLE].T, "int4-g16")[0]
     assert isinstance(table, Table) and str(table.format) == "int4-g16"
     np.testing.assert_array_equal(qjax.dequantize(table), qjax.dequantize(expected).T)
-    spelled = "embed" if rule.startswith("embed=") else "embed/tokens/embedding"
-    assert found.recipe == f"{plain.recipe}; {spelled}=rtn:int4-g16"
+    assert found.recipe == f"{plain.recipe}; embed=rtn:int4-g16"
     assert report.bits_per_weight == without.bits_per_weight and report.model_bits_per_weight < without.model_bits_per_weight
     record = next(each for each in report.layers if each.path == TABLE)
     assert (record.in_features, record.out_features) == table.weight.shape and record.weight_error > 0
@@ -241,13 +243,18 @@ def test_rules_of_tables_and_of_kernels(tiny_model):
     model = weights_model(tiny_config(tied=False))
     by = lambda *rules, recipe="rtn:int4-g16": placement(model, recipe, rules)  # noqa: E731
     assert TABLE not in by() and TABLE not in by(".*=rtn:int8-g16")
-    assert (
-        str(by("embed|head=rtn:int8-g16")["head/output/kernel"]) == str(by("embed|head=rtn:int8-g16")[TABLE]) == "rtn:int8-g16"
-    )
+    for every in ("re:.*", "model", ".*"):
+        assert TABLE not in by(f"{every}=gptq:int8-g16")
+    for both in ("embed|head", "lm_head|embed_tokens", "embed|lm_head"):
+        placed = by(f"{both}=rtn:int8-g16")
+        assert str(placed["head/output/kernel"]) == str(placed[TABLE]) == "rtn:int8-g16"
+    assert str(by("embed|down_proj=rtn:int8-g16")["block_0/mlp/down/kernel"]) == "rtn:int8-g16"
     assert str(by("embed=rtn:int8-g16", "embed=rtn:int2-g16")[TABLE]) == "rtn:int8-g16"
     kept = flatten(qjax.quantize(model, "fp16", rules=["embed=none"])[0].params)
     assert kept[TABLE].dtype == jnp.float32 and kept["head/output/kernel"].dtype == jnp.float16
-    cast = flatten(qjax.quantize(model, "rtn:int4-g16", rules=["embed=bf16"])[0].params)
+    found, report = qjax.quantize(model, "rtn:int4-g16", rules=["embed=bf16"])
+    assert report.bits_per_weight == qjax.quantize(model, "rtn:int4-g16")[1].bits_per_weight
+    cast = flatten(found.params)
     assert cast[TABLE].dtype == jnp.bfloat16 and cast["head/output/kernel"].dtype == jnp.float32
     for refused in ("gptq:int8-g16", "awq:int8-g16", "rtn:int8-g16/int8-token", "hadamard+rtn:int8-g16"):
         with pytest.raises(QjaxError, match=r"is looked up, .*take a rounding that reads no data, as embed=rtn:int8-g16"):
@@ -257,8 +264,43 @@ def test_rules_of_tables_and_of_kernels(tiny_model):
         placement(coded, "rtn:int4-g16", ["embed=rtn:int8-g16"])
 
 
+def test_plans_with_and_without_it_go_together():
+    model = weights_model(tiny_config(tied=True))
+    requests = [("rtn:int4-g16", ()), ("rtn:int4-g16", ["embed=rtn:int8-g16"])]
+    for asked in (requests, requests[::-1]):
+        for (found, _), (recipe, rules) in zip(quantize_together(model, asked), asked, strict=True):
+            assert_same(found, qjax.quantize(model, recipe, rules=rules)[0])
+
+
+def test_a_run_goes_on_behind_it(tiny_model, tmp_path):
+    """To the same bits, with its records."""
+    model = weights_model(tiny_config(tied=True))._replace(tokenizer=tiny_model.tokenizer)
+    how = {"calibration": np.tile(TOKENS, (40, 1)), "rules": ["embed=rtn:int4-g16"]}
+
+    def stop(record):
+        if record.path.startswith("block_1"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        qjax.quantize_to(tmp_path / "packed", model, "gptq:int4-g16", **how, on_layer=stop)
+    _, report = qjax.quantize_to(tmp_path / "packed", model, "gptq:int4-g16", **how)
+    expected, all_at_once = qjax.quantize(model, "gptq:int4-g16", **how)
+    assert_same(qjax.load(tmp_path / "packed"), expected)
+    assert [each._replace(seconds=0) for each in report.layers] == [each._replace(seconds=0) for each in all_at_once.layers]
+
+
+def test_exports_are_in_the_type_of_what_is_not_quantized(tmp_path):
+    model = weights_model(tiny_config(tied=True))
+    model = model._replace(params=jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model.params))
+    export(
+        tmp_path / "e", qjax.quantize(model, "rtn:int4-g16-sym-full", rules=["embed=rtn:int8-g16"])[0], to="compressed-tensors"
+    )
+    assert flatten(qjax.load(tmp_path / "e").params)[TABLE].dtype == jnp.bfloat16
+
+
 def test_a_rotated_model_has_a_rotated_table():
     model = weights_model(tiny_config(tied=True))
     found = flatten(qjax.quantize(model, "hadamard+rtn:int8-g16", rules=["embed=rtn:int8-g16"])[0].params)
     turned = flatten(qjax.rotate(model).params)
     np.testing.assert_array_equal(qjax.dequantize(found[TABLE]), qjax.dequantize(qjax.rtn(turned[TABLE].T, "int8-g16")[0]).T)
+    assert "head/output/kernel" in found  # of its own

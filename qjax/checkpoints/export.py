@@ -69,10 +69,11 @@ def export(
         return
     config, shapes, leaves = write_config(model.config), parameter_shapes(model.config), flatten(model.params)
     check_parameters(leaves, shapes)
-    leaves = with_plain_tables(leaves)  # which no target holds in codes
+    dtype = checkpoint_dtype(leaves)
+    leaves = with_plain_tables(leaves, dtype)  # which no target holds in codes
     target = TARGETS[to]
     leaves = {path: in_float16(leaf) if to in FLOAT16 else leaf for path, leaf in leaves.items()}
-    family, dtype = FAMILIES[model.config.family], np.dtype(checkpoint_dtype(leaves)).name
+    family, dtype = FAMILIES[model.config.family], np.dtype(dtype).name
     leaves = apart(leaves, stacks_in(family, shapes))
     stored = stored_tensors(family, shapes, model.config.heads)
     modules = {

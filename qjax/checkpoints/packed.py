@@ -7,7 +7,7 @@
     qjax.json           version, name, recipe, config, the record of every quantized leaf (`leaves.py`), `digests` of the files
                         beside it (SHA-256), and a `digest` of all this, so that no part of it is changed unnoticed
     tokenizer.json, ... where the model has one, and the other files of `companions.py` where its own folder had them
-    layers.jsonl        where the driver wrote the folder: a row of every kernel
+    layers.jsonl        where the driver wrote the folder: a row of all that is quantized
 
 Keys, shapes and types are checked against the description before anything is read, the digest of the description always, those
 of the files with them, of a lazy model before each is first read. Version 3 knew no tables, version 2 had no digests; version

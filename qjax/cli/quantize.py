@@ -37,8 +37,8 @@ def quantize(
 ) -> None:
     """Quantize a model and save it packed; `qjax eval` and qjax.load read the folder back bit-equal.
 
-    layers.jsonl beside the weights has a row for every kernel; files of the tokenizer and of generation are copied. Blocks are
-    written as they are done: the same command goes on where it was stopped.
+    layers.jsonl beside the weights has a row of all that is quantized; files of the tokenizer and of generation are copied.
+    Blocks are written as they are done: the same command goes on where it was stopped.
     """
     check_names(recipes=recipe, order=order, rules=rule, texts=(calibration,), models=(model,))
     from qjax.driver.decoder import quantize_to

@@ -148,9 +148,9 @@ def quantize_to(
     not even the weights of another. Returns the model in the folder, lazy, and the report.
 
     What is done is on disk in .NAME.partial, from where the same call goes on after a kill, to the same bits; the folder
-    appears when it is whole, with layers.jsonl, a row of every kernel. beside: a folder whose tokenizer's and generation's
-    files are copied as they are. Raises what `quantize` and `save` raise, and QjaxError for the folder that a lazy model is
-    read from.
+    appears when it is whole, with layers.jsonl, a row of all that is quantized. beside: a folder whose files of tokenizer and
+    generation are copied as they are. Raises what `quantize` and `save` raise, and QjaxError for the folder that a lazy model
+    is read from.
     """
     require_model("quantize_to", model)
     read_companions(beside)  # what cannot be read is an error before anything is computed
@@ -317,8 +317,9 @@ def _within(part: walk.Part, plan: Plan) -> Plan:
 
 def _piece(part: walk.Part, params, plans: Sequence[Plan], shared, stream: frozenset[str]) -> Piece:
     flat = flatten_dict(params, sep="/")
-    stacks = {path: flat[path].shape[0] for path in plans[0] if len(flat[path].shape) > 2}
-    axes = {path: (1, 0) if part.prefix + path == walk.TABLE else (0, 1) for path in plans[0]}
+    paths = dict.fromkeys(path for plan in plans for path in plan)
+    stacks = {path: flat[path].shape[0] for path in paths if len(flat[path].shape) > 2}
+    axes = {path: walk.matrix_axes(part.prefix + path) for path in paths}
     views = {path: KernelView(flat[path].shape[-2:], (given,), (made,)) for path, (given, made) in axes.items()}
     views = spread(views, stacks)
     leaders = spread(shared, stacks)

@@ -122,14 +122,14 @@ def quantize_piece(
     before = Captured({}, [])
     if any(reading) and (not order.inside or any(recipe.transforms for plan in reading for recipe in plan.values())):
         before = run.capture(reading, list(piece.views), piece.params, keep_outputs=keep_outputs and not order.prefix)
-    memo = Memo()
-    return [_by_plan(run, *each, before, memo) for each in zip(plans, reading, strict=True)]
+    memo, flat = Memo(), piece.leaves()
+    return [_by_plan(run, *each, flat, before, memo, len(plans) > 1) for each in zip(plans, reading, strict=True)]
 
 
-def _by_plan(run: _Run, plan: Plan, reading: Plan, before: Captured, shared_memo: Memo) -> Quantized:
+def _by_plan(run: _Run, plan: Plan, reading: Plan, flat, before: Captured, shared_memo: Memo, several: bool) -> Quantized:
+    """several: whether others ask `shared_memo` too."""
     piece, order = run.piece, run.order
-    flat = piece.leaves()
-    base, found = transform(piece, flat, plan, before.statistics, run.batches, shared_memo)
+    base, found = transform(piece, flat, plan, before.statistics, run.batches, shared_memo if several else None)
     current, rounded, records = dict(base), {}, {}
 
     def settle(path: str, started: float) -> None:

@@ -15,10 +15,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
-from qjax.models.walk import block_of
+from qjax.models.walk import TABLE, block_of
 
 PLAIN = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
 NO_NAMES: Mapping[str, str] = MappingProxyType({})
+EMBED = "embed"  # how the table of embeddings is named
 TIED_OR_NO_KERNEL = r"lm_head|embed_out|head/output|embed|wte|wpe|norm|ln_"
 
 
@@ -36,6 +37,23 @@ def meant(pattern: str, kernels: Sequence[str], theirs: Mapping[str, str] = NO_N
         if found:
             return _spelled(found, kernels) if theirs else f"(?i){pattern}"
     return pattern
+
+
+def meant_with_table(pattern: str, kernels: Sequence[str], theirs: Mapping[str, str], table: str | None) -> str:
+    """`meant`, with "embed" for the table of embeddings where the pattern names it. table: its module's name there."""
+    component = table and table.rpartition(".")[2]
+    by_theirs = component and component in pattern and re.search(_names_pattern(pattern), table)
+    if not names_table(pattern) and not by_theirs:
+        return meant(pattern, kernels, theirs)
+    found = meant(pattern, kernels, theirs)
+    if not any(re.search(found, path) for path in kernels):
+        return EMBED
+    return found if names_table(found) else f"{found}|{EMBED}"
+
+
+def names_table(pattern: str) -> bool:
+    """Whether a pattern by our paths names the table of embeddings, and not just everything."""
+    return EMBED in pattern and re.search(pattern, TABLE) is not None
 
 
 def _names_pattern(pattern: str) -> str:
@@ -74,9 +92,7 @@ def nothing_found(patterns: Iterable[str], kernels: Sequence[str], theirs: Mappi
     patterns = list(patterns)
     if theirs and any(re.search(TIED_OR_NO_KERNEL, pattern) for pattern in patterns):
         tied = "" if any(path.startswith("head/") for path in kernels) else ", nor has a head that is tied to the embedding"
-        return (
-            f"; embeddings and norms have no kernel and stay as they are{tied} (but for 'embed=RECIPE', of the table of tokens)"
-        )
+        return f"; embeddings and norms have no kernel and stay as they are{tied}"
     known = [*map(_kind, kernels), *(name.rsplit(".", 1)[-1] for name in theirs.values())]
     known += [part for path in kernels for part in path.split("/")[:-1]]
     words = [re.split(r"[./\\]", pattern.strip("^$./*"))[-1] for pattern in patterns]

@@ -7,7 +7,8 @@ none does, the default decides. A rule that matches nothing is an error, and so 
 cannot be quantized: nothing is skipped silently.
 
 A decoder's table of embeddings is no kernel, and stays as it is unless a pattern names it, with "embed" in it or as Hugging
-Face does: "embed=rtn:int8-g64", by a rounding that reads no data. A tied head multiplies with what its codes stand for.
+Face does: "embed=rtn:int8-g64", by a rounding that reads no data. A tied head multiplies with what its codes stand for, unless
+a rotation gives it weights of its own.
 """
 
 import dataclasses
@@ -30,7 +31,7 @@ from qjax.models.model import Model
 from qjax.models.rotation import rotated_config
 from qjax.recipe import DEFAULT_ORDER, Recipe, parse_order, parse_recipe
 
-Plan = Mapping[str, Recipe | None]  # what each kernel gets, by path
+Plan = Mapping[str, Recipe | None]  # what each kernel, and the table where a rule names it, gets, by path
 
 
 class Rule(NamedTuple):
@@ -109,27 +110,29 @@ def kernels_of(model: Model) -> list[str]:
 
 
 def in_our_words(model: Model, rules: Iterable[Rule]) -> tuple[Rule, ...]:
-    """The rules with the pattern that they are known by: Hugging Face's names by our paths (`patterns.meant`)."""
-    paths = [*kernels_of(model), walk.TABLE]
-    theirs = module_names(model.config.family, paths)
-    return tuple(rule._replace(pattern=patterns.meant(rule.pattern, paths, theirs)) for rule in rules)
+    """The rules with the pattern that they are known by: Hugging Face's names by our paths (`patterns.meant`), and the table of
+    embeddings, where a pattern names it, as "embed".
+    """
+    kernels, family = kernels_of(model), model.config.family
+    theirs, table = module_names(family, kernels), module_names(family, [walk.TABLE]).get(walk.TABLE)
+    return tuple(rule._replace(pattern=patterns.meant_with_table(rule.pattern, kernels, theirs, table)) for rule in rules)
 
 
-def _apart(rules: Sequence[Rule], kernels: Sequence[str]) -> tuple[list[Rule], list[Rule]]:
-    """(rules of kernels, rules that name the table of embeddings); a rule may be of both."""
-    naming = [rule for rule in rules if "embed" in rule.pattern and re.search(rule.pattern, walk.TABLE)]
-    only = [rule for rule in naming if not any(re.search(rule.pattern, path) for path in kernels)]
+def _of_table(rules: Sequence[Rule]) -> Rule | None:
+    """The first of the rules, in our words, that names the table. Raises QjaxError for a recipe that it cannot have."""
+    naming = [rule for rule in rules if patterns.names_table(rule.pattern)]
     for recipe in (rule.recipe for rule in naming if rule.recipe):
         if recipe.reads_data or recipe.transforms or recipe.activation:
             raise QjaxError(
                 f"{recipe}: a table of embeddings is looked up, so that it has no inputs to calibrate on, to map or to round; "
                 f"take a rounding that reads no data, as embed=rtn:{recipe.format}"
             )
-    return [rule for rule in rules if rule not in only], naming
+    return naming[0] if naming else None
 
 
 def placement(model: Model, recipe: str | Recipe | None, rules: Iterable[str | Rule] = ()) -> dict[str, Recipe | None]:
-    """What `quantize` would do to every linear kernel, by path; None leaves it. Reads shapes alone. Raises what `quantize`
+    """What `quantize` would do to every linear kernel, and to the table of embeddings where a rule names it, by path; None
+    leaves it. Reads shapes alone. Raises what `quantize`
     raises.
     """
     recipe, rules = parsed(recipe, rules, None)
@@ -139,12 +142,14 @@ def placement(model: Model, recipe: str | Recipe | None, rules: Iterable[str | R
     recipe = recipe and recipe.of_weights
     flat = flatten_dict(model.params, sep="/")
     kernels = kernels_of(model)
-    rules, of_table = _apart(in_our_words(model, rules), kernels)
+    rules = in_our_words(model, rules)
+    of_table = _of_table(rules)
+    rules = [rule for rule in rules if rule.pattern != patterns.EMBED]  # which no kernel's path holds
     everywhere = recipe is not None and recipe.is_cast
     scope = kernels if everywhere else list(filter(walk.in_blocks, kernels))
     placed = place(kernels, recipe, rules, scope, module_names(model.config.family, kernels))
     if of_table:
-        placed = {walk.TABLE: of_table[0].recipe, **placed}
+        placed = {walk.TABLE: of_table.recipe, **placed}
     again = [path for path, chosen in placed.items() if chosen is not None and is_quantized(flat[path])]
     if again:
         raise QjaxError(

@@ -17,13 +17,16 @@ from qjax.lazy import is_lazy
 from qjax.linear import Table, is_quantized
 from qjax.methods import UNQUANTIZED
 from qjax.models.stacks import stack_of
+from qjax.models.walk import TABLE
 from qjax.numbers import as_json
 from qjax.qtensor import FLOAT_DTYPES
 from qjax.recipe import Recipe
 
 
 class Report(NamedTuple):
-    """One record per linear kernel, and exact sizes: bits per weight of the quantized kernels and of the whole model."""
+    """One record per linear kernel, and of the table of embeddings where a rule names it; exact sizes: bits per weight of the
+    quantized kernels and of the whole model.
+    """
 
     layers: tuple[LayerRecord, ...]
     bits_per_weight: float
@@ -38,7 +41,7 @@ def make_report(params: PyTree, records: Sequence[LayerRecord], seconds: float) 
     weights = sum(math.prod(leaf.shape) for leaf in leaves)
     size = sum(leaf.nbytes for leaf in leaves)
     flat = flatten_dict(params, sep="/")
-    kernels = [each for each in records if not isinstance(_kernel(flat, each.path), Table)]
+    kernels = [each for each in records if each.path != TABLE]
     chosen = [each for each in kernels if each.recipe != UNQUANTIZED or is_quantized(_kernel(flat, each.path))] or kernels
     counts = [record.in_features * record.out_features for record in chosen]
     bits = sum(record.bits_per_weight * count for record, count in zip(chosen, counts, strict=True)) / sum(counts)

@@ -30,10 +30,10 @@ def transform(
     plan: Mapping[str, Recipe | None],
     statistics: Mapping[str, Mapping[str, Array]],
     batches: Sequence[Batch],
-    memo: Memo,
+    memo: Memo | None,
 ) -> tuple[dict[str, Array], dict[str, Mapped]]:
     """A piece's float leaves after all transforms of a plan, and the maps of each kernel that got any; what the module computes
-    is unchanged.
+    is unchanged. memo: what plans share; None where there is one.
     """
     todo = {path: recipe for path, recipe in plan.items() if recipe and recipe.transforms}
     changed = {path for path, recipe in plan.items() if recipe and (recipe.transforms or recipe.reads_data)}
@@ -65,6 +65,7 @@ def _stored(inputs: Sequence[InputMap]) -> Mapped:
 
 def _find_maps(piece, paths, flat, recipe, statistics, batches, memo) -> tuple[InputMap, ...]:
     """The maps that the recipe's transforms, one after the other, give the kernels at `paths`."""
+    memo = memo or Memo()
     weights, found = [piece.matrix(path, flat[path], memo) for path in paths], ()
     for number, stage in enumerate(recipe.transforms):
         site = Site(

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from qjax.errors import QjaxError
@@ -39,9 +40,10 @@ def unflatten(leaves: Mapping[str, object]) -> PyTree:
     return traverse_util.unflatten_dict(leaves, sep="/")
 
 
-def with_plain_tables(leaves: Mapping[str, object]) -> dict[str, object]:
-    """The leaves with tables of embeddings in float32; those that are lazy stay so."""
-    plain = functools.partial(map_lazily, dequantize, dtype=np.dtype(np.float32), is_leaf=is_quantized)
+def with_plain_tables(leaves: Mapping[str, object], dtype: DTypeLike = np.float32) -> dict[str, object]:
+    """The leaves with tables of embeddings in floating point; those that are lazy stay so."""
+    decoded = functools.partial(dequantize, dtype=dtype)
+    plain = functools.partial(map_lazily, decoded, dtype=np.dtype(dtype), is_leaf=is_quantized)
     return {path: plain(leaf) if isinstance(leaf, Table) else leaf for path, leaf in leaves.items()}
 
 

@@ -147,9 +147,15 @@ def block_of(path: str) -> int | None:
     return int(found[1]) if found else None
 
 
+def matrix_axes(path: str) -> tuple[int, int]:
+    """Which of a leaf's last two axes is (in, out) of the matrix that is quantized: a table's rows are outputs."""
+    return (1, 0) if path == TABLE else (0, 1)
+
+
 def matrix_shape(path: str, shape: tuple[int, ...]) -> tuple[int, int]:
-    """(in, out) of what a quantized leaf holds: a kernel's last two axes; a table's rows are outputs."""
-    return shape[::-1] if path == TABLE else shape[-2:]
+    """(in, out) of that matrix."""
+    given, made = matrix_axes(path)
+    return shape[-2:][given], shape[-2:][made]
 
 
 def in_blocks(path: str) -> bool:

@@ -6,7 +6,7 @@ Every table and figure shows such rows, so that there is one line a recipe and o
     its error   of documents and draws together: the loss of every window is averaged over draws, documents are left out one by
                 one, and what draws differ by is added (`evaluate/statistics.py`: formulas and simulation)
     nll, perplexity, accuracy, accuracy_delta    in the same way, questions in the place of windows
-    flips       mean over draws; of one draw too, their error is added here (flips_stderr), as that of accuracy_delta
+    flips       mean over draws; of one draw too, their error is added here (flips_stderr), as that of accuracy
     kl and other columns with a standard error   mean over draws, the error of one draw taken as that over documents, which is
                 too large rather than too small: rows do not keep what each window adds
     sizes, times and other figures               mean over draws
@@ -86,11 +86,9 @@ def drew(group: Sequence[Row]) -> bool:
 
 
 def _merged(group: Sequence[Row], baseline: Row) -> Row:
-    if any(row is baseline for row in group):
-        return baseline
-    flips = _errors_of_flips(group, baseline)
+    flips = {} if group[0] is baseline else _errors_of_flips(group, baseline)
     if len(group) == 1:
-        return group[0] | flips
+        return group[0] | flips if flips else group[0]
     found = {name: value for name, value in group[0].items() if all(name in row and row[name] == value for row in group)}
     found |= {name: mean for name in group[0] if (mean := mean_of(group, name)) is not None}
     found |= _typical_errors(group, found)
@@ -176,8 +174,8 @@ def accuracy_change(
     return Part(found, (ours - theirs).mean(axis=1), twice_counted(ours - theirs, None, documents))
 
 
-def _accuracy(ours: Float[np.ndarray, "draws n"], documents: Sequence[int] | None) -> Part:
-    """Accuracy with the larger of its errors over questions and over documents, as rows of one draw have it."""
+def _share(ours: Float[np.ndarray, "draws n"], documents: Sequence[int] | None) -> Part:
+    """The share of questions with the larger of its errors over questions and over documents, as rows of one draw have it."""
     over = max((estimate(ours.mean(axis=0), None, each) for each in (None, documents)), key=lambda found: found.stderr)
     return Part(over, ours.mean(axis=1), twice_counted(ours, None, documents))
 
@@ -191,31 +189,43 @@ def _over_tasks(parts: Sequence[Part]) -> Part:
     return Part(Difference(value, stderr, value - reach, value + reach), values, both)
 
 
-def _answered(group: Sequence[Row], baseline: Row) -> Iterator[tuple[str, np.ndarray, np.ndarray, Sequence[int] | None]]:
-    """(suffix:TASK, right answers, the baseline's, documents) of what all rows were asked, by both kinds of answers."""
+class _Answered(NamedTuple):
+    """Which answers of a task are right, of several draws and of the baseline. suffix: of the columns' names."""
+
+    task: str
+    suffix: str
+    ours: Float[np.ndarray, "draws n"]
+    before: Float[np.ndarray, "1 n"]
+    documents: Sequence[int] | None
+
+    def column(self, name: str, end: str = "") -> str:
+        """accuracy_norm_delta:piqa, of a name such as "accuracy", the suffix "_norm" and an end such as "_delta"."""
+        return f"{name}{self.suffix}{end}:{self.task}"
+
+
+def _answered(group: Sequence[Row], baseline: Row) -> Iterator[_Answered]:
+    """What all rows and the baseline were asked, by both kinds of answers."""
     tasks = [name.partition(":")[2] for name in baseline if name.startswith("answers:")]
     for task, suffix in ((task, suffix) for task in tasks for suffix in ("", "_norm")):
         if all(row.get(f"answers{suffix}:{task}") for row in (baseline, *group)):
             right = (right_answers(rows, task, suffix) for rows in (group, [baseline]))
-            yield f"{suffix}:{task}", *right, baseline.get(f"documents:{task}") or None
+            yield _Answered(task, suffix, *right, baseline.get(f"documents:{task}") or None)
 
 
 def _errors_of_flips(group: Sequence[Row], baseline: Row) -> dict[str, float]:
     """Of the share of questions whose answer is right in one of two models alone."""
-    columns = {}
-    for name, ours, before, documents in _answered(group, baseline):
-        flipped = accuracy_change(np.abs(ours - before), np.zeros_like(before), documents)
-        suffix, task = name.split(":", 1)
-        columns[f"flips{suffix}_stderr:{task}"] = with_draws(*flipped).change.stderr
-    return columns
+    shares = {
+        each.column("flips", "_stderr"): (abs(each.ours - each.before), each.documents) for each in _answered(group, baseline)
+    }
+    return {name: with_draws(*_share(*found)).change.stderr for name, found in shares.items()}
 
 
 def _accuracies(group: Sequence[Row], baseline: Row) -> dict[str, float]:
     """Accuracies of every task with their changes, and the means over tasks."""
     parts: dict[str, Part] = {}
-    for name, ours, before, documents in _answered(group, baseline):
-        parts[f"accuracy{name}"] = _accuracy(ours, documents)
-        parts[f"accuracy{name.replace(':', '_delta:', 1)}"] = accuracy_change(ours, before, documents)
+    for each in _answered(group, baseline):
+        parts[each.column("accuracy")] = _share(each.ours, each.documents)
+        parts[each.column("accuracy", "_delta")] = accuracy_change(each.ours, each.before, each.documents)
     for name in ("accuracy", "accuracy_delta"):
         if every := [part for column, part in parts.items() if column.startswith(f"{name}:")]:
             parts[name.replace("accuracy", "accuracy_mean")] = _over_tasks(every)

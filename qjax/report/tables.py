@@ -226,7 +226,7 @@ def perplexity_table(rows: Sequence[Row]) -> Table:
 
 
 def layers_table(layers: Iterable[tuple]) -> Table:
-    """One line per linear kernel. layers: the driver's `LayerRecord`s."""
+    """One line of each kernel, and of the table of embeddings where a rule named it. layers: the driver's `LayerRecord`s."""
     rows = tuple({**layer._asdict(), "path": layer.path.removesuffix("/kernel")} for layer in layers)
     recipes = list(dict.fromkeys(row["recipe"] for row in rows if row["recipe"] != UNQUANTIZED))
     columns = (

@@ -133,7 +133,7 @@ def _figure(row: Row, name: str) -> float:
 
 
 def by_cost(model: "Model", recipes: Sequence[str], rules: Sequence[str] = ()) -> list[str]:
-    """Recipes from the cheapest to the dearest: exact bytes of the kernels, of formats or as they are, then bits of their
+    """Recipes from the cheapest to the dearest: exact bytes of what a recipe can change, of formats or as it is, then bits of
     inputs, then those of a token in the cache.
     """
     from flax.traverse_util import flatten_dict

@@ -9,6 +9,7 @@
     loss=module         error = squared change of the output of the module they are in (attention, MLP), as in the paper's code
 
 r = 0, 1/20, ..., 19/20 as in the paper's code, and s = 1 is always among the candidates. Lin et al. 2023 (arXiv 2306.00978).
+Of layers with 512 inputs or more all candidates are looked at in bfloat16 first, and those far from the best left at that.
 The search rounds to nearest, as the paper's code does; what follows may be another rounding, which has no use for the scale it
 found. So the scale is kept only where that rounding loses less with it than without (guard=false: always), which costs two
 more roundings. Of a chain of transforms each looks at its own scale and those before it.
@@ -36,7 +37,7 @@ from qjax.scales import times_power_of_two
 
 Scaling = Literal["reference", "duo", "both"]
 Loss = Literal["hessian", "module"]
-MARGIN = 2.0**-6  # of the least error; bfloat16 tells those of SmolLM2's layers to 2^-12, at worst 2^-7
+MARGIN = 2.0**-4  # of the least error; bfloat16 tells those of SmolLM2's layers to 2^-12, at worst 2^-7
 WORTH_A_LOOK = 512  # inputs from which on two programs are worth their compilation
 SMALL = 2.0**-12  # of the largest |W|: what is added to a group's is AutoAWQ's 1e-6, but no more than this
 
@@ -53,7 +54,7 @@ def awq_scale(
     ratios: int = 20,
     rounded: Callable[[InputMap | None], Sequence[Array]] | None = None,
     guard: bool = True,
-    shared: Callable | None = None,
+    once: Callable | None = None,
 ) -> Divide:
     """The map, with a scale (in,) float32, of the input that weights (in, out_k) share: it is divided, and the rows of the
     weights are multiplied before rounding.
@@ -61,7 +62,7 @@ def awq_scale(
     abs_mean (in,): mean |x|. hessian (in, in): mean of x x^T, for loss="hessian". module: for loss="module", the error of the
     parent module's output with these weights in place. rounded: what the weights become by the rounding that follows, as they
     are, rounded(None), or with their input mapped, which is undone, rounded(map); with guard, the scale found must lose less
-    than none. shared: calls a function of arrays, once for all who ask for the same.
+    than none. once: calls a function of arrays, once for all who ask for the same.
     Weights, statistics or a module's error that are not finite give a scale that is not. Raises QjaxError for an unknown loss
     or scaling, and a missing statistic.
     """
@@ -81,11 +82,10 @@ def awq_scale(
         check_shapes("awq", weight, hessian)
     options = {"fmt": fmt, "scaling": scaling, "ratios": ratios}
     if loss == "module":
-        found, known = _search(
-            weights, abs_mean, lambda candidates: _module_errors(weights, candidates, module, fmt), **options
-        )
+        errors = functools.partial(_module_errors, exponent_of(*weights), module)
+        found, known = _search(errors, abs_mean, _in_unit(weights), **options)
     else:
-        found, known = (shared or _call)(_search_by_hessian, abs_mean, hessian, *weights, **options)
+        found, known = (once or _call)(_search_by_hessian, abs_mean, hessian, *weights, **options)
     if rounded is None or not guard:
         return Divide(jnp.where(known, found, jnp.nan))
     exponent, weights = exponent_of(*weights), _in_unit(weights)
@@ -109,15 +109,16 @@ def _in_unit(weights: Sequence[Float[Array, "in out"]]) -> list[Float[Array, "in
     return [times_power_of_two(weight.astype(jnp.float32), -exponent) for weight in weights]
 
 
-def _search_by_hessian(abs_mean, hessian, *weights, fmt, scaling, ratios):
-    errors = functools.partial(_hessian_errors, tuple(_in_unit(weights)), hessian=hessian, fmt=fmt)
-    return _search(weights, abs_mean, errors, fmt, scaling, ratios)
+def _search_by_hessian(abs_mean, hessian, *weights, **options):
+    return _search(functools.partial(_hessian_errors, hessian), abs_mean, _in_unit(weights), **options)
 
 
-def _search(weights, abs_mean, errors, fmt, scaling, ratios) -> tuple[Float[Array, " in"], Bool[Array, ""]]:
-    """The candidate of the least error, and whether it was found among numbers; errors(candidates): of each."""
-    candidates = _candidates(_in_unit(weights), abs_mean, fmt, scaling, ratios)
-    return _best(candidates, errors(candidates), abs_mean)
+def _search(errors, abs_mean, weights, *, fmt, scaling, ratios) -> tuple[Float[Array, " in"], Bool[Array, ""]]:
+    """The candidate of the least error, and whether it was found among numbers. weights: in their unit; errors(weights,
+    candidates, fmt): of each candidate.
+    """
+    candidates = _candidates(weights, abs_mean, fmt, scaling, ratios)
+    return _best(candidates, errors(weights, candidates, fmt), abs_mean)
 
 
 @jax.jit
@@ -209,8 +210,8 @@ def _scaled_rounding(weight: Float[Array, "in out"], scale: Float[Array, " in"],
     return nearest_values(weight * scale[:, None], fmt) / scale[:, None]
 
 
-def _module_errors(weights, candidates, module, fmt) -> Float[Array, " candidates"]:
-    exponent, weights = exponent_of(*weights), _in_unit(weights)
+def _module_errors(exponent, module, weights, candidates, fmt) -> Float[Array, " candidates"]:
+    """exponent: of the weights' unit."""
 
     def error(scale):
         return module([times_power_of_two(_scaled_rounding(weight, scale, fmt), exponent) for weight in weights])
@@ -219,7 +220,7 @@ def _module_errors(weights, candidates, module, fmt) -> Float[Array, " candidate
 
 
 @functools.partial(jax.jit, static_argnames="fmt")
-def _hessian_errors(weights, candidates, hessian, fmt) -> Float[Array, " candidates"]:
+def _hessian_errors(hessian, weights, candidates, fmt) -> Float[Array, " candidates"]:
     """Summed over the weights; infinite where a first look, in bfloat16, is more than MARGIN from the least."""
 
     def changes(scale):
@@ -237,5 +238,5 @@ def _hessian_errors(weights, candidates, hessian, fmt) -> Float[Array, " candida
 
     seen = jax.lax.map(lambda scale: sum(map(look, changes(scale))), candidates)
     least = jnp.min(seen)
-    far = (seen > least + MARGIN * jnp.abs(least)).at[0].set(False)  # none where one is nan
+    far = ((least > 0) & (seen > (1 + MARGIN) * least)).at[0].set(False)  # none where one is nan, or all cancels
     return jax.lax.map(lambda each: jax.lax.cond(each[0], lambda _: jnp.inf, error, each[1]), (far, candidates))

@@ -85,11 +85,12 @@ def _kinds(pieces: Mapping[str, tuple[Piece, ...]], leaves: Mapping[str, object]
         found[name] = next(iter(kinds))
         if isinstance(found[name], str):
             problems.append(f"{name}: {found[name]}")
-            held = [each for each in held if is_quantized(each) and each.format and parts[0].path != TABLE]  # no recipe's
+            held = [each for each in held if is_quantized(each) and each.format]
             fits = [joining.nearest(each.format, each.shape[-2]) for each in held]
-            nearest |= {str(fmt): fmt for fmt in fits if fmt is not None}
+            recipes = "rule embed=rtn:{}" if parts[0].path == TABLE else "rtn:{0}, gptq:{0}"
+            nearest |= {recipes.format(fmt): fmt for fmt in fits if fmt is not None}
     if problems:
-        advice = ", ".join(f"rtn:{fmt}, gptq:{fmt}" for fmt in nearest)
+        advice = ", ".join(nearest)
         advice = f"; the nearest recipes that fit: {advice}" if nearest else ""
         raise RefusedError(f"gguf cannot hold {listing(problems)}{advice}")
     return found

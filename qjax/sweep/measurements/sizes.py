@@ -37,7 +37,9 @@ def measure(cell: Cell) -> dict[str, object]:
 
 def figures(report: "Report", recipe: str) -> dict[str, object]:
     """From the driver's report. recipe: what the model had been quantized with when it was loaded."""
-    errors = [layer.weight_error for layer in report.layers if layer.weight_error is not None]
+    from qjax.models.walk import TABLE
+
+    errors = [each.weight_error for each in report.layers if each.weight_error is not None and each.path != TABLE]
     as_it_is = 0.0 if recipe == UNQUANTIZED else None  # of a quantized model its error is not known
     outputs = [layer.output_error for layer in report.layers if layer.output_error is not None]
     return {
