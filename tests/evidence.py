@@ -13,6 +13,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from qjax.evaluate.statistics import Difference, aggregate_draws
+from qjax.formats import parse_format
 from qjax.report.estimates import Estimate, cell_estimates
 from qjax.report.rendering import decimals, documents_of, loss_change, with_error
 from qjax.report.scaling import latest, scaling_table
@@ -408,6 +409,48 @@ def seen_by_tasks(model: str, bits: int) -> dict[str, int]:
     recipes = [real(model, method, bits) for method in METHODS]
     noise = functools.partial(accuracy_noise, "real_models", model=model)
     return {task: sum(not noise(recipe, task) for recipe in recipes) for task in ("arc_easy", "piqa", "hellaswag")}
+
+
+# --- embeddings -----------------------------------------------------------------------------------------------------------
+
+
+def table_in(bits: int, kernels: str = BASELINE) -> str:
+    """The name of the cell with the table in so many bits."""
+    return f"{kernels}; embed=rtn:int{bits}-g64"
+
+
+def four(model: str = BUNDLED) -> str:
+    """The recipe of linear layers that the table is measured beside."""
+    return f"rtn:int4-{GROUPS.get(model, 'g128')}"
+
+
+def added(bits: int, model: str = BUNDLED, *, beside: bool = False) -> Difference:
+    """What the table in so many bits adds to the loss, in nats a token; beside: linear layers of 4 bits."""
+    kernels = four(model) if beside else BASELINE
+    return against("embeddings", table_in(bits, kernels), kernels, model)
+
+
+def held_by_table(model: str = BUNDLED) -> float:
+    """Its share of the weights, %, from what 8 bits and 2 make of the model's size."""
+    sizes, codes = [
+        [cell("embeddings", table_in(bits), model=model).row["model_bits_per_weight"] for bits in (8, 2)],
+        [8 * parse_format(f"int{bits}-g64").nbytes(64, 1) / 64 for bits in (8, 2)],
+    ]
+    return 100 * (sizes[0] - sizes[1]) / (codes[0] - codes[1])
+
+
+def embeddings_table() -> str:
+    """What the table's bits add to perplexity, %, alone and beside linear layers of 4 bits."""
+    lines = []
+    for name, model in {"bundled": BUNDLED, "SmolLM2 135M": SMOLLM2, "Gemma 3 270M": GEMMA}.items():
+        for beside in (False, True):
+            found = [added(bits, model, beside=beside) for bits in (8, 4, 3, 2)]
+            told = [with_error(100 * math.expm1(d.value), 100 * math.exp(d.value) * d.stderr, sign="+") for d in found]
+            marks = ["≈ " * (d.low <= 0 <= d.high) for d in found]
+            lines.append(
+                (f"{name}, {f'beside `{four(model)}`' if beside else 'alone'}", *map("".join, zip(marks, told, strict=True)))
+            )
+    return _markdown(("table in", "8 bits", "4", "3", "2"), lines)
 
 
 # --- tables of the README -------------------------------------------------------------------------------------------------
