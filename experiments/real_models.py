@@ -1,6 +1,6 @@
 """What bits cost on language models of 10^8 parameters: SmolLM2 135M and Gemma 3 270M, in perplexity, answers and divergence.
 
-    python experiments/real_models.py                 writes results/real_models/, 100 minutes on 2 cores
+    python experiments/real_models.py                 writes results/real_models/, an hour and a half on 2 cores
     python experiments/real_models.py --tiny --out X  a few windows, questions and formats on the bundled model, for tests
 
 The models are GGUF files of a folder outside the repository ($QJAX_TEST_MODELS or --model-folder), texts and tasks those of the
