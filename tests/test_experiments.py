@@ -398,7 +398,7 @@ def test_speeds_are_paired_and_measured_once(load, tmp_path, monkeypatch):
 def test_every_script_can_be_loaded(load):
     """Those too whose own tests are slow."""
     for script in sorted(SCRIPTS.glob("*.py")):
-        load(script.stem)
+        assert load(script.stem).__doc__, script
 
 
 @pytest.mark.slow

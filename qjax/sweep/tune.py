@@ -147,12 +147,9 @@ def by_cost(model: "Model", recipes: Sequence[str], rules: Sequence[str] = ()) -
     def cost(recipe: str) -> tuple[float, ...]:
         size = inputs = 0
         for path, placed in placement(model, recipe, rules).items():
-            shape = leaves[path].shape
-            size += (
-                leaves[path].nbytes
-                if placed is None
-                else math.prod(shape[:-2]) * placed.format.nbytes(*matrix_shape(path, shape))
-            )
+            shape, size_as_it_is = leaves[path].shape, leaves[path].nbytes
+            in_format = placed and math.prod(shape[:-2]) * placed.format.nbytes(*matrix_shape(path, shape))
+            size += size_as_it_is if in_format is None else in_format
             inputs += math.prod(shape) * (placed.activation.format.bits if placed and placed.activation else 16)
         return size, inputs, with_cache(model, parse_recipe(recipe)).cache_bytes[0]
 
