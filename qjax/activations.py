@@ -212,13 +212,23 @@ def _codes(x: Float[Array, "*batch in"], activation: Activation, scale: Array | 
         return Codes(*split_outliers(exact, activation.threshold))
     if str(activation) == ACTIVATIONS:
         return Codes(*tokens_int8(exact))
-    if fmt.grid not in INTEGERS or fmt.codebook or fmt.is_affine or fmt.granularity == "group":
+    if not _is_whole(fmt):
         return None
     if scale is None:
         columns = exact.astype(jnp.float32).reshape(-1, x.shape[-1]).T
         scale = grid.find_parameters(columns[None], fmt).scale.reshape(*x.shape[:-1], 1)
     codes = grid.encode(exact.astype(jnp.float32), scale, None, fmt).astype(jnp.int16) - 2 ** (fmt.bits - 1)
     return Codes(codes.astype(jnp.int8), jnp.broadcast_to(scale, (*x.shape[:-1], 1)))
+
+
+def _is_whole(fmt: Format) -> bool:
+    return fmt.grid in INTEGERS and not (fmt.codebook or fmt.is_affine or fmt.granularity == "group")
+
+
+def is_integer_product(activation: Activation, weight: QTensor | KernelWeight | Array) -> bool:
+    """Whether A(x) W is one product of integers, see `multiply_rounded`."""
+    codes = isinstance(weight, QTensor | KernelWeight) and refusal_of_int8(weight) is None
+    return codes and activation.threshold is None and _is_whole(activation.format)
 
 
 def multiply_rounded(

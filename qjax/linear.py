@@ -22,10 +22,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
 from qjax import flax_state, maps, qtensor
-from qjax.activations import Activation, multiply_rounded, parse_activation
+from qjax.activations import Activation, is_integer_product, multiply_rounded, parse_activation
 from qjax.errors import QjaxError
 from qjax.formats import Format
-from qjax.kernels import layout
+from qjax.kernels import integers, layout
 from qjax.kernels.layout import KernelWeight
 from qjax.kernels.matmul import KERNELS, choose, matmul
 from qjax.maps import InputMap
@@ -208,6 +208,11 @@ def dense(leaf: Leaf, dtype: DTypeLike = jnp.float32) -> Linear | Float[Array, "
     if isinstance(leaf, Linear) and leaf.activation is not None:
         return dataclasses.replace(leaf, weight=decode(leaf.weight, dtype))
     return dequantize(leaf, dtype)
+
+
+def runs_in_integers(leaf: Linear) -> bool:
+    """Whether its product, of an input that it rounds, is one of integers and on this machine faster than that of floats."""
+    return len(leaf.shape) == 2 and is_integer_product(leaf.activation, leaf.weight) and integers.pays_decoded()
 
 
 def columns(leaf: Linear | QTensor, index: np.ndarray) -> Linear | QTensor:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import qjax
-from qjax.kernels import gpu, layout, tpu, xla
+from qjax.kernels import gpu, integers, layout, tpu, xla
 from qjax.kernels import matmul as matmul_module
 from qjax.kernels.matmul import choose
 from qjax.linear import apply_linear, prepare_tree
@@ -267,15 +267,20 @@ def test_int8_activations(implementation, inputs):
     np.testing.assert_allclose(gradient[0], jnp.sum(qjax.dequantize(q), axis=1), rtol=1e-4, atol=1e-4)
 
 
-def test_int8_sums_are_exact():
-    """The largest codes in every place, with signs such that sums of parts cancel."""
+def test_int8_sums_are_exact(monkeypatch):
+    """The largest codes in every place, with signs such that sums of parts cancel; inputs of -128 too (int8-token-sym)."""
     inputs = 2 * xla.EXACT_ROWS + 100
     q = weight_of(inputs, 3, "int8-channel-sym")
     signs = jnp.where(jnp.arange(inputs) < xla.EXACT_ROWS, 1, -1)[:, None]
     codes = jnp.where(signs > 0, 0, 255) * jnp.ones((1, 3), jnp.int32)
     extreme = qjax.QTensor(codes.astype(jnp.uint8), jnp.ones_like(q.scales), None, q.format, inputs)
-    found = xla.multiply_int8(jnp.full((1, inputs), -127, jnp.int8), jnp.ones((1, 1)), extreme)
-    assert found.tolist() == [[float(-127 * (-128 * xla.EXACT_ROWS + 127 * (inputs - xla.EXACT_ROWS)))] * 3]
+    for x in (-127, -128):
+        for fast in (False, True):
+            monkeypatch.setattr(integers, "pays_for_codes", lambda rows, fast=fast: fast)
+            jax.clear_caches()
+            found = xla.multiply_int8(jnp.full((1, inputs), x, jnp.int8), jnp.ones((1, 1)), extreme)
+            assert found.tolist() == [[float(x * (-128 * xla.EXACT_ROWS + 127 * (inputs - xla.EXACT_ROWS)))] * 3]
+    jax.clear_caches()
 
 
 def test_no_rows():

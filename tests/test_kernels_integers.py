@@ -14,7 +14,7 @@ from .test_kernels import exact, weight_of
 @pytest.fixture
 def everywhere(monkeypatch):
     """Products go through int8 on this machine, of any shape and version of JAX; pieces are so small that there are several."""
-    for name, value in {"_has_instructions": lambda: True, "SINCE": (0, 4), "LEAST": 0, "PIECE": 4096}.items():
+    for name, value in {"_instructions": lambda: {"avx512_vnni"}, "SINCE": (0, 4), "LEAST": 0, "PIECE": 4096}.items():
         monkeypatch.setattr(integers, name, value)
     jax.clear_caches()
     yield
@@ -88,17 +88,30 @@ def test_products_of_codes_are_equal_to_the_last_bit(rows, monkeypatch):
     found = []
     monkeypatch.setattr(xla, "INTEGERS", 20_000)
     for has in (True, False):
-        monkeypatch.setattr(integers, "_has_instructions", lambda has=has: has)
+        monkeypatch.setattr(integers, "_instructions", lambda has=has: {"avx_vnni"} if has else set())
         jax.clear_caches()
         traced = str(jax.make_jaxpr(lambda x: qjax.matmul(x, q, activations="int8-token"))(x))
-        assert ("preferred_element_type=int32" in traced) == has
+        assert ("preferred_element_type=int32" in traced) == has and ("bf16[" in traced) != has
         found.append(qjax.matmul(x, q, activations="int8-token"))
     jax.clear_caches()
     np.testing.assert_array_equal(*found)
 
 
-@pytest.mark.parametrize(("flags", "fast"), [("flags : avx2 avx512_vnni", True), ("flags : avx2 fma", False), ("", False)])
-def test_which_machines_are_fast(flags, fast, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("flags", "version", "codes", "many", "decoded"),
+    [
+        ("flags : avx2 avx512_vnni", (0, 12), True, True, True),
+        ("flags : avx2 avx512_vnni", (0, 10), True, False, False),
+        ("flags : avx512_vnni avx512_bf16", (0, 12), True, True, True),
+        ("flags : avx512_vnni avx512_bf16", (0, 10), False, False, True),
+        ("flags : avx2 fma", (0, 12), False, False, False),
+        ("", (0, 12), False, False, False),
+    ],
+)
+def test_which_machines_multiply_int8(flags, version, codes, many, decoded, monkeypatch, tmp_path):
+    """Few rows, many, and in place of decoded weights (as bfloat16 too)."""
     (tmp_path / "cpuinfo").write_text(f"processor : 0\n{flags}\n")
     monkeypatch.setattr(integers, "CPUINFO", tmp_path / "cpuinfo")
-    assert integers._has_instructions.__wrapped__() == fast
+    monkeypatch.setattr(integers, "_instructions", integers._instructions.__wrapped__)
+    monkeypatch.setattr(jax, "__version_info__", version)
+    assert (integers.pays_for_codes(8), integers.pays_for_codes(512), integers.pays_decoded()) == (codes, many, decoded)

@@ -10,9 +10,11 @@ import qjax
 from qjax.activations import parse_activation
 from qjax.errors import QjaxError
 from qjax.evaluate.generate import generate
+from qjax.kernels import integers
 from qjax.linear import Linear
 from qjax.models import model as module
 from qjax.models.model import apply, runnable
+from qjax.qtensor import QTensor
 from qjax.rounding.nearest import rtn
 
 VOCABULARY = 257  # of tiny_model
@@ -41,8 +43,12 @@ def test_losses_of_a_packed_head_keep_the_bound(tiny_model, monkeypatch, bound, 
     assert sizes == [tokens * VOCABULARY]
 
 
-def test_what_layers_do_to_their_inputs_survives_being_made_to_run(tiny_model):
-    """An activation format moves the logits, the same whether weights are decoded or packed; without it they are as before."""
+@pytest.mark.parametrize("in_integers", [False, True])
+def test_what_layers_do_to_their_inputs_survives_being_made_to_run(in_integers, tiny_model, monkeypatch):
+    """An activation format moves the logits, the same whether weights are decoded or packed; without it they are as before.
+    Where products of integers are fast, codes are what runs.
+    """
+    monkeypatch.setattr(integers, "pays_decoded", lambda: in_integers)
     tokens = jax.random.randint(jax.random.key(0), (2, 8), 0, VOCABULARY)
 
     def logits(change, packed=False):
@@ -62,6 +68,8 @@ def test_what_layers_do_to_their_inputs_survives_being_made_to_run(tiny_model):
     assert isinstance(decoded.params["block_0"]["mlp"]["down"]["kernel"], jax.Array)
     rounding = functools.partial(Linear, activation=parse_activation("int8-token"))
     dense, decoded = logits(rounding)
+    runs = decoded.params["block_0"]["mlp"]["down"]["kernel"]
+    assert isinstance(runs, Linear) and isinstance(runs.weight, QTensor if in_integers else jax.Array)
     packed, held = logits(rounding, packed=True)
     np.testing.assert_allclose(packed, dense, atol=1e-5 * np.max(np.abs(bare)))
     moved = np.max(np.abs(dense - bare)) / np.max(np.abs(bare))

@@ -26,6 +26,7 @@ from qjax.qtensor import QTensor, unpack_parameters
 
 CPUINFO = Path("/proc/cpuinfo")
 SETS = {"avx512_vnni", "avx_vnni", "amx_int8"}  # one of them multiplies int8 numbers at several times the rate of float32
+NARROW = {"avx512_bf16", "amx_bf16"}  # the same of bfloat16
 SINCE = (0, 12)  # the version of JAX from which its products of int8 use them for any shape
 SMALLEST_GROUP = 64  # smaller ones add up more sums than they save products
 LEAST = 2**18  # weights of a group: fewer take less time than starting the work on them
@@ -35,14 +36,14 @@ PIECE = 2**21  # weights decoded at a time
 
 def fast() -> bool:
     """Whether this machine multiplies int8 faster than float32: the same for every process on the same kind of machine."""
-    return jax.default_backend() == "cpu" and _has_instructions()
+    return jax.default_backend() == "cpu" and not SETS.isdisjoint(_instructions())
 
 
 @functools.cache
-def _has_instructions() -> bool:
+def _instructions() -> frozenset[str]:
     told = CPUINFO.read_text() if CPUINFO.exists() else ""
     flags = next((line for line in told.splitlines() if line.startswith("flags")), "")
-    return not SETS.isdisjoint(flags.split())
+    return frozenset(flags.split())
 
 
 def pays(rows: int, q: QTensor) -> bool:
@@ -53,8 +54,20 @@ def pays(rows: int, q: QTensor) -> bool:
 
 
 def pays_for_codes(rows: int) -> bool:
-    """The same for inputs that are int8 themselves, by 8-bit weights of an output channel."""
-    return fast() and (jax.__version_info__ >= SINCE or rows <= MOST)
+    """The same for inputs that are int8 themselves, by 8-bit weights of an output channel: whether as int8, or as bfloat16 or
+    float32, in which sums of few products are exact too.
+    """
+    return fast() and (jax.__version_info__ >= SINCE or (rows <= MOST and not has_bfloat16()))
+
+
+def pays_decoded() -> bool:
+    """The same with many rows, against float32 products by weights that were decoded before."""
+    return fast() and (jax.__version_info__ >= SINCE or has_bfloat16())
+
+
+def has_bfloat16() -> bool:
+    """Whether the processor has instructions for products of bfloat16."""
+    return not NARROW.isdisjoint(_instructions())
 
 
 def multiply(x: Float[Array, "rows in"], q: QTensor) -> Float[Array, "rows out"]:

@@ -27,7 +27,7 @@ CHUNK = 2**21  # weights decoded at a time: 8 MB of float32
 INTEGERS = 2**22  # the same of int8, where both sides of a product are: 4 MB
 STEP = 64  # bytes of a column that one row of x meets at a time: more make a larger program, fewer start more loops
 FEWEST = 8  # so many at least, or the loop goes over its sums too often
-EXACT_ROWS = 512  # so many products of -128..127 and -127..127 add up to less than 2^24: exact in float32
+EXACT_ROWS = 1024  # so many products of -128..127 add up to at most 2^24: exact in float32
 
 
 def refusal(q: QTensor) -> str | None:
@@ -105,19 +105,21 @@ def multiply_transposed(y: Float[Array, "rows out"], q: QTensor, *, precision: P
 def multiply_int8(x: Int8[Array, "rows in"], scale: Float[Array, "rows 1"], q: QTensor) -> Float[Array, "rows out"]:
     """(scale x) W in float32, for 8-bit symmetric weights with one scale a channel; products are summed exactly.
 
-    As products of int8 where the machine has fast ones. Elsewhere in float32, in which a sum of EXACT_ROWS products of int8 is
-    exact; sums of sums are int32.
+    As products of int8 where the machine has fast ones. Elsewhere of bfloat16, which holds each of them, or of float32, where
+    that is as fast, with float32 sums, in which EXACT_ROWS products of int8 are exact; sums of sums are int32.
     """
     given, fast = len(x), integers.pays_for_codes(len(x))
-    x = jnp.pad(x, ((0, -given % 8), (0, 0))) if fast and given < 8 else x
+    wide = jnp.bfloat16 if jax.default_backend() == "cpu" else jnp.float32
+    x = jnp.pad(x, ((0, -given % 8), (0, 0))) if given < 8 else x
 
     def add(total, start, count):
         inputs = jax.lax.dynamic_slice_in_dim(x, start, count, axis=1)
         codes = jax.lax.dynamic_slice_in_dim(q.codes, start, count)
         if fast:
             return total + integers.dot(inputs, integers.centred(codes, 8))
-        weights = codes.astype(jnp.float32) - 128
-        return total + jnp.matmul(inputs.astype(jnp.float32), weights, precision="highest").astype(jnp.int32)
+        weights = integers.centred(codes, 8).astype(wide)
+        found = jnp.matmul(inputs.astype(wide), weights, precision="highest", preferred_element_type=jnp.float32)
+        return total + found.astype(jnp.int32)
 
     total = _zeros(x[:, :1], q.codes[:1]).astype(jnp.int32)
     rows = min(max(INTEGERS // q.shape[-1], EXACT_ROWS) if fast else EXACT_ROWS, q.in_features)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from qjax.errors import QjaxError
 from qjax.interception.linen import quantized_kernels
 from qjax.lazy import is_lazy, map_lazily
-from qjax.linear import Linear, dense_tree, is_quantized, prepare_tree
+from qjax.linear import Linear, dense_tree, is_quantized, prepare_tree, runs_in_integers
 from qjax.models import vocabulary, walk
 from qjax.models.compute import Compute, compute_of
 from qjax.models.config import DecoderConfig
@@ -67,7 +67,7 @@ def compute_dtype() -> DTypeLike:
 
 def runnable(model: Model, packed: bool = False, compute: str | None = None) -> Model:
     """The model with its kernels decoded to the compute type, once; packed: laid out for the device's kernels instead. A
-    quantized table of embeddings is decoded either way.
+    quantized table of embeddings is decoded either way, and codes whose products of integers are fast stay as they are.
 
     What its layers do to their inputs, activation formats for example, they do either way. compute: None leaves the model's.
     Raises QjaxError for a type that is none.
@@ -78,7 +78,8 @@ def runnable(model: Model, packed: bool = False, compute: str | None = None) -> 
     def convert(path: tuple[str, ...], leaf: object) -> object:
         rounds = isinstance(leaf, Linear) and leaf.activation is not None  # and multiplies in float32
         held = products if products and path[-1] == "kernel" and not rounds else dtype
-        change = functools.partial(prepare_tree if packed else dense_tree, dtype=held)
+        as_codes = packed or (rounds and runs_in_integers(leaf))
+        change = functools.partial(prepare_tree if as_codes else dense_tree, dtype=held)
         return map_lazily(change, leaf, dtype=held, is_leaf=is_quantized)
 
     leaves = flatten_dict(model.params)
