@@ -8,7 +8,7 @@ random Llamas of 1M and 15M parameters and on SmolLM2-135M (a GGUF file in --mod
 model, int4-g64, calibrated on windows of 256 tokens; and products with a packed weight. Everything of a task takes turns, ours
 and each library once a round, one way round and then the other, so that a ratio is of the same machine in the same state; a row
 is a ratio of one round. Our first run, which compiles, is not counted, nor is loading; tasks called cold are first runs, each
-in a process that finds nothing compiled. What rounding inputs to 8 bits costs is told against our own float32. Rounds that are
+in a process that finds nothing compiled. What rounding inputs to 8 bits costs is told against our own without it. Rounds that are
 there, of the same code, versions and device, are not measured again.
 """
 
@@ -119,10 +119,10 @@ def whole_model(out: Path, rounds: int, name: str, folder: Path, scored: int, wi
         theirs = peers.load_transformers(folder, dtype)
         losses[f"transformers {dtype}"] = functools.partial(peers.losses_transformers, theirs, tokens[:scored])
     rounded = qjax.quantize(model, W8A8)[0]
-    for how, packed in {"decoded": False, "packed": True}.items():
-        held = runnable(rounded, packed=packed, compute="float32")
-        ours[f"losses of W8A8, {how}"] = functools.partial(score, held, tokens[:scored], compute="float32")
-    losses["qjax float32"] = ours["losses in float32"]
+    for dtype in ("float32", "bfloat16"):
+        held = runnable(rounded, compute=dtype)
+        ours[f"losses of W8A8 in {dtype}"] = functools.partial(score, held, tokens[:scored], compute=dtype)
+    losses |= {f"qjax {dtype}": ours[f"losses in {dtype}"] for dtype in ("float32", "bfloat16")}
     take_turns(out, rounds, name, ours, losses)
     del held, ours, losses, rounded
 

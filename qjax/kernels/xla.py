@@ -4,7 +4,7 @@
 
 A chunk's weights stay in the cache between being decoded and being multiplied, and nothing is interleaved: code c of all units
 meets every count-th input. One row of x is multiplied a few inputs at a time instead, in one elementwise loop over the output
-columns that writes no decoded weight at all: on CPU about the time of the dense float32 product (`results/kernels/`), which has
+columns that writes no decoded weight at all: on CPU no slower than the dense float32 product (`results/kernels/`), which has
 four to eight times the bytes to read. Sums are float32. Rows of bfloat16 meet weights rounded to bfloat16, which processors
 with instructions for it multiply at twice the rate of float32. A single row, and all of float32, meets float32 weights, but
 where a processor has fast products of int8: `integers`.
@@ -15,7 +15,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.lax import PrecisionLike
-from jaxtyping import Array, Float, Int8, UInt8
+from jaxtyping import Array, Float, Int8
 
 from qjax import grid, packing
 from qjax.formats import Format
@@ -25,7 +25,7 @@ from qjax.qtensor import QTensor, unpack_parameters
 
 CHUNK = 2**21  # weights decoded at a time: 8 MB of float32
 INTEGERS = 2**22  # the same of int8, where both sides of a product are: 4 MB
-STEP = 64  # bytes of a column that one row of x meets at a time: more make a larger program, fewer start more loops
+CODES = 8 if jax.__version_info__ >= (0, 12) else 32  # of a column that one row of x meets at a time: what was fastest
 FEWEST = 8  # so many at least, or the loop goes over its sums too often
 EXACT_ROWS = 1024  # so many products of -128..127 add up to at most 2^24: exact in float32
 
@@ -155,9 +155,9 @@ def _over_chunks(step, carry, q: QTensor):
 
 
 def _row_step(q: QTensor) -> int:
-    """Packing units that one row meets at a time: at most STEP bytes, which divide those of a group."""
+    """Packing units that one row meets at a time: at most CODES codes, in units that divide those of a group."""
     count, width = packing.unit(q.format.bits)
-    most, each = STEP // width, _group(q) // count
+    most, each = max(CODES // count, 1), _group(q) // count
     return max(size for size in range(1, most + 1) if each % size == 0) if each else min(most, len(q.codes) // width)
 
 
@@ -186,42 +186,46 @@ def _row_product(x: Float[Array, " in"], q: QTensor, size: int) -> Float[Array, 
     """x W, `size` packing units of a column at a time. The scale is applied to their sum, which inputs of 1e33 overflow."""
     count, width = packing.unit(q.format.bits)
     units = q.codes.reshape(-1, width, q.shape[-1])
-    places = _places(q.format)
-    inputs = jnp.pad(x, (0, -len(x) % count)).reshape(-1, count) / jnp.asarray(places, jnp.float32)
+    inputs = jnp.pad(x, (0, -len(x) % count)).reshape(-1, count)
     each = _group(q) // count or len(units)  # units that share a scale
     parameters = unpack_parameters(q)
+    as_bytes = width == 1 and q.format.bits > 1 and not q.format.codebook  # eight differences of inputs lose digits
+    sum_of = _sum_of_bytes if as_bytes else _sum_of_codes
 
     def add(total, start, size):
         of_step = (jax.lax.dynamic_slice_in_dim(array, start, size) for array in (inputs, units))
         scale, zero = (
             None if p is None else jax.lax.dynamic_index_in_dim(p, start // each, keepdims=False) for p in parameters
         )
-        partial = jnp.zeros((), jnp.float32)
-        for held_inputs, held in zip(*of_step, strict=True):
-            for index, place in enumerate(places):
-                partial += held_inputs[index] * _placed(held, index, place, zero, q.format)
-        return total + scale * partial
+        return total + scale * sum_of(*of_step, zero, q.format)
 
     whole, rest = divmod(len(units), size)
     total = jax.lax.fori_loop(0, whole, lambda number, total: add(total, number * size, size), _zeros(x[0], q.codes[0]))
     return add(total, whole * size, rest) if rest else total
 
 
-def _places(fmt: Format) -> list[float]:
-    """What each code of a unit is worth where it stands in its byte, for integers that do not straddle bytes: 1, 16 for 4 bits.
+def _sum_of_codes(inputs: Float[Array, "units count"], units, zero, fmt: Format) -> Float[Array, " out"]:
+    """The sum of inputs times grid values."""
+    partial = jnp.zeros((), jnp.float32)
+    for held, unit in zip(inputs, units, strict=True):
+        for index, x in enumerate(held):
+            partial += x * grid.decode(packing.take(unit, fmt.bits, index), 1.0, zero, fmt)
+    return partial
 
-    An input over its place, exact in float32, saves a shift per weight.
+
+def _sum_of_bytes(inputs: Float[Array, "units count"], units, zero, fmt: Format) -> Float[Array, " out"]:
+    """The same for integers that do not straddle bytes, which are not taken apart: with u_k = x_k / 2^(k bits),
+
+    sum over k of x_k c_k = sum over k of (byte mod 2^((k + 1) bits)) (u_k - u_(k + 1)).
     """
-    count, width = packing.unit(fmt.bits)
-    return [2.0 ** (index * fmt.bits) if width == 1 and not fmt.codebook else 1.0 for index in range(count)]
-
-
-def _placed(unit: UInt8[Array, "width out"], index: int, place: float, zero, fmt: Format) -> Float[Array, " out"]:
-    """The grid values of code `index` of a unit, times its place."""
-    if place == 1:
-        return grid.decode(packing.take(unit, fmt.bits, index), 1.0, zero, fmt)
-    code = unit[0] & jnp.uint8(2**fmt.bits - 1 << index * fmt.bits)
-    return code.astype(jnp.float32) - place * (2 ** (fmt.bits - 1) if zero is None else zero)
+    count = inputs.shape[1]
+    scaled = inputs / jnp.asarray([2.0 ** (index * fmt.bits) for index in range(count)], jnp.float32)
+    steps = scaled - jnp.pad(scaled[:, 1:], ((0, 0), (0, 1)))
+    partial = -(2 ** (fmt.bits - 1) if zero is None else zero) * jnp.sum(inputs)
+    for held, unit in zip(steps, units, strict=True):
+        for index, x in enumerate(held):
+            partial += x * (unit[0] & jnp.uint8(2 ** ((index + 1) * fmt.bits) - 1)).astype(jnp.float32)
+    return partial
 
 
 def _zeros(rows: Array, columns: Array):
