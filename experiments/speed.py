@@ -8,8 +8,8 @@ random Llamas of 1M and 15M parameters and on SmolLM2-135M (a GGUF file in --mod
 model, int4-g64, calibrated on windows of 256 tokens; and products with a packed weight. Everything of a task takes turns, ours
 and each library once a round, one way round and then the other, so that a ratio is of the same machine in the same state; a row
 is a ratio of one round. Our first run, which compiles, is not counted, nor is loading; tasks called cold are first runs, each
-in a process that finds nothing compiled. What rounding inputs to 8 bits costs is told against our own without it. Rounds that are
-there, of the same code, versions and device, are not measured again.
+in a process that finds nothing compiled. What rounding inputs to 8 bits costs is told against our own without it. Rounds
+that are there, of the same code, versions and device, are not measured again.
 """
 
 import argparse

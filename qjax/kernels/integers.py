@@ -6,12 +6,12 @@ The codes C of a group, less m, are int8; an input becomes a whole number X of a
 digits, 256 hi + lo: 16 bits. The rows [hi; lo] are multiplied with C, so that weights are read once. Weights and products are
 exact, on normal inputs the error is 0.01 of that of a product of bfloat16 numbers, and a whole weight is never unpacked.
 
-When it pays was measured on a processor with AVX-512 VNNI and JAX 0.12, int4-g128, 4096 x 4096: 2 and 32 rows take 0.65 and 0.5
-of the dense float32 product's time. With many rows int32 sums of every group take longer than their products, and float32 is
-as fast. Three designs at 512 rows, in times the dense product's speed, 0.7 to 1.2 for all in noisy runs: as here, at best 0.9;
-12 bits of an input, [hi lo] times [16 C; C], which leaves no sums of digits, 1.2, but less exact than bfloat16 where one input
-is 300 times the others; both sides in two digits for all inputs at once, without groups, 1.2. JAX 0.10 takes two to five times
-as long as in float32 for all of it.
+When it pays was measured on processors with AVX-512 VNNI and JAX 0.12, int4-g128, 4096 x 4096: 2, 32 and 128 rows take 0.65,
+0.5 and 0.7 of the dense float32 product's time. With more rows int32 sums of every group take longer than their products, and
+float32 is as fast; so are more than 32 rows of bfloat16 where a processor multiplies that. Three designs at 512 rows, in times
+the dense product's speed, 0.7 to 1.2 for all in noisy runs: as here, at best 0.9; 12 bits of an input, [hi lo] times [16 C; C],
+which leaves no sums of digits, 1.2, but less exact than bfloat16 where one input is 300 times the others; both sides in two
+digits for all inputs at once, without groups, 1.2. JAX 0.10 takes two to five times as long as in float32 for all of it.
 """
 
 import functools
@@ -30,7 +30,8 @@ NARROW = {"avx512_bf16", "amx_bf16"}  # the same of bfloat16
 SINCE = (0, 12)  # the version of JAX from which its products of int8 use them for any shape
 SMALLEST_GROUP = 64  # smaller ones add up more sums than they save products
 LEAST = 2**18  # weights of a group: fewer take less time than starting the work on them
-MOST = 64  # rows: more are as fast in float32
+MOST, MOST_NARROW = 128, 32  # rows: more are as fast in float32, or of bfloat16 in that
+MOST_CODES = 64  # the same of inputs that are int8, with an older JAX
 PIECE = 2**21  # weights decoded at a time
 
 
@@ -46,18 +47,19 @@ def _instructions() -> frozenset[str]:
     return frozenset(flags.split())
 
 
-def pays(rows: int, q: QTensor) -> bool:
-    """Whether so many rows are multiplied faster this way than in float32, by a weight that `xla` does not refuse."""
+def pays(x: Float[Array, "rows in"], q: QTensor) -> bool:
+    """Whether x is multiplied faster this way than in floats, by a weight that `xla` does not refuse."""
     group = min(q.format.group or q.in_features, q.in_features)
     large = group >= SMALLEST_GROUP and group * q.shape[1] >= LEAST
-    return not q.format.codebook and large and rows <= MOST and jax.__version_info__ >= SINCE and fast()
+    few = len(x) <= (MOST_NARROW if x.dtype == jnp.bfloat16 and has_bfloat16() else MOST)
+    return not q.format.codebook and large and few and jax.__version_info__ >= SINCE and fast()
 
 
 def pays_for_codes(rows: int) -> bool:
     """The same for inputs that are int8 themselves, by 8-bit weights of an output channel: whether as int8, or as bfloat16 or
     float32, in which sums of few products are exact too.
     """
-    return fast() and (jax.__version_info__ >= SINCE or (rows <= MOST and not has_bfloat16()))
+    return fast() and (jax.__version_info__ >= SINCE or (rows <= MOST_CODES and not has_bfloat16()))
 
 
 def pays_decoded() -> bool:

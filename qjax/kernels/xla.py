@@ -46,7 +46,7 @@ def multiply(x: Float[Array, "rows in"], q: QTensor, *, precision: PrecisionLike
     size = _row_step(q)
     if len(x) == 1 and size * packing.unit(q.format.bits)[0] >= FEWEST:
         return _together(lambda x, q: _row_product(x[0].astype(jnp.float32), q, size)[None], x, q, precision)
-    if _may_round(precision) and integers.pays(len(x), q) and not (_is_laid(x) or _is_laid(q.codes)):
+    if _may_round(precision) and integers.pays(x, q) and not (_is_laid(x) or _is_laid(q.codes)):
         return _together(_by_integers, x, q, precision)
     return _by_floats(x, q, precision)
 
