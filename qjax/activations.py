@@ -212,7 +212,7 @@ def _codes(x: Float[Array, "*batch in"], activation: Activation, scale: Array | 
         return Codes(*split_outliers(exact, activation.threshold))
     if str(activation) == ACTIVATIONS:
         return Codes(*tokens_int8(exact))
-    if not _is_whole(fmt):
+    if not _has_integer_codes(fmt):
         return None
     if scale is None:
         columns = exact.astype(jnp.float32).reshape(-1, x.shape[-1]).T
@@ -221,14 +221,15 @@ def _codes(x: Float[Array, "*batch in"], activation: Activation, scale: Array | 
     return Codes(codes.astype(jnp.int8), jnp.broadcast_to(scale, (*x.shape[:-1], 1)))
 
 
-def _is_whole(fmt: Format) -> bool:
+def _has_integer_codes(fmt: Format) -> bool:
+    """Whether inputs are integers times one scale a token."""
     return fmt.grid in INTEGERS and not (fmt.codebook or fmt.is_affine or fmt.granularity == "group")
 
 
 def is_integer_product(activation: Activation, weight: QTensor | KernelWeight | Array) -> bool:
     """Whether A(x) W is one product of integers, see `multiply_rounded`."""
     codes = isinstance(weight, QTensor | KernelWeight) and refusal_of_int8(weight) is None
-    return codes and activation.threshold is None and _is_whole(activation.format)
+    return codes and activation.threshold is None and _has_integer_codes(activation.format)
 
 
 def multiply_rounded(

@@ -7,7 +7,8 @@ quantized weight. o: inputs whose rows stay in 16 bits (LLM.int8(): Dettmers et 
 0 there. a b: a low-rank adapter of the input as it comes (LoRA: Hu et al. 2021, 2106.09685).
 
 A weight for which nothing more is said is a bare QTensor; a table of embeddings is a Table. To run a model its leaves are
-decoded once (`dense`) or laid out for the device's kernels (`prepare`): whatever else a layer does to its input is kept.
+decoded once (`dense`) or laid out for the device's kernels (`prepare`): whatever else a layer does to its input is kept. Codes
+that are multiplied in integers (`runs_in_integers`) stay.
 """
 
 import dataclasses

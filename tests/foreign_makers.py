@@ -137,16 +137,17 @@ def integers(
 
 
 def fp8(seed: int = 0, *, kind: str = "channel", name: str = "weight_scale", dtype=np.float32, static=False) -> Maker:
-    """E4M3 with a scale for the tensor, a channel, or a tile of 128 x 128."""
+    """E4M3 with a scale for the tensor, a channel ("row": without an axis for groups), or a tile of 128 x 128."""
     generator = np.random.default_rng(seed)
 
     def make(module, weight):
         stored = generator.integers(0, 256, weight.shape).astype(np.uint8)
         stored[(stored & 127) == 127] = 0
-        shape = {"channel": (len(weight), 1), "tensor": (1,), "block": tuple(math.ceil(n / 128) for n in weight.shape)}[kind]
+        columns, tiles = len(weight), tuple(math.ceil(n / 128) for n in weight.shape)
+        shape = {"channel": (columns, 1), "row": (columns,), "tensor": (1,), "block": tiles}[kind]
         scales = generator.uniform(1e-3, 2e-3, shape).astype(dtype)
         values = stored.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
-        every = scales.astype(np.float32)
+        every = scales.astype(np.float32).reshape(columns, 1) if kind == "row" else scales.astype(np.float32)
         if kind == "block":
             every = every.repeat(128, 0).repeat(128, 1)[: weight.shape[0], : weight.shape[1]]
         tensors = {"weight": F8(stored), name: scales}

@@ -6,11 +6,19 @@ import numpy as np
 import pytest
 
 from qjax import registry
-from qjax.activations import calibrated, multiply_rounded, parse_activation, round_activation, static_scale
+from qjax.activations import (
+    calibrated,
+    is_integer_product,
+    multiply_rounded,
+    parse_activation,
+    round_activation,
+    static_scale,
+)
 from qjax.calibrate.statistics import magnitudes
 from qjax.errors import QjaxError
 from qjax.formats import codebooks, register_codebook, register_scales
-from qjax.kernels import layout
+from qjax.kernels import integers, layout
+from qjax.linear import Linear, runs_in_integers
 from qjax.recipe import parse_recipe
 from qjax.rounding.nearest import rtn
 from qjax.scales import Floats
@@ -180,11 +188,39 @@ def test_the_gradient_is_that_of_the_input():
         np.testing.assert_allclose(gradient, X, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("fmt", "name", "whole"),
+    [
+        ("int8-channel-sym", "int8-token", True),
+        ("int8-channel-sym-max", "int4-token", True),
+        ("int8-channel-sym", "int8-tensor", True),
+        ("int8-channel-sym", "llm_int8", False),
+        ("int8-channel-sym", "int8-g8", False),
+        ("int8-channel-sym", "int8-token-affine", False),
+        ("int8-channel-sym", "fp8_e4m3-token", False),
+        ("int8-channel", "int8-token", False),
+        ("int8-g8-sym", "int8-token", False),
+        ("int4-channel-sym", "int8-token", False),
+    ],
+)
+def test_which_products_are_of_integers(fmt, name, whole, monkeypatch):
+    """Layers of them run in integers where that is fast; decoded weights and stacks do not."""
+    weight, activation = rtn(jnp.ones((IN, OUT)), fmt)[0], parse_activation(name)
+    assert is_integer_product(activation, weight) == whole
+    assert not is_integer_product(activation, jnp.ones((IN, OUT)))
+    scale = jnp.float32(1) if activation.is_static else None
+    for fast in (True, False):
+        monkeypatch.setattr(integers, "pays_decoded", lambda fast=fast: fast)
+        assert runs_in_integers(Linear(weight, activation=activation, activation_scale=scale)) == (whole and fast)
+    stack = jax.tree.map(lambda leaf: leaf[None], weight)
+    assert not runs_in_integers(Linear(stack, activation=activation, activation_scale=scale))
+
+
 def test_products_are_those_of_rounded_inputs_whatever_holds_the_weight():
     """In integers, decoded or laid out for a kernel."""
     weight = jnp.asarray(np.random.default_rng(1).standard_normal((IN, OUT)), jnp.float32)
-    integers = [("int8-channel-sym", name) for name in ("int8-token", "int8-token-sym", "int4-token", "int8-tensor")]
-    for fmt, name in (*integers, ("int8-channel-sym-max", "llm_int8(threshold=5)"), ("int8-channel-sym", "int8-token-affine"),
+    whole = [("int8-channel-sym", name) for name in ("int8-token", "int8-token-sym", "int4-token", "int8-tensor")]
+    for fmt, name in (*whole, ("int8-channel-sym-max", "llm_int8(threshold=5)"), ("int8-channel-sym", "int8-token-affine"),
                       ("int4-g8", "int8-token"), ("int4-g8", "fp8_e4m3-token")):  # fmt: skip
         activation = parse_activation(name)
         scale = calibrated(activation, {"abs_max": jnp.full(IN, 4.0)})

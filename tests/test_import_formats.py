@@ -41,6 +41,14 @@ FLOAT8 = {"num_bits": 8, "type": "float", "group_size": None}
 NVFP4 = {"type": "float", "strategy": "tensor_group"}
 W4A4 = {"num_bits": 4, **NVFP4, "group_size": 16, "dynamic": "local"}
 MODELOPT = {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16}
+
+
+def autoround(kind: str, bits: int, size: object, **more) -> dict:
+    """AutoRound's settings of floats."""
+    said = {"quant_method": "auto-round", "packing_format": "auto_round:llm_compressor", "sym": True}
+    return said | {"data_type": kind, "bits": bits, "group_size": size} | more
+
+
 CASES = {  # name -> (settings, maker, format of a kernel, activation format)
     "awq": ({"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm"}, makers.awq(), "int4-g16", None),
     "awq of old": ({"w_bit": 4, "q_group_size": 32, "version": "GEMM"}, makers.awq(group=32), "int4-g32", None),
@@ -139,6 +147,25 @@ CASES = {  # name -> (settings, maker, format of a kernel, activation format)
         "int4-g16",
         None,
     ),
+    "auto-round's mxfp4": (
+        autoround("mx_fp", 4, 32, act_bits=4, act_data_type="mx_fp", act_group_size=32, act_dynamic=True),
+        makers.fp4(kind="mxfp4"),
+        "mxfp4_even",
+        "mxfp4",
+    ),
+    "auto-round's nvfp4": (
+        autoround("nv_fp", 4, 16, act_bits=4, act_data_type="nv_fp4_with_static_gs", act_group_size=16, act_dynamic=True),
+        makers.fp4(more={"input_global_scale": np.float32([500.3])}),
+        "fp4_e2m1-g16-e4m3_div",
+        "nvfp4",
+    ),
+    "auto-round's fp8": (
+        autoround("fp", 8, -1, act_bits=8, act_group_size=0, act_dynamic=False),
+        makers.fp8(kind="row", static=True),
+        "fp8_e4m3-channel",
+        "fp8_e4m3-tensor",
+    ),
+    "auto-round's fp8 of weights": (autoround("fp", 8, 0), makers.fp8(kind="tensor"), "fp8_e4m3-tensor", None),
     "modelopt": (
         MODELOPT,
         makers.fp4(whole="weight_scale_2", packed="weight"),
@@ -177,6 +204,11 @@ def test_weights_are_what_the_file_stands_for(case, tmp_path):
         (
             {"quant_method": "fp8", "weight_block_size": [128, 128]},
             {"name": "weight_scale_inv", "dtype": makers.ml_dtypes.bfloat16},
+            "fp8_e4m3-g128",
+        ),
+        (
+            autoround("fp", 8, [128, 128], act_bits=8, act_group_size=128, act_dynamic=True),
+            {"name": "weight_scale_inv"},
             "fp8_e4m3-g128",
         ),
         (
@@ -265,12 +297,33 @@ def test_groups_of_several_kinds(tmp_path):
 
 
 def test_extra_config_of_autoround(tmp_path):
+    """A whole name before a pattern that stands first; a part of a name; nothing from entries that are null."""
     settings = {"quant_method": "auto-round", "bits": 4, "group_size": 16, "sym": False}
-    extra = {"model.layers.0.mlp.up_proj": {"bits": 8}, ".*k_proj.*": {"bits": 2, "group_size": 32}, "lm_head": {"bits": 16}}
-    kinds = {"up_proj": foreign.gptq(bits=8), "k_proj": foreign.gptq(bits=2, group=32), "": foreign.gptq()}
+    extra = {
+        ".*_proj": {"bits": 2, "group_size": 32},
+        "model.layers.0.mlp.up_proj": {"bits": 8, "sym": None, "act_bits": 16},
+        "lm_head": {"bits": 16},
+    }
+    kinds = {"up_proj": foreign.gptq(bits=8), "": foreign.gptq(bits=2, group=32)}
     choose = lambda module, weight: next(make for word, make in kinds.items() if word in module)(module, weight)  # noqa: E731
     expected = foreign.write(tmp_path / "a", settings | {"extra_config": extra}, choose)
     foreign.assert_stands_for(load(tmp_path / "a"), expected)
+    kinds[""] = foreign.gptq()
+    expected = foreign.write(tmp_path / "b", settings | {"extra_config": {"up_proj": {"bits": 8}}}, choose)
+    foreign.assert_stands_for(load(tmp_path / "b"), expected)
+
+
+def test_extra_config_of_autoround_for_floats(tmp_path):
+    inputs = {"act_bits": 4, "act_data_type": "mx_fp", "act_group_size": 32, "act_dynamic": True}
+    extra = {"mlp.*": {"data_type": "nv_fp", "group_size": 16, "act_bits": 16}, "lm_head": {"bits": None, "act_bits": 16}}
+    kinds = {"mlp": makers.fp4(), "": makers.fp4(kind="mxfp4")}
+    choose = lambda module, weight: next(make for word, make in kinds.items() if word in module)(module, weight)  # noqa: E731
+    expected = foreign.write(tmp_path / "a", autoround("mx_fp", 4, 32, extra_config=extra, **inputs), choose)
+    model = load(tmp_path / "a")
+    foreign.assert_stands_for(model, expected)
+    leaves = flatten(model.params)
+    assert str(leaves["block_0/attention/q/kernel"].activation) == "mxfp4"
+    assert str(leaves["block_0/mlp/up/kernel"].format) == "fp4_e2m1-g16-e4m3_div"
 
 
 @pytest.mark.parametrize(
@@ -314,7 +367,26 @@ REFUSED = {
     "gemv_fast": ({"quant_method": "awq", "bits": 4, "version": "gemv_fast"}, "'version' is 'gemv_fast'"),
     "awq of 3 bits": ({"quant_method": "awq", "bits": 3}, "'bits' is 3; supported: 4"),
     "awq without zeros": ({"quant_method": "awq", "bits": 4, "zero_point": False}, "'zero_point' is false"),
-    "auto-round's mx": ({"quant_method": "auto-round", "data_type": "mx_fp", "bits": 4}, "'data_type' is 'mx_fp'"),
+    "auto-round's mx of 6 bits": (
+        autoround("mx_fp", 6, 32),
+        "'data_type' is 'mx_fp' of 6 bits in groups of 32; supported",
+    ),
+    "auto-round's mx of integers": (autoround("mx_int", 4, 32), "'data_type' is 'mx_int' of 4 bits in groups of 32"),
+    "auto-round's groups": (autoround("mx_fp", 4, {}), "'group_size' must be int"),
+    "auto-round's data type": (autoround("mx_fp8e5m2", 8, 32), "'data_type' is 'mx_fp8e5m2' of 8 bits in groups of 32"),
+    "auto-round's rotation": (autoround("mx_fp", 4, 32, spinquant_config={"r1": 1}), "'spinquant_config' rotates inputs"),
+    "auto-round's scales": (autoround("mx_fp", 8, 32), "weight_scale is BF16, of mx_fp expected bytes"),
+    "auto-round's inputs of a layer": (
+        {"quant_method": "auto-round", "bits": 4, "extra_config": {"up_proj": {"act_bits": 8}}},
+        "'act_bits' is 8; supported with integers: 16",
+    ),
+    "auto-round's e5m2": (autoround("fp", 8, -1, fmt="e5m2"), "'fmt' is 'e5m2'; supported: e4m3"),
+    "auto-round's fp8 groups": (autoround("fp", 8, -1, act_bits=8, act_group_size=64), "inputs of {'act_bits': 8,"),
+    "auto-round's library": ({"quant_method": "auto-round", "packing_format": "mlx", "bits": 4}, "'packing_format' is 'mlx'"),
+    "auto-round's packing": (
+        {"quant_method": "auto-round", "packing_format": "auto_round:llm_compressor", "bits": 4},
+        "'packing_format' is 'llm_compressor' of integers",
+    ),
     "auto-round's inputs": ({"quant_method": "auto-round", "act_bits": 8, "bits": 4}, "'act_bits' is 8"),
     "modelopt's fp8": ({"quant_method": "modelopt", "quant_algo": "FP8"}, "'quant_algo' is 'FP8'; supported: NVFP4"),
     "modelopt's cache": (

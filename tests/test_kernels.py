@@ -268,18 +268,24 @@ def test_int8_activations(implementation, inputs):
 
 
 def test_int8_sums_are_exact(monkeypatch):
-    """The largest codes in every place, with signs such that sums of parts cancel; inputs of -128 too (int8-token-sym)."""
-    inputs = 2 * xla.EXACT_ROWS + 100
+    """The largest codes in every place, with signs such that sums of parts cancel, but one product of 2,048, which makes sums
+    odd that a float32 of a part twice as large could not hold; inputs of -128 too (int8-token-sym).
+    """
+    inputs = 2 * 2048 + 100
     q = weight_of(inputs, 3, "int8-channel-sym")
-    signs = jnp.where(jnp.arange(inputs) < xla.EXACT_ROWS, 1, -1)[:, None]
-    codes = jnp.where(signs > 0, 0, 255) * jnp.ones((1, 3), jnp.int32)
-    extreme = qjax.QTensor(codes.astype(jnp.uint8), jnp.ones_like(q.scales), None, q.format, inputs)
-    for x in (-127, -128):
-        for fast in (False, True):
-            monkeypatch.setattr(integers, "pays_for_codes", lambda rows, fast=fast: fast)
+    centred = np.where(np.arange(inputs) < 2048, -128, 127)
+    centred[::2048] = 1
+    codes = jnp.asarray(np.repeat(centred[:, None] + 128, 3, 1), jnp.uint8)
+    extreme = qjax.QTensor(codes, jnp.ones_like(q.scales), None, q.format, inputs)
+    for value in (-127, -128):
+        x = np.full(inputs, value)
+        x[::2048] = 1
+        for as_int8, as_bfloat16 in ((True, False), (False, True), (False, False)):
+            monkeypatch.setattr(integers, "pays_for_codes", lambda rows, asked=as_int8: asked)
+            monkeypatch.setattr(integers, "has_bfloat16", lambda asked=as_bfloat16: asked)
             jax.clear_caches()
-            found = xla.multiply_int8(jnp.full((1, inputs), x, jnp.int8), jnp.ones((1, 1)), extreme)
-            assert found.tolist() == [[float(x * (-128 * xla.EXACT_ROWS + 127 * (inputs - xla.EXACT_ROWS)))] * 3]
+            found = xla.multiply_int8(jnp.asarray(x[None], jnp.int8), jnp.ones((1, 1)), extreme)
+            assert found.tolist() == [[float(np.float32(x @ centred))] * 3]
     jax.clear_caches()
 
 

@@ -79,22 +79,39 @@ def test_meshes(kind):
         jax.jit(qjax.matmul)(x, jax.tree.map(lambda leaf: jax.device_put(leaf, columns), q)),
     ):
         np.testing.assert_allclose(found, expected, atol=1e-3 * float(jnp.max(jnp.abs(expected))))
+    eight = weight_of(64, 24, "int8-channel-sym")
+    through = jax.jit(lambda x: qjax.matmul(x, eight, activations="int8-token"))
+    np.testing.assert_allclose(through(jax.device_put(x, laid)), through(x), rtol=1e-6)
 
 
 @pytest.mark.parametrize("rows", [1, 9])
 def test_products_of_codes_are_equal_to_the_last_bit(rows, monkeypatch):
-    """int8-token in integers and as exact sums of float32, with more inputs than one piece holds."""
+    """int8-token in integers and as exact sums of products of bfloat16 and float32, with more inputs than one piece holds."""
     q, x = weight_of(1300, 33, "int8-channel-sym"), jax.random.normal(jax.random.key(1), (rows, 1300))
     found = []
     monkeypatch.setattr(xla, "INTEGERS", 20_000)
-    for has in (True, False):
-        monkeypatch.setattr(integers, "_instructions", lambda has=has: {"avx_vnni"} if has else set())
+    for flags in ({"avx_vnni"}, {"avx512_vnni", "avx512_bf16"}, set()):
+        monkeypatch.setattr(integers, "_instructions", lambda flags=flags: flags)
+        monkeypatch.setattr(jax, "__version_info__", (0, 10))
         jax.clear_caches()
         traced = str(jax.make_jaxpr(lambda x: qjax.matmul(x, q, activations="int8-token"))(x))
-        assert ("preferred_element_type=int32" in traced) == has and ("bf16[" in traced) != has
+        assert ("preferred_element_type=int32" in traced) == (flags == {"avx_vnni"})
+        assert ("bf16[" in traced) == ("avx512_bf16" in flags)
         found.append(qjax.matmul(x, q, activations="int8-token"))
     jax.clear_caches()
-    np.testing.assert_array_equal(*found)
+    np.testing.assert_array_equal(*found[:2])
+    np.testing.assert_array_equal(*found[1:])
+
+
+@pytest.mark.parametrize("rows", [32, 33, 128, 129])
+@pytest.mark.usefixtures("everywhere")
+def test_how_many_rows_go_through_int8(rows, monkeypatch):
+    """Fewer of bfloat16 where the processor multiplies that."""
+    q, x = weight_of(128, 24, "int4-g64"), jnp.ones((rows, 128))
+    for flags in ({"avx512_vnni"}, {"avx512_vnni", "avx512_bf16"}):
+        monkeypatch.setattr(integers, "_instructions", lambda flags=flags: flags)
+        assert integers.pays(x, q) == (rows <= 128)
+        assert integers.pays(x.astype(jnp.bfloat16), q) == (rows <= (32 if "avx512_bf16" in flags else 128))
 
 
 @pytest.mark.parametrize(
@@ -105,6 +122,7 @@ def test_products_of_codes_are_equal_to_the_last_bit(rows, monkeypatch):
         ("flags : avx512_vnni avx512_bf16", (0, 12), True, True, True),
         ("flags : avx512_vnni avx512_bf16", (0, 10), False, False, True),
         ("flags : avx2 fma", (0, 12), False, False, False),
+        ("flags : avx512_bf16", (0, 12), False, False, True),
         ("", (0, 12), False, False, False),
     ],
 )

@@ -3,7 +3,7 @@
     integers   weight_packed      int32 (out, in b / 32)   codes + 2^(b-1), a bit stream along the inputs; before June 2026, for
                                                            3, 5, 6 and 7 bits, 32 // b codes to a word: told by the shape
                or weight          int8 (out, in)           the same, a byte each
-               weight_scale       (out, groups) or one     weight = (code - zero point) * scale
+               weight_scale       (out, groups), (out) or one     weight = (code - zero point) * scale
                weight_zero_point                           packed along the outputs, or int8; none where symmetric
                weight_g_idx       (in)                     the group of every input, where groups are no runs (actorder "group")
     FP8        weight, weight_scale                        by tensor, channel, group, or tiles of 128 x 128
@@ -106,7 +106,7 @@ def codec(config: dict) -> Codec:
         found = next(exact, None) or next(patterns, None) or next((t for t in targets if t == CLASS), None)
         if found is None:
             raise QjaxError(f"no group of 'config_groups' is for {module.name}, which has a weight_scale")
-        return _module(module, targets[found])
+        return module_of(module, targets[found].weights, targets[found].activation)
 
     return stored
 
@@ -173,13 +173,11 @@ def _activation(values: dict | None) -> Activation | None:
 # --- modules -------------------------------------------------------------------------------------------------------------
 
 
-def _module(module: Module, scheme: Scheme) -> Stored:
-    weights = scheme.weights
+def module_of(module: Module, weights: Weights, activation: Activation | None) -> Stored:
+    """How a module of these weights is stored that rounds its inputs so."""
     if weights.kind == "int":
-        return _integers(module, scheme)
-    if weights.bits == 4:
-        return _fp4(module, scheme)
-    return _fp8(module, scheme)
+        return _integers(module, weights, activation)
+    return (_fp4 if weights.bits == 4 else _fp8)(module, weights, activation)
 
 
 def _scales(module: Module, weights: Weights, fmt: Format) -> tuple[tuple[int, ...], int]:
@@ -189,18 +187,20 @@ def _scales(module: Module, weights: Weights, fmt: Format) -> tuple[tuple[int, .
     found = module.headers["weight_scale"].shape
     if weights.strategy == "tensor":
         return found if math.prod(found) == 1 else (1,), groups
-    return (columns, groups), groups
+    return found if weights.strategy == "channel" and found == (columns,) else (columns, groups), groups
 
 
 def _name(weights: Weights) -> str:
     return weights.strategy if weights.strategy in ("tensor", "channel") else f"g{weights.size}"
 
 
-def _finished(module: Module, scheme: Scheme, expected: dict, fmt: Format, parts, order: np.ndarray | None = None) -> Stored:
+def _finished(
+    module: Module, activation: Activation | None, expected: dict, fmt: Format, parts, order: np.ndarray | None = None
+) -> Stored:
     """The module of which `parts` makes (packed codes, scales, zeros) from arrays; with what its activation format needs."""
     rows, columns = module.shape
-    static = scheme.activation is not None and scheme.activation.is_static
-    divides = static and scheme.activation.format.scale_codec.together  # NVFP4's number is the reciprocal of ours
+    static = activation is not None and activation.is_static
+    divides = static and activation.format.scale_codec.together  # NVFP4's number is the reciprocal of ours
     name = "input_global_scale" if divides else "input_scale"
     if static:
         given = module.headers.get(name)
@@ -210,14 +210,14 @@ def _finished(module: Module, scheme: Scheme, expected: dict, fmt: Format, parts
     def make(arrays: Arrays):
         given = arrays[name].astype(np.float32).reshape(()) if static else None
         given = 1 / positive(name, given) if divides else given
-        return leaf_of(*parts(arrays), fmt, rows, order, scheme.activation, given)
+        return leaf_of(*parts(arrays), fmt, rows, order, activation, given)
 
-    leaf = layer_of(blank(fmt, rows, columns), order, scheme.activation, scale)
+    leaf = layer_of(blank(fmt, rows, columns), order, activation, scale)
     return Stored(expected, leaf, make, optional=("input_zero_point",) if static else ())
 
 
-def _integers(module: Module, scheme: Scheme) -> Stored:
-    (rows, columns), weights = module.shape, scheme.weights
+def _integers(module: Module, weights: Weights, activation: Activation | None) -> Stored:
+    rows, columns = module.shape
     bits, middle = weights.bits, np.uint8(2 ** (weights.bits - 1))
     named = parse_format(f"int{bits}-{_name(weights)}" + ("-sym" if weights.symmetric else ""))
     fmt = scaled(named, module.headers["weight_scale"])
@@ -250,10 +250,15 @@ def _integers(module: Module, scheme: Scheme) -> Stored:
             stored = arrays["weight_zero_point"]
             zeros = _unpacked(stored.T, bits, columns, dense) if packed else stored.T.view(np.uint8) + middle
         scales = arrays["weight_scale"]
-        scales = scales.reshape(1, 1) if weights.strategy == "tensor" else np.ascontiguousarray(scales.T)
+        scales = scales.reshape(1, 1) if weights.strategy == "tensor" else _by_group(scales)
         return from_bits(pack(codes, bits), bits, rows), scales, zeros
 
-    return _finished(module, scheme, expected, fmt, parts, order)
+    return _finished(module, activation, expected, fmt, parts, order)
+
+
+def _by_group(scales: np.ndarray) -> np.ndarray:
+    """(groups, out) scales of (out, groups) ones, or of one each."""
+    return np.ascontiguousarray(scales.reshape(len(scales), -1).T)
 
 
 def _unpacked(words: np.ndarray, bits: int, count: int, dense: bool) -> np.ndarray:
@@ -277,8 +282,8 @@ def _order(module: Module, expected: dict, rows: int, weights: Weights) -> np.nd
         raise QjaxError(f"{module.name}: {error}") from None
 
 
-def _fp8(module: Module, scheme: Scheme) -> Stored:
-    (rows, columns), weights = module.shape, scheme.weights
+def _fp8(module: Module, weights: Weights, activation: Activation | None) -> Stored:
+    rows, columns = module.shape
     header = module.headers["weight_scale"]
     types: tuple[str, ...] = tuple(SCALE_TYPES)
     if weights.strategy == "block":
@@ -294,31 +299,31 @@ def _fp8(module: Module, scheme: Scheme) -> Stored:
 
     def parts(arrays: Arrays):
         scales = arrays["weight_scale"]
-        scales = scales.reshape(1, 1) if weights.strategy == "tensor" else np.ascontiguousarray(scales.T)
+        scales = scales.reshape(1, 1) if weights.strategy == "tensor" else _by_group(scales)
         return fp8_codes(arrays["weight"]), e8m0(scales.T) if types[0] == "U8" else scales, None
 
-    return _finished(module, scheme, expected, fmt, parts)
+    return _finished(module, activation, expected, fmt, parts)
 
 
-def _fp4(module: Module, scheme: Scheme) -> Stored:
-    (rows, columns), size = module.shape, scheme.weights.size
+def _fp4(module: Module, weights: Weights, activation: Activation | None) -> Stored:
+    (rows, columns), size = module.shape, weights.size
     if size not in (16, 32):
         raise QjaxError(f"FP4 in groups of {size}; supported: 16 (NVFP4) and 32 (MXFP4)")
     nested = size == 16
     fmt = parse_format("fp4_e2m1-g16-e4m3_div" if nested else "mxfp4_even")
     types = ("F8_E4M3",) if nested else ("U8", "F8_E8M0")
-    expected = {
+    expected: dict = {
         "weight_packed": ((columns, math.ceil(rows / 2)), ("U8",)),
         "weight_scale": ((columns, math.ceil(rows / size)), types),
     }
     if nested:
-        expected["weight_global_scale"] = ((1,), ("F32",))
+        expected["weight_global_scale"] = ((1,), tuple(SCALE_TYPES))
 
     def parts(arrays: Arrays):
         codes, stored = fp4_codes(arrays["weight_packed"], rows), arrays["weight_scale"]
         if not nested:
             return codes, e8m0(stored), None
-        divisor = positive("weight_global_scale", arrays["weight_global_scale"].reshape(()))
+        divisor = positive("weight_global_scale", arrays["weight_global_scale"].astype(np.float32).reshape(()))
         return codes, ScaledFloats(e4m3(stored), divisor), None
 
-    return _finished(module, scheme, expected, fmt, parts)
+    return _finished(module, activation, expected, fmt, parts)

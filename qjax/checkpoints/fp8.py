@@ -42,7 +42,7 @@ def codec(config: dict) -> Codec:
     return lambda module: fp8_module(module, block, activation) if "weight_scale_inv" in module.headers else None
 
 
-def fp8_module(module: Module, block: list | None, activation: Activation) -> Stored:
+def fp8_module(module: Module, block: list | None, activation: Activation | None) -> Stored:
     """How a module is stored."""
     rows, columns = module.shape
     header = module.headers["weight_scale_inv"]
@@ -51,8 +51,8 @@ def fp8_module(module: Module, block: list | None, activation: Activation) -> St
     else:
         fmt, shape = tiled(block, header), (math.ceil(columns / TILE), math.ceil(rows / TILE))
     expected = {"weight": ((columns, rows), ("F8_E4M3",)), "weight_scale_inv": (shape, FLOAT_SCALES)}
-    scale = None
-    if activation.is_static:
+    scale, static = None, activation is not None and activation.is_static
+    if static:
         given = module.headers.get("activation_scale")
         expected["activation_scale"] = (given.shape if given and math.prod(given.shape) == 1 else (), FLOAT_SCALES)
         scale = jax.ShapeDtypeStruct((), np.float32)
@@ -60,7 +60,7 @@ def fp8_module(module: Module, block: list | None, activation: Activation) -> St
     def make(arrays: Arrays):
         stored = arrays["weight_scale_inv"]
         scales = stored.reshape(1, 1) if block is None else np.ascontiguousarray(stored.T)
-        given = arrays["activation_scale"].astype(np.float32).reshape(()) if activation.is_static else None
+        given = arrays["activation_scale"].astype(np.float32).reshape(()) if static else None
         return leaf_of(fp8_codes(arrays["weight"]), scales, None, fmt, rows, None, activation, given)
 
     return Stored(expected, layer_of(blank(fmt, rows, columns), None, activation, scale), make)

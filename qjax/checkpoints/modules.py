@@ -173,9 +173,12 @@ def read_early(module: Module, suffix: str, expected: Expected) -> np.ndarray | 
     return read_tensor(module.headers[suffix]) if fits(module, suffix, expected) else None
 
 
-def matches(pattern: str, name: str) -> bool:
-    """re.match of a pattern of somebody else's file. Raises QjaxError for one that is none, or may take long."""
-    return _compiled(pattern).match(name) is not None
+def matches(pattern: str, name: str, *, anywhere: bool = False) -> bool:
+    """re.match (anywhere: re.search) of a pattern of somebody else's file. Raises QjaxError for one that is none, or may take
+    long.
+    """
+    compiled = _compiled(pattern)
+    return (compiled.search(name) if anywhere else compiled.match(name)) is not None
 
 
 @functools.lru_cache(maxsize=256)

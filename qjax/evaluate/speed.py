@@ -1,4 +1,5 @@
-"""How fast a model runs and what memory it needs, with its kernels decoded ("dense") or packed.
+"""How fast a model runs and what memory it needs, with its kernels as evaluation has them ("dense": decoded, but for products
+of integers) or packed.
 
     prefill   tokens of a prompt a second; time to first token is that of the whole prompt
     decode    tokens a second after the first, one at a time with cached keys and values

@@ -6,12 +6,13 @@ The codes C of a group, less m, are int8; an input becomes a whole number X of a
 digits, 256 hi + lo: 16 bits. The rows [hi; lo] are multiplied with C, so that weights are read once. Weights and products are
 exact, on normal inputs the error is 0.01 of that of a product of bfloat16 numbers, and a whole weight is never unpacked.
 
-When it pays was measured on processors with AVX-512 VNNI and JAX 0.12, int4-g128, 4096 x 4096: 2, 32 and 128 rows take 0.65,
-0.5 and 0.7 of the dense float32 product's time. With more rows int32 sums of every group take longer than their products, and
-float32 is as fast; so are more than 32 rows of bfloat16 where a processor multiplies that. Three designs at 512 rows, in times
-the dense product's speed, 0.7 to 1.2 for all in noisy runs: as here, at best 0.9; 12 bits of an input, [hi lo] times [16 C; C],
-which leaves no sums of digits, 1.2, but less exact than bfloat16 where one input is 300 times the others; both sides in two
-digits for all inputs at once, without groups, 1.2. JAX 0.10 takes two to five times as long as in float32 for all of it.
+When it pays was measured on processors with AVX-512 VNNI and JAX 0.12, int4-g128, 4096 x 4096: 2, 8, 32 and 128 rows take 0.9,
+0.7, 0.7 and 0.6 to 1.0 of the time that they take in floats (`xla`; against the dense product: `results/kernels/`). With more
+rows int32 sums of every group take longer than their products; more than 32 rows of bfloat16 are as fast in that where a
+processor multiplies it. Three designs at 512 rows, in times the dense float32 product's speed, 0.7 to 1.2 for all in noisy
+runs: as here, at best 0.9; 12 bits of an input, [hi lo] times [16 C; C], which leaves no sums of digits, 1.2, but less exact
+than bfloat16 where one input is 300 times the others; both sides in two digits for all inputs at once, without groups, 1.2. JAX
+0.10 takes two to five times as long as in float32 for all of it.
 """
 
 import functools
@@ -40,6 +41,11 @@ def fast() -> bool:
     return jax.default_backend() == "cpu" and not SETS.isdisjoint(_instructions())
 
 
+def has_bfloat16() -> bool:
+    """The same of bfloat16."""
+    return jax.default_backend() == "cpu" and not NARROW.isdisjoint(_instructions())
+
+
 @functools.cache
 def _instructions() -> frozenset[str]:
     told = CPUINFO.read_text() if CPUINFO.exists() else ""
@@ -56,20 +62,13 @@ def pays(x: Float[Array, "rows in"], q: QTensor) -> bool:
 
 
 def pays_for_codes(rows: int) -> bool:
-    """The same for inputs that are int8 themselves, by 8-bit weights of an output channel: whether as int8, or as bfloat16 or
-    float32, in which sums of few products are exact too.
-    """
+    """Whether inputs that are int8 themselves meet 8-bit weights of an output channel as int8, not as floats."""
     return fast() and (jax.__version_info__ >= SINCE or (rows <= MOST_CODES and not has_bfloat16()))
 
 
 def pays_decoded() -> bool:
-    """The same with many rows, against float32 products by weights that were decoded before."""
-    return fast() and (jax.__version_info__ >= SINCE or has_bfloat16())
-
-
-def has_bfloat16() -> bool:
-    """Whether the processor has instructions for products of bfloat16."""
-    return not NARROW.isdisjoint(_instructions())
+    """Whether many rows of int8 meet such weights faster, as either, than in float32 weights that were decoded before."""
+    return has_bfloat16() or (fast() and jax.__version_info__ >= SINCE)
 
 
 def multiply(x: Float[Array, "rows in"], q: QTensor) -> Float[Array, "rows out"]:

@@ -4,10 +4,10 @@
 
 A chunk's weights stay in the cache between being decoded and being multiplied, and nothing is interleaved: code c of all units
 meets every count-th input. One row of x is multiplied a few inputs at a time instead, in one elementwise loop over the output
-columns that writes no decoded weight at all: on CPU no slower than the dense float32 product (`results/kernels/`), which has
-four to eight times the bytes to read. Sums are float32. Rows of bfloat16 meet weights rounded to bfloat16, which processors
-with instructions for it multiply at twice the rate of float32. A single row, and all of float32, meets float32 weights, but
-where a processor has fast products of int8: `integers`.
+columns that writes no decoded weight at all: on CPU faster than the dense float32 product, which has four to eight times the
+bytes to read, for most formats (`results/kernels/`). Sums are float32. Rows of bfloat16 meet weights rounded to bfloat16, which
+processors with instructions for it multiply at twice the rate of float32. A single row, and all of float32, meets float32
+weights, but where a processor has fast products of int8: `integers`.
 """
 
 import functools
@@ -25,8 +25,9 @@ from qjax.qtensor import QTensor, unpack_parameters
 
 CHUNK = 2**21  # weights decoded at a time: 8 MB of float32
 INTEGERS = 2**22  # the same of int8, where both sides of a product are: 4 MB
-CODES = 8 if jax.__version_info__ >= (0, 12) else 32  # of a column that one row of x meets at a time: what was fastest
-FEWEST = 8  # so many at least, or the loop goes over its sums too often
+NEW = jax.__version_info__ >= (0, 12)
+CODES = 8 if NEW else 32  # of a column that one row of x meets at a time: of 8, 16, 32 and 64 the fastest
+FEWEST = 4 if NEW else 8  # so many at least, or the loop goes over its sums too often
 EXACT_ROWS = 1024  # so many products of -128..127 add up to at most 2^24: exact in float32
 
 
@@ -105,24 +106,25 @@ def multiply_transposed(y: Float[Array, "rows out"], q: QTensor, *, precision: P
 def multiply_int8(x: Int8[Array, "rows in"], scale: Float[Array, "rows 1"], q: QTensor) -> Float[Array, "rows out"]:
     """(scale x) W in float32, for 8-bit symmetric weights with one scale a channel; products are summed exactly.
 
-    As products of int8 where the machine has fast ones. Elsewhere of bfloat16, which holds each of them, or of float32, where
-    that is as fast, with float32 sums, in which EXACT_ROWS products of int8 are exact; sums of sums are int32.
+    As products of int8 where the machine has fast ones. Elsewhere of bfloat16, which holds every code, where it has fast ones
+    of that, or of float32; both with float32 sums, in which EXACT_ROWS products of int8 are exact. Sums of sums are int32.
     """
-    given, fast = len(x), integers.pays_for_codes(len(x))
-    wide = jnp.bfloat16 if jax.default_backend() == "cpu" else jnp.float32
-    x = jnp.pad(x, ((0, -given % 8), (0, 0))) if given < 8 else x
+    given, as_int8, as_bfloat16 = len(x), integers.pays_for_codes(len(x)), integers.has_bfloat16()
+    floats = jnp.bfloat16 if as_bfloat16 else jnp.float32
+    if (as_int8 or as_bfloat16) and given < 8 and not _is_laid(x):  # XLA is slow with one row of either
+        x = jnp.pad(x, ((0, -given % 8), (0, 0)))
 
     def add(total, start, count):
         inputs = jax.lax.dynamic_slice_in_dim(x, start, count, axis=1)
         codes = jax.lax.dynamic_slice_in_dim(q.codes, start, count)
-        if fast:
+        if as_int8:
             return total + integers.dot(inputs, integers.centred(codes, 8))
-        weights = integers.centred(codes, 8).astype(wide)
-        found = jnp.matmul(inputs.astype(wide), weights, precision="highest", preferred_element_type=jnp.float32)
+        weights = integers.centred(codes, 8).astype(floats)
+        found = jnp.matmul(inputs.astype(floats), weights, precision="highest", preferred_element_type=jnp.float32)
         return total + found.astype(jnp.int32)
 
     total = _zeros(x[:, :1], q.codes[:1]).astype(jnp.int32)
-    rows = min(max(INTEGERS // q.shape[-1], EXACT_ROWS) if fast else EXACT_ROWS, q.in_features)
+    rows = min(max(INTEGERS // q.shape[-1], EXACT_ROWS) if as_int8 else EXACT_ROWS, q.in_features)
     whole, rest = divmod(q.in_features, rows)
     total = jax.lax.fori_loop(0, whole, lambda number, total: add(total, number * rows, rows), total)
     total = add(total, whole * rows, rest) if rest else total
@@ -183,13 +185,15 @@ def _together(multiply_one, x: Float[Array, "rows in"], q: QTensor, precision: P
 
 
 def _row_product(x: Float[Array, " in"], q: QTensor, size: int) -> Float[Array, " out"]:
-    """x W, `size` packing units of a column at a time. The scale is applied to their sum, which inputs of 1e33 overflow."""
+    """x W, `size` packing units of a column at a time. The scale is applied to their sum, which inputs of 1e33 overflow; an
+    infinite input may make NaN of every output.
+    """
     count, width = packing.unit(q.format.bits)
     units = q.codes.reshape(-1, width, q.shape[-1])
     inputs = jnp.pad(x, (0, -len(x) % count)).reshape(-1, count)
     each = _group(q) // count or len(units)  # units that share a scale
     parameters = unpack_parameters(q)
-    as_bytes = width == 1 and q.format.bits > 1 and not q.format.codebook  # eight differences of inputs lose digits
+    as_bytes = width == 1 and count in (2, 4) and not q.format.codebook  # eight differences of inputs lose digits
     sum_of = _sum_of_bytes if as_bytes else _sum_of_codes
 
     def add(total, start, size):

@@ -60,6 +60,14 @@ FOREIGN = {  # kind -> (settings, maker of `tests.foreign`)
         {"quant_method": "compressed-tensors", "config_groups": {"a": NVFP4}},
         functools.partial(foreign_makers.fp4, more={"input_global_scale": np.float32([500])}),
     ),
+    "auto-round's mx": (
+        {
+            **{"quant_method": "auto-round", "data_type": "mx_fp", "bits": 4, "group_size": 32},
+            **{"act_bits": 4, "act_group_size": 32, "act_dynamic": True},
+            "extra_config": {"k_proj.*": {"act_bits": 16, "act_group_size": [1]}},
+        },
+        functools.partial(foreign_makers.fp4, kind="mxfp4"),
+    ),
     "auto-round": (
         {"quant_method": "auto-round", "bits": 4, "group_size": 16, "sym": False, "extra_config": {"lm_head": {"bits": 16}}},
         foreign.gptq,

@@ -1,7 +1,8 @@
 """Layers that the libraries themselves pack are read as the weights that they unpack: bit for bit, in float32.
 
 The libraries' own packing stores the tensors of a folder, and their own dequantization says what they stand for. Known
-difference: bitsandbytes multiplies int8 codes by SCB and then by 1/127, so that a weight may differ in the last bit.
+differences: bitsandbytes multiplies int8 codes by SCB and then by 1/127, so that a weight may differ in the last bit; AutoRound
+multiplies NVFP4's values by the reciprocal of the number that compressed-tensors, whose layout it is, divides scales by.
 """
 
 import os
@@ -259,6 +260,92 @@ def test_autoround(bits, tmp_path):
     leaf = flatten(load(tmp_path / "a").params)["block_0/mlp/up/kernel"]
     assert leaf.format.bound == "full" and float(np.asarray(leaf.scales).min()) < 0
     np.testing.assert_array_equal(np.asarray(dequantize(leaf)).T.astype(np.float16), there.astype(np.float16))
+
+
+FLOATS = {  # name -> data_type, bits, group_size, act_data_type, the class of its layer
+    "mxfp4": ("mx_fp", 4, 32, "mx_fp", "MXFP4QuantLinear"),
+    "mxfp4, rounded up": ("mx_fp", 4, 32, "mx_fp_rceil", "MXFP4QuantLinear"),
+    "mxfp8": ("mx_fp", 8, 32, "mx_fp", "MXFP8QuantLinear"),
+    "nvfp4": ("nv_fp", 4, 16, "nv_fp4_with_static_gs", "NVFP4QuantLinear"),
+}
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_autoround_of_small_floats(name, tmp_path):
+    """Packed by its exporter; weights and a layer's output as its own layer has them."""
+    pytest.importorskip("auto_round")
+    from auto_round.data_type import get_quant_func
+    from auto_round.experimental import qmodules
+    from auto_round.export.export_to_autoround.qlinear_fp import QuantLinear
+    from auto_round.schemes import QuantizationScheme
+
+    *values, of_inputs, kind = FLOATS[name]
+    said = dict(zip(("data_type", "bits", "group_size"), values, strict=True))
+    inputs = {"act_bits": said["bits"], "act_group_size": said["group_size"], "act_data_type": of_inputs, "act_dynamic": True}
+    scheme, generator, layers = QuantizationScheme.from_dict(said | inputs), np.random.default_rng(0), {}
+    x = torch.from_numpy(generator.standard_t(4, (16, 160)).astype(np.float32))
+
+    def make(module, weight):
+        columns, rows = weight.shape
+        linear = torch.nn.Linear(rows, columns, bias=False).requires_grad_(False)
+        linear.weight.data = torch.from_numpy(weights(weight.shape, generator))
+        quantize, data_type = get_quant_func(said["data_type"], said["bits"], True)
+        more, least = {}, 6 * 448 / x[:, :8].abs().max()
+        if kind.startswith("NV"):
+            more = {"global_scale": 6 * 448 / linear.weight.abs().max(), "input_global_scale": least.reshape(1)}
+        _, scale, _ = quantize(linear.weight, said["bits"], said["group_size"], data_type=data_type)
+        packed = QuantLinear(
+            said["bits"], said["group_size"], rows, columns, False, data_type=data_type, act_bits=inputs["act_bits"]
+        )
+        packed.pack(linear, scale.reshape(columns, -1), **more, device="cpu")
+        stored = {name: value for name, value in packed.state_dict().items() if value is not None}
+        layer = getattr(qmodules, kind)(rows, columns, scheme, dtype=torch.float32)
+        layer.load_state_dict(stored)
+        layers[module] = layer
+        return {suffix: numpy_of(tensor) for suffix, tensor in stored.items()}, float_of(layer.dequant_weight_online())
+
+    settings = {"quant_method": "auto-round", "packing_format": "auto_round:llm_compressor", **said, **inputs}
+    config = foreign.llama(hidden_size=160, mlp_size=192, head_dim=40)
+    expected = foreign.write(tmp_path / "a", settings, make, config)
+    leaf = flatten(load(tmp_path / "a").params)["block_0/mlp/up/kernel"]
+    here, there = np.asarray(dequantize(leaf)).T, expected["model.layers.0.mlp.up_proj.weight"]
+    np.testing.assert_array_max_ulp(here, there, 2 if name == "nvfp4" else 0)
+    there = float_of(layers["model.layers.0.mlp.up_proj"](x))
+    here = np.asarray(apply_linear(x.numpy(), leaf, precision="highest"))
+    np.testing.assert_allclose(here, there, rtol=1e-5, atol=1e-5 * np.abs(there).max())
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_autoround_fp8(static, tmp_path):
+    """Its layer for FP8, in float32; with one static scale of the inputs too. Scales in bfloat16, as it writes them for most
+    models, are numbers of float32 as well.
+    """
+    module_of = pytest.importorskip("auto_round.experimental.qmodules.fp8_static").WeightFP8ActFP8StaticQuantLinear
+    from auto_round.export.export_to_autoround.export_to_fp8 import FP8QLinear
+
+    generator, layers = np.random.default_rng(0), {}
+
+    def make(module, weight):
+        stored = torch.from_numpy(weights(weight.shape, generator) * 1000).to(torch.float8_e4m3fn)
+        scale = torch.from_numpy(generator.uniform(1e-4, 2e-4, len(weight)).astype(np.float32))
+        given = torch.tensor([0.01]) if static else None
+        packed = FP8QLinear(*weight.shape[::-1], stored, scale, input_scale=given, dtype=torch.bfloat16)
+        scales = packed.weight_scale.float(), None if given is None else packed.input_scale.float()
+        layer = module_of(*weight.shape[::-1], stored, scales[0], input_scale=scales[1], dtype=torch.float32)
+        layers[module] = layer
+        tensors = {suffix: numpy_of(tensor) for suffix, tensor in packed.state_dict().items()}
+        return tensors, float_of(layer.dequant_weight_online())
+
+    settings = {"quant_method": "auto-round", "data_type": "fp", "bits": 8, "group_size": -1}
+    settings |= {"act_bits": 8, "act_group_size": 0, "act_dynamic": False} if static else {}
+    expected = foreign.write(tmp_path / "a", settings, make)
+    foreign.assert_stands_for(load(tmp_path / "a"), expected)
+    leaf = flatten(load(tmp_path / "a").params)["block_0/mlp/up/kernel"]
+    x = torch.from_numpy(generator.standard_t(4, (16, leaf.shape[0])).astype(np.float32))
+    if static:
+        there = float_of(layers["model.layers.0.mlp.up_proj"](x))
+        here = np.asarray(apply_linear(x.numpy(), leaf, precision="highest"))
+        np.testing.assert_allclose(here, there, rtol=1e-5, atol=1e-5 * np.abs(there).max())
 
 
 def test_fine_grained_fp8(tmp_path):
