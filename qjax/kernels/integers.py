@@ -27,7 +27,7 @@ from qjax.qtensor import QTensor, unpack_parameters
 
 CPUINFO = Path("/proc/cpuinfo")
 SETS = {"avx512_vnni", "avx_vnni", "amx_int8"}  # one of them multiplies int8 numbers at several times the rate of float32
-NARROW = {"avx512_bf16", "amx_bf16"}  # the same of bfloat16
+NARROW = {"avx512_bf16"}  # the same of bfloat16; processors with amx_bf16 have it too
 SINCE = (0, 12)  # the version of JAX from which its products of int8 use them for any shape
 SMALLEST_GROUP = 64  # smaller ones add up more sums than they save products
 LEAST = 2**18  # weights of a group: fewer take less time than starting the work on them
