@@ -1,11 +1,11 @@
 """What fewer bits cost in the table of embeddings, alone and beside linear layers of 4 bits, by nearest rounding.
 
-    python experiments/embeddings.py                 writes results/embeddings/, some three minutes on 2 cores
+    python experiments/embeddings.py                 writes results/embeddings/, some seven minutes on 2 cores
     python experiments/embeddings.py --tiny --out X  two widths on a few windows, for tests
 
-The table holds a tenth of the bundled model's weights and a fifth of SmolLM2's; the head is tied to it in both, so that logits
-are products with what its codes stand for. Questions: how many bits does it need, and does it cost the same beside rounded
-layers as alone? SmolLM2 is measured as by `real_models.py`; so would be `--model gemma3-270m`, most of which is the table.
+The table holds a tenth of the bundled model's weights, a fifth of SmolLM2's and most of Gemma 3's; the head is tied to it, so
+that logits are products with what its codes stand for. Questions: how many bits does it need, and does it cost the same beside
+rounded layers as alone? SmolLM2 and Gemma 3 are measured as by `real_models.py`.
 """
 
 import dataclasses
@@ -47,4 +47,4 @@ def run(out: Path, *, tiny: bool = False, subjects: tuple[common.Subject, ...] =
 
 
 if __name__ == "__main__":
-    common.main(__doc__, "embeddings", run, ("bundled", "smollm2"))
+    common.main(__doc__, "embeddings", run, ("bundled", "smollm2", "gemma3-270m"))

@@ -442,7 +442,7 @@ def held_by_table(model: str = BUNDLED) -> float:
 def embeddings_table() -> str:
     """What the table's bits add to perplexity, %, alone and beside linear layers of 4 bits."""
     lines = []
-    for name, model in {"bundled": BUNDLED, "SmolLM2 135M": SMOLLM2}.items():
+    for name, model in {"bundled": BUNDLED, "SmolLM2 135M": SMOLLM2, "Gemma 3 270M": GEMMA}.items():
         for beside in (False, True):
             found = [added(bits, model, beside=beside) for bits in (8, 4, 3, 2)]
             told = [with_error(100 * math.expm1(d.value), 100 * math.exp(d.value) * d.stderr, sign="+") for d in found]
