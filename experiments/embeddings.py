@@ -47,4 +47,4 @@ def run(out: Path, *, tiny: bool = False, subjects: tuple[common.Subject, ...] =
 
 
 if __name__ == "__main__":
-    common.main(__doc__, "embeddings", run, ("bundled", "smollm2", "gemma3-270m"))
+    common.main(__doc__, "embeddings", run, ("bundled", *common.REAL))

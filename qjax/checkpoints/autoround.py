@@ -59,9 +59,9 @@ def codec(config: dict) -> Codec:
     for name, values in get(config, "extra_config", dict, {}).items():
         if not isinstance(values, dict):
             raise QjaxError(f"'extra_config' has {quoted(values)} for {quoted(name)}; expected settings")
-        own = said | {key: value for key, value in values.items() if key in ENTRIES and value is not None}
-        if get(own, "bits", int) < LEFT:
-            extra[name] = _of(own, library)
+        merged = said | {key: value for key, value in values.items() if key in ENTRIES and value is not None}
+        if get(merged, "bits", int) < LEFT:
+            extra[name] = _of(merged, library)
 
     def stored(module: Module) -> Stored | None:
         fitting = (found for name, found in extra.items() if _means(name, module.name))
