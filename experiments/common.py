@@ -106,6 +106,7 @@ class Settings:
     seeds: tuple[int, ...] = (0,)
     calibration_windows: int = 32  # what more than 8,192 tokens of calibration change is less than other draws do
     calibration_window: int | None = None  # the subject's
+    calibration_compute: str | None = None  # the device's
     compute: str | None = None  # the device's
 
 
@@ -130,6 +131,7 @@ def measure(
     model = load_model(subject.model)
     source, windows, window = calibration or subject.calibration, settings.calibration_windows, settings.calibration_window
     draw = functools.partial(_calibration, subject.model, source, windows, window or subject.window)
+    drawn = (draw(seed)._replace(compute=settings.calibration_compute) for seed in settings.seeds)
     sweep = qjax.Sweep(
         tuple(recipes),
         tuple(map(_corpus, subject.corpora)),
@@ -140,7 +142,7 @@ def measure(
         tasks=_tasks(subject.tasks, settings.questions) if settings.tasks else (),
         divergence=settings.divergence,
         speed=settings.speed,
-        calibration=tuple(map(draw, settings.seeds)) if any(_reads_data(recipe, rules) for recipe in recipes) else None,
+        calibration=tuple(drawn) if any(_reads_data(recipe, rules) for recipe in recipes) else None,
         one_block=one_block,
         compute=settings.compute,
     )

@@ -28,6 +28,7 @@ import qjax
 from qjax.calibrate.tokens import BATCH_TOKENS
 from qjax.driver.placement import one_order
 from qjax.models import walk
+from qjax.models.compute import NAMES, compute_of
 
 CALL = "PjitFunction("  # what JAX's profiler calls the run of a compiled program, before its name
 
@@ -88,17 +89,18 @@ def _by_program(data: jax.profiler.ProfileData) -> dict[str, tuple[float, int]]:
     return found
 
 
-def traced_over_driver(model: qjax.Model, recipe: str, tokens: np.ndarray, rounds: int) -> list[float]:
+def traced_over_driver(model: qjax.Model, recipe: str, tokens: qjax.Calibration, rounds: int) -> list[float]:
     """How often the driver's seconds a traced function takes, by round, after a run of each; on the same batches."""
-    parts = walk.parts(model.config, jnp.float32, halves=one_order({"": qjax.parse_recipe(recipe)})().inside)
+    parts = walk.parts(model.config, *compute_of(tokens.compute), halves=one_order({"": qjax.parse_recipe(recipe)})().inside)
 
     def fn(params, x):
         for part in parts:
             x = walk.compiled(part.module)(walk.subtree(part, params), x, *walk.further_arguments(part, params))
         return x
 
-    size = BATCH_TOKENS[jax.default_backend()] // tokens.shape[1]
-    batches = [(jnp.asarray(tokens[start : start + size]),) for start in range(0, len(tokens), size)]
+    windows = tokens.tokens
+    size = BATCH_TOKENS[jax.default_backend()] // windows.shape[1]
+    batches = [(jnp.asarray(windows[start : start + size]),) for start in range(0, len(windows), size)]
     weights = [jnp.ones(batch[0].shape) for batch in batches]
     how = {"batches": batches, "weights": weights, "rules": ["^(embed|head)=none"]}
     driver = functools.partial(_quantized, model, recipe, tokens)
@@ -122,6 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Profile]:
     shape = {"hidden": 576, "mlp": 1536, "layers": 2, "head-dim": 64, "vocabulary": 4096, "windows": 32, "window": 256}
     for name, value in shape.items():
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--compute", choices=NAMES)
     parser.add_argument("--programs", action="store_true")
     parser.add_argument("--traced", type=int, default=0, metavar="ROUNDS")
     asked = parser.parse_args(arguments)
@@ -132,7 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Profile]:
     sizes = (asked.vocabulary, asked.hidden, asked.mlp, asked.layers, heads, kv_heads, asked.head_dim, asked.window)
     config = qjax.DecoderConfig("llama", *sizes, tied=True)
     model = random_model(config, "random")
-    tokens = np.random.default_rng(0).integers(0, asked.vocabulary, (asked.windows, asked.window)).astype(np.int32)
+    drawn = np.random.default_rng(0).integers(0, asked.vocabulary, (asked.windows, asked.window)).astype(np.int32)
+    tokens = qjax.Calibration(drawn, compute=asked.compute)
     jax.block_until_ready(model.params)
     found = {}
     for recipe in asked.recipes if asked.traced else ():
@@ -146,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Profile]:
     return found
 
 
-def _quantized(model: qjax.Model, recipe: str, tokens: np.ndarray) -> object:
+def _quantized(model: qjax.Model, recipe: str, tokens: qjax.Calibration) -> object:
     return qjax.quantize(model, recipe, calibration=tokens)[0].params
 
 

@@ -1,15 +1,15 @@
 """How fast qjax is against transformers, llm-compressor, GPTQModel and bitsandbytes on the CPU, paired.
 
-    python experiments/speed.py                  writes results/speed/, under half an hour on 2 cores
+    python experiments/speed.py                  writes results/speed/, some seventy minutes on 2 cores
     python experiments/speed.py --tiny --out X   the smallest of everything, twice, for tests
 
 Needs the libraries that it compares with (`pip install qjax[peer]`); what is not installed is left out, and a line says so. On
 random Llamas of 1M and 15M parameters and on SmolLM2-135M (a GGUF file in --model-folder): losses of a text; GPTQ of the whole
-model, int4-g64, calibrated on windows of 256 tokens; and products with a packed weight. Everything of a task takes turns, ours
-and each library once a round, one way round and then the other, so that a ratio is of the same machine in the same state; a row
-is a ratio of one round. Our first run, which compiles, is not counted, nor is loading; tasks called cold are first runs, each
-in a process that finds nothing compiled. What rounding inputs to 8 bits costs is told against our own without it. Rounds
-that are there, of the same code, versions and device, are not measured again.
+model, int4-g64, calibrated on 32 windows of 256 tokens, run in float32 and in bfloat16; and products with a packed weight.
+Everything of a task takes turns, ours and each library once a round, one way round and then the other, so that a ratio is of
+the same machine in the same state; a row is a ratio of one round. Our first run, which compiles, is not counted, nor is
+loading; tasks called cold are first runs, each in a process that finds nothing compiled. What rounding inputs to 8 bits costs
+is told against our own without it. Rounds that are there, of the same code, versions and device, are not measured again.
 """
 
 import argparse
@@ -50,14 +50,16 @@ RANDOM = {  # name: shape, windows that are scored
     "random-15M": ({"hidden": 320, "mlp": 896, "layers": 6, "heads": 5, "vocabulary": 12000}, 16),
 }
 TINY = {"random-tiny": ({"hidden": 64, "mlp": 128, "layers": 1, "heads": 2, "vocabulary": 512}, 2)}
-REAL, REAL_SCORED, REAL_WINDOWS = "smollm2", 8, 16
-WINDOW = 256  # tokens
+REAL, REAL_SCORED = "smollm2", 8
+WINDOWS, WINDOW = 32, 256  # of calibration; tokens
 WIDE = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)  # sums as packed products have them
 LIBRARIES = {  # peer -> its packages
     "transformers float32": ("transformers", "torch"),
     "transformers bfloat16": ("transformers", "torch"),
     "llm-compressor": ("llmcompressor", "torch"),
+    "llm-compressor bfloat16": ("llmcompressor", "torch"),
     "GPTQModel": ("gptqmodel", "torch"),
+    "GPTQModel bfloat16": ("gptqmodel", "torch"),
     "bitsandbytes nf4": ("bitsandbytes", "torch"),
 }
 
@@ -71,9 +73,9 @@ def run(out: Path, *, tiny: bool = False, real: str | None = None, rounds: int =
             for name, (shape, scored) in (TINY if tiny else RANDOM).items():
                 folder = Path(scratch) / name
                 peers.save_random_llama(folder, **shape)
-                whole_model(out, rounds, name, folder, scored, 2 if tiny else 32)
+                whole_model(out, rounds, name, folder, scored, 2 if tiny else WINDOWS)
         if real is not None:
-            whole_model(out, rounds, Path(real).name, Path(real), REAL_SCORED, REAL_WINDOWS)
+            whole_model(out, rounds, Path(real).name, Path(real), REAL_SCORED, WINDOWS)
     rows = read_rows(out / ROWS)
     write_reports(out, rows)
     return rows
@@ -126,14 +128,18 @@ def whole_model(out: Path, rounds: int, name: str, folder: Path, scored: int, wi
     take_turns(out, rounds, name, ours, losses)
     del held, ours, losses, rounded
 
-    def quantize(recipe):
-        jax.block_until_ready(qjax.quantize(model, recipe, calibration=tokens[:windows])[0].params)
+    def quantize(recipe, compute):
+        given = qjax.Calibration(tokens[:windows], compute=compute)
+        jax.block_until_ready(qjax.quantize(model, recipe, calibration=given)[0].params)
 
-    gptq = {"llm-compressor": peers.gptq_model_llm_compressor, "GPTQModel": peers.gptq_model_gptqmodel}
-    found = {peer: functools.partial(call, folder, tokens[:windows], group=64) for peer, call in gptq.items()}
-    ours = {recipe: functools.partial(quantize, recipe) for recipe in RECIPES}
-    ours[f"{RECIPES[0]}, cold"] = functools.partial(cold, folder, windows, RECIPES[0])
-    take_turns(out, rounds, name, ours, {peer: call for peer, call in found.items() if there(LIBRARIES[peer])}, warm=False)
+    ours, found, gptq = {}, {}, (peers.gptq_model_llm_compressor, peers.gptq_model_gptqmodel)
+    for dtype, said, called in (("float32", "", ""), ("bfloat16", " in bfloat16", " bfloat16")):
+        ours |= {f"{recipe}{said}": functools.partial(quantize, recipe, dtype) for recipe in RECIPES}
+        ours[f"{RECIPES[0]}{said}, cold"] = functools.partial(cold, folder, windows, RECIPES[0], dtype)
+        for peer, call in zip(("llm-compressor", "GPTQModel"), gptq, strict=True):
+            found[f"{peer}{called}"] = functools.partial(call, folder, tokens[:windows], group=64, dtype=dtype)
+    found = {peer: call for peer, call in found.items() if there(LIBRARIES[peer])}
+    take_turns(out, rounds, name, ours, found, warm=False)
 
 
 def take_turns(out: Path, rounds: int, model: str, ours: Runs, theirs: Runs, *, warm: bool = True) -> None:
@@ -158,18 +164,18 @@ def take_turns(out: Path, rounds: int, model: str, ours: Runs, theirs: Runs, *, 
             print(f"{model}, {task}: {row['ratio']:.2f} times as fast as {peer} ({row['seconds']:.3f} s)", flush=True)
 
 
-def cold(folder: Path, windows: int, recipe: str) -> float:
+def cold(folder: Path, windows: int, recipe: str, compute: str) -> float:
     """Seconds of a recipe's first run in a process that finds nothing compiled, without importing and loading."""
     script = (
         "import sys, time, jax, numpy as np, qjax\n"
-        "folder, windows, window, recipe = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]\n"
+        "folder, windows, window, recipe, compute = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:]\n"
         "model = qjax.load(folder)\n"
         "tokens = np.random.default_rng(0).integers(0, model.config.vocabulary_size, (windows, window), np.int32)\n"
-        "started = time.perf_counter()\n"
-        "jax.block_until_ready(qjax.quantize(model, recipe, calibration=tokens)[0].params)\n"
+        "given, started = qjax.Calibration(tokens, compute=compute), time.perf_counter()\n"
+        "jax.block_until_ready(qjax.quantize(model, recipe, calibration=given)[0].params)\n"
         "print(time.perf_counter() - started)\n"
     )
-    words = [sys.executable, "-c", script, str(folder), str(windows), str(WINDOW), recipe]
+    words = [sys.executable, "-c", script, str(folder), str(windows), str(WINDOW), recipe, compute]
     empty = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     return float(subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True, env=empty).stdout)
 

@@ -1,11 +1,13 @@
 """qjax.calibrate.statistics: against NumPy, weighted, in batches, masked, and of a rescaled input."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qjax.calibrate.statistics import STATISTICS, mapped
+from qjax.calibrate.statistics import STATISTICS, added, mapped
 from qjax.maps import Divide
 
 SIZE = 6
@@ -68,6 +70,33 @@ def test_batches_add_up(name, batch):
     np.testing.assert_allclose(run(name, *parts), run(name, batch), rtol=1e-5, atol=1e-6)
     empty = (*(array[:4] for array in batch[:2]), np.zeros(4, np.float32))
     np.testing.assert_array_equal(run(name, batch, empty), run(name, batch))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("size", [6, 700])
+@pytest.mark.parametrize("name", ["hessian", "drift"])
+def test_products_of_bfloat16_inputs_are_exact(name, size, weighted):
+    """As of the same numbers in float32; weights other than 0 and 1 are rounded into them, by 2^-8 at most on either side."""
+    generator = np.random.default_rng(0)
+    x, change = generator.standard_normal((2, 50, size)).astype(np.float32)
+    weights = ((generator.random(50) > 0.3) * (generator.uniform(0.5, 3, 50) if weighted else 1)).astype(np.float32)
+    narrow = [jnp.asarray(each, jnp.bfloat16) for each in (x, x + change / 16)]
+    statistic, update = STATISTICS[name], jax.jit(functools.partial(added, STATISTICS[name]))
+    found = np.asarray(statistic.finalize(update(statistic.init(size), *narrow, jnp.asarray(weights))))
+    right = expected(name, *(np.asarray(each, np.float32) for each in narrow), weights)
+    assert found.dtype == np.float32 and np.array_equal(found, found.T) == (name == "hessian")
+    scale = np.max(np.abs(expected("hessian", x, x, weights)))
+    assert np.max(np.abs(found - right)) < scale * (2**-7 if weighted else 1e-6)
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_others_see_bfloat16_inputs_in_float32(name, batch):
+    if name in ("hessian", "drift"):
+        return
+    narrow = [jnp.asarray(each, jnp.bfloat16) for each in batch[:2]]
+    statistic = STATISTICS[name]
+    found = statistic.finalize(added(statistic, statistic.init(SIZE), *narrow, jnp.asarray(batch[2])))
+    np.testing.assert_array_equal(found, run(name, (*(each.astype(jnp.float32) for each in narrow), batch[2])))
 
 
 @pytest.mark.parametrize("value", [1e30, np.inf, np.nan])

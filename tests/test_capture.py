@@ -336,3 +336,20 @@ def test_what_layers_return_is_kept_and_taken_in_their_place(room, monkeypatch):
         states = [x]
         capture.advance(module, broken, states, [known])
         np.testing.assert_allclose(states[0], module.apply({"params": params}, x), rtol=1e-5)
+
+
+class Shop(nn.Module):
+    products: tuple[str, ...]
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(len(self.products), name="prices")(x)
+
+
+def test_what_a_module_calls_products_is_its_own():
+    """Those of a decoder's parts are a type (`models/compute.py`)."""
+    module, x = Shop(("tea", "milk")), jax.random.normal(jax.random.key(1), (6, 4))
+    params = module.init(jax.random.key(0), x)["params"]
+    quantized, _ = qjax.quantize_flax(module, params, "gptq:int4-g2@parallel", batches=[(x,)])
+    weight = qjax.dequantize(quantized["prices"]["kernel"])
+    np.testing.assert_allclose(qjax.apply_flax(module, quantized, x), x @ weight, rtol=1e-5, atol=1e-6)

@@ -1,5 +1,6 @@
 """qjax.models.compute: what a model runs in, from the name to the products."""
 
+import dataclasses
 import functools
 
 import jax
@@ -13,15 +14,20 @@ from qjax.cli.early import check_names
 from qjax.errors import QjaxError
 from qjax.evaluate.generate import generate
 from qjax.evaluate.perplexity import score
+from qjax.interception.linen import recorded
 from qjax.kernels import integers
+from qjax.lazy import materialised
 from qjax.linear import Linear, apply_linear
-from qjax.models.compute import compute_name, compute_of
+from qjax.models import walk
+from qjax.models.compute import NAMES, compute_name, compute_of
 from qjax.models.model import apply, empty_caches, hidden_states, runnable
+from qjax.report.tables import distinctions
 from qjax.rounding.nearest import rtn
 from qjax.sweep.request import request_of
 from tests.conftest import random_model, tiny_config
 
 TOKENS = np.arange(24, dtype=np.int32).reshape(2, 12) * 9 % 257
+CALIBRATION = np.asarray(jax.random.randint(jax.random.key(5), (8, 32), 0, 257), np.int32)
 pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="what a CPU does")
 
 
@@ -100,6 +106,57 @@ def test_caches_hold_what_products_read(model):
         logits = apply(lowered, np.array([tokens]))[0, -1]
         assert logits[token] > jnp.max(logits) - 1e-3
         tokens.append(token)
+
+
+@pytest.mark.parametrize("changes", [{}, {"experts": 4, "experts_per_token": 2}])
+def test_calibration_sees_what_layers_multiply(changes):
+    """Inputs rounded to bfloat16, as evaluation multiplies them; those of layers that round or map theirs as they come."""
+    model = random_model(tiny_config(**changes))
+    part = walk.parts(model.config, *compute_of("bfloat16"))[1]
+    params, x = walk.params_of(part, model.params), jax.random.normal(jax.random.key(0), (2, 12, model.config.hidden_size))
+    with recorded(products=jnp.bfloat16) as recording:
+        part.module.apply({"params": params}, x)
+    assert len(recording.inputs) == 7
+    assert {each.dtype for inputs in recording.inputs.values() for each in inputs} == {jnp.dtype(jnp.bfloat16)}
+    np.testing.assert_array_equal(part.module.apply({"params": params}, x) != walk.compiled(part.module)(params, x), True)
+    rounding = qjax.quantize(model, "rtn:int8-channel/int8-token", rules=["(q|gate)/kernel$=none"])[0]
+    with recorded(products=jnp.bfloat16) as recording:
+        part.module.apply({"params": walk.params_of(part, rounding.params)}, x)
+    kinds = {path.split("/")[1]: inputs[0].dtype.name for path, inputs in recording.inputs.items()}
+    lowered = dict.fromkeys(("q", "gate"), "bfloat16")
+    assert kinds == dict.fromkeys(("k", "v", "o", "up", "down"), "float32") | lowered
+
+
+@pytest.mark.parametrize("recipe", ["gptq:int4-g16@parallel", "gptq:int4-g16@qep", "awq(loss=module):int4-g16@sequential"])
+def test_calibration_runs_in_it(model, recipe, tmp_path):
+    """What is told of layers is near that of float32, and not equal; what evaluation runs in changes nothing."""
+    made, given = functools.partial(qjax.quantize, recipe=recipe), qjax.Calibration(CALIBRATION)
+    leaves = lambda quantized: [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(quantized.params)]  # noqa: E731
+    (exact, of_exact), (lowered, of_lowered) = (made(model, calibration=given._replace(compute=each)) for each in NAMES)
+    assert leaves(made(model._replace(compute="bfloat16"), calibration=given)[0]) == leaves(exact) != leaves(lowered)
+    means = (np.mean([each.output_error for each in report.layers if each.output_error]) for report in (of_exact, of_lowered))
+    np.testing.assert_allclose(*means, rtol=0.05)
+    packed, _ = qjax.quantize_to(tmp_path / "packed", model, recipe, calibration=given._replace(compute="bfloat16"))
+    assert leaves(packed._replace(params=materialised(packed.params))) == leaves(lowered)
+    with pytest.raises(QjaxError, match="compute 'half': allowed are float32, bfloat16"):
+        made(model, calibration=given._replace(compute="half"))
+
+
+def test_rows_say_what_they_were_calibrated_in(tiny_model, tmp_path):
+    """They are cells of their own, which `rerun` measures again."""
+    text = qjax.Corpus("t", tuple(" ".join(map(str, range(i, i + 60))) for i in range(3)))
+    tokens = qjax.Calibration(np.arange(64, dtype=np.int32).reshape(2, 32))
+    sweep = qjax.Sweep(("rtn:int4-g16", "gptq:int4-g16"), (text,), qjax.parse_convention("windows-16"), max_windows=2)
+    rows = {}
+    for each in NAMES:
+        asked = dataclasses.replace(sweep, calibration=tokens._replace(compute=each))
+        rows[each] = qjax.run_sweep(tiny_model, asked, tmp_path)
+    assert [row["calibration_compute"] for row in rows["bfloat16"]] == [None, None, "bfloat16"]
+    keys = {name: [row["key"] for row in found] for name, found in rows.items()}
+    assert keys["float32"][:2] == keys["bfloat16"][:2] and keys["float32"][2] != keys["bfloat16"][2]
+    assert rows["float32"][2]["output_error"] != rows["bfloat16"][2]["output_error"]
+    assert request_of(rows["float32"][2] | {"calibration_source": "a text"})["calibration_compute"] == "float32"
+    assert "calibration_compute" in {column.key for column in distinctions([rows[each][2] for each in NAMES])}
 
 
 def test_rows_say_what_they_were_run_in(tiny_model, tmp_path):

@@ -139,6 +139,21 @@ def test_compute_types_are_paired_by_recipe(load):
     assert script.pairs(rows[:1]) == []
 
 
+def test_types_of_calibration_are_paired_by_recipe(load):
+    script = load("compute_types")
+    losses = {("none", None): 0.0, ("gptq", "float32"): 1.0, ("gptq", "bfloat16"): 1.25, ("awq", "float32"): 2.0}
+    units = {"window_tokens": [2] * 12, "window_documents": list(range(12)), "compute_dtype": "float32"}
+    rows = [
+        units
+        | {"fingerprint": "m", "corpus_fingerprint": "c", "recipe": recipe, "calibration_compute": name}
+        | {"window_nll": list(2 * (np.sin(np.arange(12)) + loss))}
+        for (recipe, name), loss in losses.items()
+    ]
+    (pair,) = script.calibrated_pairs(rows)
+    np.testing.assert_allclose([pair.change.value, pair.cost.value], [1.0, 0.25], atol=1e-12)
+    assert script.pairs(rows) == []
+
+
 def test_order_draws_a_calibration_for_every_seed(load, block, tmp_path):
     rows = twin(load("order"), tmp_path, block)
     drawn = [row for row in rows if row["order"]]

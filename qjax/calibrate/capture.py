@@ -23,10 +23,11 @@ from jaxtyping import Array, Float, PyTree
 
 from qjax.calibrate import experts
 from qjax.calibrate.experts import ROUTED
-from qjax.calibrate.statistics import COUNT, STATISTICS, Statistic, first_through, through_maps
+from qjax.calibrate.statistics import COUNT, STATISTICS, Statistic, added, first_through, through_maps
 from qjax.errors import QjaxError
 from qjax.interception.linen import recorded
 from qjax.maps import InputMap
+from qjax.models.decoder import products_of
 from qjax.models.stacks import member, stack_of
 from qjax.numbers import NotFiniteError
 
@@ -101,7 +102,7 @@ class Programs(NamedTuple):
 
 
 class Keep(NamedTuple):
-    """What of a run is kept: its output; what layers at these paths return, and once it has run, that, of the exact run too."""
+    """What of a run is kept: its output; what layers at these paths return, in it and in the exact run; then, that itself."""
 
     output: object = False
     results: object = ()
@@ -116,7 +117,7 @@ def programs(module: nn.Module) -> Programs:
     """The compiled runs of a module, shared by all layers of a model that have equal modules."""
 
     def record(params, static, arrays, known, watched=None):
-        with recorded(watched, known) as recording:
+        with recorded(watched, known, products_of(module)) as recording:
             output = module.apply({"params": params}, *merge_arguments(static, arrays))
         return recording, output
 
@@ -136,14 +137,17 @@ def programs(module: nn.Module) -> Programs:
                     new[path] = experts.update(statistics, new[path], given, counts, everyone=everyone)
                 for x, y in () if path in recording.routed else calls:
                     counts = token_weights(path, weights, x.shape[:-1])
-                    flat, other = (a.reshape(-1, a.shape[-1]).astype(jnp.float32) for a in (x, y))
-                    new[path] = {name: each.update(new[path][name], flat, other, counts) for name, each in statistics}
+                    flat, other = (a.reshape(-1, a.shape[-1]) for a in (x, y))
+                    new[path] = {name: added(each, new[path][name], flat, other, counts) for name, each in statistics}
             except jax.errors.UnexpectedTracerError:
                 hidden.append(path)
         if hidden:
             raise _hidden(hidden)
-        kept = [{path: each.results[path][0] for path in keep.results if len(each.results.get(path, ())) == 1} for each in runs]
-        return new, Keep(output if keep.output else None, kept[0], {} if exact_run is None else kept[1])
+        kept = [
+            {path: each.results[path][0] for path in paths if len(each.results.get(path, ())) == 1}
+            for each, paths in zip(runs, (keep.results, keep.exact), strict=True)
+        ]
+        return new, Keep(output if keep.output else None, *kept)
 
     @functools.partial(jax.jit, static_argnums=(0, 1))
     def output(static, watched, params, arrays, known):
@@ -199,6 +203,7 @@ def capture_statistics(
     prefix: str = "",
     keep_outputs: bool = False,
     keep_results: Sequence[str] = (),
+    keep_exact: Sequence[str] = (),
     stacks: Mapping[str, int] = MappingProxyType({}),
     through: Mapping[str, tuple[InputMap, ...]] = MappingProxyType({}),
 ) -> Captured:
@@ -206,10 +211,10 @@ def capture_statistics(
 
     exact: parameters and batches of the run without quantization, for statistics that compare with it. prefix: of paths in
     messages. keep_results: layers, by path, of which to hand back what they return, for as many batches as KEPT_BYTES has room
-    for. stacks: those of the paths that hold several layers, and how many; the statistics are then of each, under its own path
-    (`models/stacks.py`), from the tokens that are routed to it, or from all (`experts.py`). through: maps of all the paths'
-    inputs, which the statistics are of; arrays of a stack's have a leading axis. Raises QjaxError that names layers whose input
-    is not finite, was not seen, or cannot be captured.
+    for; keep_exact: those of the exact run. stacks: those of the paths that hold several layers, and how many; the statistics
+    are then of each, under its own path (`models/stacks.py`), from the tokens that are routed to it, or from all
+    (`experts.py`). through: maps of all the paths' inputs, which the statistics are of; arrays of a stack's have a leading
+    axis. Raises QjaxError that names layers whose input is not finite, was not seen, or cannot be captured.
     """
     known = {name: STATISTICS[name] for name in dict.fromkeys([*names, COUNT])}
     wanted = Wanted(tuple((name, through_maps(each) if through else each) for name, each in known.items()), tuple(needed))
@@ -217,7 +222,7 @@ def capture_statistics(
     first |= {path: experts.stacked(first[path], count) for path, count in stacks.items() if path in needed}
     first |= {path: first_through(maps, first[path]) for path, maps in through.items()}
     given = (module, params, batches, first, exact, prefix)
-    states, kept = _states(wanted, *given, keep=Keep(keep_outputs, tuple(keep_results)))
+    states, kept = _states(wanted, *given, keep=Keep(keep_outputs, tuple(keep_results), tuple(keep_exact if exact else ())))
     values = _values(wanted, states, stacks)
     hardly = {path: experts.hardly_reached(state) for path, state in states.items() if path in stacks}
     if again := tuple(path for path, numbers in hardly.items() if len(numbers)):
@@ -243,7 +248,7 @@ def _states(
         exact_run = None if exact is None else (exact[0], split_arguments(other.args)[1], dict(other.known))
         this = params, arrays, dict(batch.known)
         try:
-            now = keep if room > 0 else keep._replace(results=())
+            now = keep if room > 0 else keep._replace(results=(), exact=())
             states, found = run(wanted, static, now, states, this, exact_run, batch.weights)
         except jax.errors.UnexpectedTracerError:
             hidden = [path for path in wanted.paths if is_hidden(module, params, batch, path)] or wanted.paths

@@ -6,6 +6,7 @@ many were (`routed`, beside `tokens`), and the driver warns. None is skipped. (G
 llm-compressor calibrates all experts on all tokens.)
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from qjax.calibrate.statistics import COUNT, Statistic
+from qjax.calibrate.statistics import COUNT, Statistic, added
 from qjax.interception.stacked import is_own
 
 FEWEST = 0.1
@@ -41,8 +42,9 @@ def update(statistics: Named, states: dict, inputs: Inputs, weights: Float[Array
     counts = jnp.broadcast_to(weights, (count, weights.size))
     counts = counts if everyone else jnp.where(inputs.routed.reshape(count, -1), counts, 0)
     axes = [0 if is_own(x, inputs.routed) else None for x in (inputs.x, inputs.exact)]
-    given = [x.reshape(*x.shape[: x.ndim - 1 - dims], -1, x.shape[-1]).astype(jnp.float32) for x in (inputs.x, inputs.exact)]
-    return {name: jax.vmap(each.update, (0, *axes, 0))(states[name], *given, counts) for name, each in statistics}
+    given = [x.reshape(*x.shape[: x.ndim - 1 - dims], -1, x.shape[-1]) for x in (inputs.x, inputs.exact)]
+    updates = {name: jax.vmap(functools.partial(added, each), (0, *axes, 0)) for name, each in statistics}
+    return {name: update(states[name], *given, counts) for name, update in updates.items()}
 
 
 def finish(statistics: Named, states: dict, number: int) -> dict[str, Array]:

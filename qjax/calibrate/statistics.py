@@ -4,9 +4,11 @@
 
 x: (tokens, in), what the layer is given. exact: the same, what it would be given were nothing before it quantized; equal to x
 but for `qep`. weights: (tokens,), how much each token counts; 0 leaves it out. Everything is float32, products at the highest
-precision; states add up, so that activations need not be kept. XLA shares a sum over tokens out among processor cores: the last
-digits of what is made of it depend on their number, which a row's device tells. A further statistic is a triple here and a
-line in `STATISTICS`; `methods.register_statistic` adds one from outside.
+precision; states add up, so that activations need not be kept. Inputs of bfloat16 are what a model multiplies that runs in it:
+their products are exact in float32, in which they are summed, so `hessian` and `drift` take them as they are (`added`). XLA
+shares a sum over tokens out among processor cores: the last digits of what is made of it depend on their number, which a row's
+device tells. A further statistic is a triple here and a line in `STATISTICS`; `methods.register_statistic` adds one from
+outside.
 """
 
 import functools
@@ -17,11 +19,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, BFloat16, Float
 
 from qjax.errors import QjaxError
 from qjax.maps import InputMap, on_input
 from qjax.ranges import BINS, count_magnitudes
+
+STRIPS, SMALLEST_STRIP = 4, 128  # of a product of squares in bfloat16
 
 
 class Statistic(NamedTuple):
@@ -64,6 +68,13 @@ def first_through(maps: tuple[InputMap, ...], states: Mapping[str, object]) -> d
     return {name: Through(maps, state) if is_mapped(STATISTICS[name]) else state for name, state in states.items()}
 
 
+def added(statistic: Statistic, state: object, x: Array, exact: Array, weights: Array) -> object:
+    """The state after more tokens. x and exact may be of another type than float32, in which all but sums of products are."""
+    if statistic not in (hessian, drift):
+        x, exact = (each.astype(jnp.float32) for each in (x, exact))
+    return statistic.update(state, x, exact, weights)
+
+
 class Mean(NamedTuple):
     """A weighted sum and the sum of the weights."""
 
@@ -84,9 +95,39 @@ def _counted(x: Float[Array, "tokens in"], weights: Float[Array, " tokens"]) -> 
     return jnp.where(weights[:, None] > 0, x, 0)
 
 
-def _outer(x: Float[Array, "tokens in"], y: Float[Array, "tokens in"], weights: Float[Array, " tokens"]):
-    x, y = _counted(x, weights), _counted(y, weights)
-    return jnp.matmul((x * weights[:, None]).T, y, precision=jax.lax.Precision.HIGHEST)
+def _square(x: Float[Array, "tokens in"], weights: Float[Array, " tokens"]) -> Float[Array, "in in"]:
+    """x^T diag(weights) x."""
+    if x.dtype == jnp.bfloat16:
+        return _product(*2 * (_rooted(x, weights),))
+    x = _counted(x, weights)
+    return jnp.matmul((x * weights[:, None]).T, x, precision=jax.lax.Precision.HIGHEST)
+
+
+def _drift(x: Float[Array, "tokens in"], exact: Float[Array, "tokens in"], weights: Float[Array, " tokens"]):
+    """x^T diag(weights) (exact - x); of bfloat16, which need not hold the difference, the difference of both products."""
+    if x.dtype == jnp.bfloat16:
+        return _product(_rooted(x, weights), _rooted(exact, weights)) - _square(x, weights)  # which XLA has from the Hessian
+    x, change = (_counted(each, weights) for each in (x, exact - x))
+    return jnp.matmul((x * weights[:, None]).T, change, precision=jax.lax.Precision.HIGHEST)
+
+
+def _rooted(x: BFloat16[Array, "tokens in"], weights: Float[Array, " tokens"]) -> BFloat16[Array, "tokens in"]:
+    """x times roots of weights, so that x^T x stays symmetric whatever they are; those of 0 and 1 are exact."""
+    return (_counted(x, weights) * jnp.sqrt(weights)[:, None]).astype(jnp.bfloat16)
+
+
+def _product(x: BFloat16[Array, "tokens in"], y: BFloat16[Array, "tokens in"]) -> Float[Array, "in in"]:
+    """x^T y, summed in float32, in which products of bfloat16 are exact; of x^T x only what is on and above the diagonal is
+    multiplied. In strips: XLA's CPU multiplies a slice of a transposed array in bfloat16, but the whole of it in float32.
+    """
+    across, size, square = x.T, max(SMALLEST_STRIP, -(-x.shape[1] // STRIPS)), x is y
+    strips = []
+    for start in range(0, x.shape[1], size):
+        left = start if square else 0
+        strip = jnp.matmul(across[start : start + size], y[:, left:], preferred_element_type=jnp.float32)
+        strips.append(jnp.pad(strip, ((0, 0), (left, 0))))
+    found = jnp.concatenate(strips)
+    return jnp.triu(found) + jnp.triu(found, 1).T if square else found
 
 
 def _square_mean(product: Callable) -> Statistic:
@@ -98,9 +139,9 @@ def _square_mean(product: Callable) -> Statistic:
     )
 
 
-hessian = _square_mean(lambda x, exact, w: _outer(x, x, w))
+hessian = _square_mean(lambda x, exact, w: _square(x, w))
 
-drift = _square_mean(lambda x, exact, w: _outer(x, exact - x, w))
+drift = _square_mean(_drift)
 
 abs_mean = Statistic(
     init=lambda size: Mean(_zeros(size), _zeros()),

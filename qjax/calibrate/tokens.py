@@ -19,6 +19,7 @@ from qjax.errors import QjaxError
 from qjax.evaluate.corpora import Corpus, article_starts, is_spec, load_corpus
 from qjax.evaluate.kept_tokens import encode_kept
 from qjax.evaluate.windows import within_share
+from qjax.models.compute import require_compute
 from qjax.models.model import Model, require_model
 
 WINDOWS, WINDOW = 128, 2048
@@ -27,13 +28,15 @@ BATCH_TOKENS = {"cpu": 2048, "gpu": 16384, "tpu": 16384}  # calibration tokens r
 
 class Calibration(NamedTuple):
     """tokens (windows, time) int32; weights of the same shape, how much each counts (0 leaves it out), None for all equal.
-    name, source: where they are from, and the fingerprint of that text.
+    name, source: where they are from, and the fingerprint of that text. compute: what the model is run in, float32 or bfloat16
+    (`models/compute.py`), None for the device's own; statistics and rounding are float32 in any case.
     """
 
     tokens: Int[np.ndarray, "windows time"]
     weights: Float[np.ndarray, "windows time"] | None = None
     name: str = "given tokens"
     source: str = ""
+    compute: str | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -56,12 +59,18 @@ def weighted_batches(calibration: Calibration) -> Iterator[tuple[Array, Array]]:
 
 
 def load_calibration(
-    model: Model, corpus: str | Corpus, *, windows: int = WINDOWS, window: int = WINDOW, seed: int = 0
+    model: Model,
+    corpus: str | Corpus,
+    *,
+    windows: int = WINDOWS,
+    window: int = WINDOW,
+    seed: int = 0,
+    compute: str | None = None,
 ) -> Calibration:
     """Windows of a corpus's calibration part (a `Corpus` or a name such as "python-docs", "text:PATH"), drawn by `seed`.
 
-    window: tokens, cut to the model's context. Raises QjaxError for an unknown corpus, a model without tokenizer, and a text
-    with fewer windows than asked for.
+    window: tokens, cut to the model's context. compute: as in `Calibration`. Raises QjaxError for an unknown corpus or compute
+    type, a model without tokenizer, and a text with fewer windows than asked for.
     """
     require_model("load_calibration", model)
     corpus = load_corpus(corpus, "calibration") if isinstance(corpus, str) else corpus
@@ -82,7 +91,7 @@ def load_calibration(
     documents = np.searchsorted(article_starts(corpus), middles, "right") - 1
     chosen = within_share(order, documents, windows)[:windows]
     tokens = np.asarray(ids[: available * window]).reshape(available, window)[chosen]
-    return Calibration(tokens.astype(np.int32), None, corpus.name, corpus.fingerprint)
+    return Calibration(tokens.astype(np.int32), None, corpus.name, corpus.fingerprint, require_compute(compute))
 
 
 def as_calibration(model: Model, calibration: object) -> Calibration:
@@ -95,6 +104,7 @@ def as_calibration(model: Model, calibration: object) -> Calibration:
         calibration = load_calibration(model, calibration)
     if not isinstance(calibration, Calibration):
         calibration = Calibration(*tokens_of(model, calibration))
+    require_compute(calibration.compute)
     tokens, weights = np.asarray(calibration.tokens), calibration.weights
     config = model.config
     if tokens.ndim != 2 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):

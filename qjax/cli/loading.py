@@ -24,11 +24,12 @@ def load_model(name: str, *, lazy: bool = False, weights_alone: bool = False) ->
 
 
 class Draw(NamedTuple):
-    """What is calibrated on as the options say it: a text, how many windows of how many tokens."""
+    """What is calibrated on as the options say it: a text, how many windows of how many tokens, and in which type."""
 
     text: str | None
     windows: int
     window: int
+    compute: str | None = None
 
 
 def calibration_for(
@@ -58,7 +59,8 @@ def calibrations_for(
     if draw.text is None and not named:
         raise QjaxError(f"{reading} reads calibration data; name a text with --calibration, for example text:PATH or c4")
     corpus = load_corpus(draw.text or named[0], "calibration")
-    return tuple(load_calibration(model, corpus, windows=draw.windows, window=draw.window, seed=seed) for seed in seeds)
+    how = {"windows": draw.windows, "window": draw.window, "compute": draw.compute}
+    return tuple(load_calibration(model, corpus, **how, seed=seed) for seed in seeds)
 
 
 def default_windows(model: str, data: list[str], asked: int | None) -> int | None:

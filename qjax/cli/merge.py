@@ -10,6 +10,7 @@ from qjax.cli.export import TYPES, ShardSize, folder_of
 from qjax.cli.loading import Draw, calibration_for, load_model, own_text
 from qjax.cli.options import (
     CalibrationAlone,
+    CalibrationCompute,
     CalibrationWindow,
     CalibrationWindows,
     ConventionName,
@@ -46,6 +47,7 @@ def merge(
     calibration: CalibrationAlone = None,
     calibration_windows: CalibrationWindows = 128,
     calibration_window: CalibrationWindow = 2048,
+    calibration_compute: CalibrationCompute = None,
     seed: Seed = 0,
     shard_size: ShardSize = 5.0,
     overwrite: Overwrite = False,
@@ -69,7 +71,7 @@ def merge(
     corpora = load_corpora(data) if data else ()
     model, target = load_model(base, lazy=True), None if into is None else load_model(into, lazy=True)
     adapted, merged = load_merge(model, adapter, target)
-    draw = Draw(calibration, calibration_windows, calibration_window)
+    draw = Draw(calibration, calibration_windows, calibration_window, calibration_compute)
     read = calibration_for(merged, (recipes, ()), draw, own_text(base), seed)
     done = save_merged(
         out,

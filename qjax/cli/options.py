@@ -55,6 +55,24 @@ def _calibration(texts: str, default: str) -> object:
 CalibrationName = _calibration("as --data", "the calibration part of --data")
 CalibrationAlone = _calibration("for example c4 or text:PATH", "python-docs of the bundled model, else none")
 CalibrationWindows = Annotated[int, typer.Option(min=1, help="Windows of the calibration text, drawn by --seed.")]
+
+
+def _known(compute: str | None) -> str | None:
+    from qjax.models.compute import require_compute
+
+    return require_compute(compute)
+
+
+CalibrationCompute = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration-compute",
+        help="Type that the model runs in to be calibrated: float32 or bfloat16.",
+        metavar="TYPE",
+        show_default="float32 on a CPU, else bfloat16",
+        callback=_known,
+    ),
+]
 CalibrationWindow = Annotated[int, typer.Option(min=1, help="Tokens of a calibration window, cut to the model's context.")]
 OrderName = Annotated[
     str | None,

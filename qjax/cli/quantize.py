@@ -9,6 +9,7 @@ from qjax.cli.export import folder_of
 from qjax.cli.loading import Draw, calibration_for, load_model, own_text
 from qjax.cli.options import (
     CalibrationAlone,
+    CalibrationCompute,
     CalibrationWindow,
     CalibrationWindows,
     ModelName,
@@ -30,6 +31,7 @@ def quantize(
     calibration: CalibrationAlone = None,
     calibration_windows: CalibrationWindows = 128,
     calibration_window: CalibrationWindow = 2048,
+    calibration_compute: CalibrationCompute = None,
     order: OrderName = None,
     seed: Seed = 0,
     report: Annotated[bool, typer.Option("--report", help="Print a line for every layer.")] = False,
@@ -55,7 +57,7 @@ def quantize(
     loaded = load_model(model, lazy=True)
     total = len(placement(loaded, recipe, rules))
     asked_of = ([recipe], rules)
-    draw = Draw(calibration, calibration_windows, calibration_window)
+    draw = Draw(calibration, calibration_windows, calibration_window, calibration_compute)
     tokens = calibration_for(loaded, asked_of, draw, own_text(model), seed)
     with progress_bars() as progress:
         task = progress.add_task("quantizing", total=total)

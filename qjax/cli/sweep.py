@@ -10,6 +10,7 @@ from qjax.cli.early import check_names
 from qjax.cli.loading import Draw, calibrations_for, default_windows, load_model
 from qjax.cli.options import (
     MODEL_HELP,
+    CalibrationCompute,
     CalibrationName,
     CalibrationWindow,
     CalibrationWindows,
@@ -72,6 +73,7 @@ def sweep(
     calibration: CalibrationName = None,
     calibration_windows: CalibrationWindows = 128,
     calibration_window: CalibrationWindow = 2048,
+    calibration_compute: CalibrationCompute = None,
     order: OrderName = None,
     rule: Rules = None,
     seed: Seed = 0,
@@ -127,7 +129,7 @@ def sweep(
         names = [UNQUANTIZED]  # there is nothing left to quantize
     against = None if baseline is None else load_model(baseline)
     max_windows = default_windows(model, data, max_windows)
-    draw = Draw(calibration, calibration_windows, calibration_window)
+    draw = Draw(calibration, calibration_windows, calibration_window, calibration_compute)
     tokens = calibrations_for(loaded, (names, rules), draw, data, drawing)
     request = Sweep(
         tuple(names),
@@ -193,6 +195,7 @@ def sensitivity(
     calibration: CalibrationName = None,
     calibration_windows: CalibrationWindows = 128,
     calibration_window: CalibrationWindow = 2048,
+    calibration_compute: CalibrationCompute = None,
     order: OrderName = None,
     seed: Seed = 0,
     seeds: Seeds = None,
@@ -211,7 +214,7 @@ def sensitivity(
     prepare_results_folder(out)
     corpora = load_corpora(data)
     loaded = load_model(model)
-    draw = Draw(calibration, calibration_windows, calibration_window)
+    draw = Draw(calibration, calibration_windows, calibration_window, calibration_compute)
     tokens = calibrations_for(loaded, (names, ()), draw, data, drawing)
     max_windows = default_windows(model, data, max_windows)
     request = Sweep(tuple(names), corpora, measured, max_windows or None, seeds=drawing, calibration=tokens, one_block=True)

@@ -9,6 +9,7 @@ from qjax.cli.export import folder_of
 from qjax.cli.loading import Draw, calibration_for, load_model, own_text
 from qjax.cli.options import (
     CalibrationAlone,
+    CalibrationCompute,
     CalibrationWindow,
     CalibrationWindows,
     ModelName,
@@ -72,6 +73,7 @@ def qlora(
     calibration: CalibrationAlone = None,
     calibration_windows: CalibrationWindows = 128,
     calibration_window: CalibrationWindow = 2048,
+    calibration_compute: CalibrationCompute = None,
     seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> None:
@@ -89,7 +91,7 @@ def qlora(
     from qjax.train.run import qlora as run_qlora
 
     loaded, tokens = _inputs(model, data)
-    draw = Draw(calibration, calibration_windows, calibration_window)
+    draw = Draw(calibration, calibration_windows, calibration_window, calibration_compute)
     needing = "--start qera" if start == "qera" else None
     recipe, options = _quantizing(loaded, model, recipe, rule, draw, seed, needing)
     with live_training(steps) as show:
@@ -125,6 +127,7 @@ def qat(
     calibration: CalibrationAlone = None,
     calibration_windows: CalibrationWindows = 128,
     calibration_window: CalibrationWindow = 2048,
+    calibration_compute: CalibrationCompute = None,
     seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> None:
@@ -143,7 +146,7 @@ def qat(
 
     loaded, tokens = _inputs(model, data)
     before = None if original is None else load_model(original)
-    draw = Draw(calibration, calibration_windows, calibration_window)
+    draw = Draw(calibration, calibration_windows, calibration_window, calibration_compute)
     recipe, options = _quantizing(loaded, model, recipe, rule, draw, seed)
     with live_training(steps) as show:
         run = Run(out, config, devices, save_every, overwrite, show, folder_of(model))

@@ -11,6 +11,7 @@ from qjax.cli.early import check_names
 from qjax.cli.export import folder_of
 from qjax.cli.loading import Draw, calibration_for, default_windows, load_model
 from qjax.cli.options import (
+    CalibrationCompute,
     CalibrationName,
     CalibrationWindow,
     CalibrationWindows,
@@ -51,6 +52,7 @@ def tune(
     calibration: CalibrationName = None,
     calibration_windows: CalibrationWindows = 128,
     calibration_window: CalibrationWindow = 2048,
+    calibration_compute: CalibrationCompute = None,
     seed: Seed = 0,
     out: Out = Path("qjax-tune"),
 ) -> None:
@@ -83,7 +85,7 @@ def tune(
     measured, loaded = parse_convention(convention), load_model(model)
     rules = rules_in_order(map(str, in_our_words(loaded, map(parse_rule, rule or ()))), None)  # as the saved folder has them
     ordered = by_cost(loaded, canonical(names), rules)
-    draw = Draw(calibration, calibration_windows, calibration_window)
+    draw = Draw(calibration, calibration_windows, calibration_window, calibration_compute)
     asked = calibration_for(loaded, (ordered, rules), draw, [data], seed)
     max_windows = default_windows(model, [data], max_windows)
     request = Sweep(

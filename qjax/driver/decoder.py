@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import jax
-import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array
 
@@ -54,9 +53,10 @@ from qjax.lazy import is_lazy, materialised
 from qjax.linear import Table, dense, is_quantized
 from qjax.methods import UNQUANTIZED, Stage
 from qjax.models import walk
+from qjax.models.compute import compute_name, compute_of
 from qjax.models.fingerprint import model_fingerprint
 from qjax.models.folding import fold_members, folds
-from qjax.models.model import Model, compute_dtype, require_model
+from qjax.models.model import Model, require_model
 from qjax.models.rotation import STREAM, rotate
 from qjax.models.stacks import member, spread, stack_of, with_biases
 from qjax.qtensor import QTensor
@@ -166,7 +166,7 @@ def quantize_to(
         "order": str(work.order),
         "calibration": work.calibration and work.calibration.fingerprint,
         "methods": {name: source for each in set(work.plans[0].values()) if each for name, source in each.sources().items()},
-        "compute": np.dtype(compute_dtype()).name,
+        "compute": compute_name(work.compute),
     }
     config = with_cache(model, request[0])
     with PartWriter(folder, config, identity, overwrite=overwrite) as writer:
@@ -231,6 +231,11 @@ class _Work:
     rotated: bool = False
 
     @property
+    def compute(self) -> str | None:
+        """What the model runs in to be calibrated; None: the device's own."""
+        return self.calibration and self.calibration.compute
+
+    @property
     def refines_blocks(self) -> bool:
         """Whether whole blocks are refined, which are not to be split then."""
         return any(recipe and recipe.block_refiners for plan in self.plans for recipe in plan.values())
@@ -266,7 +271,7 @@ def _parts(
     current = [tokens for tokens, _ in weighted]
     compares = order.alpha or (order.prefix and work.refines_blocks)
     exact = list(current) if compares else []  # states of the unquantized model
-    parts = walk.parts(config, compute_dtype(), halves=order.inside and not work.refines_blocks)
+    parts = walk.parts(config, *compute_of(work.compute), halves=order.inside and not work.refines_blocks)
     inside = [[_within(part, plan) for plan in work.plans] for part in parts]
     last = max((i for i, plans in enumerate(inside) if any(map(_reads_data, plans))), default=-1)
     shared = {}

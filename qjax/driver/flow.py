@@ -53,11 +53,9 @@ class _Run:
     exact: Sequence[Batch]
     on_layer: Callable[[LayerRecord], None]
 
-    def capture(
-        self, plans: Sequence[Plan], paths, floating, *, reference=None, keep_outputs=False, keep_results=()
-    ) -> Captured:
+    def capture(self, plans: Sequence[Plan], paths, floating, *, reference=None, keep_outputs=False, settled=()) -> Captured:
         """Statistics of the layers at `paths`, by the path of the layer that stands for those with its input. reference:
-        parameters of the run that the order compares with.
+        parameters of the run that the order compares with. settled: layers before, whose results are to be kept.
         """
         piece, compared = self.piece, () if reference is None else self.order.captures
         read = [(path, plan[path]) for plan in plans for path in paths if path in plan]
@@ -66,7 +64,7 @@ class _Run:
         if not needed:
             return Captured({}, [])
         exact = (reference, self.exact) if compared else None
-        kept = {"keep_outputs": keep_outputs, "keep_results": keep_results}
+        kept = {"keep_outputs": keep_outputs, "keep_results": settled, "keep_exact": [*settled, *paths]}
         return piece.capture(floating, self.batches, needed, sorted(statistics), exact, **kept)
 
     def of_mapped(self, plan: Plan, paths: Sequence[str], found: Mapping[str, Mapped], floating) -> dict[str, dict[str, Array]]:
@@ -143,7 +141,7 @@ def _by_plan(run: _Run, plan: Plan, reading: Plan, flat, before: Captured, share
         memo = Memo() if order.inside else shared_memo  # inside, nothing is shared beyond a group
         if order.inside and any(path in reading for path in group):
             floating, reference = (piece.tree(leaves) for leaves in (current, base))
-            captured = run.capture([reading], group, floating, reference=reference, keep_results=settled)
+            captured = run.capture([reading], group, floating, reference=reference, settled=settled)
             statistics, run = captured.statistics, run.after(captured)
             settled = [path for path in group if path in reading and not refined]
         of_mapped = run.of_mapped(plan, group, found, piece.tree(current) if order.inside else piece.params)

@@ -14,6 +14,7 @@ from qjax.interception.contraction import KernelView
 from qjax.interception.linen import quantized_kernels
 from qjax.maps import InputMap
 from qjax.methods import Memo
+from qjax.models.decoder import products_of
 from qjax.models.folding import Fold
 from qjax.models.stacks import apart, spread, stack_of, together
 
@@ -68,10 +69,12 @@ class Piece:
         *,
         keep_outputs: bool = False,
         keep_results: Sequence[str] = (),
+        keep_exact: Sequence[str] = (),
         through: Mapping[str, tuple[InputMap, ...]] = NO_MAPS,
     ) -> Captured:
         """`capture_statistics` of the piece with these parameters. through: maps of all layers in `needed`, by the layer."""
-        how = {"prefix": self.prefix, "keep_outputs": keep_outputs, "keep_results": keep_results, "stacks": self.stacks}
+        how = {"prefix": self.prefix, "stacks": self.stacks}
+        how |= {"keep_outputs": keep_outputs, "keep_results": keep_results, "keep_exact": keep_exact}
         if through:  # members of a stack that have none stand out, and `together` says so
             stacks = {path: count for path, count in self.stacks.items() if path in needed}
             how["through"] = together(spread(dict.fromkeys(stacks, ()), stacks) | through, stacks)
@@ -79,7 +82,7 @@ class Piece:
 
     def apply(self, params: PyTree, *args: object) -> object:
         """What the piece makes of the arguments with these parameters."""
-        with quantized_kernels():
+        with quantized_kernels(products_of(self.module)):
             return self.module.apply({"params": params}, *args)
 
     def outputs(self, batches: Iterable[Batch]) -> list[Array]:

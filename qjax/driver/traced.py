@@ -231,7 +231,7 @@ class TracedPiece(Piece):
         return self.source._replace(arrays=self.whole(params, run=True))
 
     def capture(
-        self, params, batches, needed, names, exact=None, *, keep_outputs=False, keep_results=(), through=NO_MAPS
+        self, params, batches, needed, names, exact=None, *, keep_outputs=False, keep_results=(), keep_exact=(), through=NO_MAPS
     ) -> Captured:
         """`tracing.capture` of the function with these matrices."""
         compared = None if exact is None else self._leaves(exact[0])

@@ -72,11 +72,14 @@ class Recording:
 
 @contextlib.contextmanager
 def recorded(
-    watched: tuple[str, ...] | None = None, known: Mapping[str, jax.Array] = MappingProxyType({})
+    watched: tuple[str, ...] | None = None,
+    known: Mapping[str, jax.Array] = MappingProxyType({}),
+    products: DTypeLike | None = None,
 ) -> Iterator[Recording]:
     """`quantized_kernels` that also records the input of every linear layer, and the output of the module at path `watched`.
 
-    known: what layers return, by the path of the kernel, instead of running: XLA drops what is then unused.
+    known: what layers return, by the path of the kernel, instead of running: XLA drops what is then unused. products: as in
+    `quantized_kernels`; inputs of layers that it applies to are recorded in it, as they are multiplied.
     """
     recording = Recording(watched)
 
@@ -87,25 +90,31 @@ def recorded(
             with contextlib.suppress(QjaxError):  # a layer that is not served is refused where it is to be quantized
                 plan = _contraction(layer, args, kwargs)
                 x = args[0] if args else kwargs["inputs"]
-                recording.inputs.setdefault(path, []).append(plan.to_matrix(x))
+                recording.inputs.setdefault(path, []).append(_as_multiplied(layer, plan.to_matrix(x), products))
                 recording.sources.setdefault(path, []).append((x, plan.input_axes))
         if context.method_name == "__call__" and type(layer) is StackedDense:
             x, routed = args
             path = "/".join((*layer.path, "kernel"))
-            recording.inputs.setdefault(path, []).append(x)
+            recording.inputs.setdefault(path, []).append(_as_multiplied(layer, x, products))
             recording.sources.setdefault(path, []).append((x, ()))
             recording.routed.setdefault(path, []).append(routed)
         if context.method_name == "__call__" and type(layer) in SERVED:
-            result = known[path] if path in known else _run_quantized(call, args, kwargs, context)
+            result = known[path] if path in known else _run_quantized(call, args, kwargs, context, products)
             recording.results.setdefault(path, []).append(result)
         else:
-            result = _run_quantized(call, args, kwargs, context)
+            result = _run_quantized(call, args, kwargs, context, products)
         if context.method_name == "__call__" and layer.scope is not None and tuple(layer.path) == watched:
             recording.outputs.append(result)
         return result
 
     with nn.intercept_methods(record):
         yield recording
+
+
+def _as_multiplied(layer: nn.Module, x: jax.Array, products: DTypeLike | None) -> jax.Array:
+    """A layer's input in the type in which it meets an array; where a leaf may map or round it, as it comes."""
+    lowered = products is not None and type(layer) in (nn.Dense, StackedDense)
+    return x.astype(products) if lowered and not is_quantized(layer.get_variable("params", "kernel")) else x
 
 
 def unboxed(params: PyTree) -> PyTree:

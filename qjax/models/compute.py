@@ -6,7 +6,8 @@
                 rotations, softmax and log-sum-exp stay in float32, and so do routers, layers that round their inputs, and
                 packed weights
 
-Statistics and rounding do not ask: they compute in the device's own type.
+Calibration has a type of its own (`Calibration.compute`). Statistics and rounding are float32 in any case: inputs in bfloat16
+are what layers multiply, and their products are exact in float32 (`calibrate/statistics.py`).
 """
 
 from typing import TYPE_CHECKING, NamedTuple

@@ -127,3 +127,8 @@ class Head(nn.Module):
             output = nn.Dense(c.vocabulary_size, use_bias=c.head_bias, dtype=self.dtype, name="output")
             logits = output(x).astype(jnp.float32)
         return softcapped(logits if c.logit_scale == 1 else logits * c.logit_scale, c.logit_softcap)
+
+
+def products_of(module: nn.Module) -> DTypeLike | None:
+    """What a part of a decoder casts to before it multiplies; None for others, whatever they call so."""
+    return module.products if isinstance(module, Block | Head) else None

@@ -61,7 +61,7 @@ def named(model: Model) -> str:
 
 
 def compute_dtype() -> DTypeLike:
-    """What calibration and training compute in: float32 on CPU, bfloat16 on accelerators."""
+    """What training computes in: float32 on CPU, bfloat16 on accelerators."""
     return compute_of(None).dtype
 
 

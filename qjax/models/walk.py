@@ -24,7 +24,7 @@ from qjax.interception.linen import quantized_kernels
 from qjax.lazy import materialised
 from qjax.linear import Table
 from qjax.models.config import DecoderConfig
-from qjax.models.decoder import Block, Embed, Head, branches
+from qjax.models.decoder import Block, Embed, Head, branches, products_of
 
 TABLE = "embed/tokens/embedding"  # path of what a tied head multiplies with
 
@@ -115,7 +115,7 @@ def compiled(module: nn.Module) -> Callable[..., object]:
 
     @jax.jit
     def run(params, *args):
-        with quantized_kernels(getattr(module, "products", None)):
+        with quantized_kernels(products_of(module)):
             return module.apply({"params": params}, *args)
 
     return run

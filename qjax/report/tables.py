@@ -161,6 +161,7 @@ DISTINCTIONS = (  # columns beside the recipe that are shown where they tell row
     TableColumn("calibration", "calibration\ntext", text=True),
     TableColumn("calibration_windows", "calibration\nwindows"),
     TableColumn("calibration_window_tokens", "tokens\na window"),
+    TableColumn("calibration_compute", "calibrated\nin", text=True),
     TableColumn("seed", "seed"),  # of rows that are not merged
     TableColumn(DRAWS, "draws", lambda row, key: str(row.get(key, MISSING if row.get("order") is None else 1))),
 )

@@ -256,6 +256,7 @@ def _asks_calibration(cell: Cell) -> dict[str, object]:
         "calibration_fingerprint": read and _digest([tuple(batch) for batch in read]),
         "calibration_windows": read and len(read),
         "calibration_window_tokens": None,
+        "calibration_compute": None,
     }
 
 

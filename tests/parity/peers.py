@@ -166,26 +166,28 @@ def awq_llm_compressor(folder, tokens: np.ndarray, *, bits: int, group: int, duo
 
 
 def gptq_model_llm_compressor(
-    folder, tokens: np.ndarray, *, bits: int = 4, group: int = 128, batch: int = 8, **options
+    folder, tokens: np.ndarray, *, bits: int = 4, group: int = 128, batch: int = 8, dtype: str = "float32"
 ) -> float:
     """Seconds of llm-compressor's GPTQ of a whole model, calibration included, loading and saving not."""
     from llmcompressor.modifiers.gptq import GPTQModifier
 
-    model = load_transformers(folder)
+    model = load_transformers(folder, dtype)
     recipe = [GPTQModifier(**_scheme(bits, group))]
     start = time.perf_counter()
     _oneshot(folder, model, tokens, recipe, batch)
     return time.perf_counter() - start
 
 
-def gptq_model_gptqmodel(folder, tokens: np.ndarray, bits: int = 4, group: int = 128, batch: int = 8) -> float:
+def gptq_model_gptqmodel(
+    folder, tokens: np.ndarray, *, bits: int = 4, group: int = 128, batch: int = 8, dtype: str = "float32"
+) -> float:
     """Seconds of GPTQModel's GPTQ of a whole model, calibration and packing included, loading and saving not."""
     import torch
     from gptqmodel import GPTQModel
     from gptqmodel.quantization import QuantizeConfig
 
     config = QuantizeConfig(bits=bits, group_size=group, sym=False, offload_to_disk=False)
-    model = GPTQModel.load(str(folder), config, device="cpu", dtype=torch.float32)
+    model = GPTQModel.load(str(folder), config, device="cpu", dtype=getattr(torch, dtype))
     windows = [{"input_ids": window.tolist(), "attention_mask": [1] * len(window)} for window in tokens]
     with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):  # it writes logs/
         start = time.perf_counter()
