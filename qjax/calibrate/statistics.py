@@ -69,8 +69,8 @@ def first_through(maps: tuple[InputMap, ...], states: Mapping[str, object]) -> d
 
 
 def added(statistic: Statistic, state: object, x: Array, exact: Array, weights: Array) -> object:
-    """The state after more tokens. x and exact may be of another type than float32, in which all but sums of products are."""
-    if statistic not in (hessian, drift):
+    """The state after more tokens, whose inputs are of any type: in float32, but for sums of products of bfloat16."""
+    if statistic not in (hessian, drift) or {x.dtype, exact.dtype} != {jnp.dtype(jnp.bfloat16)}:
         x, exact = (each.astype(jnp.float32) for each in (x, exact))
     return statistic.update(state, x, exact, weights)
 
@@ -98,7 +98,8 @@ def _counted(x: Float[Array, "tokens in"], weights: Float[Array, " tokens"]) -> 
 def _square(x: Float[Array, "tokens in"], weights: Float[Array, " tokens"]) -> Float[Array, "in in"]:
     """x^T diag(weights) x."""
     if x.dtype == jnp.bfloat16:
-        return _product(*2 * (_rooted(x, weights),))
+        rooted = _rooted(x, weights)
+        return _product(rooted, rooted)
     x = _counted(x, weights)
     return jnp.matmul((x * weights[:, None]).T, x, precision=jax.lax.Precision.HIGHEST)
 
