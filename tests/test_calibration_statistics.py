@@ -97,7 +97,8 @@ def test_inputs_of_other_types_count_in_float32(name, types, batch):
         return
     given = [jnp.asarray(each, kind) for each, kind in zip(batch[:2], types.split(), strict=True)]
     statistic = STATISTICS[name]
-    found = statistic.finalize(jax.jit(functools.partial(added, statistic))(statistic.init(SIZE), *given, jnp.asarray(batch[2])))
+    update = jax.jit(functools.partial(added, statistic))
+    found = statistic.finalize(update(statistic.init(SIZE), *given, jnp.asarray(batch[2])))
     np.testing.assert_array_equal(found, run(name, (*(each.astype(jnp.float32) for each in given), batch[2])))
 
 
