@@ -66,8 +66,8 @@ def run(out: Path, *, tiny: bool = False, subjects: tuple[common.Subject, ...] =
             for each in (experiment.recipes, experiment.calibrated)
         )
         for name in NAMES:
-            common.measure(out, subject, recipes, dataclasses.replace(experiment.settings, compute=name))
-        for name in NAMES:
+            settings = dataclasses.replace(experiment.settings, compute=name, calibration_compute="float32")
+            common.measure(out, subject, recipes, settings)
             settings = dataclasses.replace(experiment.settings, compute="float32", calibration_compute=name)
             common.measure(out, subject, calibrated, settings)
     rows = common.report(out)
@@ -77,7 +77,8 @@ def run(out: Path, *, tiny: bool = False, subjects: tuple[common.Subject, ...] =
 
 def table(rows: Sequence[Mapping[str, object]]) -> str:
     """The tables of what both types give."""
-    return DOC + "".join(map(line, pairs(rows))) + CALIBRATED_DOC + "".join(map(calibrated_line, calibrated_pairs(rows)))
+    calibrated = "".join(map(calibrated_line, calibrated_pairs(rows)))
+    return DOC + "".join(map(line, pairs(rows))) + (calibrated and CALIBRATED_DOC + calibrated)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +92,8 @@ class Pair:
 
 
 def pairs(rows: Sequence[Mapping[str, object]]) -> list[Pair]:
-    """Of every recipe that was measured in both types."""
-    rows = [row for row in rows if row.get("calibration_compute") != "bfloat16"]
+    """Of every recipe that was measured in both types, calibrated in the device's own."""
+    rows = [row for row in rows if row.get("calibration_compute") is None]
     cells = {(*_text(row), row["compute_dtype"], row["recipe"]): row for row in rows}
     found = []
     for (*text, name, recipe), row in cells.items():
@@ -122,7 +123,7 @@ def calibrated_pairs(rows: Sequence[Mapping[str, object]]) -> list[Calibrated]:
     cells = {(*_text(row), row.get("calibration_compute"), row["recipe"]): row for row in rows}
     found = []
     for (*text, name, recipe), row in cells.items():
-        if name != "float32" or (*text, "bfloat16", recipe) not in cells:
+        if name is not None or (*text, "bfloat16", recipe) not in cells:
             continue
         three = cells[*text, "bfloat16", recipe], row, cells[*text, None, UNQUANTIZED]
         low, exact, before = (np.asarray(each["window_nll"]) for each in three)

@@ -551,10 +551,11 @@ def longer(model: str, task: str, other: str) -> float:
 
 def of_bfloat16(figure: str) -> list[float]:
     """A figure in bfloat16 less that in float32, of every recipe, model and text that has both."""
-    rows = read_rows(RESULTS / "compute_types" / ROWS)
+    rows = [row for row in read_rows(RESULTS / "compute_types" / ROWS) if row.get("calibration_compute") is None]
     held = {(row["model"], row["corpus"], row["recipe"], row["compute_dtype"]): row[figure] for row in rows}
     exact = {cell[:3]: value for cell, value in held.items() if cell[3] == "float32"}
-    return [held[*cell, "bfloat16"] - value for cell, value in exact.items() if value is not None]
+    both = {cell: value for cell, value in exact.items() if value is not None and (*cell, "bfloat16") in held}
+    return [held[*cell, "bfloat16"] - value for cell, value in both.items()]
 
 
 # --- how cost grows -------------------------------------------------------------------------------------------------------

@@ -72,34 +72,49 @@ def test_batches_add_up(name, batch):
     np.testing.assert_array_equal(run(name, batch, empty), run(name, batch))
 
 
+def of(name, x, exact, weights):
+    """The value of inputs of any type."""
+    update = jax.jit(functools.partial(added, STATISTICS[name]))
+    return np.asarray(STATISTICS[name].finalize(update(STATISTICS[name].init(x.shape[1]), x, exact, jnp.asarray(weights))))
+
+
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("size", [6, 700])
+@pytest.mark.parametrize("size", [1, 6, 700])
 @pytest.mark.parametrize("name", ["hessian", "drift"])
 def test_products_of_bfloat16_inputs_are_exact(name, size, weighted):
-    """As of the same numbers in float32; weights other than 0 and 1 are rounded into them, by 2^-8 at most on either side."""
+    """Of numbers near each other as in float32; weights other than 0 and 1 are rounded into them, by 2^-8 on either side."""
     generator = np.random.default_rng(0)
     x, change = generator.standard_normal((2, 50, size)).astype(np.float32)
     weights = ((generator.random(50) > 0.3) * (generator.uniform(0.5, 3, 50) if weighted else 1)).astype(np.float32)
-    narrow = [jnp.asarray(each, jnp.bfloat16) for each in (x, x + change / 16)]
-    statistic, update = STATISTICS[name], jax.jit(functools.partial(added, STATISTICS[name]))
-    found = np.asarray(statistic.finalize(update(statistic.init(size), *narrow, jnp.asarray(weights))))
+    narrow = [jnp.asarray(each, jnp.bfloat16) for each in (x, x * (1 + 2**-5 * np.tanh(change)))]
+    found = of(name, *narrow, weights)
     right = expected(name, *(np.asarray(each, np.float32) for each in narrow), weights)
-    assert found.dtype == np.float32 and np.array_equal(found, found.T) == (name == "hessian")
-    scale = np.max(np.abs(expected("hessian", x, x, weights)))
-    assert np.max(np.abs(found - right)) < scale * (2**-7 if weighted else 1e-6)
+    assert found.dtype == np.float32 and (size == 1 or np.array_equal(found, found.T) == (name == "hessian"))
+    assert np.max(np.abs(found - right)) < np.max(np.abs(right)) * (2**-7 if weighted else 1e-6)
 
 
-@pytest.mark.parametrize("types", ["bfloat16 bfloat16", "float16 float16", "bfloat16 float32"])
+def test_a_run_that_is_the_exact_one_has_no_drift(batch):
+    x = jnp.asarray(batch[0], jnp.bfloat16)
+    assert not np.any(of("drift", x, x, batch[2]))
+
+
+@pytest.mark.parametrize("value", [1e30, np.inf, np.nan])
 @pytest.mark.parametrize("name", STATISTICS)
+def test_bfloat16_tokens_of_weight_0_are_left_out(name, value, batch):
+    counted = batch[2] > 0
+    given = [jnp.asarray(np.where(counted[:, None], each, value), jnp.bfloat16) for each in batch[:2]]
+    zero = [jnp.asarray(np.where(counted[:, None], each, 0), jnp.bfloat16) for each in batch[:2]]
+    np.testing.assert_array_equal(of(name, *given, batch[2]), of(name, *zero, batch[2]))
+
+
+TAKEN_AS_THEY_ARE = [(name, "bfloat16 bfloat16") for name in ("hessian", "drift")]
+OTHER_TYPES = [(name, types) for name in STATISTICS for types in ("float16 float16", "bfloat16 float32", "bfloat16 bfloat16")]
+
+
+@pytest.mark.parametrize(("name", "types"), [each for each in OTHER_TYPES if each not in TAKEN_AS_THEY_ARE])
 def test_inputs_of_other_types_count_in_float32(name, types, batch):
-    """But for products of bfloat16, which are exact there (`test_products_of_bfloat16_inputs_are_exact`)."""
-    if name in ("hessian", "drift") and types == "bfloat16 bfloat16":
-        return
     given = [jnp.asarray(each, kind) for each, kind in zip(batch[:2], types.split(), strict=True)]
-    statistic = STATISTICS[name]
-    update = jax.jit(functools.partial(added, statistic))
-    found = statistic.finalize(update(statistic.init(SIZE), *given, jnp.asarray(batch[2])))
-    np.testing.assert_array_equal(found, run(name, (*(each.astype(jnp.float32) for each in given), batch[2])))
+    np.testing.assert_array_equal(of(name, *given, batch[2]), run(name, (*(x.astype(jnp.float32) for x in given), batch[2])))
 
 
 @pytest.mark.parametrize("value", [1e30, np.inf, np.nan])

@@ -10,7 +10,8 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 import qjax
-from qjax.cli.early import check_names
+from qjax.calibrate import experts
+from qjax.calibrate.statistics import STATISTICS
 from qjax.errors import QjaxError
 from qjax.evaluate.generate import generate
 from qjax.evaluate.perplexity import score
@@ -23,8 +24,10 @@ from qjax.models.compute import NAMES, compute_name, compute_of
 from qjax.models.model import apply, empty_caches, hidden_states, runnable
 from qjax.report.tables import distinctions
 from qjax.rounding.nearest import rtn
-from qjax.sweep.request import request_of
+from qjax.sweep.request import find_row, request_of
+from qjax.sweep.rows import complete
 from tests.conftest import random_model, tiny_config
+from tests.test_cli import fails
 
 TOKENS = np.arange(24, dtype=np.int32).reshape(2, 12) * 9 % 257
 CALIBRATION = np.asarray(jax.random.randint(jax.random.key(5), (8, 32), 0, 257), np.int32)
@@ -53,9 +56,19 @@ def test_names():
     assert compute_of("float32") == compute_of(None) == (jnp.float32, None)
     assert compute_of("bfloat16") == (jnp.float32, jnp.bfloat16)
     assert [compute_name(name) for name in (None, "float32", "bfloat16")] == ["float32", "float32", "bfloat16"]
-    for wrong in (functools.partial(check_names, compute="bf16"), functools.partial(qjax.Sweep, (), (), None, compute="bf16")):
-        with pytest.raises(QjaxError, match="compute 'bf16': allowed are float32, bfloat16"):
-            wrong()
+    with pytest.raises(QjaxError, match="compute 'bf16': allowed are float32, bfloat16"):
+        qjax.Sweep((), (), None, compute="bf16")
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        *(("eval", "--compute"), ("generate", "--compute"), ("sweep", "--compute")),
+        *((command, "--calibration-compute") for command in ("quantize", "sweep", "sensitivity", "generate", "tune")),
+    ],
+)
+def test_an_unknown_type_is_one_error(command, option, capsys):
+    assert f"{option}: compute 'half': allowed are float32, bfloat16" in fails(capsys, command, "bundled", option, "half")
 
 
 @pytest.mark.parametrize("changes", [{}, {"experts": 4, "experts_per_token": 2}, {"tied": True}])
@@ -115,10 +128,11 @@ def test_calibration_sees_what_layers_multiply(changes):
     part = walk.parts(model.config, *compute_of("bfloat16"))[1]
     params, x = walk.params_of(part, model.params), jax.random.normal(jax.random.key(0), (2, 12, model.config.hidden_size))
     with recorded(products=jnp.bfloat16) as recording:
-        part.module.apply({"params": params}, x)
+        shown = part.module.apply({"params": params}, x)
     assert len(recording.inputs) == 7
     assert {each.dtype for inputs in recording.inputs.values() for each in inputs} == {jnp.dtype(jnp.bfloat16)}
-    np.testing.assert_array_equal(part.module.apply({"params": params}, x) != walk.compiled(part.module)(params, x), True)
+    evaluated, exact = walk.compiled(part.module)(params, x), walk.compiled(part.module.copy(products=None))(params, x)
+    assert 20 * np.mean(np.square(shown - evaluated)) < np.mean(np.square(shown - exact))
     rounding = qjax.quantize(model, "rtn:int8-channel/int8-token", rules=["(q|gate)/kernel$=none"])[0]
     with recorded(products=jnp.bfloat16) as recording:
         part.module.apply({"params": walk.params_of(part, rounding.params)}, x)
@@ -142,8 +156,36 @@ def test_calibration_runs_in_it(model, recipe, tmp_path):
         made(model, calibration=given._replace(compute="half"))
 
 
+def test_what_layers_are_given_is_told_in_it(model):
+    given = qjax.Calibration(CALIBRATION)
+    exact, lowered = (qjax.input_outliers(model, given._replace(compute=each)) for each in NAMES)
+    assert exact == qjax.input_outliers(model, given) != lowered
+    assert lowered == qjax.input_outliers(model._replace(compute="bfloat16"), given)
+
+
+def test_experts_have_hessians_of_bfloat16_inputs():
+    """Those that vmap makes, of an input for all and of one for each."""
+    x = jax.random.normal(jax.random.key(0), (2, 3, 5, 40)).astype(jnp.bfloat16)
+    routed, named = jax.random.bernoulli(jax.random.key(1), 0.5, (3, 5)), (("hessian", STATISTICS["hessian"]),)
+    for given in (x[0, 0], x[0]):
+        first = {"hessian": experts.stacked(STATISTICS["hessian"].init(40), 3)}
+        found, exact = (
+            experts.update(named, first, experts.Inputs(each, each, routed), jnp.ones(5), everyone=False)["hessian"].total
+            for each in (given, given.astype(jnp.float32))
+        )
+        np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-5)
+
+
+def test_blocks_are_refined_in_it(model):
+    recipe = "rtn+block_ap(steps=4):int3-g16@block"
+    made = [qjax.quantize(model, recipe, calibration=qjax.Calibration(CALIBRATION, compute=each)) for each in NAMES]
+    losses = [[record.block_loss_after for record in report.layers if record.block_loss_after] for _, report in made]
+    assert losses[0] != losses[1] and len(losses[0]) == len(losses[1]) > 0
+    np.testing.assert_allclose(*map(np.mean, losses), rtol=0.2)
+
+
 def test_rows_say_what_they_were_calibrated_in(tiny_model, tmp_path):
-    """They are cells of their own, which `rerun` measures again."""
+    """They are cells of their own; null stands for the device's own type, and for rows from before there was a choice."""
     text = qjax.Corpus("t", tuple(" ".join(map(str, range(i, i + 60))) for i in range(3)))
     tokens = qjax.Calibration(np.arange(64, dtype=np.int32).reshape(2, 32))
     sweep = qjax.Sweep(("rtn:int4-g16", "gptq:int4-g16"), (text,), qjax.parse_convention("windows-16"), max_windows=2)
@@ -152,11 +194,17 @@ def test_rows_say_what_they_were_calibrated_in(tiny_model, tmp_path):
         asked = dataclasses.replace(sweep, calibration=tokens._replace(compute=each))
         rows[each] = qjax.run_sweep(tiny_model, asked, tmp_path)
     assert [row["calibration_compute"] for row in rows["bfloat16"]] == [None, None, "bfloat16"]
+    assert [row["calibration_compute"] for row in rows["float32"]] == [None, None, None]
     keys = {name: [row["key"] for row in found] for name, found in rows.items()}
     assert keys["float32"][:2] == keys["bfloat16"][:2] and keys["float32"][2] != keys["bfloat16"][2]
     assert rows["float32"][2]["output_error"] != rows["bfloat16"][2]["output_error"]
-    assert request_of(rows["float32"][2] | {"calibration_source": "a text"})["calibration_compute"] == "float32"
-    assert "calibration_compute" in {column.key for column in distinctions([rows[each][2] for each in NAMES])}
+    before, lowered = rows["float32"][2], rows["bfloat16"][2]
+    old = complete({name: value for name, value in before.items() if name != "calibration_compute"} | {"key": "old"})
+    assert find_row([old, before], before["recipe"], "rows") is before  # one cell
+    with pytest.raises(QjaxError, match=r"2 rows of rows are .* in bfloat16"):
+        find_row([before, lowered], before["recipe"], "rows")
+    told = [{column.key for column in distinctions(pair)} for pair in ([old, before], [before, lowered])]
+    assert [("calibration_compute" in each) for each in told] == [False, True]
 
 
 def test_rows_say_what_they_were_run_in(tiny_model, tmp_path):

@@ -33,9 +33,16 @@ def equal(model, other):
             np.testing.assert_array_equal(a, b, err_msg=path)
 
 
-@pytest.mark.parametrize("recipe", ["awq+gptq:int3-g16@qep", "awq+gptq:int3-g16@parallel", "bf16"])
-def test_it_goes_on_where_it_was_stopped(case, tmp_path, recipe):
+@pytest.mark.parametrize(
+    ("recipe", "compute"),
+    [
+        *(("awq+gptq:int3-g16@qep", None), ("awq+gptq:int3-g16@parallel", None), ("bf16", None)),
+        ("awq+gptq:int3-g16@qep", "bfloat16"),
+    ],
+)
+def test_it_goes_on_where_it_was_stopped(case, tmp_path, recipe, compute):
     model, source, tokens = case
+    tokens = qjax.Calibration(tokens, compute=compute)
     rules = () if recipe == "bf16" else ("mlp/down=rtn:int8-g16/int8-token", "head=nf4-g32-dq")
     expected, report = qjax.quantize(model, recipe, calibration=tokens, rules=rules)
     seen = []
@@ -51,6 +58,9 @@ def test_it_goes_on_where_it_was_stopped(case, tmp_path, recipe):
     assert not (tmp_path / "out").exists() and (tmp_path / ".out.partial").is_dir()
     with pytest.raises(QjaxError, match="something else"):
         qjax.quantize_to(tmp_path / "out", model, "rtn:int8-g16")
+    if compute:
+        with pytest.raises(QjaxError, match="something else"):
+            qjax.quantize_to(tmp_path / "out", model, recipe, calibration=tokens._replace(compute=None), rules=rules)
     got, again = qjax.quantize_to(tmp_path / "out", qjax.load(source, lazy=True), recipe, **asked)
     assert not (tmp_path / ".out.partial").exists()
     equal(expected, got)

@@ -84,6 +84,19 @@ def test_rerun_gives_the_same_row(work, capsys):
     assert sorted(path.name for path in (work / "results").iterdir()) == before
 
 
+def test_rerun_calibrates_in_the_row_s_type(work, tmp_path, capsys):
+    model, text = qjax.load(work / "tiny"), load_corpus(f"text:{work / 'text.txt'}")
+    tokens = qjax.load_calibration(model, f"text:{work / 'other.txt'}", windows=4, compute="bfloat16")
+    given = {"max_windows": 2, "calibration": tokens}
+    sweep = qjax.Sweep(("gptq:int3-g16@parallel",), (text,), qjax.parse_convention("windows-32"), **given)
+    _, row = qjax.run_sweep(model, sweep, tmp_path)
+    code, printed = invoke(capsys, "rerun", tmp_path, "--row", row["key"], *places(work))
+    assert code == 0 and f"key {row['key']}" in printed
+    append_row(tmp_path / ROWS, row | {"key": "float32", "calibration_compute": None})
+    code, printed = invoke(capsys, "rerun", tmp_path, "--row", "float32", *places(work))
+    assert code == 1 and "Different: " in printed
+
+
 def test_a_row_that_is_not_what_is_measured_is_exit_code_1(work, tmp_path, capsys):
     row = read_rows(work / "results" / ROWS)[0]
     changed = row | {"nll": row["nll"] + 1e-12, "versions": "qjax 0.0.1", "seconds_evaluate": 77.0}

@@ -102,7 +102,9 @@ class Programs(NamedTuple):
 
 
 class Keep(NamedTuple):
-    """What of a run is kept: its output; what layers at these paths return, in it and in the exact run; then, that itself."""
+    """What of a run is kept: its output; what layers return, in it and in the exact run: as asked the paths of their kernels,
+    as returned the arrays by path.
+    """
 
     output: object = False
     results: object = ()
@@ -144,8 +146,8 @@ def programs(module: nn.Module) -> Programs:
         if hidden:
             raise _hidden(hidden)
         kept = [
-            {path: each.results[path][0] for path in paths if len(each.results.get(path, ())) == 1}
-            for each, paths in zip(runs, (keep.results, keep.exact), strict=True)
+            {path: each.results[path][0] for path in asked if len(each.results.get(path, ())) == 1}
+            for each, asked in zip(runs, (keep.results, keep.exact), strict=True)
         ]
         return new, Keep(output if keep.output else None, *kept)
 

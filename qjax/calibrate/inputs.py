@@ -24,10 +24,12 @@ class Inputs(NamedTuple):
 def input_statistics(model: Model, calibration: object, names: Iterable[str]) -> Iterator[Inputs]:
     """Every distinct input of linear layers in the blocks, in their order, over calibration tokens; each expert has its own.
 
-    calibration: as `quantize` takes it. Raises QjaxError for tokens that are none, and inputs that are not finite.
+    calibration: as `quantize` takes it; its type, or else the model's, is what the model runs in. Raises QjaxError for tokens
+    that are none, and inputs that are not finite.
     """
-    states, weights = map(list, zip(*weighted_batches(as_calibration(model, calibration)), strict=True))
-    model, names = runnable(model), tuple(names)
+    given, names = as_calibration(model, calibration), tuple(names)
+    states, weights = map(list, zip(*weighted_batches(given), strict=True))
+    model = runnable(model, compute=given.compute)
     for part in walk.body(model.config, *computing(model)):
         params = walk.params_of(part, model.params)
         if part.kind == "block":

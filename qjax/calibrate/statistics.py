@@ -5,10 +5,10 @@
 x: (tokens, in), what the layer is given. exact: the same, what it would be given were nothing before it quantized; equal to x
 but for `qep`. weights: (tokens,), how much each token counts; 0 leaves it out. Everything is float32, products at the highest
 precision; states add up, so that activations need not be kept. Inputs of bfloat16 are what a model multiplies that runs in it:
-their products are exact in float32, in which they are summed, so `hessian` and `drift` take them as they are (`added`). XLA
-shares a sum over tokens out among processor cores: the last digits of what is made of it depend on their number, which a row's
-device tells. A further statistic is a triple here and a line in `STATISTICS`; `methods.register_statistic` adds one from
-outside.
+their products are exact in float32, in which they are summed, so `hessian` and `drift` take them as they are (`added`);
+weights other than 0 and 1 are rounded into them. XLA shares a sum over tokens out among processor cores: the last digits of
+what is made of it depend on their number, which a row's device tells. A further statistic is a triple here and a line in
+`STATISTICS`; `methods.register_statistic` adds one from outside.
 """
 
 import functools
@@ -25,18 +25,20 @@ from qjax.errors import QjaxError
 from qjax.maps import InputMap, on_input
 from qjax.ranges import BINS, count_magnitudes
 
-STRIPS, SMALLEST_STRIP = 4, 128  # of a product of squares in bfloat16
+STRIPS, SMALLEST_STRIP = 4, 128  # of a product of bfloat16 inputs: of 2, 3, 4 and 6 none is much faster
 
 
 class Statistic(NamedTuple):
     """init, update, finalize, and how many of a value's axes, the first ones, are inputs: what a map of the inputs needs to
-    know; None where the value is of all inputs together, which no map of them determines.
+    know; None where the value is of all inputs together, which no map of them determines. takes_bfloat16: whether `update`
+    takes inputs of bfloat16 as they are; it is given float32 otherwise.
     """
 
     init: Callable[[int], object]
     update: Callable[[object, Array, Array, Array], object]
     finalize: Callable[[object], Array]
     axes: int | None
+    takes_bfloat16: bool = False
 
 
 class Through(NamedTuple):
@@ -60,7 +62,8 @@ def through_maps(statistic: Statistic) -> Statistic:
     def update(s, x, exact, w):
         return s._replace(state=statistic.update(s.state, on_input(s.maps, x), on_input(s.maps, exact), w))
 
-    return statistic._replace(update=update, finalize=lambda s: statistic.finalize(s.state), axes=None)
+    finalize = lambda s: statistic.finalize(s.state)  # noqa: E731
+    return statistic._replace(update=update, finalize=finalize, axes=None, takes_bfloat16=False)
 
 
 def first_through(maps: tuple[InputMap, ...], states: Mapping[str, object]) -> dict[str, object]:
@@ -69,8 +72,8 @@ def first_through(maps: tuple[InputMap, ...], states: Mapping[str, object]) -> d
 
 
 def added(statistic: Statistic, state: object, x: Array, exact: Array, weights: Array) -> object:
-    """The state after more tokens, whose inputs are of any type: in float32, but for sums of products of bfloat16."""
-    if statistic not in (hessian, drift) or {x.dtype, exact.dtype} != {jnp.dtype(jnp.bfloat16)}:
+    """The state after more tokens, whose inputs are of any type: in float32, but of bfloat16 where the statistic takes them."""
+    if not (statistic.takes_bfloat16 and x.dtype == exact.dtype == jnp.bfloat16):
         x, exact = (each.astype(jnp.float32) for each in (x, exact))
     return statistic.update(state, x, exact, weights)
 
@@ -99,16 +102,17 @@ def _square(x: Float[Array, "tokens in"], weights: Float[Array, " tokens"]) -> F
     """x^T diag(weights) x."""
     if x.dtype == jnp.bfloat16:
         rooted = _rooted(x, weights)
-        return _product(rooted, rooted)
+        return _product(rooted, rooted, symmetric=True)
     x = _counted(x, weights)
     return jnp.matmul((x * weights[:, None]).T, x, precision=jax.lax.Precision.HIGHEST)
 
 
 def _drift(x: Float[Array, "tokens in"], exact: Float[Array, "tokens in"], weights: Float[Array, " tokens"]):
-    """x^T diag(weights) (exact - x); of bfloat16, which need not hold the difference, the difference of both products."""
+    """x^T diag(weights) (exact - x); of bfloat16 numbers that are not near each other the difference is rounded to that."""
+    change = exact - x
     if x.dtype == jnp.bfloat16:
-        return _product(_rooted(x, weights), _rooted(exact, weights)) - _square(x, weights)  # which XLA has from the Hessian
-    x, change = (_counted(each, weights) for each in (x, exact - x))
+        return _product(_rooted(x, weights), _rooted(change, weights))
+    x, change = _counted(x, weights), _counted(change, weights)
     return jnp.matmul((x * weights[:, None]).T, change, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -117,18 +121,20 @@ def _rooted(x: BFloat16[Array, "tokens in"], weights: Float[Array, " tokens"]) -
     return (_counted(x, weights) * jnp.sqrt(weights)[:, None]).astype(jnp.bfloat16)
 
 
-def _product(x: BFloat16[Array, "tokens in"], y: BFloat16[Array, "tokens in"]) -> Float[Array, "in in"]:
-    """x^T y, summed in float32, in which products of bfloat16 are exact; of x^T x only what is on and above the diagonal is
-    multiplied. In strips: XLA's CPU multiplies a slice of a transposed array in bfloat16, but the whole of it in float32.
+def _product(x: BFloat16[Array, "tokens in"], y: BFloat16[Array, "tokens in"], *, symmetric: bool = False):
+    """x^T y, summed in float32, in which products of bfloat16 are exact. On a CPU in strips: with JAX 0.10 to 0.12 XLA
+    multiplies a slice of a transposed array in bfloat16, but the whole of it in float32. symmetric: as x^T x is, so that what
+    lies below the diagonal's strip is not multiplied.
     """
-    across, size, square = x.T, max(SMALLEST_STRIP, -(-x.shape[1] // STRIPS)), x is y
-    strips = []
-    for start in range(0, x.shape[1], size):
-        left = start if square else 0
-        strip = jnp.matmul(across[start : start + size], y[:, left:], preferred_element_type=jnp.float32)
-        strips.append(jnp.pad(strip, ((0, 0), (left, 0))))
+    product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+    if jax.default_backend() != "cpu":
+        return product(x.T, y)
+    across, step, strips = x.T, max(SMALLEST_STRIP, -(-x.shape[1] // STRIPS)), []
+    for start in range(0, x.shape[1], step):
+        left = start if symmetric else 0
+        strips.append(jnp.pad(product(across[start : start + step], y[:, left:]), ((0, 0), (left, 0))))
     found = jnp.concatenate(strips)
-    return jnp.triu(found) + jnp.triu(found, 1).T if square else found
+    return jnp.triu(found) + jnp.triu(found, 1).T if symmetric else found
 
 
 def _square_mean(product: Callable) -> Statistic:
@@ -137,6 +143,7 @@ def _square_mean(product: Callable) -> Statistic:
         update=lambda s, x, exact, w: Mean(s.total + product(x, exact, w), s.weight + jnp.sum(w)),
         finalize=Mean.value,
         axes=2,
+        takes_bfloat16=True,
     )
 
 

@@ -73,6 +73,7 @@ def load_calibration(
     type, a model without tokenizer, and a text with fewer windows than asked for.
     """
     require_model("load_calibration", model)
+    require_compute(compute)
     corpus = load_corpus(corpus, "calibration") if isinstance(corpus, str) else corpus
     if model.tokenizer is None:
         raise QjaxError(f"{model.name} has no tokenizer.json, which calibrating on text needs; give tokens instead")
@@ -91,7 +92,7 @@ def load_calibration(
     documents = np.searchsorted(article_starts(corpus), middles, "right") - 1
     chosen = within_share(order, documents, windows)[:windows]
     tokens = np.asarray(ids[: available * window]).reshape(available, window)[chosen]
-    return Calibration(tokens.astype(np.int32), None, corpus.name, corpus.fingerprint, require_compute(compute))
+    return Calibration(tokens.astype(np.int32), None, corpus.name, corpus.fingerprint, compute)
 
 
 def as_calibration(model: Model, calibration: object) -> Calibration:

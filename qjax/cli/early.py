@@ -21,18 +21,16 @@ def check_names(
     convention: str | None = None,
     tasks: str | None = None,
     measure: str | None = None,
-    compute: str | None = None,
     texts: Iterable[str | None] = (),
     models: Iterable[str | None] = (),
 ) -> None:
-    """Raises QjaxError for an unknown method, option, format, order, convention, task, measurement, compute type or text, for a
+    """Raises QjaxError for an unknown method, option, format, order, convention, task, measurement or text, for a
     rule whose pattern is none, and for a model's path that does not exist.
 
     None: not said. recipes, methods, tasks, measure: names between commas.
     """
     from qjax.formats import ALIASES, GRIDS, UNQUANTIZED
     from qjax.grammar import require_method, require_order, require_words, split_rule
-    from qjax.models.compute import require_compute
 
     for recipe in split_names(recipes, "recipe"):
         require_words(recipe)
@@ -43,7 +41,6 @@ def check_names(
         require_order(f"order {order!r}", order)
     for rule in rules or ():
         require_words(split_rule(rule)[1])
-    require_compute(compute)
     _check_evaluation(convention, [text for text in texts if text is not None], tasks, measure)
     for model in models:
         if model is not None and looks_like_a_path(model) and not status(standing(expand(model))):

@@ -10,6 +10,7 @@ from qjax.cli.loading import Draw, calibration_for, load_model, own_text
 from qjax.cli.options import (
     LARGEST_SEED,
     CalibrationAlone,
+    CalibrationCompute,
     CalibrationWindow,
     CalibrationWindows,
     ComputeName,
@@ -47,7 +48,7 @@ def evaluate(
     """Perplexity of one model, quantized or not, on python-docs or --data; with --tasks or --lm-eval its accuracy, and
     perplexity where --data is given too.
     """
-    check_names(convention=convention, texts=data, tasks=tasks, compute=compute, models=(model,))
+    check_names(convention=convention, texts=data, tasks=tasks, models=(model,))
     from qjax.evaluate.corpora import load_corpora
     from qjax.evaluate.perplexity import perplexity
     from qjax.evaluate.tasks import load_tasks
@@ -90,12 +91,13 @@ def generate(
     calibration: CalibrationAlone = None,
     calibration_windows: CalibrationWindows = 128,
     calibration_window: CalibrationWindow = 2048,
+    calibration_compute: CalibrationCompute = None,
     packed: Packed = False,
     compute: ComputeName = None,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the draws.")] = 0,
 ) -> None:
     """Let a model, quantized or not, go on with a prompt."""
-    check_names(recipes=recipe, compute=compute, texts=(calibration,), models=(model,))
+    check_names(recipes=recipe, texts=(calibration,), models=(model,))
     from qjax.driver.decoder import quantize as quantize_model
     from qjax.evaluate.generate import generate_text
     from qjax.evaluate.likelihood import require_tokenizer
@@ -105,7 +107,7 @@ def generate(
     loaded = load_model(model)._replace(compute=compute)
     require_tokenizer(loaded)  # before anything is shown
     if recipe is not None:
-        draw = Draw(calibration, calibration_windows, calibration_window)
+        draw = Draw(calibration, calibration_windows, calibration_window, calibration_compute)
         read = calibration_for(loaded, asked_of, draw, own_text(model), seed)
         loaded, _ = quantize_model(loaded, recipe, calibration=read)
     typer.echo(prompt, nl=False)

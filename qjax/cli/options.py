@@ -14,15 +14,26 @@ MODEL_HELP = "Hugging Face folder or hub name, GGUF file, folder qjax saved, or 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 RecipeName = Annotated[str, typer.Option("--recipe", help="For example gptq:int4-g128; see `qjax recipes`.")]
 Packed = Annotated[bool, typer.Option("--packed", help="Multiply with packed weights.")]
-ComputeName = Annotated[
-    str | None,
-    typer.Option(
-        "--compute",
-        help="Type that the model runs in: float32 or bfloat16; rounding does not depend on it.",
-        metavar="TYPE",
-        show_default="float32 on a CPU, else bfloat16",
-    ),
-]
+
+
+def _compute(option: str, use: str) -> object:
+    """The type of an option that names a compute type."""
+
+    def known(name: str | None) -> str | None:
+        from qjax.models.compute import require_compute
+
+        try:
+            return require_compute(name)
+        except QjaxError as error:
+            raise QjaxError(f"{option}: {error}") from None
+
+    help = f"Type that the model runs in{use}: float32 or bfloat16; rounding is in float32."
+    default = "float32 on a CPU, else bfloat16"
+    return Annotated[str | None, typer.Option(option, help=help, metavar="TYPE", show_default=default, callback=known)]
+
+
+ComputeName = _compute("--compute", "")
+CalibrationCompute = _compute("--calibration-compute", " to be calibrated")
 Data = Annotated[
     list[str], typer.Option("--data", help="python-docs, wikitext2, ptb, c4, text:PATH or jsonl:PATH; may be repeated.")
 ]
@@ -55,24 +66,6 @@ def _calibration(texts: str, default: str) -> object:
 CalibrationName = _calibration("as --data", "the calibration part of --data")
 CalibrationAlone = _calibration("for example c4 or text:PATH", "python-docs of the bundled model, else none")
 CalibrationWindows = Annotated[int, typer.Option(min=1, help="Windows of the calibration text, drawn by --seed.")]
-
-
-def _known(compute: str | None) -> str | None:
-    from qjax.models.compute import require_compute
-
-    return require_compute(compute)
-
-
-CalibrationCompute = Annotated[
-    str | None,
-    typer.Option(
-        "--calibration-compute",
-        help="Type that the model runs in to be calibrated: float32 or bfloat16.",
-        metavar="TYPE",
-        show_default="float32 on a CPU, else bfloat16",
-        callback=_known,
-    ),
-]
 CalibrationWindow = Annotated[int, typer.Option(min=1, help="Tokens of a calibration window, cut to the model's context.")]
 OrderName = Annotated[
     str | None,

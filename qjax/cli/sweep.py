@@ -104,7 +104,7 @@ def sweep(
     engine, _ = parse_launcher(launcher)
     asked, drawing = _recipes(recipes, methods, bits, group), split_seeds(seeds, seed)
     asked_names = {"recipes": recipes, "methods": methods, "order": order, "rules": rule, "convention": convention}
-    asked_names |= {"tasks": tasks, "measure": measure, "compute": compute}
+    asked_names |= {"tasks": tasks, "measure": measure}
     check_names(**asked_names, texts=(*data, calibration), models=(model, baseline))
     from qjax.evaluate.corpora import load_corpora
     from qjax.evaluate.tasks import load_tasks

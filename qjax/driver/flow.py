@@ -55,7 +55,8 @@ class _Run:
 
     def capture(self, plans: Sequence[Plan], paths, floating, *, reference=None, keep_outputs=False, settled=()) -> Captured:
         """Statistics of the layers at `paths`, by the path of the layer that stands for those with its input. reference:
-        parameters of the run that the order compares with. settled: layers before, whose results are to be kept.
+        parameters of the run that the order compares with. settled: layers before, whose results are to be kept; the
+        exact run's are known as soon as it runs.
         """
         piece, compared = self.piece, () if reference is None else self.order.captures
         read = [(path, plan[path]) for plan in plans for path in paths if path in plan]
@@ -64,7 +65,7 @@ class _Run:
         if not needed:
             return Captured({}, [])
         exact = (reference, self.exact) if compared else None
-        kept = {"keep_outputs": keep_outputs, "keep_results": settled, "keep_exact": [*settled, *paths]}
+        kept = {"keep_outputs": keep_outputs, "keep_results": settled, "keep_exact": paths}
         return piece.capture(floating, self.batches, needed, sorted(statistics), exact, **kept)
 
     def of_mapped(self, plan: Plan, paths: Sequence[str], found: Mapping[str, Mapped], floating) -> dict[str, dict[str, Array]]:

@@ -233,7 +233,7 @@ class TracedPiece(Piece):
     def capture(
         self, params, batches, needed, names, exact=None, *, keep_outputs=False, keep_results=(), keep_exact=(), through=NO_MAPS
     ) -> Captured:
-        """`tracing.capture` of the function with these matrices."""
+        """`tracing.capture` of the function with these matrices; it keeps results of the exact run as of the run."""
         compared = None if exact is None else self._leaves(exact[0])
         sites = {self.runs.holders[name].path: self.runs.holders[name] for name in through}
         stacked = {path: _stack([through.get(name, ()) for name in members(site)], site) for path, site in sites.items()}

@@ -113,8 +113,13 @@ def recorded(
 
 def _as_multiplied(layer: nn.Module, x: jax.Array, products: DTypeLike | None) -> jax.Array:
     """A layer's input in the type in which it meets an array; where a leaf may map or round it, as it comes."""
-    lowered = products is not None and type(layer) in (nn.Dense, StackedDense)
+    lowered = _is_lowered(layer, products) or (products is not None and type(layer) is StackedDense)
     return x.astype(products) if lowered and not is_quantized(layer.get_variable("params", "kernel")) else x
+
+
+def _is_lowered(layer: nn.Module, products: DTypeLike | None) -> bool:
+    """Whether a layer's input and kernel are cast to `products` in its place; a StackedDense does so itself."""
+    return products is not None and type(layer) is nn.Dense
 
 
 def unboxed(params: PyTree) -> PyTree:
@@ -176,7 +181,7 @@ def _run_quantized(call, args, kwargs, context, products=None):
         _refuse_other_quantized(layer, held)
         return call(*args, **kwargs)
     kernel = layer.get_variable("params", "kernel")
-    lowered = products is not None and type(layer) is nn.Dense and context.method_name == "__call__"
+    lowered = _is_lowered(layer, products) and context.method_name == "__call__"
     if not is_quantized(kernel) and not lowered:
         return call(*args, **kwargs)
     if type(layer) is StackedDense:

@@ -6,8 +6,8 @@
                 rotations, softmax and log-sum-exp stay in float32, and so do routers, layers that round their inputs, and
                 packed weights
 
-Calibration has a type of its own (`Calibration.compute`). Statistics and rounding are float32 in any case: inputs in bfloat16
-are what layers multiply, and their products are exact in float32 (`calibrate/statistics.py`).
+Calibration has a type of its own (`Calibration.compute`), in which refiners of blocks run them too. Statistics and rounding are
+float32 in any case: inputs in bfloat16 are what layers multiply, whose products are exact there (`calibrate/statistics.py`).
 """
 
 from typing import TYPE_CHECKING, NamedTuple

@@ -130,5 +130,5 @@ class Head(nn.Module):
 
 
 def products_of(module: nn.Module) -> DTypeLike | None:
-    """What a part of a decoder casts to before it multiplies; None for others, whatever they call so."""
+    """What a part of a decoder casts to before it multiplies; None for others, which may have a field of that name."""
     return module.products if isinstance(module, Block | Head) else None

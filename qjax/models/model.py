@@ -23,6 +23,7 @@ from qjax.linear import Linear, dense_tree, is_quantized, prepare_tree, runs_in_
 from qjax.models import vocabulary, walk
 from qjax.models.compute import Compute, compute_of
 from qjax.models.config import DecoderConfig
+from qjax.models.decoder import products_of
 from qjax.models.kv_cache import PackedCache, empty_cache
 from qjax.models.layout import Cache, Layout
 from qjax.models.tokenizer import Tokenizer
@@ -92,7 +93,7 @@ def cached(block: nn.Module) -> Callable[..., tuple[Array, Cache]]:
 
     @functools.partial(jax.jit, donate_argnums=3)
     def run(params, x, layout, cache):
-        with quantized_kernels(block.products):
+        with quantized_kernels(products_of(block)):
             return block.apply({"params": params}, x, layout, cache)
 
     return run

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from qjax.interception.linen import quantized_kernels
 from qjax.linear import Table, is_quantized
-from qjax.models.decoder import Head
+from qjax.models.decoder import Head, products_of
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("params", "table"), meta_fields=("module",))
@@ -148,6 +148,6 @@ def _logits(head: BoundHead, x: Float[Array, "tokens hidden"], start, count: int
     module = head.module
     output = {name: piece(array, -1) for name, array in head.params.get("output", {}).items()}
     held = {**head.params, **({"output": output} if output else {})}
-    with quantized_kernels(module.products):
+    with quantized_kernels(products_of(module)):
         part = Head(dataclasses.replace(module.config, vocabulary_size=count), module.dtype, module.products)
         return part.apply({"params": held}, x[None], None if head.table is None else piece(head.table, 0))[0]

@@ -44,7 +44,7 @@ GAP = 12  # points between facets side by side
 UNROUNDED = "weights as they are"  # a facet of caches
 BOLD = 1.12  # how much wider than other letters those of titles are
 LINE_HEIGHT, MARGINS = 0.135, 0.42  # inches; margins of a facet
-CALIBRATED = {"calibration", "calibration_windows", "calibration_window_tokens"}
+CALIBRATED = {"calibration", "calibration_windows", "calibration_window_tokens", "calibration_compute"}
 Facets = dict[str, dict[str, Row]]  # title -> name -> row
 
 
@@ -154,6 +154,8 @@ def _told(row: Row, keys: set[str]) -> list[str]:
     ]
     if keys & {"calibration_windows", "calibration_window_tokens"} and row.get("calibration_windows"):
         told.append(f"{row['calibration_windows']} x {row['calibration_window_tokens']} tokens")
+    if "calibration_compute" in keys and row.get("calibration_compute"):
+        told.append(f"calibrated in {row['calibration_compute']}")
     return told
 
 

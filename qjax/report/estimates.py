@@ -39,8 +39,8 @@ def shown_rows(group: Sequence[Row]) -> list[Row]:
 
 
 def cell_estimates(rows: Iterable[Row]) -> dict[tuple[str, ...], Estimate]:
-    """(model, text, recipe) -> its figures. Where calibration tells rows apart its text, number of windows and their tokens
-    follow, as far as they differ: (model, text, recipe, calibration text, ...).
+    """(model, text, recipe) -> its figures. Where calibration tells rows apart its text, number of windows, their tokens and
+    its type follow, as far as they differ: (model, text, recipe, calibration text, ...).
     """
     found = {}
     for group in map(shown_rows, split_tables(rows)):

@@ -171,7 +171,7 @@ def distinctions(rows: Sequence[Row], *, seed: bool = True) -> list[TableColumn]
     """The columns beside the recipe that tell the rows apart. seed: whether seeds, and how many were drawn, are among them."""
     count = {column.key: len({row[column.key] for row in rows if row.get(column.key) is not None}) for column in DISTINCTIONS}
     count["seed"] = max(Counter(cell_columns(row, any_draw=True) for row in rows).values(), default=0)
-    fewest = {"fingerprint": max(2, len({named_model(row) for row in rows}) + 1), DRAWS: 1}
+    fewest = {"fingerprint": max(2, len({named_model(row) for row in rows}) + 1), DRAWS: 1, "calibration_compute": 1}
     shown = [each for each in DISTINCTIONS if seed or each.key not in ("seed", DRAWS)]
     return [each for each in shown if count[each.key] >= fewest.get(each.key, 2)]
 

@@ -81,6 +81,7 @@ def _cell(row: Row) -> str:
     if "kind" in row:
         return f"{row['key']} ({row['kind']})"
     calibrated = f", {row.get('calibration_windows')} windows of {row['calibration']}" if row.get("calibration") else ""
+    calibrated += f" in {row['calibration_compute']}" if row.get("calibration_compute") else ""
     return f"{row['key']} ({named_model(row)}, {row['corpus']}, seed {row.get('seed')}{calibrated})"
 
 

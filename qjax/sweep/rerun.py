@@ -77,7 +77,7 @@ def _model(option: str, name: str, named: str | None, fingerprint: str) -> Model
 
 def _calibration(asked: Row, model: Model, named: str | None) -> Calibration:
     size = {"windows": asked["calibration_windows"], "window": asked["calibration_window_tokens"]}
-    size["compute"] = asked.get("calibration_compute")  # rows from before there was a choice have none
+    size["compute"] = asked["calibration_compute"]
     name, draw = asked["calibration"], functools.partial(load_calibration, model, seed=asked["seed"], **size)
     return _find("calibration", name, named, asked["calibration_fingerprint"], draw)._replace(name=name)
 

@@ -91,7 +91,7 @@ def complete(row: Row) -> dict[str, object]:
     held = set(map(spelled, row))
     named = [each for each in measurements().values() if each.when is None]
     measures = [each.name for each in named if not held.isdisjoint(spelled(column.name) for column in each.columns)]
-    added = with_baseline(row) | {"measures": measures}
+    added = with_baseline(row) | {"measures": measures, "calibration_compute": None}
     if "recipe_alone" not in row or "rules" not in row:
         recipe, *rules = str(row["recipe"]).split("; ")
         added["rules"] = rules

@@ -28,6 +28,7 @@ from qjax.evaluate.corpora import Corpus
 from qjax.files import write_atomically
 from qjax.folders import new_folder, prepare_output_folder, require_place
 from qjax.lazy import is_lazy, materialised
+from qjax.models.compute import compute_name
 from qjax.models.fingerprint import model_fingerprint
 from qjax.models.model import Model
 from qjax.models.parameters import flatten
@@ -85,7 +86,8 @@ def qlora(
     base, adapters = start(loaded, config, jax.random.key(run.config.seed), recipe=recipe, **(options or {}))
     identity = {"base": model_fingerprint(base), "adapters": dataclasses.asdict(config)}
     if config.start == "qera":
-        identity["calibration"] = as_calibration(base, options["calibration"]).fingerprint
+        given = as_calibration(base, options["calibration"])
+        identity["calibration"] = given.fingerprint, compute_name(given.compute or base.compute)
     trained = train_adapters(base, adapters, tokens, in_context(run.config, base), **_told(run, place, identity))
     made = recipe is not None or config.start == "pissa"  # a base that stands nowhere else
     with _whole(run, place) as new:

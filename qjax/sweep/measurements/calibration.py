@@ -10,7 +10,7 @@ COLUMNS = (
     Column("calibration_fingerprint", str | None, "", "hash of the tokens drawn", "named"),
     Column("calibration_windows", int | None, "", "how many windows were drawn", "asked"),
     Column("calibration_window_tokens", int | None, "", "of how many tokens", "asked"),
-    Column("calibration_compute", str | None, "", "type the model ran in to be calibrated (`qjax/models/compute.py`)", "asked"),
+    Column("calibration_compute", str | None, "", "type the model ran in to be calibrated, if not the device's own", "asked"),
 )
 
 
@@ -19,7 +19,7 @@ def asks(cell: Cell) -> dict[str, object]:
     used = cell.sweep.calibration if cell.order is not None else None
     windows, window = used.tokens.shape if used else (None, None)
     found = (used and used.name, used and used.source, used and used.fingerprint, windows, window)
-    found += (used and compute_name(used.compute),)
+    found += (used and (None if compute_name(used.compute) == compute_name(None) else used.compute),)
     return dict(zip((column.name for column in COLUMNS), (cell.order and str(cell.order), *found), strict=True))
 
 
