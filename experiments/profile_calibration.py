@@ -4,10 +4,11 @@
     python experiments/profile_calibration.py --programs --hidden 128 --mlp 384 --layers 1 "gptq:int4-g64"
     python experiments/profile_calibration.py --traced 5 --hidden 128 --mlp 384 --layers 30 --windows 16 "gptq:int4-g64@qep"
 
-Prints, and writes nothing. The model is random. cold: the first run in this process, with all that it compiles; warm: the
-second. With several recipes a later one finds what an earlier one compiled. --programs: on a CPU, Python waits for every
-program, and the seconds of each in the warm run are told; `Python` is the rest. --traced: instead, in so many rounds, the
-seconds of quantizing the same decoder as any function, by tracing it, over those of the driver, which knows its blocks.
+Prints, and writes nothing. The model is random, and runs in the type of --compute to be calibrated. cold: the first run in this
+process, with all that it compiles; warm: the second. With several recipes a later one finds what an earlier one compiled.
+--programs: on a CPU, Python waits for every program, and the seconds of each in the warm run are told; `Python` is the rest.
+--traced: instead, in so many rounds, the seconds of quantizing the same decoder as any function, by tracing it, over those of
+the driver, which knows its blocks.
 """
 
 import argparse

@@ -457,7 +457,7 @@ def embeddings_table() -> str:
 
 METHODS = {  # of the README's table, in words
     "rtn": "nearest rounding, `rtn`",
-    "awq": "AWQ, `awq`",
+    "awq": "AWQ with its range search, `awq`",
     "gptq": "GPTQ, `gptq`",
     "awq+gptq(clip=mse)": "both, with range search, `awq+gptq(clip=mse)`",
     "gptq(clip=mse)+descend": "GPTQ, searched and refined, `gptq(clip=mse)+descend`",
@@ -489,7 +489,7 @@ def method_in(method: str, fmt: str, order: str) -> str:
 def accuracy_table() -> str:
     """Accuracy of `cloze`, its change, flips, and KL divergence."""
     base = cell("accuracy", BASELINE)
-    lines = [("none (bfloat16)", with_error(base.accuracy["cloze"], _stderr(base.row)), "", "", "")]
+    lines = [("none (stored in bfloat16)", with_error(base.accuracy["cloze"], _stderr(base.row)), "", "", "")]
     for recipe in ACCURACY:
         found = cell("accuracy", recipe)
         change = with_error(found.accuracy_change["cloze"], 100 * found.row["accuracy_delta_stderr:cloze"], sign="+")
@@ -518,6 +518,9 @@ def _markdown(headers: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
 BF16, F32 = "losses in bfloat16", "losses in float32"
 PARALLEL, QEP, REFINED = "gptq:int4-g64@parallel", "gptq:int4-g64@qep", "gptq(refine=4):int4-g64@qep"
 COLD, OURS, DENSE = f"{PARALLEL}, cold", "qjax float32", "dense float32"
+LOW = " in bfloat16"  # behind a recipe: what calibration ran the model in
+PEERS = ("llm-compressor", "GPTQModel")
+LOW_PEERS = tuple(f"{peer} bfloat16" for peer in PEERS)
 TIMED = ("random-1M", "random-15M", SMOLLM2)
 
 
