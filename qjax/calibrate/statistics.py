@@ -89,6 +89,20 @@ class Mean(NamedTuple):
         return self.total / self.weight
 
 
+class Square(NamedTuple):
+    """A weighted sum of x^T x and the sum of the weights. halved: whether what is below the diagonal does not count."""
+
+    total: jax.Array
+    weight: jax.Array
+    halved: jax.Array
+
+    @jax.jit
+    def value(self) -> Array:
+        """The weighted mean."""
+        mirrored = lambda total: jnp.triu(total) + jnp.triu(total, 1).T  # noqa: E731
+        return jax.lax.cond(self.halved, mirrored, lambda total: total, self.total) / self.weight
+
+
 def _zeros(*shape: int) -> Float[Array, "..."]:
     return jax.device_put(np.zeros(shape, np.float32))  # jnp.zeros compiles a program for every shape
 
@@ -98,13 +112,15 @@ def _counted(x: Float[Array, "tokens in"], weights: Float[Array, " tokens"]) -> 
     return jnp.where(weights[:, None] > 0, x, 0)
 
 
-def _square(x: Float[Array, "tokens in"], weights: Float[Array, " tokens"]) -> Float[Array, "in in"]:
-    """x^T diag(weights) x."""
-    if x.dtype == jnp.bfloat16:
-        rooted = _rooted(x, weights)
-        return _product(rooted, rooted, symmetric=True)
-    x = _counted(x, weights)
-    return jnp.matmul((x * weights[:, None]).T, x, precision=jax.lax.Precision.HIGHEST)
+def _add_square(s: Square, x: Float[Array, "tokens in"], weights: Float[Array, " tokens"]) -> Square:
+    halved = x.dtype == jnp.bfloat16
+    if halved:
+        x = _rooted(x, weights)
+        square = _product(x, x, symmetric=True)
+    else:
+        x = _counted(x, weights)
+        square = jnp.matmul((x * weights[:, None]).T, x, precision=jax.lax.Precision.HIGHEST)
+    return Square(s.total + square, s.weight + jnp.sum(weights), s.halved | halved)
 
 
 def _drift(x: Float[Array, "tokens in"], exact: Float[Array, "tokens in"], weights: Float[Array, " tokens"]):
@@ -123,8 +139,8 @@ def _rooted(x: BFloat16[Array, "tokens in"], weights: Float[Array, " tokens"]) -
 
 def _product(x: BFloat16[Array, "tokens in"], y: BFloat16[Array, "tokens in"], *, symmetric: bool = False):
     """x^T y, summed in float32, in which products of bfloat16 are exact. On a CPU in strips: with JAX 0.10 to 0.12 XLA
-    multiplies a slice of a transposed array in bfloat16, but the whole of it in float32. symmetric: as x^T x is, so that what
-    lies below the diagonal's strip is not multiplied.
+    multiplies a slice of a transposed array in bfloat16, but the whole of it in float32. symmetric: as x^T x is, of which what
+    lies below the diagonal may be left out.
     """
     product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
     if jax.default_backend() != "cpu":
@@ -133,23 +149,24 @@ def _product(x: BFloat16[Array, "tokens in"], y: BFloat16[Array, "tokens in"], *
     for start in range(0, x.shape[1], step):
         left = start if symmetric else 0
         strips.append(jnp.pad(product(across[start : start + step], y[:, left:]), ((0, 0), (left, 0))))
-    found = jnp.concatenate(strips)
-    return jnp.triu(found) + jnp.triu(found, 1).T if symmetric else found
+    return jnp.concatenate(strips)
 
 
-def _square_mean(product: Callable) -> Statistic:
-    return Statistic(
-        init=lambda size: Mean(_zeros(size, size), _zeros()),
-        update=lambda s, x, exact, w: Mean(s.total + product(x, exact, w), s.weight + jnp.sum(w)),
-        finalize=Mean.value,
-        axes=2,
-        takes_bfloat16=True,
-    )
+hessian = Statistic(
+    init=lambda size: Square(_zeros(size, size), _zeros(), jax.device_put(np.zeros((), bool))),
+    update=lambda s, x, exact, w: _add_square(s, x, w),
+    finalize=Square.value,
+    axes=2,
+    takes_bfloat16=True,
+)
 
-
-hessian = _square_mean(lambda x, exact, w: _square(x, w))
-
-drift = _square_mean(_drift)
+drift = Statistic(
+    init=lambda size: Mean(_zeros(size, size), _zeros()),
+    update=lambda s, x, exact, w: Mean(s.total + _drift(x, exact, w), s.weight + jnp.sum(w)),
+    finalize=Mean.value,
+    axes=2,
+    takes_bfloat16=True,
+)
 
 abs_mean = Statistic(
     init=lambda size: Mean(_zeros(size), _zeros()),

@@ -47,15 +47,19 @@ class Calibration(NamedTuple):
         return total.hexdigest()[:16]
 
 
-def weighted_batches(calibration: Calibration) -> Iterator[tuple[Array, Array]]:
-    """(tokens, weights), all of one shape: the last is filled up with windows that do not count."""
+def weighted_batches(calibration: Calibration) -> Iterator[tuple[Array, Array | None]]:
+    """(tokens, weights), all of one shape: the last is filled up with windows that do not count. Weights are None where every
+    token counts as one, so that nothing is multiplied by them.
+    """
     tokens, weights = calibration.tokens, calibration.weights
-    weights = np.ones(tokens.shape, np.float32) if weights is None else weights
     size = min(len(tokens), max(1, BATCH_TOKENS[jax.default_backend()] // tokens.shape[1]))
-    padding = ((0, -len(tokens) % size), (0, 0))
-    tokens, weights = np.pad(tokens, padding), np.pad(weights, padding)
+    filling = -len(tokens) % size
+    weights = np.ones(tokens.shape, np.float32) if weights is None and filling else weights
+    if filling:
+        tokens, weights = (np.pad(each, ((0, filling), (0, 0))) for each in (tokens, weights))
     for start in range(0, len(tokens), size):
-        yield jnp.asarray(tokens[start : start + size]), jnp.asarray(weights[start : start + size])
+        part = slice(start, start + size)
+        yield jnp.asarray(tokens[part]), None if weights is None else jnp.asarray(weights[part])
 
 
 def load_calibration(
