@@ -1,6 +1,6 @@
 """How fast qjax is against transformers, llm-compressor, GPTQModel and bitsandbytes on the CPU, paired.
 
-    python experiments/speed.py                  writes results/speed/, some seventy minutes on 2 cores
+    python experiments/speed.py                  writes results/speed/, under an hour on 2 cores
     python experiments/speed.py --tiny --out X   the smallest of everything, twice, for tests
 
 Needs the libraries that it compares with (`pip install qjax[peer]`); what is not installed is left out, and a line says so. On
@@ -34,6 +34,7 @@ import numpy as np
 import qjax
 from qjax.evaluate.perplexity import score
 from qjax.linear import Linear, apply_linear, prepare_tree
+from qjax.models.compute import NAMES
 from qjax.models.model import runnable
 from qjax.report.reports import write_reports
 from qjax.sweep.measurements.provenance import provenance
@@ -50,7 +51,9 @@ RANDOM = {  # name: shape, windows that are scored
     "random-15M": ({"hidden": 320, "mlp": 896, "layers": 6, "heads": 5, "vocabulary": 12000}, 16),
 }
 TINY = {"random-tiny": ({"hidden": 64, "mlp": 128, "layers": 1, "heads": 2, "vocabulary": 512}, 2)}
+COLD = "cold"
 REAL, REAL_SCORED = "smollm2", 8
+REAL_ASKED = {"float32": RECIPES[:1], "bfloat16": (*RECIPES, COLD)}  # minutes each, so not all in both
 WINDOWS, WINDOW = 32, 256  # of calibration; tokens
 WIDE = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)  # sums as packed products have them
 LIBRARIES = {  # peer -> its packages
@@ -73,9 +76,11 @@ def run(out: Path, *, tiny: bool = False, real: str | None = None, rounds: int =
             for name, (shape, scored) in (TINY if tiny else RANDOM).items():
                 folder = Path(scratch) / name
                 peers.save_random_llama(folder, **shape)
-                whole_model(out, rounds, name, folder, scored, 2 if tiny else WINDOWS)
+                losses(out, rounds, name, folder, scored)
+                gptq(out, rounds, name, folder, 2 if tiny else WINDOWS, dict.fromkeys(NAMES, (*RECIPES, COLD)))
         if real is not None:
-            whole_model(out, rounds, Path(real).name, Path(real), REAL_SCORED, WINDOWS)
+            losses(out, rounds, Path(real).name, Path(real), REAL_SCORED)
+            gptq(out, rounds, Path(real).name, Path(real), WINDOWS, REAL_ASKED)
     rows = read_rows(out / ROWS)
     write_reports(out, rows)
     return rows
@@ -110,36 +115,48 @@ def eight(weight: jax.Array, copies: int) -> list[Linear]:
     return [Linear(qjax.rtn(weight, recipe.format)[0], activation=recipe.activation) for _ in range(copies)]
 
 
-def whole_model(out: Path, rounds: int, name: str, folder: Path, scored: int, windows: int) -> None:
-    """Losses and GPTQ of a model in a folder."""
+def losses(out: Path, rounds: int, name: str, folder: Path, scored: int) -> None:
+    """Losses of a model in a folder."""
     model = qjax.load(folder)
-    tokens = np.random.default_rng(0).integers(0, model.config.vocabulary_size, (max(scored, windows), WINDOW), np.int32)
-    ours, losses = {}, {}
-    for dtype in ("float32", "bfloat16"):
+    tokens, ours, theirs = random_tokens(model, scored), {}, {}
+    for dtype in NAMES:
         held = runnable(model, compute=dtype)
-        ours[f"losses in {dtype}"] = functools.partial(score, held, tokens[:scored], compute=dtype)
-        theirs = peers.load_transformers(folder, dtype)
-        losses[f"transformers {dtype}"] = functools.partial(peers.losses_transformers, theirs, tokens[:scored])
+        ours[f"losses in {dtype}"] = functools.partial(score, held, tokens, compute=dtype)
+        loaded = peers.load_transformers(folder, dtype)
+        theirs[f"transformers {dtype}"] = functools.partial(peers.losses_transformers, loaded, tokens)
     rounded = qjax.quantize(model, W8A8)[0]
-    for dtype in ("float32", "bfloat16"):
+    for dtype in NAMES:
         held = runnable(rounded, compute=dtype)
-        ours[f"losses of W8A8 in {dtype}"] = functools.partial(score, held, tokens[:scored], compute=dtype)
-    losses |= {f"qjax {dtype}": ours[f"losses in {dtype}"] for dtype in ("float32", "bfloat16")}
-    take_turns(out, rounds, name, ours, losses)
-    del held, ours, losses, rounded
+        ours[f"losses of W8A8 in {dtype}"] = functools.partial(score, held, tokens, compute=dtype)
+    theirs |= {f"qjax {dtype}": ours[f"losses in {dtype}"] for dtype in NAMES}
+    take_turns(out, rounds, name, ours, theirs)
+
+
+def gptq(out: Path, rounds: int, name: str, folder: Path, windows: int, asked: Mapping[str, tuple[str, ...]]) -> None:
+    """GPTQ of a model in a folder. asked: by the type that calibration runs it in the recipes, and COLD for a first run."""
+    model = qjax.load(folder)
+    tokens = random_tokens(model, windows)
 
     def quantize(recipe, compute):
-        given = qjax.Calibration(tokens[:windows], compute=compute)
+        given = qjax.Calibration(tokens, compute=compute)
         jax.block_until_ready(qjax.quantize(model, recipe, calibration=given)[0].params)
 
-    ours, found, gptq = {}, {}, (peers.gptq_model_llm_compressor, peers.gptq_model_gptqmodel)
+    ours, theirs = {}, {}
     for dtype, said, called in (("float32", "", ""), ("bfloat16", " in bfloat16", " bfloat16")):
-        ours |= {f"{recipe}{said}": functools.partial(quantize, recipe, dtype) for recipe in RECIPES}
-        ours[f"{RECIPES[0]}{said}, cold"] = functools.partial(cold, folder, windows, RECIPES[0], dtype)
-        for peer, call in zip(("llm-compressor", "GPTQModel"), gptq, strict=True):
-            found[f"{peer}{called}"] = functools.partial(call, folder, tokens[:windows], group=64, dtype=dtype)
-    found = {peer: call for peer, call in found.items() if there(LIBRARIES[peer])}
-    take_turns(out, rounds, name, ours, found, warm=False)
+        for recipe in asked[dtype]:
+            if recipe == COLD:
+                ours[f"{RECIPES[0]}{said}, cold"] = functools.partial(cold, folder, windows, RECIPES[0], dtype)
+            else:
+                ours[f"{recipe}{said}"] = functools.partial(quantize, recipe, dtype)
+        for peer, call in (("llm-compressor", peers.gptq_model_llm_compressor), ("GPTQModel", peers.gptq_model_gptqmodel)):
+            if there(LIBRARIES[peer]):
+                theirs[f"{peer}{called}"] = functools.partial(call, folder, tokens, group=64, dtype=dtype)
+    take_turns(out, rounds, name, ours, theirs, warm=False)
+
+
+def random_tokens(model: qjax.Model, windows: int) -> np.ndarray:
+    """Windows of tokens."""
+    return np.random.default_rng(0).integers(0, model.config.vocabulary_size, (windows, WINDOW), np.int32)
 
 
 def take_turns(out: Path, rounds: int, model: str, ours: Runs, theirs: Runs, *, warm: bool = True) -> None:
