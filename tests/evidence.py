@@ -517,8 +517,8 @@ def _markdown(headers: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
 
 BF16, F32 = "losses in bfloat16", "losses in float32"
 PARALLEL, QEP, REFINED = "gptq:int4-g64@parallel", "gptq:int4-g64@qep", "gptq(refine=4):int4-g64@qep"
-COLD, OURS, DENSE = f"{PARALLEL}, cold", "qjax float32", "dense float32"
 LOW = " in bfloat16"  # behind a recipe: what calibration ran the model in
+COLD, OURS, DENSE = f"{PARALLEL}{LOW}, cold", "qjax float32", "dense float32"
 PEERS = ("llm-compressor", "GPTQModel")
 LOW_PEERS = tuple(f"{peer} bfloat16" for peer in PEERS)
 TIMED = ("random-1M", "random-15M", SMOLLM2)
