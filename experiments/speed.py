@@ -54,6 +54,7 @@ TINY = {"random-tiny": ({"hidden": 64, "mlp": 128, "layers": 1, "heads": 2, "voc
 COLD = "cold"
 REAL, REAL_SCORED = "smollm2", 8
 REAL_ASKED = {"float32": RECIPES[:1], "bfloat16": (*RECIPES, COLD)}  # minutes each, so not all in both
+PROCESSES = 4  # that measure products, whose times have modes that a process stays in
 WINDOWS, WINDOW = 32, 256  # of calibration; tokens
 WIDE = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)  # sums as packed products have them
 LIBRARIES = {  # peer -> its packages
@@ -70,7 +71,12 @@ LIBRARIES = {  # peer -> its packages
 def run(out: Path, *, tiny: bool = False, real: str | None = None, rounds: int = 5) -> list[dict[str, object]]:
     """Measures what out/rows.jsonl lacks, and writes the table. real: the folder of the real model, None for none."""
     rounds = 2 if tiny else rounds
-    products(out, rounds, (256, 128) if tiny else (4096, 4096), (1,) if tiny else (1, 8, 64, 512))
+    if tiny:
+        products(out, rounds, (256, 128), (1,))
+    else:
+        for part in range(1, PROCESSES + 1):
+            words = [sys.executable, __file__, "--out", str(out), "--products", str(rounds * part)]
+            subprocess.run(words, check=True)
     if there(("transformers", "torch")):
         with tempfile.TemporaryDirectory() as scratch:
             for name, (shape, scored) in (TINY if tiny else RANDOM).items():
@@ -86,7 +92,7 @@ def run(out: Path, *, tiny: bool = False, real: str | None = None, rounds: int =
     return rows
 
 
-def products(out: Path, rounds: int, shape: tuple[int, int], counts: tuple[int, ...]) -> None:
+def products(out: Path, rounds: int, shape: tuple[int, int] = (4096, 4096), counts: tuple[int, ...] = (1, 8, 64, 512)) -> None:
     """Products of x of so many rows with a packed weight, against the dense product and bitsandbytes'."""
     weight = kernel_benchmark.random_weight(shape)
     for count in counts:
@@ -232,7 +238,11 @@ if __name__ == "__main__":
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--model-folder", type=Path, default=common.MODELS)
+    parser.add_argument("--products", type=int, metavar="ROUNDS", help="products alone, up to so many rounds")
     options = parser.parse_args()
     out = options.out or Path("runs/tiny" if options.tiny else "results") / "speed"
     out.mkdir(parents=True, exist_ok=True)
+    if options.products:
+        products(out, options.products)
+        sys.exit()
     run(out, tiny=options.tiny, real=None if options.tiny else real_model(options.model_folder), rounds=options.rounds)
