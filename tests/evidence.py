@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from scipy.stats import spearmanr
 
-from qjax.evaluate.statistics import Difference, aggregate_draws
+from qjax.evaluate.statistics import Difference, aggregate_draws, paired_difference
 from qjax.formats import parse_format
 from qjax.report.estimates import Estimate, cell_estimates
 from qjax.report.rendering import decimals, documents_of, loss_change, with_error
@@ -559,6 +559,18 @@ def of_bfloat16(figure: str) -> list[float]:
     exact = {cell[:3]: value for cell, value in held.items() if cell[3] == "float32"}
     both = {cell: value for cell, value in exact.items() if value is not None and (*cell, "bfloat16") in held}
     return [held[*cell, "bfloat16"] - value for cell, value in both.items()]
+
+
+def calibrated_in_bfloat16(model: str) -> list[Difference]:
+    """Loss of recipes calibrated in bfloat16 and measured in float32, less that of the same calibrated in float32."""
+    rows = [row for row in read_rows(RESULTS / "compute_types" / ROWS) if row["compute_dtype"] == "float32"]
+    cells = {(row["corpus"], row["recipe"], row.get("calibration_compute")): row for row in rows if row["model"] == model}
+    found = []
+    for (text, recipe, name), row in cells.items():
+        if name == "bfloat16":
+            losses = (np.asarray(each["window_nll"]) for each in (row, cells[text, recipe, None]))
+            found.append(paired_difference(*losses, np.asarray(row["window_tokens"]), np.asarray(row["window_documents"])))
+    return found
 
 
 # --- how cost grows -------------------------------------------------------------------------------------------------------
