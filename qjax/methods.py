@@ -275,7 +275,8 @@ def _source(thing: object) -> str:
     if isinstance(thing, Floats):  # a codec: its class, with what this one is made of
         return f"{_text(type(thing))}{thing}"
     if isinstance(thing, Statistic):
-        return "".join([*map(_text, thing[:-1]), str(thing.axes)])
+        said = f"{thing.axes}{' takes bfloat16' if thing.takes_bfloat16 else ''}"
+        return "".join([*map(_text, (thing.init, thing.update, thing.finalize)), said])
     return _text(thing)
 
 

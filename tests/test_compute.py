@@ -176,8 +176,8 @@ def test_experts_have_hessians_of_bfloat16_inputs():
         np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-5)
 
 
-def test_blocks_are_refined_in_it(model):
-    recipe = "rtn+block_ap(steps=4):int3-g16@block"
+def test_blocks_are_refined_in_it():
+    model, recipe = random_model(tiny_config(layers=1)), "rtn+block_ap(steps=4):int3-g16@block"
     made = [qjax.quantize(model, recipe, calibration=qjax.Calibration(CALIBRATION, compute=each)) for each in NAMES]
     losses = [[record.block_loss_after for record in report.layers if record.block_loss_after] for _, report in made]
     assert losses[0] != losses[1] and len(losses[0]) == len(losses[1]) > 0
