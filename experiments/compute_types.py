@@ -1,6 +1,6 @@
 """Does the type that a model runs in change what quantization is found to cost? Recipes in float32 and in bfloat16, paired.
 
-    python experiments/compute_types.py                  writes results/compute_types/, some ten minutes on 2 cores
+    python experiments/compute_types.py                  writes results/compute_types/, some twenty minutes on 2 cores
     python experiments/compute_types.py --tiny --out X   a few windows and recipes, for tests
 
 Differences of mean losses, each with its standard error over documents, of one recipe on the same windows in both types: what

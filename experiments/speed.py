@@ -5,11 +5,13 @@
 
 Needs the libraries that it compares with (`pip install qjax[peer]`); what is not installed is left out, and a line says so. On
 random Llamas of 1M and 15M parameters and on SmolLM2-135M (a GGUF file in --model-folder): losses of random tokens; GPTQ of the
-whole model, int4-g64, calibrated on 32 windows of 256 tokens, run in float32 and in bfloat16; and products with a packed
-weight. Everything of a task takes turns, ours and each library once a round, one way round and then the other, so that a ratio
-is of the same machine in the same state; a row is a ratio of one round. Our first run, which compiles, is not counted, nor is
-loading; tasks called cold are first runs, each in a process that finds nothing compiled. What rounding inputs to 8 bits costs
-is told against our own without it. Rounds that are there, of the same code, versions and device, are not measured again.
+whole model, int4-g64, calibrated on 32 windows of 256 tokens, run in float32 and in bfloat16 (SmolLM2 in float32 in the order
+`parallel` alone), against libraries that run it in either; and products with a packed weight, in several processes. Everything
+of a task takes turns, ours and each library once a round, one way round and then the other, so that a ratio is of the same
+machine in the same state; a row is a ratio of one round. Our first run, which compiles, is not counted, nor is loading; tasks
+called cold are first runs, each in a process that finds nothing compiled. The GPTQ libraries' first runs count. What rounding
+inputs to 8 bits costs is told against our own without it. Rounds that are there, of the same code, versions and device, are not
+measured again.
 """
 
 import argparse

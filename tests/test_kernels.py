@@ -15,6 +15,7 @@ from qjax.kernels.matmul import choose
 from qjax.linear import apply_linear, prepare_tree
 from qjax.maps import Scale
 from qjax.models.model import runnable
+from qjax.qtensor import unpack_parameters
 
 from .conftest import random_model, tiny_config
 
@@ -286,6 +287,23 @@ def test_int8_sums_are_exact(monkeypatch):
             jax.clear_caches()
             found = xla.multiply_int8(jnp.asarray(x[None], jnp.int8), jnp.ones((1, 1)), extreme)
             assert found.tolist() == [[float(np.float32(x @ centred))] * 3]
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize(("rows", "pieces"), [(8, 4), (300, 2), (700, 1)])
+def test_int8_sums_of_pieces_are_whole_whatever_their_number(rows, pieces, monkeypatch):
+    """With many rows there are fewer, each of which adds to all sums."""
+    monkeypatch.setattr(integers, "pays_for_codes", lambda rows: True)
+    monkeypatch.setattr(xla, "INTEGERS", 5 * 1024)
+    dots, honest = [], integers.dot
+    monkeypatch.setattr(integers, "dot", lambda x, w: dots.append(len(w)) or honest(x, w))
+    q, key = weight_of(4096, 5, "int8-channel-sym"), jax.random.key(3)
+    x = jax.random.randint(key, (rows, 4096), -128, 128).astype(jnp.int8)
+    jax.clear_caches()
+    found = xla.multiply_int8(x, jnp.ones((rows, 1)), q)
+    whole = np.asarray(x, np.int64) @ (np.asarray(q.codes, np.int64) - 128)
+    np.testing.assert_array_equal(found, whole.astype(np.float32) * np.asarray(unpack_parameters(q)[0]))
+    assert 4096 // dots[0] == pieces
     jax.clear_caches()
 
 
