@@ -4,14 +4,14 @@
     python experiments/speed.py --tiny --out X   the smallest of everything, twice, for tests
 
 Needs the libraries that it compares with (`pip install qjax[peer]`); what is not installed is left out, and a line says so. On
-random Llamas of 1M and 15M parameters and on SmolLM2-135M (a GGUF file in --model-folder): losses of random tokens; GPTQ of the
-whole model, int4-g64, calibrated on 32 windows of 256 tokens, run in float32 and in bfloat16 (SmolLM2 in float32 in the order
-`parallel` alone), against libraries that run it in either; and products with a packed weight, in several processes. Everything
-of a task takes turns, ours and each library once a round, one way round and then the other, so that a ratio is of the same
-machine in the same state; a row is a ratio of one round. Our first run, which compiles, is not counted, nor is loading; tasks
-called cold are first runs, each in a process that finds nothing compiled. The GPTQ libraries' first runs count. What rounding
-inputs to 8 bits costs is told against our own without it. Rounds that are there, of the same code, versions and device, are not
-measured again.
+random Llamas of 1M and 15M parameters and on SmolLM2-135M (a GGUF file in --model-folder): losses of random tokens; GPTQ of
+the whole model, int4-g64, calibrated on 32 windows of 256 tokens, run in float32 and in bfloat16 (SmolLM2 in float32 in the
+order `parallel` alone), against libraries that run it in either, and of SmolLM2 on 32 windows of 512 tokens, all in bfloat16;
+and products with a packed weight, in several processes. Everything of a task takes turns, ours and each library once a round,
+one way round and then the other, so that a ratio is of the same machine in the same state; a row is a ratio of one round. Our
+first run, which compiles, is not counted, nor is loading; tasks called cold are first runs, each in a process that finds
+nothing compiled. The GPTQ libraries' first runs count. What rounding inputs to 8 bits costs is told against our own without
+it. Rounds that are there, of the same code, versions and device, are not measured again.
 """
 
 import argparse
@@ -85,10 +85,12 @@ def run(out: Path, *, tiny: bool = False, real: str | None = None, rounds: int =
                 folder = Path(scratch) / name
                 peers.save_random_llama(folder, **shape)
                 losses(out, rounds, name, folder, scored)
-                gptq(out, rounds, name, folder, 2 if tiny else WINDOWS, dict.fromkeys(NAMES, (*RECIPES, COLD)))
+                windows = (2 if tiny else WINDOWS, WINDOW)
+                gptq(out, rounds, name, folder, windows, dict.fromkeys(NAMES, (*RECIPES, COLD)))
         if real is not None:
             losses(out, rounds, Path(real).name, Path(real), REAL_SCORED)
-            gptq(out, rounds, Path(real).name, Path(real), WINDOWS, REAL_ASKED)
+            gptq(out, rounds, Path(real).name, Path(real), (WINDOWS, WINDOW), REAL_ASKED)
+            gptq(out, rounds, Path(real).name, Path(real), (WINDOWS, 2 * WINDOW), {"bfloat16": RECIPES[:1]})
     rows = read_rows(out / ROWS)
     write_reports(out, rows)
     return rows
@@ -126,7 +128,7 @@ def eight(weight: jax.Array, copies: int) -> list[Linear]:
 def losses(out: Path, rounds: int, name: str, folder: Path, scored: int) -> None:
     """Losses of a model in a folder."""
     model = qjax.load(folder)
-    tokens, ours, theirs = random_tokens(model, scored), {}, {}
+    tokens, ours, theirs = random_tokens(model, scored, WINDOW), {}, {}
     for dtype in NAMES:
         held = runnable(model, compute=dtype)
         ours[f"losses in {dtype}"] = functools.partial(score, held, tokens, compute=dtype)
@@ -140,20 +142,24 @@ def losses(out: Path, rounds: int, name: str, folder: Path, scored: int) -> None
     take_turns(out, rounds, name, ours, theirs)
 
 
-def gptq(out: Path, rounds: int, name: str, folder: Path, windows: int, asked: Mapping[str, tuple[str, ...]]) -> None:
+def gptq(
+    out: Path, rounds: int, name: str, folder: Path, windows: tuple[int, int], asked: Mapping[str, tuple[str, ...]]
+) -> None:
     """GPTQ of a model in a folder. asked: by the type that calibration runs it in the recipes, and COLD for a first run."""
     model = qjax.load(folder)
-    tokens = random_tokens(model, windows)
+    tokens = random_tokens(model, *windows)
 
     def quantize(recipe, compute):
         given = qjax.Calibration(tokens, compute=compute)
         jax.block_until_ready(qjax.quantize(model, recipe, calibration=given)[0].params)
 
     ours, theirs = {}, {}
-    for dtype, said, called in (("float32", "", ""), ("bfloat16", " in bfloat16", " bfloat16")):
-        for recipe in asked[dtype]:
+    for dtype, recipes in asked.items():
+        said, called = {"float32": ("", ""), "bfloat16": (" in bfloat16", " bfloat16")}[dtype]
+        said += "" if windows[1] == WINDOW else f", windows of {windows[1]}"
+        for recipe in recipes:
             if recipe == COLD:
-                ours[f"{RECIPES[0]}{said}, cold"] = functools.partial(cold, folder, windows, RECIPES[0], dtype)
+                ours[f"{RECIPES[0]}{said}, cold"] = functools.partial(cold, folder, windows[0], RECIPES[0], dtype)
             else:
                 ours[f"{recipe}{said}"] = functools.partial(quantize, recipe, dtype)
         for peer, call in (("llm-compressor", peers.gptq_model_llm_compressor), ("GPTQModel", peers.gptq_model_gptqmodel)):
@@ -162,9 +168,9 @@ def gptq(out: Path, rounds: int, name: str, folder: Path, windows: int, asked: M
     take_turns(out, rounds, name, ours, theirs, warm=False)
 
 
-def random_tokens(model: qjax.Model, windows: int) -> np.ndarray:
-    """Windows of tokens."""
-    return np.random.default_rng(0).integers(0, model.config.vocabulary_size, (windows, WINDOW), np.int32)
+def random_tokens(model: qjax.Model, windows: int, window: int) -> np.ndarray:
+    """Windows of so many tokens."""
+    return np.random.default_rng(0).integers(0, model.config.vocabulary_size, (windows, window), np.int32)
 
 
 def take_turns(out: Path, rounds: int, model: str, ours: Runs, theirs: Runs, *, warm: bool = True) -> None:
