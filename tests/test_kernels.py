@@ -290,11 +290,11 @@ def test_int8_sums_are_exact(monkeypatch):
     jax.clear_caches()
 
 
-@pytest.mark.parametrize(("rows", "pieces"), [(8, 4), (300, 2), (700, 1)])
-def test_int8_sums_of_pieces_are_whole_whatever_their_number(rows, pieces, monkeypatch):
-    """With many rows there are fewer, each of which adds to all sums."""
+@pytest.mark.parametrize(("held", "pieces"), [(5 * 1024, 4), (10 * 1024, 2), (5 * 4096, 1)])
+@pytest.mark.parametrize("rows", [8, 300])
+def test_int8_sums_of_pieces_are_whole_whatever_their_number(rows, held, pieces, monkeypatch):
     monkeypatch.setattr(integers, "pays_for_codes", lambda rows: True)
-    monkeypatch.setattr(xla, "INTEGERS", 5 * 1024)
+    monkeypatch.setattr(xla, "INTEGERS", held)
     dots, honest = [], integers.dot
     monkeypatch.setattr(integers, "dot", lambda x, w: dots.append(len(w)) or honest(x, w))
     q, key = weight_of(4096, 5, "int8-channel-sym"), jax.random.key(3)

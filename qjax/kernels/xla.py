@@ -24,7 +24,7 @@ from qjax.kernels.layout import uneven
 from qjax.qtensor import QTensor, unpack_parameters
 
 CHUNK = 2**21  # weights decoded at a time: 8 MB of float32
-INTEGERS, MOST_INTEGERS = 2**22, 2**24  # the same of int8, where both sides of a product are: 4 MB, with many rows up to 16
+INTEGERS = 2**23  # the same of int8, where both sides are: 8 MB; glibc hands 16 MB back, and getting them again takes time
 NEW = jax.__version_info__ >= (0, 12)
 CODES = 8 if NEW else 32  # of a column that one row of x meets at a time: of 8, 16, 32 and 64 the fastest
 FEWEST = 4 if NEW else 8  # so many at least, or the loop goes over its sums too often
@@ -124,8 +124,7 @@ def multiply_int8(x: Int8[Array, "rows in"], scale: Float[Array, "rows 1"], q: Q
         return total + found.astype(jnp.int32)
 
     total = _zeros(x[:, :1], q.codes[:1]).astype(jnp.int32)
-    most = min(INTEGERS * max(given // 128, 1), MOST_INTEGERS)  # each piece adds to sums of as many rows
-    rows = min(max(most // q.shape[-1], EXACT_ROWS) if as_int8 else EXACT_ROWS, q.in_features)
+    rows = min(max(INTEGERS // q.shape[-1], EXACT_ROWS) if as_int8 else EXACT_ROWS, q.in_features)
     whole, rest = divmod(q.in_features, rows)
     total = jax.lax.fori_loop(0, whole, lambda number, total: add(total, number * rows, rows), total)
     total = add(total, whole * rows, rest) if rest else total
