@@ -296,6 +296,17 @@ def test_groups_of_several_kinds(tmp_path):
     assert "fp8_e4m3-channel" in model.recipe and "int4-g16-sym-bf16" in model.recipe
 
 
+@pytest.mark.parametrize(
+    ("packing", "version"), [(":auto_gptq", 1), (":gptq", 1), (None, 1), ("", 2), (":gptqmodel", 2), (":exllamav2", 2)]
+)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_zero_points_of_autoround(packing, version, bits, tmp_path):
+    settings = {"quant_method": "auto-round", "bits": bits, "group_size": 16, "sym": False}
+    settings |= {} if packing is None else {"packing_format": f"auto_round{packing}"}
+    expected = foreign.write(tmp_path / "a", settings, foreign.gptq(bits=bits, version=version))
+    foreign.assert_stands_for(load(tmp_path / "a"), expected)
+
+
 def test_extra_config_of_autoround(tmp_path):
     """A whole name before a pattern that stands first; a part of a name; nothing from entries that are null."""
     settings = {"quant_method": "auto-round", "bits": 4, "group_size": 16, "sym": False}
@@ -355,7 +366,7 @@ REFUSED = {
     "rotations": (ct(group(), transform_config={"config_groups": {"u": {}}}), "'transform_config'"),
     "sparsity": (ct(group(), sparsity_config={"format": "sparse-24-bitmask"}), "'sparsity_config' has the format"),
     "marlin": (ct(group(), format="marlin-24"), "'format' is 'marlin-24'; supported: pack-quantized"),
-    "status": (ct(group(), quantization_status="frozen"), "'quantization_status' is 'frozen'"),
+    "status": (ct(group(), quantization_status="calibration"), "'quantization_status' is 'calibration'; supported: compressed, frozen"),
     "nvfp4 inputs": (ct(group(inputs=W4A4 | {"dynamic": True}, **NVFP4)), "group_0: 'input_activations' are"),
     "asym inputs": (ct(group(inputs=TOKEN | {"symmetric": False})), "'input_activations' are"),
     "no bits": (ct(group(num_bits=9)), "int of 2 to 8 bits"),
@@ -448,6 +459,20 @@ def test_what_cannot_be_done_is_refused_by_name(case, packed_folder):
             "unexpected model.layers.0.mlp.up_proj.input_scale",
         ),
         (ct(group()), makers.integers(), "weight_shape", np.array([64, 32]), "weight_shape is [64, 32], expected [64, 64]"),
+        (
+            ct(group(), format="int-quantized"),
+            makers.integers(packed=False),
+            "weight",
+            np.full((64, 64), -9, np.int8),
+            "weight holds -9, which is no code of 4 bits",
+        ),
+        (
+            ct(group(symmetric=False), format="int-quantized"),
+            makers.integers(packed=False, symmetric=False),
+            "weight_zero_point",
+            np.full((64, 4), 8, np.int8),
+            "weight_zero_point holds 8, which is no code of 4 bits",
+        ),
         (
             ct(group(**FLOAT8, strategy="channel")),
             makers.fp8(),

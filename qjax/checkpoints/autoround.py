@@ -1,7 +1,8 @@
 """AutoRound's own folders: the packings of GPTQ, AWQ and compressed-tensors under another configuration.
 
     data_type     packing_format
-    int           auto_round, auto_round:auto_gptq, :gptqmodel, :exllamav2 ...   GPTQ's, version 1
+    int           auto_round:auto_gptq, :gptq or none                           GPTQ's, version 1
+                  auto_round, auto_round:gptqmodel, :exllamav2 ...              GPTQ's, version 2
                   auto_round:auto_awq                                           AWQ's gemm
     mx_fp, nv_fp  auto_round:llm_compressor                                     compressed-tensors' MXFP4, MXFP8, NVFP4
     fp            auto_round:fp8_static, auto_round:fp8 or none                 its FP8; in tiles as DeepSeek-V3 has them
@@ -45,7 +46,7 @@ KINDS = "int; mx_fp of 4 or 8 bits in groups of 32; nv_fp of 4 in groups of 16; 
 
 def codec(config: dict) -> Codec:
     """The codec of a quantization_config. Raises QjaxError that names the entry that is malformed or cannot be done."""
-    packing = get(config, "packing_format", str, "auto_round")
+    packing = get(config, "packing_format", str, "auto_round:gptq")
     own, _, library = packing.partition(":")
     if own != "auto_round":
         raise QjaxError(f"'packing_format' is {quoted(packing)}; supported: auto_round and what follows it after a colon")
@@ -86,7 +87,8 @@ def _of(said: dict, library: str) -> Codec:
     if get(said, "act_bits", int, LEFT) < LEFT:
         raise QjaxError(f"'act_bits' is {said['act_bits']}; supported with integers: {LEFT}, inputs as they are")
     entries = {name: said[name] for name in ("bits", "group_size", "sym") if name in said}
-    return awq.codec(entries) if "awq" in library else gptq.codec(entries, bound="full", version=1)
+    version = 1 if "gptq" in library and "gptqmodel" not in library else 2
+    return awq.codec(entries) if "awq" in library else gptq.codec(entries, bound="full", version=version)
 
 
 def _floats(said: dict) -> Codec:

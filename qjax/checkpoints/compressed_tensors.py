@@ -55,6 +55,7 @@ FORMATS = (
     *("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision", "dense"),
     *("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized", "mxfp8"),
 )
+STATUSES = ("compressed", "frozen")  # older files say the latter of codes, too
 CACHE = "kv_cache_scheme"
 REFUSED = (CACHE, "transform_config")
 CLASS = "Linear"
@@ -89,8 +90,8 @@ def codec(config: dict) -> Codec:
     sparsity = get(config, "sparsity_config", dict, None) or {}
     if sparsity.get("format", "dense") != "dense":
         raise QjaxError(f"'sparsity_config' has the format {quoted(sparsity['format'])}; supported: dense")
-    if (status := get(config, "quantization_status", str, "compressed")) != "compressed":
-        raise QjaxError(f"'quantization_status' is {quoted(status)}; supported: compressed, as save_pretrained writes it")
+    if (status := get(config, "quantization_status", str, "compressed")) not in STATUSES:
+        raise QjaxError(f"'quantization_status' is {quoted(status)}; supported: {', '.join(STATUSES)}, as save_pretrained writes it")
     groups = get(config, "config_groups", dict, {})
     for values in (config, *groups.values()):
         if isinstance(values, dict) and (kind := get(values, "format", str, None) or "dense") not in FORMATS:
@@ -218,7 +219,7 @@ def _finished(
 
 def _integers(module: Module, weights: Weights, activation: Activation | None) -> Stored:
     rows, columns = module.shape
-    bits, middle = weights.bits, np.uint8(2 ** (weights.bits - 1))
+    bits = weights.bits
     named = parse_format(f"int{bits}-{_name(weights)}" + ("-sym" if weights.symmetric else ""))
     fmt = scaled(named, module.headers["weight_scale"])
     shape, groups = _scales(module, weights, fmt)
@@ -243,17 +244,25 @@ def _integers(module: Module, weights: Weights, activation: Activation | None) -
                 raise QjaxError(f"weight_shape is {arrays['weight_shape'].tolist()}, expected {[columns, rows]}")
             codes = _unpacked(arrays["weight_packed"], bits, rows, dense)
         else:
-            codes = arrays["weight"].view(np.uint8) + middle
+            codes = _checked("weight", arrays["weight"], bits)
         codes = codes if order is None else codes[:, order]
         zeros = None
         if not weights.symmetric:
             stored = arrays["weight_zero_point"]
-            zeros = _unpacked(stored.T, bits, columns, dense) if packed else stored.T.view(np.uint8) + middle
+            zeros = _unpacked(stored.T, bits, columns, dense) if packed else _checked("weight_zero_point", stored.T, bits)
         scales = arrays["weight_scale"]
         scales = scales.reshape(1, 1) if weights.strategy == "tensor" else _by_group(scales)
         return from_bits(pack(codes, bits), bits, rows), scales, zeros
 
     return _finished(module, activation, expected, fmt, parts, order)
+
+
+def _checked(name: str, values: np.ndarray, bits: int) -> np.ndarray:
+    """Codes of int8 numbers. Raises QjaxError for one that so many bits do not hold."""
+    codes = values.view(np.uint8) + np.uint8(2 ** (bits - 1))
+    if (wrong := values[codes >= 2**bits]).size:
+        raise QjaxError(f"{name} holds {wrong[0]}, which is no code of {bits} bits")
+    return codes
 
 
 def _by_group(scales: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from qjax.linear import dequantize
 from qjax.models.model import apply
 from qjax.models.parameters import flatten, unflatten
 from qjax.rounding.nearest import rtn
-from tests.conftest import FAMILY_CHANGES, byte_tokenizer, tiny_config
+from tests.conftest import FAMILY_CHANGES, MIXTRAL, byte_tokenizer, tiny_config
 from tests.gguf_files import MIXTURES, rotated
 from tests.parity.peers import IGNORED, save_random_llama
 from tests.random_weights import small_model, weights_model
@@ -161,6 +161,15 @@ def test_layers_stored_side_by_side(family, fmt, to, tmp_path):
     there = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.float32).eval()
     assert type(there.lm_head) is torch.nn.Linear
     assert_close(apply(in_format(model, fmt), TOKENS), logits(there), 1e-3)
+
+
+def test_transformers_runs_mixtral_in_compressed_tensors(tmp_path):
+    """It multiplies codes in the type of their scales: float16's would round every weight."""
+    pytest.importorskip("compressed_tensors")
+    model = in_format(weights_model(tiny_config(**MIXTRAL, hidden_size=64, mlp_size=128, head_dim=16)), "int4-g32-sym-fp32")
+    export(tmp_path / "a", model, "compressed-tensors")
+    there = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.float32).eval()
+    assert_close(apply(model, TOKENS), logits(there), 1e-5)
 
 
 @pytest.mark.parametrize(("fmt", "to"), [("nf4-b64-dq", "bitsandbytes"), ("int4-g32-sym", "compressed-tensors")])

@@ -232,33 +232,36 @@ def test_nvfp4_of_weights_and_inputs(tmp_path):
 # AutoRound, and transformers' FP8
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
-def test_autoround(bits, tmp_path):
-    module_of = pytest.importorskip("auto_round_extension.torch.qlinear_torch").QuantLinear
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(
+    ("packing", "of"), [("auto_round", "torch"), ("auto_round:gptqmodel", "torch"), ("auto_round:auto_gptq", "torch_zp")]
+)
+@pytest.mark.filterwarnings("error::qjax.errors.QjaxWarning")
+def test_autoround(packing, of, symmetric, bits, tmp_path):
+    """Of the layers that its exporter packs with for these formats."""
+    module_of = pytest.importorskip(f"auto_round_extension.torch.qlinear_{of}").QuantLinear
     generator, group = np.random.default_rng(0), 32
 
     def make(module, weight):
         columns, rows = weight.shape
         layer = module_of(bits, group, rows, columns, bias=False)
         linear = torch.nn.Linear(rows, columns, bias=False).requires_grad_(False)
-        scales = torch.from_numpy(generator.uniform(-0.02, 0.02, (columns, rows // group)).astype(np.float32))
-        layer.pack(linear, scales, 2 ** (bits - 1), None, device="cpu")
+        linear.weight.data = torch.from_numpy(weights(weight.shape, generator))
+        scales = generator.uniform(-0.02 if symmetric else 0.01, 0.02, (columns, rows // group)).astype(np.float32)
+        zeros = torch.from_numpy(generator.integers(1, 2**bits, scales.shape).astype(np.float32))
+        layer.pack(linear, torch.from_numpy(scales), 2 ** (bits - 1) if symmetric else zeros, None, device="cpu")
         stored = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
         layer.post_init()
         value = layer(torch.eye(rows, dtype=torch.float32))
         return {name: numpy_of(stored[name]) for name in ("qweight", "qzeros", "scales")}, float_of(value).T
 
-    settings = {
-        "quant_method": "auto-round",
-        "packing_format": "auto_round:auto_gptq",
-        "bits": bits,
-        "group_size": group,
-        "sym": True,
-    }
+    settings = {"quant_method": "auto-round", "packing_format": packing, "bits": bits, "group_size": group, "sym": symmetric}
     expected = foreign.write(tmp_path / "a", settings, make)
     there = expected["model.layers.0.mlp.up_proj.weight"]
     leaf = flatten(load(tmp_path / "a").params)["block_0/mlp/up/kernel"]
-    assert leaf.format.bound == "full" and float(np.asarray(leaf.scales).min()) < 0
+    assert leaf.format.is_affine != symmetric
+    assert not symmetric or (leaf.format.bound == "full" and float(np.asarray(leaf.scales).min()) < 0)
     np.testing.assert_array_equal(np.asarray(dequantize(leaf)).T.astype(np.float16), there.astype(np.float16))
 
 
