@@ -158,6 +158,7 @@ def test_names_without_the_familys_prefix(tmp_path):
         ({"group_size": 0}, "'group_size' is 0"),
         ({"checkpoint_format": "marlin"}, "'checkpoint_format' is 'marlin'; supported: gptq, gptq_v2"),
         ({"is_marlin_format": True}, "'is_marlin_format' is True"),
+        ({"activation": "w4afp8"}, "'activation' is 'w4afp8'"),
         ({"pack_dtype": "int64"}, "'pack_dtype'"),
         ({"dynamic": {"(a+)+b": {}}}, "longer or more intricate"),
         ({"dynamic": {"[": {}}}, "no regular expression"),

@@ -154,11 +154,11 @@ def awq_llm_compressor(folder, tokens: np.ndarray, *, bits: int, group: int, duo
         mock.patch.object(AWQModifier, "_compute_best_scale", record),
         mock.patch.object(IntermediatesCache, "pin_memory", return_value=None),  # it asks for an accelerator
     ):
-        _oneshot(folder, model, tokens, recipe, batch)
+        oneshot(folder, model, tokens, recipe, batch)
     found = {}
     for name, module in model.named_modules():
         if name in scales_in:
-            value = _fake_quantized(module)
+            value = fake_quantized(module)
             last = value.shape[1] - len(scales_out.get(name, []))
             value[:, last:] *= scales_out.get(name, 1)
             found[name] = value / scales_in[name][:, None]
@@ -174,7 +174,7 @@ def gptq_model_llm_compressor(
     model = load_transformers(folder, dtype)
     recipe = [GPTQModifier(**_scheme(bits, group))]
     start = time.perf_counter()
-    _oneshot(folder, model, tokens, recipe, batch)
+    oneshot(folder, model, tokens, recipe, batch)
     return time.perf_counter() - start
 
 
@@ -222,7 +222,7 @@ def save_random_llama(folder, *, hidden: int, mlp: int, layers: int, heads: int,
     transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **options).save_pretrained(folder)
 
 
-def _oneshot(folder, model, tokens: np.ndarray, recipe: list, batch: int) -> None:
+def oneshot(folder, model, tokens: np.ndarray, recipe: list, batch: int) -> None:
     import torch
     import transformers
     from llmcompressor import oneshot
@@ -275,7 +275,7 @@ def _scheme(bits: int, group: int) -> dict:
     return {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}, "ignore": ["lm_head"]}
 
 
-def _fake_quantized(module) -> np.ndarray:
+def fake_quantized(module) -> np.ndarray:
     """The (in, out) weight of a module as its scales and zero points round it."""
     import torch
     from compressed_tensors.quantization import forward_quantize
