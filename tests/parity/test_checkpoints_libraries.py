@@ -109,7 +109,7 @@ def test_transformers_holds_the_int8_that_is_exported_to_bitsandbytes(source, tm
     found = functional.int8_vectorwise_dequant(layer.weight.data, layer.weight.SCB).numpy().T
     leaf = flatten(model.params)["block_0/mlp/up/kernel"]
     np.testing.assert_allclose(found, dequantize(leaf), rtol=2e-7)
-    assert_close(apply(model, TOKENS), logits(there), 3e-2)
+    assert_close(apply(model, TOKENS), logits(there), 1e-2)
 
 
 def test_gptqmodel_runs_what_is_exported_to_awq(source, tmp_path, monkeypatch):
