@@ -45,6 +45,7 @@ def grids_by_row(q) -> list[tuple[np.ndarray, ...]]:
             return values[np.arange(rows) // min(fmt.group, rows)]
         return values.reshape(-1)[index]
 
+    zero = -zero / scale if fmt.has_minima else zero
     zero = spread(zero) if zero is not None else np.full((rows, columns), 2.0 ** (fmt.bits - 1))
     parts = (spread(scale),) if fmt.codebook else (spread(scale), zero)
     return [tuple(part[row] for part in parts) for row in range(rows)]
@@ -74,6 +75,7 @@ STATIC = [
     *("int4-b16", "int4-b20", "int3-b7-sym-max", "int4-g16-dq", "nf4-g16-dq", "nf4-b20"),
     *("nf4-g16", "nf4-channel", "fp4_e2m1-g16", "fp4_bnb-g16", "fp8_e4m3-channel", "fp8_e5m2-tensor"),
     *("mxfp4", "mxfp8_e5m2", "nvfp4", "int2-g16-sym-full", "int3-g16-z16", "int3-b20-z32"),
+    *("int4-g16-m16", "int5-g20-m16", "int2-channel-m16", "int3-b20-m16"),
 ]
 
 
