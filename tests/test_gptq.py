@@ -97,6 +97,22 @@ def test_equals_the_oracle(name):
     assert q.nbytes == fmt.nbytes(IN, OUT)
 
 
+@pytest.mark.parametrize("options", [{}, {"clip": "mse"}, {"static_groups": False, "act_order": False}])
+def test_minima_of_weights_far_from_zero(options):
+    """They are near them in the last group too, which has 8 weights of 20; and the loss is below that of nearest rounding."""
+    weight, hessian = layer()
+    for name in ("int4-g20-m16", "int5-g20-m16"):
+        shifted = weight + np.float32(0.5)
+        q, info = gptq(jnp.asarray(shifted), name, hessian=jnp.asarray(hessian), **options)
+        plain, _ = rtn(jnp.asarray(shifted), name)
+        assert float(info.proxy_loss) < 0.9 * oracle.layer_error(np.asarray(dequantize(plain)), shifted, hessian)
+        assert float(info.proxy_loss) == pytest.approx(
+            oracle.layer_error(np.asarray(dequantize(q)), shifted, hessian), rel=2e-3
+        )
+        scale, minimum = unpack_parameters(q)
+        assert np.all(minimum > 0.2) and np.all(scale < 0.05) and float(info.clipped) < 0.2
+
+
 @pytest.mark.parametrize("name", ["nf4-b20-dq", "int4-b20-dq"])
 def test_blocks_with_dq_code_with_the_exact_scale(name):
     """As bitsandbytes does, so that the grid for coding is not the one that the QTensor holds; errors are of what it holds."""
