@@ -10,8 +10,9 @@ A format says which values a code can stand for and which weights share a scale:
     fp8_e4m3-channel one scale per output channel; `tensor` is one scale for all
     int2-g32-sym-full    symmetric with levels -2..1 times a scale that may be negative: the group's outermost weight is -2
     int3-g64-z16     affine with real zero points, stored as float16 (or z32)
-    int4-g32-m16     affine with minima instead of zero points: GGUF's Q4_1; its K-quants are int4-g32-k6m-k6 (Q4_K, the scales
-                     k6 and minima k6m in super-blocks), int6-g16-sym-full-k8s (Q6_K) and so on; iq4_nl-g32-fp16 is IQ4_NL
+    int4-g32-m16     affine with minima instead of zero points, stored as float16: GGUF's Q4_1; its K-quants are int4-g32-k6m-k6
+                     (Q4_K, scales k6 and minima k6m in super-blocks: read from files, not rounded to),
+                     int6-g16-sym-full-k8s (Q6_K) and so on; iq4_nl-g32-fp16 is IQ4_NL
     int3-g128-bf16   scales stored as bfloat16 (or fp16, fp32)
     mxfp4            fp4_e2m1-g32-e8m0: scales are powers of two; mxfp4_ceil, mxfp4_even: by another rule (`scales.py`)
     nvfp4            fp4_e2m1-g16-e4m3: scales are 8-bit floats times one float32
@@ -109,13 +110,18 @@ class Format:
 
     @property
     def has_whole_zeros(self) -> bool:
-        """False for real zero points, which are added before rounding."""
+        """False for real zero points, which are added before rounding, and for minima, which are taken off."""
         return not self.is_affine or self.zero_codec.whole
 
     @property
     def has_minima(self) -> bool:
-        """Whether values of code 0 are stored instead of zero points: formats of files, which are read, not rounded to."""
+        """Whether values of code 0 are stored instead of zero points."""
         return self.is_affine and self.zero_codec.minima
+
+    @property
+    def is_read_only(self) -> bool:
+        """Whether it is one of files alone, which are read, not rounded to: minima that are stored together."""
+        return self.is_affine and self.zero_codec.together
 
     @property
     def symmetric(self) -> bool:
@@ -223,9 +229,9 @@ class Format:
 
 
 def not_rounded_to(fmt: Format) -> str:
-    """What to say where somebody would round to a format with minima."""
-    nearest = dataclasses.replace(fmt, zeros="z16", scales=default_scales(fmt.grid))
-    return f"{fmt} is a format of files: it can be read, not rounded to; the nearest with zero points is {nearest}"
+    """What to say where somebody would round to a format that is read only."""
+    nearest = dataclasses.replace(fmt, zeros="m16", scales=default_scales(fmt.grid))
+    return f"{fmt} is a format of files: it can be read, not rounded to; the nearest that can be is {nearest}"
 
 
 _ever_registered: dict[tuple[str, str], Codebook | Floats] = {}

@@ -5,18 +5,22 @@
     affine:               scale = (max(w, 0) - min(w, 0)) * shrink / (2^b - 1),  zero = round(-min(w, 0) * shrink / scale),
                           code = clip(round(w / scale) + zero, 0, 2^b - 1)
     real zeros:           zero = -min(w, 0) * shrink / scale,               code = clip(round(w / scale + zero), 0, 2^b - 1)
+    minima:               scale = (max(w) - min(w)) * shrink / (2^b - 1),   minimum = min(w),
+                          code = clip(round((w - minimum) / scale), 0, 2^b - 1)
     value = grid value(code) * scale, or (code - zero) * scale, or code * scale + minimum
-
-Formats with minima come from files and are only decoded; a minimum stands where others have a zero point.
 
 How scales are stored, and found where it is not by this division, and how zeros are, is the codecs' (`scales.py`).
 
-Zero is always representable (the range of an affine group is widened to hold it, as in GPTQ). Everything works on groups:
-(groups, size, columns) arrays whose middle axis shares a scale, with scales and zeros (groups, columns). `to_groups` and
-`from_groups` go between that view and the (in, out) weight. Every rounding method is built from these few functions.
+Zero is always representable (the range of an affine group is widened to hold it, as in GPTQ), but with minima. A minimum stands
+where others have a zero point, and is the smallest weight of its group, as llama.cpp has it for Q4_1 and Q5_1: no level lies
+between the weights of a group of one sign and zero. Such a range shrinks towards its middle, others towards zero.
 
-A scale is stored before it is used, so codes are chosen for the scale that decoding will see (but for bitsandbytes' flat blocks
-with dq).
+Everything works on groups: (groups, size, columns) arrays whose middle axis shares a scale, with scales and zeros (groups,
+columns). `to_groups` and `from_groups` go between that view and the (in, out) weight. Every rounding method is built from these
+few functions.
+
+Scales and minima are stored before they are used, so codes are chosen for what decoding will see (but for bitsandbytes' flat
+blocks with dq).
 """
 
 from collections.abc import Sequence
@@ -40,8 +44,8 @@ class Parameters(NamedTuple):
     """The grid of every group.
 
     scale: (groups, columns) float32, what `encode` divides by. decoded_scale: the same shape, what `decode` multiplies with;
-    it differs for flat formats with dq only. zero: (groups, columns) float32, or None. stored: the scales in the form a
-    QTensor holds, see `store_scales`.
+    it differs for flat formats with dq only. zero: (groups, columns) float32, zero points or minima, or None. stored: the
+    scales in the form a QTensor holds, see `store_scales`.
     """
 
     scale: jax.Array
@@ -80,14 +84,32 @@ def padding_mask(groups: Shaped[Array, "groups size columns"], weights: int) -> 
     return (jnp.arange(count * size) < weights // columns).reshape(count, size, 1)
 
 
+def weight_groups(
+    weight: Float[Array, "in out"], fmt: Format
+) -> tuple[Float[Array, "groups size columns"], Bool[Array, "groups size 1"] | None]:
+    """`to_groups` of a weight and its `padding_mask`. Padding is in the range of its group: zeros, or where the range need not
+    hold zero the group's first weight.
+    """
+    groups = to_groups(weight, fmt)
+    present = padding_mask(groups, weight.size)
+    return filled(groups, present, fmt), present
+
+
+def filled(
+    groups: Float[Array, "groups size columns"], present: Bool[Array, "groups size 1"] | None, fmt: Format
+) -> Float[Array, "groups size columns"]:
+    """Groups padded with zeros as `weight_groups` pads them."""
+    return jnp.where(present, groups, groups[:, :1]) if fmt.has_minima and present is not None else groups
+
+
 def find_range(
     groups: Float[Array, "groups size columns"], fmt: Format
 ) -> tuple[Float[Array, "groups channels"], Float[Array, "groups channels"]]:
-    """(min, max) of every group, widened to hold zero; shape fmt.parameter_shape."""
+    """(min, max) of every group, widened to hold zero but for minima; shape fmt.parameter_shape."""
     low, high = jnp.min(groups, axis=1), jnp.max(groups, axis=1)
     if fmt.granularity == "tensor":
         low, high = jnp.min(low, axis=1, keepdims=True), jnp.max(high, axis=1, keepdims=True)
-    return jnp.minimum(low, 0), jnp.maximum(high, 0)
+    return (low, high) if fmt.has_minima else (jnp.minimum(low, 0), jnp.maximum(high, 0))
 
 
 def find_parameters(
@@ -109,24 +131,34 @@ def range_parameters(
     *,
     common: Float[Array, ""] | None = None,
 ) -> Parameters:
-    """The grid of every group whose weights span low <= 0 <= high, both times `shrink`.
+    """The grid of every group whose weights span low .. high, as `find_range` has them, of which `shrink` is kept.
 
     common: what scales are stored relative to, where that does not come from these groups.
     """
-    if fmt.has_minima:
+    if fmt.is_read_only:
         raise QjaxError(not_rounded_to(fmt))
     codec, bound = fmt.scale_codec, fmt.largest_value
     if common is None:  # of the whole ranges: a search shrinks one group, not all
         common = codec.common(_largest(low, high, fmt), bound)
-    low, high = low * shrink, high * shrink
+    low, high = _shrunk(low, high, shrink, fmt)
     largest = _largest(low, high, fmt)
-    exact = high / bound - low / bound if fmt.is_affine else largest / bound  # the difference itself could overflow
+    from_zero = fmt.is_affine and not fmt.has_minima
+    exact = high / bound - low / bound if from_zero else largest / bound  # the difference itself could overflow
     exact = codec.find(exact, largest, bound, fmt.mantissa)
     stored = store_scales(exact, fmt, common)
     decoded = load_scales(stored, fmt, exact.shape)
     scale = exact if codec.codes_exactly(fmt.is_flat) else decoded
-    zero = fmt.zero_codec.nearest(-low / nonzero(scale), fmt.largest_code) if fmt.is_affine else None
+    zero = None
+    if fmt.is_affine:
+        zero = fmt.zero_codec.nearest(low if fmt.has_minima else -low / nonzero(scale), fmt.largest_code)
     return Parameters(scale, decoded, zero, stored)
+
+
+def _shrunk(low, high, shrink, fmt):
+    if not fmt.has_minima:
+        return low * shrink, high * shrink
+    cut = (high - low) * ((1 - shrink) / 2)
+    return low + cut, high - cut
 
 
 def _largest(low, high, fmt):
@@ -142,18 +174,25 @@ def encode(
     values: Float[Array, "..."], scale: Float[Array, "..."], zero: Float[Array, "..."] | None, fmt: Format
 ) -> UInt8[Array, "..."]:
     """Nearest codes of values, elementwise; scale and zero broadcast against values. A scale of 0 gives the code of 0."""
-    return nearest_codes(_scaled(values, scale), zero, fmt)
+    return nearest_codes(_scaled(values, scale, zero, fmt), zero, fmt)
 
 
-def _scaled(values, scale):
+def _scaled(values, scale, zero, fmt):
     # By the reciprocal, like bitsandbytes; XLA would make that of a division, but only when it compiles.
-    return jnp.where(scale == 0, 0.0, values * (1 / nonzero(scale)))
+    return jnp.where(scale == 0, 0.0, above_minimum(values, zero, fmt) * (1 / nonzero(scale)))
+
+
+def above_minimum(values: Float[Array, "..."], zero: Float[Array, "..."] | None, fmt: Format) -> Float[Array, "..."]:
+    """What is divided by the scale: the values, less their minimum where the format has minima."""
+    return values - zero if fmt.has_minima else values
 
 
 def nearest_codes(scaled: Float[Array, "..."], zero: Float[Array, "..."] | None, fmt: Format) -> UInt8[Array, "..."]:
-    """Codes of weights divided by their scale, in any format."""
+    """Codes of weights (`above_minimum`) divided by their scale, in any format."""
     if fmt.codebook:
         return codebook_codes(scaled, fmt)
+    if fmt.has_minima:
+        return integer_codes(scaled, 0, fmt.largest_code)
     if not fmt.has_whole_zeros:
         return integer_codes(scaled + zero, 0, fmt.largest_code)
     return integer_codes(scaled, 2 ** (fmt.bits - 1) if zero is None else zero, fmt.largest_code)
@@ -213,23 +252,26 @@ def fake_quantize(
         in the grid's range        d/d weight = 1   d/d offset = scale   d/d scale = q - weight / scale   d/d zero = 0
         beyond it                               0                    0               q                              -scale
 
-    which is LSQ's (Esser et al. 2020, 1902.08153) and LSQ+'s (Bhalgat et al. 2020, 2004.09576). The range goes half a step
-    beyond the outermost values: what rounds to them without being cut off is in it. A scale of 0 gives value and gradients 0
-    but for the scale's own.
+    which is LSQ's (Esser et al. 2020, 1902.08153) and LSQ+'s (Bhalgat et al. 2020, 2004.09576). With minima, weight and value
+    are those above the minimum, whose gradient is 0 in the range and 1 beyond it. The range goes half a step beyond the
+    outermost values: what rounds to them without being cut off is in it. A scale of 0 gives value (above the minimum) and
+    gradients 0 but for the scale's own and the minimum's, which is 1.
     """
-    scaled = _scaled(weight, scale) + offset
+    scaled = _scaled(weight, scale, zero, fmt) + offset
     value = decode(jax.lax.stop_gradient(nearest_codes(scaled, zero, fmt)), scale, zero, fmt)
     low, high = _ends(zero, fmt)
     inside = (scaled >= low) & (scaled <= high)
-    passing = jnp.where(inside, scaled if zero is None else scaled + zero, 0.0)
+    passing = jnp.where(inside, scaled if zero is None or fmt.has_minima else scaled + zero, 0.0)
     return value + jax.lax.stop_gradient(scale) * (passing - jax.lax.stop_gradient(passing))
 
 
 def _ends(zero, fmt):
-    """The range of weights divided by their scale that round to some value without being cut off."""
+    """The range of weights (`above_minimum`) divided by their scale that round to some value without being cut off."""
     if fmt.codebook:
         values = fmt.codebook.values
         return values[0] - (values[1] - values[0]) / 2, values[-1] + (values[-1] - values[-2]) / 2
+    if fmt.has_minima:
+        return -0.5, fmt.largest_code + 0.5
     zero = 2 ** (fmt.bits - 1) if zero is None else jax.lax.stop_gradient(zero)
     return -0.5 - zero, fmt.largest_code + 0.5 - zero
 

@@ -2,8 +2,8 @@
 
     codes   uint8 (bytes, out): codes packed along the input axis (`packing.py`); the weight itself for fp32, bf16, fp16
     scales  as the format's codec stores them (`scales.py`): mostly (groups, out), flat for flat formats; or None
-    zeros   uint8 (groups, bytes): zero points packed along the output axis; real ones (groups, out), flat for flat formats;
-            or None
+    zeros   uint8 (groups, bytes): zero points packed along the output axis; real ones and minima (groups, out), flat for flat
+            formats; or None
     format, in_features   static
 
 Every field may carry leading axes (a stack of layers under vmap or scan); no full shape is kept, so none goes stale.
@@ -73,7 +73,7 @@ def unpack_codes(q: QTensor) -> UInt8[Array, "in out"]:
 
 
 def unpack_parameters(q: QTensor) -> tuple[Float[Array, "groups channels"], Float[Array, "groups channels"] | None]:
-    """float32 scales and zero points (or None) of shape fmt.parameter_shape(in, out)."""
+    """float32 scales and zero points, or minima, (or None) of shape fmt.parameter_shape(in, out)."""
     shape = q.format.parameter_shape(*q.shape)
     scale = grid.load_scales(q.scales, q.format, shape)
     if not q.format.is_affine:
@@ -85,14 +85,14 @@ def columns(q: QTensor, index: np.ndarray) -> QTensor:
     """The weight of some output columns: the same codes, and the same scales where each belongs to one column; where what is
     stored of scales spans several, the float32 numbers that they stand for.
 
-    Raises QjaxError where groups go over the ends of columns, and for minima, which are not stored by columns.
+    Raises QjaxError where groups go over the ends of columns, and for minima that are stored together.
     """
     fmt, (rows, width) = q.format, q.shape
     if fmt.is_float:
         return dataclasses.replace(q, codes=q.codes[:, index])
     if fmt.crosses_columns(rows):
         raise QjaxError(f"blocks of {fmt.group} go over the ends of columns of {rows} weights, which cannot be taken apart")
-    if fmt.has_minima:
+    if fmt.is_read_only:
         raise QjaxError(f"a weight in {fmt} cannot be taken apart: its minima are stored together")
     shape = fmt.parameter_shape(rows, width)
     if fmt.granularity == "tensor":
@@ -109,11 +109,13 @@ def columns(q: QTensor, index: np.ndarray) -> QTensor:
 
 
 def times_power(q: QTensor, exponent: int | Int[Array, ""]) -> QTensor:
-    """2^exponent times a quantized weight: the same codes, and scales as far as their type holds them (`scales.Floats.times`).
+    """2^exponent times a quantized weight: the same codes, and scales and minima as far as their type holds them
+    (`scales.Floats.times`).
 
     Not for casts, which have no scales.
     """
-    return dataclasses.replace(q, scales=q.format.scale_codec.times(q.scales, exponent))
+    zeros = q.format.zero_codec.times(q.zeros, exponent) if q.format.is_affine else None
+    return dataclasses.replace(q, scales=q.format.scale_codec.times(q.scales, exponent), zeros=zeros)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")

@@ -168,7 +168,7 @@ def _parse_recipe(text: str) -> Recipe:
     recipe = Recipe(**_by_kind(where, stages), format=words.format, activation=activation, cache=words.cache)
     if words.format is None:
         return recipe
-    if recipe.format.has_minima:
+    if recipe.format.is_read_only:
         raise QjaxError(f"{where}: {not_rounded_to(recipe.format)}")
     if recipe.is_cast and (recipe.stages != (Stage("rtn"),) or activation):
         raise QjaxError(f"{where}: {recipe.format} is a cast and takes no method; write {str(recipe.format)!r}")

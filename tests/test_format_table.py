@@ -36,7 +36,7 @@ FORMATS = [
     *("mxfp4", "mxfp8_e5m2_ceil", "fp4_e2m1-b16-e8m0_even", "nvfp4", "nf4-b32-e4m3"),
     *("int2-g16-sym-full", "int4-channel-sym-full-dq", "int3-g16-z16", "int2-b32-z32-fp32"),
     *("fp8_e4m3-g16-fp32x128", "int4-g16-sym-bf16x128", "fp4_e2m1-g16-e4m3_div"),
-    *("int6-g16-sym-full-k8s", "int3-g32-sym-full-k6s", "int4-g8-k6", "int5-b32-sym-k4"),
+    *("int6-g16-sym-full-k8s", "int3-g32-sym-full-k6s", "int4-g8-k6", "int5-b32-sym-k4", "int4-g16-m16", "int3-b32-m16-bf16"),
 ]
 
 
@@ -48,7 +48,7 @@ def layer():
 
 def test_the_table_has_every_codec():
     found = [parse_format(name) for name in FORMATS]
-    rounded_to = {name for name, codec in ZEROS.items() if not codec.minima}
+    rounded_to = {name for name, codec in ZEROS.items() if not codec.together}
     assert {fmt.scales for fmt in found} >= SCALES.keys() and {fmt.zeros for fmt in found} >= rounded_to
     assert {fmt.bound for fmt in found} >= {"max", "full"}
 
@@ -93,20 +93,20 @@ def test_a_moved_scale_goes_to_the_nearest_that_can_be_stored():
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_products_are_those_of_the_decoded_weight(name, layer):
-    """By what `auto` takes, which is never the decoding of the whole weight; and by the layout of kernels, which may refuse."""
+    """By what `auto` takes, which decodes the whole weight of minima alone; and by the layout of kernels, which may refuse."""
     q, _ = rtn(jnp.asarray(layer[0]), name)
     x = jax.random.normal(jax.random.key(1), (3, IN))
     exact = np.asarray(x, np.float64) @ np.asarray(dequantize(q), np.float64)
-    assert choose("auto", jnp.float32, q) == "xla"
+    assert choose("auto", jnp.float32, q) == ("reference" if q.format.has_minima else "xla")
     np.testing.assert_allclose(qjax.matmul(x, q, precision="highest"), exact, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(qjax.matmul(x[:1], q), exact[:1], rtol=1e-4, atol=1e-5)
     if q.format.has_whole_zeros:
         np.testing.assert_array_equal(layout.dequantize(layout.prepare(q)), dequantize(q))
     else:
-        assert "real zero points" in layout.refusal(q)
+        assert ("minima" if q.format.has_minima else "real zero points") in layout.refusal(q)
 
 
-@pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "int2-g16-sym-full", "int3-g16-z16"])
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "int2-g16-sym-full", "int3-g16-z16", "int3-g16-m16"])
 def test_awq_scales_before_any_format(name, layer):
     weight, hessian = layer
     channels = np.exp(np.random.default_rng(1).standard_normal(IN))
@@ -149,7 +149,28 @@ def test_real_zeros_beat_whole_ones_at_few_bits():
     assert errors[1] < 0.95 * errors[0] and errors[1] == pytest.approx(errors[2], rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["int3-g16-z16", "int2-b24-z32-dq", "int4-tensor-z32-fp32", "int2-g12-z16"])
+@pytest.mark.parametrize("sign", ["", "-"])
+@pytest.mark.parametrize("bits", [2, 4, 5])
+def test_minima_beat_zero_points_on_weights_of_one_sign(sign, bits):
+    """By more than the ratio of the ranges; and by what a zero point is rounded where signs are mixed."""
+    for low in (0.0, 0.5, 2.0):
+        weight = np.random.default_rng(0).uniform(low, low + 1, (256, 32)) * float(sign + "1")
+        zeros, minima = (float(rtn(jnp.asarray(weight), f"int{bits}-g32{end}")[1].weight_error) for end in ("", "-m16"))
+        assert minima <= zeros and (not low or minima < 1.1 * zeros / (low + 1) ** 2)
+    mixed = jnp.asarray(np.random.default_rng(1).standard_normal((256, 32)))
+    for clip in ("none", "mse"):
+        zeros, minima = (rtn(mixed, f"int{bits}-g32{end}", clip=clip)[1].weight_error for end in ("", "-m16"))
+        assert minima < zeros
+
+
+def test_minima_of_groups_of_one_value_are_that_value():
+    weight = jnp.asarray(np.repeat([[0.3], [-4.0], [0.0], [1e-3]], 40, axis=1).T, jnp.float32)
+    q, info = rtn(weight, "int4-g16-m16")
+    np.testing.assert_array_equal(dequantize(q), np.asarray(weight, np.float16))
+    assert not np.any(q.codes) and not np.any(q.scales) and float(info.weight_error) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["int3-g16-z16", "int2-b24-z32-dq", "int4-tensor-z32-fp32", "int2-g12-z16", "int3-g24-m16"])
 def test_hqq_is_its_formulas(name):
     """Against float64, one group after another; groups that padding fills up count their weights alone."""
     fmt = parse_format(name)
@@ -163,7 +184,8 @@ def test_hqq_is_its_formulas(name):
         np.asarray(qtensor.grid.to_groups(jnp.asarray(weight), fmt), np.float64),
     )
     present, rows = (part.transpose(2, 0, 1).reshape(len(scale), -1) for part in groups)
-    low = np.minimum(np.where(present, rows, 0).min(axis=1), 0)
+    low = np.where(present, rows, np.inf).min(axis=1)
+    low = low if fmt.has_minima else np.minimum(low, 0)
     zero, beta, best = -low / scale, 2000.0, np.inf
     for _ in range(9):
         codes = np.clip(np.round(rows / scale[:, None] + zero[:, None]), 0, fmt.largest_code)
@@ -176,7 +198,8 @@ def test_hqq_is_its_formulas(name):
             break
         best = mean
     found = np.asarray(qtensor.unpack_parameters(q)[1]).T.ravel()
-    np.testing.assert_allclose(found, zero, rtol=2e-3 if fmt.zeros == "z16" else 1e-4, atol=1e-4)
+    zero = -zero * scale if fmt.has_minima else zero
+    np.testing.assert_allclose(found, zero, rtol=1e-4 if fmt.zeros == "z32" else 2e-3, atol=1e-4)
     restored = np.asarray(dequantize(q), np.float64)
     assert float(info.weight_error) == pytest.approx(
         np.sum((restored - weight) ** 2) / np.sum(np.float64(weight) ** 2), rel=1e-4
@@ -184,12 +207,13 @@ def test_hqq_is_its_formulas(name):
 
 
 def test_formats_of_files_are_not_rounded_to():
-    for name, nearest in (("int4-g32-m16", "int4-g32-z16"), ("int2-g16-k4m-k4", "int2-g16-z16")):
-        said = f"{name} is a format of files: it can be read, not rounded to; the nearest with zero points is {nearest}"
+    for name, nearest in (("int4-g32-k6m-k6", "int4-g32-m16"), ("int2-g16-k4m-k4", "int2-g16-m16")):
+        said = f"{name} is a format of files: it can be read, not rounded to; the nearest that can be is {nearest}"
         with pytest.raises(QjaxError, match=said):
             rtn(jnp.ones((32, 4)), name)
         with pytest.raises(QjaxError, match=f"recipe 'gptq:{name}': {said}"):
             qjax.parse_recipe(f"gptq:{name}")
+        assert str(qjax.parse_recipe(f"gptq:{nearest}")) == f"gptq:{nearest}"
 
 
 def test_multiples_of_a_scale_of_several_groups():

@@ -30,10 +30,11 @@ from tests.conftest import FAMILY_CHANGES, FURTHER_CHANGES, GPT_OSS, byte_tokeni
 from tests.fuzz import seeds
 from tests.gguf_files import ARCHITECTURES, FURTHER, random_rows
 from tests.paths import real_data
-from tests.random_weights import weights_model
+from tests.random_weights import small_model, weights_model
 from tests.test_export import random_leaf
 
 REPEATED = ("int4-g32-sym", "int4-g64-sym-max", "int5-g96-sym-full", "int8-channel-sym", "int8-g128-sym-max")
+WITH_MINIMA = ("int4-g32-m16", "int5-g32-m16", "int4-g64-m16", "int5-channel-m16")
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=[kind.name for kind in KINDS.values()])
@@ -50,14 +51,20 @@ def test_blocks_are_written_as_they_were_read(kind):
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.sampled_from(REPEATED), st.integers(1, 9), st.integers(1, 4), st.integers(0, 99))
+@given(st.sampled_from(REPEATED + WITH_MINIMA), st.integers(1, 9), st.integers(1, 4), st.integers(0, 99))
 def test_blocks_repeat_the_scale_of_longer_groups(name, blocks, columns, seed):
     fmt, inputs = parse_format(name), 32 * blocks
-    q = random_leaf((inputs, columns), fmt, np.random.default_rng(seed))
+    generator = np.random.default_rng(seed)
+    if fmt.has_minima:
+        q, _ = qjax.rtn(jnp.asarray(generator.standard_normal((inputs, columns)), jnp.float32), fmt)
+    else:
+        q = random_leaf((inputs, columns), fmt, generator)
     back = quantized(KINDS[kind_of(fmt, inputs)], rows_of(kind_of(fmt, inputs), q))
     np.testing.assert_array_equal(back.codes, q.codes)
-    by_input = np.repeat(np.asarray(q.scales), fmt.group or inputs, axis=0)[:inputs:32]
-    np.testing.assert_array_equal(back.scales, by_input)
+    for found, stored in ((back.scales, q.scales), (back.zeros, q.zeros)):
+        if stored is not None:
+            np.testing.assert_array_equal(found, np.repeat(np.asarray(stored), fmt.group or inputs, axis=0)[:inputs:32])
+    np.testing.assert_array_equal(qjax.dequantize(back), qjax.dequantize(q))
     assert unpack(np.asarray(back.codes).T.copy(), fmt.bits, inputs).shape == (columns, inputs)
 
 
@@ -137,6 +144,27 @@ def test_codes_come_back(tmp_path):
     assert values["general.file_type"] == 8  # mostly Q5_0
 
 
+@pytest.mark.parametrize("recipe", ["rtn(clip=mse):int4-g32-m16", "gptq:int5-g32-m16@parallel", "hqq:int4-g32-m16"])
+def test_minima_are_rounded_to_written_and_read(recipe, tmp_path):
+    """As Q4_1 and Q5_1; and a packed folder between."""
+    tokens = np.random.default_rng(0).integers(0, 256, (8, 32)).astype(np.int32)
+    options = {"calibration": tokens} if recipe.startswith("gptq") else {}
+    model, _ = qjax.quantize(small_model(foreign.llama(vocabulary_size=288), byte_tokenizer()), recipe, **options)
+    qjax.save(tmp_path / "packed", model)
+    qjax.export(tmp_path / "a.gguf", qjax.load(tmp_path / "packed"), "gguf")
+    fmt = recipe.partition(":")[2].partition("@")[0]
+    back = qjax.load(tmp_path / "a.gguf")
+    assert back.recipe == f"gguf file: {fmt}"
+    found, leaves = flatten(back.params), flatten(model.params)
+    written = [path for path, leaf in leaves.items() if hasattr(leaf, "codes")]
+    assert len(written) == 7 * model.config.layers
+    for path in written:
+        jax.tree.map(np.testing.assert_array_equal, found[path], leaves[path])
+    contents = read_contents(tmp_path / "a.gguf")
+    assert contents.values["general.file_type"] == {"4": 3, "5": 9}[fmt[3]]
+    assert KINDS[contents.tensors["blk.0.attn_q.weight"].kind].name == f"Q{fmt[3]}_1"
+
+
 def test_norms_are_float32(tmp_path):
     """Those too that have a scale for each head, which are matrices."""
     config = tiny_config(**FURTHER["command-r, 64 layers"])
@@ -156,7 +184,10 @@ def test_heads_stored_side_by_side(tmp_path):
 @pytest.mark.parametrize(
     ("recipe", "part"),
     [
-        ({"mlp": "int4-g32"}, r"ffn_gate.weight: int4-g32 is no type of blocks; .* fit: rtn:int4-g32-sym, gptq:int4-g32-sym"),
+        ({"mlp": "int4-g32"}, r"ffn_gate.weight: int4-g32 is no type of blocks; .* fit: rtn:int4-g32-m16, gptq:int4-g32-m16"),
+        ({"mlp": "int5-g128"}, "fit: rtn:int5-g32-m16, gptq"),
+        ({"mlp": "int6-g128"}, "fit: rtn:int8-g128-sym, gptq"),
+        ({"mlp": "int4-g32-z16"}, "fit: rtn:int4-g32-m16, gptq"),
         ({"mlp": "int3-g128-sym-max"}, "fit: rtn:int4-g128-sym-max"),
         ({"mlp": "nf4-g64"}, "fit: rtn:int4-g64-sym"),
         ({"mlp": "int8-g16-sym"}, "fit: rtn:int8-g32-sym"),

@@ -45,6 +45,7 @@ def grids_by_row(q) -> list[tuple[np.ndarray, ...]]:
             return values[np.arange(rows) // min(fmt.group, rows)]
         return values.reshape(-1)[index]
 
+    zero = -zero / scale if fmt.has_minima else zero
     zero = spread(zero) if zero is not None else np.full((rows, columns), 2.0 ** (fmt.bits - 1))
     parts = (spread(scale),) if fmt.codebook else (spread(scale), zero)
     return [tuple(part[row] for part in parts) for row in range(rows)]
@@ -74,6 +75,7 @@ STATIC = [
     *("int4-b16", "int4-b20", "int3-b7-sym-max", "int4-g16-dq", "nf4-g16-dq", "nf4-b20"),
     *("nf4-g16", "nf4-channel", "fp4_e2m1-g16", "fp4_bnb-g16", "fp8_e4m3-channel", "fp8_e5m2-tensor"),
     *("mxfp4", "mxfp8_e5m2", "nvfp4", "int2-g16-sym-full", "int3-g16-z16", "int3-b20-z32"),
+    *("int4-g16-m16", "int5-g20-m16", "int2-channel-m16", "int3-b20-m16"),
 ]
 
 
@@ -93,6 +95,22 @@ def test_equals_the_oracle(name):
     assert float(info.weight_error) == pytest.approx(square, rel=1e-4)
     assert float(info.damp) == np.float32(0.01)
     assert q.nbytes == fmt.nbytes(IN, OUT)
+
+
+@pytest.mark.parametrize("options", [{}, {"clip": "mse"}, {"static_groups": False, "act_order": False}])
+def test_minima_of_weights_far_from_zero(options):
+    """They are near them in the last group too, which has 8 weights of 20; and the loss is below that of nearest rounding."""
+    weight, hessian = layer()
+    for name in ("int4-g20-m16", "int5-g20-m16"):
+        shifted = weight + np.float32(0.5)
+        q, info = gptq(jnp.asarray(shifted), name, hessian=jnp.asarray(hessian), **options)
+        plain, _ = rtn(jnp.asarray(shifted), name)
+        assert float(info.proxy_loss) < 0.9 * oracle.layer_error(np.asarray(dequantize(plain)), shifted, hessian)
+        assert float(info.proxy_loss) == pytest.approx(
+            oracle.layer_error(np.asarray(dequantize(q)), shifted, hessian), rel=2e-3
+        )
+        scale, minimum = unpack_parameters(q)
+        assert np.all(minimum > 0.2) and np.all(scale < 0.05) and float(info.clipped) < 0.2
 
 
 @pytest.mark.parametrize("name", ["nf4-b20-dq", "int4-b20-dq"])

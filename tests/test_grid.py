@@ -1,10 +1,14 @@
 """qjax.grid: groups and back, codes at their ties, scales as they are stored."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qjax import grid
 from qjax.formats import codebooks, parse_format
@@ -13,7 +17,7 @@ from tests.oracles import nearest as oracle
 
 SHAPES = [(8, 5), (7, 5), (1, 1)]
 GRADED = [
-    *(f"int{bits}-g8{end}" for bits in (1, 2, 4, 8) for end in ("", "-sym", "-sym-full", "-z32")),
+    *(f"int{bits}-g8{end}" for bits in (1, 2, 4, 8) for end in ("", "-sym", "-sym-full", "-z32", "-m16")),
     *(f"{n}-g8" for n in codebooks()),
 ]
 GRANULARITIES = ["tensor", "channel", "g4", "g3", "b4", "b3", "g100", "b100"]
@@ -50,6 +54,40 @@ def test_ranges_hold_zero_and_have_the_shape_of_the_scales(granularity):
     low, high = grid.find_range(grid.to_groups(-weight, fmt), fmt)
     assert not np.any(high)
     assert np.min(low) == -2
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_ranges_with_minima_are_those_of_the_weights(granularity):
+    """Without zero, and without the padding of a last group."""
+    fmt = parse_format(f"int4-{granularity}-m16")
+    weight = np.random.default_rng(0).uniform(1, 2, (7, 5)).astype(np.float32)
+    index = oracle.group_index(weight.shape, fmt)
+    for sign in (1, -1):
+        groups, present = grid.weight_groups(jnp.asarray(sign * weight), fmt)
+        np.testing.assert_array_equal(grid.from_groups(groups, fmt, 7, 5), sign * weight)
+        np.testing.assert_array_equal(present, grid.padding_mask(groups, weight.size))
+        low, high = (np.asarray(part).T.reshape(-1) for part in grid.find_range(groups, fmt))
+        expected = [sign * weight[index == group] for group in range(index.max() + 1)]
+        np.testing.assert_array_equal(low, [group.min() for group in expected])
+        np.testing.assert_array_equal(high, [group.max() for group in expected])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 8), st.floats(-100, 100), st.floats(0.001, 10), st.integers(1, 40), st.integers(0, 99))
+def test_minima_are_half_a_step_from_what_they_stand_for(bits, middle, spread, size, seed):
+    """And what float16 takes of the minimum and of the scale: the only other errors there are."""
+    fmt = parse_format(f"int{bits}-g{size}-m16")
+    weight = (middle + spread * np.random.default_rng(seed).standard_normal((size, 3))).astype(np.float32)
+    groups, _ = grid.weight_groups(jnp.asarray(weight), fmt)
+    found = grid.find_parameters(groups, fmt)
+    low, span = weight.min(axis=0).astype(np.float64), np.ptp(weight.astype(np.float64), axis=0)
+    scale, minimum = (np.asarray(part, np.float64)[0] for part in (found.scale, found.zero))
+    np.testing.assert_array_equal(minimum, np.float16(low))
+    np.testing.assert_allclose(scale, span / fmt.largest_code, rtol=2.0**-11 + 1e-6, atol=2.0**-25)
+    codes = grid.encode(groups, found.scale[:, None], found.zero[:, None], fmt)
+    values = np.asarray(grid.decode(codes, found.scale[:, None], found.zero[:, None], fmt), np.float64)[0]
+    least = scale / 2 + np.abs(minimum - low) + np.abs(scale * fmt.largest_code - span)
+    assert np.all(np.abs(values - weight) <= least + 1e-6 * np.abs(weight).max())
 
 
 @pytest.mark.parametrize("name", codebooks())
@@ -164,6 +202,9 @@ def test_shrink_may_differ_between_groups():
 
 def quantize_exactly(weight, scale, zero, offset, fmt):
     """Values in float64 by the definition, and whether each weight is in the range."""
+    if fmt.has_minima:
+        value, found, inside = quantize_exactly(weight - zero, scale, 0, offset, dataclasses.replace(fmt, zeros="z32"))
+        return value + zero, found, inside
     scaled = weight / scale + offset
     if fmt.codebook:
         levels = np.array(fmt.codebook.values)
@@ -188,6 +229,7 @@ def test_fake_quantization_and_its_gradients(name):
     weight, offset = rng.uniform(-reach, reach, (50, 6)) * scale, rng.uniform(-0.4, 0.4, (50, 6))
     zero = None if not fmt.is_affine else rng.uniform(0, fmt.largest_code, 6)
     zero = np.round(zero) if fmt.is_affine and fmt.has_whole_zeros else zero
+    zero = -0.37 * zero if fmt.has_minima else zero
     narrow = [None if x is None else jnp.asarray(x, jnp.float32) for x in (weight, scale, zero, offset)]
     values, to_arguments = jax.vjp(lambda w, s, z, v: grid.fake_quantize(w, s, z, fmt, offset=v), *narrow)
     value, found, inside = quantize_exactly(weight, scale, zero, offset, fmt)
@@ -197,16 +239,18 @@ def test_fake_quantization_and_its_gradients(name):
     to_weight, to_scale, to_zero, to_offset = to_arguments(jnp.asarray(cotangent, jnp.float32))
     np.testing.assert_allclose(to_weight, cotangent * inside, atol=1e-5)
     np.testing.assert_allclose(to_offset, cotangent * inside * scale, atol=1e-5)
-    expected = np.sum(cotangent * np.where(inside, found - weight / scale, found), axis=0)
+    above = weight - zero if fmt.has_minima else weight
+    expected = np.sum(cotangent * np.where(inside, found - above / scale, found), axis=0)
     np.testing.assert_allclose(to_scale, expected, rtol=1e-4, atol=1e-4 * np.abs(found).max())
     if fmt.is_affine:
-        np.testing.assert_allclose(to_zero, np.sum(cotangent * np.where(inside, 0, -scale), axis=0), rtol=1e-4, atol=1e-4)
+        beyond = 1 if fmt.has_minima else -scale
+        np.testing.assert_allclose(to_zero, np.sum(cotangent * np.where(inside, 0, beyond), axis=0), rtol=1e-4, atol=1e-4)
     plain = grid.fake_quantize(narrow[0], narrow[1], narrow[2], fmt)
     codes = grid.encode(*narrow[:3], fmt)
     np.testing.assert_array_equal(plain, grid.decode(codes, *narrow[1:3], fmt))
 
 
-@pytest.mark.parametrize("name", ["int4-g4", "int4-g4-z16", "nf4-g4", "fp8_e4m3-g4"])
+@pytest.mark.parametrize("name", ["int4-g4", "int4-g4-z16", "int4-g4-m16", "nf4-g4", "fp8_e4m3-g4"])
 def test_fake_quantization_with_a_scale_of_zero_has_finite_gradients(name):
     fmt = parse_format(name)
     zero = jnp.zeros(()) if fmt.is_affine else None

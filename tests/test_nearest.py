@@ -15,7 +15,7 @@ from qjax.rounding.nearest import nearest_values, rtn, search_shrink
 from tests.oracles import nearest as oracle
 
 unpack_codes = jax.jit(qtensor.unpack_codes)
-QUANTIZED = [name for name, _ in EXAMPLES if not (parse_format(name).is_float or parse_format(name).has_minima)]
+QUANTIZED = [name for name, _ in EXAMPLES if not (parse_format(name).is_float or parse_format(name).is_read_only)]
 ODD = (70, 6)  # no group size divides 70, so every grouped format pads, and flat blocks cross columns
 encode = jax.jit(grid.encode, static_argnames="fmt")
 MORE = [
@@ -30,7 +30,14 @@ MORE = [
     "nf4-b32-dq",
     *("int4-g32-z32-dq", "int3-b7-z16", "int2-tensor-z16", "int1-g16-sym-full", "int4-b7-sym-full-dq", "int8-channel-sym-full"),
     *("mxfp4_ceil", "mxfp4_even", "mxfp8_e4m3_even", "nf4-b24-e8m0", "int8-g32-sym-max-e8m0_even", "int4-g16-e8m0_ceil"),
-    *("fp8_e5m2-b24-e4m3", "int4-g16-e4m3", "int4-g16-sym-full-e4m3"),
+    *(
+        "fp8_e5m2-b24-e4m3",
+        "int4-g16-e4m3",
+        "int4-g16-sym-full-e4m3",
+        "int3-b32-m16",
+        "int2-tensor-m16-fp32",
+        "int6-g16-m16-dq",
+    ),
 ]
 
 
@@ -169,7 +176,7 @@ def test_known_errors_with_the_range_search(name, error):
     "name",
     [
         *("int2-g32", "int3-channel-sym-fp32", "nf4-b32", "int2-tensor", "int1-g32-sym"),
-        *("mxfp4_ceil", "nvfp4", "int2-g32-sym-full", "int2-g32-z16"),
+        *("mxfp4_ceil", "nvfp4", "int2-g32-sym-full", "int2-g32-z16", "int2-g32-m16"),
     ],
 )
 def test_the_range_search_finds_the_best_shrink_of_every_group(name):
@@ -227,7 +234,7 @@ EXTREMES = {
     "mixed": np.random.default_rng(0).standard_normal((64, 4)) * [1e30, 1, 1e-30, 0],
 }
 WIDE = ["int4-g32-fp32", "int4-g32-sym-bf16", "nf4-g32", "nf4-b32", "fp8_e4m3-channel", "fp8_e5m2-tensor"]
-NARROW = ["int4-g32", "int8-g32-sym-max", "int1-g32-sym", "int4-g32-dq", "nf4-b32-dq"]
+NARROW = ["int4-g32", "int4-g32-m16", "int8-g32-sym-max", "int1-g32-sym", "int4-g32-dq", "nf4-b32-dq"]
 
 
 @pytest.mark.parametrize("name", WIDE + NARROW)

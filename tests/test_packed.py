@@ -39,7 +39,7 @@ from tests.random_weights import weights_model
 FORMATS = [
     *("int4-g16", "int3-channel", "int2-g12", "int8-tensor-sym", "int1-g16-sym", "int5-g16-bf16", "int4-b16", "int4-b24"),
     *("nf4-g16", "nf4-b16-dq", "nf4-g16-dq", "int4-g16-dq", "fp4_e2m1-g16", "fp8_e4m3-channel", "bf16", "fp16", "fp32"),
-    *("mxfp4", "mxfp8_e5m2_ceil", "nvfp4", "fp4-b24-e4m3", "int2-g12-sym-full", "int3-g16-z16", "int4-b24-z32"),
+    *("mxfp4", "mxfp8_e5m2_ceil", "nvfp4", "fp4-b24-e4m3", "int2-g12-sym-full", "int3-g16-z16", "int4-b24-z32", "int4-g16-m16"),
 ]
 NESTED = (".scales.codes", ".scales.scales", ".scales.offset")
 

@@ -19,7 +19,7 @@ from qjax.qtensor import QTensor, dequantize, nbytes
 from qjax.rounding.nearest import rtn
 
 unpack_codes, unpack_parameters = jax.jit(qtensor.unpack_codes), jax.jit(qtensor.unpack_parameters)
-FORMATS = [name for name, _ in EXAMPLES if not parse_format(name).has_minima]  # which files alone make
+FORMATS = [name for name, _ in EXAMPLES if not parse_format(name).is_read_only]
 SHAPES = [(1, 1), (3, 5), (65, 3), (130, 7), (256, 64)]
 KINDS = ["int3-g16", "int4-g16-sym", "nf4-b16-dq", "nf4-b24", "fp8_e4m3-tensor", "bf16"]  # one of each structure
 
@@ -180,6 +180,7 @@ def test_from_codes_and_back():
         ("int3-g16", [5, 0, 3], "int3-g16"),
         ("nf4-b16", [1, 2], "nf4-b16"),
         ("int4-b16", [6, 2], "int4-b16"),
+        ("int4-g16-m16", [6, 2], "int4-g16-m16"),
         ("nvfp4", [0, 6], "nvfp4"),
         ("fp8_e4m3-tensor", [4, 1], "fp8_e4m3-tensor"),
         ("bf16", [2], "bf16"),

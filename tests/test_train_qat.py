@@ -21,7 +21,17 @@ from qjax.train import loop, qat
 from qjax.train.qat import QatConfig
 from tests.conftest import GEMMA, MIXTRAL, random_model, tiny_config
 
-FORMATS = ("int3-g16", "int2-g16-sym-full", "int4-g16-z16", "int8-tensor", "nf4-b16", "mxfp4", "nvfp4", "int4-g16-dq")
+FORMATS = (
+    "int3-g16",
+    "int2-g16-sym-full",
+    "int4-g16-z16",
+    "int4-g16-m16",
+    "int8-tensor",
+    "nf4-b16",
+    "mxfp4",
+    "nvfp4",
+    "int4-g16-dq",
+)
 FURTHER = ("int4-channel-sym-max", "int1-g16-sym", "nf4-g16", "fp4_e2m1-g16", "fp8_e4m3-channel")  # that repeat what these show
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in FURTHER]
 TOKENS = np.random.default_rng(0).integers(0, 257, (2, 9)).astype(np.int32)
@@ -71,17 +81,21 @@ def oracle(start: fake.FakeWeight, slope: np.ndarray):
     groups = lambda array: np.asarray(grid.to_groups(jnp.asarray(array, jnp.float32), fmt), np.float64)  # noqa: E731
     w, g, value = groups(start.weight), groups(slope), groups(dequantize(fake.finished(start)))
     scale = np.asarray(found.scale, np.float64)[:, None]
+    if fmt.has_minima:
+        minimum = np.asarray(found.zero, np.float64)[:, None]
+        w, value = w - minimum, value - minimum
     v, code_value = w / scale, value / scale
     if fmt.codebook:
         values = np.asarray(fmt.codebook.values, np.float64)
         low, high = values[0] - (values[1] - values[0]) / 2, values[-1] + (values[-1] - values[-2]) / 2
     else:
         zero = 2 ** (fmt.bits - 1) if found.zero is None else np.asarray(found.zero, np.float64)[:, None]
+        zero = 0 if fmt.has_minima else zero
         low, high = -0.5 - zero, fmt.largest_code + 0.5 - zero
     inside = (v >= low) & (v <= high)
     summed = (1, 2) if fmt.granularity == "tensor" else 1
     by_scale = (g * (code_value - np.where(inside, v, 0))).sum(axis=summed).reshape(start.scale.shape)
-    by_zero = (g * np.where(inside, 0, -scale)).sum(axis=summed).reshape(start.scale.shape)
+    by_zero = (g * np.where(inside, 0, 1 if fmt.has_minima else -scale)).sum(axis=summed).reshape(start.scale.shape)
     return g * inside, by_scale, by_zero, w.size / start.scale.size * fmt.largest_value
 
 
@@ -92,6 +106,7 @@ def oracle(start: fake.FakeWeight, slope: np.ndarray):
         ("int3-g8", True),
         ("int2-g8-sym", True),
         ("int2-g8-z16", False),
+        ("int2-g8-m16", True),
         ("int8-tensor", True),
         ("nf4-b16", False),
     ],

@@ -71,7 +71,8 @@ def reference(name: str, method: str):
     return methods_of(name)[method](jnp.asarray(layer()[0]))
 
 
-WIDE = [name for name in FORMATS if getattr(parse_format(name).scale_codec, "dtype", None) != "float16"]
+IN_FLOAT16 = [name for name in FORMATS if getattr(parse_format(name).scale_codec, "dtype", None) == "float16"]
+WIDE = [name for name in FORMATS if name not in IN_FLOAT16 and not parse_format(name).has_minima]
 CASES = [*((name, "rtn") for name in WIDE), ("int4-g16-dq", "gptq"), ("nvfp4", "descend"), ("int2-b32-z32-fp32", "hqq")]
 CASES.append(("nf4-g16-fp32", "awq"))
 
@@ -128,6 +129,7 @@ def scaled(exponent: int):
     return model._replace(params=model.params | {"block_0": model.params["block_0"] | {"mlp": mlp}})
 
 
+PATH = "block_0/mlp/down/kernel"
 RULES = ["attention=none", "up=none", "gate=none"]
 TOKENS = np.random.default_rng(0).integers(0, 256, (4, 16)).astype(np.int32)
 
@@ -152,6 +154,33 @@ def test_scales_out_of_the_range_of_their_type_are_an_error(fmt, wider):
         with pytest.raises(QjaxError, match=rf"mlp/down/kernel: {fmt} stores scales as \w+, which loses 100%.*{wider} or"):
             qjax.quantize(scaled(exponent), f"rtn:{fmt}", rules=RULES)
     qjax.quantize(scaled(0), f"rtn:{fmt}", rules=RULES)
+
+
+def test_minima_out_of_the_range_of_their_type_are_an_error():
+    """Where scales are not; and scales that are lost or coarse are none where a minimum stands for the weights."""
+    down = lambda values: scaled(0)._replace(params=unflatten(flatten(scaled(0).params) | {PATH: values}))  # noqa: E731
+    noise = jax.random.normal(jax.random.key(0), flatten(scaled(0).params)[PATH].shape)
+    with pytest.raises(
+        QjaxError, match=r"mlp/down/kernel: int4-g16-m16 stores minima as m16, which loses \d+%.*int4-g16-bf16 or"
+    ):
+        qjax.quantize(down(1e5 + noise), "rtn:int4-g16-m16", rules=RULES)
+    for exponent in (-60, 40):
+        with pytest.raises(QjaxError, match=r"int4-g16-m16 stores \w+ as \w+, which loses 100%"):
+            qjax.quantize(scaled(exponent), "rtn:int4-g16-m16", rules=RULES)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for values in (0.3 + 1e-7 * noise, jnp.full(noise.shape, -0.3), noise):
+            qjax.quantize(down(values), "rtn:int4-g16-m16", rules=RULES)
+
+
+def test_minima_take_the_factor_of_an_odd_unit():
+    weight = jnp.asarray(layer()[0] + 2 * SIZE)
+    expected, info = qjax.rtn(weight * 2.0**13, "int4-g16-m16")
+    q, found = qjax.rtn(weight * 2.0**28, "int4-g16-m16")  # of 49152 at most
+    np.testing.assert_array_equal(q.codes, expected.codes)
+    np.testing.assert_array_equal(dequantize(q), np.asarray(dequantize(expected)) * 2.0**15)
+    assert float(found.weight_error) == pytest.approx(float(info.weight_error), rel=1e-5)
+    assert float(found.clipped) == float(info.clipped)
 
 
 def test_coarse_scales_are_a_warning():

@@ -1,4 +1,6 @@
-"""Whether the type of a format's scales, or of a cast, holds those of a weight: float16 ends at 65504, coarse below 6e-5."""
+"""Whether the type of a format's scales and minima, or of a cast, holds those of a weight: float16 ends at 65504, coarse below
+6e-5.
+"""
 
 import dataclasses
 import warnings
@@ -10,37 +12,43 @@ from qjax import grid
 from qjax.errors import QjaxWarning
 from qjax.formats import Format
 from qjax.numbers import NotFiniteError
-from qjax.qtensor import QTensor
+from qjax.qtensor import QTensor, unpack_parameters
 
 PIECE = 2**20  # values looked at at a time
+WIDER = ("bf16", "fp32")
 SHARE = 0.01  # of the sum of squares of a weight, in groups whose scales are not held: less than that is let pass
 
 
 def check_scales(path: str, weight: Float[Array, "in out"], q: QTensor) -> None:
-    """Raises NotFiniteError where scales of a rounded weight are lost, 0 or cut off; warns (QjaxWarning) where they are coarse.
+    """Raises NotFiniteError where scales of a rounded weight are lost, 0 or cut off, or minima are cut off; warns (QjaxWarning)
+    where scales are coarse. With minima, scales stand for what the weights are above them.
 
-    Looks at the scales alone where they are all well.
+    Looks at what is stored alone where it is all well.
     """
-    if q.format.is_float:
-        check_cast(path, weight, q.format)
-    found = None if q.scales is None else q.format.scale_codec.strained(q.scales, q.format.bits)
-    if found is None or not any(part.any() for part in found):
+    fmt = q.format
+    if fmt.is_float:
+        check_cast(path, weight, fmt)
+    strained = None if q.scales is None else fmt.scale_codec.strained(q.scales, fmt.bits)
+    cut = fmt.zero_codec.cut_off(q.zeros) if fmt.is_affine else None
+    found = *(strained or (None, None)), cut
+    if not any(part is not None and part.any() for part in found):
         return
-    groups = np.asarray(grid.to_groups(weight, q.format), np.float64)
+    groups = np.asarray(grid.weight_groups(weight, fmt)[0], np.float64)
     largest = np.abs(groups).max()
-    energy = np.square(groups / (largest or 1.0)).sum(axis=1)
-    lost, coarse = (_share(part, energy) for part in found)
-    if max(lost, coarse) < SHARE:
+    groups /= largest or 1.0
+    whole = np.square(groups).sum()
+    if fmt.has_minima:
+        groups -= np.asarray(unpack_parameters(q)[1], np.float64)[:, None] / (largest or 1.0)
+    energy = np.square(groups).sum(axis=1) / (whole or 1.0)
+    lost, coarse, cut = (0.0 if part is None else _share(part, energy) for part in found)
+    if max(lost, coarse, cut) < SHARE:
         return
-    fmt, wider = q.format, [str(dataclasses.replace(q.format, scales=name)) for name in ("bf16", "fp32")]
+    wider = [str(dataclasses.replace(fmt, scales=name, zeros="codes" if fmt.has_minima else fmt.zeros)) for name in WIDER]
     told = f"the largest |weight| is {largest:.1e}; give scales of more range, {' or '.join(wider)}"
-    if lost >= SHARE:
-        raise NotFiniteError(f"{path}: {fmt} stores scales as {fmt.scales}, which loses {lost:.0%} of this weight: {told}")
-    warnings.warn(
-        f"{path}: {fmt} stores scales as {fmt.scales}, which is coarse for {coarse:.0%} of this weight: {told}",
-        QjaxWarning,
-        stacklevel=2,
-    )
+    stores = f"{path}: {fmt} stores scales as {fmt.scales}" if cut < SHARE else f"{path}: {fmt} stores minima as {fmt.zeros}"
+    if max(lost, cut) >= SHARE:
+        raise NotFiniteError(f"{stores}, which loses {min(max(lost, cut), 1):.0%} of this weight: {told}")
+    warnings.warn(f"{stores}, which is coarse for {coarse:.0%} of this weight: {told}", QjaxWarning, stacklevel=2)
 
 
 def check_cast(path: str, value: Float[Array, "..."], fmt: Format) -> None:
@@ -69,6 +77,6 @@ def _energy(values: np.ndarray, unit: float, bounds: tuple[float, ...]) -> np.nd
 
 
 def _share(groups: np.ndarray, energy: np.ndarray) -> float:
-    """Of the energy (groups, columns), in the groups named: (groups, channels), or flat with any filling at the end."""
+    """The energy (groups, columns) in the groups named: (groups, channels), or flat with any filling at the end."""
     shaped = groups if groups.ndim == 2 else groups[: energy.size].reshape(energy.shape[::-1]).T
-    return float(energy[np.broadcast_to(shaped, energy.shape)].sum() / (energy.sum() or 1.0))
+    return float(energy[np.broadcast_to(shaped, energy.shape)].sum())

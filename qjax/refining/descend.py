@@ -3,12 +3,12 @@
     minimise tr(E^T H E),  E = W - W',  over the codes and the scales of W' in turn
 
     codes    for each input i:  target_i = W_i + sum over j != i of H_ij E_j / H_ii,  W'_i = nearest(target_i)
-    scales   for each group g:  s_g += v_g^T (H E)_g / v_g^T H_gg v_g,  v the values of the codes at scale 1
+    scales   for each group g:  s_g += v_g^T (H E)_g / v_g^T H_gg v_g,  v the values of the codes at scale 1, less any minimum
 
 Each step is the exact minimum with everything else held, so no sweep raises the loss: GPTQ's feedback reaches the inputs that
 come later, this reaches those that came before too. The codes' step is the one of QuantEase (Behdin et al. 2023, arXiv
 2309.01885) and is run by the loop of `feedback.py`, with H_ij / H_ii as its feedback and the errors at hand to start from.
-Zero points stay; so do scales that are stored so that one of them cannot be moved alone (dq). H is damped as GPTQ
+Zero points and minima stay; so do scales that are stored so that one of them cannot be moved alone (dq). H is damped as GPTQ
 damps it, and it is the damped loss that falls. Inputs that calibration never moved weigh nothing and are rounded to nearest.
 """
 
@@ -124,7 +124,8 @@ def _descend(
 
 def _fit_scales(hessian, codes, errors, parameters, fmt):
     """The errors and grids with every group's scale where the loss is least, group after group."""
-    unit = _values(codes, parameters._replace(decoded_scale=jnp.ones_like(parameters.scale)), fmt)
+    zero = jnp.zeros_like(parameters.zero) if fmt.has_minima else parameters.zero
+    unit = _values(codes, parameters._replace(decoded_scale=jnp.ones_like(parameters.scale), zero=zero), fmt)
     values = grid.to_groups(unit, fmt)
     count, size, columns = values.shape
     rows = grid.to_groups(hessian, fmt) if fmt.granularity != "tensor" else hessian[None]  # (groups, size, in)

@@ -88,7 +88,7 @@ def begin(q: QTensor, weight: Float[Array, "in out"], *, normalised: bool = Fals
 
 def require_trainable(fmt: Format) -> None:
     """Raises QjaxError for formats that cannot be trained."""
-    if fmt.is_float or fmt.has_minima:
+    if fmt.is_float or fmt.is_read_only:
         raise QjaxError(f"training in {fmt}: it has no grid that weights are rounded to; take another format, as int4-g128")
 
 

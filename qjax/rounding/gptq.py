@@ -106,11 +106,9 @@ def _static_grids(weight, factor, fmt, clip) -> tuple[grid.Parameters, tuple]:
 
 
 def _find_grids(weight: Float[Array, "in out"], factor: Factor, fmt: Format, clip: Clip) -> grid.Parameters:
-    groups = grid.to_groups(weight, fmt)
+    groups, importance = grid.weight_groups(weight, fmt)
     if clip == "none":
         return grid.find_parameters(groups, fmt)
-    present = grid.padding_mask(groups, weight.size)
-    importance = present
     if clip == "hessian":
         columns = weight.shape[1] if fmt.crosses_columns(len(weight)) else 1
         importance = grid.to_groups(jnp.broadcast_to(_costs(factor)[:, None], (len(weight), columns)), fmt)
@@ -147,8 +145,8 @@ def _round_dynamic(weight, factor, fmt, clip, largest) -> tuple[grid.Parameters,
     one_group = Format(**{**vars(fmt), "granularity": "group"})
 
     def find_grid(number, updated):
-        group = updated()[None]
         importance = pivots[number] if clip == "hessian" else (pivots[number] > 0)
+        group = grid.filled(updated()[None], importance > 0, fmt)
         shrink = 1.0 if clip == "none" else search_shrink(group, importance, one_group)
         parameters = grid.find_parameters(group, one_group, shrink)
         return row_grid(parameters, fmt), (parameters.scale, parameters.zero)

@@ -8,12 +8,14 @@ by half-quadratic splitting, in turn
     z = mean over the group of Q - (W - E) / s                  the exact minimum for this E
     beta = kappa beta
 
+or, where the format stores minima m = -z s instead, m = mean over the group of W - E - Q s.
+
 Badri & Shaji 2023 (https://mobiusml.github.io/hqq_blog/). z is a real number, and the format must store it as one: rounded to a
-code it is worse than the zero of nearest rounding. Where we depart from the authors' library: ranges are widened to hold zero,
-codes are chosen for scales and zeros as they are stored, kappa counts (the solver of hqq 0.2.8 leaves it out: kappa=1), and
-beta is of errors in a unit in which the largest |W| is from 1/16 to 1/8, so that nothing depends on the unit of the weights.
-The library's is of the errors as they are. E is 0 for those below beta^(-1/(2-p)), 0.17 by default: by default, here always
-and there for weights of the usual size, z is the mean of Q - W / s.
+code it is worse than the zero of nearest rounding. Where we depart from the authors' library: ranges are widened to hold zero
+(with minima they are not), codes are chosen for scales and zeros as they are stored, kappa counts (the solver of hqq 0.2.8
+leaves it out: kappa=1), and beta is of errors in a unit in which the largest |W| is from 1/16 to 1/8, so that nothing depends
+on the unit of the weights. The library's is of the errors as they are. E is 0 for those below beta^(-1/(2-p)), 0.17 by default:
+by default, here always and there for weights of the usual size, z is the mean of Q - W / s.
 """
 
 import functools
@@ -45,7 +47,8 @@ def hqq(
     iters: int = 20,
     early_stop: bool = True,
 ) -> tuple[QTensor, Info]:
-    """Rounds a weight (in, out), any float type, to an affine integer format with real zero points: int4-g64-z16.
+    """Rounds a weight (in, out), any float type, to an affine integer format with real zero points, int4-g64-z16, or minima,
+    int4-g32-m16.
 
     iters: how many steps at most. early_stop: they end with the first that starts from no smaller mean |W - W'| than any
     before. Raises QjaxError for other formats and options out of range.
@@ -54,7 +57,7 @@ def hqq(
     check_shapes("hqq", weight, None)
     if fmt.has_whole_zeros or fmt.is_float:
         raise QjaxError(
-            f"hqq: {fmt} has no real zero points to optimise; give an affine integer format with z16, as int4-g64-z16"
+            f"hqq: {fmt} has no real zero points to optimise; give an affine integer format with z16, as int4-g64-z16, or m16"
         )
     if not (0 < lp_norm <= 1 and beta > 0 and kappa > 0 and iters >= 1):
         raise QjaxError(
@@ -67,8 +70,7 @@ def hqq(
 @functools.partial(jax.jit, static_argnames=("fmt", "early_stop"))
 def _hqq(weight, fmt, lp_norm, beta, kappa, iters, early_stop) -> tuple[QTensor, Info]:
     weight = weight.astype(jnp.float32)
-    groups = grid.to_groups(weight, fmt)
-    present = grid.padding_mask(groups, weight.size)
+    groups, present = grid.weight_groups(weight, fmt)
     parameters = grid.find_parameters(groups, fmt)
     scale, decoded = parameters.scale[:, None], parameters.decoded_scale[:, None]
     inverse = jnp.where(decoded == 0, 0.0, 1 / jnp.where(decoded == 0, 1.0, decoded))
@@ -86,15 +88,16 @@ def _hqq(weight, fmt, lp_norm, beta, kappa, iters, early_stop) -> tuple[QTensor,
         size = jnp.abs(error)
         units = times_power_of_two(size, -exponent)
         sparse = jnp.sign(error) * times_power_of_two(jax.nn.relu(units - units ** (lp_norm - 1) / beta), exponent)
-        zero = group_sum(codes - (groups - sparse) * inverse) / counts
-        found = jnp.sum(group_sum(size)) / weight.size
-        return count + 1, zero, beta * kappa, jnp.minimum(best, found), found < best
+        found = groups - sparse - codes * decoded if fmt.has_minima else codes - (groups - sparse) * inverse
+        zero = group_sum(found) / counts
+        mean = jnp.sum(group_sum(size)) / weight.size
+        return count + 1, zero, beta * kappa, jnp.minimum(best, mean), mean < best
 
     def unfinished(state):
         return (state[0] < iters) & (state[-1] | (not early_stop))
 
     low, _ = grid.find_range(groups, fmt)
-    start = (0, -low * inverse[:, 0], beta, jnp.float32(jnp.inf), jnp.array(True))
+    start = (0, low if fmt.has_minima else -low * inverse[:, 0], beta, jnp.float32(jnp.inf), jnp.array(True))
     zero = jax.lax.while_loop(unfinished, step, start)[1]
     parameters = parameters._replace(zero=fmt.zero_codec.nearest(zero, fmt.largest_code))
     return round_groups(weight, parameters, fmt)

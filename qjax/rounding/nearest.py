@@ -67,8 +67,7 @@ def _rtn(
     weight = weight.astype(jnp.float32)
     if fmt.is_float:
         return _cast(weight, fmt)
-    groups = grid.to_groups(weight, fmt)
-    present = grid.padding_mask(groups, weight.size)
+    groups, present = grid.weight_groups(weight, fmt)
     match clip:
         case "mse":
             shrink = search_shrink(groups, present, fmt)
@@ -90,7 +89,7 @@ def round_groups(weight: Float[Array, "in out"], parameters: grid.Parameters, fm
         codes = grid.encode(piece, scale, zero, fmt)
         error = masked(jnp.square((grid.decode(codes, decoded, zero, fmt) - piece) * per_unit), present)
         ends = [grid.decode(jnp.uint8(code), decoded, zero, fmt) for code in (0, fmt.largest_code)]
-        clipped = (piece < jnp.minimum(*ends)) | (piece > jnp.maximum(*ends))
+        clipped = masked((piece < jnp.minimum(*ends)) | (piece > jnp.maximum(*ends)), present)
         sums = jnp.sum(error), jnp.sum(jnp.square(piece * per_unit)), jnp.sum(clipped, dtype=jnp.float32)
         return codes, sums
 
@@ -106,7 +105,7 @@ def nearest_values(weight: Float[Array, "in out"], fmt: Format) -> Float[Array, 
     """
     if fmt.is_float:
         return _cast(weight, fmt)[0].codes.astype(jnp.float32)
-    groups = grid.to_groups(weight, fmt)
+    groups, _ = grid.weight_groups(weight, fmt)
     parameters = grid.find_parameters(groups, fmt)
     scale, decoded, zero = (
         None if x is None else x[:, None] for x in (parameters.scale, parameters.decoded_scale, parameters.zero)

@@ -43,20 +43,23 @@ def rtn(weight: np.ndarray, fmt: Format, shrink: float | np.ndarray = 1.0) -> Ro
     index = group_index(weight.shape, fmt)
     count = index.max() + 1
     shrink = np.broadcast_to(shrink, (count,))
-    low = np.array([min(weight[index == g].min(), 0) for g in range(count)])
-    high = np.array([max(weight[index == g].max(), 0) for g in range(count)])
+    low, high = (np.array([least(weight[index == g]) for g in range(count)]) for least in (np.min, np.max))
+    if fmt.zeros != "m16":
+        low, high = np.minimum(low, 0), np.maximum(high, 0)
     level = np.abs(largest(low, high, fmt)).max() / bound(fmt) / 448  # of all scales, for e4m3
-    low, high = low * shrink, high * shrink
+    still = (low + high) / 2 if fmt.zeros == "m16" else 0
+    low, high = still + (low - still) * shrink, still + (high - still) * shrink
     exact = find(largest(low, high, fmt), fmt)
     stored = store(exact, fmt, level, weight.shape[1])
     used = exact if fmt.scales == "dq" and fmt.granularity == "flat" else stored
     values, margin = np.zeros_like(weight), np.zeros_like(weight)
     for g in range(count):
         inside = index == g
-        scaled = weight[inside] / used[g] if used[g] else np.zeros(inside.sum())
+        minimum = float(np.float16(low[g])) if fmt.zeros == "m16" else 0.0
+        scaled = (weight[inside] - minimum) / used[g] if used[g] else np.zeros(inside.sum())
         levels = grid_levels(fmt, low[g], used[g])
         distance = np.abs(scaled[:, None] - levels)
-        values[inside] = levels[distance.argmin(axis=1)] * stored[g]
+        values[inside] = levels[distance.argmin(axis=1)] * stored[g] + minimum
         two = np.sort(np.pad(distance, ((0, 0), (0, 1)), constant_values=np.inf), axis=1)[:, :2]
         margin[inside] = two[:, 1] - two[:, 0]
     return Rounded(values, stored[index], margin)
@@ -93,7 +96,7 @@ def bound(fmt: Format) -> float:
 
 
 def grid_levels(fmt: Format, low: float, scale: float) -> np.ndarray:
-    """The values that codes stand for, in units of the scale."""
+    """The values that codes stand for, in units of the scale, above any minimum."""
     if fmt.grid in codebooks():
         return np.array(codebooks()[fmt.grid].values)
     if fmt.bits == 1 and fmt.bound in ("max", "edge"):
@@ -101,6 +104,8 @@ def grid_levels(fmt: Format, low: float, scale: float) -> np.ndarray:
     codes = np.arange(2**fmt.bits)
     if not fmt.is_affine:
         return codes - 2.0 ** (fmt.bits - 1)
+    if fmt.zeros == "m16":
+        return codes
     zero = -low / scale if scale else 0
     if fmt.zeros == "codes":
         return codes - np.clip(np.round(zero), 0, 2**fmt.bits - 1)

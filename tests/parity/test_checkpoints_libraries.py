@@ -199,6 +199,24 @@ def test_a_tied_head_stays_as_it_is(fmt, to, source, tmp_path):
     assert_close(apply(model, TOKENS), logits(there), 1e-3)
 
 
+@pytest.mark.parametrize("recipe", ["rtn:int4-g32-m16", "gptq:int5-g32-m16@parallel"])
+def test_the_gguf_librarys_values_of_minima_are_ours(recipe, source, tmp_path):
+    """Bit for bit, and its own blocks of the same weights have the same minima and scales."""
+    gguf, quants = pytest.importorskip("gguf"), pytest.importorskip("gguf.quants")
+    model, _ = quantize(load(source), recipe, **({"calibration": TOKENS} if "gptq" in recipe else {}))
+    export(tmp_path / "m.gguf", model, "gguf")
+    tensors = {each.name: each for each in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
+    leaves, floats = flatten(model.params), flatten(load(source).params)
+    for name, path in (("attn_v", "attention/v"), ("ffn_gate", "mlp/gate"), ("ffn_down", "mlp/down")):
+        tensor, ours = tensors[f"blk.0.{name}.weight"], leaves[f"block_0/{path}/kernel"]
+        assert tensor.tensor_type.name == ("Q4_1" if "int4" in recipe else "Q5_1")
+        found = quants.dequantize(tensor.data, tensor.tensor_type)
+        np.testing.assert_array_equal(found.view(np.uint32), np.asarray(dequantize(ours)).T.copy().view(np.uint32))
+        weight = np.ascontiguousarray(np.asarray(floats[f"block_0/{path}/kernel"], np.float32).T)
+        theirs = quants.quantize(weight, tensor.tensor_type).reshape(-1, 20 if "int4" in recipe else 24)
+        np.testing.assert_array_equal(theirs[:, :4], tensor.data.reshape(theirs.shape)[:, :4])
+
+
 @pytest.mark.parametrize("fmt", ["int4-g32-sym", "int8-channel-sym-max"])
 def test_the_gguf_librarys_reader_and_transformers_read_what_is_exported_to_gguf(fmt, source, tmp_path):
     gguf, quants = pytest.importorskip("gguf"), pytest.importorskip("gguf.quants")

@@ -1,9 +1,9 @@
 """Blocks of GGUF files of what they hold: the inverse of `blocks.py`, and which type of block holds a format of ours.
 
 The formats of the table there are written as they were read, byte for byte. Symmetric integers of 4, 5 and 8 bits with float16
-scales of longer groups, or of whole channels, are Q4_0, Q5_0 and Q8_0 whose blocks repeat the scale: the same weights, in more
-bytes. Integers with zero points are not written: a block holds the float16 product of zero point and scale, which mostly is
-another number.
+scales of longer groups, or of whole channels, are Q4_0, Q5_0 and Q8_0 whose blocks repeat the scale, and those of 4 and 5 bits
+with minima (`m16`) Q4_1 and Q5_1 that repeat both: the same weights, in more bytes. Integers with zero points are not written:
+a block holds the float16 product of zero point and scale, which mostly is another number.
 """
 
 import jax
@@ -12,12 +12,12 @@ import numpy as np
 from qjax.checkpoints.gguf.blocks import KINDS, MXFP4_CODES, Kind, Parts
 from qjax.checkpoints.modules import unpack
 from qjax.file_scales import SCALES, SuperBlocks
-from qjax.formats import Format, parse_format
+from qjax.formats import INTEGERS, Format, parse_format
 from qjax.qtensor import QTensor
 
 EXACT = {kind.format: number for number, kind in KINDS.items()}
 EXACT |= dict.fromkeys(("mxfp4_even", "mxfp4_ceil"), EXACT["mxfp4"])  # other rules of rounding, the same codes
-REPEATED = {4: 2, 5: 6, 8: 8}  # bits of symmetric integers -> Q4_0, Q5_0, Q8_0
+REPEATED = {("none", 4): 2, ("none", 5): 6, ("none", 8): 8, ("m16", 4): 3, ("m16", 5): 7}  # of Q4_0, Q5_0, Q8_0, Q4_1, Q5_1
 BLOCK = 32  # of these
 MXFP4_PLACES = np.array([np.argmax(code == MXFP4_CODES) for code in range(15)], np.uint8)
 
@@ -25,8 +25,9 @@ MXFP4_PLACES = np.array([np.argmax(code == MXFP4_CODES) for code in range(15)], 
 def kind_of(fmt: Format, in_features: int) -> int | str:
     """The number of the type of blocks that holds rows of so many weights, or why none does."""
     number = EXACT.get(str(fmt))
-    if number is None and fmt.symmetric and fmt.scales == "fp16" and fmt.granularity in ("group", "channel"):
-        number = REPEATED.get(fmt.bits) if fmt.group % BLOCK == 0 else None
+    repeats = fmt.scales == "fp16" and fmt.granularity in ("group", "channel") and fmt.group % BLOCK == 0
+    if number is None and repeats and fmt.grid in INTEGERS:
+        number = REPEATED.get((fmt.zeros, fmt.bits))
     if number is None:
         return f"{fmt} is no type of blocks"
     if in_features % KINDS[number].weights:
@@ -36,10 +37,14 @@ def kind_of(fmt: Format, in_features: int) -> int | str:
 
 def nearest(fmt: Format, in_features: int) -> Format | None:
     """A format that fits, and that weights can be rounded to; None where rows are no whole blocks."""
-    bits = next((bits for bits in REPEATED if bits >= fmt.bits), 8)
+    if in_features % BLOCK:
+        return None
+    bits = next((bits for bits in (4, 5, 8) if bits >= fmt.bits), 8)
+    if fmt.is_affine and ("m16", bits) in REPEATED:
+        return parse_format(f"int{bits}-g{BLOCK}-m16")
     size = fmt.group if fmt.granularity == "group" and fmt.group % BLOCK == 0 else BLOCK
     bound = f"-{fmt.bound}" if fmt.bound in ("max", "full") else ""
-    return None if in_features % BLOCK else parse_format(f"int{bits}-g{size}-sym{bound}")
+    return parse_format(f"int{bits}-g{size}-sym{bound}")
 
 
 def rows_of(number: int, q: QTensor) -> np.ndarray:

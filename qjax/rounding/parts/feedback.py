@@ -113,7 +113,7 @@ class RowGrid(NamedTuple):
 
     inverse: jax.Array
     decoded_scale: jax.Array
-    zero: jax.Array  # unused for codebooks
+    zero: jax.Array  # or minimum; unused for codebooks
 
 
 def coded_by(fmt: Format) -> Format | None:
@@ -197,9 +197,9 @@ def round_with_feedback(
 
 def _nearest(target: Float[Array, " out"], grids: RowGrid, coder: Format | None, largest: Int[Array, ""]):
     """Codes and values of one input's weights."""
-    scaled = target * grids.inverse
     if coder is not None:
+        scaled = grid.above_minimum(target, grids.zero, coder) * grids.inverse
         codes = grid.nearest_codes(scaled, grids.zero, coder)
         return codes, grid.decode(codes, grids.decoded_scale, grids.zero, coder)
-    codes = grid.integer_codes(scaled, grids.zero, largest)
+    codes = grid.integer_codes(target * grids.inverse, grids.zero, largest)
     return codes, (codes.astype(jnp.float32) - grids.zero) * grids.decoded_scale

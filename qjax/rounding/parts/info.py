@@ -52,9 +52,11 @@ def clipped_share(
 ) -> Float[Array, ""]:
     """The fraction of weights beyond the outermost values of their group's grid."""
     groups = grid.to_groups(weight, fmt)
+    present = grid.padding_mask(groups, weight.size)
     zero = None if zero is None else zero[:, None]
     ends = [grid.decode(jnp.uint8(code), scale[:, None], zero, fmt) for code in (0, fmt.largest_code)]
     clipped = (groups < jnp.minimum(*ends)) | (groups > jnp.maximum(*ends))
+    clipped = clipped if present is None else clipped & present
     return jnp.sum(clipped, dtype=jnp.float32) / weight.size
 
 

@@ -2,7 +2,7 @@
 
 Squares of weights of 1e-25 or 1e19 are no float32 numbers, nor are sums and differences of weights of 1e38. A weight whose
 largest magnitude is beyond 2^ORDINARY or below 2^-ORDINARY is multiplied by a power of two, which is exact, before a method
-sees it, and its scales by the inverse afterwards; others are left as they are. What the type of the scales cannot hold is then
+sees it, and its scales and minima by the inverse afterwards; others are left as they are. What their type cannot hold is then
 lost, and `Info.weight_error` tells: the driver raises (`driver/scale_range.py`).
 """
 
