@@ -366,7 +366,10 @@ REFUSED = {
     "rotations": (ct(group(), transform_config={"config_groups": {"u": {}}}), "'transform_config'"),
     "sparsity": (ct(group(), sparsity_config={"format": "sparse-24-bitmask"}), "'sparsity_config' has the format"),
     "marlin": (ct(group(), format="marlin-24"), "'format' is 'marlin-24'; supported: pack-quantized"),
-    "status": (ct(group(), quantization_status="calibration"), "'quantization_status' is 'calibration'; supported: compressed, frozen"),
+    "status": (
+        ct(group(), quantization_status="calibration"),
+        "'quantization_status' is 'calibration'; supported: compressed, frozen",
+    ),
     "nvfp4 inputs": (ct(group(inputs=W4A4 | {"dynamic": True}, **NVFP4)), "group_0: 'input_activations' are"),
     "asym inputs": (ct(group(inputs=TOKEN | {"symmetric": False})), "'input_activations' are"),
     "no bits": (ct(group(num_bits=9)), "int of 2 to 8 bits"),

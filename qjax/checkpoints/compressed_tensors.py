@@ -91,7 +91,9 @@ def codec(config: dict) -> Codec:
     if sparsity.get("format", "dense") != "dense":
         raise QjaxError(f"'sparsity_config' has the format {quoted(sparsity['format'])}; supported: dense")
     if (status := get(config, "quantization_status", str, "compressed")) not in STATUSES:
-        raise QjaxError(f"'quantization_status' is {quoted(status)}; supported: {', '.join(STATUSES)}, as save_pretrained writes it")
+        raise QjaxError(
+            f"'quantization_status' is {quoted(status)}; supported: {', '.join(STATUSES)}, as save_pretrained writes it"
+        )
     groups = get(config, "config_groups", dict, {})
     for values in (config, *groups.values()):
         if isinstance(values, dict) and (kind := get(values, "format", str, None) or "dense") not in FORMATS:

@@ -46,7 +46,9 @@ from qjax.untrusted import quoted
 BITS = (2, 3, 4, 8)
 VERSIONS = {"gptq": 1, "gptq_v2": 2}
 ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # 1 in every field of a word
-REFUSED = ("is_marlin_format", "rotation", "adapter", "static_activations", "activation")  # settings that change what a layer computes
+REFUSED = (  # settings that change what a layer computes
+    *("is_marlin_format", "rotation", "adapter", "static_activations", "activation"),
+)
 
 
 class Settings(NamedTuple):
