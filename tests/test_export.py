@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from qjax.checkpoints.export import export
+from qjax.checkpoints.gguf.blocks import KINDS
 from qjax.checkpoints.huggingface import save_huggingface
 from qjax.checkpoints.leaves import blank
 from qjax.checkpoints.load import load
@@ -19,12 +20,13 @@ from qjax.cli.app import main
 from qjax.driver.decoder import quantize
 from qjax.errors import QjaxError, QjaxWarning
 from qjax.formats import parse_format
-from qjax.linear import Linear, dequantize, without_activations
+from qjax.linear import Linear, dequantize, is_quantized, without_activations
 from qjax.maps import Scale
 from qjax.models.parameters import flatten, unflatten
 from qjax.scales import QuantizedScales, laid
 from tests import foreign, foreign_makers
 from tests.conftest import FALCON, FAMILY_CHANGES, GPT_NEOX, MIXTRAL, byte_tokenizer, tiny_config
+from tests.fuzz import seeds
 from tests.random_weights import small_model
 
 
@@ -290,9 +292,10 @@ def test_scales_that_float16_holds_become_float16(scales, tmp_path):
     assert_equal(model, load(tmp_path / "a"))
 
 
-@pytest.mark.slow
 def test_a_sweep_from_one_librarys_files_to_anothers(tmp_path, capsys):
-    """A folder of bitsandbytes' measured as it is, differences from a GGUF file that stands for other weights."""
+    """A folder of bitsandbytes' measured as it is, differences from a GGUF file that stands for other weights; each evaluated
+    alone too.
+    """
     config = foreign.llama(vocabulary_size=288, context=32)
     export(tmp_path / "nf4", quantized(config, {"mlp": "nf4-g64"}), "bitsandbytes")
     export(tmp_path / "q8.gguf", quantized(config, {"mlp": "int8-g32-sym-max"}), "gguf")
@@ -305,6 +308,25 @@ def test_a_sweep_from_one_librarys_files_to_anothers(tmp_path, capsys):
         "nf4": "bitsandbytes checkpoint: nf4-b64",
     }
     assert all(row["baseline"] == "q8" for row in rows) and rows[0]["nll"] != rows[1]["nll"]
+    for row in rows:
+        place = tmp_path / {"q8": "q8.gguf", "nf4": "nf4"}[row["model"]]
+        capsys.readouterr()
+        run(["eval", str(place), "--data", f"text:{tmp_path / 'text.txt'}", "--convention", "windows-32"])
+        assert f"perplexity {row['perplexity']:.4f}" in capsys.readouterr().out
+
+
+def test_a_gguf_file_is_dequantized(tmp_path):
+    """Matrices of every type of blocks, to the values that they stand for; the tokenizer goes with them."""
+    (tmp_path / "a.gguf").write_bytes(seeds.gguf_file(False)["tiny.gguf"])
+    run(["dequantize", str(tmp_path / "a.gguf"), "--dtype", "fp32", "--out", str(tmp_path / "b")])
+    there, here = load(tmp_path / "a.gguf"), load(tmp_path / "b")
+    assert here.recipe == "none" and {str(leaf.dtype) for leaf in flatten(here.params).values()} == {"float32"}
+    formats = {leaf.format for leaf in flatten(there.params).values() if is_quantized(leaf)}
+    assert {kind.format for kind in KINDS.values()} == set(map(str, formats))
+    for path, leaf in flatten(there.params).items():
+        leaf = dequantize(leaf) if is_quantized(leaf) else leaf  # noqa: PLW2901
+        np.testing.assert_array_equal(flatten(here.params)[path], leaf, path)
+    assert here.tokenizer.encode("The end.").tolist() == there.tokenizer.encode("The end.").tolist()
 
 
 def test_dequantized_weights_are_in_the_type_asked_for(tmp_path):

@@ -599,20 +599,20 @@ def test_parameters_of_another_model_are_not_written(tmp_path):
 PEAK = """
 import sys
 from pathlib import Path
-from qjax.checkpoints.huggingface import load_huggingface
+from qjax.checkpoints.load import load
 import jax.numpy as jnp
 jnp.zeros(3).block_until_ready()
 def kib(name):
     return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
 before = kib("VmRSS:")
-model = load_huggingface(sys.argv[1])
+model = load(sys.argv[1])
 print(kib("VmHWM:") - before)
 """
 
 
-def peak_bytes(folder):
-    """What loading the folder adds to a process's memory, at most."""
-    script = [sys.executable, "-c", PEAK, str(folder)]
+def peak_bytes(place):
+    """What loading a folder or a file adds to a process's memory, at most."""
+    script = [sys.executable, "-c", PEAK, str(place)]
     output = subprocess.run(script, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]).stdout
     return int(output) * 1024
 

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from qjax.checkpoints.huggingface import load_huggingface
+from qjax.checkpoints.huggingface import load_huggingface, weight_files
 from qjax.checkpoints.load import load
 from qjax.checkpoints.packed import save
+from qjax.checkpoints.tensors import read_headers, read_tensor
 from qjax.errors import QjaxError, QjaxWarning
 from qjax.linear import Linear, apply_linear, is_quantized
 from qjax.models.fingerprint import model_fingerprint
@@ -58,6 +59,7 @@ CASES = {  # name -> (settings, maker, format of a kernel, activation format)
         "int4-channel",
         None,
     ),
+    "awq exllama": ({"quant_method": "awq", "bits": 4, "group_size": 16, "version": "exllama"}, makers.awq(), "int4-g16", None),
     "awq gemv": (
         {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemv"},
         makers.awq(group=32, version="gemv"),
@@ -234,6 +236,26 @@ def test_fp8_in_tiles_with_ragged_edges(settings, make, activation, tmp_path):
     scale_bytes = 2 if "dtype" in make else 4
     assert leaf.format.nbytes(160, 136) == leaf.weight.nbytes == 160 * 136 + 4 * scale_bytes
     assert model_fingerprint(load(tmp_path / "a", lazy=True)) == model_fingerprint(model)
+
+
+def test_inputs_of_tiles_with_ragged_edges(tmp_path):
+    """Runs of 128 inputs of a token, the last one shorter, and a tile of each pair of runs: products in float64."""
+    settings, columns, rows = {"quant_method": "fp8", "weight_block_size": [128, 128]}, 136, 160
+    foreign.write(tmp_path / "a", settings, makers.fp8(kind="block", name="weight_scale_inv"), foreign.llama(**WIDE))
+    headers, name = read_headers(weight_files(tmp_path / "a")), "model.layers.0.mlp.up_proj"
+    stored = read_tensor(headers[f"{name}.weight"]).view(makers.ml_dtypes.float8_e4m3fn).astype(np.float64)
+    tiles = read_tensor(headers[f"{name}.weight_scale_inv"]).astype(np.float64)
+    weight = stored * [[tiles[i // 128, j // 128] for j in range(rows)] for i in range(columns)]
+    x = np.random.default_rng(1).standard_t(3, (9, rows)).astype(np.float32)
+    rounded = np.zeros(x.shape)
+    for token, run in np.ndindex(9, 2):
+        part = np.s_[token, 128 * run : 128 * (run + 1)]
+        scale = np.float64(np.abs(x[part]).max() / np.float32(448))
+        rounded[part] = (x[part] / scale).astype(makers.ml_dtypes.float8_e4m3fn).astype(np.float64) * scale
+    y = rounded @ weight.T
+    here = apply_linear(x, flatten(load(tmp_path / "a").params)["block_0/mlp/up/kernel"], precision="highest")
+    np.testing.assert_allclose(here, y, rtol=1e-5, atol=1e-5 * np.abs(y).max())
+    assert np.abs(x @ weight.T - y).max() > 1e-3 * np.abs(y).max()  # inputs that are left alone would be seen
 
 
 @pytest.mark.parametrize(

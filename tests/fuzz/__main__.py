@@ -1,7 +1,18 @@
-"""`python -m tests.fuzz`, see the package. Exit code 1 where an input was read in a way it must not be.
+r"""`python -m tests.fuzz`, see the package. Exit code 1 where an input was read in a way it must not be, or where fewer than
+--inputs were tried within --seconds.
 
 A worker goes over the readers in turn, half a second of the processor each, and writes where it is before every input; whoever
 started it ends it where that does not change for long, and starts another behind that input.
+
+Readers of GGUF, safetensors and JSON files, with Python 3.11 and JAX 0.10 on two cores that others shared:
+
+    python -m tests.fuzz --inputs 25000 --seed 20 --seconds 1800 --only config checkpoint quantized converted tensors packed \
+        gguf architecture split tokenizer adapter
+
+    25,000 inputs, none at fault, 751 s, of which 167 s of the processor; at most 0.6 s and 33 MiB for one
+    GGUF: 960 in one file, 252 of other architectures, 795 in two
+    folders: 408 of a model, 1,414 quantized by other libraries, 330 such that were written anew, 987 packed, 2,100 adapters
+    4,487 safetensors alone, 9,616 config.json, 3,651 tokenizer.json
 """
 
 import argparse
@@ -27,23 +38,29 @@ def main() -> int:
     print(f"seed {arguments.seed}, inputs at fault are kept in {folder}", flush=True)
     state, faults = {}, 0
     ends = time.monotonic() + arguments.seconds
-    while (left := ends - time.monotonic()) > 0:
+    while (left := ends - time.monotonic()) > 0 and (arguments.inputs is None or _tried(state) < arguments.inputs):
         faults += _watch(arguments, folder, state, left)
         if arguments.at is not None:
             break
-    read, tried = state.get("read", {}), state.get("next", {})
-    print("reader        inputs    read refused  share read")
+    read, most, tried = state.get("read", {}), state.get("most", {}), state.get("next", {})
+    print("reader        inputs    read refused  share read  most seconds    most MiB")
     for reader in sorted(tried):
-        count, well = tried[reader], read.get(reader, 0)
-        print(f"{reader:12} {count:7} {well:7} {count - well:7} {well / max(1, count):11.0%}")
-    print(f"{sum(tried.values())} inputs, {faults} at fault", flush=True)
-    return 1 if faults else 0
+        count, well, (seconds, memory) = tried[reader], read.get(reader, 0), most.get(reader, (0, 0))
+        share = f"{well / max(1, count):.0%}"
+        print(f"{reader:12} {count:7} {well:7} {count - well:7} {share:>11} {seconds:13.1f} {memory:11}")
+    print(f"{_tried(state)} inputs, {faults} at fault", flush=True)
+    return 1 if faults or _tried(state) < (arguments.inputs or 0) else 0
+
+
+def _tried(state: dict) -> int:
+    return sum(state.get("next", {}).values())
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
+    parser.add_argument("--inputs", type=int, metavar="N", help="end when N inputs were tried")
     parser.add_argument("--only", nargs="+", default=[], metavar="READER")
     parser.add_argument("--at", type=int, help="one input of the reader in --only, as a fault names it")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -59,6 +76,7 @@ def _watch(arguments: argparse.Namespace, folder: Path, state: dict, seconds: fl
     (folder / "state").write_text(json.dumps(state))
     command = [sys.executable, "-m", "tests.fuzz", "--seconds", str(seconds), "--seed", str(arguments.seed)]
     command += ["--only", *arguments.only] if arguments.only else []
+    command += ["--inputs", str(arguments.inputs)] if arguments.inputs is not None else []
     command += ["--at", str(arguments.at)] if arguments.at is not None else []
     with subprocess.Popen([*command, "--worker", str(folder)], stderr=subprocess.DEVNULL) as worker:
         seen, still, limit = json.dumps(state).encode(), 0.0, START
@@ -97,24 +115,30 @@ def _work(arguments: argparse.Namespace) -> int:
 
     seeds.models()
     folder = Path(arguments.worker)
-    state = {"next": {}, "read": {}, "faults": 0} | json.loads((folder / "state").read_text())
+    state = {"next": {}, "read": {}, "most": {}, "faults": 0} | json.loads((folder / "state").read_text())
     names, ends = arguments.only or list(READERS), time.monotonic() + arguments.seconds
     descriptor = os.open(folder / "state", os.O_RDWR)
-    while time.monotonic() < ends:
+
+    def goes_on() -> bool:
+        return time.monotonic() < ends and (arguments.inputs is None or _tried(state) < arguments.inputs)
+
+    while goes_on():
         for reader in names:
             turn = time.process_time() + SLICE
-            while time.process_time() < turn and time.monotonic() < ends:
+            while time.process_time() < turn and goes_on():
                 index = state["next"].get(reader, 0) if arguments.at is None else arguments.at
                 state["at"] = [reader, index]
                 _tell(descriptor, state)
-                read, fault = attempt(reader, arguments.seed, index, folder / "input")
+                found = attempt(reader, arguments.seed, index, folder / "input")
                 state["next"][reader] = index + 1
-                state["read"][reader] = state["read"].get(reader, 0) + read
-                if fault:
+                state["read"][reader] = state["read"].get(reader, 0) + found.read
+                most = zip(state["most"].get(reader, (0, 0)), (round(found.seconds, 1), found.memory >> 20), strict=True)
+                state["most"][reader] = [max(pair) for pair in most]
+                if found.fault:
                     state["faults"] += 1
-                    _keep(folder, reader, index, fault)
+                    _keep(folder, reader, index, found.fault)
                 if arguments.at is not None:
-                    print(f"{reader} {index}: {fault or ('read' if read else 'refused')}", flush=True)
+                    print(f"{reader} {index}: {found.fault or ('read' if found.read else 'refused')}", flush=True)
                     _tell(descriptor, state)
                     return 0
     _tell(descriptor, state)
@@ -123,7 +147,7 @@ def _work(arguments: argparse.Namespace) -> int:
 
 def _tell(descriptor: int, state: dict) -> None:
     content = json.dumps(state).encode()
-    os.pwrite(descriptor, content.ljust(2_000), 0)
+    os.pwrite(descriptor, content.ljust(4_000), 0)
 
 
 def _keep(folder: Path, reader: str, index: int, what: str) -> None:

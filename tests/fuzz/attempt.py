@@ -6,6 +6,7 @@ import threading
 import time
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 from qjax.errors import QjaxError
 from tests.fuzz.readers import READERS
@@ -14,6 +15,15 @@ SECONDS = 10.0  # of the processor; of the clock four times as many, for a machi
 MEMORY = 2**30  # bytes above those of the input's files
 TICK = 0.1  # seconds
 STATUS, FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+class Outcome(NamedTuple):
+    """Whether an input was read, what is wrong with what came of it, seconds of the processor, bytes beyond its files' own."""
+
+    read: bool
+    fault: str | None
+    seconds: float
+    memory: int
 
 
 class Clock(threading.Thread):
@@ -32,8 +42,8 @@ CLOCK = Clock(daemon=True)
 CLOCK.start()
 
 
-def attempt(reader: str, seed: int, index: int, folder: Path) -> tuple[bool, str | None]:
-    """Whether the input was read, and what is wrong with what came of it. The folder, emptied first, keeps the input."""
+def attempt(reader: str, seed: int, index: int, folder: Path) -> Outcome:
+    """What came of an input. The folder, emptied first, keeps it."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     READERS[reader].make(random.Random(f"{seed}/{reader}/{index}"), folder)
@@ -51,12 +61,12 @@ def attempt(reader: str, seed: int, index: int, folder: Path) -> tuple[bool, str
     except BaseException as error:  # a panic is no Exception
         read, fault = False, f"{type(error).__name__}: {str(error)[:300]!r}"
     seconds, spent = CLOCK.seconds - started, time.process_time() - spent
-    grown = _kib("VmHWM") - before
+    memory = (_kib("VmHWM") - before) * 1024 - size
     if spent > SECONDS or seconds > 4 * SECONDS:
         fault = fault or f"{spent:.0f} s of the processor, {seconds:.0f} s"
-    if grown * 1024 > MEMORY + size:
-        fault = fault or f"{grown >> 10} MiB"
-    return read, fault
+    if memory > MEMORY:
+        fault = fault or f"{memory >> 20} MiB"
+    return Outcome(read, fault, spent, max(0, memory))
 
 
 def _judge(message: str) -> str | None:

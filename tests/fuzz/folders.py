@@ -15,11 +15,14 @@ from qjax.checkpoints.tensors import DTYPES, read_headers, read_tensor
 from qjax.errors import QjaxError
 from qjax.models.families import read_config
 from qjax.untrusted import read_json
-from tests.conftest import FAMILY_CHANGES
+from tests.family_files import EVERY
 from tests.fuzz import mutations, seeds, weights
 from tests.fuzz.reader import Reader, write
 
-CONVERTIBLE = ("gptq", "awq", "bitsandbytes", "compressed", "auto-round")  # kinds of folders that some target can hold
+CONVERTIBLE = (  # kinds of folders that some target can hold
+    *("gptq", "awq", "awq gemv", "bitsandbytes", "bitsandbytes' fp4", "bitsandbytes' int8"),
+    *("compressed", "compressed of old", "auto-round"),
+)
 SETTINGS = ("int", "float", "group", "channel", "tensor", "block", "gptq", "awq", "gemm", "gemv", -1, 0, 2, 3, 4, 8, 16, 32, 64)
 RECORDS = ("int4-g16", "int3-channel", "nf4-g16", "int4-g32-sym", "float16[32]", "int8-token", "Scale", "Permute", 16, 32)
 
@@ -30,7 +33,8 @@ def _json(rng: random.Random, tree: dict) -> bytes:
 
 
 def _config(rng: random.Random, folder: Path) -> None:
-    config = json.loads(seeds.checkpoint(rng.choice(list(FAMILY_CHANGES)))["config.json"])
+    ours = json.loads(seeds.checkpoint(rng.choice(list(seeds.CHECKPOINTS)))["config.json"])
+    config = rng.choice((ours, rng.choice(list(EVERY.values()))))
     scaled = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     scaled["original_max_position_embeddings"] = 16
     config |= rng.choice(({}, {"rope_scaling": scaled}, {"layer_types": ["full_attention"] * 2}, {"rope_parameters": scaled}))
@@ -39,7 +43,7 @@ def _config(rng: random.Random, folder: Path) -> None:
 
 def _checkpoint(rng: random.Random, folder: Path) -> None:
     """One of the files of a folder is changed: by value, or in its header alone."""
-    files = dict(seeds.checkpoint(rng.choice(list(FAMILY_CHANGES))))
+    files = dict(seeds.checkpoint(rng.choice(list(seeds.CHECKPOINTS))))
     match rng.randrange(3):
         case 0:
             files["config.json"] = _json(rng, json.loads(files["config.json"]))

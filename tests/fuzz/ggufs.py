@@ -1,31 +1,46 @@
 """GGUF files and tokenizers."""
 
 import json
+import math
 import random
 from pathlib import Path
 
 import numpy as np
 
+from qjax.checkpoints.gguf.blocks import KINDS
 from qjax.checkpoints.load import load
 from qjax.models.tokenizer import Tokenizer, load_tokenizer
 from tests.fuzz import mutations, seeds
 from tests.fuzz.reader import Reader, write
-from tests.gguf_files import ARCHITECTURES, NUMBERS, file_bytes
+from tests.gguf_files import ARCHITECTURES, NUMBERS, file_bytes, random_rows
 
 
 def _gguf(rng: random.Random, folder: Path) -> None:
     """A file whose values, tensors or bytes are changed, now and then the first of two."""
-    _changed_gguf(rng, folder, *seeds.gguf_parts(rng.random() < 0.5))
+    _write(rng, folder, *seeds.gguf_parts(rng.random() < 0.5))
 
 
 def _architecture(rng: random.Random, folder: Path) -> None:
     """The same of a file of any architecture, as `export_gguf` writes it."""
-    _changed_gguf(rng, folder, *seeds.gguf_written(rng.choice(list(ARCHITECTURES))))
+    _write(rng, folder, *seeds.gguf_written(rng.choice(list(ARCHITECTURES))))
 
 
-def _changed_gguf(rng: random.Random, folder: Path, values: dict, tensors: dict) -> None:
+def _write(rng: random.Random, folder: Path, values: dict, tensors: dict) -> None:
+    name = rng.choice(("tiny.gguf", "tiny-00001-of-00002.gguf"))
+    write(rng, folder, {name: _changed(rng, values, tensors)})
+
+
+def _split(rng: random.Random, folder: Path) -> None:
+    """A model in two files, one of which is changed."""
+    halves, changed = seeds.gguf_halves(), rng.randrange(2)
+    files = seeds.gguf_files()
+    files[list(files)[changed]] = _changed(rng, *halves[changed])
+    write(rng, folder, files)
+
+
+def _changed(rng: random.Random, values: dict, tensors: dict) -> bytes:
     values, tensors = dict(values), dict(tensors)
-    kind = rng.randrange(3)
+    kind = rng.randrange(4)
     if kind == 0:
         key = rng.choice(list(values))
         values[key] = _gguf_value(rng, values[key])
@@ -40,11 +55,21 @@ def _changed_gguf(rng: random.Random, folder: Path, values: dict, tensors: dict)
         stored = rng.choice(list(NUMBERS)) if rng.random() < 0.5 else stored
         name = rng.choice((name, name, "x" * 70, "output.weight", "rope_freqs.weight", "\x1b[2J"))
         tensors[name] = (stored, shape, content[: rng.choice((0, len(content) // 2, len(content)))])
+    elif kind == 2:
+        name = rng.choice(list(tensors))
+        tensors[name] = _retyped(rng, tensors[name][1])
     content = file_bytes(values, tensors, version=rng.choice((2, 3)))
-    if kind == 2:
+    if kind == 3:
         head = rng.choice((600, 12_000, len(content)))  # most of what can go wrong is in the first bytes
         content = mutations.binary(rng, content[:head]) + content[head:]
-    write(rng, folder, {rng.choice(("tiny.gguf", "tiny-00001-of-00002.gguf")): content})
+    return content
+
+
+def _retyped(rng: random.Random, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...], bytes]:
+    """A tensor of this shape in blocks of any type that it fits; one in five is of random bytes, scales too."""
+    kind = rng.choice([kind for kind in KINDS.values() if shape[-1] % kind.weights == 0] or list(KINDS.values()))
+    rows = random_rows(kind.name, math.prod(shape[:-1]), shape[-1], rng.randrange(2**32))
+    return kind.name, shape, rng.randbytes(rows.size) if rng.random() < 0.2 else rows.tobytes()
 
 
 def _gguf_value(rng: random.Random, value: object) -> object:
@@ -99,5 +124,6 @@ def _use(tokenizer: Tokenizer) -> None:
 READERS = {
     "gguf": Reader(_gguf, _read_gguf),
     "architecture": Reader(_architecture, _read_gguf),
+    "split": Reader(_split, _read_gguf),
     "tokenizer": Reader(_tokenizer, read_tokenizer),
 }

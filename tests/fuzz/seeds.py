@@ -2,6 +2,7 @@
 
 import base64
 import functools
+import itertools
 import json
 import math
 import struct
@@ -25,11 +26,18 @@ from qjax.train.log import ROWS, step_log
 from qjax.train.loop import Told, TrainConfig, TrainState, checkpoints, claim, init_state, make_optimizer, save
 from qjax.train.merge import write_base
 from tests import foreign, foreign_makers
-from tests.conftest import FAMILY_CHANGES, byte_tokenizer, tiny_config
-from tests.gguf_files import ARCHITECTURES, file_bytes, model_tensors, model_values, random_rows
+from tests.conftest import FAMILY_CHANGES, FURTHER_CHANGES, MIXTRAL, byte_tokenizer, tiny_config
+from tests.gguf_files import ARCHITECTURES, FURTHER, file_bytes, model_tensors, model_values, random_rows
 from tests.random_weights import weights_model
 from tests.report_rows import early_row, measured_row
 
+CHECKPOINTS = {  # name -> what makes `tiny_config` a model whose Hugging Face folder is read
+    **FAMILY_CHANGES,
+    **FURTHER_CHANGES,
+    **{name: FURTHER[name] for name in ("phi3", "phi3, longrope", "falcon, two norms")},
+    "mixtral": MIXTRAL,
+    "qwen3_moe": MIXTRAL | {"family": "qwen3_moe", "qk_norm": "head"},
+}
 ADAPTED = {  # family -> the configuration that a small adapter is for
     family: tiny_config(**FAMILY_CHANGES[family] | {"vocabulary_size": 64}) for family in ("llama", "gpt2", "gpt_neox")
 }
@@ -38,7 +46,14 @@ PRECOMPILED = base64.b64encode(struct.pack("<I", 1024) + bytes(1024) + b"ab\0").
 GROUP = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": 16, "actorder": "group"}
 FLOAT8 = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
 GROUPS = {"a": {"targets": ["re:.*mlp.*", "Linear"], "weights": GROUP, "input_activations": None}}
-TILES = {"weights": {"num_bits": 8, "type": "float", "strategy": "channel"}, "targets": ["Linear"], "input_activations": FLOAT8}
+PADDED = {"a": {"targets": ["Linear"], "weights": {**GROUP, "num_bits": 3, "symmetric": True, "actorder": None}}}
+TOKENS = {"num_bits": 8, "type": "int", "strategy": "token", "symmetric": True, "dynamic": True}
+INT8 = {"weights": {"num_bits": 8, "strategy": "channel"}, "targets": ["Linear"], "input_activations": TOKENS}
+CHANNELS = {
+    "weights": {"num_bits": 8, "type": "float", "strategy": "channel"},
+    "targets": ["Linear"],
+    "input_activations": FLOAT8,
+}
 FLOAT4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
 NVFP4 = {"weights": FLOAT4, "targets": ["Linear"], "input_activations": FLOAT4 | {"dynamic": "local"}}
 FOREIGN = {  # kind -> (settings, maker of `tests.foreign`)
@@ -47,15 +62,39 @@ FOREIGN = {  # kind -> (settings, maker of `tests.foreign`)
         functools.partial(foreign.gptq, bits=3, symmetric=True, ordered=True),
     ),
     "awq": ({"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm", "zero_point": True}, foreign_makers.awq),
+    "awq gemv": (
+        {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemv"},
+        functools.partial(foreign_makers.awq, group=32, version="gemv"),
+    ),
     "bitsandbytes": (
         {"quant_method": "bitsandbytes", "load_in_4bit": True},
         functools.partial(foreign_makers.bitsandbytes, nested=True),
+    ),
+    "bitsandbytes' fp4": (
+        {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+        functools.partial(foreign_makers.bitsandbytes, kind="fp4", block=128),
+    ),
+    "bitsandbytes' int8": (
+        {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": 6.0},
+        foreign_makers.int8,
     ),
     "compressed": (
         {"quant_method": "compressed-tensors", "config_groups": GROUPS, "ignore": ["lm_head"], "kv_cache_scheme": None},
         functools.partial(foreign_makers.integers, symmetric=False, ordered=True),
     ),
-    "fp8": ({"quant_method": "compressed-tensors", "config_groups": {"a": TILES}}, foreign_makers.fp8),
+    "compressed of old": (
+        {"quant_method": "compressed-tensors", "config_groups": PADDED, "format": "pack-quantized"},
+        functools.partial(foreign_makers.integers, bits=3, padded=True),
+    ),
+    "compressed int8": (
+        {"quant_method": "compressed-tensors", "config_groups": {"a": INT8}, "format": "int-quantized"},
+        functools.partial(foreign_makers.integers, bits=8, group=-1, packed=False, dtype=np.float32),
+    ),
+    "fp8": ({"quant_method": "compressed-tensors", "config_groups": {"a": CHANNELS}}, foreign_makers.fp8),
+    "fp8 tiles": (
+        {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"},
+        functools.partial(foreign_makers.fp8, kind="block", name="weight_scale_inv"),
+    ),
     "nvfp4": (
         {"quant_method": "compressed-tensors", "config_groups": {"a": NVFP4}},
         functools.partial(foreign_makers.fp4, more={"input_global_scale": np.float32([500])}),
@@ -78,14 +117,18 @@ FOREIGN = {  # kind -> (settings, maker of `tests.foreign`)
     ),
     "mxfp4": ({"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}, foreign_makers.experts),
 }
+CONFIGS = {  # of kinds that the small Llama does not fit
+    "mxfp4": foreign.gpt_oss(vocabulary_size=64),
+    "fp8 tiles": foreign.llama(vocabulary_size=64, hidden_size=160, mlp_size=136, head_dim=40),
+}
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "packed_v1"
 
 
 @functools.cache
-def checkpoint(family: str) -> dict[str, bytes]:
-    """Files of a small Hugging Face folder of a family, by name."""
+def checkpoint(name: str) -> dict[str, bytes]:
+    """Files of a small Hugging Face folder of those in CHECKPOINTS."""
     with tempfile.TemporaryDirectory() as folder:
-        save_huggingface(folder, weights_model(tiny_config(**FAMILY_CHANGES[family] | {"vocabulary_size": 64})))
+        save_huggingface(folder, weights_model(tiny_config(**CHECKPOINTS[name] | {"vocabulary_size": 64})))
         return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
@@ -159,15 +202,14 @@ def foreign_folder(kind: str) -> dict[str, bytes]:
     """Files of a small folder as another library quantized it."""
     settings, make = FOREIGN[kind]
     with tempfile.TemporaryDirectory() as folder:
-        config = (foreign.gpt_oss if kind == "mxfp4" else foreign.llama)(vocabulary_size=64)
-        foreign.write(Path(folder) / "a", settings, make(), config)
+        foreign.write(Path(folder) / "a", settings, make(), CONFIGS.get(kind, foreign.llama(vocabulary_size=64)))
         return {path.name: path.read_bytes() for path in (Path(folder) / "a").iterdir()}
 
 
 def models() -> list[dict[str, bytes]]:
     """All small folders."""
-    ours = [packed_folder(False), packed_folder(True), gguf_file(False), gguf_file(True)]
-    return [*map(checkpoint, FAMILY_CHANGES), *ours, *map(foreign_folder, FOREIGN)]
+    ours = [packed_folder(False), packed_folder(True), gguf_file(False), gguf_file(True), gguf_files()]
+    return [*map(checkpoint, CHECKPOINTS), *ours, *map(foreign_folder, FOREIGN)]
 
 
 @functools.cache
@@ -203,19 +245,28 @@ def tokenizers() -> list[dict]:
     ]
 
 
-GGUF_KINDS = ("F32", "F16", "Q4_1", "Q8_0", "Q5_0", "MXFP4", "IQ4_NL")
+GGUF_SIZES = {"vocabulary_size": 300, "hidden_size": 256, "kv_heads": 1, "heads": 2, "head_dim": 32, "mlp_size": 32}
+GGUF_KINDS = {  # size of a matrix' rows -> types
+    256: ("Q4_K", "Q2_K", "Q3_K", "Q5_K", "Q6_K", "F16", "BF16", "Q4_0", "Q5_1", "IQ4_NL", "MXFP4", "Q4_1"),
+    64: ("Q4_0", "IQ4_NL"),
+    32: ("Q5_0", "Q8_0"),
+}
 
 
 @functools.cache
 def gguf_parts(sentencepiece: bool) -> tuple[dict, dict]:
-    """Values and tensors of a small GGUF file, several of which are quantized, with a tokenizer of either kind."""
-    model = weights_model(tiny_config(vocabulary_size=300))
+    """Values and tensors of a small GGUF file, whose matrices are of all types, with a tokenizer of either kind."""
+    model = weights_model(tiny_config(**GGUF_SIZES))
     values, tensors = model_values(model), model_tensors(model)
-    for number, (name, (_, shape, _)) in enumerate(list(tensors.items())):
-        kind = GGUF_KINDS[number % len(GGUF_KINDS)]
-        if len(shape) == 2 and kind.startswith("F"):
-            tensors[name] = (kind, shape, bytes(shape[0] * shape[1] * int(kind[1:]) // 8))
-        elif shape[-1] == 32 and len(shape) == 2:
+    kinds = {size: itertools.cycle(each[::-1] if sentencepiece else each) for size, each in GGUF_KINDS.items()}
+    for name, (_, shape, content) in tensors.items():
+        if len(shape) < 2:
+            continue
+        kind = next(kinds[shape[-1]])
+        if kind in ("F16", "BF16"):
+            narrow = np.frombuffer(content, np.float32).astype(np.float16 if kind == "F16" else jnp.bfloat16)
+            tensors[name] = (kind, shape, narrow.tobytes())
+        else:
             tensors[name] = (kind, shape, random_rows(kind, *shape).tobytes())
     letters = list(json.loads(byte_tokenizer().to_json())["model"]["vocab"])
     tokens = ["<unk>", "<s>", "</s>", *letters, "aa", "ab"]
@@ -249,6 +300,20 @@ def gguf_written(case: str) -> tuple[dict, dict]:
 def gguf_file(sentencepiece: bool) -> dict[str, bytes]:
     """The file of these parts, in a folder."""
     return {"tiny.gguf": file_bytes(*gguf_parts(sentencepiece))}
+
+
+def gguf_halves() -> list[tuple[dict, dict]]:
+    """Values and tensors of the two files that such a model is split into."""
+    values, tensors = gguf_parts(False)
+    split = {"split.count": 2, "split.tensors.count": len(tensors)}
+    names = list(tensors)
+    halves = [{name: tensors[name] for name in each} for each in (names[:9], names[9:])]
+    return [(values | split | {"split.no": 0}, halves[0]), (split | {"split.no": 1}, halves[1])]
+
+
+def gguf_files() -> dict[str, bytes]:
+    """These files, in a folder."""
+    return {f"tiny-0000{number}-of-00002.gguf": file_bytes(*half) for number, half in enumerate(gguf_halves(), 1)}
 
 
 @functools.cache

@@ -1,13 +1,10 @@
-"""Our decoder against the transformers library, both in float32: equal logits from the same checkpoint folder, both ways.
-
-The measure is the largest difference of any logit divided by the largest logit. In float64 terms both libraries are about
-equally far from the truth (1e-6 root mean square here, a few times that at worst), so more agreement cannot be asked for.
+"""Our decoder against the transformers library, both in float32, from the same checkpoint folder: equal logits, both ways, and
+equal tokens of greedy generation (`decoders.py`).
 """
 
 import gzip
 import json
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -18,21 +15,20 @@ transformers = pytest.importorskip("transformers")
 from qjax.checkpoints.huggingface import load_huggingface, save_huggingface  # noqa: E402
 from qjax.models.model import apply  # noqa: E402
 from qjax.models.tokenizer import wrap_tokenizer  # noqa: E402
+from tests.parity.decoders import (  # noqa: E402
+    SHAPE,
+    TOLERANCE,
+    assert_same_decoder,
+    assert_same_weights,
+    difference,
+    logits,
+    reload,
+)
+from tests.parity.peers import IGNORED  # noqa: E402
 from tests.paths import real_data  # noqa: E402
 
-pytestmark = pytest.mark.peer
+pytestmark = [pytest.mark.peer, *IGNORED]
 
-TOLERANCE = 1e-5
-SHAPE = {
-    "vocab_size": 97,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 48**-0.5,  # logits of order one, as a trained model has them
-}
 UNKNOWN = {
     "GPT2": ("num_key_value_heads", "intermediate_size"),
     "GPTNeoX": ("num_key_value_heads",),
@@ -97,39 +93,9 @@ def build(name):
     return model
 
 
-def theirs(model, tokens):
-    with torch.no_grad():
-        return model(torch.from_numpy(np.asarray(tokens, np.int64))).logits.numpy()
-
-
-def difference(ours, reference):
-    return np.max(np.abs(np.asarray(ours) - reference)) / np.max(np.abs(reference))
-
-
-def assert_same_weights(a, b):
-    a, b = a.state_dict(), b.state_dict()
-    assert list(a) == list(b)
-    assert [name for name in a if not torch.equal(a[name], b[name])] == []
-
-
-def reload(folder):
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_random_model(name, tmp_path):
-    peer = build(name)
-    tokens = np.random.default_rng(0).integers(0, SHAPE["vocab_size"], (2, 40))
-    reference = theirs(peer, tokens)
-    peer.save_pretrained(tmp_path / "theirs")
-    model = load_huggingface(tmp_path / "theirs")
-    error = difference(apply(model, jnp.asarray(tokens)), reference)
-    print(f"{name}: {error:.2e}")
-    assert error < TOLERANCE
-    save_huggingface(tmp_path / "ours", model)
-    back = reload(tmp_path / "ours")
-    assert_same_weights(back, peer)
-    assert difference(theirs(back, tokens), reference) < TOLERANCE / 10
+    assert_same_decoder(name, build(name), tmp_path)
 
 
 def test_bfloat16_weights_survive(tmp_path):
@@ -155,7 +121,7 @@ def test_older_configuration_names(name, theta, share, tmp_path):
         config[share] = scaling.pop("partial_rotary_factor")
     (tmp_path / "config.json").write_text(json.dumps(config))
     tokens = np.arange(40)[None]
-    assert difference(apply(load_huggingface(tmp_path), tokens), theirs(peer, tokens)) < TOLERANCE
+    assert difference(apply(load_huggingface(tmp_path), tokens), logits(peer, tokens)) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["stories260K-hf", "babyllama-hf"])
@@ -166,7 +132,7 @@ def test_trained_model(name, tmp_path):
     ids, counts = model.tokenizer.encode_with_bytes(text)
     assert counts.sum() == len(text.encode())
     tokens = ids[: 4 * model.config.context].reshape(4, -1)
-    reference = theirs(reload(folder), tokens)
+    reference = logits(reload(folder), tokens)
     error = difference(apply(model, tokens), reference)
     print(f"{name}: {error:.2e}, largest logit {np.abs(reference).max():.1f}")
     assert error < TOLERANCE

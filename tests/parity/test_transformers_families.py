@@ -1,7 +1,7 @@
 """Every family against the transformers library, in float32, from the same folder of random weights: equal logits, also of what
-we write, and equal tokens of greedy generation with cached keys and values.
+we write, and equal tokens of greedy generation with cached keys and values (`decoders.py`).
 
-Families that `test_transformers.py` has from before stand there; measure and tolerance are the same.
+Families that `test_transformers.py` has from before stand there.
 """
 
 import json
@@ -14,29 +14,27 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from qjax.checkpoints.huggingface import load_huggingface, save_huggingface  # noqa: E402
+from qjax.errors import QjaxError  # noqa: E402
 from qjax.evaluate.generate import generate  # noqa: E402
 from qjax.models.model import apply  # noqa: E402
+from tests.parity.decoders import (  # noqa: E402
+    SHAPE,
+    TOKENS,
+    TOLERANCE,
+    assert_same_decoder,
+    assert_same_tokens,
+    difference,
+    logits,
+    reload,
+)
 
 pytestmark = [
     pytest.mark.peer,
     *(pytest.mark.filterwarnings(f"ignore::{kind}Warning") for kind in ("Deprecation", "Future", "User")),
 ]
 
-TOLERANCE = 1e-5
-TOKENS = np.random.default_rng(0).integers(0, 97, (2, 40))
-SHAPE = {
-    "vocab_size": 97,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 48**-0.5,  # logits of order one, as a trained model has them
-    "pad_token_id": None,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+LONGER = np.random.default_rng(1).integers(0, 97, (2, 72))
+SHAPE = SHAPE | {"pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}
 UNKNOWN = {  # of SHAPE, to a family
     "Bloom": ("intermediate_size", "num_key_value_heads", "max_position_embeddings"),
     "Falcon": ("intermediate_size", "num_key_value_heads"),
@@ -143,40 +141,31 @@ def build(name, **changes):
     return model
 
 
-def logits(model):
-    with torch.no_grad():
-        return model(torch.from_numpy(TOKENS)).logits.numpy()
-
-
-def difference(ours, reference):
-    return np.max(np.abs(np.asarray(ours) - reference)) / np.max(np.abs(reference))
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits_and_tokens(name, tmp_path):
+    assert_same_decoder(name, build(name), tmp_path, way(name))
+
+
+@pytest.mark.parametrize(("name", "context"), [("phi3-longrope", 44), ("llama-dynamic", 64)])
+def test_rotations_that_depend_on_the_length_of_a_text(name, context, tmp_path):
+    """Equal up to the length from which they do; longer texts, which are rotated otherwise, are refused, and what we write
+    rotates them as before.
+    """
     peer = build(name)
-    reference = logits(peer)
     peer.save_pretrained(tmp_path / "theirs")
     model = load_huggingface(tmp_path / "theirs")
-    error = difference(apply(model, jnp.asarray(TOKENS)), reference)
-    print(f"{name}: {error:.2e}")
-    assert error < TOLERANCE
-
+    assert model.config.context == context
+    within = LONGER[:, :context]
+    reference, beyond = logits(peer, within), logits(peer, LONGER)
+    assert difference(apply(model, jnp.asarray(within)), reference) < TOLERANCE
+    assert difference(beyond[:, :context], reference) > 0.01
+    assert_same_tokens(model, peer, (LONGER[0, : context - 15], LONGER[1, :9]))  # the last new token is not read
+    with pytest.raises(QjaxError, match=f"time at most {context}, the context of"):
+        apply(model, jnp.asarray(LONGER[:, : context + 1]))
+    with pytest.raises(QjaxError, match=f"do not fit theirs's context of {context}"):
+        generate(model, [LONGER[0, : context - 14].astype(np.int32)], 16)
     save_huggingface(tmp_path / "ours", model)
-    load = transformers.AutoModelForCausalLM.from_pretrained
-    back = load(tmp_path / "ours", attn_implementation=way(name), dtype=torch.float32)
-    before, after = peer.state_dict(), back.state_dict()
-    assert list(before) == list(after)
-    assert [key for key in before if not torch.equal(before[key], after[key])] == []
-    assert difference(logits(back.eval()), reference) < TOLERANCE / 10
-
-    prompts = [TOKENS[0, :12], TOKENS[1, :5]]
-    found = generate(model, [prompt.astype(np.int32) for prompt in prompts], 16).tokens  # one batch of unequal lengths
-    for prompt, tokens in zip(prompts, found, strict=True):
-        ids, ends = torch.tensor(prompt[None]), {"eos_token_id": None, "pad_token_id": 0}
-        seen = torch.ones_like(ids)  # else a token that stands for padding is taken for it
-        expected = peer.generate(ids, attention_mask=seen, max_new_tokens=16, do_sample=False, **ends)
-        assert tokens.tolist() == expected[0, len(prompt) :].tolist()
+    assert difference(logits(reload(tmp_path / "ours"), LONGER), beyond) < TOLERANCE / 10
 
 
 def test_gemma_3_as_older_files_have_it(tmp_path):

@@ -20,8 +20,9 @@ from qjax.models.model import apply  # noqa: E402
 from qjax.models.parameters import flatten, parameter_shapes  # noqa: E402
 from qjax.models.rope import rope_amplitude, rope_frequencies  # noqa: E402
 from tests.foreign_makers import experts  # noqa: E402
+from tests.parity.decoders import TOKENS, difference, logits  # noqa: E402
 from tests.parity.test_transformers_families import FAMILIES as CASES  # noqa: E402
-from tests.parity.test_transformers_families import TOKENS, build, difference, logits  # noqa: E402
+from tests.parity.test_transformers_families import build  # noqa: E402
 
 pytestmark = [
     pytest.mark.peer,
