@@ -3,6 +3,7 @@
 import heapq
 import json
 import re
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,11 @@ from tokenizers import models, pre_tokenizers
 
 import qjax
 from qjax.checkpoints.gguf.container import read_contents
+from qjax.checkpoints.gguf.cuts import CUTS, LETTERS, WHOLE_WORDS
+from qjax.checkpoints.gguf.tokens import tokenizer_values
 from qjax.checkpoints.gguf.vocabulary import tokenizer_json
 from qjax.errors import QjaxError
-from qjax.models.tokenizer import wrap_tokenizer
+from qjax.models.tokenizer import load_tokenizer, wrap_tokenizer
 from qjax.models.tokenizer_trial import parse
 from tests.fuzz import seeds
 from tests.paths import real_data
@@ -100,6 +103,13 @@ def test_llama_2s_pieces():
         ("qwen2", ["I", "'ll", " pay", " ", "1", "2", "3", "4", " $", "5", "!!\n\n", "  ", " X"]),
         ("llama-bpe", ["I", "'ll", " pay", " ", "123", "4", " $", "5", "!!\n\n", "  ", " X"]),
         ("gpt-4o", ["I'll", " pay", " ", "123", "4", " $", "5", "!!\n\n", "  ", " X"]),
+        ("tekken", ["I", "'ll", " pay", " ", "1", "2", "3", "4", " $", "5", "!!\n\n", "  ", " X"]),
+        ("glm4", ["I", "'ll", " pay", " ", "123", "4", " $", "5", "!!\n\n", "  ", " X"]),
+        ("falcon", ["I", "'", "ll", " pay", " ", "123", "4", " ", "$", "5", "!!", "\n\n  ", " X"]),
+        ("bloom", ["I'll", " pay", " 1234", " $5", "!!\n\n  ", " X"]),
+        ("deepseek-llm", ["I", "'", "ll", " pay", " ", "1", "2", "3", "4", " $", "5", "!!", "\n", "\n", "  ", " X"]),
+        ("deepseek-coder", ["I", "'", "ll", " pay", " ", "1", "2", "3", "4", " $", "5", "!!", "\n", "\n", "  ", " X"]),
+        ("deepseek-v3", ["I", "'ll", " pay", " ", "123", "4", " $", "5", "!!\n\n", "  ", " X"]),
     ],
 )
 def test_where_text_is_cut(cut, words):
@@ -109,7 +119,7 @@ def test_where_text_is_cut(cut, words):
     found = [text[a:b] for _, (a, b) in inner.pre_tokenizer.pre_tokenize_str(text)]
     assert found == words
     content = json.loads(tokenizer_json(values))
-    assert content["model"]["ignore_merges"] == (cut == "llama-bpe")
+    assert content["model"]["ignore_merges"] == (cut in ("llama-bpe", "tekken"))
     assert (content["normalizer"] is None) == (cut not in ("qwen2", "olmo"))
 
 
@@ -124,6 +134,23 @@ def test_added_tokens_and_the_beginning():
     types[2] = 4
     assert tokenizer_of(values | {"tokenizer.ggml.token_type": types}).decode([2]) == "</s>"
     assert not tokenizer_of(values | {"tokenizer.ggml.add_bos_token": False}).adds_bos
+    del values["tokenizer.ggml.add_bos_token"]
+    assert [cut for cut in CUTS if tokenizer_of(values | {"tokenizer.ggml.pre": cut}).adds_bos] == list(WHOLE_WORDS)
+
+
+def test_letters_with_case():
+    """DeepSeek's list of them: ranges that ascend, of letters with case alone."""
+    for first, last in re.findall("(.)(?:-(.))?", LETTERS):
+        members = range(ord(first), ord(last or first) + 1)
+        assert members and {unicodedata.category(chr(each)) for each in members} <= {"Lu", "Ll", "Lt", "Cn"}
+
+
+def test_gpt_neox_tokens_under_the_name_of_mpt():
+    """MPT's tokenizer is that of GPT-NeoX, which composes text."""
+    theirs = load_tokenizer(real_data("tokenizers/neox/20B_tokenizer.json"))
+    ours = tokenizer_of(tokenizer_values(theirs, theirs.vocabulary_size) | {"tokenizer.ggml.pre": "mpt"})
+    for text in texts():
+        np.testing.assert_array_equal(ours.encode(text), theirs.encode(text))
 
 
 def test_runs_of_spaces_that_are_tokens_come_before_merges():
@@ -136,7 +163,7 @@ def test_runs_of_spaces_that_are_tokens_come_before_merges():
 def test_what_is_not_read_and_what_is_broken():
     values = seeds.gguf_parts(False)[0]
     assert tokenizer_json({}) is None
-    for changes, said in (({"model": "bert"}, "'bert', which is not read"), ({"pre": "tekken"}, "cuts text by 'tekken'")):
+    for changes, said in (({"model": "bert"}, "'bert', which is not read"), ({"pre": "viking"}, "cuts text by 'viking'")):
         with pytest.warns(qjax.QjaxWarning, match=re.escape(said)):
             assert tokenizer_json(values | {f"tokenizer.ggml.{key}": value for key, value in changes.items()}) is None
     pieces = seeds.gguf_parts(True)[0]

@@ -16,7 +16,10 @@ from qjax.errors import QjaxError, QjaxWarning
 from qjax.models.tokenizer import Tokenizer
 
 NORMAL, UNKNOWN, UNUSED, BYTE = 1, 2, 5, 6
-CUTS = ("gpt-2", "smollm", "llama-bpe", "smaug-bpe", "qwen2", "stablelm2", "gpt-4o", "olmo")  # one of every kind
+WRITTEN = (  # one name of every way to cut text, composed or not
+    *("gpt-2", "olmo", "smollm", "command-r", "llama-bpe", "smaug-bpe", "qwen2", "stablelm2", "gpt-4o", "tekken"),
+    *("falcon", "bloom", "deepseek-llm", "deepseek-coder", "deepseek-v3"),
+)
 SAMPLE = (
     "Hello world, it's I'LL DON'T we've 1234567 3.14159 camelCase HTMLParser e\u0301 Ünïcödé 漢字かな мир مرحبا 😀 "
     "foo_bar // a/b/ ...!!\n\n\r\n\tend  two   three \u00a0x $99 (x)=[y];\n  def f(x):\n    return x*2\n"
@@ -58,7 +61,7 @@ def tokenizer_values(tokenizer: Tokenizer, rows: int) -> dict[str, object]:
 
 def _byte_level(model: dict, merges: list[tuple[str, str]], tokens: list[str], types: np.ndarray):
     joined = [" ".join(pair) for pair in merges]
-    for cut in CUTS:
+    for cut in WRITTEN:
         yield {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": cut, "tokenizer.ggml.merges": joined}
 
 

@@ -1,6 +1,6 @@
 """Tokenizers of GGUF files as the content of a tokenizer.json.
 
-gpt2    byte-level BPE: tokens, merges, and the name of how text is cut first (`tokenizer.ggml.pre`)
+gpt2    byte-level BPE: tokens, merges, and the name of how text is cut first (`cuts.py`)
 llama   SentencePiece's BPE: tokens with scores. A merge is worth its token's score, so the merges are all ways to cut a token
         into two others, the best token's first, as Hugging Face's converter has it; bytes where there is no token
 """
@@ -12,27 +12,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from qjax.checkpoints.gguf.cuts import COMPOSED, CUTS, GPT2, WHOLE_WORDS
 from qjax.errors import QjaxError, QjaxWarning
 from qjax.untrusted import quoted
 
-CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-WORDS = CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-CASED = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+{CONTRACTIONS}?|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*{CONTRACTIONS}?"
-    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-THREE_DIGITS, ONE_DIGIT = WORDS % "{1,3}", WORDS % ""
-DIGITS, GPT2 = "digits", "gpt2"
-CUTS = {  # tokenizer.ggml.pre -> a regular expression, or GPT-2's own, after digits alone or not
-    **dict.fromkeys(("gpt-2", "phi-2", "olmo", "mpt", "roberta-bpe", "gpt-neox"), GPT2),
-    **dict.fromkeys(("smollm", "starcoder", "refact", "codeshell", "exaone", "command-r"), DIGITS),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "smaug-bpe", "falcon3", "dbrx", "chatglm-bpe"), THREE_DIGITS),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2", "megrez"), ONE_DIGIT),
-    **dict.fromkeys(("gpt-4o", "llama4"), CASED),
-}
-WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3")  # a word that is a token is that token, whatever merges say
-COMPOSED = ("qwen2", "deepseek-r1-qwen", "megrez", "olmo")  # text in NFC, which llama.cpp leaves as it is
 NO_TOKENIZER = "none"  # llama.cpp's word; it loads no file that says nothing of a tokenizer
 CONTROL, USER_DEFINED = 3, 4  # types of tokens
 SPACE = "▁"
@@ -60,22 +43,17 @@ def tokenizer_json(values: Mapping[str, object]) -> bytes | None:
         raise QjaxError("tokenizer.ggml.tokens is missing")
     content = _byte_level(values, tokens, cut) if model == "gpt2" else _sentencepiece(values, tokens)
     empty = {"version": "1.0", "truncation": None, "padding": None, "normalizer": None, "pre_tokenizer": None}
-    added = {"added_tokens": _added(values, tokens), "post_processor": _beginning(values, tokens, model == "llama")}
+    beginning = _beginning(values, tokens, model == "llama" or cut in WHOLE_WORDS)
+    added = {"added_tokens": _added(values, tokens), "post_processor": beginning}
     return json.dumps(empty | added | content, ensure_ascii=False).encode("utf-8", "replace")
 
 
 def _byte_level(values: Mapping[str, object], tokens: list[str], cut: str) -> dict:
     merges = [merge.partition(" ")[::2] for merge in _list(values, "merges", str)]
-    whole = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": CUTS[cut] in (GPT2, DIGITS)}
-    first = []
-    if CUTS[cut] == DIGITS:
-        first = [{"type": "Digits", "individual_digits": True}]
-    elif CUTS[cut] != GPT2:
-        first = [{"type": "Split", "pattern": {"Regex": CUTS[cut]}, "behavior": "Isolated", "invert": False}]
     return {
         "normalizer": {"type": "NFC"} if cut in COMPOSED else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*first, whole]},
-        "decoder": whole | {"use_regex": True},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": CUTS[cut]},
+        "decoder": GPT2,
         "model": _bpe(tokens, merges) | {"ignore_merges": cut in WHOLE_WORDS},
     }
 
