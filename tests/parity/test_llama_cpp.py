@@ -343,4 +343,6 @@ def test_a_real_file(name):
     ours, theirs = log_probabilities(model, prompts), server.log_probabilities(prompts, model.config.vocabulary_size)
     np.testing.assert_array_equal(ours.argmax(1), theirs.argmax(1))
     assert divergence(theirs, ours) < 0.02
-    assert all(server.tokenize(text, True) == model.tokenizer.encode(text, special_tokens=True).tolist() for text in TEXTS)
+    for text in (*TEXTS, *SCRAMBLED, f"a{' ' * 40}b"):
+        same = unicodedata.normalize("NFC", text)
+        assert server.tokenize(same, True) == model.tokenizer.encode(same, special_tokens=True).tolist()
