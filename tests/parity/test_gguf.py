@@ -122,7 +122,7 @@ def test_values_of_a_real_file(name):
     path = real_model(name)
     model, reader = load_gguf(path, lazy=True), gguf.GGUFReader(path)
     tensors, leaves = {each.name: each for each in reader.tensors}, flatten(model.params)
-    for layer in (0, model.config.layers - 1):
+    for layer in range(model.config.layers):
         for ours, theirs in NAMES.items():
             tensor = tensors[f"blk.{layer}.{theirs}.weight"]
             found = np.asarray(qtensor.dequantize(materialised(leaves[f"block_{layer}/{ours}/kernel"]))).T
@@ -131,6 +131,7 @@ def test_values_of_a_real_file(name):
             expected = quants.dequantize(tensor.data, tensor.tensor_type)
             np.testing.assert_array_equal(found.view(np.uint32), expected.view(np.uint32), err_msg=tensor.name)
     tensor = tensors["token_embd.weight"]
-    expected = quants.dequantize(tensor.data[:1_000], tensor.tensor_type)
-    table = dequantize(materialised(leaves["embed/tokens/embedding"]))
-    np.testing.assert_array_equal(np.asarray(table)[:1_000], expected)
+    table = np.asarray(dequantize(materialised(leaves["embed/tokens/embedding"])))
+    for start in range(0, len(table), 10_000):
+        rows = slice(start, start + 10_000)
+        np.testing.assert_array_equal(table[rows], quants.dequantize(tensor.data[rows], tensor.tensor_type))
