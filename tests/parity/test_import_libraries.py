@@ -249,6 +249,7 @@ def test_autoround(packing, of, symmetric, bits, tmp_path):
     def make(module, weight):
         columns, rows = weight.shape
         layer = module_of(bits, group, rows, columns, bias=False)
+        layer.device = torch.device("cpu")  # its exporter sets it
         linear = torch.nn.Linear(rows, columns, bias=False).requires_grad_(False)
         linear.weight.data = torch.from_numpy(weights(weight.shape, generator))
         scales = generator.uniform(-0.02 if symmetric else 0.01, 0.02, (columns, rows // group)).astype(np.float32)
