@@ -159,7 +159,7 @@ def gptq(
         said += "" if windows[1] == WINDOW else f", windows of {windows[1]}"
         for recipe in recipes:
             if recipe == COLD:
-                ours[f"{RECIPES[0]}{said}, cold"] = functools.partial(cold, folder, windows[0], RECIPES[0], dtype)
+                ours[f"{RECIPES[0]}{said}, cold"] = functools.partial(cold, folder, windows, RECIPES[0], dtype)
             else:
                 ours[f"{recipe}{said}"] = functools.partial(quantize, recipe, dtype)
         for peer, call in (("llm-compressor", peers.gptq_model_llm_compressor), ("GPTQModel", peers.gptq_model_gptqmodel)):
@@ -195,7 +195,7 @@ def take_turns(out: Path, rounds: int, model: str, ours: Runs, theirs: Runs, *, 
             print(f"{model}, {task}: {row['ratio']:.2f} times as fast as {peer} ({row['seconds']:.3f} s)", flush=True)
 
 
-def cold(folder: Path, windows: int, recipe: str, compute: str) -> float:
+def cold(folder: Path, windows: tuple[int, int], recipe: str, compute: str) -> float:
     """Seconds of a recipe's first run in a process that finds nothing compiled, without importing and loading."""
     script = (
         "import sys, time, jax, numpy as np, qjax\n"
@@ -206,7 +206,7 @@ def cold(folder: Path, windows: int, recipe: str, compute: str) -> float:
         "jax.block_until_ready(qjax.quantize(model, recipe, calibration=given)[0].params)\n"
         "print(time.perf_counter() - started)\n"
     )
-    words = [sys.executable, "-c", script, str(folder), str(windows), str(WINDOW), recipe, compute]
+    words = [sys.executable, "-c", script, str(folder), *map(str, windows), recipe, compute]
     empty = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     return float(subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True, env=empty).stdout)
 

@@ -5,15 +5,17 @@
     affine:               scale = (max(w, 0) - min(w, 0)) * shrink / (2^b - 1),  zero = round(-min(w, 0) * shrink / scale),
                           code = clip(round(w / scale) + zero, 0, 2^b - 1)
     real zeros:           zero = -min(w, 0) * shrink / scale,               code = clip(round(w / scale + zero), 0, 2^b - 1)
-    minima:               scale = (max(w) - min(w)) * shrink / (2^b - 1),   minimum = min(w),
+    minima:               scale = (max(w) - min(w)) * shrink / (2^b - 1),
+                          minimum = min(w) + (max(w) - min(w)) * (1 - shrink) / 2,
                           code = clip(round((w - minimum) / scale), 0, 2^b - 1)
     value = grid value(code) * scale, or (code - zero) * scale, or code * scale + minimum
 
 How scales are stored, and found where it is not by this division, and how zeros are, is the codecs' (`scales.py`).
 
-Zero is always representable (the range of an affine group is widened to hold it, as in GPTQ), but with minima. A minimum stands
-where others have a zero point, and is the smallest weight of its group, as llama.cpp has it for Q4_1 and Q5_1: no level lies
-between the weights of a group of one sign and zero. Such a range shrinks towards its middle, others towards zero.
+Zero is always representable (the range of an affine group is widened to hold it, as in GPTQ), but with minima. A minimum
+stands where others have a zero point, and is the smallest weight of its group unless a search shrinks the range, as llama.cpp
+has it for Q4_1 and Q5_1: no level lies between the weights of a group of one sign and zero. Such a range shrinks towards its
+middle, others towards zero.
 
 Everything works on groups: (groups, size, columns) arrays whose middle axis shares a scale, with scales and zeros (groups,
 columns). `to_groups` and `from_groups` go between that view and the (in, out) weight. Every rounding method is built from these
@@ -173,7 +175,9 @@ def _largest(low, high, fmt):
 def encode(
     values: Float[Array, "..."], scale: Float[Array, "..."], zero: Float[Array, "..."] | None, fmt: Format
 ) -> UInt8[Array, "..."]:
-    """Nearest codes of values, elementwise; scale and zero broadcast against values. A scale of 0 gives the code of 0."""
+    """Nearest codes of values, elementwise; scale and zero broadcast against values. A scale of 0 gives the code of 0, of
+    minima code 0.
+    """
     return nearest_codes(_scaled(values, scale, zero, fmt), zero, fmt)
 
 

@@ -7,16 +7,17 @@ spelling is taken apart into words that are known ("gptq-4bit-128g" is gptq, int
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 
-GGUF = "a type of GGUF files, which is not made here; the nearest is"
+GGUF = "a type of GGUF files, which is not made here; the nearest is"  # that such a file can hold, where there is one
 WRITTEN = "a type of GGUF files; here it is"
 PRESET = "a name of bits alone; the preset of that name in compressed-tensors is"
 LIBRARY = "another library's name; the nearest here is"
 BNB_INT8 = r"llm[._]?int8(\(\))?|load_in_8bit|bnb[_-]?(8|8bit|int8)"
 ELSEWHERE: tuple[tuple[str, str, str | Callable[[re.Match], str]], ...] = (
-    (r"i?q([458])_0", WRITTEN, lambda m: f"int{m[1]}-g32-sym-{'max' if m[1] == '8' else 'full'}"),
+    (r"q([458])_0", WRITTEN, lambda m: f"int{m[1]}-g32-sym-{'max' if m[1] == '8' else 'full'}"),
     (r"q([45])_1", WRITTEN, "int{0}-g32-m16"),
-    (r"q([245])_k(_[a-z]+)?", GGUF, lambda m: f"int{m[1]}-g{16 if m[1] == '2' else 32}-dq"),
-    (r"q([36])_k(_[a-z]+)?", GGUF, "int{0}-g16-sym-dq"),
+    (r"q2_k(_[a-z]+)?", GGUF, "int2-g16-dq"),
+    (r"q([45])_k(_[a-z]+)?", GGUF, "int{0}-g32-m16"),
+    (r"q([36])_k(_[a-z]+)?", WRITTEN, lambda m: f"int{m[1]}-g16-sym-full-k{'6' if m[1] == '3' else '8'}s"),
     (r"iq4_xs", GGUF, "nf4-g32-dq"),
     (r"iq([123])_[a-z]+", GGUF, "int{0}-g128"),
     (r"w([1-8])(?:a16)?g(\d+)", "a name of bits and groups; here it is", "int{0}-g{1}"),

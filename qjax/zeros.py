@@ -105,7 +105,7 @@ class RealZeros(Zeros):
 class Minima(Zeros):
     """The value of code 0, in a zero point's place, as a codec of scales stores numbers."""
 
-    codec: Floats
+    codec: Floats | InSuperBlocks
     whole: ClassVar[bool] = False
     minima: ClassVar[bool] = True
 

@@ -17,7 +17,7 @@ from qjax.checkpoints.gguf.container import read_contents
 from qjax.checkpoints.gguf.joining import kind_of, nearest, rows_of
 from qjax.checkpoints.gguf.model import load_gguf
 from qjax.checkpoints.gguf.names import stored_pieces
-from qjax.checkpoints.gguf.tokens import WRITTEN, tokenizer_values
+from qjax.checkpoints.gguf.tokens import WRITTEN_CUTS, tokenizer_values
 from qjax.checkpoints.gguf.vocabulary import tokenizer_json
 from qjax.checkpoints.modules import unpack
 from qjax.errors import QjaxError
@@ -268,7 +268,7 @@ def assert_same_ids(tokenizer, values, rows, text):
     np.testing.assert_array_equal(found.encode(text, special_tokens=True), tokenizer.encode(text, special_tokens=True))
 
 
-@pytest.mark.parametrize("cut", WRITTEN)
+@pytest.mark.parametrize("cut", WRITTEN_CUTS)
 def test_tokenizers_of_bytes(cut):
     letters = sorted("abcdefghijklmnopqrstuvwxyzHWITDVEL0123456789'Ġ.,/Ċč!$=()")
     tokens = ["<s>", "</s>", *letters, "ll", "'ll", "12", "123", "ĠI"]

@@ -319,9 +319,12 @@ def test_groups_of_several_kinds(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("packing", "version"), [(":auto_gptq", 1), (":gptq", 1), (None, 1), ("", 2), (":gptqmodel", 2), (":exllamav2", 2)]
+    ("packing", "version", "bits"),
+    [
+        *((":auto_gptq", 1, 4), (":gptq", 1, 4), (None, 1, 4), (":auto_gptq:exllamav2", 1, 3)),
+        *(("", 2, 4), (":gptqmodel", 2, 4), (":exllamav2", 2, 3)),
+    ],
 )
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_zero_points_of_autoround(packing, version, bits, tmp_path):
     settings = {"quant_method": "auto-round", "bits": bits, "group_size": 16, "sym": False}
     settings |= {} if packing is None else {"packing_format": f"auto_round{packing}"}
@@ -413,6 +416,10 @@ REFUSED = {
         {"quant_method": "auto-round", "bits": 4, "extra_config": {"up_proj": {"act_bits": 8}}},
         "'act_bits' is 8; supported with integers: 16",
     ),
+    "auto-round's mlx": (
+        {"quant_method": "auto-round", "packing_format": "auto_round:mlx", "bits": 4, "group_size": 16, "sym": False},
+        "'packing_format' is 'mlx' of integers; supported: auto_gptq, gptq, gptqmodel",
+    ),
     "auto-round's e5m2": (autoround("fp", 8, -1, fmt="e5m2"), "'fmt' is 'e5m2'; supported: e4m3"),
     "auto-round's fp8 groups": (autoround("fp", 8, -1, act_bits=8, act_group_size=64), "inputs of {'act_bits': 8,"),
     "auto-round's library": ({"quant_method": "auto-round", "packing_format": "mlx", "bits": 4}, "'packing_format' is 'mlx'"),
@@ -486,14 +493,14 @@ def test_what_cannot_be_done_is_refused_by_name(case, packed_folder):
             makers.integers(packed=False),
             "weight",
             np.full((64, 64), -9, np.int8),
-            "weight holds -9, which is no code of 4 bits",
+            "weight holds 4096 numbers beyond -8 .. 7, as -9: not 4 bits",
         ),
         (
             ct(group(symmetric=False), format="int-quantized"),
             makers.integers(packed=False, symmetric=False),
             "weight_zero_point",
             np.full((64, 4), 8, np.int8),
-            "weight_zero_point holds 8, which is no code of 4 bits",
+            "weight_zero_point holds 256 numbers beyond -8 .. 7, as 8",
         ),
         (
             ct(group(**FLOAT8, strategy="channel")),

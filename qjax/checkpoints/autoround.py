@@ -1,9 +1,9 @@
 """AutoRound's own folders: the packings of GPTQ, AWQ and compressed-tensors under another configuration.
 
     data_type     packing_format
-    int           auto_round:auto_gptq, :gptq or none                           GPTQ's, version 1
-                  auto_round, auto_round:gptqmodel, :exllamav2 ...              GPTQ's, version 2
-                  auto_round:auto_awq                                           AWQ's gemm
+    int           auto_round:auto_gptq, :gptq; or no packing_format              GPTQ's, version 1
+                  auto_round, auto_round:gptqmodel, :exllamav2                   GPTQ's, version 2
+                  auto_round:auto_awq, :awq                                      AWQ's gemm
     mx_fp, nv_fp  auto_round:llm_compressor                                     compressed-tensors' MXFP4, MXFP8, NVFP4
     fp            auto_round:fp8_static, auto_round:fp8 or none                 its FP8; in tiles as DeepSeek-V3 has them
     extra_config  name, part or pattern of names of modules -> entries of their own; a whole name comes first
@@ -23,6 +23,8 @@ from qjax.errors import QjaxError
 from qjax.models.config_entries import get
 from qjax.untrusted import quoted
 
+VERSIONS = {"auto_gptq": 1, "gptq": 1, "": 2, "gptqmodel": 2, "exllamav2": 2}  # of GPTQ's packing, as its exporter writes it
+AWQ = ("auto_awq", "awq")
 LEFT = 16  # bits of modules and inputs that are left as they are
 ENTRIES = (
     *("bits", "group_size", "sym", "data_type"),
@@ -82,13 +84,14 @@ def _of(said: dict, library: str) -> Codec:
     """The codec of modules of these entries."""
     if get(said, "data_type", str, "int") != "int":
         return _floats(said)
-    if any(word in library for word in ("fp8", "llm_compressor", "mx", "nv")):
-        raise QjaxError(f"'packing_format' is {quoted(library)} of integers; supported: auto_gptq, gptqmodel or auto_awq")
+    packing, *_ = library.split(":")  # kernels may stand behind it
+    if packing not in (*VERSIONS, *AWQ):
+        known = ", ".join(filter(None, (*VERSIONS, *AWQ)))
+        raise QjaxError(f"'packing_format' is {quoted(library)} of integers; supported: {known}, and auto_round alone")
     if get(said, "act_bits", int, LEFT) < LEFT:
         raise QjaxError(f"'act_bits' is {said['act_bits']}; supported with integers: {LEFT}, inputs as they are")
     entries = {name: said[name] for name in ("bits", "group_size", "sym") if name in said}
-    version = 1 if "gptq" in library and "gptqmodel" not in library else 2
-    return awq.codec(entries) if "awq" in library else gptq.codec(entries, bound="full", version=version)
+    return awq.codec(entries) if packing in AWQ else gptq.codec(entries, bound="full", version=VERSIONS[packing])
 
 
 def _floats(said: dict) -> Codec:

@@ -261,7 +261,8 @@ def _checked(name: str, values: np.ndarray, bits: int) -> np.ndarray:
     """Codes of int8 numbers. Raises QjaxError for one that so many bits do not hold."""
     codes = values.view(np.uint8) + np.uint8(2 ** (bits - 1))
     if (wrong := values[codes >= 2**bits]).size:
-        raise QjaxError(f"{name} holds {wrong[0]}, which is no code of {bits} bits")
+        ends = f"{-(2 ** (bits - 1))} .. {2 ** (bits - 1) - 1}, as {wrong[0]}"
+        raise QjaxError(f"{name} holds {wrong.size} numbers beyond {ends}: not {bits} bits, as 'num_bits' says")
     return codes
 
 

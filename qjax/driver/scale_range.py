@@ -29,22 +29,24 @@ def check_scales(path: str, weight: Float[Array, "in out"], q: QTensor) -> None:
     if fmt.is_float:
         check_cast(path, weight, fmt)
     strained = None if q.scales is None else fmt.scale_codec.strained(q.scales, fmt.bits)
-    cut = fmt.zero_codec.cut_off(q.zeros) if fmt.is_affine else None
-    found = *(strained or (None, None)), cut
+    beyond = fmt.zero_codec.cut_off(q.zeros) if fmt.is_affine else None
+    found = *(strained or (None, None)), beyond
     if not any(part is not None and part.any() for part in found):
         return
-    groups = np.asarray(grid.weight_groups(weight, fmt)[0], np.float64)
+    groups, present = grid.weight_groups(weight, fmt)
+    groups, present = np.asarray(groups, np.float64), True if present is None else np.asarray(present)
     largest = np.abs(groups).max()
     groups /= largest or 1.0
-    whole = np.square(groups).sum()
+    whole = np.square(groups * present).sum()
     if fmt.has_minima:
         groups -= np.asarray(unpack_parameters(q)[1], np.float64)[:, None] / (largest or 1.0)
-    energy = np.square(groups).sum(axis=1) / (whole or 1.0)
+    energy = np.square(groups * present).sum(axis=1) / (whole or 1.0)
     lost, coarse, cut = (0.0 if part is None else _share(part, energy) for part in found)
     if max(lost, coarse, cut) < SHARE:
         return
     wider = [str(dataclasses.replace(fmt, scales=name, zeros="codes" if fmt.has_minima else fmt.zeros)) for name in WIDER]
-    told = f"the largest |weight| is {largest:.1e}; give scales of more range, {' or '.join(wider)}"
+    more = "give scales of more range" if cut < SHARE else "give zero points instead of minima"
+    told = f"the largest |weight| is {largest:.1e}; {more}, {' or '.join(wider)}"
     stores = f"{path}: {fmt} stores scales as {fmt.scales}" if cut < SHARE else f"{path}: {fmt} stores minima as {fmt.zeros}"
     if max(lost, cut) >= SHARE:
         raise NotFiniteError(f"{stores}, which loses {min(max(lost, cut), 1):.0%} of this weight: {told}")

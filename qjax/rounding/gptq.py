@@ -145,8 +145,9 @@ def _round_dynamic(weight, factor, fmt, clip, largest) -> tuple[grid.Parameters,
     one_group = Format(**{**vars(fmt), "granularity": "group"})
 
     def find_grid(number, updated):
-        importance = pivots[number] if clip == "hessian" else (pivots[number] > 0)
-        group = grid.filled(updated()[None], importance > 0, fmt)
+        present = pivots[number] > 0
+        importance = pivots[number] if clip == "hessian" else present
+        group = grid.filled(updated()[None], present, fmt)
         shrink = 1.0 if clip == "none" else search_shrink(group, importance, one_group)
         parameters = grid.find_parameters(group, one_group, shrink)
         return row_grid(parameters, fmt), (parameters.scale, parameters.zero)

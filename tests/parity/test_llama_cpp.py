@@ -295,7 +295,7 @@ LEFT_OUT = {  # what llama.cpp cuts otherwise, of texts
 def test_texts(name, tmp_path, monkeypatch):
     """Ids of texts, with what a tokenizer puts before them, and without."""
     if name in CUTS:
-        monkeypatch.setattr("qjax.checkpoints.gguf.tokens.WRITTEN", (name,))
+        monkeypatch.setattr("qjax.checkpoints.gguf.tokens.WRITTEN_CUTS", (name,))
     tokenizer = tokenizer_named(name)
     changes = {"vocabulary_size": tokenizer.vocabulary_size, "layers": 1, "tied": True, "eos_id": tokenizer.eos_id}
     _, server = written(tmp_path, small_model(tiny_config(**changes, bos_id=tokenizer.bos_id), tokenizer))

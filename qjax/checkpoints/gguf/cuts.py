@@ -1,7 +1,7 @@
 """How byte-level BPE cuts text first: the pre-tokenizers of a tokenizer.json, by the names of `tokenizer.ggml.pre`.
 
-Each as the models have it that llama.cpp named it for. Its own regular expressions cut in fewer places where no merge of these
-models reaches across: between Falcon's digits and what is before them, between DeepSeek LLM's digits.
+Each as the models have it that llama.cpp named it for. llama.cpp's own regular expressions cut in fewer places where no merge
+of these models reaches across: between Falcon's digits and what is before them, between DeepSeek LLM's digits.
 """
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -28,9 +28,7 @@ LETTERS = (  # with case, of scripts
     "\U00010cc0-\U00010cf2\U000118a0-\U000118df\U0001e900-\U0001e943"
 )
 SIGNS = "!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002"
-
-
-SENTENCES = "(\\s|[.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c])"  # what ends a word, brackets and bars too
+ENDS = "(\\s|[.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c])"  # of BLOOM's words: a group within a class, so ( | [ ) too
 
 
 def _split(*expressions: str) -> tuple[dict, ...]:
@@ -52,7 +50,7 @@ CUTS = {
     **dict.fromkeys(("gpt-4o", "llama4"), (*_split(CASED % (f"{CONTRACTIONS}?", f"{CONTRACTIONS}?", "{1,3}")), BYTES)),
     "tekken": (*_split(CASED % ("", "", "")), BYTES),
     "falcon": (PUNCTUATION, GPT2, DIGITS | {"individual_digits": False}, *_split("[0-9][0-9][0-9]")),
-    "bloom": (*_split(f" ?[^{SENTENCES}]+"), BYTES),
+    "bloom": (*_split(f" ?[^{ENDS}]+"), BYTES),
     "deepseek-llm": (*_split("[\r\n]", rf"\s?[{LETTERS}]+", rf"\s?[{SIGNS}]+", r"\s+$", ASIAN), DIGITS, BYTES),
     "deepseek-coder": (*_split("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", ASIAN), DIGITS, BYTES),
     "deepseek-v3": (*_split(r"\p{N}{1,3}", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+", MARKED), BYTES),

@@ -16,7 +16,7 @@ from qjax.errors import QjaxError, QjaxWarning
 from qjax.models.tokenizer import Tokenizer
 
 NORMAL, UNKNOWN, UNUSED, BYTE = 1, 2, 5, 6
-WRITTEN = (  # one name of every way to cut text, composed or not
+WRITTEN_CUTS = (  # one name of every way to cut text, composed or not
     *("gpt-2", "olmo", "smollm", "command-r", "llama-bpe", "smaug-bpe", "qwen2", "stablelm2", "gpt-4o", "tekken"),
     *("falcon", "bloom", "deepseek-llm", "deepseek-coder", "deepseek-v3"),
 )
@@ -61,7 +61,7 @@ def tokenizer_values(tokenizer: Tokenizer, rows: int) -> dict[str, object]:
 
 def _byte_level(model: dict, merges: list[tuple[str, str]], tokens: list[str], types: np.ndarray):
     joined = [" ".join(pair) for pair in merges]
-    for cut in WRITTEN:
+    for cut in WRITTEN_CUTS:
         yield {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": cut, "tokenizer.ggml.merges": joined}
 
 

@@ -124,7 +124,7 @@ def _added(values: Mapping[str, object], tokens: list[str]) -> list[dict]:
 
 
 def _beginning(values: Mapping[str, object], tokens: list[str], by_default: bool) -> dict | None:
-    """What puts the beginning of text before every text, where the file says so."""
+    """What puts the beginning of text before every text, where the file says so, or nothing and it is by default."""
     bos = values.get("tokenizer.ggml.bos_token_id")
     if values.get("tokenizer.ggml.add_bos_token", by_default) is not True or type(bos) is not int or not 0 <= bos < len(tokens):
         return None
