@@ -135,7 +135,7 @@ def order_of_groups(g_idx: np.ndarray, group: int) -> np.ndarray | None:
 
     Raises QjaxError where no order makes them so.
     """
-    runs = np.arange(g_idx.size) // group
+    runs = np.arange(g_idx.size) // min(group, max(g_idx.size, 1))  # a file may say any number
     if np.array_equal(g_idx, runs):
         return None
     order = np.argsort(g_idx, kind="stable")
