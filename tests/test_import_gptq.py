@@ -207,5 +207,5 @@ def test_the_folder_says_nothing_of_a_quantizer(tmp_path):
 
 def test_a_group_of_more_inputs_than_numpy_counts(tmp_path):
     foreign.write(tmp_path / "a", SETTINGS | {"group_size": 10**30, "desc_act": True}, foreign.gptq(group=-1))
-    with pytest.raises(QjaxError, match="config.json: format 'int4-g10+'"):
+    with pytest.raises(QjaxError, match=r"config\.json: format 'int4-g10+'"):
         load(tmp_path / "a")
