@@ -18,7 +18,7 @@ ELSEWHERE: tuple[tuple[str, str, str | Callable[[re.Match], str]], ...] = (
     (r"q2_k(_[a-z]+)?", GGUF, "int2-g16-dq"),
     (r"q([45])_k(_[a-z]+)?", GGUF, "int{0}-g32-m16"),
     (r"q([36])_k(_[a-z]+)?", WRITTEN, lambda m: f"int{m[1]}-g16-sym-full-k{'6' if m[1] == '3' else '8'}s"),
-    (r"iq4_xs", GGUF, "nf4-g32-dq"),
+    (r"iq4_xs", GGUF, "iq4_nl-g32-fp16"),
     (r"iq([123])_[a-z]+", GGUF, "int{0}-g128"),
     (r"w([1-8])(?:a16)?g(\d+)", "a name of bits and groups; here it is", "int{0}-g{1}"),
     (r"w4a16_asym", PRESET, "int4-g128"),

@@ -420,3 +420,14 @@ def test_values_that_a_type_does_not_hold_are_refused(tmp_path):
         save_huggingface(tmp_path / "a", large, dtype="float16")
     assert not any(tmp_path.iterdir())
     save_huggingface(tmp_path / "a", large, dtype="bfloat16")
+
+
+def test_a_table_in_codes_is_written_as_numbers_with_a_warning(tmp_path):
+    recipe, rule = "rtn:int4-g32", "embed*=rtn:int8-g32-sym-max"
+    model, _ = quantize(small_model(foreign.llama(vocabulary_size=288)), recipe, rules=[rule])
+    with pytest.warns(
+        QjaxWarning, match="gptq has no place for codes of embed/tokens/embedding, which are written as numbers in float32"
+    ):
+        export(tmp_path / "a", model, "gptq")
+    table = flatten(load(tmp_path / "a").params)["embed/tokens/embedding"]
+    np.testing.assert_array_equal(table, dequantize(flatten(model.params)["embed/tokens/embedding"]))

@@ -30,14 +30,8 @@ MORE = [
     "nf4-b32-dq",
     *("int4-g32-z32-dq", "int3-b7-z16", "int2-tensor-z16", "int1-g16-sym-full", "int4-b7-sym-full-dq", "int8-channel-sym-full"),
     *("mxfp4_ceil", "mxfp4_even", "mxfp8_e4m3_even", "nf4-b24-e8m0", "int8-g32-sym-max-e8m0_even", "int4-g16-e8m0_ceil"),
-    *(
-        "fp8_e5m2-b24-e4m3",
-        "int4-g16-e4m3",
-        "int4-g16-sym-full-e4m3",
-        "int3-b32-m16",
-        "int2-tensor-m16-fp32",
-        "int6-g16-m16-dq",
-    ),
+    *("fp8_e5m2-b24-e4m3", "int4-g16-e4m3", "int4-g16-sym-full-e4m3"),
+    *("int3-b32-m16", "int2-tensor-m16-fp32", "int6-g16-m16-dq"),
 ]
 
 

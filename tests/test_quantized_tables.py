@@ -2,6 +2,7 @@
 were decoded.
 """
 
+import contextlib
 import warnings
 
 import jax
@@ -127,7 +128,9 @@ def test_files_for_other_tools(both, tmp_path):
     assert_same(load_gguf(tmp_path / "m.gguf"), coded)
     quantized = [qjax.quantize(model, "rtn:int4-g16-sym-full")[0] for model in both]
     for name, model in zip("ab", quantized, strict=True):
-        export(tmp_path / name, model, to="compressed-tensors")
+        told = pytest.warns(qjax.QjaxWarning, match="no place for codes") if name == "a" else contextlib.nullcontext()
+        with told:
+            export(tmp_path / name, model, to="compressed-tensors")
     found, expected = (qjax.load(tmp_path / name) for name in "ab")
     assert_same(found, expected)
     np.testing.assert_array_equal(flatten(found.params)[TABLE], flatten(plain.params)[TABLE])
@@ -292,9 +295,9 @@ def test_a_run_goes_on_behind_it(tiny_model, tmp_path):
 def test_exports_are_in_the_type_of_what_is_not_quantized(tmp_path):
     model = weights_model(tiny_config(tied=True))
     model = model._replace(params=jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model.params))
-    export(
-        tmp_path / "e", qjax.quantize(model, "rtn:int4-g16-sym-full", rules=["embed=rtn:int8-g16"])[0], to="compressed-tensors"
-    )
+    quantized, _ = qjax.quantize(model, "rtn:int4-g16-sym-full", rules=["embed=rtn:int8-g16"])
+    with pytest.warns(qjax.QjaxWarning, match="written as numbers in bfloat16"):
+        export(tmp_path / "e", quantized, to="compressed-tensors")
     assert flatten(qjax.load(tmp_path / "e").params)[TABLE].dtype == jnp.bfloat16
 
 

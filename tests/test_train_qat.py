@@ -22,15 +22,8 @@ from qjax.train.qat import QatConfig
 from tests.conftest import GEMMA, MIXTRAL, random_model, tiny_config
 
 FORMATS = (
-    "int3-g16",
-    "int2-g16-sym-full",
-    "int4-g16-z16",
-    "int4-g16-m16",
-    "int8-tensor",
-    "nf4-b16",
-    "mxfp4",
-    "nvfp4",
-    "int4-g16-dq",
+    *("int3-g16", "int2-g16-sym-full", "int4-g16-z16", "int4-g16-m16", "int8-tensor"),
+    *("nf4-b16", "mxfp4", "nvfp4", "int4-g16-dq"),
 )
 FURTHER = ("int4-channel-sym-max", "int1-g16-sym", "nf4-g16", "fp4_e2m1-g16", "fp8_e4m3-channel")  # that repeat what these show
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in FURTHER]

@@ -53,7 +53,7 @@ def test_what_has_one_meaning_is_taken(typed, canonical):
         ("Q4_0", "GGUF", "rtn:int4-g32-sym-full"),
         ("Q5_1", "GGUF files; here it is", "rtn:int5-g32-m16"),
         ("gptq:Q4_1", "GGUF files; here it is", "gptq:int4-g32-m16"),
-        ("IQ4_XS", "GGUF", "rtn:nf4-g32-dq"),
+        ("IQ4_XS", "GGUF", "rtn:iq4_nl-g32-fp16"),
         ("IQ2_XXS", "GGUF", "rtn:int2-g128"),
         ("bnb-4bit", "bitsandbytes", "rtn:nf4-b64"),
         ("LLM.int8()", "bitsandbytes", "llm_int8:int8-channel-sym-max"),

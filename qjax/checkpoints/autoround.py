@@ -1,9 +1,9 @@
 """AutoRound's own folders: the packings of GPTQ, AWQ and compressed-tensors under another configuration.
 
     data_type     packing_format
-    int           auto_round:auto_gptq, :gptq; or no packing_format              GPTQ's, version 1
-                  auto_round, auto_round:gptqmodel, :exllamav2                   GPTQ's, version 2
-                  auto_round:auto_awq, :awq                                      AWQ's gemm
+    int           auto_round:auto_gptq, :gptq; or no packing_format             GPTQ's, version 1
+                  auto_round, auto_round:gptqmodel, :exllamav2                  GPTQ's, version 2
+                  auto_round:auto_awq, :awq                                     AWQ's gemm
     mx_fp, nv_fp  auto_round:llm_compressor                                     compressed-tensors' MXFP4, MXFP8, NVFP4
     fp            auto_round:fp8_static, auto_round:fp8 or none                 its FP8; in tiles as DeepSeek-V3 has them
     extra_config  name, part or pattern of names of modules -> entries of their own; a whole name comes first

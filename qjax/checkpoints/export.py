@@ -27,7 +27,7 @@ from qjax.files import expand, listing, write_atomically
 from qjax.folders import new_folder, standing
 from qjax.formats import Format, default_scales
 from qjax.lazy import materialised
-from qjax.linear import Linear, is_quantized
+from qjax.linear import Linear, Table, is_quantized
 from qjax.maps import Scale
 from qjax.models.families import FAMILIES, write_config
 from qjax.models.family import LM_HEAD, Family, StoredTensor, head_name, stacks_in, stored_tensors
@@ -70,7 +70,10 @@ def export(
     config, shapes, leaves = write_config(model.config), parameter_shapes(model.config), flatten(model.params)
     check_parameters(leaves, shapes)
     dtype = checkpoint_dtype(leaves)
-    leaves = with_plain_tables(leaves, dtype)  # which no target holds in codes
+    if tables := [path for path, leaf in leaves.items() if isinstance(leaf, Table)]:
+        told = f"{to} has no place for codes of {', '.join(tables)}, which are written as numbers in {np.dtype(dtype)}"
+        warnings.warn(QjaxWarning(told), stacklevel=2)
+    leaves = with_plain_tables(leaves, dtype)
     target = TARGETS[to]
     leaves = {path: in_float16(leaf) if to in FLOAT16 else leaf for path, leaf in leaves.items()}
     family, dtype = FAMILIES[model.config.family], np.dtype(dtype).name

@@ -1,4 +1,4 @@
-r"""`python -m tests.fuzz`, see the package. Exit code 1 where an input was read in a way it must not be, or where fewer than
+"""`python -m tests.fuzz`, see the package. Exit code 1 where an input was read in a way it must not be, or where fewer than
 --inputs were tried within --seconds.
 
 A worker goes over the readers in turn, half a second of the processor each, and writes where it is before every input; whoever
